@@ -1,0 +1,1 @@
+"""Make ONNX models smaller and faster, and prove that they still work."""
