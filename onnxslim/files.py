@@ -152,9 +152,9 @@ class DataWriter:
         return tensor
 
     @staticmethod
-    def _bytes(constant: Constant) -> Array | bytes:
+    def _bytes(constant: Constant) -> memoryview | bytes:
         if bit_width(constant.dtype) % 8 == 0:
-            return np.ascontiguousarray(constant.values).reshape(-1).view(np.uint8)
+            return np.ascontiguousarray(constant.values).reshape(-1).view(np.uint8).data
         return encode_embedded(constant).raw_data
 
     def close(self) -> None:

@@ -130,7 +130,7 @@ class Model:
     def stats(self) -> Stats:
         """Counts of nodes and of floating-point or integer parameters, and the size when saved."""
         constants = list(self.constants())
-        skeleton = self._to_proto(_without_data).ByteSize()
+        skeleton = self.to_proto_with(_without_data).ByteSize()
         # An embedded constant folded into a Constant node counts as part of the skeleton.
         return Stats(
             nodes=sum(1 for node in self.nodes() if node.op != "Constant"),
@@ -146,9 +146,10 @@ class Model:
         """
         if self.nbytes() > files.MAX_EMBEDDED_BYTES:
             raise SaveError("the model is too large for one protobuf; save it to a file instead")
-        return self._to_proto(proto.encode_embedded)
+        return self.to_proto_with(proto.encode_embedded)
 
-    def _to_proto(self, encode: proto.Encode) -> onnx.ModelProto:
+    def to_proto_with(self, encode: proto.Encode) -> onnx.ModelProto:
+        """A ModelProto whose tensors are written by `encode`."""
         model = onnx.ModelProto()
         model.CopyFrom(self.shell)
         if model.ir_version != self.ir_version:
@@ -189,7 +190,7 @@ class Model:
             data_name = files.fresh_data_name(final)
             writer = files.DataWriter(folder / data_name, data_name)
             try:
-                model = self._to_proto(writer.encode)
+                model = self.to_proto_with(writer.encode)
                 writer.close()
             finally:
                 writer.abandon()

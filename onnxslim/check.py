@@ -1,0 +1,180 @@
+"""Is a rewritten model still a model, and does it still compute the same?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.checker
+
+from onnxslim import files
+from onnxslim.errors import LoadError, OnnxSlimError
+from onnxslim.graph import Array
+from onnxslim.model import Model
+from onnxslim.probe import Feeds, probes
+from onnxslim.runtime import Session, Target
+
+# Largest difference, relative to the largest magnitude of the reference, that merely re-associating
+# floating-point sums explains: a few hundred roundings of the type's epsilon.
+ROUNDINGS = 400.0
+
+Outputs = dict[str, Any]
+
+
+class Checker:
+    """Compares rewritten models with the one it was made from.
+
+    What the original itself does not satisfy (a model the checker rejects, an operator ONNX Runtime has no
+    kernel for, outputs that differ from run to run) is not asked of the result; `notes` says so.
+
+    Args:
+        model: the original.
+        target: where it runs.
+        samples: real inputs for the comparison, if there are any.
+    """
+
+    def __init__(self, model: Model, target: Target, samples: Sequence[Mapping[str, Array]] = ()) -> None:
+        self._target = target
+        self.notes: list[str] = []
+        self._wellformed = self._noted("the input fails onnx.checker", lambda: wellformed(model))
+        session = self._noted("the input does not run", lambda: Session(model, target))
+        self._feeds: list[Feeds] = probes(model, session, samples) if session else []
+        if session and not self._feeds:
+            self.notes.append(
+                "no inputs could be made up on which the model runs; pass data to compare outputs"
+            )
+        self._runs = session is not None
+        self._expected = [session.run(feeds) for feeds in self._feeds] if session else []
+        self._random = self._unstable(session) if session else set()
+        self._interface = interface(model)
+
+    def _noted(self, what: str, attempt: Any) -> Any:
+        try:
+            return attempt() or True
+        except LoadError as error:
+            self.notes.append(f"{what}: {error}")
+            return None
+
+    def _unstable(self, session: Session) -> set[str]:
+        again = [session.run(feeds) for feeds in self._feeds]
+        names = {
+            name
+            for first, second in zip(self._expected, again, strict=True)
+            for name in first
+            if difference(first[name], second[name])
+        }
+        if names:
+            self.notes.append(f"outputs {sorted(names)} differ from run to run and are not compared")
+        return names
+
+    def __call__(self, model: Model, *, lossless: bool) -> None:
+        """Check a rewritten model.
+
+        Args:
+            model: the result of a pass.
+            lossless: whether its outputs must be those of the original up to rounding.
+
+        Raises:
+            LoadError: says in one line what is wrong.
+        """
+        if interface(model) != self._interface:
+            raise LoadError("the inputs or outputs changed")
+        if self._wellformed:
+            wellformed(model)
+        if not self._runs:
+            return
+        session = Session(model, self._target)
+        for feeds, expected in zip(self._feeds, self._expected, strict=True):
+            self._compare(expected, session.run(feeds), lossless)
+
+    def _compare(self, expected: Outputs, actual: Outputs, lossless: bool) -> None:
+        for name, reference in expected.items():
+            if name in self._random:
+                continue
+            problem = difference(reference, actual[name]) if lossless else broken(reference, actual[name])
+            if problem:
+                raise LoadError(f"output '{name}' {problem}")
+
+
+def interface(model: Model) -> list[tuple[object, ...]]:
+    """Names, types and shapes of inputs and outputs, in order."""
+    tensors = (*model.graph.inputs, *model.graph.outputs)
+    return [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+
+
+def wellformed(model: Model) -> None:
+    """Run onnx.checker with full shape inference; LoadError if it objects."""
+    try:
+        if model.nbytes() <= files.MAX_EMBEDDED_BYTES:
+            onnx.checker.check_model(model.to_proto(), full_check=True)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            model.save(path)
+            onnx.checker.check_model(str(path), full_check=True)
+    except OnnxSlimError:
+        raise
+    except Exception as error:  # the checker raises several unrelated types
+        raise LoadError(f"onnx.checker: {' '.join(str(error).split())[:300]}") from error
+
+
+def difference(reference: Any, actual: Any) -> str:
+    """How two values of one output differ by more than rounding; empty if they do not."""
+    if not isinstance(reference, np.ndarray):
+        return _nested(reference, actual)
+    problem = _type_problem(reference, actual)
+    if problem or reference.size == 0:
+        return problem
+    if reference.dtype.kind not in "fc":
+        wrong = int(np.count_nonzero(reference != actual))
+        return f"differs in {wrong} of {reference.size} elements" if wrong else ""
+    return _float_difference(reference, actual)
+
+
+def _nested(reference: Any, actual: Any) -> str:
+    """Sequences and maps, element by element; optionals that are empty."""
+    if reference is None or not hasattr(reference, "__len__") or isinstance(reference, str):
+        return "" if reference == actual else "differs"
+    if len(reference) != len(actual):
+        return f"has {len(actual)} elements instead of {len(reference)}"
+    keys = reference if isinstance(reference, Mapping) else range(len(reference))
+    return next((problem for key in keys if (problem := difference(reference[key], actual[key]))), "")
+
+
+def _type_problem(reference: Array, actual: Any) -> str:
+    if not isinstance(actual, np.ndarray) or reference.dtype != actual.dtype:
+        return f"changed its type from {reference.dtype} to {getattr(actual, 'dtype', type(actual).__name__)}"
+    if reference.shape != actual.shape:
+        return f"changed its shape from {reference.shape} to {actual.shape}"
+    return ""
+
+
+def _float_difference(reference: Array, actual: Array) -> str:
+    finite = np.isfinite(reference)
+    if not np.array_equal(reference[~finite], actual[~finite], equal_nan=True):
+        return "differs where it is NaN or infinite"
+    if not np.isfinite(actual[finite]).all():
+        return "became NaN or infinite"
+    if not finite.any():
+        return ""
+    wide = np.result_type(reference.dtype, np.float64)
+    expected, got = reference[finite].astype(wide), actual[finite].astype(wide)
+    allowed = ROUNDINGS * float(np.finfo(reference.dtype).eps) * float(np.abs(expected).max())
+    worst = float(np.abs(expected - got).max())
+    return f"differs by {worst:.3g}, more than rounding explains ({allowed:.3g})" if worst > allowed else ""
+
+
+def broken(reference: Any, actual: Any) -> str:
+    """What no pass may do to an output, however lossy: another type, another shape, NaN."""
+    if not isinstance(reference, np.ndarray):
+        return ""
+    problem = _type_problem(reference, actual)
+    if problem or reference.dtype.kind not in "fc":
+        return problem
+    if np.isfinite(reference).all() and not np.isfinite(actual).all():
+        return "became NaN or infinite"
+    return ""

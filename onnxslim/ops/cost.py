@@ -1,0 +1,39 @@
+"""What a model costs to run, from the facts of its operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from onnxslim import shapes
+from onnxslim.graph import Variable
+from onnxslim.model import Model
+from onnxslim.ops import spec_of
+
+
+def macs(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> int | None:
+    """Multiply-accumulates of one run over the main graph.
+
+    Args:
+        model: not modified.
+        inputs: shapes of the inputs to count for; where there are none, a free axis counts as 1.
+
+    Returns:
+        None if the shape of an operator that counts is not determined by the inputs.
+    """
+    sized = model.copy()
+    for tensor in sized.graph.inputs:
+        given = (inputs or {}).get(tensor.name, tensor.shape)
+        if given is not None:
+            tensor.shape = tuple(dim if isinstance(dim, int) else 1 for dim in given)
+    for made in sized.graph.outputs:
+        if isinstance(made, Variable) and made.inputs:
+            made.shape = None
+    shapes.infer(sized, outputs=True)
+    total = 0
+    for node in sized.graph.nodes:
+        count = spec_of(node).macs
+        found = count(node) if count else 0
+        if found is None:
+            return None
+        total += found
+    return total

@@ -1,0 +1,46 @@
+"""Operators that compute element by element, pool or normalize; only what has a fact to its name is here."""
+
+from __future__ import annotations
+
+from onnxslim.ops.spec import OpSpec, Role, register
+
+
+def _text(body: str, inputs: str = "float[N,2,4,4] x", output: str = "float[N,2,4,4] y") -> str:
+    return f'<ir_version: 8, opset_import: ["" : 17]>\ng ({inputs}) => ({output}) {{ {body} }}'
+
+
+_TWO = "float[N,2,4,4] x, float[1,2,1,1] z"
+
+register(
+    OpSpec("Relu", role=Role.CLAMP, data=(0,), example=_text("y = Relu(x)")),
+    OpSpec(
+        "Clip",
+        role=Role.CLAMP,
+        data=(0,),
+        example=_text(
+            "l = Constant<value_float=0.0>() h = Constant<value_float=6.0>() y = Clip(x, l, h)",
+        ),
+    ),
+    OpSpec("Add", role=Role.KERNEL, example=_text("y = Add(x, z)", _TWO)),
+    OpSpec("Mul", role=Role.KERNEL, example=_text("y = Mul(x, z)", _TWO)),
+    OpSpec(
+        "Concat",
+        role=Role.KERNEL,
+        example=_text("y = Concat<axis=1>(x, z)", "float[N,2,4,4] x, float[N,3,4,4] z", "float[N,5,4,4] y"),
+    ),
+    OpSpec(
+        "AveragePool",
+        role=Role.KERNEL,
+        data=(0,),
+        example=_text("y = AveragePool<kernel_shape=[2,2]>(x)", output="float[N,2,3,3] y"),
+    ),
+    OpSpec(
+        "GlobalAveragePool",
+        role=Role.KERNEL,
+        data=(0,),
+        example=_text("y = GlobalAveragePool(x)", output="float[N,2,1,1] y"),
+    ),
+    OpSpec("LeakyRelu", role=Role.KERNEL, data=(0,), example=_text("y = LeakyRelu(x)")),
+    OpSpec("Sigmoid", role=Role.KERNEL, data=(0,), example=_text("y = Sigmoid(x)")),
+    OpSpec("Softmax", role=Role.KERNEL, data=(0,), example=_text("y = Softmax(x)")),
+)

@@ -1,0 +1,103 @@
+"""Operators that multiply by weights: convolutions, matrix products, recurrent layers."""
+
+from __future__ import annotations
+
+import math
+
+from onnxslim.graph import Node
+from onnxslim.ops.spec import OpSpec, Role, register, sizes
+
+
+def _conv_macs(node: Node) -> int | None:
+    """Output elements times weights per output channel."""
+    output, weight = sizes(node.outputs[0].shape), sizes(node.inputs[1].shape)
+    return None if output is None or weight is None else math.prod(output) * math.prod(weight[1:])
+
+
+def _conv_transpose_macs(node: Node) -> int | None:
+    """Input elements times weights per input channel."""
+    data, weight = sizes(node.inputs[0].shape), sizes(node.inputs[1].shape)
+    return None if data is None or weight is None else math.prod(data) * math.prod(weight[1:])
+
+
+def _matmul_macs(node: Node) -> int | None:
+    output, left = sizes(node.outputs[0].shape), sizes(node.inputs[0].shape)
+    return None if output is None or left is None else math.prod(output) * left[-1]
+
+
+def _gemm_macs(node: Node) -> int | None:
+    output, left = sizes(node.outputs[0].shape), sizes(node.inputs[0].shape)
+    if output is None or left is None:
+        return None
+    return math.prod(output) * left[0 if node.attrs.get("transA", 0) else 1]
+
+
+def _recurrent_macs(node: Node) -> int | None:
+    """Steps times batch times the weights that each step reads."""
+    data = sizes(node.inputs[0].shape)
+    weights = [sizes(node.inputs[index].shape) for index in (1, 2)]
+    if data is None or any(shape is None for shape in weights):
+        return None
+    return data[0] * data[1] * sum(math.prod(shape) for shape in weights if shape is not None)
+
+
+register(
+    OpSpec(
+        "Conv",
+        role=Role.LINEAR,
+        data=(0,),
+        channel_axis=lambda node: 0,
+        macs=_conv_macs,
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,2,5,5] x, float[3,2,3,3] w, float[3] b) => (float[N,3,3,3] y) { y = Conv(x, w, b) }""",
+    ),
+    OpSpec(
+        "ConvTranspose",
+        role=Role.LINEAR,
+        data=(0,),
+        channel_axis=lambda node: 1,
+        macs=_conv_transpose_macs,
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,2,3,3] x, float[2,3,2,2] w, float[3] b) => (float[N,3,6,6] y)
+{ y = ConvTranspose<strides=[2,2]>(x, w, b) }""",
+    ),
+    OpSpec(
+        "Gemm",
+        role=Role.LINEAR,
+        data=(0,),
+        channel_axis=lambda node: 0 if node.attrs.get("transB", 0) else 1,
+        macs=_gemm_macs,
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,4] x, float[3,4] w, float[3] b) => (float[N,3] y) { y = Gemm<transB=1>(x, w, b) }""",
+    ),
+    OpSpec(
+        "MatMul",
+        role=Role.LINEAR,
+        data=(0, 1),
+        channel_axis=lambda node: len(node.inputs[1].shape or (0,)) - 1,
+        macs=_matmul_macs,
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,5,4] x, float[4,3] w) => (float[N,5,3] y) { y = MatMul(x, w) }""",
+    ),
+    OpSpec(
+        "LSTM",
+        macs=_recurrent_macs,
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (float[5,N,3] x, float[1,8,3] w, float[1,8,2] r) => (float[5,1,N,2] y)
+{ y = LSTM<hidden_size=2>(x, w, r) }""",
+    ),
+    OpSpec(
+        "GRU",
+        macs=_recurrent_macs,
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (float[5,N,3] x, float[1,6,3] w, float[1,6,2] r) => (float[5,1,N,2] y)
+{ y = GRU<hidden_size=2>(x, w, r) }""",
+    ),
+    OpSpec(
+        "RNN",
+        macs=_recurrent_macs,
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (float[5,N,3] x, float[1,2,3] w, float[1,2,2] r) => (float[5,1,N,2] y)
+{ y = RNN<hidden_size=2>(x, w, r) }""",
+    ),
+)

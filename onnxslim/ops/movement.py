@@ -1,0 +1,71 @@
+"""Operators whose output elements are input elements, wherever they go."""
+
+from __future__ import annotations
+
+from onnxslim.ops.spec import OpSpec, Role, register
+
+
+def _move(op: str, body: str, *, output: str, inputs: str = "float[N,2,4,4] x") -> OpSpec:
+    """A row of an operator that moves its first input."""
+    example = f'<ir_version: 8, opset_import: ["" : 18]>\ng ({inputs}) => ({output}) {{ {body} }}'
+    return OpSpec(op, role=Role.MOVE, data=(0,), example=example)
+
+
+register(
+    _move("Reshape", "s = Constant<value_ints=[0,-1]>() y = Reshape(x, s)", output="float[N,32] y"),
+    _move("Flatten", "y = Flatten(x)", output="float[N,32] y"),
+    _move("Transpose", "y = Transpose<perm=[0,2,3,1]>(x)", output="float[N,4,4,2] y"),
+    _move(
+        "Squeeze",
+        "a = Constant<value_ints=[1]>() y = Squeeze(x, a)",
+        inputs="float[N,1,4] x",
+        output="float[N,4] y",
+    ),
+    _move("Unsqueeze", "a = Constant<value_ints=[1]>() y = Unsqueeze(x, a)", output="float[N,1,2,4,4] y"),
+    _move(
+        "Expand",
+        "s = Constant<value_ints=[1,3,4]>() y = Expand(x, s)",
+        inputs="float[N,1,4] x",
+        output="float[N,3,4] y",
+    ),
+    _move("Tile", "r = Constant<value_ints=[1,2,1,1]>() y = Tile(x, r)", output="float[N,4,4,4] y"),
+    _move(
+        "Slice",
+        "a = Constant<value_ints=[1]>() b = Constant<value_ints=[3]>() c = Constant<value_ints=[2]>() "
+        "y = Slice(x, a, b, c)",
+        output="float[N,2,2,4] y",
+    ),
+    _move("Gather", "i = Constant<value_ints=[1,0]>() y = Gather<axis=2>(x, i)", output="float[N,2,2,4] y"),
+    _move(
+        "GatherElements",
+        "y = GatherElements<axis=1>(x, i)",
+        inputs="float[2,3] x, int64[2,1] i",
+        output="float[2,1] y",
+    ),
+    _move("Split", "y, z = Split<axis=1, num_outputs=2>(x)", output="float[N,1,4,4] y, float[N,1,4,4] z"),
+    _move("MaxPool", "y = MaxPool<kernel_shape=[2,2]>(x)", output="float[N,2,3,3] y"),
+    _move(
+        "ReduceMax",
+        "a = Constant<value_ints=[2,3]>() y = ReduceMax(x, a)",
+        output="float[N,2,1,1] y",
+    ),
+    _move(
+        "ReduceMin",
+        "a = Constant<value_ints=[2,3]>() y = ReduceMin(x, a)",
+        output="float[N,2,1,1] y",
+    ),
+    _move(
+        "DepthToSpace",
+        "y = DepthToSpace<blocksize=2>(x)",
+        inputs="float[N,4,3,3] x",
+        output="float[N,1,6,6] y",
+    ),
+    _move("SpaceToDepth", "y = SpaceToDepth<blocksize=2>(x)", output="float[N,8,2,2] y"),
+    _move(
+        "Resize",
+        "e = Constant<value_floats=[1.0,1.0,2.0,2.0]>() "
+        'y = Resize<mode="nearest", coordinate_transformation_mode="asymmetric", '
+        'nearest_mode="floor">(x, , e)',
+        output="float[N,2,8,8] y",
+    ),
+)

@@ -1,0 +1,89 @@
+"""OpSpec: everything onnxslim knows about an operator, in one row.
+
+A new operator is one `register(OpSpec(...))` in the file of its family. What a row does not say has a safe
+default: not quantized, not counted. The row's example feeds the conformance tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+from onnxslim.graph import Node, Shape
+from onnxslim.model import DEFAULT_DOMAINS
+
+# Multiply-accumulates of a node whose shapes are all known; None if one that counts is not.
+Macs: TypeAlias = Callable[[Node], int | None]
+
+
+class Role(Enum):
+    """What quantization may do with an operator.
+
+    LINEAR: multiplies by weights and sums in integers; the reason why there is quantization at all.
+    KERNEL: has an integer kernel on some targets, with its own scale for the output.
+    MOVE: output elements are input elements, so both have one scale.
+    CLAMP: limits the range of its input and disappears in the range of the integers.
+    FLOAT: computes in floating point.
+    """
+
+    LINEAR = "linear"
+    KERNEL = "kernel"
+    MOVE = "move"
+    CLAMP = "clamp"
+    FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """Facts about one operator.
+
+    Attributes:
+        op: operator type.
+        domain: operator set; "" is ai.onnx.
+        role: what quantization may do with it.
+        data: inputs that carry data, as opposed to shapes, axes, sizes or weights; None means all.
+        channel_axis: for LINEAR, the axis of the weight (input 1) that runs over output channels.
+        macs: multiply-accumulates; None counts as zero.
+        foldable: whether it can be computed once and for all when its inputs are constant.
+        pure: whether two nodes with equal inputs and attributes make equal outputs.
+        example: a model of a few lines of ONNX text with this operator in it.
+    """
+
+    op: str
+    domain: str = ""
+    role: Role = Role.FLOAT
+    data: tuple[int, ...] | None = None
+    channel_axis: Callable[[Node], int] | None = None
+    macs: Macs | None = None
+    foldable: bool = True
+    pure: bool = True
+    example: str = ""
+
+    def data_inputs(self, node: Node) -> list[int]:
+        """Positions of the inputs of this node that carry data."""
+        return [index for index in range(len(node.inputs)) if self.data is None or index in self.data]
+
+
+REGISTRY: dict[tuple[str, str], OpSpec] = {}
+
+
+def register(*specs: OpSpec) -> None:
+    """Add operators to what is known; the last word on an operator counts."""
+    for spec in specs:
+        REGISTRY[spec.domain, spec.op] = spec
+
+
+def spec_of(node: Node) -> OpSpec:
+    """What is known of a node's operator; of an unknown one, that nothing may be done with it."""
+    domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
+    found = REGISTRY.get((domain, node.op))
+    return found or OpSpec(node.op, domain, foldable=domain == "", pure=domain == "")
+
+
+def sizes(shape: Shape) -> tuple[int, ...] | None:
+    """A shape if every size in it is known."""
+    if shape is None or any(not isinstance(dim, int) for dim in shape):
+        return None
+    return tuple(dim for dim in shape if isinstance(dim, int))

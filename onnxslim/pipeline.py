@@ -1,0 +1,319 @@
+"""Passes, and the pipeline that chains, checks and reports them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as validated
+
+from onnxslim.check import Checker
+from onnxslim.errors import InvalidGraph, LoadError, PassError
+from onnxslim.graph import Array
+from onnxslim.model import Model, Stats
+from onnxslim.ops import cost
+from onnxslim.runtime import Target
+
+options = validated(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something a pass did: to which node, what, and why."""
+
+    node: str
+    action: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Something a pass could have done but did not: at which node, and why not."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a pass did and what it left alone; true if it changed anything.
+
+    Attributes:
+        facts: figures about the whole model that belong in the report, such as the number of fused nodes.
+    """
+
+    changed: tuple[Change, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.changed)
+
+
+class Log:
+    """Collects what a pass does while it does it."""
+
+    def __init__(self) -> None:
+        self._changed: list[Change] = []
+        self._skipped: dict[tuple[str, str], Skip] = {}
+        self.facts: dict[str, Any] = {}
+
+    def change(self, node: str, action: str, reason: str = "") -> None:
+        """Note something done."""
+        self._changed.append(Change(node, action, reason))
+
+    def skip(self, node: str, reason: str) -> None:
+        """Note something not done; the same note twice counts once."""
+        self._skipped[node, reason] = Skip(node, reason)
+
+    def add(self, changes: Changes) -> None:
+        """Take over the notes of a part."""
+        self._changed.extend(changes.changed)
+        self._skipped.update({(skip.node, skip.reason): skip for skip in changes.skipped})
+        self.facts.update(changes.facts)
+
+    def done(self) -> Changes:
+        """The notes so far; whoever changed a node is no longer skipping it."""
+        return Changes(tuple(self._changed), tuple(self._skipped.values()), dict(self.facts))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What passes may know and use besides the model.
+
+    Attributes:
+        target: where the result is to run.
+        data: calibration batches, each a dict of one array per input; None if there are none.
+        teacher: the model as it came in, before any pass.
+        seed: of everything random.
+        jobs: processes that may work in parallel.
+        progress: called with (what, done, total) by long steps.
+    """
+
+    target: Target = field(default_factory=Target.cpu)
+    data: Any = None
+    teacher: Model | None = None
+    seed: int = 0
+    jobs: int = 1
+    progress: Any = None
+
+
+class Pass:
+    """A step that rewrites a model in place.
+
+    A subclass is a frozen dataclass (use `@options`): its fields are its options everywhere, on the command
+    line, in recipes and in Python, and its docstring is their help.
+    """
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+
+    def run(self, model: Model, ctx: Context) -> Changes:
+        """Rewrite the model; says what was done and, where nothing was, why."""
+        raise NotImplementedError
+
+    def parts(self) -> tuple[Pass, ...]:
+        """Smaller passes that do the same when run in turn until nothing changes; () if there are none.
+
+        They are run and checked one by one when the whole fails its check, to keep what is right.
+        """
+        return ()
+
+    def describe(self) -> str:
+        """The pass with the options that differ from their defaults, as in a recipe."""
+        given = [
+            f"{item.name}={getattr(self, item.name)!r}"
+            for item in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, item.name) != _default(item)
+        ]
+        return f"{self.name}({', '.join(given)})"
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return item.default
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did to the model.
+
+    Attributes:
+        macs_before, macs_after: multiply-accumulates of one sample; None if a shape is unknown.
+        error: why the step was reverted; empty if it was kept.
+    """
+
+    name: str
+    seconds: float
+    before: Stats
+    after: Stats
+    macs_before: int | None
+    macs_after: int | None
+    changes: Changes
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pipeline did: its steps in order, and notes on what could not be checked."""
+
+    steps: tuple[Step, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        from onnxslim.report import text
+
+        return text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A rewritten model and how it came about."""
+
+    model: Model
+    report: Report
+
+    def save(self, path: str, *, external_data: bool | None = None) -> None:
+        """Write the model; see `Model.save`."""
+        self.model.save(path, external_data=external_data)
+
+
+class Pipeline:
+    """Runs passes one after the other and keeps of each only what passes its check.
+
+    Args:
+        passes: in order.
+        on_error: "revert" undoes a pass that fails, says so in the report and goes on; "raise" stops.
+    """
+
+    def __init__(self, *passes: Pass, on_error: Literal["revert", "raise"] = "revert") -> None:
+        self.passes = passes
+        self.on_error = on_error
+
+    def __call__(
+        self,
+        model: Model,
+        *,
+        data: Any = None,
+        target: Target | None = None,
+        seed: int = 0,
+        jobs: int = 1,
+        progress: Any = None,
+    ) -> Result:
+        """Run every pass on a copy of the model.
+
+        Args:
+            model: left as it is.
+            data: calibration batches for the passes that need them, and for checking.
+            target: where the result is to run; processors by default.
+            seed: of everything random.
+            jobs: processes that may work in parallel.
+            progress: called with (what, done, total) by long steps.
+
+        Raises:
+            PassError: with on_error="raise", when a pass fails or breaks the model.
+            CalibrationError: the data does not fit the model.
+        """
+        ctx = Context(target or Target.cpu(), data, model, seed, jobs, progress)
+        checker = Checker(model, ctx.target, _samples(data))
+        steps: list[Step] = []
+        for each in self.passes:
+            model, step = self._step(each, model, ctx, checker, steps)
+            steps.append(step)
+        return Result(model, Report(tuple(steps), tuple(checker.notes)))
+
+    def _step(
+        self, each: Pass, model: Model, ctx: Context, checker: Checker, steps: Sequence[Step]
+    ) -> tuple[Model, Step]:
+        start = time.perf_counter()
+        outcome, changes, error = self._attempt(each, model, ctx, checker, steps)
+        seconds = time.perf_counter() - start
+        step = Step(
+            each.describe(),
+            seconds,
+            model.stats(),
+            outcome.stats(),
+            cost.macs(model),
+            cost.macs(outcome),
+            changes,
+            error,
+        )
+        return outcome, step
+
+    def _attempt(
+        self, each: Pass, model: Model, ctx: Context, checker: Checker, steps: Sequence[Step]
+    ) -> tuple[Model, Changes, str]:
+        candidate = model.copy()
+        try:
+            changes = each.run(candidate, ctx)
+            if changes:
+                _check(each, candidate, changes, checker)
+            return candidate if changes else model, changes, ""
+        except InvalidGraph as error:
+            if each.parts():
+                return _piecewise(each, model, ctx, checker, str(error))
+            failure: PassError = error
+        except PassError as error:
+            failure = error
+        if self.on_error == "raise":
+            done = tuple(step.name for step in steps)
+            raise type(failure)(str(failure), pass_name=each.name, node=failure.node, done=done) from failure
+        return model, Changes(), str(failure)
+
+
+def _samples(data: Any) -> list[Mapping[str, Array]]:
+    return [] if data is None else [next(iter(data))]
+
+
+def _check(each: Pass, candidate: Model, changes: Changes, checker: Checker) -> None:
+    try:
+        checker(candidate, lossless=each.lossless)
+    except LoadError as error:
+        nodes = list(dict.fromkeys(change.node for change in changes.changed))
+        shown = ", ".join(f"'{node}'" for node in nodes[:3]) + (" …" if len(nodes) > 3 else "")
+        raise InvalidGraph(
+            f"pass '{each.name}' broke the model at {shown}: {error}", pass_name=each.name, node=nodes[0]
+        ) from error
+
+
+def _piecewise(
+    each: Pass, model: Model, ctx: Context, checker: Checker, why: str
+) -> tuple[Model, Changes, str]:
+    """Run a pass part by part and drop the parts that break the model."""
+    log, broken = Log(), dict[str, str]()
+    for _ in range(MAX_ROUNDS):
+        progressed = False
+        for part in _parts(each, broken):
+            candidate = model.copy()
+            changes = part.run(candidate, ctx)
+            if not changes:
+                continue
+            try:
+                _check(part, candidate, changes, checker)
+            except InvalidGraph as error:
+                broken[part.name] = str(error)
+                continue
+            model, progressed = candidate, True
+            log.add(changes)
+        if not progressed:
+            break
+    for name, reason in broken.items():
+        log.skip(name, f"reverted: {reason}")
+    return model, log.done(), "; ".join(broken.values()) or f"unstable check: {why}"
+
+
+def _parts(each: Pass, broken: Mapping[str, str]) -> Iterator[Pass]:
+    yield from (part for part in each.parts() if part.name not in broken)
+
+
+MAX_ROUNDS = 10
