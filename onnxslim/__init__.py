@@ -1,1 +1,115 @@
-"""Make ONNX models smaller and faster, and prove that they still work."""
+"""Make ONNX models smaller and faster, and prove that they still work.
+
+>>> import onnxslim
+>>> from onnxslim import CalibrationData, Pipeline
+>>> from onnxslim.passes import Quantize, Slim
+>>> model = onnxslim.load("model.onnx")
+>>> data = CalibrationData.from_npz("calibration.npz")
+>>> result = Pipeline(Slim(), Quantize())(model, data=data)
+>>> onnxslim.validate(model, result.model, data).require(sqnr=20)
+>>> result.save("model.int8.onnx")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxslim import passes
+    from onnxslim.calibration.data import CalibrationData
+    from onnxslim.compat import slim
+    from onnxslim.errors import (
+        CalibrationError,
+        InvalidGraph,
+        LoadError,
+        OnnxSlimError,
+        PassError,
+        SaveError,
+        TargetError,
+        UsageError,
+        ValidationError,
+    )
+    from onnxslim.model import Model, load
+    from onnxslim.pipeline import Changes, Context, Pass, Pipeline, Report, Result
+    from onnxslim.runtime import Target
+    from onnxslim.validation import validate
+    from onnxslim.verdict import Verdict
+
+    __version__: str
+
+__all__ = [
+    "CalibrationData",
+    "CalibrationError",
+    "Changes",
+    "Context",
+    "InvalidGraph",
+    "LoadError",
+    "Model",
+    "OnnxSlimError",
+    "Pass",
+    "PassError",
+    "Pipeline",
+    "Report",
+    "Result",
+    "SaveError",
+    "Target",
+    "TargetError",
+    "UsageError",
+    "ValidationError",
+    "Verdict",
+    "__version__",
+    "load",
+    "passes",
+    "slim",
+    "validate",
+]
+
+# Where each name lives. Nothing is imported before it is used: `onnxslim --help` needs none of it.
+_HOMES = {
+    "calibration.data": ("CalibrationData",),
+    "compat": ("slim",),
+    "errors": (
+        "CalibrationError",
+        "InvalidGraph",
+        "LoadError",
+        "OnnxSlimError",
+        "PassError",
+        "SaveError",
+        "TargetError",
+        "UsageError",
+        "ValidationError",
+    ),
+    "model": ("Model", "load"),
+    "pipeline": ("Changes", "Context", "Pass", "Pipeline", "Report", "Result"),
+    "runtime": ("Target",),
+    "validation": ("validate",),
+    "verdict": ("Verdict",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name == "passes":
+        value = importlib.import_module("onnxslim.passes")
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f"onnxslim.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module 'onnxslim' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("onnx-slimkit")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0+unknown"

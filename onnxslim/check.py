@@ -35,6 +35,10 @@ class Checker:
         model: the original.
         target: where it runs.
         samples: real inputs for the comparison, if there are any.
+
+    Attributes:
+        feeds: the inputs models are compared on; none if there is nothing the original runs on.
+        notes: what could not be checked, and why.
     """
 
     def __init__(self, model: Model, target: Target, samples: Sequence[Mapping[str, Array]] = ()) -> None:
@@ -42,13 +46,13 @@ class Checker:
         self.notes: list[str] = []
         self._wellformed = self._noted("the input fails onnx.checker", lambda: wellformed(model))
         session = self._noted("the input does not run", lambda: Session(model, target))
-        self._feeds: list[Feeds] = probes(model, session, samples) if session else []
-        if session and not self._feeds:
+        self.feeds: list[Feeds] = probes(model, session, samples) if session else []
+        if session and not self.feeds:
             self.notes.append(
                 "no inputs could be made up on which the model runs; pass data to compare outputs"
             )
         self._runs = session is not None
-        self._expected = [session.run(feeds) for feeds in self._feeds] if session else []
+        self._expected = [session.run(feeds) for feeds in self.feeds] if session else []
         self._random = self._unstable(session) if session else set()
         self._interface = interface(model)
 
@@ -60,7 +64,7 @@ class Checker:
             return None
 
     def _unstable(self, session: Session) -> set[str]:
-        again = [session.run(feeds) for feeds in self._feeds]
+        again = [session.run(feeds) for feeds in self.feeds]
         names = {
             name
             for first, second in zip(self._expected, again, strict=True)
@@ -88,7 +92,7 @@ class Checker:
         if not self._runs:
             return
         session = Session(model, self._target)
-        for feeds, expected in zip(self._feeds, self._expected, strict=True):
+        for feeds, expected in zip(self.feeds, self._expected, strict=True):
             self._compare(expected, session.run(feeds), lossless)
 
     def _compare(self, expected: Outputs, actual: Outputs, lossless: bool) -> None:
@@ -126,7 +130,7 @@ def difference(reference: Any, actual: Any) -> str:
     """How two values of one output differ by more than rounding; empty if they do not."""
     if not isinstance(reference, np.ndarray):
         return _nested(reference, actual)
-    problem = _type_problem(reference, actual)
+    problem = type_problem(reference, actual)
     if problem or reference.size == 0:
         return problem
     if reference.dtype.kind not in "fc":
@@ -145,7 +149,8 @@ def _nested(reference: Any, actual: Any) -> str:
     return next((problem for key in keys if (problem := difference(reference[key], actual[key]))), "")
 
 
-def _type_problem(reference: Array, actual: Any) -> str:
+def type_problem(reference: Array, actual: Any) -> str:
+    """How an output changed its type or shape; empty if it did not."""
     if not isinstance(actual, np.ndarray) or reference.dtype != actual.dtype:
         return f"changed its type from {reference.dtype} to {getattr(actual, 'dtype', type(actual).__name__)}"
     if reference.shape != actual.shape:
@@ -172,7 +177,7 @@ def broken(reference: Any, actual: Any) -> str:
     """What no pass may do to an output, however lossy: another type, another shape, NaN."""
     if not isinstance(reference, np.ndarray):
         return ""
-    problem = _type_problem(reference, actual)
+    problem = type_problem(reference, actual)
     if problem or reference.dtype.kind not in "fc":
         return problem
     if np.isfinite(reference).all() and not np.isfinite(actual).all():

@@ -84,7 +84,7 @@ class ValidationError(OnnxSlimError):
     """The result does not meet what was required of it.
 
     Attributes:
-        verdict: the `onnxslim.validate.Verdict` with every measured figure.
+        verdict: the `onnxslim.Verdict` with every measured figure; None if nothing could be measured.
     """
 
     exit_code = 4

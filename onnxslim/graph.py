@@ -253,6 +253,30 @@ def protected(graph: Graph) -> set[int]:
     return {id(tensor) for each in walk(graph) for tensor in each.outputs}
 
 
+def tensors(graph: Graph) -> Iterator[Tensor]:
+    """The tensors that come into being in this graph itself."""
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    yield from (tensor for node in graph.nodes for tensor in node.outputs if tensor.name)
+
+
+def shadowing(graph: Graph) -> tuple[set[str], set[int]]:
+    """Names a body declares although a graph around it has them too, and the ids of the graphs inside
+    which such a name does not mean the outer tensor."""
+    names: set[str] = set()
+    inside: set[int] = set()
+    pending: list[tuple[Graph, tuple[frozenset[str], ...]]] = [(graph, ())]
+    while pending:
+        current, around = pending.pop()
+        mine = frozenset(tensor.name for tensor in tensors(current))
+        hidden = {name for name in mine if any(name in outer for outer in around)}
+        if hidden:
+            names |= hidden
+            inside.update(id(each) for each in walk(current))
+        pending.extend((body, (*around, mine)) for node in current.nodes for body in node.bodies)
+    return names, inside
+
+
 def producer(tensor: Tensor | None) -> Node | None:
     """The node that makes this tensor; None for inputs, constants and omitted tensors."""
     return tensor.inputs[0] if tensor is not None and tensor.inputs else None

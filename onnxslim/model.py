@@ -92,6 +92,11 @@ class Model:
         """The model's own key-value pairs."""
         return {item.key: item.value for item in self.shell.metadata_props}
 
+    @property
+    def functions(self) -> frozenset[tuple[str, str]]:
+        """Domain and name of the operators the model defines itself; they hide standard ones."""
+        return frozenset((_domain(item.domain), item.name) for item in self.shell.functions)
+
     def copy(self) -> Model:
         """An independent model; values are shared, as nobody changes them in place."""
         twin = Model(ir.copy(self.graph), self.shell, self.source)

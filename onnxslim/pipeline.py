@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
 from onnxslim.check import Checker
-from onnxslim.errors import InvalidGraph, LoadError, PassError
+from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, PassError
 from onnxslim.graph import Array
 from onnxslim.model import Model, Stats
 from onnxslim.ops import cost
 from onnxslim.runtime import Target
+
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+Progress: TypeAlias = Callable[[str, int, "int | None"], None]
 
 options = validated(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
 
@@ -99,7 +102,7 @@ class Context:
     teacher: Model | None = None
     seed: int = 0
     jobs: int = 1
-    progress: Any = None
+    progress: Progress | None = None
 
 
 class Pass:
@@ -126,18 +129,15 @@ class Pass:
 
     def describe(self) -> str:
         """The pass with the options that differ from their defaults, as in a recipe."""
-        given = [
-            f"{item.name}={getattr(self, item.name)!r}"
-            for item in dataclasses.fields(self)  # type: ignore[arg-type]
-            if getattr(self, item.name) != _default(item)
-        ]
-        return f"{self.name}({', '.join(given)})"
+        given = {name: getattr(self, name) for name in _defaults(type(self))}
+        told = [f"{name}={value!r}" for name, value in given.items() if value != _defaults(type(self))[name]]
+        return f"{self.name}({', '.join(told)})"
 
 
-def _default(item: dataclasses.Field[Any]) -> Any:
-    if item.default_factory is not dataclasses.MISSING:
-        return item.default_factory()
-    return item.default
+def _defaults(cls: type[Pass]) -> dict[str, Any]:
+    """Default values of a pass's options, by name."""
+    fields: Mapping[str, Any] = getattr(cls, "__pydantic_fields__", {})
+    return {name: info.get_default(call_default_factory=True) for name, info in fields.items()}
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,10 @@ class Step:
     """What one pass did to the model.
 
     Attributes:
-        macs_before, macs_after: multiply-accumulates of one sample; None if a shape is unknown.
-        error: why the step was reverted; empty if it was kept.
+        macs_before, macs_after: multiply-accumulates of one sample of the size that was checked; None if a
+            shape is unknown.
+        error: why the step, or a part of it, was reverted; empty if all of it was kept.
+        kind: name of the pass, without its options.
     """
 
     name: str
@@ -157,6 +159,7 @@ class Step:
     macs_after: int | None
     changes: Changes
     error: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,10 @@ class Report:
         return text(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return dataclasses.asdict(self)
+        """Plain data for JSON: NaN is None, infinities are the strings "inf" and "-inf"."""
+        from onnxslim.report import plain
+
+        return dict(plain(self))
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ class Result:
     model: Model
     report: Report
 
-    def save(self, path: str, *, external_data: bool | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], *, external_data: bool | None = None) -> None:
         """Write the model; see `Model.save`."""
         self.model.save(path, external_data=external_data)
 
@@ -208,7 +213,7 @@ class Pipeline:
         target: Target | None = None,
         seed: int = 0,
         jobs: int = 1,
-        progress: Any = None,
+        progress: Progress | None = None,
     ) -> Result:
         """Run every pass on a copy of the model.
 
@@ -218,7 +223,8 @@ class Pipeline:
             target: where the result is to run; processors by default.
             seed: of everything random.
             jobs: processes that may work in parallel.
-            progress: called with (what, done, total) by long steps.
+            progress: called with (what, done, total): with the name of each pass before and after it, and by
+                long steps; the total is None where it is not known.
 
         Raises:
             PassError: with on_error="raise", when a pass fails or breaks the model.
@@ -226,29 +232,22 @@ class Pipeline:
         """
         ctx = Context(target or Target.cpu(), data, model, seed, jobs, progress)
         checker = Checker(model, ctx.target, _samples(data))
+        shapes = sample_shapes(model, checker.feeds[0]) if checker.feeds else None
+        stats, macs = model.stats(), cost.macs(model, shapes)
         steps: list[Step] = []
         for each in self.passes:
-            model, step = self._step(each, model, ctx, checker, steps)
-            steps.append(step)
+            _announce(ctx, each, 0)
+            start = time.perf_counter()
+            outcome, changes, error = self._attempt(each, model, ctx, checker, steps)
+            seconds = time.perf_counter() - start
+            before, macs_before = stats, macs
+            if outcome is not model:
+                model, stats, macs = outcome, outcome.stats(), cost.macs(outcome, shapes)
+            steps.append(
+                Step(each.describe(), seconds, before, stats, macs_before, macs, changes, error, each.name)
+            )
+            _announce(ctx, each, 1)
         return Result(model, Report(tuple(steps), tuple(checker.notes)))
-
-    def _step(
-        self, each: Pass, model: Model, ctx: Context, checker: Checker, steps: Sequence[Step]
-    ) -> tuple[Model, Step]:
-        start = time.perf_counter()
-        outcome, changes, error = self._attempt(each, model, ctx, checker, steps)
-        seconds = time.perf_counter() - start
-        step = Step(
-            each.describe(),
-            seconds,
-            model.stats(),
-            outcome.stats(),
-            cost.macs(model),
-            cost.macs(outcome),
-            changes,
-            error,
-        )
-        return outcome, step
 
     def _attempt(
         self, each: Pass, model: Model, ctx: Context, checker: Checker, steps: Sequence[Step]
@@ -271,8 +270,32 @@ class Pipeline:
         return model, Changes(), str(failure)
 
 
+def sample_shapes(model: Model, feeds: Mapping[str, Array]) -> Shapes:
+    """Shapes of the inputs for one sample: fixed sizes as declared, others as fed, and a batch of one."""
+    specs = [spec for spec in model.inputs() if spec.name in feeds]
+    batch = {spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], str)}
+    found: Shapes = {}
+    for spec in specs:
+        fed = feeds[spec.name].shape
+        declared = spec.shape if spec.shape is not None else (None,) * len(fed)
+        found[spec.name] = tuple(
+            dim if isinstance(dim, int) else 1 if axis == 0 or dim in batch else fed[axis]
+            for axis, dim in enumerate(declared)
+        )
+    return found
+
+
+def _announce(ctx: Context, each: Pass, done: int) -> None:
+    if ctx.progress:
+        ctx.progress(each.name, done, 1)
+
+
 def _samples(data: Any) -> list[Mapping[str, Array]]:
-    return [] if data is None else [next(iter(data))]
+    if data is None:
+        return []
+    for feeds in data:
+        return [feeds]
+    raise CalibrationError("the calibration data is empty")
 
 
 def _check(each: Pass, candidate: Model, changes: Changes, checker: Checker) -> None:

@@ -51,7 +51,8 @@ def shape_of(type_proto: onnx.TypeProto) -> Shape:
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
     kind = dim.WhichOneof("value")
     if kind == "dim_value":
-        return int(dim.dim_value)
+        # Some exporters write -1 where they mean "unknown".
+        return int(dim.dim_value) if dim.dim_value >= 0 else None
     return str(dim.dim_param) or None if kind == "dim_param" else None
 
 
@@ -113,9 +114,7 @@ def _declare_values(graph: Graph, proto: GraphProto, scope: Scope, ir_version: i
     for tensor in proto.initializer:
         constants[tensor.name] = Constant(tensor.name, proto=tensor, load=_loader(tensor, decode))
     for sparse in proto.sparse_initializer:
-        constants[sparse.values.name] = Constant(
-            sparse.values.name, proto=sparse, load=_dense(sparse, decode)
-        )
+        constants[sparse.values.name] = Constant(sparse.values.name, proto=sparse, load=dense(sparse, decode))
     for info in proto.input:
         if info.name in constants:
             if ir_version < OVERRIDABLE_SINCE_IR:
@@ -158,13 +157,15 @@ def _loader(tensor: TensorProto, decode: Decode) -> Callable[[], Array]:
     return lambda: decode(tensor)
 
 
-def _dense(sparse: onnx.SparseTensorProto, decode: Decode) -> Callable[[], Array]:
+def dense(sparse: onnx.SparseTensorProto, decode: Decode) -> Callable[[], Array]:
+    """A function that makes the tensor of a sparse one."""
+
     def load() -> Array:
         values, indices = decode(sparse.values), decode(sparse.indices)
-        dense = np.zeros(tuple(sparse.dims), values.dtype)
+        array = np.zeros(tuple(sparse.dims), values.dtype)
         flat = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), tuple(sparse.dims))
-        dense.reshape(-1)[flat] = values
-        return dense
+        array.reshape(-1)[flat] = values
+        return array
 
     return load
 
@@ -266,7 +267,8 @@ def _value_infos(graph: Graph, constants: list[Constant], origin: GraphProto) ->
             yield _value_info(tensor)
         elif (tensor is not None and _as_read(tensor)) or info.name in others:
             yield info
-    yield from (_value_info(t) for t in made.values() if id(t) not in fixed and t.dtype is not None)
+    # What inference found is not written: anyone can infer it again, and it would make the file grow.
+    yield from (_value_info(t) for t in made.values() if id(t) not in fixed and t.proto is not None)
 
 
 def _unregistered(graph: Graph, known: set[int]) -> Iterable[Constant]:

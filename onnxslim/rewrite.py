@@ -7,12 +7,15 @@ rewrite needs and says which is missing; `rewrite` edits. A fact that is not kno
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
 from onnxslim import graph as ir
+from onnxslim import shapes
 from onnxslim.graph import Array, Attribute, Constant, Graph, Namer, Node, Shape, Tensor, Variable
 from onnxslim.model import DEFAULT_DOMAINS, Model
 from onnxslim.pipeline import MAX_ROUNDS, Log
@@ -35,6 +38,11 @@ class Editor:
         self._fixed = ir.protected(model.graph)
         self._gone: set[int] = set()
         self._added: dict[int, list[Node]] = {}
+        self._freed: list[Tensor] = []
+        self._hidden, self._hiding = ir.shadowing(model.graph)
+        self._facts = shapes.deduce(model)
+        # Facts are kept by id, which would be given to another object if one of these went away.
+        self._alive = [list(ir.tensors(graph)) for graph in model.graphs()]
 
     # Facts
 
@@ -45,6 +53,28 @@ class Editor:
     def sole_consumer(self, tensor: Tensor) -> Node | None:
         """The node that alone reads a tensor, once; None if others do or if it is an output."""
         return tensor.outputs[0] if len(tensor.outputs) == 1 and not self.is_output(tensor) else None
+
+    def shape(self, tensor: Tensor) -> Shape:
+        """What is certain about a shape; annotations that exporters or users got wrong do not count."""
+        if isinstance(tensor, Constant):
+            return tensor.shape
+        fact = self._facts.get(id(tensor))
+        return fact.shape if fact else None
+
+    def dtype(self, tensor: Tensor) -> np.dtype[Any] | None:
+        """What is certain about an element type."""
+        if isinstance(tensor, Constant):
+            return tensor.dtype
+        fact = self._facts.get(id(tensor))
+        return fact.dtype if fact else None
+
+    def is_shadowed(self, tensor: Tensor) -> bool:
+        """Whether a body has a tensor of its own under this name, so that it cannot read this one."""
+        return tensor.name in self._hidden
+
+    def can_edit(self, graph: Graph) -> bool:
+        """Whether nodes of a graph can be made to read any tensor around it."""
+        return id(graph) not in self._hiding
 
     def is_gone(self, node: Node) -> bool:
         """Whether a rule removed this node."""
@@ -86,17 +116,40 @@ class Editor:
         """Turn a node into another one that makes the same outputs under the same name."""
         outputs = list(node.outputs)
         self.remove(node)
-        twin = Node(op, node.name, attrs, inputs, outputs, "")
+        # The declaration carries doc string and metadata; operator and attributes are written anew.
+        twin = Node(op, node.name, attrs, inputs, outputs, "", node.proto)
         self._added.setdefault(id(node), []).append(twin)
         return twin
 
+    def set_input(self, node: Node, index: int, tensor: Tensor) -> None:
+        """Make a node read another tensor at an input, which may be one it did not have."""
+        while len(node.inputs) <= index:
+            node.inputs.append(ir.empty())
+        self._freed.append(node.inputs[index])
+        node.inputs[index] = tensor
+
+    def set_values(self, node: Node, index: int, values: Array) -> None:
+        """Give a node other values at a constant input; what else reads the old ones keeps them."""
+        tensor = node.inputs[index]
+        if isinstance(tensor, Constant) and self.sole_consumer(tensor) is node:
+            tensor.values = values
+        else:
+            self.set_input(node, index, self.constant(tensor.name, values))
+
     def remove(self, node: Node) -> None:
-        """Take a node out; its outputs are left without a producer."""
-        ir.detach(node)
-        self._gone.add(id(node))
+        """Take a node out with the graphs in it; its outputs are left without a producer.
+
+        What only it read is dropped too, at `commit`.
+        """
+        for each in (node, *(inner for body in node.bodies for inner in ir.all_nodes(body))):
+            self._freed.extend(each.inputs)
+            ir.detach(each)
+            self._gone.add(id(each))
 
     def can_bypass(self, tensor: Variable, source: Tensor) -> bool:
         """Whether readers of `tensor` can read `source` instead with every output name kept."""
+        if self.is_shadowed(tensor) or self.is_shadowed(source):
+            return False
         if not self.is_output(tensor):
             return True
         # The maker of `source` takes over the output's name, if it has one in the same graph.
@@ -114,10 +167,7 @@ class Editor:
         if not self.is_output(tensor):
             ir.replace_uses(tensor, source)
             return
-        maker = source.inputs[0]
-        index = next(i for i, made in enumerate(maker.outputs) if made is source)
-        maker.outputs[index] = tensor
-        ir.replace_uses(source, tensor)
+        self._rename_output(source, tensor)
 
     def _same_graph(self, tensor: Tensor, source: Tensor) -> bool:
         for graph in self.model.graphs():
@@ -127,8 +177,59 @@ class Editor:
                 return id(source.inputs[0]) in mine | added
         return False
 
+    def inline(self, node: Node, body: Graph) -> None:
+        """Put the nodes of a body without inputs in place of the node that holds it.
+
+        The outputs of the body become those of the node; names that others have too are replaced.
+        """
+        wanted = [(out, result) for out, result in zip(node.outputs, body.outputs, strict=True) if out.name]
+        for key in [key for key, value in node.attrs.items() if value is body]:
+            del node.attrs[key]
+        self.remove(node)
+        self._rename_apart(body)
+        moved = self._added.setdefault(id(node), [])
+        moved.extend(body.nodes)
+        made = {id(tensor) for inner in body.nodes for tensor in inner.outputs}
+        self._fixed -= made
+        stand_in: dict[int, Tensor] = {}
+        for output, result in wanted:
+            if id(result) in made and id(result) not in stand_in:
+                self._rename_output(result, output)
+                stand_in[id(result)] = output
+                continue
+            source = stand_in.get(id(result), result)
+            if self.is_output(output):
+                moved.append(Node("Identity", self.name(f"{output.name}_Identity"), {}, [source], [output]))
+            else:
+                ir.replace_uses(output, source)
+
+    def _rename_output(self, source: Tensor, tensor: Variable) -> None:
+        """Let the maker of `source` make `tensor` instead."""
+        maker = source.inputs[0]
+        index = next(i for i, made in enumerate(maker.outputs) if made is source)
+        maker.outputs[index] = tensor
+        ir.replace_uses(source, tensor)
+
+    @cached_property
+    def _counts(self) -> tuple[Counter[str], Counter[str]]:
+        """How often each name of a tensor and of a node was used when this editor started."""
+        return (
+            Counter(tensor.name for graph in self.model.graphs() for tensor in ir.tensors(graph)),
+            Counter(node.name for node in self.model.nodes()),
+        )
+
+    def _rename_apart(self, body: Graph) -> None:
+        tensors, nodes = self._counts
+        for tensor in ir.tensors(body):
+            if tensors[tensor.name] > 1:
+                tensor.name = self.name(tensor.name)
+        for node in body.nodes:
+            if node.name and nodes[node.name] > 1:
+                node.name = self.name(node.name)
+
     def commit(self) -> None:
-        """Put new nodes in their places and drop removed ones."""
+        """Put new nodes in their places, drop removed ones and what nobody reads because of that."""
+        self._drop_unread()
         for graph in list(self.model.graphs()):
             if not any(id(node) in self._added or id(node) in self._gone for node in graph.nodes):
                 continue
@@ -139,6 +240,22 @@ class Editor:
             ir.sort(graph)
         self._gone.clear()
         self._added.clear()
+
+    def _drop_unread(self) -> None:
+        unread: set[int] = set()
+        while self._freed:
+            tensor = self._freed.pop()
+            if tensor.outputs or self.is_output(tensor):
+                continue
+            if isinstance(tensor, Constant):
+                unread.add(id(tensor))
+                continue
+            node = ir.producer(tensor)
+            if node is not None and not any(out.outputs or self.is_output(out) for out in node.outputs):
+                self.remove(node)
+        for graph in self.model.graphs() if unread else ():
+            for name in [name for name, value in graph.initializers.items() if id(value) in unread]:
+                del graph.initializers[name]
 
     def _placed(self, node: Node) -> Iterable[Node]:
         # A new node may itself be the anchor of newer ones.
@@ -176,9 +293,11 @@ class Rule(ABC, Generic[M]):
 def apply(rules: Sequence[Rule[Any]], model: Model, log: Log) -> bool:
     """Apply rules everywhere, bodies included, until none fires; True if any did."""
     table: dict[str, list[Rule[Any]]] = {}
+    # A function of the model's own goes before the standard operator of its name.
+    redefined = {function.name for function in model.shell.functions if function.domain in DEFAULT_DOMAINS}
     for rule in rules:
         if model.opset >= rule.since:
-            for op in rule.ops:
+            for op in rule.ops - redefined:
                 table.setdefault(op, []).append(rule)
     changed = False
     for _ in range(MAX_ROUNDS):
@@ -193,7 +312,7 @@ def apply(rules: Sequence[Rule[Any]], model: Model, log: Log) -> bool:
 
 def _visit(graph: Graph, table: Mapping[str, list[Rule[Any]]], edit: Editor, log: Log) -> int:
     fired = 0
-    for node in list(graph.nodes):
+    for node in list(graph.nodes) if edit.can_edit(graph) else ():
         if node.domain not in DEFAULT_DOMAINS:
             continue
         for rule in table.get(node.op, ()):

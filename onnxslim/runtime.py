@@ -55,7 +55,9 @@ class Quantized:
         integer_bias: whether a bias is stored as int32 with the product of both scales.
         saturates: whether a kernel may add two uint8·int8 products in 16 bits.
         fuses_relu: whether a Relu is taken into the range of what follows it.
-        kernels: operators, besides those with weights, that have an integer kernel.
+        min_channels: convolutions that sum over fewer channels, depthwise ones apart, are faster in floating
+            point; that is the first one of a network, which is also the most sensitive.
+        kernels: operators with an integer kernel, besides those that only move data.
     """
 
     activation: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
@@ -64,18 +66,33 @@ class Quantized:
     integer_bias: bool = True
     saturates: bool = False
     fuses_relu: bool = True
+    min_channels: int = 1
     kernels: frozenset[str] = frozenset()
 
 
+_LINEAR_KERNELS = ("Conv", "Gemm", "MatMul")
 _CPU_KERNELS = frozenset(
-    ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax")
+    (
+        *_LINEAR_KERNELS,
+        "Add",
+        "Mul",
+        "Concat",
+        "AveragePool",
+        "GlobalAveragePool",
+        "LeakyRelu",
+        "HardSigmoid",
+        "Sigmoid",
+        "Softmax",
+    )
 )
 _GPU = Quantized(
     activation=np.dtype(np.int8),
     symmetric=True,
     integer_bias=False,
     fuses_relu=False,
-    kernels=frozenset(("Add", "AveragePool", "GlobalAveragePool", "Concat")),
+    kernels=frozenset(
+        (*_LINEAR_KERNELS, "ConvTranspose", "Add", "AveragePool", "GlobalAveragePool", "Concat")
+    ),
 )
 
 
@@ -100,7 +117,7 @@ class Target:
     @staticmethod
     def cpu(threads: int = 0) -> Target:
         """Processors. uint8·int8 kernels without VNNI add in 16 bits, so files are made safe for both."""
-        rules = Quantized(saturates=True, kernels=_CPU_KERNELS)
+        rules = Quantized(saturates=True, min_channels=4, kernels=_CPU_KERNELS)
         return Target("cpu", CPU, threads=threads, quantized=rules)
 
     @staticmethod

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import onnx
 import onnx.shape_inference
 from onnx import GraphProto, TensorProto
 
 from onnxslim import proto
-from onnxslim.graph import Constant, Graph, Variable
+from onnxslim.graph import Constant, Graph, Node, Shape, Variable
 from onnxslim.model import Model
 
 # Shape inference reads the values of constants that steer shapes, never those of weights.
@@ -25,20 +30,97 @@ def infer(model: Model, *, outputs: bool = False) -> None:
     used only where inference says nothing. Inputs and outputs keep what is declared. A graph on which
     inference fails keeps what it has.
     """
-    skeleton = model.to_proto_with(_small_values)
+    skeleton = _skeleton(model)
     inferred = _infer(_stripped(skeleton)) or _infer(skeleton)
-    if inferred is None:
-        return
-    # Walked side by side: two bodies may use one name for different tensors.
-    pending = [(model.graph, inferred.graph)]
+    if inferred is not None:
+        for graph, found in _side_by_side(model.graph, inferred.graph):
+            _apply(graph, found, outputs)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is certain about a tensor.
+
+    Attributes:
+        dtype: type of its elements; None if unknown or if it is not a tensor.
+        shape: as for any tensor. Two axes with one symbol have one size, even if it is not declared.
+    """
+
+    dtype: np.dtype[Any] | None
+    shape: Shape
+
+
+def deduce(model: Model) -> dict[int, Fact]:
+    """What follows from inputs, constants and operators alone, by id of the tensor.
+
+    In contrast to `infer`, nothing is taken from annotations of inner tensors or from declared outputs.
+
+    Args:
+        model: not modified.
+    """
+    bare = _skeleton(model)
+    _forget(bare.graph)
+    _name_axes(bare.graph)
+    inferred = _infer(bare)
+    facts: dict[int, Fact] = {}
+    for graph, found in _side_by_side(model.graph, (inferred or bare).graph):
+        infos = {info.name: info for info in (*found.input, *found.value_info, *found.output)}
+        for tensor in (*graph.inputs, *(made for node in graph.nodes for made in node.outputs)):
+            if tensor.name in infos:
+                facts[id(tensor)] = _fact(infos[tensor.name].type)
+    return facts
+
+
+def _fact(kind: onnx.TypeProto) -> Fact:
+    return Fact(proto.dtype_of(kind.tensor_type.elem_type), proto.shape_of(kind))
+
+
+def _skeleton(model: Model) -> onnx.ModelProto:
+    """The model without weights, and without defaults of inputs, which are no constants."""
+    skeleton = model.to_proto_with(_small_values)
+    if model.graph.defaults:
+        kept = [item for item in skeleton.graph.initializer if item.name not in model.graph.defaults]
+        del skeleton.graph.initializer[:]
+        skeleton.graph.initializer.extend(kept)
+    return skeleton
+
+
+def _forget(graph: GraphProto) -> None:
+    """Drop every shape that is not declared of an input of the model."""
+    pending = [(graph, False)]
+    while pending:
+        current, nested = pending.pop()
+        del current.value_info[:]
+        for info in (*current.output, *(current.input if nested else ())):
+            if info.type.WhichOneof("value") == "tensor_type":
+                info.type.tensor_type.ClearField("shape")
+        pending.extend(
+            (item.g, True) for node in current.node for item in node.attribute if item.HasField("g")
+        )
+
+
+def _name_axes(graph: GraphProto) -> None:
+    """Give axes that have neither size nor symbol a symbol of their own, for inference to carry along."""
+    for info in graph.input:
+        for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+            if not dim.dim_param and not dim.HasField("dim_value"):
+                dim.dim_param = f"{info.name}[{axis}]"
+
+
+def _side_by_side(graph: Graph, found: GraphProto) -> Iterator[tuple[Graph, GraphProto]]:
+    """Graphs and their protobufs in pairs: two bodies may use one name for different tensors."""
+    pending = [(graph, found)]
     while pending:
         graph, found = pending.pop()
-        _apply(graph, found, outputs)
+        yield graph, found
         for node, made in zip(graph.nodes, found.node, strict=True):
-            bodies = {item.name: item.g for item in made.attribute if item.HasField("g")}
-            pending.extend(
-                (value, bodies[name]) for name, value in node.attrs.items() if isinstance(value, Graph)
-            )
+            pending.extend(_bodies(node, made))
+
+
+def _bodies(node: Node, made: onnx.NodeProto) -> Iterator[tuple[Graph, GraphProto]]:
+    if node.bodies:
+        graphs = {item.name: item.g for item in made.attribute if item.HasField("g")}
+        yield from ((value, graphs[name]) for name, value in node.attrs.items() if isinstance(value, Graph))
 
 
 def _apply(graph: Graph, found: GraphProto, outputs: bool) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from onnxslim.graph import Node
 from onnxslim.ops.spec import OpSpec, Role, register
 
 
@@ -9,14 +12,34 @@ def _text(body: str, inputs: str = "float[N,2,4,4] x", output: str = "float[N,2,
     return f'<ir_version: 8, opset_import: ["" : 17]>\ng ({inputs}) => ({output}) {{ {body} }}'
 
 
+def _clip_limits(node: Node) -> tuple[float, float] | None:
+    """Limits are attributes before opset 11 and inputs since; a limit that is left out is none."""
+    limits = []
+    for index, name, default in ((1, "min", -math.inf), (2, "max", math.inf)):
+        values = node.constant(index)
+        if values is None and node.input(index) is not None:
+            return None
+        limits.append(float(values.item()) if values is not None else float(node.attrs.get(name, default)))
+    return limits[0], limits[1]
+
+
+def _hard_sigmoid_unfit(node: Node) -> str | None:
+    """Its integer form adds a positive constant to scaled codes, see the quantizer."""
+    alpha, beta = node.attrs.get("alpha", 0.2), node.attrs.get("beta", 0.5)
+    return None if alpha > 0 and beta > 0 else "its alpha or beta is not positive"
+
+
 _TWO = "float[N,2,4,4] x, float[1,2,1,1] z"
 
 register(
-    OpSpec("Relu", role=Role.CLAMP, data=(0,), example=_text("y = Relu(x)")),
+    OpSpec(
+        "Relu", role=Role.CLAMP, data=(0,), limits=lambda node: (0.0, math.inf), example=_text("y = Relu(x)")
+    ),
     OpSpec(
         "Clip",
         role=Role.CLAMP,
         data=(0,),
+        limits=_clip_limits,
         example=_text(
             "l = Constant<value_float=0.0>() h = Constant<value_float=6.0>() y = Clip(x, l, h)",
         ),
@@ -26,6 +49,7 @@ register(
     OpSpec(
         "Concat",
         role=Role.KERNEL,
+        joins=True,
         example=_text("y = Concat<axis=1>(x, z)", "float[N,2,4,4] x, float[N,3,4,4] z", "float[N,5,4,4] y"),
     ),
     OpSpec(
@@ -42,5 +66,12 @@ register(
     ),
     OpSpec("LeakyRelu", role=Role.KERNEL, data=(0,), example=_text("y = LeakyRelu(x)")),
     OpSpec("Sigmoid", role=Role.KERNEL, data=(0,), example=_text("y = Sigmoid(x)")),
+    OpSpec(
+        "HardSigmoid",
+        role=Role.KERNEL,
+        data=(0,),
+        unfit=_hard_sigmoid_unfit,
+        example=_text("y = HardSigmoid<alpha=0.25, beta=0.5>(x)"),
+    ),
     OpSpec("Softmax", role=Role.KERNEL, data=(0,), example=_text("y = Softmax(x)")),
 )

@@ -32,6 +32,28 @@ def _gemm_macs(node: Node) -> int | None:
     return math.prod(output) * left[0 if node.attrs.get("transA", 0) else 1]
 
 
+def _is_depthwise(node: Node) -> bool:
+    shape = node.inputs[1].shape
+    return shape is not None and shape[1] == 1 and node.attrs.get("group", 1) == shape[0]
+
+
+def _matmul_unfit(node: Node) -> str | None:
+    shape = node.inputs[1].shape
+    return None if shape is not None and len(shape) == 2 else "its weight is not a matrix"
+
+
+def _gemm_unfit(node: Node) -> str | None:
+    """Integer kernels add a bias of one value per column, as it is."""
+    bias = node.input(2)
+    if bias is None:
+        return None
+    if node.attrs.get("beta", 1.0) != 1.0 or node.attrs.get("alpha", 1.0) != 1.0:
+        return "its alpha or beta is not 1"
+    if bias.shape is None or [dim for dim in bias.shape if dim != 1] != [bias.shape[-1]]:
+        return "its bias is not one value per column"
+    return None
+
+
 def _recurrent_macs(node: Node) -> int | None:
     """Steps times batch times the weights that each step reads."""
     data = sizes(node.inputs[0].shape)
@@ -46,6 +68,9 @@ register(
         "Conv",
         role=Role.LINEAR,
         data=(0,),
+        requantized=True,
+        channelwise=_is_depthwise,
+        input_channels=lambda node: (node.inputs[1].shape or (0, 0))[1],  # type: ignore[return-value]
         channel_axis=lambda node: 0,
         macs=_conv_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
@@ -55,6 +80,7 @@ g (float[N,2,5,5] x, float[3,2,3,3] w, float[3] b) => (float[N,3,3,3] y) { y = C
         "ConvTranspose",
         role=Role.LINEAR,
         data=(0,),
+        requantized=True,
         channel_axis=lambda node: 1,
         macs=_conv_transpose_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
@@ -66,6 +92,7 @@ g (float[N,2,3,3] x, float[2,3,2,2] w, float[3] b) => (float[N,3,6,6] y)
         role=Role.LINEAR,
         data=(0,),
         channel_axis=lambda node: 0 if node.attrs.get("transB", 0) else 1,
+        unfit=_gemm_unfit,
         macs=_gemm_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,4] x, float[3,4] w, float[3] b) => (float[N,3] y) { y = Gemm<transB=1>(x, w, b) }""",
@@ -75,6 +102,7 @@ g (float[N,4] x, float[3,4] w, float[3] b) => (float[N,3] y) { y = Gemm<transB=1
         role=Role.LINEAR,
         data=(0, 1),
         channel_axis=lambda node: len(node.inputs[1].shape or (0,)) - 1,
+        unfit=_matmul_unfit,
         macs=_matmul_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,5,4] x, float[4,3] w) => (float[N,5,3] y) { y = MatMul(x, w) }""",

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from onnxslim.graph import Node
 from onnxslim.ops.spec import OpSpec, Role, register
 
 
-def _move(op: str, body: str, *, output: str, inputs: str = "float[N,2,4,4] x") -> OpSpec:
+def _resize_unfit(node: Node) -> str | None:
+    """Cubic weights are negative in places, and then results lie outside the range of the input."""
+    return "it interpolates cubically" if node.attrs.get("mode") == "cubic" else None
+
+
+def _move(
+    op: str,
+    body: str,
+    *,
+    output: str,
+    inputs: str = "float[N,2,4,4] x",
+    unfit: Callable[[Node], str | None] | None = None,
+) -> OpSpec:
     """A row of an operator that moves its first input."""
     example = f'<ir_version: 8, opset_import: ["" : 18]>\ng ({inputs}) => ({output}) {{ {body} }}'
-    return OpSpec(op, role=Role.MOVE, data=(0,), example=example)
+    return OpSpec(op, role=Role.MOVE, data=(0,), unfit=unfit, example=example)
 
 
 register(
@@ -67,5 +82,6 @@ register(
         'y = Resize<mode="nearest", coordinate_transformation_mode="asymmetric", '
         'nearest_mode="floor">(x, , e)',
         output="float[N,2,8,8] y",
+        unfit=_resize_unfit,
     ),
 )

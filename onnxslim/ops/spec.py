@@ -45,6 +45,13 @@ class OpSpec:
         role: what quantization may do with it.
         data: inputs that carry data, as opposed to shapes, axes, sizes or weights; None means all.
         channel_axis: for LINEAR, the axis of the weight (input 1) that runs over output channels.
+        requantized: for LINEAR, whether its integer kernel makes integers only; others may leave the
+            result in floating point.
+        joins: whether it puts several tensors into one, which then have one scale.
+        channelwise: for LINEAR, whether a node has one input channel per output channel.
+        input_channels: for convolutions, the input channels that one output channel sums over.
+        limits: for CLAMP, the range a node lets through; None if that is not known.
+        unfit: why a particular node cannot play its role (an attribute its kernels do not support).
         macs: multiply-accumulates; None counts as zero.
         foldable: whether it can be computed once and for all when its inputs are constant.
         pure: whether two nodes with equal inputs and attributes make equal outputs.
@@ -56,6 +63,12 @@ class OpSpec:
     role: Role = Role.FLOAT
     data: tuple[int, ...] | None = None
     channel_axis: Callable[[Node], int] | None = None
+    requantized: bool = False
+    joins: bool = False
+    channelwise: Callable[[Node], bool] | None = None
+    input_channels: Callable[[Node], int] | None = None
+    limits: Callable[[Node], tuple[float, float] | None] | None = None
+    unfit: Callable[[Node], str | None] | None = None
     macs: Macs | None = None
     foldable: bool = True
     pure: bool = True

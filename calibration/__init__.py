@@ -1,0 +1,4 @@
+"""Calibration: feeds in, mergeable statistics and quantization ranges out."""
+
+if __name__ != "onnxslim.calibration":
+    raise ImportError(f"import onnxslim.calibration, not {__name__}: a second copy would not share its types")

@@ -1,0 +1,166 @@
+"""Collects statistics of inner tensors in one streaming pass over calibration data.
+
+Tensors are tapped as extra outputs of the model, with ONNX Runtime's optimizations left on: only those that
+survive fusion are worth a tap, and the rest of the network runs as fast as it will later. Nothing is kept of
+a batch but what the observers make of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from typing import Any, TypeAlias
+
+import joblib
+import numpy as np
+import onnx
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.observers import Distribution, Histogram
+from onnxslim.errors import CalibrationError, LoadError
+from onnxslim.graph import Array
+from onnxslim.model import Model
+from onnxslim.runtime import Session, Target
+
+Progress: TypeAlias = Callable[[str, int, int | None], None]
+Statistics: TypeAlias = dict[str, Histogram]
+
+# Levels of ONNX Runtime's optimization, tried in turn: a fusion may swallow a tensor that is tapped.
+LEVELS = ("all", "basic", "none")
+
+
+def collect(
+    model: Model,
+    data: CalibrationData,
+    tensors: Sequence[str],
+    *,
+    target: Target | None = None,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Histogram]:
+    """Histograms of tensors of the main graph over all batches.
+
+    Args:
+        model: not modified.
+        data: batches of inputs, of any size and shape the model takes.
+        tensors: names of floating-point tensors: inputs, outputs or anything in between.
+        target: where to run; processors by default.
+        jobs: processes that share the batches; the result does not depend on their number.
+        progress: called with ("calibrating", batches done, batches in all).
+
+    Raises:
+        CalibrationError: the data does not fit the model, is empty, or makes a tensor NaN or infinite.
+    """
+    if jobs == 1:
+        found = _observe(tapped(model, tensors), data, tensors, target, progress)
+    else:
+        found = _in_parallel(model, data, tensors, target or Target.cpu(), jobs)
+    for name in tensors:
+        _require_usable(name, found[name])
+    return found
+
+
+def tapped(model: Model, tensors: Sequence[str]) -> Model:
+    """A copy of the model in which these tensors are outputs too."""
+    copy = model.copy()
+    made = {tensor.name: tensor for node in copy.graph.nodes for tensor in node.outputs}
+    present = {tensor.name for tensor in (*copy.graph.inputs, *copy.graph.outputs)}
+    copy.graph.outputs.extend(made[name] for name in tensors if name not in present)
+    return copy
+
+
+def _observe(
+    model: Model,
+    batches: Iterable[Mapping[str, Array]],
+    tensors: Sequence[str],
+    target: Target | None,
+    progress: Progress | None = None,
+) -> Statistics:
+    observers = {name: Histogram() for name in tensors}
+    runner = _Runner(model, target)
+    total = len(batches) if isinstance(batches, Sized) else None
+    for index, feeds in enumerate(batches):
+        values = runner.run(feeds, [name for name in tensors if name not in feeds])
+        for name in tensors:
+            observers[name].update(values[name] if name in values else feeds[name])
+        if progress:
+            progress("calibrating", index + 1, total)
+    return observers
+
+
+class _Runner:
+    """A session that steps down to weaker optimization when the tapped graph does not run at a stronger."""
+
+    def __init__(self, model: Model, target: Target | None) -> None:
+        self._model = model
+        self._target = target
+        self._session: Session | None = None
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Any]:
+        if self._session is not None:
+            return self._attempt(self._session, feeds, outputs)
+        problem = LoadError("no session")
+        for level in LEVELS:
+            try:
+                session = Session(self._model, self._target, optimize=level)
+                values = session.run(feeds, outputs)
+            except LoadError as error:
+                problem = error
+                continue
+            self._session = session
+            return values
+        raise CalibrationError(f"the model does not run on the calibration data: {problem}")
+
+    @staticmethod
+    def _attempt(session: Session, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Any]:
+        try:
+            return session.run(feeds, outputs)
+        except LoadError as error:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
+            raise CalibrationError(f"the model does not run on a batch of {shapes}: {error}") from error
+
+
+def _in_parallel(
+    model: Model, data: CalibrationData, tensors: Sequence[str], target: Target, jobs: int
+) -> Statistics:
+    proto = tapped(model, tensors).to_proto().SerializeToString()
+    # One thread per process: the processes are the parallelism.
+    work = (
+        joblib.delayed(_shard)(proto, data.shard(index, jobs), tensors, target.with_threads(1))
+        for index in range(jobs)
+    )
+    merged: Statistics = {name: Histogram() for name in tensors}
+    for part in joblib.Parallel(n_jobs=jobs)(work):
+        for name in tensors:
+            merged[name].merge(part[name])
+    return merged
+
+
+def _shard(proto: bytes, data: CalibrationData, tensors: Sequence[str], target: Target) -> Statistics:
+    return _observe(Model.from_proto(onnx.ModelProto.FromString(proto)), data, tensors, target)
+
+
+def _require_usable(name: str, seen: Histogram) -> None:
+    if seen.nan or seen.posinf or seen.neginf:
+        raise CalibrationError(
+            f"tensor '{name}' becomes NaN ({seen.nan} values) or infinite ({seen.posinf + seen.neginf}) "
+            "on the calibration data; check the data, or exclude the node that makes it"
+        )
+    if not seen.count:
+        raise CalibrationError(f"no sample of the calibration data reached tensor '{name}'")
+
+
+def merge(parts: Sequence[Histogram]) -> Distribution:
+    """The distribution over several tensors that are to share one scale."""
+    whole = Histogram(parts[0].bins)
+    for part in parts:
+        whole.merge(part)
+    return whole.result()
+
+
+def is_mask(values: Array) -> bool:
+    """Whether a constant holds infinities or mask values, which must not set a range."""
+    if values.size == 0:
+        return False
+    histogram = Histogram()
+    histogram.update(np.asarray(values))
+    return bool(histogram.nan or histogram.posinf or histogram.neginf or histogram.masked)

@@ -1,0 +1,1 @@
+"""Real models to test and measure with: small ones that ship (`fashion`), larger ones to fetch (`zoo`)."""

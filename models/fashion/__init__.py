@@ -1,0 +1,1 @@
+"""Three Fashion-MNIST networks with calibration and test images, as package data."""

@@ -1,0 +1,609 @@
+"""The command line: words in, a pipeline run, words out. Everything heavy is imported when it is needed."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import traceback
+import warnings
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from onnxslim.errors import CalibrationError, OnnxSlimError, SaveError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from onnxslim.calibration.data import CalibrationData
+    from onnxslim.graph import Array
+    from onnxslim.model import Model
+    from onnxslim.pipeline import Pass, Progress, Report, Result
+    from onnxslim.runtime import Target
+    from onnxslim.verdict import Verdict
+
+T = TypeVar("T")
+
+INTERRUPTED = 130
+IO_ERROR = SaveError.exit_code
+INTERNAL_ERROR = 1
+DEFAULT_COMMAND = "slim"
+LABEL_KEYS = ("label", "labels")
+
+# Typer brings a click of its own or uses the installed one; either way this is its UsageError.
+_ClickUsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: words after the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0 ok, 2 usage, 3 bad model, 4 validation failed, 5 calibration data, 6 files,
+        7 provider, 130 interrupted, 1 for a mistake of ours.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        try:
+            # Typer may itself turn an interruption into this code.
+            code = typer.main.get_command(app).main(words, prog_name="onnxslim", standalone_mode=False)
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except Exception as error:
+            if "--debug" in words:
+                traceback.print_exc()
+            return _failed(error)
+    if code == INTERRUPTED:
+        _log("interrupted")
+    return code if isinstance(code, int) else 0
+
+
+def _failed(error: Exception) -> int:
+    """Say in one line what went wrong; returns the exit code."""
+    if isinstance(error, OnnxSlimError):
+        code, message = error.exit_code, str(error)
+    elif isinstance(error, _ClickUsageError):
+        code, message = UsageError.exit_code, _usage_message(error)
+    elif isinstance(error, OSError):
+        code, message = IO_ERROR, f"{error.filename or 'file'}: {error.strerror or error}"
+    else:
+        code = INTERNAL_ERROR
+        message = f"internal error, {type(error).__name__}: {error} (run with --debug for the traceback)"
+    _log(f"error: {message}")
+    return code
+
+
+def _usage_message(error: Any) -> str:
+    possible = get_close_matches(
+        getattr(error, "option_name", ""), getattr(error, "possibilities", None) or (), 1
+    )
+    if possible:
+        return f"no such option: {error.option_name}; did you mean {possible[0]}?"
+    return str(error.format_message())
+
+
+def _log(line: str) -> None:
+    from onnxslim.report import clean
+
+    print(f"onnxslim: {clean(' '.join(line.split()))}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _log(f"warning: {message}")
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+class _Commands(TyperGroup):
+    """A first word that is no command belongs to the default command: `onnxslim in.onnx out.onnx`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {*self.commands, *(name for param in self.get_params(ctx) for name in param.opts)}
+        if args and args[0] not in own:
+            self._require_no_typo(args[0])
+            args = [DEFAULT_COMMAND, *args]
+        return super().parse_args(ctx, args)
+
+    def _require_no_typo(self, word: str) -> None:
+        close = get_close_matches(word, self.commands, n=1)
+        if close and not os.path.exists(word):
+            raise UsageError(f"there is no command or file '{word}'; did you mean '{close[0]}'?")
+
+
+class _PassCommand(TyperCommand):
+    """A command named after a pass, with the fields of the pass as options; they are read when it is used."""
+
+    _generated: tuple[Any, ...] = ()
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        if not self._generated:
+            self._generated = tuple(_pass_params(str(self.name)))
+            self.params = [*self.params, *self._generated]
+        return super().get_params(ctx)
+
+    def invoke(self, ctx: Any) -> Any:
+        given = {param.name: ctx.params.pop(param.name) for param in self._generated}
+        ctx.obj = {name: value for name, value in given.items() if value not in (None, (), [])}
+        return super().invoke(ctx)
+
+
+def _pass_params(name: str) -> list[Any]:
+    """The options of a pass as parameters of a command. None of them has a default: the pass has."""
+    from onnxslim import passes
+
+    def holder(**_: Any) -> None: ...
+
+    parameters = []
+    for option in passes.options_of(passes.get(name)):
+        kind: Any = bool if option.flag else list[str] if option.many else str
+        shown = "" if option.default in ("", "none") else f" [default: {option.default}]"
+        word = typer.Option(metavar=None if option.flag else option.type, help=option.help + shown)
+        parameters.append(
+            inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, word],
+            )
+        )
+    holder.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    scratch = typer.Typer(add_completion=False)
+    scratch.command()(holder)
+    return list(typer.main.get_command(scratch).params)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make ONNX models smaller and faster, and prove that they still work.\n\n"
+    "`onnxslim IN OUT` is short for `onnxslim slim IN OUT`.",
+)
+
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE|FOLDER",
+        help="inputs: an .npz with one array per model input, or a folder of .npz batches or of "
+        "test_data_set_N/input_M.pb",
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="samples per batch of an .npz")]
+LabelsKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY", help="array of the .npz that holds the class of every sample [default: label]"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON on the standard output instead of text")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but warnings and errors")]
+Debug = Annotated[bool, typer.Option("--debug", help="print the traceback of an error")]
+Checks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="what the result has to meet or it is not saved: sqnr (dB), top1, cosine, max_abs, "
+        "max_accuracy_drop, latency (ratio); may be repeated",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The options of every command that makes a model out of a model."""
+
+    source: Annotated[Path, typer.Argument(metavar="IN", help="the model")]
+    output: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="OUT", help="where to save the result, may be IN; without it nothing is saved"
+        ),
+    ] = None
+    data: Data = None
+    batch_size: BatchSize = 8
+    labels_key: LabelsKey = None
+    check: Checks = None
+    on_error: Annotated[
+        Literal["revert", "raise"], typer.Option(help="what to do with a pass that breaks the model")
+    ] = "revert"
+    target: Annotated[str, typer.Option(metavar="NAME", help="execution provider the result is made for")] = (
+        "cpu"
+    )
+    external_data: Annotated[
+        bool,
+        typer.Option("--external-data", help="put the weights in a .data file beside OUT, however small"),
+    ] = False
+    report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="save the report as JSON")] = None
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0
+    jobs: Annotated[int, typer.Option(min=1, help="processes that work in parallel")] = 1
+    json: Json = False
+    quiet: Quiet = False
+    debug: Debug = False
+
+
+def _with_job(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `_Job` after its own."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    fields = list(inspect.signature(_Job, eval_str=True).parameters.values())
+
+    def run(**words: Any) -> None:
+        command(_Job(**{field.name: words.pop(field.name) for field in fields}), **words)
+
+    run.__doc__ = command.__doc__
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *fields)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=lambda given: _version(given), help="print the version"
+        ),
+    ] = False,
+) -> None: ...
+
+
+def _version(given: bool) -> None:
+    if given:
+        import onnxslim
+
+        print(f"onnxslim {onnxslim.__version__}")
+        raise typer.Exit
+
+
+@app.command("slim", cls=_PassCommand)
+@_with_job
+def _slim(job: _Job, ctx: typer.Context) -> None:
+    """Simplify a model, same results."""
+    from onnxslim import passes
+
+    _process(job, [passes.create("slim", ctx.obj)])
+
+
+@app.command("quantize", cls=_PassCommand)
+@_with_job
+def _quantize(job: _Job, ctx: typer.Context) -> None:
+    """Make a model run in 8-bit integers.
+
+    Ranges are calibrated on --data.
+    """
+    from onnxslim import passes
+
+    _process(job, [passes.create("quantize", ctx.obj)])
+
+
+@app.command("run")
+@_with_job
+def _run(
+    job: _Job,
+    chain: Annotated[
+        list[str],
+        typer.Option(
+            "--pass", "-p", metavar="NAME[:OPTION=VALUE,…]", help="a pass; repeat for one after the other"
+        ),
+    ],
+) -> None:
+    """Run one pass after the other.
+
+    For example: onnxslim run in.onnx out.onnx -p slim -p quantize:observer=mse,exclude=/head/* --data calib.npz
+    """
+    from onnxslim import passes
+
+    _process(job, [passes.parse(text) for text in chain])
+
+
+@app.command("validate")
+def _validate(
+    first: Annotated[Path, typer.Argument(metavar="A", help="the original")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="what was made of it")],
+    data: Data = None,
+    batch_size: BatchSize = 8,
+    labels_key: LabelsKey = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="where to run: cpu, cuda, …; may be repeated [default: all there are]"
+        ),
+    ] = None,
+    require: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="fail unless met; as --check of `run`")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=0, help="calls to time; 0 measures no latency")] = 30,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run two models side by side.
+
+    Compares outputs, accuracy, latency and size, on every execution provider.
+    """
+    limits = _limits(require)
+    from onnxslim.model import load
+    from onnxslim.runtime import Target
+    from onnxslim.validation import validate
+
+    model, result = load(first), load(second)
+    feeds, labels = _data(data, batch_size, labels_key, model)
+    targets = [Target.named(name) for name in provider] if provider else None
+    with _progress(quiet) as progress:
+        verdict = validate(model, result, feeds, targets, labels=labels, rounds=rounds, progress=progress)
+    if json:
+        _print_json(verdict)
+    else:
+        _print(verdict, quiet)
+    verdict.require(**limits)
+
+
+@app.command("passes")
+def _passes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="a pass to tell about")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the passes with all their options."""
+    from onnxslim import passes
+    from onnxslim.report import show_passes
+
+    chosen = [passes.get(each) for each in ([name] if name else passes.names())]
+    known = {cls.name: (passes.summary(cls), passes.options_of(cls)) for cls in chosen}
+    if json:
+        _print_json({each: {"summary": text, "options": found} for each, (text, found) in known.items()})
+    else:
+        show_passes(_console(), known)
+
+
+@app.command("demo")
+def _demo(
+    model: Annotated[
+        Literal["resnet", "mobilenet", "vit", "all"], typer.Option(help="which of the models that come along")
+    ] = "all",
+    keep: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="save the results here; made if it is not there")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """See it work on models that come along.
+
+    Slims, quantizes and validates them on real images with their true labels.
+    """
+    from onnxslim import demo
+
+    with _progress(quiet) as progress:
+        outcomes = demo.run(demo.MODELS if model == "all" else (model,), keep=keep, progress=progress)
+    if json:
+        _print_json(outcomes)
+    elif not quiet:
+        demo.show(_console(), outcomes)
+
+
+# ------------------------------------------------------------------------------------------------- running
+
+
+def _process(job: _Job, chain: Sequence[Pass]) -> None:
+    """Run passes on a model, check the result, and only then save anything."""
+    limits = _limits(job.check)
+    for path in (job.output, job.report):
+        if path is not None:
+            _require_writable(path)
+    from onnxslim.model import load
+    from onnxslim.pipeline import Pipeline
+    from onnxslim.runtime import Target
+
+    target = Target.named(job.target)
+    model = load(job.source)
+    data, labels = _data(job.data, job.batch_size, job.labels_key, model)
+    with _progress(job.quiet) as progress:
+        result = Pipeline(*chain, on_error=job.on_error)(
+            model, data=data, target=target, seed=job.seed, jobs=job.jobs, progress=progress
+        )
+        verdict = _verdict(model, result, data, labels, target, limits, progress)
+    _warn_of_idle_passes(result.report, job.quiet)
+    for shown in (result.report, verdict):
+        if shown is not None and not job.json:
+            _print(shown, job.quiet)
+    if job.json:
+        _print_json({"report": result.report, "verdict": verdict})
+    if verdict is not None:
+        verdict.require(**limits)
+    _save(job, model, result, verdict)
+
+
+def _verdict(
+    model: Model,
+    result: Result,
+    data: CalibrationData | None,
+    labels: Array | None,
+    target: Target,
+    limits: Mapping[str, float],
+    progress: Progress | None,
+) -> Verdict | None:
+    if not limits:
+        return None
+    from onnxslim.validation import validate
+
+    rounds = 30 if "latency" in limits else 0
+    return validate(model, result.model, data, [target], labels=labels, rounds=rounds, progress=progress)
+
+
+def _save(job: _Job, model: Model, result: Result, verdict: Verdict | None) -> None:
+    from onnxslim.report import size, to_json
+
+    if job.output is None:
+        _note("nothing was saved: give OUT to save the result", job.quiet)
+    else:
+        result.save(job.output, external_data=True if job.external_data else None)
+        before, after = model.stats().bytes, result.model.stats().bytes
+        _note(f"saved {job.output}: {size(after)}, {100 * after / before:.1f} % of {size(before)}", job.quiet)
+    if job.report is not None:
+        job.report.write_text(to_json({"report": result.report, "verdict": verdict}) + "\n", encoding="utf-8")
+
+
+def _warn_of_idle_passes(report: Report, quiet: bool) -> None:
+    from onnxslim.report import outcome
+
+    for step in report.steps:
+        line = outcome(step)
+        if step.error:
+            _log(f"warning: pass {step.name} {line}")
+        elif line:
+            _note(f"pass {step.name} {line}", quiet)
+
+
+def _limits(words: Sequence[str] | None) -> dict[str, float]:
+    from onnxslim.verdict import check_limits
+
+    limits: dict[str, float] = {}
+    for word in words or ():
+        name, _, value = word.partition("=")
+        check_limits([name])
+        try:
+            limits[name] = float(value)
+        except ValueError:
+            raise UsageError(f"'{word}' is not of the form {name}=NUMBER") from None
+    return limits
+
+
+def _require_writable(path: Path) -> None:
+    """Fail before any work is done if a file could not be written in the end."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise SaveError(f"cannot write '{path}': it is a folder")
+    if not folder.is_dir():
+        raise SaveError(f"cannot write '{path}': there is no folder '{folder}'")
+    if not os.access(folder, os.W_OK):
+        raise SaveError(f"cannot write '{path}': the folder '{folder}' is not writable")
+
+
+def _data(
+    path: Path | None, batch_size: int, labels_key: str | None, model: Model
+) -> tuple[CalibrationData | None, Array | None]:
+    """Batches of model inputs, and labels where the file has them."""
+    if path is None:
+        return None, None
+    from onnxslim.calibration.data import CalibrationData
+
+    specs = model.inputs()
+    if path.is_dir():
+        data, labels = CalibrationData.from_dir(path), None
+    elif path.suffix == ".npz":
+        others = _arrays_but(path, {spec.name for spec in specs})
+        data = CalibrationData.from_npz(path, batch_size, exclude=others)
+        labels = _labels(path, labels_key, others)
+    else:
+        raise CalibrationError(f"{path}: expected an .npz file or a folder")
+    data.check(specs)
+    return data.bind(specs), labels
+
+
+def _arrays_but(path: Path, inputs: Collection[str]) -> list[str]:
+    """Names of the arrays that are not model inputs."""
+    names = _npz(path, lambda archive: list(archive.files))
+    others = [name for name in names if name not in inputs]
+    if len(others) == len(names):
+        raise CalibrationError(
+            f"{path}: its arrays are {', '.join(names) or 'none'}; the model's inputs are {', '.join(inputs)}"
+        )
+    return others
+
+
+def _labels(path: Path, key: str | None, others: Sequence[str]) -> Array | None:
+    wanted = [key] if key else LABEL_KEYS
+    found = next((name for name in wanted if name in others), None)
+    if found is None:
+        if key:
+            raise CalibrationError(f"{path}: there is no array '{key}' beside the model's inputs")
+        return None
+    labels: Array = _npz(path, lambda archive: archive[found])
+    return labels
+
+
+def _npz(path: Path, read: Callable[[Any], T]) -> T:
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return read(archive)
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise CalibrationError(f"{path}: not an .npz file of plain arrays: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------ printing
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    from onnxslim.report import WIDTH
+
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH)
+
+
+def _print(shown: Report | Verdict, quiet: bool) -> None:
+    if quiet:
+        return
+    from onnxslim.report import show
+
+    show(_console(), shown)
+
+
+def _print_json(value: object) -> None:
+    from onnxslim.report import to_json
+
+    print(to_json(value))
+
+
+def _note(line: str, quiet: bool) -> None:
+    if not quiet:
+        _log(line)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress | None]:
+    """Bars for long steps, on a terminal only."""
+    console = _console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report

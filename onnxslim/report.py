@@ -1,0 +1,318 @@
+"""Reports and verdicts as text for people and as plain data for JSON.
+
+Names and messages come from model files: whatever could steer a terminal is shown escaped, and nothing of
+them is ever read as markup.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from onnxslim.passes import Option
+    from onnxslim.pipeline import Change, Report, Skip, Step
+    from onnxslim.verdict import OutputRow, ProviderVerdict, Verdict
+
+WIDTH = 110
+SHOWN_NAMES = 3
+SHOWN_GROUPS = 20
+SHOWN_FACTS = 8
+
+# ---------------------------------------------------------------------------------------- text for people
+
+
+def text(report: Report) -> str:
+    """A pipeline's report: what every pass did to the size of the model, and what it left alone, and why."""
+    return _captured(lambda console: show_report(console, report))
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """A verdict: both sizes, and per execution provider the outputs, accuracy and latency."""
+    return _captured(lambda console: show_verdict(console, verdict))
+
+
+def show(console: Console, shown: Report | Verdict) -> None:
+    """Print a report or a verdict."""
+    from onnxslim.pipeline import Report
+
+    if isinstance(shown, Report):
+        show_report(console, shown)
+    else:
+        show_verdict(console, shown)
+
+
+def show_report(console: Console, report: Report) -> None:
+    """Print a report."""
+    grid = table("pass", "seconds", "nodes", "parameters", "bytes", "MACs")
+    for step in report.steps:
+        grid.add_row(*_step_cells(step))
+    if report.steps:
+        console.print(grid)
+    for step in report.steps:
+        lines(console, _details(step))
+    lines(console, (f"note: {note}" for note in report.notes))
+
+
+def show_verdict(console: Console, verdict: Verdict) -> None:
+    """Print a verdict."""
+    grid = table("", "before", "after", "after / before")
+    before, after = verdict.before, verdict.after
+    for name, first, second in (
+        ("bytes", before.bytes, after.bytes),
+        ("parameters", before.parameters, after.parameters),
+        ("MACs of one sample", before.macs, after.macs),
+        ("nodes", before.nodes, after.nodes),
+    ):
+        show = size if name == "bytes" else count
+        grid.add_row(name, show(first), show(second), quotient(second, first))
+    console.print(grid)
+    for provider in verdict.providers:
+        _show_provider(console, provider, verdict)
+    lines(console, (f"note: {note}" for note in verdict.notes))
+
+
+def show_passes(console: Console, known: Mapping[str, tuple[str, Sequence[Option]]]) -> None:
+    """Print what passes do and what their options mean."""
+    for name, (summary, options) in known.items():
+        console.print(Text(f"{name}: {summary}", style="bold"))
+        grid = table("option", "values", "default", "meaning", left=4)
+        for option in options:
+            grid.add_row(*map(clean, (option.name, option.type, option.default, option.help)))
+        console.print(grid if options else Text("  no options"))
+
+
+def _show_provider(console: Console, provider: ProviderVerdict, verdict: Verdict) -> None:
+    data = f"{verdict.samples} samples{', inputs made up' if verdict.made_up else ''}"
+    lines(console, [f"{provider.target}: second model against the first, {data}"])
+    console.print(_outputs(provider.outputs))
+    if provider.original:
+        lines(console, [f"{provider.target}: first model against itself on {verdict.providers[0].target}"])
+        console.print(_outputs(provider.original))
+    lines(console, _provider_lines(provider, verdict))
+
+
+def _outputs(rows: Sequence[OutputRow]) -> Table:
+    grid = table("output", "SQNR dB", "cosine", "max abs", "top-1", "equal")
+    for row in rows:
+        if row.problem:
+            grid.add_row(clean(row.name), clean(row.problem), "", "", "", "")
+        else:
+            grid.add_row(
+                clean(row.name),
+                decibels(row.sqnr),
+                _figure(row.cosine, ".6f"),
+                _figure(row.max_abs, ".3g"),
+                percent(row.top1),
+                percent(row.equal),
+            )
+    return grid
+
+
+def _provider_lines(provider: ProviderVerdict, verdict: Verdict) -> Iterator[str]:
+    if provider.accuracy is not None:
+        first, second = provider.accuracy.before, provider.accuracy.after
+        yield f"  accuracy {percent(first)} → {percent(second)} ({100 * (second - first):+.2f} points)"
+    if provider.metric is not None:
+        yield f"  metric {provider.metric.before:.6g} → {provider.metric.after:.6g}"
+    if provider.latency is not None and provider.ratio is not None:
+        before, after = provider.latency
+        yield (
+            f"  latency, batch of {verdict.batch}: {before.median:.3f} → {after.median:.3f} ms "
+            f"({1 / provider.ratio:.2f} times as fast)"
+        )
+
+
+def _step_cells(step: Step) -> tuple[str, ...]:
+    return (
+        clean(step.kind),
+        f"{step.seconds:.2f}",
+        _arrow(count(step.before.nodes), count(step.after.nodes)),
+        _arrow(count(step.before.parameters), count(step.after.parameters)),
+        _arrow(size(step.before.bytes), size(step.after.bytes)),
+        _arrow(count(step.macs_before), count(step.macs_after)),
+    )
+
+
+def _details(step: Step) -> Iterator[str]:
+    happened = outcome(step)
+    lines = [
+        *([f"  {happened}"] if happened else []),
+        *_limited(_changes(step.changes.changed)),
+        *_limited(_skips(step.changes.skipped)),
+        *(f"  {name}: {_fact(value)}" for name, value in step.changes.facts.items()),
+    ]
+    if lines:
+        yield step.name
+        yield from lines
+
+
+def outcome(step: Step) -> str:
+    """Why a pass, or a part of it, was reverted or did nothing; empty if it did what it was asked."""
+    if step.error:
+        what = "was partly reverted" if step.changes else "was reverted, the model is as it was before"
+        return f"{what}: {step.error}"
+    if step.changes:
+        return ""
+    reasons = list(dict.fromkeys(skip.reason for skip in step.changes.skipped))
+    return f"changed nothing: {'; '.join(reasons[:SHOWN_NAMES]) or 'it found nothing to do'}"
+
+
+def _changes(changes: Iterable[Change]) -> list[str]:
+    """Changes by the rule that made them; what was done is told where it is the same everywhere."""
+    groups: dict[str, list[str]] = {}
+    for change in changes:
+        groups.setdefault(change.reason or change.action, []).append(change.action)
+    lines = []
+    for name, actions in _largest_first(groups):
+        same = len(set(actions)) == 1 and actions[0] != name
+        lines.append(f"  {len(actions)} × {name}" + (f": {actions[0]}" if same else ""))
+    return lines
+
+
+def _skips(skips: Iterable[Skip]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for skip in skips:
+        groups.setdefault(skip.reason, []).append(skip.node)
+    return [
+        f"  left alone {len(nodes)} × {reason} ({names(nodes)})" for reason, nodes in _largest_first(groups)
+    ]
+
+
+def _largest_first(groups: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:
+    return sorted(groups.items(), key=lambda group: -len(group[1]))
+
+
+def _limited(lines: Sequence[str]) -> Iterator[str]:
+    yield from lines[:SHOWN_GROUPS]
+    if len(lines) > SHOWN_GROUPS:
+        yield f"  and {len(lines) - SHOWN_GROUPS} more kinds, see the JSON report"
+
+
+def names(nodes: Sequence[str]) -> str:
+    """The first few names, quoted."""
+    shown = ", ".join(f"'{node}'" for node in nodes[:SHOWN_NAMES])
+    return shown + (", …" if len(nodes) > SHOWN_NAMES else "")
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        parts = [f"{key} {_fact(item)}" for key, item in value.items()]
+    elif isinstance(value, list | tuple | set | frozenset):
+        parts = [_fact(item) for item in value]
+    else:
+        return str(value)
+    more = f", and {len(parts) - SHOWN_FACTS} more" if len(parts) > SHOWN_FACTS else ""
+    return (", ".join(parts[:SHOWN_FACTS]) or "none") + more
+
+
+def clean(value: str) -> str:
+    """Text that is safe to show on a terminal: everything that does not print is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in value)
+
+
+def count(value: int | None) -> str:
+    """A number of things: exact below ten thousand, else to four digits."""
+    if value is None or value < 10_000:
+        return "?" if value is None else str(value)
+    power = min((len(str(value)) - 1) // 3, 4)
+    return f"{value / 1000**power:.4g} {' kMGT'[power]}"
+
+
+def size(value: int | None) -> str:
+    """Bytes in decimal units, as file managers show them."""
+    return "?" if value is None else decimal(value)
+
+
+def percent(value: float | None) -> str:
+    """A fraction, in percent; empty if there is none."""
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def decibels(value: float | None) -> str:
+    """A signal-to-noise ratio; "exact" where there is no noise."""
+    if value is None:
+        return ""
+    return "exact" if value == math.inf else f"{value:.1f}"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def quotient(value: float | None, reference: float | None) -> str:
+    """How many times as large; empty if that is not known."""
+    return "" if value is None or not reference else f"{value / reference:.3f}"
+
+
+def _arrow(before: str, after: str) -> str:
+    return after if before == after else f"{before} → {after}"
+
+
+def table(*columns: str, left: int = 1) -> Table:
+    """A table whose first `left` columns are words and whose others are figures."""
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for index, column in enumerate(columns):
+        words = index < left
+        grid.add_column(
+            column,
+            justify="left" if words else "right",
+            overflow="fold",
+            no_wrap=not words,
+            min_width=8 if words else None,
+        )
+    return grid
+
+
+def lines(console: Console, texts: Iterable[str]) -> None:
+    """Print lines that come from elsewhere as they are, whatever their length."""
+    for line in texts:
+        console.print(Text(clean(line)), soft_wrap=True)
+
+
+def _captured(show: Any) -> str:
+    stream = io.StringIO()
+    show(Console(file=stream, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+# ----------------------------------------------------------------------------------------- data for JSON
+
+
+def plain(value: Any) -> Any:
+    """Data that every JSON reader takes: NaN is null, infinities are the strings "inf" and "-inf"."""
+    if isinstance(value, float | np.floating):
+        number = float(value)
+        return number if math.isfinite(number) else None if math.isnan(number) else str(number)
+    if value is None or isinstance(value, str | int):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [
+            plain(item) for item in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)
+        ]
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+
+
+def to_json(value: Any) -> str:
+    """JSON text of a report, a verdict, or anything made of plain data."""
+    return json.dumps(plain(value), indent=2, allow_nan=False)

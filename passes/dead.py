@@ -1,0 +1,198 @@
+"""What nothing reads: nodes, constants, functions, and optional outputs nobody asks for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, TypeAlias
+
+import onnx
+from onnx.defs import OpSchema
+
+from onnxslim import graph as ir
+from onnxslim.graph import Graph, Node
+from onnxslim.model import DEFAULT_DOMAINS, Model
+from onnxslim.pipeline import Changes, Context, Log, Pass, options
+from onnxslim.proto import fields_but
+
+Call: TypeAlias = tuple[str, str, str]  # domain, name, overload
+
+_OPTIONAL = OpSchema.FormalParameterOption.Optional
+# Whether these have their further outputs says what they do, or what they need.
+_TELLING = frozenset(("BatchNormalization", "Attention"))
+
+
+@options
+class Dead(Pass):
+    """Remove nodes, constants, functions and optional outputs that nothing reads.
+
+    Graph inputs stay, used or not, and so do outputs and names.
+    """
+
+    name: ClassVar[str] = "dead"
+    lossless: ClassVar[bool] = True
+
+    def run(self, model: Model, ctx: Context) -> Changes:
+        """Remove what nothing reads."""
+        log = Log()
+        for label in remove_nodes(model, list(model.nodes())):
+            log.change(label, "removed", "nothing reads its outputs")
+        fixed, own = ir.protected(model.graph), model.functions
+        for node in model.nodes():
+            if ("", node.op) not in own and _trim(node, model.opset, fixed):
+                log.change(node.label, "optional inputs or outputs left out", "nothing uses them")
+        for name in remove_constants(model):
+            log.change(name, "removed", "nothing reads this constant")
+        for name in _remove_functions(model):
+            log.change(name, "removed", "nothing calls this function")
+        return log.done()
+
+
+def remove_nodes(model: Model, seeds: Iterable[Node]) -> list[str]:
+    """Remove those of the nodes that nothing reads, and what only they read, bodies included.
+
+    Args:
+        model: edited in place.
+        seeds: nodes to begin with.
+
+    Returns:
+        Labels of the removed nodes.
+    """
+    fixed = Counter(id(tensor) for graph in model.graphs() for tensor in graph.outputs)
+    gone: dict[int, Node] = {}
+    labels: list[str] = []
+    pending = list(reversed(list(seeds)))
+    while pending:
+        node = pending.pop()
+        if id(node) in gone or _is_read(node, fixed):
+            continue
+        labels.append(node.label)
+        reads = [*node.inputs, *ir.captures(node)]
+        for body in node.bodies:
+            for graph in ir.walk(body):
+                fixed.subtract(id(tensor) for tensor in graph.outputs)
+                gone.update((id(inner), inner) for inner in graph.nodes)
+                for inner in graph.nodes:
+                    ir.detach(inner)
+        makers = [maker for tensor in reads if (maker := ir.producer(tensor)) is not None]
+        ir.detach(node)
+        gone[id(node)] = node
+        pending.extend(makers)
+    for graph in list(model.graphs()):
+        ir.sweep(graph, set(gone))
+    return labels
+
+
+def _is_read(node: Node, fixed: Counter[int]) -> bool:
+    """Whether anything reads an output; a foreign operator without outputs may act in another way."""
+    if not node.outputs and node.domain not in DEFAULT_DOMAINS:
+        return True
+    return any(tensor.outputs or fixed[id(tensor)] > 0 for tensor in node.outputs)
+
+
+def remove_constants(model: Model, among: set[int] | None = None) -> list[str]:
+    """Remove declared constants that nothing reads.
+
+    Args:
+        model: edited in place. One with training information keeps all, as that may refer to them.
+        among: ids of those to look at; None means all.
+
+    Returns:
+        Names of the removed constants.
+    """
+    if model.shell.training_info:
+        return []
+    fixed = ir.protected(model.graph)
+    removed: list[str] = []
+    for graph in model.graphs():
+        annotated = _annotations(graph)
+        unused = [
+            name
+            for name, constant in graph.initializers.items()
+            if not constant.outputs
+            and (among is None or id(constant) in among)
+            and id(constant) not in fixed
+            and name not in annotated
+        ]
+        for name in unused:
+            del graph.initializers[name]
+        removed.extend(unused)
+    return removed
+
+
+def _annotations(graph: Graph) -> set[str]:
+    """Names of constants that describe the quantization of other tensors."""
+    if graph.proto is None:
+        return set()
+    pairs = (
+        pair for item in graph.proto.quantization_annotation for pair in item.quant_parameter_tensor_names
+    )
+    return {pair.value for pair in pairs}
+
+
+def _trim(node: Node, opset: int, fixed: set[int]) -> bool:
+    """Drop optional inputs and outputs at the end of the lists that are left out or not read."""
+    schema = _schema(node, opset)
+    if schema is None:
+        return False
+    before = len(node.inputs), len(node.outputs)
+    while len(node.inputs) > schema.min_input and node.inputs[-1].name == "":
+        node.inputs.pop()
+    while node.op not in _TELLING and _has_spare_output(node, schema, fixed):
+        node.outputs.pop()
+    return before != (len(node.inputs), len(node.outputs))
+
+
+def _schema(node: Node, opset: int) -> OpSchema | None:
+    if node.domain not in DEFAULT_DOMAINS:
+        return None
+    try:
+        return onnx.defs.get_schema(node.op, opset, "")
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _has_spare_output(node: Node, schema: OpSchema, fixed: set[int]) -> bool:
+    last = len(node.outputs) - 1
+    if last < max(1, schema.min_output) or last >= len(schema.outputs):
+        return False
+    tensor = node.outputs[last]
+    return schema.outputs[last].option == _OPTIONAL and not tensor.outputs and id(tensor) not in fixed
+
+
+def _remove_functions(model: Model) -> list[str]:
+    """Remove the model's own functions that no node calls, directly or through others."""
+    functions = {_call(item.domain, item.name, item.overload): item for item in model.shell.functions}
+    if not functions:
+        return []
+    called = [
+        _call(node.domain, node.op, node.proto.overload if node.proto is not None else "")
+        for node in model.nodes()
+    ]
+    reached: set[Call] = set()
+    while called:
+        call = called.pop()
+        if call in functions and call not in reached:
+            reached.add(call)
+            called.extend(_calls(functions[call].node))
+    unused = [call for call in functions if call not in reached]
+    if unused:
+        # The shell is shared with copies of the model.
+        shell = fields_but(model.shell, "functions")
+        shell.functions.extend(item for call, item in functions.items() if call in reached)
+        model.shell = shell
+    return [name for _, name, _ in unused]
+
+
+def _calls(nodes: Iterable[onnx.NodeProto]) -> Iterator[Call]:
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        yield _call(node.domain, node.op_type, node.overload)
+        for item in node.attribute:
+            for body in (item.g, *item.graphs) if item.HasField("g") else item.graphs:
+                pending.extend(body.node)
+
+
+def _call(domain: str, name: str, overload: str) -> Call:
+    return "" if domain in DEFAULT_DOMAINS else domain, name, overload

@@ -1,0 +1,41 @@
+"""Drop operators that change nothing, and merge neighbours that are one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from onnxslim import rewrite
+from onnxslim.model import Model
+from onnxslim.passes import facts
+from onnxslim.passes.eliminate import arithmetic, control, movement, noop, view
+from onnxslim.pipeline import Changes, Context, Log, Pass, options
+from onnxslim.rewrite import Rule
+
+RULES: tuple[Rule[Any], ...] = (
+    *control.RULES,
+    *noop.RULES,
+    *view.RULES,
+    *movement.RULES,
+    *arithmetic.RULES,
+)
+
+
+@options
+class Eliminate(Pass):
+    """Remove operators that change nothing, and merge neighbours that do one operator's work."""
+
+    name = "eliminate"
+    lossless = True
+
+    skip: tuple[str, ...] = Field((), description="names of rules to leave out")
+
+    def __post_init__(self) -> None:
+        facts.selected(RULES, self.skip)
+
+    def run(self, model: Model, ctx: Context) -> Changes:
+        """Apply the rules everywhere, bodies of If, Loop and Scan included, until none fires."""
+        log = Log()
+        rewrite.apply(facts.selected(RULES, self.skip), model, log)
+        return log.done()

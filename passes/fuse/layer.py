@@ -1,0 +1,239 @@
+"""Layers with constant weights, seen as one product per channel: what folding a factor or a shift needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from onnxslim.graph import Array, Constant, Node, Variable
+from onnxslim.model import constant_of
+from onnxslim.passes import facts
+from onnxslim.rewrite import Editor
+
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# ONNX Runtime has a fast Gemm for these; for others MatMul is faster, or there is no Gemm at all.
+GEMM_TYPES = frozenset(map(np.dtype, (np.float32, np.float64)))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A Conv, ConvTranspose, Gemm or MatMul whose weight is in the model.
+
+    Attributes:
+        node: the operator.
+        weight: its second input.
+        groups: of a convolution; 1 for products.
+        rank: number of axes of its output; None if unknown.
+    """
+
+    node: Node
+    weight: Array
+    groups: int
+    rank: int | None
+
+    @property
+    def axis(self) -> int:
+        """The axis of the output that runs over its channels, counted from the end if the rank is unknown."""
+        return 1 if self.node.op != "MatMul" else -1 if self.rank is None else self.rank - 1
+
+    @property
+    def outputs(self) -> int:
+        """Number of output channels."""
+        if self.node.op == "Conv":
+            return self.weight.shape[0]
+        if self.node.op == "ConvTranspose":
+            return self.weight.shape[1] * self.groups
+        return self.weight.shape[0 if self.node.attrs.get("transB", 0) else -1]
+
+    @property
+    def inputs(self) -> int:
+        """Number of input channels."""
+        if self.node.op == "Conv":
+            return self.weight.shape[1] * self.groups
+        if self.node.op == "ConvTranspose":
+            return self.weight.shape[0]
+        return self.weight.shape[-1 if self.node.attrs.get("transB", 0) else -2]
+
+    def along_outputs(self, values: Array) -> Array:
+        """One value per output channel, in a shape that broadcasts against the weight."""
+        tail = (1,) * (self.weight.ndim - 2)
+        if self.node.op == "Conv":
+            return values.reshape(-1, 1, *tail)
+        if self.node.op == "ConvTranspose":
+            # [C, M/groups, ...]: the first C/groups rows make the first M/groups channels.
+            rows = np.repeat(values.reshape(self.groups, -1), self.weight.shape[0] // self.groups, axis=0)
+            return rows.reshape(*rows.shape, *tail)
+        return values.reshape(-1, 1) if self.node.attrs.get("transB", 0) else values
+
+    def along_inputs(self, values: Array) -> Array:
+        """One value per input channel, in a shape that broadcasts against the weight."""
+        tail = (1,) * (self.weight.ndim - 2)
+        if self.node.op == "Conv":
+            # [M, C/groups, ...]: the first M/groups rows read the first C/groups channels.
+            rows = np.repeat(values.reshape(self.groups, -1), self.weight.shape[0] // self.groups, axis=0)
+            return rows.reshape(*rows.shape, *tail)
+        if self.node.op == "ConvTranspose" or not self.node.attrs.get("transB", 0):
+            return values.reshape(-1, 1, *tail)
+        return values
+
+    def sum_over_inputs(self, shift: Array) -> Array:
+        """What each output channel gets if this much is added to every element of each input channel."""
+        alpha = self.node.attrs.get("alpha", 1.0) if self.node.op == "Gemm" else 1.0
+        product = self.weight.astype(np.float64) * self.along_inputs(shift) * alpha
+        inner = (1,) if self.node.attrs.get("transB", 0) else (0,)
+        return np.asarray(product.sum(axis=tuple(range(1, product.ndim)) if self.node.op == "Conv" else inner))
+
+
+def layer(node: Node | None, edit: Editor) -> Layer | None:
+    """The layer a node is; None if its weight is computed, stored sparsely or not of a float type."""
+    if node is None or node.op not in LAYERS:
+        return None
+    tensor = node.inputs[1]
+    stored = tensor.proto if isinstance(tensor, Constant) else None
+    weight = None if isinstance(stored, onnx.SparseTensorProto) else constant_of(tensor)
+    if weight is None or weight.dtype not in facts.FLOATS or weight.ndim < 2:
+        return None
+    if node.op != "MatMul":
+        rank: int | None = weight.ndim
+    else:
+        data = facts.rank(edit.shape(node.inputs[0]))
+        rank = None if data is None else max(data, weight.ndim) if data > 1 else weight.ndim - 1
+    return Layer(node, weight, int(node.attrs.get("group", 1)), rank)
+
+
+def bias(found: Layer) -> Array | None:
+    """What the layer adds per output channel, in double precision.
+
+    None if that is computed, or is no single value per channel.
+    """
+    node = found.node
+    if node.op == "MatMul" or node.input(2) is None:
+        return np.zeros(found.outputs)
+    values = facts.constant(node, 2)
+    if values is None or values.size not in (1, found.outputs) or values.shape[-1:] not in (
+        (), (1,), (found.outputs,)
+    ):
+        return None
+    beta = node.attrs.get("beta", 1.0) if node.op == "Gemm" else 1.0
+    return np.broadcast_to(values.astype(np.float64).reshape(-1) * beta, (found.outputs,))
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Values that take the place of a layer's; None where they stay."""
+
+    weight: Array | None = None
+    bias: Array | None = None
+
+
+def fold(
+    found: Layer,
+    edit: Editor,
+    *,
+    outputs: Array | None = None,
+    shift: Array | None = None,
+    inputs: Array | None = None,
+    input_shift: Array | None = None,
+) -> Folded | str:
+    """The layer's values so that it does to x what `layer(x * inputs + input_shift) * outputs + shift` did.
+
+    Args:
+        found: the layer.
+        edit: where it is.
+        outputs, shift: factor and summand of each output channel.
+        inputs, input_shift: factor and summand of each input channel.
+
+    Returns:
+        Or why there are none.
+    """
+    weight = found.weight.astype(np.float64)
+    added = bias(found)
+    with np.errstate(all="ignore"):
+        if added is not None and input_shift is not None:
+            added = added + found.sum_over_inputs(input_shift)
+        if inputs is not None:
+            weight = weight * found.along_inputs(inputs)
+        if outputs is not None:
+            weight = weight * found.along_outputs(outputs)
+            added = None if added is None else added * outputs
+        if added is not None and shift is not None:
+            added = added + shift
+    return _fitting(found, edit, None if outputs is None and inputs is None else weight, added)
+
+
+def _fitting(found: Layer, edit: Editor, weight: Array | None, added: Array | None) -> Folded | str:
+    if added is None:
+        return "its bias is computed, or is not one value per channel"
+    had_bias = found.node.op != "MatMul" and found.node.input(2) is not None
+    if not had_bias and not added.any():
+        added = None
+    if added is not None and found.node.op == "MatMul" and not can_be_gemm(found, edit):
+        return "MatMul has no bias, and only a product of two matrices in single or double precision is a Gemm"
+    if weight is not None and not _may_replace(found, edit):
+        return "the weight is shared"
+    dtype = found.weight.dtype
+    cast = None if weight is None else facts.rounded(weight, dtype)
+    cast_bias = None if added is None else facts.rounded(added, dtype)
+    if (weight is not None and cast is None) or (added is not None and cast_bias is None):
+        return f"the result does not fit {dtype}"
+    return Folded(cast, cast_bias)
+
+
+def _may_replace(found: Layer, edit: Editor) -> bool:
+    """Whether other values for this layer alone do not make the model much larger."""
+    tensor = found.node.inputs[1]
+    return edit.sole_consumer(tensor) is found.node or found.weight.nbytes <= facts.MAX_COPY_BYTES
+
+
+def can_be_gemm(found: Layer, edit: Editor) -> bool:
+    """Whether a MatMul with this weight is a Gemm that ONNX Runtime computes as fast."""
+    return found.rank == 2 and found.weight.ndim == 2 and found.weight.dtype in GEMM_TYPES
+
+
+def store(found: Layer, edit: Editor, folded: Folded) -> Node:
+    """Give a layer its new values; a MatMul with a bias becomes a Gemm. Returns the layer's node."""
+    node = found.node
+    if folded.weight is not None:
+        edit.set_values(node, 1, folded.weight)
+    if folded.bias is None:
+        return node
+    if node.op == "Gemm":
+        node.attrs.pop("beta", None)
+    if node.op != "MatMul" and node.input(2) is not None:
+        edit.set_values(node, 2, folded.bias)
+        return node
+    added = edit.constant(_bias_name(node.inputs[1].name), folded.bias)
+    if node.op == "MatMul":
+        return edit.replace_node(node, "Gemm", [*node.inputs, added])
+    edit.set_input(node, 2, added)
+    return node
+
+
+def _bias_name(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias" if weight.endswith("weight") else f"{weight}_bias"
+
+
+def per_channel(values: Array, rank: int | None, axis: int, channels: int) -> Array | None:
+    """One value per channel from a constant, if all it does to a tensor is that.
+
+    Args:
+        values: the constant.
+        rank: number of axes of the tensor; None if unknown.
+        axis: which of them runs over the channels; negative if the rank is unknown.
+        channels: their number.
+
+    Returns:
+        In double precision; None if the constant varies along another axis or changes the tensor's shape.
+    """
+    shape = values.shape
+    if values.ndim > 0 and (rank is None and (values.ndim > 1 or axis != -1)):
+        return None
+    if rank is not None and values.ndim > rank:
+        return None
+    from_end = axis - rank if rank is not None and axis >= 0 else axis
+    varying = {place - values.ndim for place, size in enumerate(shape) if size != 1}
+    if not varying <= {from_end} or (varying and shape[from_end] != channels):
+        return None
+    return np.broadcast_to(values.astype(np.float64).reshape(-1), (channels,))

@@ -1,0 +1,125 @@
+"""Static quantization to 8-bit integers, as Q/DQ pairs in standard operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from onnxslim import shapes
+from onnxslim.calibration import observers
+from onnxslim.calibration.collect import collect, merge
+from onnxslim.calibration.observers import Distribution, Histogram, Range
+from onnxslim.errors import CalibrationError
+from onnxslim.graph import Constant
+from onnxslim.model import Model
+from onnxslim.passes.quantize.fused import fused
+from onnxslim.passes.quantize.insert import Inserter
+from onnxslim.passes.quantize.plan import Plan, Planner
+from onnxslim.passes.quantize.prepare import prepare
+from onnxslim.pipeline import Changes, Context, Log, Pass, options
+from onnxslim.runtime import CPU
+
+ObserverName = Literal["minmax", "percentile", "kl", "mse"]
+
+
+@options
+class Quantize(Pass):
+    """Run weighted operators, and what lies between them, in 8-bit integers (static QDQ, calibrated).
+
+    Weights become int8 with one symmetric scale per output channel, activations get the integer type of the
+    target with a range chosen on calibration data, biases int32. Operators that gain nothing stay in floating
+    point, and the report names them.
+    """
+
+    name: ClassVar[str] = "quantize"
+    needs_data: ClassVar[bool] = True
+
+    observer: ObserverName = Field(
+        "mse",
+        description="how ranges of activations are chosen: exact min/max, a percentile, least KL divergence, "
+        "or least mean squared error",
+    )
+    percentile: float = Field(99.99, gt=0, le=100, description="percent of the values kept by `percentile`")
+    exclude: tuple[str, ...] = Field(
+        (), description="globs on node names, or operator types, to keep in float"
+    )
+    classifier: bool = Field(False, description="quantize the last matrix product before an output too")
+    per_channel: bool = Field(True, description="one weight scale per output channel")
+
+    def run(self, model: Model, ctx: Context) -> Changes:
+        """Quantize the model in place.
+
+        Raises:
+            CalibrationError: there is no calibration data, or it does not fit the model.
+            PassError: the model's opset is too old and cannot be raised.
+        """
+        if ctx.data is None:
+            raise CalibrationError(
+                "pass 'quantize' needs calibration data: pass data=, or --data on the command line"
+            )
+        ctx.data.check(model.inputs())
+        log = Log()
+        prepare(model, ctx.target.quantized, log)
+        shapes.infer(model)
+        plan, seen = self._calibrated_plan(model, ctx, log)
+        if not plan.linear:
+            log.skip(model.graph.name or "model", "no operator with weights can run in integers")
+            return Changes((), log.done().skipped)
+        self._insert(model, plan, seen, ctx, log)
+        return log.done()
+
+    def _calibrated_plan(self, model: Model, ctx: Context, log: Log) -> tuple[Plan, dict[str, Histogram]]:
+        """A plan and statistics of all its tensors; made anew where a tensor turns out to hold a mask."""
+        rules = ctx.target.quantized
+        seen: dict[str, Histogram] = {}
+        while True:
+            masked = {name for name, histogram in seen.items() if histogram.masked}
+            planner = Planner(
+                model, rules, log, exclude=self.exclude, classifier=self.classifier, masked=masked
+            )
+            plan = planner.plan()
+            missing = [name for name in plan.sources() if name not in seen]
+            if not missing:
+                return plan, seen
+            seen.update(
+                collect(model, ctx.data, missing, target=ctx.target, jobs=ctx.jobs, progress=ctx.progress)
+            )
+
+    def _insert(self, model: Model, plan: Plan, seen: dict[str, Histogram], ctx: Context, log: Log) -> None:
+        rules = ctx.target.quantized
+        choose = self._chooser(symmetric=rules.symmetric)
+        ranges: dict[int, Range] = {}
+        known: dict[tuple[int, ...], Range] = {}
+        for key in plan.tensors:
+            group = tuple(id(source) for source in plan.scales[key])
+            if group not in known:
+                parts = [_statistics(source, seen) for source in plan.scales[key]]
+                known[group] = choose(merge(parts))
+            ranges[key] = known[group]
+        integer = [node.label for node in (*plan.linear, *plan.followers)]
+        inserter = Inserter(model, plan, rules, log)
+        inserter.apply(ranges, self.per_channel)
+        log.facts["tightened"] = inserter.tightened
+        if ctx.target.provider == CPU:
+            log.facts.update(fused(model, integer, ctx.target))
+
+    def _chooser(self, *, symmetric: bool) -> Callable[[Distribution], Range]:
+        if self.observer == "minmax":
+            return lambda d: observers.min_max(d, symmetric=symmetric)
+        if self.observer == "percentile":
+            return lambda d: observers.percentile(d, self.percentile, symmetric=symmetric)
+        if self.observer == "kl":
+            return lambda d: observers.kl_divergence(d, symmetric=symmetric)
+        return lambda d: observers.mse(d, symmetric=symmetric)
+
+
+def _statistics(source: object, seen: dict[str, Histogram]) -> Histogram:
+    """Of a calibrated tensor, or of a constant's own values."""
+    if isinstance(source, Constant):
+        histogram = Histogram()
+        histogram.update(np.asarray(source.values))
+        return histogram
+    return seen[source.name]  # type: ignore[attr-defined]

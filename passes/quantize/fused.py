@@ -1,0 +1,44 @@
+"""Which operators ONNX Runtime really runs in integers, read from the graph it makes of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+from onnxslim.model import Model
+from onnxslim.ops import Role, spec_of
+from onnxslim.runtime import Target, optimized_model
+
+
+def fused(model: Model, integer: Collection[str], target: Target) -> dict[str, Any]:
+    """What became of the operators that were quantized, as facts for the report.
+
+    Args:
+        model: the quantized model.
+        integer: labels of the nodes that were to run in integers.
+        target: whose optimizations to look at.
+
+    Returns:
+        `fused`: operators with integer kernels, by type; `total`: operators of the types that could have
+        one; `unfused`: names of nodes between Q and DQ that run in floating point all the same.
+    """
+    named = model.copy()
+    for node in named.graph.nodes:
+        node.name = node.label
+    countable = [node for node in named.graph.nodes if spec_of(node).role in (Role.LINEAR, Role.KERNEL)]
+    ran = {node.name: node.op_type for node in optimized_model(named, target).graph.node}
+    wanted = set(integer)
+    # A fused node keeps its name and changes its type; "FusedConv" and its like are floating point.
+    unfused = [
+        node.name
+        for node in countable
+        if node.name in wanted and ran.get(node.name) in (node.op, f"Fused{node.op}")
+    ]
+    lost = set(unfused)
+    done = Counter(node.op for node in countable if node.name in wanted and node.name not in lost)
+    return {
+        "fused": dict(done),
+        "total": {op: count for op, count in Counter(node.op for node in countable).items() if done[op]},
+        "unfused": tuple(unfused),
+    }

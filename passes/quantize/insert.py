@@ -1,0 +1,292 @@
+"""Writes a plan into the graph as QuantizeLinear / DequantizeLinear pairs of the standard operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxslim import graph as ir
+from onnxslim.calibration.observers import Range, affine_parameters
+from onnxslim.graph import Array, Constant, Graph, Namer, Node, Tensor, Variable
+from onnxslim.model import Model
+from onnxslim.ops import Role, spec_of
+from onnxslim.passes.quantize import weights
+from onnxslim.passes.quantize.plan import Plan
+from onnxslim.pipeline import Log
+from onnxslim.runtime import Quantized
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Scale and zero point shared by one or more tensors."""
+
+    scale: Constant
+    zero_point: Constant
+
+    def covers(self, low: float, high: float) -> bool:
+        """Whether clipping to [low, high] changes nothing that survives rounding to these integers."""
+        step, zero = float(self.scale.values), int(self.zero_point.values)
+        info = np.iinfo(self.zero_point.dtype)
+        slack = 0.5 * step
+        return (info.min - zero) * step >= low - slack and (info.max - zero) * step <= high + slack
+
+
+class Inserter:
+    """Edits one model according to a plan.
+
+    Args:
+        model: edited in place.
+        plan: made for this model.
+        rules: of the target.
+        log: what is done goes here.
+    """
+
+    def __init__(self, model: Model, plan: Plan, rules: Quantized, log: Log) -> None:
+        self._graph: Graph = model.graph
+        self._plan = plan
+        self._rules = rules
+        self._log = log
+        self._name = Namer(model.graph)
+        self._outputs = {id(tensor) for tensor in model.graph.outputs}
+        self._weights: dict[tuple[int, int], tuple[Tensor, weights.Scales]] = {}
+        self._new: list[Node] = []
+        self._replaced: set[int] = set()
+        self.tightened: dict[str, int] = {}
+
+    def apply(self, ranges: Mapping[int, Range], per_channel: bool) -> None:
+        """Insert all pairs.
+
+        Args:
+            ranges: of each tensor of the plan, by id; tensors that share a scale have equal ones.
+            per_channel: one weight scale per output channel.
+        """
+        scales = self._scales(ranges)
+        self._fold_clamps(scales)
+        dequantized = {key: self._pair(tensor, scales[key]) for key, tensor in self._plan.tensors.items()}
+        for node in (*self._plan.linear, *self._plan.followers):
+            self._rewire(node, dequantized)
+        for node in self._plan.linear:
+            self._quantize_weight(node, per_channel)
+        self._graph.nodes.extend(self._new)
+        self._drop_replaced()
+        ir.sort(self._graph)
+
+    def _drop_replaced(self) -> None:
+        """Take out of the model what only nodes that now read integers used to read."""
+        kept = self._graph.initializers
+        for name in [name for name, constant in kept.items() if id(constant) in self._replaced]:
+            if not kept[name].outputs and id(kept[name]) not in self._outputs:
+                del kept[name]
+
+    # Activations
+
+    def _scales(self, ranges: Mapping[int, Range]) -> dict[int, Scale]:
+        made: dict[tuple[int, ...], Scale] = {}
+        found: dict[int, Scale] = {}
+        info = np.iinfo(self._rules.activation)
+        # A symmetric type leaves its lowest code unused, so that negation stays possible.
+        low = info.min + 1 if self._rules.symmetric and info.min < 0 else info.min
+        for key, tensor in self._plan.tensors.items():
+            group = tuple(id(source) for source in self._plan.scales[key])
+            if group not in made:
+                scale, zero = affine_parameters(
+                    ranges[key], qmin=low, qmax=info.max, symmetric=self._rules.symmetric
+                )
+                made[group] = Scale(
+                    Constant(self._name(f"{tensor.name}_scale"), np.asarray(scale, np.float32)),
+                    Constant(self._name(f"{tensor.name}_zero_point"), np.asarray(zero, info.dtype)),
+                )
+            found[key] = made[group]
+        return found
+
+    def _pair(self, tensor: Tensor, scale: Scale) -> Variable:
+        """Put Q and DQ behind a tensor; returns what integer operators read."""
+        if isinstance(tensor, Constant):
+            return self._dequantize(self._encode_constant(tensor, scale), scale, tensor)
+        source = tensor
+        if self._fused(tensor):
+            # Whatever reads the float result keeps the integer kernel from being used: all read the pair.
+            source = self._rename(tensor)
+        quantized = Variable(self._name(f"{tensor.name}_quantized"), self._rules.activation, tensor.shape)
+        inputs: list[Tensor] = [source, scale.scale, scale.zero_point]
+        self._add("QuantizeLinear", f"{tensor.name}_QuantizeLinear", inputs, quantized)
+        if source is not tensor:
+            self._add(
+                "DequantizeLinear",
+                f"{tensor.name}_DequantizeLinear",
+                [quantized, scale.scale, scale.zero_point],
+                tensor,
+            )
+            return tensor
+        return self._dequantize(quantized, scale, tensor)
+
+    def _fused(self, tensor: Variable) -> bool:
+        """Whether the pair behind a tensor is part of the integer kernel that makes it."""
+        maker = ir.producer(tensor)
+        while maker is not None and spec_of(maker).role is Role.CLAMP:
+            maker = ir.producer(maker.inputs[0])
+        return maker is not None and id(maker) in self._plan.integer
+
+    def _rename(self, tensor: Variable) -> Variable:
+        """Give the maker of a tensor a new output; the old name is made by the pair from now on."""
+        maker = tensor.inputs[0]
+        source = Variable(self._name(f"{tensor.name}_float"), tensor.dtype, tensor.shape)
+        index = next(i for i, made in enumerate(maker.outputs) if made is tensor)
+        maker.outputs[index] = source
+        return source
+
+    def _dequantize(self, quantized: Tensor, scale: Scale, like: Tensor) -> Variable:
+        result = Variable(self._name(f"{like.name}_dequantized"), np.dtype(np.float32), like.shape)
+        inputs: list[Tensor] = [quantized, scale.scale, scale.zero_point]
+        self._add("DequantizeLinear", f"{like.name}_DequantizeLinear", inputs, result)
+        return result
+
+    def _encode_constant(self, tensor: Constant, scale: Scale) -> Constant:
+        info = np.iinfo(self._rules.activation)
+        codes = np.rint(tensor.values / scale.scale.values) + scale.zero_point.values
+        values = codes.clip(info.min, info.max).astype(self._rules.activation)
+        return Constant(self._name(f"{tensor.name}_quantized"), values)
+
+    def _rewire(self, node: Node, dequantized: Mapping[int, Variable]) -> None:
+        spec = spec_of(node)
+        for index in spec.data_inputs(node)[: 1 if spec.role is Role.LINEAR else None]:
+            if (replacement := dequantized.get(id(node.inputs[index]))) is not None:
+                self._replaced.add(id(node.inputs[index]))
+                node.inputs[index] = replacement
+        self._log.change(node.label, f"{node.op} runs in integers", "quantize")
+        if lower := _LOWERED.get(node.op):
+            lower(self, node)
+
+    def _lower_hard_sigmoid(self, node: Node) -> None:
+        """max(0, min(1, alpha·x + beta)) as one integer Add.
+
+        Reading the codes of x with alpha times their scale multiplies by alpha for free, and the range of the
+        result, which lies in [0, 1], does the clipping.
+        """
+        pair = ir.producer(node.inputs[0])
+        assert pair is not None
+        codes, scale, zero_point = pair.inputs
+        assert isinstance(scale, Constant)
+        alpha, beta = np.float32(node.attrs.get("alpha", 0.2)), node.attrs.get("beta", 0.5)
+        scaled = Scale(
+            Constant(self._name(f"{node.outputs[0].name}_alpha_scale"), scale.values * alpha),
+            zero_point,  # type: ignore[arg-type]
+        )
+        left = self._dequantize(codes, scaled, node.outputs[0])
+        info = np.iinfo(self._rules.activation)
+        step = np.float32(beta / info.max)
+        right = self._dequantized(
+            Variable(f"{node.outputs[0].name}_beta"), np.array(info.max, info.dtype), np.array(step), 0
+        )
+        node.op, node.attrs = "Add", {}
+        node.inputs = [left, right]
+
+    def _fold_clamps(self, scales: Mapping[int, Scale]) -> None:
+        """Drop each Relu and Clip that the range of the integers behind it implies."""
+        gone: set[int] = set()
+        for key, tensor in self._plan.tensors.items():
+            clamp = ir.producer(tensor)
+            while isinstance(tensor, Variable) and clamp is not None and self._implied(clamp, scales[key]):
+                source = clamp.inputs[0]
+                maker = source.inputs[0]
+                self._log.change(clamp.label, f"{clamp.op} is implied by the integer range", "quantize")
+                ir.detach(clamp)
+                gone.add(id(clamp))
+                maker.outputs[next(i for i, made in enumerate(maker.outputs) if made is source)] = tensor
+                clamp = maker
+        ir.sweep(self._graph, gone)
+
+    def _implied(self, clamp: Node, scale: Scale) -> bool:
+        if spec_of(clamp).role is not Role.CLAMP or not clamp.inputs[0].inputs:
+            return False
+        source = clamp.inputs[0]
+        if len(source.outputs) != 1 or id(source) in self._outputs or not self._rules.fuses_relu:
+            return False
+        maker = source.inputs[0]
+        if id(maker) not in self._plan.integer and spec_of(maker).role is not Role.CLAMP:
+            return False
+        limits = spec_of(clamp).limits
+        found = limits(clamp) if limits else None
+        return found is not None and scale.covers(*found)
+
+    # Weights
+
+    def _quantize_weight(self, node: Node, per_channel: bool) -> None:
+        bias = node.constant(2) if self._rules.integer_bias else None
+        activation = self._activation_scale(node)
+        least = None if bias is None else weights.least_scales(bias.reshape(-1), activation)
+        self._replaced.update(id(tensor) for tensor in node.inputs[1:])
+        node.inputs[1], steps = self._encoded_weight(node, per_channel, least)
+        if bias is not None:
+            node.inputs[2] = self._encoded_bias(node.inputs[2], bias, steps, activation)
+
+    def _activation_scale(self, node: Node) -> np.float32:
+        pair = ir.producer(node.inputs[0])
+        assert pair is not None
+        scale = pair.inputs[1]
+        assert isinstance(scale, Constant)
+        value: np.float32 = np.float32(scale.values.item())
+        return value
+
+    def _encoded_weight(
+        self, node: Node, per_channel: bool, least: weights.Scales | None
+    ) -> tuple[Tensor, weights.Scales]:
+        """The dequantized weight of a node and its scales; shared by all nodes that read one weight."""
+        spec, weight = spec_of(node), node.inputs[1]
+        assert spec.channel_axis is not None
+        assert isinstance(weight, Constant)
+        axis = spec.channel_axis(node)
+        known = self._weights.get((id(weight), axis))
+        if known is not None and (least is None or bool((known[1] >= least).all())):
+            return known
+        reduction = self._reduction(node, weight, axis)
+        encoded = weights.encode(
+            weight.values, axis, per_channel=per_channel, reduction=reduction, least=least
+        )
+        if encoded.tightened:
+            self.tightened[node.label] = encoded.tightened
+        result = self._dequantized(weight, encoded.codes, encoded.scales, axis)
+        self._weights[id(weight), axis] = result, encoded.scales
+        return result, encoded.scales
+
+    def _reduction(self, node: Node, weight: Constant, axis: int) -> tuple[int, ...] | None:
+        """The order in which kernels add products up, where their sums could saturate."""
+        channelwise = spec_of(node).channelwise
+        if not self._rules.saturates or (channelwise and channelwise(node)):
+            return None  # depthwise kernels widen before they multiply
+        rest = [i for i in range(len(weight.shape)) if i != axis]
+        # Convolutions run over channels fastest, behind the window.
+        return (*rest[1:], rest[0])
+
+    def _encoded_bias(
+        self, tensor: Tensor, bias: Array, steps: weights.Scales, activation: np.float32
+    ) -> Variable:
+        codes, sizes = weights.encode_bias(bias.reshape(-1), steps, activation)
+        return self._dequantized(tensor, codes, sizes, 0)
+
+    def _dequantized(self, like: Tensor, codes: Array, scales: Array, axis: int) -> Variable:
+        """Stored integers and the DQ that turns them back; their zero point is zero, and so left out."""
+        result = Variable(self._name(f"{like.name}_dequantized"), np.dtype(np.float32), codes.shape)
+        inputs: list[Tensor] = [
+            Constant(self._name(f"{like.name}_quantized"), codes),
+            Constant(self._name(f"{like.name}_scale"), scales),
+        ]
+        attrs = {"axis": axis} if scales.ndim else {}
+        self._add("DequantizeLinear", f"{like.name}_DequantizeLinear", inputs, result, attrs)
+        return result
+
+    def _add(
+        self,
+        op: str,
+        name: str,
+        inputs: list[Tensor],
+        output: Variable,
+        attrs: Mapping[str, int] | None = None,
+    ) -> None:
+        self._new.append(Node(op, self._name(name), attrs, inputs, [output]))
+
+
+# Operators that run in integers as another operator.
+_LOWERED = {"HardSigmoid": Inserter._lower_hard_sigmoid}

@@ -1,0 +1,279 @@
+"""Which nodes run in integers, and which tensors share a scale.
+
+The weighted operators of the target start it. A tensor that one of them reads has to be integer, and so does
+the output of one that needs a requantized result to have an integer kernel at all. Operators in between
+follow where their inputs are integer anyway and somebody wants an integer from them; everything else stays in
+floating point. Nothing is guessed: what a node lacks is the reason given for skipping it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import networkx as nx
+import numpy as np
+
+from onnxslim.calibration.collect import is_mask
+from onnxslim.graph import Constant, Node, Tensor, Variable, captures
+from onnxslim.model import DEFAULT_DOMAINS, Model
+from onnxslim.ops import OpSpec, Role, spec_of
+from onnxslim.pipeline import Log
+from onnxslim.runtime import Quantized
+
+
+@dataclass
+class Plan:
+    """What is to be quantized.
+
+    Attributes:
+        linear: weighted operators with an integer kernel, in order.
+        followers: operators that run in integers between them, in order.
+        tensors: tensors that get a Q/DQ pair, by id, in order of appearance.
+        scales: for each of them, the tensors whose values set its range (more than one if they share).
+    """
+
+    linear: list[Node] = field(default_factory=list)
+    followers: list[Node] = field(default_factory=list)
+    tensors: dict[int, Tensor] = field(default_factory=dict)
+    scales: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    @property
+    def integer(self) -> set[int]:
+        """Ids of all nodes that run in integers."""
+        return {id(node) for node in (*self.linear, *self.followers)}
+
+    def sources(self) -> list[str]:
+        """Names of the tensors to calibrate: those whose values set a range, constants left out."""
+        names = (t.name for group in self.scales.values() for t in group if isinstance(t, Variable))
+        return list(dict.fromkeys(names))
+
+
+class Planner:
+    """Makes the plan for one model.
+
+    Args:
+        model: with shapes inferred; not modified.
+        rules: of the target.
+        log: where the reasons go.
+        exclude: globs on node names, or operator types, that stay in floating point.
+        classifier: whether the last matrix product before an output is quantized too.
+        masked: names of tensors that hold mask values, which no integer range should cover.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        rules: Quantized,
+        log: Log,
+        *,
+        exclude: Sequence[str] = (),
+        classifier: bool = False,
+        masked: Collection[str] = (),
+    ) -> None:
+        self._nodes = model.graph.nodes
+        self._rules = rules
+        self._exclude = exclude
+        self._outputs = {id(tensor) for tensor in model.graph.outputs}
+        # What a body reads stays what it is: the plan does not look inside.
+        self._captured = {id(t) for node in self._nodes if node.bodies for t in captures(node)}
+        self._log = log
+        self._masked = masked
+        self._tail = set[int]() if classifier else self._classifiers()
+
+    def plan(self) -> Plan:
+        """The nodes to run in integers and the tensors to quantize."""
+        plan = Plan()
+        plan.linear = [node for node in self._nodes if self._is_linear(node)]
+        available = self._required(plan.linear)
+        candidates = self._forward(available)
+        plan.followers = self._wanted(candidates, plan.linear)
+        for node in candidates:
+            if node not in plan.followers:
+                self._log.skip(node.label, "nothing that runs in integers reads it")
+        for tensor in self._quantized(plan):
+            plan.tensors[id(tensor)] = tensor
+        self._share_scales(plan)
+        return plan
+
+    # Weighted operators
+
+    def _is_linear(self, node: Node) -> bool:
+        spec = _standard(node)
+        if spec is None or spec.role is not Role.LINEAR:
+            return False
+        reason = self._unfit(node) or self._unfit_weight(node) or self._narrow(node, spec)
+        if reason:
+            self._log.skip(node.label, reason)
+        return reason is None
+
+    def _unfit(self, node: Node) -> str | None:
+        """Why a node cannot run in integers, whatever is around it."""
+        spec = spec_of(node)
+        if spec.role is not Role.MOVE and node.op not in self._rules.kernels:
+            return f"the target has no integer kernel for {node.op}"
+        if any(fnmatch.fnmatchcase(node.name, glob) or glob == node.op for glob in self._exclude):
+            return "excluded"
+        if spec.unfit and (reason := spec.unfit(node)):
+            return reason
+        data = [node.inputs[index] for index in spec.data_inputs(node)]
+        types = {tensor.dtype for tensor in (*data, *node.outputs[:1])}
+        if types - {np.dtype(np.float32)}:
+            return f"its data is not float32 but {', '.join(sorted(str(t) for t in types))}"
+        if any(isinstance(tensor, Constant) and is_mask(tensor.values) for tensor in data):
+            return "a constant it reads holds infinities or mask values"
+        if any(tensor.name in self._masked for tensor in (*data, self._result(node), *node.outputs)):
+            return "its data holds mask values"
+        return None
+
+    def _unfit_weight(self, node: Node) -> str | None:
+        weight = node.inputs[1]
+        if not isinstance(weight, Constant):
+            return "its weight is computed, not stored"
+        if len(weight.shape) < 2:
+            return "its weight is a vector"
+        if weight.dtype != np.float32 or not np.isfinite(weight.values).all():
+            return "its weight is not finite float32"
+        if isinstance(node.inputs[0], Constant):
+            return "its data is a constant"
+        bias = node.input(2)
+        if bias is not None and not isinstance(bias, Constant):
+            return "its bias is computed, not stored"
+        if id(node) in self._tail:
+            return "the final classifier stays in floating point (option `classifier`)"
+        return None
+
+    def _narrow(self, node: Node, spec: OpSpec) -> str | None:
+        """Why a convolution over very few channels is left alone."""
+        if spec.input_channels is None or (spec.channelwise and spec.channelwise(node)):
+            return None
+        channels = spec.input_channels(node)
+        if channels >= self._rules.min_channels:
+            return None
+        return f"sums over {channels} channels only, which is faster in floating point"
+
+    def _classifiers(self) -> set[int]:
+        """Ids of the matrix products whose results reach an output through nothing but simple operators."""
+        found: set[int] = set()
+        reached = set(self._outputs)
+        for node in reversed(self._nodes):
+            spec = spec_of(node)
+            if not any(id(tensor) in reached for tensor in node.outputs):
+                continue
+            if spec.role is Role.LINEAR:
+                if spec.channel_axis and node.op in _CLASSIFIERS:
+                    found.add(id(node))
+            elif spec.role is not Role.FLOAT or node.op in _TRANSPARENT:
+                reached.update(id(tensor) for tensor in node.inputs if isinstance(tensor, Variable))
+        return found
+
+    # Tensors and the operators in between
+
+    def _required(self, linear: Iterable[Node]) -> set[int]:
+        """Ids of tensors that are integer for the sake of weighted operators alone."""
+        found: set[int] = set()
+        for node in linear:
+            found.add(id(node.inputs[0]))
+            if spec_of(node).requantized:
+                found.add(id(self._result(node)))
+        return found
+
+    def _result(self, node: Node) -> Variable:
+        """The tensor behind the Relu or Clip that disappears in the range of a node's result.
+
+        What is moved or joined keeps the scale of where it came from, and with it values that a Relu cuts.
+        """
+        tensor = node.outputs[0]
+        spec = spec_of(node)
+        if spec.role is Role.MOVE or spec.joins:
+            return tensor
+        while id(tensor) not in self._outputs | self._captured and len(tensor.outputs) == 1:
+            clamp = tensor.outputs[0]
+            if spec_of(clamp).role is not Role.CLAMP or not _holds_zero(clamp):
+                break
+            tensor = clamp.outputs[0]
+        return tensor
+
+    def _forward(self, available: set[int]) -> list[Node]:
+        """Operators that could run in integers because what they read is integer already."""
+        candidates = []
+        reach = set(available)
+        for node in self._nodes:
+            spec = _standard(node)
+            if spec is None or spec.role not in (Role.KERNEL, Role.MOVE):
+                continue
+            data = [node.inputs[index] for index in spec.data_inputs(node)]
+            if not any(id(tensor) in reach for tensor in data):
+                continue
+            if reason := self._unfit(node):
+                self._log.skip(node.label, reason)
+                continue
+            candidates.append(node)
+            reach.update(id(tensor) for tensor in node.outputs[: 1 if spec.role is Role.KERNEL else None])
+            reach.add(id(self._result(node)))
+        return candidates
+
+    def _wanted(self, candidates: Sequence[Node], linear: Iterable[Node]) -> list[Node]:
+        """Those of the candidates whose result is read by something that runs in integers."""
+        integer = {id(node) for node in linear}
+        kept: list[Node] = []
+        for node in reversed(candidates):
+            results = [self._result(node), *node.outputs[1:]]
+            if any(id(reader) in integer for tensor in results for reader in tensor.outputs):
+                integer.add(id(node))
+                kept.append(node)
+        return kept[::-1]
+
+    def _quantized(self, plan: Plan) -> Iterable[Tensor]:
+        """Tensors with a Q/DQ pair, each once, in the order in which nodes meet them."""
+        integer = plan.integer
+        found: dict[int, Tensor] = {}
+        for node in self._nodes:
+            if id(node) not in integer:
+                continue
+            spec = spec_of(node)
+            for index in spec.data_inputs(node)[: 1 if spec.role is Role.LINEAR else None]:
+                found.setdefault(id(node.inputs[index]), node.inputs[index])
+            result = self._result(node)
+            if spec.role is not Role.LINEAR or spec.requantized:
+                found.setdefault(id(result), result)
+                found.update({id(tensor): tensor for tensor in node.outputs[1:] if tensor.name})
+            elif any(id(reader) in integer for reader in result.outputs):
+                found.setdefault(id(result), result)
+        return found.values()
+
+    def _share_scales(self, plan: Plan) -> None:
+        """Tie what operators that move data, or join tensors, need to be on one scale."""
+        ties = nx.Graph()
+        ties.add_nodes_from(plan.tensors)
+        derived: set[int] = set()
+        for node in plan.followers:
+            spec = spec_of(node)
+            if spec.role is Role.MOVE or spec.joins:
+                results = [id(self._result(node)), *(id(t) for t in node.outputs[1:] if t.name)]
+                derived.update(results)
+                read = [id(node.inputs[index]) for index in spec.data_inputs(node)]
+                ties.add_edges_from((read[0], other) for other in (*read[1:], *results))
+        order = {key: place for place, key in enumerate(plan.tensors)}
+        for group in nx.connected_components(ties):
+            members = sorted(group, key=order.__getitem__)
+            # What is only moved or joined has no values of its own to look at.
+            sources = tuple(plan.tensors[key] for key in members if key not in derived)
+            for key in members:
+                plan.scales[key] = sources
+
+
+def _standard(node: Node) -> OpSpec | None:
+    return spec_of(node) if node.domain in DEFAULT_DOMAINS else None
+
+
+def _holds_zero(clamp: Node) -> bool:
+    """Whether a Relu or Clip keeps zero, as every integer range does; its limits must be known."""
+    limits = spec_of(clamp).limits
+    found = limits(clamp) if limits else None
+    return found is not None and found[0] <= 0.0 <= found[1]
+
+
+_CLASSIFIERS = frozenset(("Gemm", "MatMul"))
+_TRANSPARENT = frozenset(("Identity", "Cast", "LogSoftmax"))

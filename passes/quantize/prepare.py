@@ -1,0 +1,104 @@
+"""Brings a graph into the form that the quantizer knows, without changing what it computes."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnx.version_converter
+
+from onnxslim import rewrite, shapes
+from onnxslim.errors import LoadError, PassError, SaveError
+from onnxslim.graph import Node
+from onnxslim.model import Model
+from onnxslim.pipeline import Log
+from onnxslim.rewrite import Editor, Rule
+from onnxslim.runtime import Quantized
+
+# Per-channel DequantizeLinear appeared in this version.
+MIN_OPSET = 13
+
+
+def prepare(model: Model, rules: Quantized, log: Log) -> None:
+    """Raise the opset if need be, and write operators in terms of those with integer kernels.
+
+    Raises:
+        PassError: the opset cannot be raised.
+    """
+    if model.opset < MIN_OPSET:
+        raise_opset(model, MIN_OPSET)
+        log.change("model", f"raised to opset {MIN_OPSET}", "per-channel quantization needs it")
+    shapes.infer(model)
+    wanted = [rule for rule in RULES if rule.needs <= rules.kernels]
+    rewrite.apply(wanted, model, log)
+
+
+def raise_opset(model: Model, version: int) -> None:
+    """Convert the standard operators of a model to a later version, in place."""
+    try:
+        converted = onnx.version_converter.convert_version(model.to_proto(), version)
+        newer = Model.from_proto(converted)
+    except (RuntimeError, LoadError, SaveError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PassError(
+            f"pass 'quantize' needs opset {version}, and opset {model.opset} could not be raised: {reason}; "
+            "export the model again with a newer opset",
+            pass_name="quantize",
+        ) from error
+    model.graph, model.opsets, model.shell = newer.graph, newer.opsets, newer.shell
+
+
+class _KernelRule(Rule[Node]):
+    """A rule that pays only where the target has certain integer kernels."""
+
+    needs: ClassVar[frozenset[str]]
+
+    def pattern(self, node: Node, edit: Editor) -> Node | None:
+        return node
+
+
+class SplitHardSwish(_KernelRule):
+    """HardSwish(x) = x · HardSigmoid(x) with alpha = 1/6, beta = 1/2, as the operator is defined."""
+
+    name = "split-hardswish"
+    ops = frozenset(("HardSwish",))
+    needs = frozenset(("Add", "Mul"))
+
+    def check(self, match: Node, edit: Editor) -> str | None:
+        return None
+
+    def rewrite(self, match: Node, edit: Editor) -> str:
+        source, label = match.inputs[0], match.name or match.op
+        gate = edit.variable(f"{match.outputs[0].name}_gate", source, source.shape)
+        attrs = {"alpha": 1.0 / 6.0, "beta": 0.5}
+        edit.add(match, "HardSigmoid", [source], [gate], attrs, name=f"{label}_gate")
+        edit.replace_node(match, "Mul", [source, gate])
+        return "written as HardSigmoid and Mul, which has an integer kernel"
+
+
+class MeanToPool(_KernelRule):
+    """ReduceMean over all spatial axes, kept as size 1, is GlobalAveragePool."""
+
+    name = "mean-to-pool"
+    ops = frozenset(("ReduceMean",))
+    needs = frozenset(("GlobalAveragePool",))
+
+    def check(self, match: Node, edit: Editor) -> str | None:
+        shape = match.inputs[0].shape
+        axes = match.attrs.get("axes") if edit.opset < 18 else match.constant(1)
+        if shape is None or len(shape) < 3 or axes is None:
+            return "its axes or the rank of its input are not known"
+        spatial = set(range(2, len(shape)))
+        if {int(axis) % len(shape) for axis in np.ravel(axes)} != spatial or not match.attrs.get(
+            "keepdims", 1
+        ):
+            return "it does not pool over exactly the spatial axes"
+        return None
+
+    def rewrite(self, match: Node, edit: Editor) -> str:
+        edit.replace_node(match, "GlobalAveragePool", [match.inputs[0]])
+        return "written as GlobalAveragePool, which has an integer kernel"
+
+
+RULES: tuple[_KernelRule, ...] = (SplitHardSwish(), MeanToPool())

@@ -1,0 +1,66 @@
+"""What tests of passes share: models from a few lines of ONNX text, and ONNX Runtime as the judge."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx.parser
+
+from onnxslim.check import difference, interface, wellformed
+from onnxslim.graph import Array
+from onnxslim.model import Model, load
+from onnxslim.pipeline import Changes, Context, Pass
+from onnxslim.probe import make_feeds
+from onnxslim.runtime import Session
+
+
+def parse(text: str, opset: int = 17, ir_version: int = 8) -> Model:
+    """The model in ONNX text; a text that starts with the graph gets a header."""
+    if not text.lstrip().startswith("<"):
+        text = f'<ir_version: {ir_version}, opset_import: ["" : {opset}]>\n{text}'
+    return load(onnx.parser.parse_model(text))
+
+
+def run(model: Model, feeds: Mapping[str, Array] | None = None) -> dict[str, Any]:
+    """Outputs of the model as it is written, without ONNX Runtime's own optimizations."""
+    return Session(model, optimize="none").run(feeds_for(model) if feeds is None else feeds)
+
+
+def feeds_for(model: Model, *, batch: int = 2, size: int = 3, seed: int = 0) -> dict[str, Array]:
+    """Made-up inputs; axes without a size get `batch` (first axis) or `size`."""
+    return make_feeds(model.inputs(), batch=batch, size=size, seed=seed)
+
+
+def apply(step: Pass, model: Model) -> tuple[Model, Changes]:
+    """A rewritten copy of the model and what was done to it."""
+    twin = model.copy()
+    return twin, step.run(twin, Context())
+
+
+def same_outputs(
+    before: Model, after: Model, feeds: Mapping[str, Array] | None = None, *, exact: bool = False
+) -> None:
+    """Assert that two models are valid, have one interface, and compute the same.
+
+    Args:
+        before, after: what to compare.
+        feeds: their inputs; made up if None.
+        exact: whether every bit must be equal, instead of equal up to rounding.
+    """
+    wellformed(after)
+    assert interface(after) == interface(before)
+    fed = feeds_for(before) if feeds is None else feeds
+    expected, actual = run(before, fed), run(after, fed)
+    for name, value in expected.items():
+        if exact:
+            np.testing.assert_array_equal(actual[name], value, err_msg=name, strict=True)
+        else:
+            assert not difference(value, actual[name]), f"{name} {difference(value, actual[name])}"
+
+
+def ops(model: Model) -> Counter[str]:
+    """How many nodes of each operator there are, bodies included."""
+    return Counter(node.op for node in model.nodes())
