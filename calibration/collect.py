@@ -50,6 +50,7 @@ def collect(
     Raises:
         CalibrationError: the data does not fit the model, is empty, or makes a tensor NaN or infinite.
     """
+    data = data.bind(model.inputs())
     if jobs == 1:
         found = _observe(tapped(model, tensors), data, tensors, target, progress)
     else:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from onnxslim.errors import CalibrationError
+from onnxslim.model import InputSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,23 +53,6 @@ _UNREADABLE = (
 _IMAGES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
 _ENDLESS = 1 << 62
 _ADVICE = "pass a list of batches, or CalibrationData.from_callable with a function that starts anew"
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """What a model expects of one input.
-
-    Attributes:
-        name: name of the input.
-        dtype: element type; any string type for string tensors.
-        shape: a number where the size is fixed, a name or None where it is not; None if the rank is unknown.
-        required: false for an input with a default value.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | str | None, ...] | None = None
-    required: bool = True
 
 
 class Reader(Protocol):
@@ -629,6 +613,10 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
 
 
 def _check_array(array: Array, spec: InputSpec, where: str) -> None:
+    if spec.dtype is None:
+        raise CalibrationError(
+            f"{where}: input {spec.name!r} of the model is not a tensor; only tensors can be fed"
+        )
     if array.dtype != spec.dtype and not (_is_text(array.dtype) and _is_text(spec.dtype)):
         expected = f"the model expects {spec.dtype}; convert it, such as with astype"
         raise CalibrationError(f"{where}: input {spec.name!r} is {array.dtype}, {expected}")

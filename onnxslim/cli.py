@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        warnings.showwarning = _show_warning
         try:
             # Typer may itself turn an interruption into this code.
             code = typer.main.get_command(app).main(words, prog_name="onnxslim", standalone_mode=False)
@@ -306,7 +306,7 @@ def _run(
 ) -> None:
     """Run one pass after the other.
 
-    For example: onnxslim run in.onnx out.onnx -p slim -p quantize:observer=mse,exclude=/head/* --data calib.npz
+    For example: onnxslim run IN OUT --data calib.npz -p slim -p quantize:observer=mse,exclude=/head/*
     """
     from onnxslim import passes
 
@@ -514,8 +514,9 @@ def _data(
         labels = _labels(path, labels_key, others)
     else:
         raise CalibrationError(f"{path}: expected an .npz file or a folder")
+    data = data.bind(specs)
     data.check(specs)
-    return data.bind(specs), labels
+    return data, labels
 
 
 def _arrays_but(path: Path, inputs: Collection[str]) -> list[str]:

@@ -33,8 +33,8 @@ class InputSpec:
 
     name: str
     dtype: np.dtype[Any] | None
-    shape: Shape
-    required: bool
+    shape: Shape = None
+    required: bool = True
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
+from typing_extensions import dataclass_transform
 
 from onnxslim.check import Checker
 from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, PassError
@@ -21,7 +22,17 @@ from onnxslim.runtime import Target
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 Progress: TypeAlias = Callable[[str, int, "int | None"], None]
 
-options = validated(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+P = TypeVar("P")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def options(cls: type[P]) -> type[P]:
+    """Make a class a frozen dataclass whose fields are checked when it is made: what every pass is.
+
+    Defaults are given as `Field(default=…)`, by name: type checkers do not see them otherwise.
+    """
+    checked = validated(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+    return checked(cls)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

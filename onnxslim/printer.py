@@ -44,7 +44,9 @@ def _constants(graph: Graph) -> list[Constant]:
 def _node(node: Node, indent: str) -> Iterator[str]:
     outputs = ", ".join(tensor.name or "_" for tensor in node.outputs)
     inputs = ", ".join(tensor.name or "_" for tensor in node.inputs)
-    attrs = [f"{name}={_attribute(value)}" for name, value in sorted(node.attrs.items()) if not _is_body(value)]
+    attrs = [
+        f"{name}={_attribute(value)}" for name, value in sorted(node.attrs.items()) if not _is_body(value)
+    ]
     domain = f"{node.domain}." if node.domain else ""
     yield f"{indent}{outputs} = {domain}{node.op}{'<' + ', '.join(attrs) + '>' if attrs else ''}({inputs})"
     for body in node.bodies:

@@ -215,6 +215,8 @@ class Session:
             LoadError: ONNX Runtime fails on these inputs; carries its message.
         """
         names = list(self.output_names if outputs is None else outputs)
+        if not names:
+            return {}  # onnxruntime would take an empty list for all of them
         try:
             return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
         except Exception as error:

@@ -116,9 +116,7 @@ def _batches(
         if not made:
             raise CalibrationError("no inputs could be made up on which the model runs; pass data")
         return iter(made), True
-    bound = (data if isinstance(data, CalibrationData) else CalibrationData(data)).bind(
-        model.inputs()  # type: ignore[arg-type]
-    )
+    bound = (data if isinstance(data, CalibrationData) else CalibrationData(data)).bind(model.inputs())
     batches = iter(bound)
     head = next(batches, None)
     if head is None:

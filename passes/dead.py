@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import ClassVar, TypeAlias
 
 import onnx
@@ -90,33 +90,32 @@ def _is_read(node: Node, fixed: Counter[int]) -> bool:
     return any(tensor.outputs or fixed[id(tensor)] > 0 for tensor in node.outputs)
 
 
-def remove_constants(model: Model, among: set[int] | None = None) -> list[str]:
+def unread(model: Model) -> set[int]:
+    """Ids of the declared constants that no node reads."""
+    declared = (constant for graph in model.graphs() for constant in graph.initializers.values())
+    return {id(constant) for constant in declared if not constant.outputs}
+
+
+def remove_constants(model: Model, keep: Set[int] = frozenset()) -> list[str]:
     """Remove declared constants that nothing reads.
 
     Args:
         model: edited in place. One with training information keeps all, as that may refer to them.
-        among: ids of those to look at; None means all.
+        keep: ids of those that stay.
 
     Returns:
         Names of the removed constants.
     """
     if model.shell.training_info:
         return []
-    fixed = ir.protected(model.graph)
+    spare = unread(model) - keep - ir.protected(model.graph)
     removed: list[str] = []
     for graph in model.graphs():
         annotated = _annotations(graph)
-        unused = [
-            name
-            for name, constant in graph.initializers.items()
-            if not constant.outputs
-            and (among is None or id(constant) in among)
-            and id(constant) not in fixed
-            and name not in annotated
-        ]
-        for name in unused:
-            del graph.initializers[name]
-        removed.extend(unused)
+        for name, constant in list(graph.initializers.items()):
+            if id(constant) in spare and name not in annotated:
+                del graph.initializers[name]
+                removed.append(name)
     return removed
 
 

@@ -51,7 +51,7 @@ def _merge_constants(model: Model, log: Log) -> None:
         return
     outputs = {id(tensor) for tensor in model.graph.outputs}
     name: Namer | None = None
-    merged: set[int] = set()
+    unread = dead.unread(model)
     for group in list(_equal_constants(model)):
         # An output cannot be renamed or moved, so it is the one that stays.
         group.sort(key=lambda item: id(item[0]) not in outputs)
@@ -62,9 +62,8 @@ def _merge_constants(model: Model, log: Log) -> None:
         for constant, _ in others:
             if constant.outputs:
                 ir.replace_uses(constant, keep)
-                merged.add(id(constant))
                 log.change(constant.name, f"merged with '{keep.name}'", "equal constants")
-    dead.remove_constants(model, merged)
+    dead.remove_constants(model, unread)
 
 
 def _move(constant: Constant, home: Graph, to: Graph, name: Namer) -> None:

@@ -78,9 +78,9 @@ class _Edits:
         self.fixed = ir.protected(model.graph)
         self._own = model.functions
         self._name: Namer | None = None
-        # What lost a reader, or may have none.
+        self._unread = dead.unread(model)
+        # Nodes that lost a reader.
         self._makers: list[Node] = []
-        self._constants: list[Tensor] = []
 
     def is_standard(self, node: Node) -> bool:
         """Whether a node is of the standard domain and not of a function of the model that hides it."""
@@ -113,7 +113,6 @@ class _Edits:
     def forget_inputs(self, node: Node) -> None:
         """Unlink a node and remember what it read."""
         self._makers.extend(maker for tensor in node.inputs if (maker := ir.producer(tensor)))
-        self._constants.extend(tensor for tensor in node.inputs if isinstance(tensor, Constant))
         ir.detach(node)
 
     def substitute(self, tensor: Variable, constant: Constant, graph: Graph) -> None:
@@ -135,7 +134,6 @@ class _Edits:
             graph.initializers[constant.name] = constant
         else:
             constant.name = self.fresh(constant.name)
-        self._constants.append(constant)
 
     def fresh(self, wanted: str) -> str:
         """A name that nothing in the model has."""
@@ -146,7 +144,7 @@ class _Edits:
     def clean_up(self) -> None:
         """Remove what nothing reads any more."""
         dead.remove_nodes(self.model, self._makers)
-        dead.remove_constants(self.model, {id(constant) for constant in self._constants})
+        dead.remove_constants(self.model, self._unread)
 
 
 def _attribute(values: Array) -> AttributeProto:

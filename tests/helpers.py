@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx.parser
+from onnx import numpy_helper
 
 from onnxslim.check import difference, interface, wellformed
 from onnxslim.graph import Array
@@ -17,11 +18,25 @@ from onnxslim.probe import make_feeds
 from onnxslim.runtime import Session
 
 
-def parse(text: str, opset: int = 17, ir_version: int = 8) -> Model:
-    """The model in ONNX text; a text that starts with the graph gets a header."""
+def parse(
+    text: str, constants: Mapping[str, Array] | None = None, *, opset: int = 17, ir_version: int = 8
+) -> Model:
+    """The model in ONNX text.
+
+    Args:
+        text: a text that starts with the graph gets a header.
+        constants: values of what the text declares as inputs, to make initializers of them.
+        opset, ir_version: for the header.
+    """
     if not text.lstrip().startswith("<"):
         text = f'<ir_version: {ir_version}, opset_import: ["" : {opset}]>\n{text}'
-    return load(onnx.parser.parse_model(text))
+    model = onnx.parser.parse_model(text)
+    for name, values in (constants or {}).items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
+    inputs = [info for info in model.graph.input if info.name not in (constants or {})]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    return load(model)
 
 
 def run(model: Model, feeds: Mapping[str, Array] | None = None) -> dict[str, Any]:

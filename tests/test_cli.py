@@ -37,10 +37,10 @@ class Scale(Pass):
 
     name: ClassVar[str] = "scale"
 
-    by: float = Field(1.0, gt=0, description="the factor")
-    only: tuple[str, ...] = Field((), description="names of the constants")
-    how: Literal["all", 8] = Field("all", description="a way")
-    loud: bool = Field(False, description="whether to say so")
+    by: float = Field(default=1.0, gt=0, description="the factor")
+    only: tuple[str, ...] = Field(default=(), description="names of the constants")
+    how: Literal["all", 8] = Field(default="all", description="a way")
+    loud: bool = Field(default=False, description="whether to say so")
 
     def run(self, model: Model, ctx: Context) -> Changes:
         changed = []
@@ -68,7 +68,7 @@ class Failing(Pass):
 
     name: ClassVar[str] = "failing"
 
-    kind: Literal["pass", "bug", "interrupt", "disk"] = Field("pass", description="how")
+    kind: Literal["pass", "bug", "interrupt", "disk"] = Field(default="pass", description="how")
 
     def run(self, model: Model, ctx: Context) -> Changes:
         raise {
@@ -175,7 +175,8 @@ def test_options_of_a_pass_command_are_the_fields_of_the_pass(run: Run) -> None:
 
 
 def test_quantize_from_the_command_line(run: Run, folder: Path) -> None:
-    text = "g (float[N,4] x) => (float[N,4] y) <float[4,4] w = {%s}> { z = Relu(x)  p = MatMul(z, w)  y = Relu(p) }"
+    text = "g (float[N,4] x) => (float[N,4] y) <float[4,4] w = {%s}> "
+    text += "{ z = Relu(x)  p = MatMul(z, w)  y = Relu(p) }"
     parse(text % ",".join("1" * 16)).save(folder / "product.onnx")
     words = ("quantize", "product.onnx", "out.onnx", "--data", "data.npz")
     code, out, _ = run(

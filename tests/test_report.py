@@ -46,7 +46,7 @@ def shown(changes: Changes, error: str = "") -> str:
 def test_sizes_before_and_after() -> None:
     lines = shown(Changes((Change("n", "a"),))).splitlines()
     assert lines[0].split() == ["pass", "seconds", "nodes", "parameters", "bytes", "MACs"]
-    assert lines[2].split() == "slim 0.12 12 → 9 34.57 k 1.2 MB → 654.3 kB 42 M → ?".split()
+    assert " ".join(lines[2].split()) == "slim 0.12 12 → 9 34.57 k 1.2 MB → 654.3 kB 42 M → ?"
 
 
 def test_changes_are_grouped_by_rule_and_counted() -> None:
@@ -182,8 +182,8 @@ class Rename(Pass):
 
     name: ClassVar[str] = "rename"
 
-    to: str = Field("n", description="new name")
-    fail: bool = Field(False, description="fail instead")
+    to: str = Field(default="n", description="new name")
+    fail: bool = Field(default=False, description="fail instead")
 
     def run(self, model: Model, ctx: Context) -> Changes:
         if self.fail:

@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,10 @@ B = classifier(1, 1, 1, 1.5)
 X = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
 
 
+def f32(values: list[float]) -> Array:
+    return np.array(values, np.float32)
+
+
 def batches(samples: Array, size: int = 4) -> list[dict[str, Array]]:
     return [{"x": samples[start : start + size]} for start in range(0, len(samples), size)]
 
@@ -58,7 +63,7 @@ def test_a_model_is_the_same_as_itself() -> None:
 
 def test_figures_follow_their_formulas() -> None:
     found = row(A, B, batches(X))
-    expected, actual = X.astype(np.float64), (X * np.float32([1, 1, 1, 1.5])).astype(np.float64)
+    expected, actual = X.astype(np.float64), (X * f32([1, 1, 1, 1.5])).astype(np.float64)
     noise = expected - actual
     norms = np.linalg.norm(expected) * np.linalg.norm(actual)
     assert found.max_abs == np.abs(noise).max()
@@ -72,7 +77,7 @@ def test_figures_follow_their_formulas() -> None:
 @settings(max_examples=15, deadline=None)
 def test_how_samples_are_cut_into_batches_changes_nothing(cuts: set[int]) -> None:
     ends = [0, *sorted(cuts), 10]
-    parts = [{"x": X[start:end]} for start, end in zip(ends, ends[1:], strict=False)]
+    parts = [{"x": X[start:end]} for start, end in pairwise(ends)]
     whole, found = row(A, B, [{"x": X}]), row(A, B, parts)
     for name in ("equal", "max_abs", "sqnr", "cosine", "top1"):
         assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=1e-12)
@@ -92,13 +97,14 @@ def test_integers_are_counted_not_subtracted() -> None:
         "g (float[N,4] x) => (int64[N,1] i) <float[4] w = {1, 1, 1, 9}> "
         "{ s = Mul(x, w)  i = ArgMax<axis = 1>(s) }"
     )
-    same = (X.argmax(1) == (X * np.float32([1, 1, 1, 9])).argmax(1)).mean()
+    same = (X.argmax(1) == (X * f32([1, 1, 1, 9])).argmax(1)).mean()
     assert 0 < same < 1
     assert row(first, second, batches(X)) == OutputRow("i", same)
 
 
 def test_sequences_are_compared_for_equality() -> None:
-    text = "g (float[N,4] x) => (seq(float[N,4]) s) <float[4] w = {%s}> { y = Mul(x, w)  s = SequenceConstruct(y) }"
+    text = "g (float[N,4] x) => (seq(float[N,4]) s) <float[4] w = {%s}> "
+    text += "{ y = Mul(x, w)  s = SequenceConstruct(y) }"
     first, second = parse(text % "1,1,1,1"), parse(text % "1,1,1,2")
     assert row(first, first, batches(X)) == OutputRow("s", 1.0)
     assert row(first, second, batches(X)) == OutputRow("s", 0.0)
@@ -128,7 +134,7 @@ def test_noise_on_a_silent_output() -> None:
 def test_outputs_of_other_shapes_are_a_problem_that_fails_every_requirement() -> None:
     text = "g (float[4] x) => (float[M] y) <float c = {%s}> { m = Greater(x, c)  y = Compress(x, m) }"
     first, second = parse(text % "0"), parse(text % "0.5")
-    data = [{"x": np.float32([1, 2, 3, 4])}, {"x": np.float32([0.1, 0.2, 3, 4])}]
+    data = [{"x": f32([1, 2, 3, 4])}, {"x": f32([0.1, 0.2, 3, 4])}]
     found = row(first, second, data)
     assert found.problem == "changed its shape from (4,) to (2,) (in 1 of 2 batches)"
     with pytest.raises(ValidationError, match=r"^cpu: output 'y' changed its shape"):
@@ -141,7 +147,7 @@ def test_accuracy_of_both_models() -> None:
     found = compare(A, B, batches(X), labels=labels).providers[0].accuracy
     assert found is not None
     assert found.before == 0.7
-    assert found.after == ((X * np.float32([1, 1, 1, 1.5])).argmax(1) == labels).mean()
+    assert found.after == ((X * f32([1, 1, 1, 1.5])).argmax(1) == labels).mean()
 
 
 @pytest.mark.parametrize(
@@ -185,7 +191,8 @@ def test_latency_is_measured_unless_switched_off() -> None:
 
 def test_sizes_of_both_models() -> None:
     longer = parse(
-        "g (float[N,4] x) => (float[N,2] y) <float[4,2] w = {1,2,3,4,5,6,7,8}> { z = Relu(x)  y = MatMul(z, w) }"
+        "g (float[N,4] x) => (float[N,2] y) <float[4,2] w = {1,2,3,4,5,6,7,8}> "
+        "{ z = Relu(x)  y = MatMul(z, w) }"
     )
     found = compare(longer, longer, batches(X)).before
     assert (found.nodes, found.parameters, found.macs) == (2, 8, 8)

@@ -35,8 +35,6 @@ class ConstantChain(Rule[Chain]):
 
     def check(self, match: Chain, edit: Editor) -> str | None:
         first, second = _values(match.inner), _values(match.outer)
-        if edit.is_shadowed(_operand(match.inner)):
-            return "a body has another tensor under the name of the operand"
         if first.dtype not in facts.FLOATS:
             whole = first.dtype.kind in "iu" and match.outer.op != "Div"
             problem = None if whole else f"{match.outer.op} of {first.dtype} is not associative"
@@ -44,7 +42,7 @@ class ConstantChain(Rule[Chain]):
             problem = _imprecise(match.outer.op, first, second)
         if problem is None and self._merged(match) is None:
             problem = "the constant for both is larger, or does not fit its type"
-        return problem
+        return problem or facts.hidden(_operand(match.inner), edit)
 
     def rewrite(self, match: Chain, edit: Editor) -> str:
         merged, side = self._merged(match), _constant_side(match.outer) or 0

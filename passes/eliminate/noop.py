@@ -93,9 +93,7 @@ class CastCast(Rule[tuple[Node, Node]]):
             return f"{source} to {wide} loses values"
         if not _same_from(source, wide, to):
             return f"{source} to {to} may differ from {wide} to {to}"
-        if edit.is_shadowed(inner.inputs[0]):
-            return f"'{inner.inputs[0].name}' has another meaning in a body"
-        return None
+        return facts.hidden(inner.inputs[0], edit)
 
     def rewrite(self, match: tuple[Node, Node], edit: Editor) -> str:
         node, inner = match

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from onnxslim.graph import Array, Constant, Node, Variable
+from onnxslim.graph import Array, Constant, Node
 from onnxslim.model import constant_of
 from onnxslim.passes import facts
 from onnxslim.rewrite import Editor
@@ -41,20 +41,22 @@ class Layer:
     @property
     def outputs(self) -> int:
         """Number of output channels."""
+        shape = self.weight.shape
         if self.node.op == "Conv":
-            return self.weight.shape[0]
+            return int(shape[0])
         if self.node.op == "ConvTranspose":
-            return self.weight.shape[1] * self.groups
-        return self.weight.shape[0 if self.node.attrs.get("transB", 0) else -1]
+            return int(shape[1]) * self.groups
+        return int(shape[0 if self.node.attrs.get("transB", 0) else -1])
 
     @property
     def inputs(self) -> int:
         """Number of input channels."""
+        shape = self.weight.shape
         if self.node.op == "Conv":
-            return self.weight.shape[1] * self.groups
+            return int(shape[1]) * self.groups
         if self.node.op == "ConvTranspose":
-            return self.weight.shape[0]
-        return self.weight.shape[-1 if self.node.attrs.get("transB", 0) else -2]
+            return int(shape[0])
+        return int(shape[-1 if self.node.attrs.get("transB", 0) else -2])
 
     def along_outputs(self, values: Array) -> Array:
         """One value per output channel, in a shape that broadcasts against the weight."""
@@ -74,16 +76,18 @@ class Layer:
             # [M, C/groups, ...]: the first M/groups rows read the first C/groups channels.
             rows = np.repeat(values.reshape(self.groups, -1), self.weight.shape[0] // self.groups, axis=0)
             return rows.reshape(*rows.shape, *tail)
-        if self.node.op == "ConvTranspose" or not self.node.attrs.get("transB", 0):
+        if self.node.op == "ConvTranspose":
             return values.reshape(-1, 1, *tail)
-        return values
+        return values if self.node.attrs.get("transB", 0) else values.reshape(-1, 1)
 
     def sum_over_inputs(self, shift: Array) -> Array:
         """What each output channel gets if this much is added to every element of each input channel."""
         alpha = self.node.attrs.get("alpha", 1.0) if self.node.op == "Gemm" else 1.0
         product = self.weight.astype(np.float64) * self.along_inputs(shift) * alpha
         inner = (1,) if self.node.attrs.get("transB", 0) else (0,)
-        return np.asarray(product.sum(axis=tuple(range(1, product.ndim)) if self.node.op == "Conv" else inner))
+        return np.asarray(
+            product.sum(axis=tuple(range(1, product.ndim)) if self.node.op == "Conv" else inner)
+        )
 
 
 def layer(node: Node | None, edit: Editor) -> Layer | None:
@@ -95,12 +99,19 @@ def layer(node: Node | None, edit: Editor) -> Layer | None:
     weight = None if isinstance(stored, onnx.SparseTensorProto) else constant_of(tensor)
     if weight is None or weight.dtype not in facts.FLOATS or weight.ndim < 2:
         return None
-    if node.op != "MatMul":
-        rank: int | None = weight.ndim
-    else:
-        data = facts.rank(edit.shape(node.inputs[0]))
-        rank = None if data is None else max(data, weight.ndim) if data > 1 else weight.ndim - 1
-    return Layer(node, weight, int(node.attrs.get("group", 1)), rank)
+    groups = int(node.attrs.get("group", 1))
+    if groups < 1 or weight.shape[0] % groups:
+        return None
+    return Layer(
+        node, weight, groups, weight.ndim if node.op != "MatMul" else _product_rank(node, weight, edit)
+    )
+
+
+def _product_rank(node: Node, weight: Array, edit: Editor) -> int | None:
+    data = facts.rank(edit.shape(node.inputs[0]))
+    if data is None:
+        return None
+    return max(data, weight.ndim) if data > 1 else weight.ndim - 1
 
 
 def bias(found: Layer) -> Array | None:
@@ -109,15 +120,19 @@ def bias(found: Layer) -> Array | None:
     None if that is computed, or is no single value per channel.
     """
     node = found.node
-    if node.op == "MatMul" or node.input(2) is None:
+    if not _has_bias(node):
         return np.zeros(found.outputs)
     values = facts.constant(node, 2)
-    if values is None or values.size not in (1, found.outputs) or values.shape[-1:] not in (
-        (), (1,), (found.outputs,)
-    ):
+    if values is None:
         return None
-    beta = node.attrs.get("beta", 1.0) if node.op == "Gemm" else 1.0
-    return np.broadcast_to(values.astype(np.float64).reshape(-1) * beta, (found.outputs,))
+    if node.op != "Gemm":
+        return values.astype(np.float64)
+    added = per_channel(values, found.rank, found.axis, found.outputs)
+    return None if added is None else added * node.attrs.get("beta", 1.0)
+
+
+def _has_bias(node: Node) -> bool:
+    return node.op != "MatMul" and node.input(2) is not None
 
 
 @dataclass(frozen=True)
@@ -148,37 +163,47 @@ def fold(
     Returns:
         Or why there are none.
     """
-    weight = found.weight.astype(np.float64)
-    added = bias(found)
+    weight, added = None, None
     with np.errstate(all="ignore"):
-        if added is not None and input_shift is not None:
-            added = added + found.sum_over_inputs(input_shift)
-        if inputs is not None:
-            weight = weight * found.along_inputs(inputs)
-        if outputs is not None:
-            weight = weight * found.along_outputs(outputs)
-            added = None if added is None else added * outputs
-        if added is not None and shift is not None:
-            added = added + shift
-    return _fitting(found, edit, None if outputs is None and inputs is None else weight, added)
+        if not (outputs is None and shift is None and input_shift is None):
+            added = _new_bias(found, outputs, shift, input_shift)
+            if added is None:
+                return "its bias is computed, or is not one value per channel"
+        if not (outputs is None and inputs is None):
+            weight = found.weight.astype(np.float64)
+            weight = weight if inputs is None else weight * found.along_inputs(inputs)
+            weight = weight if outputs is None else weight * found.along_outputs(outputs)
+    return _fitting(found, edit, weight, added)
+
+
+def _new_bias(
+    found: Layer, outputs: Array | None, shift: Array | None, input_shift: Array | None
+) -> Array | None:
+    added = bias(found)
+    if added is None:
+        return None
+    added = added if input_shift is None else added + found.sum_over_inputs(input_shift)
+    added = added if outputs is None else added * outputs
+    return added if shift is None else added + shift
 
 
 def _fitting(found: Layer, edit: Editor, weight: Array | None, added: Array | None) -> Folded | str:
-    if added is None:
-        return "its bias is computed, or is not one value per channel"
-    had_bias = found.node.op != "MatMul" and found.node.input(2) is not None
-    if not had_bias and not added.any():
+    if added is not None and not _has_bias(found.node) and not added.any():
         added = None
-    if added is not None and found.node.op == "MatMul" and not can_be_gemm(found, edit):
-        return "MatMul has no bias, and only a product of two matrices in single or double precision is a Gemm"
+    if added is not None and found.node.op == "MatMul" and not can_be_gemm(found):
+        return (
+            "MatMul has no bias, and only a product of two matrices in single or double precision is a Gemm"
+        )
     if weight is not None and not _may_replace(found, edit):
         return "the weight is shared"
     dtype = found.weight.dtype
-    cast = None if weight is None else facts.rounded(weight, dtype)
-    cast_bias = None if added is None else facts.rounded(added, dtype)
-    if (weight is not None and cast is None) or (added is not None and cast_bias is None):
+    folded = Folded(
+        None if weight is None else facts.rounded(weight, dtype),
+        None if added is None else facts.rounded(added, dtype),
+    )
+    if (folded.weight is None) != (weight is None) or (folded.bias is None) != (added is None):
         return f"the result does not fit {dtype}"
-    return Folded(cast, cast_bias)
+    return folded
 
 
 def _may_replace(found: Layer, edit: Editor) -> bool:
@@ -187,7 +212,7 @@ def _may_replace(found: Layer, edit: Editor) -> bool:
     return edit.sole_consumer(tensor) is found.node or found.weight.nbytes <= facts.MAX_COPY_BYTES
 
 
-def can_be_gemm(found: Layer, edit: Editor) -> bool:
+def can_be_gemm(found: Layer) -> bool:
     """Whether a MatMul with this weight is a Gemm that ONNX Runtime computes as fast."""
     return found.rank == 2 and found.weight.ndim == 2 and found.weight.dtype in GEMM_TYPES
 
@@ -201,7 +226,7 @@ def store(found: Layer, edit: Editor, folded: Folded) -> Node:
         return node
     if node.op == "Gemm":
         node.attrs.pop("beta", None)
-    if node.op != "MatMul" and node.input(2) is not None:
+    if _has_bias(node):
         edit.set_values(node, 2, folded.bias)
         return node
     added = edit.constant(_bias_name(node.inputs[1].name), folded.bias)

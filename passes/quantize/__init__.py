@@ -99,12 +99,11 @@ class Quantize(Pass):
                 parts = [_statistics(source, seen) for source in plan.scales[key]]
                 known[group] = choose(merge(parts))
             ranges[key] = known[group]
-        integer = [node.label for node in (*plan.linear, *plan.followers)]
         inserter = Inserter(model, plan, rules, log)
         inserter.apply(ranges, self.per_channel)
         log.facts["tightened"] = inserter.tightened
         if ctx.target.provider == CPU:
-            log.facts.update(fused(model, integer, ctx.target))
+            log.facts.update(fused(model, plan.labels, ctx.target))
 
     def _chooser(self, *, symmetric: bool) -> Callable[[Distribution], Range]:
         if self.observer == "minmax":

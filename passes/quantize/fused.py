@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 from onnxslim.model import Model
@@ -11,12 +11,12 @@ from onnxslim.ops import Role, spec_of
 from onnxslim.runtime import Target, optimized_model
 
 
-def fused(model: Model, integer: Collection[str], target: Target) -> dict[str, Any]:
+def fused(model: Model, integer: Mapping[int, str], target: Target) -> dict[str, Any]:
     """What became of the operators that were quantized, as facts for the report.
 
     Args:
         model: the quantized model.
-        integer: labels of the nodes that were to run in integers.
+        integer: labels, by id, of the nodes that were to run in integers.
         target: whose optimizations to look at.
 
     Returns:
@@ -24,11 +24,11 @@ def fused(model: Model, integer: Collection[str], target: Target) -> dict[str, A
         one; `unfused`: names of nodes between Q and DQ that run in floating point all the same.
     """
     named = model.copy()
-    for node in named.graph.nodes:
-        node.name = node.label
+    for node, twin in zip(model.graph.nodes, named.graph.nodes, strict=True):
+        twin.name = integer.get(id(node), node.label)
     countable = [node for node in named.graph.nodes if spec_of(node).role in (Role.LINEAR, Role.KERNEL)]
     ran = {node.name: node.op_type for node in optimized_model(named, target).graph.node}
-    wanted = set(integer)
+    wanted = set(integer.values())
     # A fused node keeps its name and changes its type; "FusedConv" and its like are floating point.
     unfused = [
         node.name

@@ -105,10 +105,9 @@ class Inserter:
         """Put Q and DQ behind a tensor; returns what integer operators read."""
         if isinstance(tensor, Constant):
             return self._dequantize(self._encode_constant(tensor, scale), scale, tensor)
-        source = tensor
-        if self._fused(tensor):
-            # Whatever reads the float result keeps the integer kernel from being used: all read the pair.
-            source = self._rename(tensor)
+        # Any reader of the float result would keep the integer kernel from being used: all read the pair.
+        fused = self._fused(tensor)
+        source = self._rename(tensor) if id(tensor) in self._outputs and fused else tensor
         quantized = Variable(self._name(f"{tensor.name}_quantized"), self._rules.activation, tensor.shape)
         inputs: list[Tensor] = [source, scale.scale, scale.zero_point]
         self._add("QuantizeLinear", f"{tensor.name}_QuantizeLinear", inputs, quantized)
@@ -120,7 +119,10 @@ class Inserter:
                 tensor,
             )
             return tensor
-        return self._dequantize(quantized, scale, tensor)
+        result = self._dequantize(quantized, scale, tensor)
+        if fused:
+            self._redirect(tensor, result)
+        return result
 
     def _fused(self, tensor: Variable) -> bool:
         """Whether the pair behind a tensor is part of the integer kernel that makes it."""
@@ -128,6 +130,14 @@ class Inserter:
         while maker is not None and spec_of(maker).role is Role.CLAMP:
             maker = ir.producer(maker.inputs[0])
         return maker is not None and id(maker) in self._plan.integer
+
+    @staticmethod
+    def _redirect(tensor: Variable, result: Variable) -> None:
+        """Make all readers of a tensor but its Q read what comes back from the integers."""
+        ir.replace_uses(tensor, result)
+        pair = ir.producer(ir.producer(result).inputs[0])  # type: ignore[union-attr]
+        assert pair is not None
+        pair.inputs[0] = tensor
 
     def _rename(self, tensor: Variable) -> Variable:
         """Give the maker of a tensor a new output; the old name is made by the pair from now on."""
@@ -155,7 +165,7 @@ class Inserter:
             if (replacement := dequantized.get(id(node.inputs[index]))) is not None:
                 self._replaced.add(id(node.inputs[index]))
                 node.inputs[index] = replacement
-        self._log.change(node.label, f"{node.op} runs in integers", "quantize")
+        self._log.change(self._plan.labels[id(node)], f"{node.op} runs in integers", "quantize")
         if lower := _LOWERED.get(node.op):
             lower(self, node)
 
@@ -246,8 +256,8 @@ class Inserter:
             weight.values, axis, per_channel=per_channel, reduction=reduction, least=least
         )
         if encoded.tightened:
-            self.tightened[node.label] = encoded.tightened
-        result = self._dequantized(weight, encoded.codes, encoded.scales, axis)
+            self.tightened[self._plan.labels[id(node)]] = encoded.tightened
+        result = self._dequantized(weight, encoded.codes, encoded.scales, axis, zero_point=True)
         self._weights[id(weight), axis] = result, encoded.scales
         return result, encoded.scales
 
@@ -266,13 +276,21 @@ class Inserter:
         codes, sizes = weights.encode_bias(bias.reshape(-1), steps, activation)
         return self._dequantized(tensor, codes, sizes, 0)
 
-    def _dequantized(self, like: Tensor, codes: Array, scales: Array, axis: int) -> Variable:
-        """Stored integers and the DQ that turns them back; their zero point is zero, and so left out."""
+    def _dequantized(
+        self, like: Tensor, codes: Array, scales: Array, axis: int, *, zero_point: bool = False
+    ) -> Variable:
+        """Stored integers and the DQ that turns them back.
+
+        Their zero point is zero, which is what DQ assumes without one; of weights ONNX Runtime asks for it.
+        """
         result = Variable(self._name(f"{like.name}_dequantized"), np.dtype(np.float32), codes.shape)
         inputs: list[Tensor] = [
             Constant(self._name(f"{like.name}_quantized"), codes),
             Constant(self._name(f"{like.name}_scale"), scales),
         ]
+        if zero_point:
+            zeros = np.zeros(scales.shape, codes.dtype)
+            inputs.append(Constant(self._name(f"{like.name}_zero_point"), zeros))
         attrs = {"axis": axis} if scales.ndim else {}
         self._add("DequantizeLinear", f"{like.name}_DequantizeLinear", inputs, result, attrs)
         return result

@@ -32,12 +32,15 @@ class Plan:
         followers: operators that run in integers between them, in order.
         tensors: tensors that get a Q/DQ pair, by id, in order of appearance.
         scales: for each of them, the tensors whose values set its range (more than one if they share).
+        labels: how messages name the nodes that run in integers, by id; unnamed ones go by their output,
+            which may get another name.
     """
 
     linear: list[Node] = field(default_factory=list)
     followers: list[Node] = field(default_factory=list)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     scales: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    labels: dict[int, str] = field(default_factory=dict)
 
     @property
     def integer(self) -> set[int]:
@@ -95,6 +98,7 @@ class Planner:
         for tensor in self._quantized(plan):
             plan.tensors[id(tensor)] = tensor
         self._share_scales(plan)
+        plan.labels = {id(node): node.label for node in (*plan.linear, *plan.followers)}
         return plan
 
     # Weighted operators

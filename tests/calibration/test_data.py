@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from onnxslim.calibration.data import CalibrationData, Feeds, InputSpec
+from onnxslim.calibration.data import CalibrationData, Feeds
 from onnxslim.calibration.observers import Histogram
 from onnxslim.errors import CalibrationError
+from onnxslim.model import InputSpec
 
 Array = NDArray[Any]
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)

@@ -1,6 +1,6 @@
 # What onnxslim uses of onnx-graphsurgeon, which ships no type information.
-from collections.abc import Iterator, Sequence
-from typing import Any, Generic, SupportsIndex, TypeVar
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 

@@ -1,0 +1,40 @@
+"""Fold what surrounds a layer into its weights, and make one operator of several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from onnxslim import rewrite
+from onnxslim.model import Model
+from onnxslim.passes import facts
+from onnxslim.passes.fuse import activation, after, before, product
+from onnxslim.pipeline import Changes, Context, Log, Pass, options
+from onnxslim.rewrite import Rule
+
+RULES: tuple[Rule[Any], ...] = (
+    *after.RULES,
+    *before.RULES,
+    *product.RULES,
+    *activation.RULES,
+)
+
+
+@options
+class Fuse(Pass):
+    """Fold normalizations, biases, factors and paddings into the layers beside them."""
+
+    name = "fuse"
+    lossless = True
+
+    skip: tuple[str, ...] = Field((), description="names of rules to leave out")
+
+    def __post_init__(self) -> None:
+        facts.selected(RULES, self.skip)
+
+    def run(self, model: Model, ctx: Context) -> Changes:
+        """Apply the rules everywhere, bodies of If, Loop and Scan included, until none fires."""
+        log = Log()
+        rewrite.apply(facts.selected(RULES, self.skip), model, log)
+        return log.done()

@@ -1,0 +1,136 @@
+"""What follows a layer and works on each of its output channels by itself goes into weight and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+
+from onnxslim.graph import Array, Node
+from onnxslim.passes import facts
+from onnxslim.passes.fuse.layer import LAYERS, Folded, Layer, fold, layer, per_channel, store
+from onnxslim.rewrite import Editor, Rule
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer and a neighbour that goes into it.
+
+    Attributes:
+        node: the neighbour.
+        layer: the layer.
+        edit: where they are.
+        factors: what `fold` is to do; a text if that is not known.
+    """
+
+    node: Node
+    layer: Layer
+    edit: Editor
+    factors: Mapping[str, Array] | str
+
+    @cached_property
+    def folded(self) -> Folded | str:
+        """The layer's new values, or why there are none."""
+        return self.factors if isinstance(self.factors, str) else fold(self.layer, self.edit, **self.factors)
+
+
+class After(Rule[Place]):
+    """A rule that takes a node into the layer before it."""
+
+    def check(self, match: Place, edit: Editor) -> str | None:
+        if isinstance(match.folded, str):
+            return match.folded
+        return facts.stuck((match.node, match.layer.node.outputs[0]), edit)
+
+    def rewrite(self, match: Place, edit: Editor) -> str:
+        assert isinstance(match.folded, Folded)
+        name, op = match.layer.node.label, match.node.op
+        made = store(match.layer, edit, match.folded)
+        edit.bypass(match.node, made.outputs[0])
+        return f"moved {op} into {name}"
+
+
+def _layer_before(node: Node, index: int, edit: Editor) -> Layer | None:
+    """The layer whose output a node alone reads, at this input."""
+    tensor = node.inputs[index]
+    return layer(facts.made_by(tensor, *LAYERS), edit) if edit.sole_consumer(tensor) is node else None
+
+
+class BatchNormAfter(After):
+    """BatchNormalization(L(x)) = s * L(x) + t per channel, s = scale / sqrt(var + epsilon), t = B - s * mean.
+
+    Outside training, after a convolution or a product of two matrices; in grouped transposed convolutions the
+    channels of the weight are those of one group.
+    """
+
+    name = "layer-batchnorm"
+    ops = frozenset(("BatchNormalization",))
+    since: ClassVar[int] = 7
+
+    def pattern(self, node: Node, edit: Editor) -> Place | None:
+        found = _layer_before(node, 0, edit)
+        if found is None:
+            return None
+        if found.node.op == "MatMul" and found.rank != 2:
+            return Place(
+                node, found, edit, "it normalizes another axis than the one the product makes, or may"
+            )
+        factors = normalization(node, edit, found.outputs)
+        if not isinstance(factors, str):
+            factors = {"outputs": factors["scale"], "shift": factors["shift"]}
+        return Place(node, found, edit, factors)
+
+
+def normalization(node: Node, edit: Editor, channels: int) -> dict[str, Array] | str:
+    """Scale and shift per channel of a BatchNormalization, or why there are none."""
+    if node.attrs.get("training_mode", 0) or any(out.name for out in node.outputs[1:]):
+        return "it is in training mode"
+    if edit.opset < 9 and not node.attrs.get("spatial", 1):
+        return "it normalizes every position by itself"
+    values = [facts.constant(node, index) for index in (1, 2, 3, 4)]
+    scale, shift, mean, variance = (
+        None if value is None or value.shape != (channels,) else value.astype(np.float64) for value in values
+    )
+    if scale is None or shift is None or mean is None or variance is None:
+        return "its statistics are not constants, or not one per channel"
+    with np.errstate(all="ignore"):
+        factor = scale / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
+        return {"scale": factor, "shift": shift - factor * mean}
+
+
+class ArithmeticAfter(After):
+    """L(x) + c, L(x) - c, c - L(x), L(x) * c and L(x) / c with a constant per output channel of a layer.
+
+    The channels are axis 1 of a convolution and the last axis of a product: a vector of C values added to a
+    convolution runs along the width, and is no bias even if the width is C. A MatMul of matrices takes a
+    summand by becoming a Gemm, where ONNX Runtime has one.
+    """
+
+    name = "layer-arithmetic"
+    ops = frozenset(("Add", "Sub", "Mul", "Div"))
+    since: ClassVar[int] = 7
+
+    def pattern(self, node: Node, edit: Editor) -> Place | None:
+        for side in (1,) if node.op == "Div" else (1, 0):
+            values = facts.constant(node, side)
+            found = None if values is None else _layer_before(node, 1 - side, edit)
+            if found is not None and values is not None:
+                return Place(node, found, edit, self._factors(node, side, values, found))
+        return None
+
+    def _factors(self, node: Node, side: int, values: Array, found: Layer) -> dict[str, Array] | str:
+        vector = per_channel(values, found.rank, found.axis, found.outputs)
+        if vector is None:
+            return "the constant is not one value per output channel"
+        if node.op == "Add":
+            return {"shift": vector}
+        if node.op == "Sub":
+            return {"shift": -vector} if side == 1 else {"shift": vector, "outputs": -np.ones_like(vector)}
+        with np.errstate(all="ignore"):
+            return {"outputs": vector if node.op == "Mul" else 1 / vector}
+
+
+RULES = (BatchNormAfter(), ArithmeticAfter())

@@ -1,0 +1,324 @@
+"""Quantize: which nodes run in integers, what they become, and that ONNX Runtime fuses them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.errors import CalibrationError
+from onnxslim.graph import Array, Constant
+from onnxslim.model import Model
+from onnxslim.passes.quantize import Quantize, weights
+from onnxslim.pipeline import Changes, Context, Pipeline
+from onnxslim.runtime import Session, Target
+from tests.helpers import ops, parse, same_outputs
+
+
+def _normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def _with(model: Model, **values: Array) -> Model:
+    """The model with these initializers in place of the ones of the same name."""
+    for name, array in values.items():
+        model.graph.initializers[name].values = array
+    return model
+
+
+def _quantize(
+    model: Model, *batches: dict[str, Array], target: Target | None = None, **options: Any
+) -> tuple[Model, Changes]:
+    twin = model.copy()
+    data = CalibrationData(list(batches))
+    changes = Quantize(**options).run(twin, Context(target=target or Target.cpu(), data=data))
+    return twin, changes
+
+
+def _skips(changes: Changes) -> dict[str, str]:
+    return {skip.node: skip.reason for skip in changes.skipped}
+
+
+def _sqnr(before: Model, after: Model, feeds: dict[str, Array], optimize: str = "all") -> float:
+    signal = noise = 0.0
+    expected = Session(before).run(feeds)
+    actual = Session(after, optimize=optimize).run(feeds)
+    for name, reference in expected.items():
+        signal += float(np.square(reference, dtype=np.float64).sum())
+        noise += float(np.square(reference - actual[name], dtype=np.float64).sum())
+    return 10 * np.log10(signal / max(noise, 1e-30))
+
+
+BLOCK = """g (float[N,8,6,6] x) => (float[N,10] y)
+<float[16,8,3,3] w1 = {0}, float[16] b1 = {0}, float[16,16,1,1] w2 = {0}, float[16] b2 = {0},
+ float[16,8,1,1] ws = {0}, float[16,16,3,3] w3 = {0}, float[10,16] wc = {0}, float[10] bc = {0}>
+{
+    [conv1] c1 = Conv<pads=[1,1,1,1]>(x, w1, b1)
+    r1 = Relu(c1)
+    [conv2] c2 = Conv(r1, w2, b2)
+    [short] s = Conv(x, ws)
+    [add] a = Add(c2, s)
+    r2 = Relu(a)
+    [pool] p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r2)
+    [conv3] c3 = Conv<pads=[1,1,1,1]>(p, w3)
+    r3 = Relu(c3)
+    [gap] m = GlobalAveragePool(r3)
+    f = Flatten(m)
+    [head] y = Gemm<transB=1>(f, wc, bc)
+}"""
+
+
+@pytest.fixture
+def block() -> Model:
+    model = parse(BLOCK.replace("{0}", "{1}"))
+    shapes = {name: value.shape for name, value in model.graph.initializers.items()}
+    values = {name: _normal(*shape, seed=i) * 0.3 for i, (name, shape) in enumerate(shapes.items())}
+    return _with(model, **values)
+
+
+@pytest.fixture
+def feeds() -> dict[str, Array]:
+    return {"x": _normal(4, 8, 6, 6)}
+
+
+def test_a_residual_block_runs_in_integers_and_fuses(block: Model, feeds: dict[str, Array]) -> None:
+    after, changes = _quantize(block, feeds)
+    assert changes.facts["fused"] == {"Conv": 4, "Add": 1}
+    assert changes.facts["unfused"] == ()
+    assert ops(after)["Relu"] == 0, "ranges that begin at zero do the work of Relu"
+    assert _sqnr(block, after, feeds) > 30
+    assert abs(_sqnr(block, after, feeds) - _sqnr(block, after, feeds, "none")) < 1.0
+
+
+def test_the_last_pooling_and_classifier_stay_in_float_unless_asked(
+    block: Model, feeds: dict[str, Array]
+) -> None:
+    _, changes = _quantize(block, feeds)
+    assert "classifier" in _skips(changes)["head"]
+    assert "gap" in _skips(changes)
+    _, changes = _quantize(block, feeds, classifier=True)
+    assert changes.facts["fused"] == {"Conv": 4, "Add": 1, "GlobalAveragePool": 1, "Gemm": 1}
+
+
+def test_pooling_shares_the_scale_of_its_input(block: Model, feeds: dict[str, Array]) -> None:
+    after, _ = _quantize(block, feeds)
+    pool = next(node for node in after.graph.nodes if node.name == "pool")
+    before, behind = pool.inputs[0].inputs[0], pool.outputs[0].outputs[0]
+    assert (before.op, behind.op) == ("DequantizeLinear", "QuantizeLinear")
+    assert before.inputs[1:] == behind.inputs[1:]
+
+
+def test_the_interface_and_float_weights_are_what_is_expected(block: Model, feeds: dict[str, Array]) -> None:
+    after, _ = _quantize(block, feeds)
+    assert after.inputs() == block.inputs()
+    left = {tensor.name for tensor in after.constants() if tensor.dtype == np.float32 and tensor.size > 32}
+    assert left == {"wc"}
+
+
+@pytest.mark.parametrize("name", ["conv2", "conv*", "Conv"])
+def test_excluded_nodes_stay_in_float(block: Model, feeds: dict[str, Array], name: str) -> None:
+    _, changes = _quantize(block, feeds, exclude=(name,))
+    assert _skips(changes)["conv2"] == "excluded"
+
+
+def test_without_data_there_is_one_clear_error(block: Model) -> None:
+    with pytest.raises(CalibrationError, match="needs calibration data"):
+        Quantize().run(block.copy(), Context())
+
+
+def test_a_pipeline_checks_and_reports_it(block: Model, feeds: dict[str, Array]) -> None:
+    result = Pipeline(Quantize())(block, data=CalibrationData([feeds]))
+    (step,) = result.report.steps
+    assert step.error == ""
+    assert step.after.bytes < 0.6 * step.before.bytes
+    assert ops(block)["QuantizeLinear"] == 0
+
+
+def test_one_scale_for_concatenated_tensors(feeds: dict[str, Array]) -> None:
+    model = parse(
+        """g (float[N,8,6,6] x) => (float[N,8,6,6] y) <float[8,8,1,1] w = {1}, float[8,8,1,1] v = {1},
+        float[8,16,1,1] u = {1}>
+        { a = Conv(x, w) b = Conv(x, v) [cat] c = Concat<axis=1>(a, b) y = Conv(c, u) }"""
+    )
+    _with(model, w=_normal(8, 8, 1, 1), v=10 * _normal(8, 8, 1, 1), u=_normal(8, 16, 1, 1))
+    after, changes = _quantize(model, feeds)
+    cat = next(node for node in after.graph.nodes if node.name == "cat")
+    assert len({id(tensor.inputs[0].inputs[1]) for tensor in cat.inputs}) == 1
+    assert changes.facts["fused"] == {"Conv": 3, "Concat": 1}
+    # The output is an output of the graph: it keeps its name and its kernel.
+    assert after.graph.outputs[0].inputs[0].op == "DequantizeLinear"
+
+
+def test_squeeze_excite_and_hardswish_run_in_integers(feeds: dict[str, Array]) -> None:
+    model = parse(
+        """g (float[N,8,6,6] x) => (float[N,8,6,6] y) <float[8,8,1,1] w = {1}, float[4,8,1,1] d = {1},
+        float[8,4,1,1] e = {1}, float[8,8,1,1] u = {1}>
+        { a = Conv(x, w) h = HardSwish(a) p = ReduceMean<axes=[2,3]>(h) s = Conv(p, d) t = Relu(s)
+          q = Conv(t, e) g = HardSigmoid<alpha=0.1667, beta=0.5>(q) m = Mul(h, g) y = Conv(m, u) }""",
+    )
+    shapes = {"w": (8, 8, 1, 1), "d": (4, 8, 1, 1), "e": (8, 4, 1, 1), "u": (8, 8, 1, 1)}
+    _with(model, **{name: _normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())})
+    after, changes = _quantize(model, feeds)
+    assert changes.facts["fused"] == {"Conv": 4, "GlobalAveragePool": 1, "Mul": 2, "Add": 2}
+    assert changes.facts["unfused"] == ()
+    assert _sqnr(model, after, feeds) > 30
+
+
+@given(alpha=st.floats(0.05, 0.5), beta=st.floats(0.1, 0.9))
+@settings(max_examples=10, deadline=None)
+def test_hardsigmoid_in_integers_is_within_a_step(alpha: float, beta: float) -> None:
+    model = parse(
+        f"""g (float[N,4] x) => (float[N,4] y) <float[4,4] w = {{1}}, float[4,4] v = {{1}}>
+        {{ a = MatMul(x, w) h = HardSigmoid<alpha={alpha:.4f}, beta={beta:.4f}>(a) m = MatMul(h, v)
+           y = Softsign(m) }}"""
+    )
+    identity = np.eye(4, dtype=np.float32)
+    _with(model, w=identity, v=identity)
+    x = np.linspace(-8, 8, 64, dtype=np.float32).reshape(16, 4)
+    after, _ = _quantize(model, {"x": x}, observer="minmax")
+    expected, actual = Session(model).run({"x": x})["y"], Session(after, optimize="none").run({"x": x})["y"]
+    # A step of the input, a step of the result, and that of the bias, each rounded to the nearest.
+    assert np.abs(expected - actual).max() <= 0.5 * (16 * alpha + 1 + beta) / 255 + 4e-3
+
+
+def test_mask_constants_never_set_a_range() -> None:
+    model = parse(
+        """g (float[N,4,8] x, float[N,4,8] mask) => (float[N,4,8] y) <float[8,8] w = {1}, float[8,8] v = {1},
+        float low = {-3.4e38}>
+        { m = Mul(mask, low) a = MatMul(x, w) s = Add(a, m) y = MatMul(s, v) }"""
+    )
+    _with(model, w=_normal(8, 8), v=_normal(8, 8, seed=1))
+    mask = np.zeros((2, 4, 8), np.float32)
+    mask[0, 0, 0] = 1.0
+    after, changes = _quantize(model, {"x": _normal(2, 4, 8), "mask": mask}, classifier=True)
+    assert any("mask values" in reason for reason in _skips(changes).values())
+    scales = [float(t.values) for t in after.constants() if t.name.endswith("_scale") and t.size == 1]
+    assert max(scales) < 1.0
+
+
+def test_a_shared_weight_is_stored_once() -> None:
+    model = parse(
+        """g (float[N,8] x) => (float[N,8] y) <float[8,8] w = {1}>
+        { a = MatMul(x, w) b = Tanh(a) c = MatMul(b, w) y = Tanh(c) }"""
+    )
+    after, changes = _quantize(_with(model, w=_normal(8, 8)), {"x": _normal(16, 8)})
+    assert changes.facts["fused"] == {"MatMul": 2}
+    assert [t.shape for t in after.constants() if t.dtype == np.int8 and len(t.shape) == 2] == [(8, 8)]
+
+
+def test_a_bias_beside_vanishing_weights_survives() -> None:
+    model = parse(
+        """g (float[N,4,3,3] x) => (float[N,2,3,3] y) <float[2,4,1,1] w = {1}, float[2] b = {1}>
+        { y = Conv(x, w, b) }"""
+    )
+    weight = _normal(2, 4, 1, 1)
+    weight[1] = 1e-20
+    _with(model, w=weight, b=np.array([1.0, 3.0], np.float32))
+    feeds = {"x": _normal(2, 4, 3, 3)}
+    after, _ = _quantize(model, feeds)
+    assert np.abs(Session(after).run(feeds)["y"][:, 1] - 3.0).max() < 0.05
+
+
+def test_what_a_body_reads_is_the_dequantized_tensor() -> None:
+    model = parse(
+        """g (float[N,4] x, bool c) => (float[N,4] y) <float[4,4] w = {1}, float[4,4] v = {1}>
+        { a = MatMul(x, w) r = Relu(a) b = MatMul(r, v)
+          y = If (c) < then_branch = t () => (float[N,4] u) { u = Neg(r) },
+                       else_branch = e () => (float[N,4] o) { o = Identity(b) }> }"""
+    )
+    _with(model, w=_normal(4, 4), v=_normal(4, 4, seed=1))
+    feeds = {"x": _normal(8, 4), "c": np.array(True)}
+    after, _ = _quantize(model, feeds)
+    assert _sqnr(model, after, feeds) > 30
+
+
+def test_an_old_opset_is_raised() -> None:
+    model = parse("g (float[N,4] x) => (float[N,4] y) <float[4,4] w = {1}> { y = MatMul(x, w) }", opset=11)
+    after, changes = _quantize(_with(model, w=_normal(4, 4)), {"x": _normal(8, 4)}, classifier=True)
+    assert after.opset == 13
+    assert changes.changed[0].action == "raised to opset 13"
+    assert model.opset == 11
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("y = MatMul(x, z)", "its weight is not a matrix"),
+        ("c = CastLike(x, h) d = MatMul(c, wh) y = CastLike(d, x)", "not float32"),
+    ],
+)
+def test_what_cannot_be_quantized_says_why(body: str, reason: str) -> None:
+    model = parse(
+        f"""g (float[2,4] x, float[2,4,4] z) => (float[N,4] y) <float16[1] h = {{1}}, float16[4,4] wh = {{1}}>
+        {{ {body} }}""".replace("float[N,4] y", "float[2,2,4] y" if "z" in body else "float[2,4] y")
+    )
+    if "wh" not in body:
+        del model.graph.initializers["wh"], model.graph.initializers["h"]
+    else:
+        _with(model, wh=_normal(4, 4).astype(np.float16))
+    feeds = {"x": _normal(2, 4), "z": _normal(2, 4, 4)}
+    after, changes = _quantize(model, feeds, classifier=True)
+    assert any(reason in skip.reason for skip in changes.skipped)
+    assert not changes
+    same_outputs(model, after, feeds)
+
+
+def test_symmetric_targets_get_symmetric_integers(block: Model, feeds: dict[str, Array]) -> None:
+    rules = Target.tensorrt().quantized
+    after, _ = _quantize(block, feeds, target=Target("tensorrt", "CPUExecutionProvider", quantized=rules))
+    zeros = [t for t in after.constants() if t.name.endswith("_zero_point")]
+    assert zeros
+    assert all(t.dtype == np.int8 and not t.values.any() for t in zeros)
+    conv = next(node for node in after.graph.nodes if node.name == "conv1")
+    assert isinstance(conv.inputs[2], Constant)
+    assert conv.inputs[2].dtype == np.float32
+    assert conv.outputs[0].outputs[0].op == "Relu", "zero is not the end of a symmetric range"
+    assert _sqnr(block, after, feeds, "none") > 25
+
+
+# Weights
+
+
+_WEIGHTS = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=4, max_dims=4, max_side=5),
+    elements=st.floats(-4, 4, width=32, allow_subnormal=False),
+)
+
+
+def _pairs(codes: Array) -> Array:
+    rows = np.transpose(codes, (0, 2, 3, 1)).reshape(len(codes), -1).astype(int)
+    return np.abs(rows[:, 1:] + rows[:, :-1])
+
+
+@given(_WEIGHTS, st.booleans())
+def test_codes_never_saturate_sixteen_bits(weight: Array, per_channel: bool) -> None:
+    encoded = weights.encode(weight, 0, per_channel=per_channel, reduction=(2, 3, 1))
+    assert encoded.codes.shape == weight.shape
+    assert (255 * _pairs(encoded.codes) <= 32767).all()
+
+
+@given(_WEIGHTS, st.integers(0, 3))
+def test_rounding_is_to_the_nearest_code(weight: Array, axis: int) -> None:
+    encoded = weights.encode(weight, axis, per_channel=True)
+    scales = encoded.scales.reshape([-1 if i == axis else 1 for i in range(4)])
+    assert (np.abs(encoded.codes * scales - weight) <= 0.5001 * scales).all()
+
+
+def test_tightening_costs_less_than_seven_bits() -> None:
+    weight = _normal(64, 64, 3, 3)
+
+    def error(codes: Array, scales: Array) -> float:
+        return float(np.square(codes * scales.reshape(-1, 1, 1, 1) - weight).mean())
+
+    free = weights.encode(weight, 0, per_channel=True)
+    safe = weights.encode(weight, 0, per_channel=True, reduction=(2, 3, 1))
+    half = np.abs(weight).max(axis=(1, 2, 3)) / 63
+    seven = error(np.rint(weight / half.reshape(-1, 1, 1, 1)), half)
+    assert safe.tightened > 0
+    assert error(free.codes, free.scales) < error(safe.codes, safe.scales) < 0.5 * seven
