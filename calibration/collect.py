@@ -7,7 +7,8 @@ a batch but what the observers make of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import length_hint
 from typing import Any, TypeAlias
 
 import joblib
@@ -78,13 +79,13 @@ def _observe(
 ) -> Statistics:
     observers = {name: Histogram() for name in tensors}
     runner = _Runner(model, target)
-    total = len(batches) if isinstance(batches, Sized) else None
+    total = length_hint(batches, -1)  # -1 where a source cannot know
     for index, feeds in enumerate(batches):
         values = runner.run(feeds, [name for name in tensors if name not in feeds])
         for name in tensors:
             observers[name].update(values[name] if name in values else feeds[name])
         if progress:
-            progress("calibrating", index + 1, total)
+            progress("calibrating", index + 1, None if total < 0 else total)
     return observers
 
 

@@ -1,9 +1,20 @@
-"""Which results of constant parts of a graph are worth storing."""
+"""Which results of constant parts of a graph are worth storing.
+
+Two accounts are kept, in bytes.
+
+Large tensors: nodes that pass large tensors on to each other, or read the same large constant, form a group,
+which may store no more bytes of large tensors than it frees of large constants. So transposing a weight costs
+nothing, but expanding a scalar to a large tensor is not done, and neither is copying a weight that another
+node reads as it is.
+
+Everything: all that is stored may exceed the constants and the nodes that it makes unnecessary by a given
+number of bytes. What counts as large is lowered until that is so.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from onnxslim.graph import Constant, Node, Tensor, Variable
@@ -17,29 +28,41 @@ class Plan:
         stored: tensors whose values are to be put into the model, in the order of their nodes.
         removed: nodes nothing needs any more then.
         refused: nodes that stay because their results are too large, with the bytes of these.
+        growth: bytes by which all this makes the model larger; negative if it gets smaller.
     """
 
     stored: tuple[Variable, ...]
     removed: tuple[Node, ...]
     refused: tuple[tuple[Node, int], ...]
+    growth: int
 
 
-def plan(nodes: Sequence[Node], nbytes: Callable[[Tensor], int], fixed: set[int], small: int) -> Plan:
-    """Store as much as possible without making the model larger.
+# A tensor is large from this many bytes on, unless that lets the model grow.
+LARGE_BYTES = 1024
+# Bytes of a stored tensor besides its name and values: type, dimensions, field headers.
+HEADER_BYTES = 16
+# The same for one stored in a Constant node.
+NODE_BYTES = 44
 
-    Tensors of up to `small` bytes are free. Nodes that pass larger ones to each other, or read the same
-    larger constant, form a group, which may store no more bytes of them than it frees.
+
+def plan(nodes: Sequence[Node], nbytes: Callable[[Tensor], int], fixed: set[int], max_growth: int) -> Plan:
+    """Store as much as the budget allows.
 
     Args:
         nodes: those that depend on constants alone, in an order that can be run.
         nbytes: size of a tensor, made or constant.
         fixed: ids of the tensors that are outputs of a graph.
-        small: bytes that need no account.
+        max_growth: bytes by which the model may become larger.
     """
-    account = _Account(nodes, nbytes, fixed, small)
-    while account.refuse():
-        pass
-    return account.plan()
+    small = max(LARGE_BYTES, max_growth)
+    while True:
+        account = _Account(nodes, nbytes, fixed, small)
+        while account.refuse():
+            pass
+        found = account.plan()
+        if found.growth <= max_growth or small == 0:
+            return found
+        small //= 2
 
 
 class _Account:
@@ -57,7 +80,16 @@ class _Account:
     def plan(self) -> Plan:
         """The result, once `refuse` has nothing more to refuse."""
         removed = tuple(node for node in self._nodes if id(node) not in self._kept)
-        return Plan(tuple(reversed(self._stored)), removed, tuple(self._refused.values()))
+        stored = tuple(reversed(self._stored))
+        cost = sum(self._written(tensor) for tensor in stored)
+        freed = sum(node.proto.ByteSize() for node in removed if node.proto is not None)
+        freed += sum(self._written(constant) for constant in self._freed(0))
+        return Plan(stored, removed, tuple(self._refused.values()), cost - freed)
+
+    def _written(self, tensor: Tensor) -> int:
+        """Bytes of a constant in a model file; outputs of a graph take a node."""
+        header = NODE_BYTES if id(tensor) in self._fixed else HEADER_BYTES
+        return self._nbytes(tensor) + len(tensor.name) + header
 
     def refuse(self) -> bool:
         """Refuse the largest result of each group that stores more than it frees; True if any did."""
@@ -103,20 +135,22 @@ class _Account:
         return id(node) not in self._inside or id(node) in self._kept
 
     def _credits(self) -> dict[int, int]:
-        """Bytes of the large constants that only removed nodes read, by group."""
+        """Bytes of the large constants that are no longer read, by group."""
         credit: dict[int, int] = defaultdict(int)
-        for constant, group in self._constants().values():
-            if id(constant) not in self._fixed and not any(self._stays(node) for node in constant.outputs):
-                credit[group] += self._nbytes(constant)
+        for constant in self._freed(self._small):
+            reader = next(node for node in constant.outputs if id(node) in self._inside)
+            credit[self._group[id(reader)]] += self._nbytes(constant)
         return credit
 
-    def _constants(self) -> dict[int, tuple[Constant, int]]:
-        return {
-            id(tensor): (tensor, self._group[id(node)])
-            for node in self._nodes
-            for tensor in node.inputs
-            if isinstance(tensor, Constant) and self._nbytes(tensor) > self._small
-        }
+    def _freed(self, above: int) -> Iterator[Constant]:
+        """Constants of more than so many bytes that only removed nodes read."""
+        seen: set[int] = set()
+        for node in self._nodes:
+            for tensor in node.inputs:
+                if isinstance(tensor, Constant) and id(tensor) not in seen and self._nbytes(tensor) > above:
+                    seen.add(id(tensor))
+                    if id(tensor) not in self._fixed and not any(map(self._stays, tensor.outputs)):
+                        yield tensor
 
 
 def _groups(nodes: Iterable[Node], large: Callable[[Tensor], bool]) -> dict[int, int]:

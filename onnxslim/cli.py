@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             # Typer may itself turn an interruption into this code.
-            code = typer.main.get_command(app).main(words, prog_name="onnxslim", standalone_mode=False)
+            command = typer.main.get_command(app)
+            code = command.main(words or ["--help"], prog_name="onnxslim", standalone_mode=False)
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         except Exception as error:
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _failed(error)
     if code == INTERRUPTED:
         _log("interrupted")
-    return code if isinstance(code, int) else 0
+    return (code or 0) if words else UsageError.exit_code
 
 
 def _failed(error: Exception) -> int:
@@ -170,7 +171,6 @@ def _pass_params(name: str) -> list[Any]:
 app = typer.Typer(
     cls=_Commands,
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -330,6 +330,9 @@ def _validate(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="fail unless met; as --check of `run`")
     ] = None,
     rounds: Annotated[int, typer.Option(min=0, help="calls to time; 0 measures no latency")] = 30,
+    threads: Annotated[
+        int, typer.Option(min=0, help="threads per operator; 0 leaves it to ONNX Runtime")
+    ] = 0,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -345,9 +348,11 @@ def _validate(
 
     model, result = load(first), load(second)
     feeds, labels = _data(data, batch_size, labels_key, model)
-    targets = [Target.named(name) for name in provider] if provider else None
+    known = [Target.named(name) for name in provider] if provider else Target.available()
+    targets = [target.with_threads(threads) for target in known]
     with _progress(quiet) as progress:
         verdict = validate(model, result, feeds, targets, labels=labels, rounds=rounds, progress=progress)
+    _warn_of_made_up_inputs(verdict)
     if json:
         _print_json(verdict)
     else:
@@ -427,6 +432,7 @@ def _process(job: _Job, chain: Sequence[Pass]) -> None:
     if job.json:
         _print_json({"report": result.report, "verdict": verdict})
     if verdict is not None:
+        _warn_of_made_up_inputs(verdict)
         verdict.require(**limits)
     _save(job, model, result, verdict)
 
@@ -470,6 +476,11 @@ def _warn_of_idle_passes(report: Report, quiet: bool) -> None:
             _log(f"warning: pass {step.name} {line}")
         elif line:
             _note(f"pass {step.name} {line}", quiet)
+
+
+def _warn_of_made_up_inputs(verdict: Verdict) -> None:
+    if verdict.made_up:
+        _log("warning: the models were compared on made-up inputs; give --data to compare them on real ones")
 
 
 def _limits(words: Sequence[str] | None) -> dict[str, float]:

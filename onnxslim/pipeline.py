@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 from typing_extensions import dataclass_transform
 
@@ -25,12 +25,9 @@ Progress: TypeAlias = Callable[[str, int, "int | None"], None]
 P = TypeVar("P")
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+@dataclass_transform(frozen_default=True)
 def options(cls: type[P]) -> type[P]:
-    """Make a class a frozen dataclass whose fields are checked when it is made: what every pass is.
-
-    Defaults are given as `Field(default=…)`, by name: type checkers do not see them otherwise.
-    """
+    """Make a class a frozen dataclass whose fields are checked when it is made: what every pass is."""
     checked = validated(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
     return checked(cls)  # type: ignore[return-value]
 

@@ -69,11 +69,11 @@ class Editor:
         return fact.dtype if fact else None
 
     def is_shadowed(self, tensor: Tensor) -> bool:
-        """Whether a body has a tensor of its own under this name, so that it cannot read this one."""
+        """Whether a body has a tensor of its own under this name, so that nodes in it cannot read this one."""
         return tensor.name in self._hidden
 
     def can_edit(self, graph: Graph) -> bool:
-        """Whether nodes of a graph can be made to read any tensor around it."""
+        """Whether every tensor around a graph is known in it by its name; only then are its nodes rewritten."""
         return id(graph) not in self._hiding
 
     def is_gone(self, node: Node) -> bool:

@@ -32,6 +32,8 @@ Metric: TypeAlias = Callable[[Mapping[str, Array], Mapping[str, Any]], float]
 T = TypeVar("T")
 
 BLOCK = 1 << 20
+# A median that much above the fastest call means threads that wait for each other and not for the model.
+UNSTEADY = 1.5
 
 
 def validate(
@@ -73,10 +75,10 @@ def validate(
     batches, made_up = _batches(first, data, runners[0].sessions[0])
     sizes = _stream(batches, runners, known, progress, _length(data))
     opening = runners[0].opening
+    timed = [runner.time(rounds, seconds) for runner in runners]
     notes = [text for runner in runners for text in runner.notes]
     if made_up:
         notes.insert(0, "inputs are made up: pass data to learn anything about real ones")
-    timed = [runner.time(rounds, seconds) for runner in runners]
     return Verdict(
         before=_figures(first, opening),
         after=_figures(second, opening),
@@ -247,6 +249,11 @@ class _Runner:
         if rounds <= 0:
             return None, None
         (first, second), ratios = latencies(self.sessions, self.opening, rounds=rounds, seconds=seconds)
+        if any(each.median > UNSTEADY * each.minimum for each in (first, second)):
+            self.notes.append(
+                f"{self.target.name}: latency is unsteady (fastest calls {first.minimum:.3f} and "
+                f"{second.minimum:.3f} ms): something else keeps this machine busy; one thread is steadier"
+            )
         return (first, second), ratios[1]
 
     def verdict(self, latency: tuple[Latency, Latency] | None, ratio: float | None) -> ProviderVerdict:

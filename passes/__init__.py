@@ -20,13 +20,41 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 from onnxslim.errors import UsageError
 
 if TYPE_CHECKING:
+    from onnxslim.passes.dead import Dead
+    from onnxslim.passes.dedupe import Dedupe
+    from onnxslim.passes.eliminate import Eliminate
+    from onnxslim.passes.fold import Fold
+    from onnxslim.passes.fuse import Fuse
     from onnxslim.passes.quantize import Quantize
     from onnxslim.passes.slim import Slim
     from onnxslim.pipeline import Pass
 
-__all__ = ["Option", "Quantize", "Slim", "create", "get", "names", "options_of", "parse", "summary"]
+__all__ = [
+    "Dead",
+    "Dedupe",
+    "Eliminate",
+    "Fold",
+    "Fuse",
+    "Option",
+    "Quantize",
+    "Slim",
+    "create",
+    "get",
+    "names",
+    "options_of",
+    "parse",
+    "summary",
+]
 
-REGISTRY: tuple[tuple[str, str], ...] = (("slim", "Slim"), ("quantize", "Quantize"))
+REGISTRY: tuple[tuple[str, str], ...] = (
+    ("slim", "Slim"),
+    ("fold", "Fold"),
+    ("eliminate", "Eliminate"),
+    ("fuse", "Fuse"),
+    ("dedupe", "Dedupe"),
+    ("dead", "Dead"),
+    ("quantize", "Quantize"),
+)
 
 
 def __getattr__(attribute: str) -> Any:

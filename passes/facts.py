@@ -49,11 +49,6 @@ def stuck(match: Detour, edit: Editor) -> str | None:
     return f"the names of '{source.name}' and '{node.outputs[0].name}' both have to stay"
 
 
-def hidden(tensor: Tensor, edit: Editor) -> str | None:
-    """Why nodes cannot be made to read a tensor, if they cannot."""
-    return f"a body has another tensor named '{tensor.name}'" if edit.is_shadowed(tensor) else None
-
-
 # ----------------------------------------------------------------------------------------- constants
 
 

@@ -4,21 +4,18 @@ Three things are computed ahead of time: what depends on constants alone, by run
 that are known although the tensor is not; and targets of Reshape and Expand that can be stated without
 looking at their input.
 
-The budget. A tensor of at most `max_growth` bytes may always be stored. Larger ones are stored only where
-storing them frees as much: folded nodes that pass large tensors on to each other, or read the same large
-constant, form a group; the large tensors to be stored of a group may have no more bytes in total than the
-large constants which then nothing reads any more. So transposing a weight is free, expanding a scalar to a
-large tensor is not done, and neither is copying a weight that another node reads as it is.
+What is stored must not make the model larger: see `onnxslim.budget`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from onnx import AttributeProto, numpy_helper
+import onnx
+from onnx import AttributeProto, TensorProto, numpy_helper
 from pydantic import Field
 
 from onnxslim import budget, files, proto
@@ -44,13 +41,13 @@ _BYTES_PER_INPUT = {"NonZero": 64, "Compress": 16, "Unique": 16}
 class Fold(Pass):
     """Compute what does not depend on the inputs: constants, known sizes, targets of reshapes.
 
-    A result is stored only where that does not make the model larger by more than `max_growth` bytes.
+    Results are stored only where that does not make the model larger by more than `max_growth` bytes.
     """
 
     name: ClassVar[str] = "fold"
     lossless: ClassVar[bool] = True
 
-    max_growth: int = Field(1024, ge=0, description="bytes that storing one result may add to the model")
+    max_growth: int = Field(0, ge=0, description="bytes by which stored results may make the model larger")
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Fold until nothing more can be computed."""
@@ -58,6 +55,7 @@ class Fold(Pass):
         edits = _Edits(model, log)
         _lower_constants(edits, self.max_growth)
         values = _Values(edits, self.max_growth)
+        _make_scalars(edits)
         for _ in range(MAX_ROUNDS):
             if not any(values.may_fold(node) or _is_sizing(node) for node in model.nodes()):
                 break
@@ -77,6 +75,7 @@ class _Edits:
         self.model, self.log = model, log
         self.fixed = ir.protected(model.graph)
         self._own = model.functions
+        self._storable = _constant_types(model.opset)
         self._name: Namer | None = None
         self._unread = dead.unread(model)
         # Nodes that lost a reader.
@@ -85,6 +84,10 @@ class _Edits:
     def is_standard(self, node: Node) -> bool:
         """Whether a node is of the standard domain and not of a function of the model that hides it."""
         return node.domain in DEFAULT_DOMAINS and ("", node.op) not in self._own
+
+    def can_store(self, tensor: Variable, dtype: np.dtype[Any]) -> bool:
+        """Whether a tensor can be replaced by values; early Constant nodes, for outputs, only hold floats."""
+        return id(tensor) not in self.fixed or dtype in self._storable
 
     def replace(self, nodes: Iterable[Node], values: Mapping[int, Array]) -> None:
         """Put values, by id of the tensor, in the place of nodes."""
@@ -120,13 +123,12 @@ class _Edits:
         self.declare(constant, graph)
         ir.replace_uses(tensor, constant)
 
-    def retarget(self, node: Node, target: Sequence[int], graph: Graph) -> None:
-        """Give a node a constant target shape."""
-        old = node.inputs[1]
-        constant = Constant(self.fresh(f"{node.outputs[0].name}_shape"), np.array(target, np.int64))
+    def set_constant(self, node: Node, index: int, wanted: str, values: Array, graph: Graph) -> None:
+        """Give a node of a graph a constant input, named after `wanted`."""
+        constant = Constant(self.fresh(wanted), values)
         self.declare(constant, graph)
-        node.inputs[1] = constant
-        self._makers.extend(old.inputs)
+        self._makers.extend(node.inputs[index].inputs)
+        node.inputs[index] = constant
 
     def declare(self, constant: Constant, graph: Graph) -> None:
         """Add a constant to a graph; a body of an old model cannot have any, so it goes to the main graph."""
@@ -145,6 +147,14 @@ class _Edits:
         """Remove what nothing reads any more."""
         dead.remove_nodes(self.model, self._makers)
         dead.remove_constants(self.model, self._unread)
+
+
+def _constant_types(opset: int) -> set[np.dtype[Any]]:
+    """Element types of Constant nodes."""
+    allowed = onnx.defs.get_schema("Constant", opset, "").type_constraints[0].allowed_type_strs
+    names = {name.removeprefix("tensor(").removesuffix(")").upper() for name in allowed}
+    types = (proto.dtype_of(number) for name, number in TensorProto.DataType.items() if name in names)
+    return {dtype for dtype in types if dtype is not None}
 
 
 def _attribute(values: Array) -> AttributeProto:
@@ -194,6 +204,21 @@ def _lowered(node: Node, max_growth: int) -> Constant | None:
     return None if values is None else Constant(name, values)
 
 
+def _make_scalars(edits: _Edits) -> None:
+    """Make scalars of constant vectors where Range wants scalars.
+
+    ONNX Runtime takes a vector of one element there, but only as long as it is not a constant.
+    """
+    for graph in edits.model.graphs():
+        for node in graph.nodes:
+            if node.op != "Range" or not edits.is_standard(node):
+                continue
+            for index, tensor in enumerate(node.inputs):
+                if isinstance(tensor, Constant) and tensor.shape == (1,):
+                    edits.log.change(node.label, "reads a scalar instead of a vector of one", node.op)
+                    edits.set_constant(node, index, f"{tensor.name}_scalar", tensor.values.reshape(()), graph)
+
+
 # ---------------------------------------------------------------------------------------- known sizes
 
 
@@ -216,7 +241,7 @@ def _fold_sizes(edits: _Edits, dims: Dims) -> bool:
         if len(node.outputs) == 1 and node.op != "Constant":
             vector = dims.value(node.outputs[0])
             values = vector.array() if vector is not None else None
-            if values is not None:
+            if values is not None and edits.can_store(node.outputs[0], values.dtype):
                 nodes[id(node)] = node
                 known[id(node.outputs[0])] = values
     needed = {
@@ -240,7 +265,8 @@ def _settle_targets(edits: _Edits, dims: Dims) -> bool:
             target = rule(node, dims)
             if target is not None:
                 edits.log.change(node.label, f"target shape stated as {target}", node.op)
-                edits.retarget(node, target, graph)
+                values = np.array(target, np.int64)
+                edits.set_constant(node, 1, f"{node.outputs[0].name}_shape", values, graph)
                 changed = True
     return changed
 
@@ -385,8 +411,11 @@ class _Values:
         for tensor in node.outputs:
             if not tensor.name:
                 continue
-            if self._dims.dtype(tensor) is None:
+            dtype = self._dims.dtype(tensor)
+            if dtype is None:
                 return "the type of its result is not known"
+            if not self._edits.can_store(tensor, dtype):
+                return f"it makes an output, and this opset has no Constant of type {dtype}"
             size = self._limit(tensor, node)
             if size is None:
                 return "the size of its result is not known"

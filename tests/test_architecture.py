@@ -33,9 +33,11 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("ops.cost",),
     ("ops", "dims"),
     ("shapes",),
-    ("model", "printer"),
+    ("printer",),
+    ("model",),
     ("files",),
     ("proto",),
+    ("budget",),
     ("graph",),
     ("errors",),
 )

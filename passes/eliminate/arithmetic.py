@@ -42,7 +42,7 @@ class ConstantChain(Rule[Chain]):
             problem = _imprecise(match.outer.op, first, second)
         if problem is None and self._merged(match) is None:
             problem = "the constant for both is larger, or does not fit its type"
-        return problem or facts.hidden(_operand(match.inner), edit)
+        return problem
 
     def rewrite(self, match: Chain, edit: Editor) -> str:
         merged, side = self._merged(match), _constant_side(match.outer) or 0

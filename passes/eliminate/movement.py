@@ -127,7 +127,6 @@ class ConcatConcat(Rule[tuple[Node, list[Node]]]):
             if (maker := facts.made_by(tensor, "Concat"))
             and not edit.is_output(tensor)
             and all(reader is node for reader in tensor.outputs)
-            and not any(edit.is_shadowed(part) for part in maker.inputs)
         ]
         return (node, inner) if inner else None
 

@@ -69,12 +69,28 @@ def cast_type(node: Node, edit: Editor) -> np.dtype[Any] | None:
     return proto.dtype_of(to) if isinstance(to, int) else None
 
 
+class CastBack(Bypass):
+    """Cast(Cast(x, wide), type of x) = x if every value of x exists in the wider type."""
+
+    name = "cast-back"
+    ops = frozenset(("Cast",))
+
+    def pattern(self, node: Node, edit: Editor) -> Detour | None:
+        inner = facts.made_by(node.inputs[0], "Cast")
+        if inner is None:
+            return None
+        source, wide = edit.dtype(inner.inputs[0]), cast_type(inner, edit)
+        if source is None or wide is None or cast_type(node, edit) != source or not widens(source, wide):
+            return None
+        return node, inner.inputs[0]
+
+
 class CastCast(Rule[tuple[Node, Node]]):
     """Cast(Cast(x, wide), to) = Cast(x, to) if every value of x exists in the wider type.
 
-    Valid where the second cast does the same to the narrow type: back to it, within integers, within floating
-    point, or from integers to floating point. Floating point to integer is left alone: out-of-range values
-    are undefined and kernels differ.
+    Valid where the second cast does the same to the narrow type: within integers, within floating point, or
+    from integers to floating point. Floating point to integer is left alone: out-of-range values are
+    undefined and kernels differ.
     """
 
     name = "cast-cast"
@@ -93,7 +109,7 @@ class CastCast(Rule[tuple[Node, Node]]):
             return f"{source} to {wide} loses values"
         if not _same_from(source, wide, to):
             return f"{source} to {to} may differ from {wide} to {to}"
-        return facts.hidden(inner.inputs[0], edit)
+        return None
 
     def rewrite(self, match: tuple[Node, Node], edit: Editor) -> str:
         node, inner = match
@@ -102,8 +118,6 @@ class CastCast(Rule[tuple[Node, Node]]):
 
 
 def _same_from(narrow: np.dtype[Any], wide: np.dtype[Any], to: np.dtype[Any]) -> bool:
-    if to == narrow:
-        return True
     if _is_whole(narrow):
         return to in facts.FLOATS or (_is_whole(wide) and _is_whole(to))
     return narrow in facts.FLOATS and to in facts.FLOATS
@@ -282,6 +296,7 @@ RULES = (
     Identity(),
     Dropout(),
     Cast(),
+    CastBack(),
     CastCast(),
     Single(),
     Pad(),

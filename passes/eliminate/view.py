@@ -57,7 +57,7 @@ class Chain:
 def chain(node: Node, edit: Editor, *ops: str) -> Chain | None:
     """The chain that ends at a node, if the one before is one of these operators."""
     inner = facts.made_by(node.inputs[0], *ops)
-    if inner is None or edit.sole_consumer(node.inputs[0]) is not node or edit.is_shadowed(inner.inputs[0]):
+    if inner is None or edit.sole_consumer(node.inputs[0]) is not node:
         return None
     return Chain(node, inner)
 

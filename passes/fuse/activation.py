@@ -65,12 +65,12 @@ class MinMax(Rule[tuple[Limit, Limit]]):
             return "a bound broadcasts its input to another shape, or may"
         if edit.dtype(inner.source) not in (_CLIPPED if edit.opset >= 12 else _CLIPPED[:1]):
             return "ONNX Runtime does not clip its type, or the type is not known"
-        # Not a number compares false.
-        if not (inner.below or outer.value <= inner.value) or inner.value != inner.value:
+        unordered = inner.value != inner.value or outer.value != outer.value
+        if unordered or (outer.below and outer.value > inner.value):
             return "the lower bound is above the upper one, or not a number"
         if 0 in (inner.value, outer.value) and facts.sign_of_zero_counts(outer.node.outputs[0], edit):
             return "it may change the sign of a zero, which a later operator may see"
-        return facts.hidden(inner.source, edit)
+        return None
 
     def rewrite(self, match: tuple[Limit, Limit], edit: Editor) -> str:
         inner, outer = match

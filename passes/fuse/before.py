@@ -29,9 +29,7 @@ class Before(Rule[Ahead]):
     """A rule that takes the node before a layer into it."""
 
     def check(self, match: Ahead, edit: Editor) -> str | None:
-        if isinstance(match.folded, str):
-            return match.folded
-        return facts.hidden(match.source, edit)
+        return match.folded if isinstance(match.folded, str) else None
 
     def rewrite(self, match: Ahead, edit: Editor) -> str:
         assert isinstance(match.folded, Folded)
@@ -136,9 +134,7 @@ class PadBefore(Rule[Padding]):
         return Padding(pad, node, self._pads(pad, node, edit))
 
     def check(self, match: Padding, edit: Editor) -> str | None:
-        if isinstance(match.pads, str):
-            return match.pads
-        return facts.hidden(match.pad.inputs[0], edit)
+        return match.pads if isinstance(match.pads, str) else None
 
     def rewrite(self, match: Padding, edit: Editor) -> str:
         attrs = match.node.attrs

@@ -28,7 +28,7 @@ class TransposeGemm(Rule[tuple[Node, int, Node]]):
         # Gemm takes matrices only, and without an order a Transpose swaps their axes.
         if tuple(inner.attrs.get("perm", (1, 0))) != (1, 0):
             return "it does not swap the axes of a matrix"
-        return facts.hidden(inner.inputs[0], edit)
+        return None
 
     def rewrite(self, match: tuple[Node, int, Node], edit: Editor) -> str:
         node, index, inner = match

@@ -103,7 +103,8 @@ class Quantize(Pass):
         inserter.apply(ranges, self.per_channel)
         log.facts["tightened"] = inserter.tightened
         if ctx.target.provider == CPU:
-            log.facts.update(fused(model, plan.labels, ctx.target))
+            integer = {key: label for key, label in plan.labels.items() if key in plan.integer}
+            log.facts.update(fused(model, integer, ctx.target))
 
     def _chooser(self, *, symmetric: bool) -> Callable[[Distribution], Range]:
         if self.observer == "minmax":

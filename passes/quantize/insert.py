@@ -69,6 +69,8 @@ class Inserter:
             self._rewire(node, dequantized)
         for node in self._plan.linear:
             self._quantize_weight(node, per_channel)
+        for node in self._plan.stored:
+            self._store_weight(node, per_channel)
         self._graph.nodes.extend(self._new)
         self._drop_replaced()
         ir.sort(self._graph)
@@ -231,6 +233,16 @@ class Inserter:
         node.inputs[1], steps = self._encoded_weight(node, per_channel, least)
         if bias is not None:
             node.inputs[2] = self._encoded_bias(node.inputs[2], bias, steps, activation)
+
+    def _store_weight(self, node: Node, per_channel: bool) -> None:
+        """Keep a node in floating point but its weight, the bulk of a small network, in integers."""
+        weight, axis = node.inputs[1], spec_of(node).channel_axis
+        assert isinstance(weight, Constant)
+        assert axis is not None
+        self._replaced.add(id(weight))
+        encoded = weights.encode(weight.values, axis(node), per_channel=per_channel)
+        node.inputs[1] = self._dequantized(weight, encoded.codes, encoded.scales, axis(node), zero_point=True)
+        self._log.change(self._plan.labels[id(node)], f"{node.op} stores its weight as int8", "quantize")
 
     def _activation_scale(self, node: Node) -> np.float32:
         pair = ir.producer(node.inputs[0])

@@ -29,6 +29,7 @@ class Plan:
 
     Attributes:
         linear: weighted operators with an integer kernel, in order.
+        stored: weighted operators that stay in floating point and only store their weight as integers.
         followers: operators that run in integers between them, in order.
         tensors: tensors that get a Q/DQ pair, by id, in order of appearance.
         scales: for each of them, the tensors whose values set its range (more than one if they share).
@@ -37,6 +38,7 @@ class Plan:
     """
 
     linear: list[Node] = field(default_factory=list)
+    stored: list[Node] = field(default_factory=list)
     followers: list[Node] = field(default_factory=list)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     scales: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -89,6 +91,7 @@ class Planner:
         """The nodes to run in integers and the tensors to quantize."""
         plan = Plan()
         plan.linear = [node for node in self._nodes if self._is_linear(node)]
+        plan.stored = [node for node in self._nodes if self._is_stored(node)]
         available = self._required(plan.linear)
         candidates = self._forward(available)
         plan.followers = self._wanted(candidates, plan.linear)
@@ -98,7 +101,8 @@ class Planner:
         for tensor in self._quantized(plan):
             plan.tensors[id(tensor)] = tensor
         self._share_scales(plan)
-        plan.labels = {id(node): node.label for node in (*plan.linear, *plan.followers)}
+        everything = (*plan.linear, *plan.stored, *plan.followers)
+        plan.labels = {id(node): node.label for node in everything}
         return plan
 
     # Weighted operators
@@ -117,8 +121,8 @@ class Planner:
         spec = spec_of(node)
         if spec.role is not Role.MOVE and node.op not in self._rules.kernels:
             return f"the target has no integer kernel for {node.op}"
-        if any(fnmatch.fnmatchcase(node.name, glob) or glob == node.op for glob in self._exclude):
-            return "excluded"
+        if reason := self._excluded(node):
+            return reason
         if spec.unfit and (reason := spec.unfit(node)):
             return reason
         data = [node.inputs[index] for index in spec.data_inputs(node)]
@@ -135,10 +139,8 @@ class Planner:
         weight = node.inputs[1]
         if not isinstance(weight, Constant):
             return "its weight is computed, not stored"
-        if len(weight.shape) < 2:
-            return "its weight is a vector"
-        if weight.dtype != np.float32 or not np.isfinite(weight.values).all():
-            return "its weight is not finite float32"
+        if reason := self._unfit_values(weight):
+            return reason
         if isinstance(node.inputs[0], Constant):
             return "its data is a constant"
         bias = node.input(2)
@@ -146,6 +148,29 @@ class Planner:
             return "its bias is computed, not stored"
         if id(node) in self._tail:
             return "the final classifier stays in floating point (option `classifier`)"
+        return None
+
+    def _is_stored(self, node: Node) -> bool:
+        """Whether the weight of a classifier left in floating point is worth storing as integers."""
+        weight = node.inputs[1] if id(node) in self._tail else None
+        return (
+            isinstance(weight, Constant)
+            and weight.nbytes >= MIN_STORED_BYTES
+            and len(weight.outputs) == 1
+            and self._excluded(node) is None
+            and self._unfit_values(weight) is None
+        )
+
+    def _excluded(self, node: Node) -> str | None:
+        hit = any(fnmatch.fnmatchcase(node.name, glob) or glob == node.op for glob in self._exclude)
+        return "excluded" if hit else None
+
+    @staticmethod
+    def _unfit_values(weight: Constant) -> str | None:
+        if len(weight.shape) < 2:
+            return "its weight is a vector"
+        if weight.dtype != np.float32 or not np.isfinite(weight.values).all():
+            return "its weight is not finite float32"
         return None
 
     def _narrow(self, node: Node, spec: OpSpec) -> str | None:
@@ -179,9 +204,16 @@ class Planner:
         found: set[int] = set()
         for node in linear:
             found.add(id(node.inputs[0]))
-            if spec_of(node).requantized:
+            if self._requantized(node):
                 found.add(id(self._result(node)))
         return found
+
+    def _requantized(self, node: Node) -> bool:
+        """Whether a weighted operator has an integer kernel only if its result is integer too.
+
+        With a Relu behind it, every one of them does: ONNX Runtime gives up on it unless there is a Q.
+        """
+        return spec_of(node).requantized or self._result(node) is not node.outputs[0]
 
     def _result(self, node: Node) -> Variable:
         """The tensor behind the Relu or Clip that disappears in the range of a node's result.
@@ -240,7 +272,7 @@ class Planner:
             for index in spec.data_inputs(node)[: 1 if spec.role is Role.LINEAR else None]:
                 found.setdefault(id(node.inputs[index]), node.inputs[index])
             result = self._result(node)
-            if spec.role is not Role.LINEAR or spec.requantized:
+            if spec.role is not Role.LINEAR or self._requantized(node):
                 found.setdefault(id(result), result)
                 found.update({id(tensor): tensor for tensor in node.outputs[1:] if tensor.name})
             elif any(id(reader) in integer for reader in result.outputs):
@@ -279,5 +311,7 @@ def _holds_zero(clamp: Node) -> bool:
     return found is not None and found[0] <= 0.0 <= found[1]
 
 
+# Below this, scales and names take what the integers save.
+MIN_STORED_BYTES = 4096
 _CLASSIFIERS = frozenset(("Gemm", "MatMul"))
 _TRANSPARENT = frozenset(("Identity", "Cast", "LogSoftmax"))

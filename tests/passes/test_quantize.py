@@ -105,6 +105,21 @@ def test_the_last_pooling_and_classifier_stay_in_float_unless_asked(
     assert changes.facts["fused"] == {"Conv": 4, "Add": 1, "GlobalAveragePool": 1, "Gemm": 1}
 
 
+def test_a_large_classifier_stores_integers_and_computes_in_float() -> None:
+    model = parse(
+        """g (float[N,64] x) => (float[N,64] y) <float[64,64] w = {1}, float[64,64] v = {1}>
+        { a = MatMul(x, w) r = Relu(a) [head] h = MatMul(r, v) y = Softmax(h) }"""
+    )
+    _with(model, w=_normal(64, 64), v=_normal(64, 64, seed=1))
+    feeds = {"x": _normal(32, 64)}
+    after, changes = _quantize(model, feeds)
+    assert changes.facts["fused"] == {"MatMul": 1}
+    assert sum(t.nbytes for t in after.constants()) < 0.3 * model.nbytes()
+    assert _sqnr(model, after, feeds) > 25
+    after, _ = _quantize(model, feeds, exclude=("head",))
+    assert sum(t.nbytes for t in after.constants()) > 0.5 * model.nbytes()
+
+
 def test_pooling_shares_the_scale_of_its_input(block: Model, feeds: dict[str, Array]) -> None:
     after, _ = _quantize(block, feeds)
     pool = next(node for node in after.graph.nodes if node.name == "pool")

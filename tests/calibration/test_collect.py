@@ -1,0 +1,109 @@
+"""Collecting statistics of inner tensors: exact, streaming, and clear about what is wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxslim.calibration.collect import collect, tapped
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.observers import Histogram
+from onnxslim.errors import CalibrationError
+from onnxslim.graph import Array
+from onnxslim.model import Model
+from onnxslim.runtime import Session
+from tests.helpers import parse
+
+
+@pytest.fixture
+def model() -> Model:
+    return parse(
+        """g (float[N,3,H,W] x) => (float[N,K] y) <float[4,3,3,3] w = {1}>
+        { c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) p = GlobalAveragePool(r) y = Flatten(p) }"""
+    )
+
+
+@pytest.fixture(autouse=True)
+def _weights(model: Model) -> None:
+    random = np.random.default_rng(0)
+    model.graph.initializers["w"].values = random.standard_normal((4, 3, 3, 3)).astype(np.float32)
+
+
+def _batches(*shapes: tuple[int, int, int]) -> list[dict[str, Array]]:
+    random = np.random.default_rng(1)
+    return [{"x": random.standard_normal((n, 3, h, w)).astype(np.float32)} for n, h, w in shapes]
+
+
+def _equal(a: Histogram, b: Histogram) -> bool:
+    same = (a.low, a.high, a.count, a.exponent, a.start) == (b.low, b.high, b.count, b.exponent, b.start)
+    return same and bool(np.array_equal(a.counts, b.counts))
+
+
+def test_histograms_are_those_of_the_tensors(model: Model) -> None:
+    batches = _batches((2, 8, 8), (1, 5, 7))
+    found = collect(model, CalibrationData(batches), ["x", "r", "y"])
+    session = Session(tapped(model, ["r", "y"]))
+    for name in ("x", "r", "y"):
+        expected = Histogram()
+        for feeds in batches:
+            expected.update(feeds["x"] if name == "x" else session.run(feeds)[name])
+        assert _equal(found[name], expected)
+
+
+def test_the_batching_of_the_samples_does_not_matter(model: Model) -> None:
+    whole = _batches((6, 8, 8))
+    single = [{"x": whole[0]["x"][i : i + 1]} for i in range(6)]
+    first = collect(model, CalibrationData(whole), ["x"])["x"]
+    assert _equal(first, collect(model, CalibrationData(single), ["x"])["x"])
+
+
+def test_processes_give_the_bits_of_one(model: Model) -> None:
+    data = CalibrationData(_batches((2, 8, 8), (3, 8, 8), (1, 9, 4)))
+    alone = collect(model, data, ["x", "r"])
+    shared = collect(model, data, ["x", "r"], jobs=2)
+    assert all(_equal(alone[name], shared[name]) for name in ("x", "r"))
+
+
+def test_progress_is_reported(model: Model) -> None:
+    calls: list[tuple[str, int, int | None]] = []
+    collect(
+        model,
+        CalibrationData(_batches((1, 4, 4), (1, 4, 4))),
+        ["r"],
+        progress=lambda what, done, total: calls.append((what, done, total)),
+    )
+    assert calls == [("calibrating", 1, 2), ("calibrating", 2, 2)]
+
+
+def test_nan_in_an_activation_names_the_tensor() -> None:
+    model = parse("g (float[N] x) => (float[N] y) { a = Log(x) y = Relu(a) }")
+    data = CalibrationData([{"x": np.array([-1.0, 2.0], np.float32)}])
+    with pytest.raises(CalibrationError, match=r"tensor 'a' becomes NaN \(1 values\)"):
+        collect(model, data, ["a"])
+
+
+def test_a_tensor_no_sample_reached_is_named(model: Model) -> None:
+    data = CalibrationData([{"x": np.empty((0, 3, 4, 4), np.float32)}])
+    with pytest.raises(CalibrationError, match="no sample of the calibration data reached tensor 'x'"):
+        collect(model, data, ["x"])
+
+
+@pytest.mark.parametrize(
+    ("feeds", "message"),
+    [
+        ({"x": np.zeros((1, 4, 8, 8), np.float32)}, "shape"),
+        ({"x": np.zeros((1, 3, 8, 8), np.float64)}, "float64"),
+        ({"z": np.zeros((1, 3, 8, 8), np.float32)}, "no input 'z'"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_an_error(model: Model, feeds: dict[str, Array], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        collect(model, CalibrationData([feeds]), ["x"])
+
+
+def test_a_batch_that_fails_halfway_is_an_error() -> None:
+    model = parse("g (float[N, M] x, float[K, L] z) => (float[N, L] y) { y = MatMul(x, z) }")
+    good = {"x": np.ones((2, 3), np.float32), "z": np.ones((3, 2), np.float32)}
+    bad = {"x": np.ones((2, 3), np.float32), "z": np.ones((4, 2), np.float32)}
+    with pytest.raises(CalibrationError, match=r"does not run on a batch of x \(2, 3\), z \(4, 2\)"):
+        collect(model, CalibrationData([good, bad]), ["y"])
