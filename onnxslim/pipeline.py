@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as validated
 from typing_extensions import dataclass_transform
 
 from onnxslim.check import Checker
-from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, PassError
+from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, OnnxSlimError, PassError
 from onnxslim.graph import Array
 from onnxslim.model import Model, Stats
 from onnxslim.ops import cost
@@ -262,15 +262,13 @@ class Pipeline:
     ) -> tuple[Model, Changes, str]:
         candidate = model.copy()
         try:
-            changes = each.run(candidate, ctx)
+            changes = _run(each, candidate, ctx)
             if changes:
                 _check(each, candidate, changes, checker)
             return candidate if changes else model, changes, ""
-        except InvalidGraph as error:
-            if each.parts():
-                return _piecewise(each, model, ctx, checker, str(error))
-            failure: PassError = error
         except PassError as error:
+            if self.on_error == "revert" and each.parts():
+                return _piecewise(each, model, ctx, checker, str(error))
             failure = error
         if self.on_error == "raise":
             done = tuple(step.name for step in steps)
@@ -306,6 +304,17 @@ def _samples(data: Any) -> list[Mapping[str, Array]]:
     raise CalibrationError("the calibration data is empty")
 
 
+def _run(each: Pass, model: Model, ctx: Context) -> Changes:
+    """Run a pass; one that crashes has failed like any other, and leaves the model before it intact."""
+    try:
+        return each.run(model, ctx)
+    except OnnxSlimError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise PassError(f"pass '{each.name}' failed with {reason}", pass_name=each.name) from error
+
+
 def _check(each: Pass, candidate: Model, changes: Changes, checker: Checker) -> None:
     try:
         checker(candidate, lossless=each.lossless)
@@ -326,12 +335,12 @@ def _piecewise(
         progressed = False
         for part in _parts(each, broken):
             candidate = model.copy()
-            changes = part.run(candidate, ctx)
-            if not changes:
-                continue
             try:
+                changes = _run(part, candidate, ctx)
+                if not changes:
+                    continue
                 _check(part, candidate, changes, checker)
-            except InvalidGraph as error:
+            except PassError as error:
                 broken[part.name] = str(error)
                 continue
             model, progressed = candidate, True

@@ -260,15 +260,28 @@ def _value_infos(graph: Graph, constants: list[Constant], origin: GraphProto) ->
     """What is known of inner tensors, in the order it was declared, followed by what is new."""
     fixed = {id(tensor) for tensor in graph.outputs}
     made = {t.name: t for node in graph.nodes for t in node.outputs if t.name}
-    others = {tensor.name for tensor in (*graph.inputs, *constants)}
+    others: dict[str, Tensor] = {tensor.name: tensor for tensor in (*graph.inputs, *constants)}
     for info in origin.value_info:
         tensor = made.pop(info.name, None)
         if tensor is not None and id(tensor) not in fixed:
             yield _value_info(tensor)
-        elif (tensor is not None and _as_read(tensor)) or info.name in others:
+        elif (tensor is not None and _as_read(tensor)) or _still_holds(info, others.get(info.name)):
             yield info
     # What inference found is not written: anyone can infer it again, and it would make the file grow.
     yield from (_value_info(t) for t in made.values() if id(t) not in fixed and t.proto is not None)
+
+
+def _still_holds(info: ValueInfoProto, tensor: Tensor | None) -> bool:
+    """Whether a declaration fits an input or a constant, which may have come into its place."""
+    if not isinstance(tensor, Constant):
+        return tensor is not None
+    declared = _variable(info)
+    if declared.dtype != tensor.dtype or declared.shape is None:
+        return declared.dtype == tensor.dtype
+    return len(declared.shape) == len(tensor.shape) and all(
+        dim == size or not isinstance(dim, int)
+        for dim, size in zip(declared.shape, tensor.shape, strict=True)
+    )
 
 
 def _unregistered(graph: Graph, known: set[int]) -> Iterable[Constant]:

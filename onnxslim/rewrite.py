@@ -183,10 +183,10 @@ class Editor:
         The outputs of the body become those of the node; names that others have too are replaced.
         """
         wanted = [(out, result) for out, result in zip(node.outputs, body.outputs, strict=True) if out.name]
+        self._rename_apart(body)
         for key in [key for key, value in node.attrs.items() if value is body]:
             del node.attrs[key]
         self.remove(node)
-        self._rename_apart(body)
         moved = self._added.setdefault(id(node), [])
         moved.extend(body.nodes)
         made = {id(tensor) for inner in body.nodes for tensor in inner.outputs}

@@ -103,7 +103,7 @@ def _name_axes(graph: GraphProto) -> None:
     """Give axes that have neither size nor symbol a symbol of their own, for inference to carry along."""
     for info in graph.input:
         for axis, dim in enumerate(info.type.tensor_type.shape.dim):
-            if not dim.dim_param and not dim.HasField("dim_value"):
+            if not dim.dim_param and not (dim.HasField("dim_value") and dim.dim_value >= 0):
                 dim.dim_param = f"{info.name}[{axis}]"
 
 

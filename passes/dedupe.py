@@ -102,11 +102,14 @@ def _homes(model: Model) -> list[tuple[Constant, Graph]]:
             found[id(constant)] = constant, graph
     for constant in model.constants():
         found.setdefault(id(constant), (constant, main))
-    defaults = {id(constant) for graph in model.graphs() for constant in graph.defaults.values()}
+    fixed.update(id(constant) for graph in model.graphs() for constant in graph.defaults.values())
+    shadowed, _ = ir.shadowing(main)
     return [
         (constant, home)
         for key, (constant, home) in found.items()
-        if key not in fixed | defaults and not isinstance(constant.proto, SparseTensorProto)
+        if key not in fixed
+        and constant.name not in shadowed
+        and not isinstance(constant.proto, SparseTensorProto)
     ]
 
 
@@ -134,11 +137,13 @@ def _content(constant: Constant) -> Array:
 def _merge_nodes(model: Model, log: Log) -> None:
     """One sweep in the order of computation, so that the inputs of a node have been merged before it."""
     fixed, own = ir.protected(model.graph), model.functions
+    shadowed, _ = ir.shadowing(model.graph)
     for graph in model.graphs():
         first: dict[Any, Node] = {}
         gone: set[int] = set()
         for node in graph.nodes:
-            key = _key(node) if _is_pure(node, own) else None
+            hidden = not shadowed.isdisjoint(tensor.name for tensor in node.outputs)
+            key = _key(node) if _is_pure(node, own) and not hidden else None
             keep = first.setdefault(key, node) if key is not None else node
             if keep is node or _both_fixed(keep, node, fixed):
                 continue

@@ -19,6 +19,7 @@ from onnxslim.passes.dead import Dead
 from onnxslim.passes.dedupe import Dedupe
 from onnxslim.passes.eliminate import Eliminate
 from onnxslim.passes.fold import Fold
+from onnxslim.passes.fuse import Fuse
 from onnxslim.pipeline import MAX_ROUNDS, Changes, Context, Log, Pass, options
 
 
@@ -37,17 +38,18 @@ class Slim(Pass):
 
     def __post_init__(self) -> None:
         """Refuse names of nothing."""
-        known = {*(part.name for part in _PARTS), *_ELIMINATE, *_FUSE}
+        known = {*_PARTS, *_ELIMINATE, *_FUSE}
         for name in self.skip:
             if name not in known:
-                raise UsageError(f"there is no part or rule '{name}' to skip; known are: {_listed(known)}")
+                listed = ", ".join(sorted(known))
+                raise UsageError(f"there is no part or rule '{name}' to skip; known are: {listed}")
 
     def parts(self) -> tuple[Pass, ...]:
         """The passes it consists of, in order."""
         every: tuple[Pass, ...] = (
             Fold(),
             Eliminate(skip=self._skipped(_ELIMINATE)),
-            *((fuse.Fuse(skip=self._skipped(_FUSE)),) if fuse else ()),
+            Fuse(skip=self._skipped(_FUSE)),
             Dedupe(),
             Dead(),
         )
@@ -74,10 +76,6 @@ class Slim(Pass):
         return log.done()
 
 
-_PARTS = (Fold, Eliminate, Dedupe, Dead)
+_PARTS = frozenset(part.name for part in (Fold, Eliminate, Fuse, Dedupe, Dead))
 _ELIMINATE = frozenset(rule.name for rule in eliminate.RULES)
-_FUSE = frozenset(rule.name for rule in fuse.RULES) if fuse else frozenset()
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(names))
+_FUSE = frozenset(rule.name for rule in fuse.RULES)

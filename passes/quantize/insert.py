@@ -263,9 +263,9 @@ class Inserter:
         known = self._weights.get((id(weight), axis))
         if known is not None and (least is None or bool((known[1] >= least).all())):
             return known
-        reduction = self._reduction(node, weight, axis)
+        pair_axis = self._pair_axis(node, weight, axis)
         encoded = weights.encode(
-            weight.values, axis, per_channel=per_channel, reduction=reduction, least=least
+            weight.values, axis, per_channel=per_channel, pair_axis=pair_axis, least=least
         )
         if encoded.tightened:
             self.tightened[self._plan.labels[id(node)]] = encoded.tightened
@@ -273,14 +273,15 @@ class Inserter:
         self._weights[id(weight), axis] = result, encoded.scales
         return result, encoded.scales
 
-    def _reduction(self, node: Node, weight: Constant, axis: int) -> tuple[int, ...] | None:
-        """The order in which kernels add products up, where their sums could saturate."""
+    def _pair_axis(self, node: Node, weight: Constant, axis: int) -> int | None:
+        """The weight's axis along which kernels add products in pairs, where their sums could saturate.
+
+        It is that of the input channels, the only other one of a matrix and the first other of a convolution.
+        """
         channelwise = spec_of(node).channelwise
         if not self._rules.saturates or (channelwise and channelwise(node)):
             return None  # depthwise kernels widen before they multiply
-        rest = [i for i in range(len(weight.shape)) if i != axis]
-        # Convolutions run over channels fastest, behind the window.
-        return (*rest[1:], rest[0])
+        return next(i for i in range(len(weight.shape)) if i != axis)
 
     def _encoded_bias(
         self, tensor: Tensor, bias: Array, steps: weights.Scales, activation: np.float32

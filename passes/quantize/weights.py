@@ -16,9 +16,10 @@ MAX_PAIR = 128
 MAX_BIAS_CODE = 2.0**30
 # Factors by which the scale of a channel may grow in the search for codes that do not saturate; with 2
 # every code is at most 64, and no pair can.
-_FACTORS = np.linspace(1.0, 2.0, 21)
+_FACTORS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 2.0)
 _TINY = np.float32(np.finfo(np.float32).tiny)
 
+Weights = NDArray[np.float32]
 Codes = NDArray[np.int8]
 Scales = NDArray[np.float32]
 
@@ -43,7 +44,7 @@ def encode(
     axis: int,
     *,
     per_channel: bool,
-    reduction: tuple[int, ...] | None = None,
+    pair_axis: int | None = None,
     least: Scales | None = None,
 ) -> Encoded:
     """Round weights to symmetric int8, [-127, 127].
@@ -52,81 +53,97 @@ def encode(
         weight: float32, finite, any rank >= 2.
         axis: the one that runs over output channels.
         per_channel: one scale per output channel instead of one for all.
-        reduction: the other axes in the order in which an x86 kernel runs over them; if given, codes are
-            chosen so that no sum of two neighbouring products with uint8 activations leaves 16 bits.
+        pair_axis: the one that x86 kernels run over fastest in a sum, where such sums may saturate; codes are
+            then chosen so that no sum of two neighbouring products with uint8 activations leaves 16 bits.
         least: scales must be at least these, shape (channels,); see `least_scales`.
     """
-    rows = _rows(weight, axis, reduction)
-    absmax = np.abs(rows).max(axis=1, initial=0.0)
-    if not per_channel:
-        absmax = np.broadcast_to(absmax.max(initial=0.0), absmax.shape)
-    scales = np.where(absmax > 0, np.maximum(absmax / QMAX, _TINY), 1.0).astype(np.float32)
-    if least is not None:
-        scales = np.maximum(scales, least if per_channel else least.max(initial=0.0))
-    codes = _round(rows, scales)
+    rest = pair_axis if pair_axis is not None else (axis + 1) % weight.ndim
+    # Views: [channels, neighbours, rest], in whatever order the weight lies in memory.
+    moved = np.moveaxis(weight, (axis, rest), (0, 1))
+    table = moved.reshape(*moved.shape[:2], -1)
+    scales = _scales(table, per_channel, least)
+    codes = _round(table, scales)
     tightened = 0
-    if reduction is not None:
+    if pair_axis is not None:
         risky = np.flatnonzero(_saturates(codes))
         tightened = len(risky)
         if tightened and per_channel:
-            codes[risky], scales[risky] = _tighten(rows[risky], scales[risky])
+            codes[risky], scales[risky] = _tighten(table[risky], scales[risky])
         elif tightened:
             codes = _limit_pairs(codes)
-    restored = _restore(codes, weight.shape, axis, reduction)
-    return Encoded(restored, scales if per_channel else scales[:1].reshape(()), tightened)
+    restored = np.moveaxis(codes.reshape(moved.shape), (0, 1), (axis, rest))
+    kept = scales if per_channel else scales[:1].reshape(())
+    return Encoded(np.ascontiguousarray(restored), kept, tightened)
 
 
-def _rows(weight: Array, axis: int, reduction: tuple[int, ...] | None) -> NDArray[np.float32]:
-    order = reduction or tuple(i for i in range(weight.ndim) if i != axis)
-    moved = np.transpose(weight, (axis, *order))
-    return np.ascontiguousarray(moved.reshape(moved.shape[0], -1), dtype=np.float32)
+def _scales(table: Weights, per_channel: bool, least: Scales | None) -> Scales:
+    absmax = np.maximum(table.max(axis=(1, 2)), -table.min(axis=(1, 2)))
+    if not per_channel:
+        absmax = np.broadcast_to(absmax.max(), absmax.shape)
+    scales = np.where(absmax > 0, np.maximum(absmax / QMAX, _TINY), 1.0).astype(np.float32)
+    if least is not None:
+        scales = np.maximum(scales, least if per_channel else least.max(initial=0.0))
+    return scales
 
 
-def _restore(codes: Codes, shape: tuple[int, ...], axis: int, reduction: tuple[int, ...] | None) -> Codes:
-    order = (axis, *(reduction or tuple(i for i in range(len(shape)) if i != axis)))
-    moved = codes.reshape([shape[i] for i in order])
-    return np.ascontiguousarray(np.transpose(moved, np.argsort(order)))
-
-
-def _round(rows: NDArray[np.float32], scales: Scales) -> Codes:
-    codes: Codes = np.clip(np.rint(rows / scales[:, None]), -QMAX, QMAX).astype(np.int8)
+def _round(table: Weights, scales: Scales) -> Codes:
+    # No clipping: a scale is never less than a 127th of the largest weight, up to rounding of the quotient.
+    codes: Codes = np.rint(table * (1.0 / scales)[:, None, None]).astype(np.int8)
     return codes
 
 
+def _pairs(codes: Codes) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+    """Sums of neighbours along the second axis, and of its ends where a pair may reach across them."""
+    inner = codes[:, 1:].astype(np.int16) + codes[:, :-1]
+    across = codes[:, -1, :-1].astype(np.int16) + codes[:, 0, 1:]
+    # With an even number of neighbours, pairs never reach from one group of them into the next.
+    return inner, across if codes.shape[1] % 2 else across[:, :0]
+
+
 def _saturates(codes: Codes) -> NDArray[np.bool_]:
-    """Which rows have a pair of neighbours of one sign that adds up to more than `MAX_PAIR`."""
-    wide = codes.astype(np.int16)
-    return np.asarray((np.abs(wide[:, 1:] + wide[:, :-1]) > MAX_PAIR).any(axis=1))
+    """Which channels have a pair of one sign that adds up to more than `MAX_PAIR`."""
+    inner, across = _pairs(codes)
+    risky: NDArray[np.bool_] = (np.abs(inner) > MAX_PAIR).any(axis=(1, 2))
+    return risky | (np.abs(across) > MAX_PAIR).any(axis=1)
 
 
 def _limit_pairs(codes: Codes) -> Codes:
     """Shrink both codes of every pair that could saturate by equal parts, to the limit.
 
-    Pairs start at even places; those that start at odd ones are limited too, so that a kernel may begin
-    its pairs anywhere. Codes only shrink, so the second round does not undo the first.
+    Pairs that start at even places come first, then those at odd ones, so that a kernel may begin its pairs
+    anywhere. Codes only shrink, so that no round undoes one before it.
     """
     wide = codes.astype(np.int16)
     for start in (0, 1):
-        left, right = wide[:, start:-1:2], wide[:, start + 1 :: 2]
-        total = left + right
-        excess = np.maximum(np.abs(total) - MAX_PAIR, 0)
-        sign = np.sign(total)
-        left -= sign * (excess // 2)
-        right -= sign * (excess - excess // 2)
+        _shrink(wide[:, start:-1:2], wide[:, start + 1 :: 2])
+    if codes.shape[1] % 2:
+        _shrink(wide[:, -1, :-1], wide[:, 0, 1:])
     return wide.astype(np.int8)
 
 
-def _tighten(rows: NDArray[np.float32], scales: Scales) -> tuple[Codes, Scales]:
-    """For each row the scale, and the codes without saturating pairs, of least squared error."""
-    best_codes = np.zeros(rows.shape, np.int8)
+def _shrink(left: NDArray[np.int16], right: NDArray[np.int16]) -> None:
+    total = left + right
+    excess = np.maximum(np.abs(total) - MAX_PAIR, 0)
+    if excess.any():
+        half = excess >> 1
+        sign = np.sign(total)
+        left -= sign * half
+        right -= sign * (excess - half)
+
+
+def _tighten(table: Weights, scales: Scales) -> tuple[Codes, Scales]:
+    """For each channel the scale, and the codes without saturating pairs, of least squared error."""
+    best_codes = np.zeros(table.shape, np.int8)
     best_scales = scales.copy()
-    least = np.full(len(rows), np.inf)
+    least = np.full(len(table), np.inf)
     for factor in _FACTORS:
-        trial = (scales * np.float32(factor)).astype(np.float32)
-        codes = _limit_pairs(_round(rows, trial))
-        error = np.square(codes * trial[:, None] - rows).sum(axis=1)
-        better = error < least
-        best_codes[better], best_scales[better], least[better] = codes[better], trial[better], error[better]
+        trial = scales * np.float32(factor)
+        codes = _limit_pairs(_round(table, trial))
+        error = codes * trial[:, None, None]
+        error -= table
+        squared = np.einsum("cpr,cpr->c", error, error)
+        better = squared < least
+        best_codes[better], best_scales[better], least[better] = codes[better], trial[better], squared[better]
     return best_codes, best_scales
 
 

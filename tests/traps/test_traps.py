@@ -83,7 +83,15 @@ def feeds(trap: Trap, model: Model) -> Iterator[dict[str, Array]]:
     """Inputs at two batch sizes, and with special values if the case asks for them."""
     size = int(trap.options.get("size", "3"))
     for batch in trap.options.get("batch", "2 1").split():
-        yield feeds_for(model, batch=int(batch), size=size, seed=int(batch))
+        fed = feeds_for(model, batch=int(batch), size=size, seed=int(batch))
+        yield fed
+        flags = {
+            name: np.logical_not(array, out=array.copy())
+            for name, array in fed.items()
+            if array.dtype == bool
+        }
+        if flags:
+            yield {**fed, **flags}
     if trap.options.get("feeds") == "special":
         yield {name: _special(array) for name, array in feeds_for(model, batch=5, size=size).items()}
 
