@@ -7,6 +7,7 @@ a batch but what the observers make of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import length_hint
 from typing import Any, TypeAlias
@@ -24,6 +25,9 @@ from onnxslim.runtime import Session, Target
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
 Statistics: TypeAlias = dict[str, Histogram]
+
+# Values of a sample that are always counted.
+KEPT = 1 << 16
 
 # Levels of ONNX Runtime's optimization, tried in turn: a fusion may swallow a tensor that is tapped.
 LEVELS = ("all", "basic", "none")
@@ -83,10 +87,25 @@ def _observe(
     for index, feeds in enumerate(batches):
         values = runner.run(feeds, [name for name in tensors if name not in feeds])
         for name in tensors:
-            observers[name].update(values[name] if name in values else feeds[name])
+            array = np.asarray(values[name] if name in values else feeds[name])
+            observers[name].update(array, every=thinning(array))
         if progress:
             progress("calibrating", index + 1, None if total < 0 else total)
     return observers
+
+
+def thinning(array: Array) -> int:
+    """How sparsely a large array may be counted: every n-th value is enough to see its distribution.
+
+    At least `KEPT` values of each sample are counted, smallest and largest are always exact, and n has no
+    factor in common with the sizes of the last two axes, so that no row or column is left out.
+    """
+    samples = array.shape[0] if array.ndim > 1 else 1
+    every = max(array.size // (KEPT * max(samples, 1)), 1)
+    plane = math.prod(array.shape[-2:])
+    while math.gcd(every, plane) > 1:
+        every -= 1
+    return every
 
 
 class _Runner:

@@ -171,9 +171,20 @@ class Histogram(_Bounds):
         super().__init__()
         self.bins = bins
         self.zeros = 0
+        self._every = 1
         self.exponent = _MIN_EXPONENT
         self.start = 0
         self.counts: Counts = np.zeros(bins, np.int64)
+
+    def update(self, array: Array, every: int = 1) -> None:
+        """Take in every element of an array of any shape and real dtype.
+
+        Args:
+            array: the values.
+            every: put only every n-th of them into bins; range and `count` are those of all the same.
+        """
+        self._every = every
+        super().update(array)
 
     def merge(self, other: Self) -> None:
         """Take in what another histogram with the same number of bins has seen."""
@@ -198,7 +209,7 @@ class Histogram(_Bounds):
         super()._admit(block, low, high)
         if grown:
             self._cover()
-        values = block.astype(np.float32, copy=False)
+        values = block[:: self._every].astype(np.float32, copy=False)
         self.zeros += int(np.count_nonzero(values == 0))
         self.counts += _tally(values, self.exponent, self.start, self.bins)
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 
-from onnxslim import files, proto, shapes
+from onnxslim import files, proto, quirks, shapes
 from onnxslim import graph as ir
 from onnxslim.graph import Constant, Node, Tensor, Variable
 from onnxslim.model import DEFAULT_DOMAINS, Model, constant_of
@@ -163,7 +163,7 @@ def _slice(node: Node, dims: Dims) -> Vector | None:
     start, end, step = (_only(part) for part in parts)
     if node.input(4) is None:
         step = 1
-    if start is None or end is None or not step:
+    if start is None or end is None or not step or (step < 0 and end >= quirks.OPEN_END):
         return None
     return replace(data, terms=data.terms[start:end:step])
 

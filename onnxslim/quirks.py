@@ -7,7 +7,6 @@ given to ConvTranspose, and slices backwards from "the end".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -57,8 +56,8 @@ def _ceil(node: Node, axis: int, size: Dim) -> Dim:
     pads = node.attrs.get("pads") or (0,) * (2 * count)
     stride = (node.attrs.get("strides") or (1,) * count)[axis]
     dilation = (node.attrs.get("dilations") or (1,) * count)[axis]
-    room = size + pads[axis] + pads[axis + count] - dilation * (kernel[axis] - 1) - 1
-    windows = -(-room // stride) + 1
+    room: int = size + pads[axis] + pads[axis + count] - dilation * (kernel[axis] - 1) - 1
+    windows: int = -(-room // stride) + 1
     return windows - 1 if (windows - 1) * stride >= size + pads[axis] else windows
 
 
@@ -87,8 +86,9 @@ def _scales(node: Node) -> Sequence[float] | None:
 
 
 def _transposed(node: Node, shape: tuple[Dim, ...]) -> tuple[Dim, ...] | None:
-    given = node.attrs.get("output_shape")
-    if not given:
+    given = node.attrs.get("output_shape", ())
+    padded = node.attrs.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
+    if not given and not (padded and any(node.attrs.get("output_padding", ()))):
         return None
     weight = node.inputs[1].shape
     channels = weight[1] if weight is not None else None

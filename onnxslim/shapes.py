@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.shape_inference
-from onnx import GraphProto, TensorProto
+from onnx import GraphProto, TensorProto, helper
 
-from onnxslim import proto
-from onnxslim.graph import Constant, Graph, Node, Shape, Variable
+from onnxslim import proto, quirks
+from onnxslim.graph import Constant, Dim, Graph, Node, Shape, Variable
 from onnxslim.model import Model
 
+# Rounds in which shapes are corrected to what ONNX Runtime makes of them, before they count as unknown.
+MAX_CORRECTIONS = 8
+# A domain inference knows nothing of.
+_OPAQUE = "opaque"
 # Shape inference reads the values of constants that steer shapes, never those of weights.
 MAX_STEERING_ELEMENTS = 4096
 
@@ -61,14 +66,59 @@ def deduce(model: Model) -> dict[int, Fact]:
     bare = _skeleton(model)
     _forget(bare.graph)
     _name_axes(bare.graph)
-    inferred = _infer(bare)
+    bare.opset_import.add(domain=_OPAQUE, version=1)
+    for attempt in count():
+        facts = _facts(model, _infer(bare) or bare)
+        wrong = dict(_disagreements(model, facts))
+        if not wrong:
+            break
+        if attempt >= MAX_CORRECTIONS:
+            wrong = {key: (None,) * len(shape) for key, shape in wrong.items()}
+        _correct(model.graph, bare.graph, wrong, facts)
+    return facts
+
+
+def _facts(model: Model, inferred: onnx.ModelProto) -> dict[int, Fact]:
     facts: dict[int, Fact] = {}
-    for graph, found in _side_by_side(model.graph, (inferred or bare).graph):
+    for graph, found in _side_by_side(model.graph, inferred.graph):
         infos = {info.name: info for info in (*found.input, *found.value_info, *found.output)}
         for tensor in (*graph.inputs, *(made for node in graph.nodes for made in node.outputs)):
             if tensor.name in infos:
                 facts[id(tensor)] = _fact(infos[tensor.name].type)
     return facts
+
+
+def _disagreements(model: Model, facts: Mapping[int, Fact]) -> Iterator[tuple[int, tuple[Dim, ...]]]:
+    """Outputs, by id, of another shape than was inferred for them, with that shape."""
+    unknown = Fact(None, None)
+    for node in model.nodes():
+        if node.op in quirks.MAY_DIFFER and node.inputs:
+            data, made = node.inputs[0], facts.get(id(node.outputs[0]), unknown)
+            source = data.shape if isinstance(data, Constant) else facts.get(id(data), unknown).shape
+            actual = quirks.output_shape(node, source)
+            if actual is not None and made.dtype is not None and not quirks.agree(actual, made.shape):
+                yield id(node.outputs[0]), actual
+
+
+def _correct(
+    graph: Graph, bare: GraphProto, shapes: Mapping[int, tuple[Dim, ...]], facts: Mapping[int, Fact]
+) -> None:
+    """State shapes of outputs, and keep inference from looking at the nodes that make them."""
+    for twin, found in _side_by_side(graph, bare):
+        for node, made in zip(twin.nodes, found.node, strict=True):
+            if id(node.outputs[0]) not in shapes:
+                continue
+            made.domain = _OPAQUE
+            names = set(made.output)
+            kept = [info for info in found.value_info if info.name not in names]
+            del found.value_info[:]
+            found.value_info.extend(kept)
+            for tensor in node.outputs:
+                fact = facts.get(id(tensor))
+                if fact is not None and fact.dtype is not None:
+                    shape = shapes.get(id(tensor))
+                    kind = helper.make_tensor_type_proto(proto.elem_type_of(fact.dtype), shape)
+                    found.value_info.add(name=tensor.name, type=kind)
 
 
 def _fact(kind: onnx.TypeProto) -> Fact:

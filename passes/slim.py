@@ -9,12 +9,7 @@ from pydantic import Field
 
 from onnxslim.errors import UsageError
 from onnxslim.model import Model
-from onnxslim.passes import eliminate
-
-try:
-    from onnxslim.passes import fuse
-except ImportError:
-    fuse = None
+from onnxslim.passes import eliminate, fuse
 from onnxslim.passes.dead import Dead
 from onnxslim.passes.dedupe import Dedupe
 from onnxslim.passes.eliminate import Eliminate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxslim.calibration.collect import collect, tapped
+from onnxslim.calibration.collect import KEPT, collect, tapped, thinning
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import Histogram
 from onnxslim.errors import CalibrationError
@@ -55,6 +55,28 @@ def test_the_batching_of_the_samples_does_not_matter(model: Model) -> None:
     single = [{"x": whole[0]["x"][i : i + 1]} for i in range(6)]
     first = collect(model, CalibrationData(whole), ["x"])["x"]
     assert _equal(first, collect(model, CalibrationData(single), ["x"])["x"])
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 112, 112), (2, 64, 56, 56), (1, 300_000), (3, 5), (600_000,), ()])
+def test_large_arrays_are_thinned_out_evenly(shape: tuple[int, ...]) -> None:
+    every = thinning(np.empty(shape, np.float32))
+    counted = np.zeros(shape, bool)
+    counted.reshape(-1)[::every] = True
+    samples = counted.reshape(shape[0] if len(shape) > 1 else 1, -1)
+    assert (samples.sum(axis=1) >= min(samples.shape[1], KEPT)).all()
+    if len(shape) == 4:
+        assert counted.any(axis=(0, 1, 2)).all()
+        assert counted.any(axis=(0, 1, 3)).all()
+
+
+def test_thinning_keeps_the_exact_range() -> None:
+    values = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    whole, thin = Histogram(), Histogram()
+    whole.update(values)
+    thin.update(values, every=7)
+    assert (thin.low, thin.high, thin.count) == (whole.low, whole.high, whole.count)
+    assert abs(thin.counts.sum() - values.size / 7) < 2
+    assert np.abs(thin.counts * 7.0 - whole.counts).max() < 0.01 * values.size
 
 
 def test_processes_give_the_bits_of_one(model: Model) -> None:
