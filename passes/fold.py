@@ -35,6 +35,7 @@ WORKING_BYTES = 64 << 20
 MAX_SESSIONS = 256
 # The size of their results depends on values, but has at most so many bytes per element they read.
 _BYTES_PER_INPUT = {"NonZero": 64, "Compress": 16, "Unique": 16}
+_DIVISIONS = frozenset(("Div", "Mod"))
 
 
 @options
@@ -411,6 +412,8 @@ class _Values:
         for tensor in node.outputs:
             if not tensor.name:
                 continue
+            if node.op in _DIVISIONS and self._may_trap(node):
+                return "dividing these integers ahead of time could end the process"
             dtype = self._dims.dtype(tensor)
             if dtype is None:
                 return "the type of its result is not known"
@@ -421,6 +424,23 @@ class _Values:
                 return "the size of its result is not known"
             total += size
         return f"its result of {total} bytes is too large" if total > room else ""
+
+    def _may_trap(self, node: Node) -> bool:
+        """Whether integers are divided by zero, or the least one by -1, as far as one can see."""
+        dividend, divisor = (self._known(tensor) for tensor in node.inputs)
+        if divisor is None:
+            dtype = self._dims.dtype(node.inputs[1])
+            return dtype is None or dtype.kind in "iu"
+        if divisor.dtype.kind not in "iu":
+            return False
+        if (divisor == 0).any():
+            return True
+        if divisor.dtype.kind == "u" or not (divisor == -1).any():
+            return False
+        return dividend is None or bool((dividend == np.iinfo(dividend.dtype).min).any())
+
+    def _known(self, tensor: Tensor) -> Array | None:
+        return tensor.values if isinstance(tensor, Constant) else self._values.get(id(tensor))
 
     def _limit(self, tensor: Variable, node: Node) -> int | None:
         """Bytes a result can have at the most."""

@@ -244,10 +244,10 @@ class SliceChain(Rule[Chain]):
         inner, outer = cuts(match.inner, edit), cuts(match.outer, edit)
         if inner is None or outer is None:
             return "where they cut is not known"
-        return None if _joined(inner, outer) else "they cut one axis in steps or from its end"
+        return None if joined(inner, outer) else "they cut one axis in steps or from its end"
 
     def rewrite(self, match: Chain, edit: Editor) -> str:
-        found = _joined(cuts(match.inner, edit) or (), cuts(match.outer, edit) or ())
+        found = joined(cuts(match.inner, edit) or (), cuts(match.outer, edit) or ())
         name = match.outer.outputs[0].name
         columns = {
             "starts": [cut.start for cut in found],
@@ -267,7 +267,7 @@ class SliceChain(Rule[Chain]):
         return f"took over the cuts of {match.inner.label}"
 
 
-def _joined(inner: tuple[Cut, ...], outer: tuple[Cut, ...]) -> tuple[Cut, ...]:
+def joined(inner: tuple[Cut, ...], outer: tuple[Cut, ...]) -> tuple[Cut, ...]:
     """One list of cuts for both; () if there is none."""
     found = {cut.axis: cut for cut in inner}
     for cut in outer:

@@ -1,0 +1,194 @@
+"""Every row of the operator table, held against ONNX Runtime on the row's own example.
+
+A new row needs no test code: what it claims is checked here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxslim import shapes
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.check import wellformed
+from onnxslim.graph import Array, Constant, Node, Variable
+from onnxslim.model import Model
+from onnxslim.ops import REGISTRY, OpSpec, Role
+from onnxslim.ops.cost import macs
+from onnxslim.passes.quantize import Quantize
+from onnxslim.pipeline import Context
+from onnxslim.runtime import Session, Target
+from tests.helpers import parse
+
+EXAMPLES = {op: spec for (_, op), spec in REGISTRY.items() if spec.example}
+KERNELS = Target.cpu().quantized.kernels
+# These sum over time steps as well, so that ones do not count their products.
+RECURRENT = ("LSTM", "GRU", "RNN")
+
+
+def _rows(*roles: Role) -> list[pytest.param]:  # type: ignore[valid-type]
+    return [pytest.param(spec, id=op) for op, spec in EXAMPLES.items() if spec.role in roles]
+
+
+def _node(model: Model, spec: OpSpec) -> Node:
+    return next(node for node in model.graph.nodes if node.op == spec.op)
+
+
+def _feeds(model: Model, fill: float | None = None) -> dict[str, Array]:
+    """Distinct values for every element, or one for all; a free axis has size 1."""
+    random = np.random.default_rng(0)
+    feeds: dict[str, Array] = {}
+    for item in model.inputs():
+        shape = tuple(dim if isinstance(dim, int) else 1 for dim in item.shape or ())
+        assert item.dtype is not None
+        if item.dtype.kind == "i":
+            feeds[item.name] = np.zeros(shape, item.dtype)
+        elif fill is None:
+            feeds[item.name] = random.permutation(int(np.prod(shape))).reshape(shape).astype(np.float32) - 7
+        else:
+            feeds[item.name] = np.full(shape, fill, np.float32)
+    return feeds
+
+
+def _with_weights(model: Model) -> Model:
+    """All inputs but the first as initializers, with random values."""
+    random = np.random.default_rng(1)
+    for tensor in model.graph.inputs[1:]:
+        shape = tuple(dim if isinstance(dim, int) else 1 for dim in tensor.shape or ())
+        integer = tensor.dtype is not None and tensor.dtype.kind == "i"
+        values = np.zeros(shape, np.int64) if integer else random.standard_normal(shape).astype(np.float32)
+        constant = Constant(tensor.name, values)
+        for node in model.graph.nodes:
+            for index, used in enumerate(node.inputs):
+                if used is tensor:
+                    node.inputs[index] = constant
+        model.graph.initializers[tensor.name] = constant
+    model.graph.inputs = model.graph.inputs[:1]
+    return model
+
+
+def _between_products(model: Model) -> Model:
+    """The model with a product that reads its input, and one that reads its output: both run in integers."""
+    data, result = model.graph.inputs[0], model.graph.outputs[0]
+    for tensor, name in ((data, "before"), (result, "behind")):
+        assert isinstance(tensor, Variable)
+        size = tensor.shape[-1] if tensor.shape else None
+        assert isinstance(size, int)
+        made = Variable(name, np.dtype(np.float32), (*(tensor.shape or ())[:-1], size))
+        identity = Constant(f"{name}_weight", np.eye(size, dtype=np.float32))
+        model.graph.nodes.append(Node("MatMul", name, {}, [tensor, identity], [made]))
+        if name == "before":
+            model.graph.outputs.append(made)
+        else:
+            model.graph.outputs[0] = made
+    return model
+
+
+@pytest.mark.parametrize("spec", _rows(*Role))
+def test_examples_are_valid_and_run(spec: OpSpec) -> None:
+    model = parse(spec.example)
+    wellformed(model)
+    assert _node(model, spec)
+    assert Session(model).run(_feeds(model))
+
+
+@pytest.mark.parametrize("spec", _rows(Role.LINEAR))
+def test_multiply_accumulates_are_the_products_that_are_summed(spec: OpSpec) -> None:
+    """With ones for data and weights and no bias, each output element counts its own products."""
+    model = parse(spec.example)
+    feeds = _feeds(model, 1.0)
+    if "b" in feeds:
+        feeds["b"] = np.zeros_like(feeds["b"])
+    counted = sum(float(array.sum()) for array in Session(model).run(feeds).values())
+    if spec.op == "ConvTranspose":
+        # Products are spread over the output instead of being summed up: the total is the same.
+        assert macs(model) == counted
+    else:
+        assert macs(model, {name: array.shape for name, array in feeds.items()}) == counted
+
+
+@pytest.mark.parametrize("op", RECURRENT)
+def test_recurrent_layers_read_all_weights_at_every_step(op: str) -> None:
+    model = parse(EXAMPLES[op].example)
+    steps = 5
+    weights = sum(array.size for name, array in _feeds(model).items() if name in ("w", "r"))
+    assert macs(model) == steps * weights
+
+
+@pytest.mark.parametrize("spec", _rows(Role.MOVE))
+def test_moved_elements_are_elements_of_the_input(spec: OpSpec) -> None:
+    model = parse(spec.example)
+    feeds = _feeds(model)
+    (first, *_) = feeds.values()
+    for array in Session(model).run(feeds).values():
+        assert np.isin(array, first).all()
+        assert array.size
+
+
+@pytest.mark.parametrize("spec", _rows(Role.CLAMP))
+def test_clamps_let_through_what_they_say(spec: OpSpec) -> None:
+    assert spec.limits is not None
+    model = parse(spec.example)
+    for node in model.graph.nodes:
+        if node.op == "Constant":
+            # As constant folding would do it.
+            value = Constant(node.outputs[0].name, np.array(node.attrs["value_float"], np.float32))
+            user = _node(model, spec)
+            user.inputs[user.inputs.index(node.outputs[0])] = value
+    limits = spec.limits(_node(model, spec))
+    assert limits is not None
+    feeds = _feeds(model)
+    (data,) = feeds.values()
+    (result,) = Session(model).run(feeds).values()
+    np.testing.assert_array_equal(result, data.clip(*limits))
+
+
+@pytest.mark.parametrize(
+    "spec", [row for row in _rows(Role.LINEAR, Role.KERNEL) if row.values[0].op in KERNELS]
+)
+def test_integer_kernels_are_used_and_right(spec: OpSpec) -> None:
+    model = _with_weights(parse(spec.example))
+    if spec.role is Role.KERNEL:
+        model = _between_products(model)
+    shapes.infer(model)
+    random = np.random.default_rng(2)
+    shape = tuple(dim if isinstance(dim, int) else 1 for dim in model.graph.inputs[0].shape or ())
+    feeds = {model.graph.inputs[0].name: random.standard_normal(shape).astype(np.float32)}
+    after = model.copy()
+    # The example's few channels are the point here, not what pays.
+    changes = Quantize(classifier=True).run(after, Context(target=_wide(), data=CalibrationData([feeds])))
+    assert changes.facts["unfused"] == ()
+    label = _node(model, spec).label
+    assert any(change.node == label for change in changes.changed), changes.skipped
+    expected, actual = Session(model).run(feeds), Session(after).run(feeds)
+    for name, reference in expected.items():
+        noise = float(np.square(reference - actual[name]).mean())
+        assert 10 * np.log10(float(np.square(reference).mean()) / noise) > 28, name
+
+
+def _wide() -> Target:
+    from dataclasses import replace
+
+    target = Target.cpu()
+    return replace(target, quantized=replace(target.quantized, min_channels=1))
+
+
+@pytest.mark.parametrize("spec", _rows(Role.MOVE))
+def test_moves_keep_one_scale_on_both_sides(spec: OpSpec) -> None:
+    model = parse(spec.example)
+    if len(model.graph.outputs) > 1:
+        model.graph.outputs = model.graph.outputs[:1]
+    model = _between_products(_with_weights(model))
+    shapes.infer(model)
+    feeds = {
+        tensor.name: np.random.default_rng(3)
+        .standard_normal(tuple(dim if isinstance(dim, int) else 4 for dim in tensor.shape or ()))
+        .astype(np.float32)
+        for tensor in model.graph.inputs
+    }
+    after = model.copy()
+    changes = Quantize(classifier=True).run(after, Context(data=CalibrationData([feeds])))
+    node = _node(after, spec)
+    pair, behind = node.inputs[0].inputs[0], node.outputs[0].outputs[0]
+    assert (pair.op, behind.op) == ("DequantizeLinear", "QuantizeLinear"), changes.skipped
+    assert pair.inputs[1:] == behind.inputs[1:]
