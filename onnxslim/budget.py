@@ -41,8 +41,6 @@ class Plan:
 LARGE_BYTES = 1024
 # Bytes of a stored tensor besides its name and values: type, dimensions, field headers.
 HEADER_BYTES = 16
-# The same for one stored in a Constant node.
-NODE_BYTES = 44
 
 
 def plan(nodes: Sequence[Node], nbytes: Callable[[Tensor], int], fixed: set[int], max_growth: int) -> Plan:
@@ -87,9 +85,8 @@ class _Account:
         return Plan(stored, removed, tuple(self._refused.values()), cost - freed)
 
     def _written(self, tensor: Tensor) -> int:
-        """Bytes of a constant in a model file; outputs of a graph take a node."""
-        header = NODE_BYTES if id(tensor) in self._fixed else HEADER_BYTES
-        return self._nbytes(tensor) + len(tensor.name) + header
+        """Bytes of a constant in a model file."""
+        return self._nbytes(tensor) + len(tensor.name) + HEADER_BYTES
 
     def refuse(self) -> bool:
         """Refuse the largest result of each group that stores more than it frees; True if any did."""

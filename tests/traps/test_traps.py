@@ -2,8 +2,8 @@
 
 A case in one of the .txt files is a name, the reason why it is a trap, the operators that must be left after
 Eliminate and Fuse, and a graph. Options: `opset: 17`; `batch: 2 1` and `size: 3` for the free axes of inputs;
-`feeds: special` for NaN, infinities, -0 and the limits of integers among them; `runs: no` if ONNX Runtime has no
-kernel for it. In a graph `{*}` stands for random values, `{+}` for random positive ones, and values of half
+`feeds: special` for NaN, infinities, -0 and the limits of integers among them; `runs: no` if ONNX Runtime has
+no kernel for it. In a graph `{*}` stands for random values, `{+}` for random positive ones, and values of half
 precision are given as decimal numbers too.
 """
 
@@ -119,7 +119,8 @@ def _same(trap: Trap, before: Model, after: Model) -> None:
 def _settled(model: Model, *steps: Pass) -> Model:
     twin = model.copy()
     for _ in range(5):
-        if not any([bool(step.run(twin, Context())) for step in steps]):
+        changes = [step.run(twin, Context()) for step in steps]
+        if not any(changes):
             break
     return twin
 

@@ -1,0 +1,82 @@
+"""Real exported models: nothing is lost, slimming keeps what they compute, quantizing keeps them fast and right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.check import difference, interface
+from onnxslim.model import load
+from onnxslim.models import zoo
+from onnxslim.passes.quantize import Quantize
+from onnxslim.passes.slim import Slim
+from onnxslim.pipeline import Pipeline
+from onnxslim.runtime import Session
+
+pytestmark = pytest.mark.zoo
+
+# Models that have weights to run in integers, with the least SQNR (dB) of the quantized model, well below
+# what is measured (see benchmarks/README.md): these tests catch mistakes, not losses.
+QUANTIZABLE = {
+    "efficientnet_lite0.torchscript": 14.0,
+    "efficientnet_lite0.dynamo": 14.0,
+    "minilm.torchscript": 16.0,
+    "minilm.dynamo": 16.0,
+    "ppocr_det": 12.0,
+    "magika": 35.0,
+}
+
+
+def _fetched(name: str) -> str:
+    if not zoo.available(name):
+        pytest.skip(f"{name} is not in the cache: python models/zoo.py fetch (or python models/export.py)")
+    pytest.importorskip("skimage", reason="inputs are made from photographs: pip install 'onnx-slimkit[zoo]'")
+    return str(zoo.path(name))
+
+
+@pytest.mark.parametrize("name", sorted(zoo.MODELS))
+def test_round_trip_is_byte_identical(name: str) -> None:
+    proto = onnx.load(_fetched(name))
+    written = load(proto).to_proto().SerializeToString(deterministic=True)
+    assert written == proto.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("name", sorted(zoo.MODELS))
+def test_slim_keeps_outputs_and_interface_and_never_grows(name: str) -> None:
+    model = load(_fetched(name))
+    feeds = zoo.inputs(name, 2, seed=5)
+    result = Pipeline(Slim(), on_error="raise")(model, data=CalibrationData(feeds))
+    assert interface(result.model) == interface(model)
+    before, after = model.stats(), result.model.stats()
+    assert after.nodes <= before.nodes
+    assert after.bytes <= before.bytes
+    first, second = Session(model), Session(result.model)
+    for batch in feeds:
+        expected, actual = first.run(batch), second.run(batch)
+        assert not any(difference(expected[key], actual[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZABLE))
+def test_quantize_fuses_everything_and_stays_close(name: str) -> None:
+    model = load(_fetched(name))
+    data = CalibrationData(zoo.inputs(name, 16, seed=0))
+    result = Pipeline(Slim(), Quantize(), on_error="raise")(model, data=data)
+    facts: dict[str, Any] = dict(result.report.steps[-1].changes.facts)
+    assert facts["unfused"] == ()
+    assert sum(facts["fused"].values()) > 2
+    assert _sqnr(model, result.model, zoo.inputs(name, 8, seed=1)) > QUANTIZABLE[name]
+
+
+def _sqnr(model: Any, quantized: Any, batches: list[dict[str, Any]]) -> float:
+    first, second = Session(model), Session(quantized)
+    signal = noise = 0.0
+    for feeds in batches:
+        expected, actual = first.run(feeds), second.run(feeds)
+        for name, reference in expected.items():
+            signal += float(np.square(reference, dtype=np.float64).sum())
+            noise += float(np.square(reference - actual[name], dtype=np.float64).sum())
+    return float(10 * np.log10(signal / noise))
