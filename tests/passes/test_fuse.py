@@ -21,9 +21,9 @@ from tests.helpers import apply, ops, parse, run, same_outputs
 
 RANDOM = np.random.default_rng(0)
 CONV_BATCHNORM = (
-    "g (float[N,3,5,5] x, float[4,3,3,3] stem.weight, float[4] s, float[4] t, float[4] m, float[4] v)"
+    "g (float[N,3,5,5] x, float[4,3,3,3] stem_weight, float[4] s, float[4] t, float[4] m, float[4] v)"
     " => (float[N,4,3,3] y)"
-    "{ [stem] a = Conv<dilations=[1,1]>(x, stem.weight) y = BatchNormalization(a, s, t, m, v) }"
+    "{ [stem] a = Conv<dilations=[1,1]>(x, stem_weight) y = BatchNormalization(a, s, t, m, v) }"
 )
 
 
@@ -42,22 +42,22 @@ def batchnorm(channels: int) -> dict[str, Array]:
 
 
 def conv_batchnorm() -> Model:
-    return parse(CONV_BATCHNORM, {"stem.weight": values(4, 3, 3, 3), **batchnorm(4)})
+    return parse(CONV_BATCHNORM, {"stem_weight": values(4, 3, 3, 3), **batchnorm(4)})
 
 
 def test_names_of_weight_bias_and_node() -> None:
     model = conv_batchnorm()
-    before = model.graph.initializers["stem.weight"].values
+    before = model.graph.initializers["stem_weight"].values
     after, changes = apply(Fuse(), model)
     (node,) = after.graph.nodes
     assert (node.name, node.op, node.outputs[0].name) == ("stem", "Conv", "y")
-    assert [tensor.name for tensor in node.inputs] == ["x", "stem.weight", "stem.bias"]
+    assert [tensor.name for tensor in node.inputs] == ["x", "stem_weight", "stem_bias"]
     assert node.attrs == {"dilations": (1, 1)}
-    assert set(after.to_proto().graph.initializer[i].name for i in range(2)) == {"stem.weight", "stem.bias"}
+    assert [each.name for each in after.to_proto().graph.initializer] == ["stem_weight", "stem_bias"]
     assert [(c.node, c.action) for c in changes.changed] == [
         ("BatchNormalization→y", "moved BatchNormalization into stem")
     ]
-    assert model.graph.initializers["stem.weight"].values is before
+    assert model.graph.initializers["stem_weight"].values is before
 
 
 def test_folds_in_double_precision() -> None:
@@ -70,7 +70,7 @@ def test_folds_in_double_precision() -> None:
         tensor.values for tensor in after.graph.nodes[0].inputs[1:] if isinstance(tensor, Constant)
     )
     assert weight.dtype == bias.dtype == np.float32
-    exact = (constants["stem.weight"] * factor[:, None, None, None]).astype(np.float32)
+    exact = (constants["stem_weight"] * factor[:, None, None, None]).astype(np.float32)
     np.testing.assert_allclose(weight, exact, rtol=1.2e-7)
     np.testing.assert_allclose(bias, constants["t"] - factor * constants["m"], rtol=1e-6)
 
@@ -80,7 +80,7 @@ def test_weights_may_lie_beside_the_model(tmp_path: Path) -> None:
     model = parse(
         CONV_BATCHNORM.replace("3,3,3]", "3,9,9]").replace("5,5]", "11,11]"),
         {
-            "stem.weight": values(4, 3, 9, 9),
+            "stem_weight": values(4, 3, 9, 9),
             **batchnorm(4),
         },
     )
@@ -135,7 +135,8 @@ def test_does_not_make_the_file_grow() -> None:
             "precision is a Gemm",
         ),
         (
-            "g (float[N,4,4,4] x) => (float[N,4,4,4] y) <float[4,4,1,1] w = {W}, int64[8] p = {0,0,1,0,0,0,0,0}>"
+            "g (float[N,4,4,4] x) => (float[N,4,5,4] y)"
+            "<float[4,4,1,1] w = {W}, int64[8] p = {0,0,1,0,0,0,0,0}>"
             '{ a = Pad<mode="edge">(x, p) y = Conv(a, w) }',
             "pad-layer: it does not pad with a constant",
         ),
@@ -215,25 +216,22 @@ def test_per_channel_is_what_broadcasting_does(data: st.DataObject) -> None:
     """A constant is one value per channel exactly if multiplying by it is multiplying each channel."""
     rank = data.draw(st.integers(2, 4))
     axis = data.draw(st.integers(0, rank - 1))
-    shape = [data.draw(st.sampled_from((2, 3))) for _ in range(rank)]
-    sizes = st.sampled_from((1, 1, 2, 3))
-    constant = RANDOM.standard_normal(data.draw(st.lists(sizes, max_size=rank + 1)))
+    shape = tuple(data.draw(st.sampled_from((2, 3))) for _ in range(rank))
+    constant = RANDOM.standard_normal(data.draw(st.lists(st.sampled_from((1, 1, 2, 3)), max_size=rank + 1)))
     found = per_channel(constant, rank, axis, shape[axis])
-    ones = np.ones(shape)
-    if found is None:
-        try:
-            made = ones * constant
-        except ValueError:
-            return
-        assert made.shape != tuple(shape) or not np.allclose(
-            made,
-            np.moveaxis(made, axis, -1)[(0,) * (rank - 1)].reshape(
-                [-1 if each == axis else 1 for each in range(rank)]
-            ),
-        )
-        return
-    spread = found.reshape([-1 if each == axis else 1 for each in range(rank)])
-    assert np.array_equal(ones * constant, ones * spread)
+    made = _product(np.ones(shape), constant)
+    others = tuple(each for each in range(rank) if each != axis)
+    by_channel = made is not None and made.shape == shape and not np.ptp(made, axis=others).any()
+    assert (found is not None) is by_channel
+    if found is not None and made is not None:
+        assert np.array_equal(found, made.max(axis=others))
+
+
+def _product(one: Array, other: Array) -> Array | None:
+    try:
+        return np.asarray(one * other)
+    except ValueError:
+        return None
 
 
 CONV = "Conv<group={groups}, strides=[{stride},1], pads=[{pad},0,0,{pad}]>"
@@ -255,7 +253,8 @@ def test_folding_into_convolutions(data: st.DataObject) -> None:
     body = [*_before(data, inputs, constants), f"u = {call}", *_after(data, outputs, constants)]
     model = _model(f"float[N,{inputs},6,5] x", "float[N,A,B,C] y", body, constants)
     after, _ = apply(Fuse(), model)
-    assert len(after.graph.nodes) < len(body) or len(body) == 1 or "BatchNormalization" in body[0]
+    # What is before may have to stay; whatever comes after goes.
+    assert len(after.graph.nodes) <= 3
     same_outputs(model, after)
 
 
@@ -315,15 +314,10 @@ def _after(data: st.DataObject, channels: int, constants: dict[str, Array], axes
     )
     body, current = [], "u"
     for index, kind in enumerate(kinds):
-        made = f"v{index}"
+        made = f"u{index}"
         if kind == "BatchNormalization":
             constants.update({f"{name}{index}": each for name, each in batchnorm(channels).items()})
-            body.append(
-                f"{made} = {kind}({current}, s{index}, t{index}, m{index}, v_{index})".replace(
-                    f"v_{index}", f"v{index}c"
-                )
-            )
-            constants[f"v{index}c"] = constants.pop(f"v{index}")
+            body.append(f"{made} = {kind}({current}, s{index}, t{index}, m{index}, v{index})")
         else:
             constants[f"c{index}"] = _constant(data, channels, axes)
             sides = [current, f"c{index}"]

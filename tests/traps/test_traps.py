@@ -3,8 +3,8 @@
 A case in one of the .txt files is a name, the reason why it is a trap, the operators that must be left after
 Eliminate and Fuse, and a graph. Options: `opset: 17`; `batch: 2 1` and `size: 3` for the free axes of inputs;
 `feeds: special` for NaN, infinities, -0 and the limits of integers among them; `runs: no` if ONNX Runtime has
-no kernel for it. In a graph `{*}` stands for random values, `{+}` for random positive ones, and values of half
-precision are given as decimal numbers too.
+no kernel for it. In a graph `{*}` stands for random values and `{+}` for random positive ones; values of half
+precision are decimal numbers too.
 """
 
 from __future__ import annotations
