@@ -8,19 +8,20 @@ a batch but what the observers make of it.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import length_hint
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import joblib
 import numpy as np
-import onnx
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import Distribution, Histogram
 from onnxslim.errors import CalibrationError, LoadError
 from onnxslim.graph import Array
-from onnxslim.model import Model
+from onnxslim.model import Model, load
 from onnxslim.runtime import Session, Target
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
@@ -143,21 +144,23 @@ class _Runner:
 def _in_parallel(
     model: Model, data: CalibrationData, tensors: Sequence[str], target: Target, jobs: int
 ) -> Statistics:
-    proto = tapped(model, tensors).to_proto().SerializeToString()
-    # One thread per process: the processes are the parallelism.
-    work = (
-        joblib.delayed(_shard)(proto, data.shard(index, jobs), tensors, target.with_threads(1))
-        for index in range(jobs)
-    )
     merged: Statistics = {name: Histogram() for name in tensors}
-    for part in joblib.Parallel(n_jobs=jobs)(work):
-        for name in tensors:
-            merged[name].merge(part[name])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        tapped(model, tensors).save(path)
+        # One thread per process: the processes are the parallelism.
+        work = (
+            joblib.delayed(_shard)(path, data.shard(index, jobs), tensors, target.with_threads(1))
+            for index in range(jobs)
+        )
+        for part in joblib.Parallel(n_jobs=jobs)(work):
+            for name in tensors:
+                merged[name].merge(part[name])
     return merged
 
 
-def _shard(proto: bytes, data: CalibrationData, tensors: Sequence[str], target: Target) -> Statistics:
-    return _observe(Model.from_proto(onnx.ModelProto.FromString(proto)), data, tensors, target)
+def _shard(path: Path, data: CalibrationData, tensors: Sequence[str], target: Target) -> Statistics:
+    return _observe(load(path), data, tensors, target)
 
 
 def _require_usable(name: str, seen: Histogram) -> None:
@@ -166,7 +169,7 @@ def _require_usable(name: str, seen: Histogram) -> None:
             f"tensor '{name}' becomes NaN ({seen.nan} values) or infinite ({seen.posinf + seen.neginf}) "
             "on the calibration data; check the data, or exclude the node that makes it"
         )
-    if not seen.count:
+    if not seen.count and not seen.masked:
         raise CalibrationError(f"no sample of the calibration data reached tensor '{name}'")
 
 

@@ -39,6 +39,8 @@ class Plan:
 
 # A tensor is large from this many bytes on, unless that lets the model grow.
 LARGE_BYTES = 1024
+# A tensor is never large up to this many bytes: the node that makes it takes as much.
+TINY_BYTES = 64
 # Bytes of a stored tensor besides its name and values: type, dimensions, field headers.
 HEADER_BYTES = 16
 
@@ -58,7 +60,7 @@ def plan(nodes: Sequence[Node], nbytes: Callable[[Tensor], int], fixed: set[int]
         while account.refuse():
             pass
         found = account.plan()
-        if found.growth <= max_growth or small == 0:
+        if found.growth <= max_growth or small <= TINY_BYTES:
             return found
         small //= 2
 

@@ -308,6 +308,8 @@ def _run(each: Pass, model: Model, ctx: Context) -> Changes:
     """Run a pass; one that crashes has failed like any other, and leaves the model before it intact."""
     try:
         return each.run(model, ctx)
+    except LoadError as error:  # it is the result that cannot be read or run
+        raise PassError(f"pass '{each.name}' failed: {error}", pass_name=each.name) from error
     except OnnxSlimError:
         raise
     except Exception as error:

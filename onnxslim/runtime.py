@@ -58,6 +58,7 @@ class Quantized:
         min_channels: convolutions that sum over fewer channels, depthwise ones apart, are faster in floating
             point; that is the first one of a network, which is also the most sensitive.
         kernels: operators with an integer kernel, besides those that only move data.
+        slow: operators that move data faster as floating point than as integers.
     """
 
     activation: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
@@ -68,6 +69,7 @@ class Quantized:
     fuses_relu: bool = True
     min_channels: int = 1
     kernels: frozenset[str] = frozenset()
+    slow: frozenset[str] = frozenset()
 
 
 _LINEAR_KERNELS = ("Conv", "Gemm", "MatMul")
@@ -117,7 +119,8 @@ class Target:
     @staticmethod
     def cpu(threads: int = 0) -> Target:
         """Processors. uint8·int8 kernels without VNNI add in 16 bits, so files are made safe for both."""
-        rules = Quantized(saturates=True, min_channels=4, kernels=_CPU_KERNELS)
+        slow = frozenset(("Resize",))
+        rules = Quantized(saturates=True, min_channels=4, kernels=_CPU_KERNELS, slow=slow)
         return Target("cpu", CPU, threads=threads, quantized=rules)
 
     @staticmethod

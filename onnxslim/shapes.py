@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.shape_inference
-from onnx import GraphProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, TensorProto, helper
 
 from onnxslim import proto, quirks
 from onnxslim.graph import Constant, Dim, Graph, Node, Shape, Variable
@@ -20,6 +20,8 @@ from onnxslim.model import Model
 MAX_CORRECTIONS = 8
 # A domain inference knows nothing of.
 _OPAQUE = "opaque"
+# Propagation of values takes 80 bytes for each element of each vector; it is not done beyond this number.
+MAX_PROPAGATED_ELEMENTS = 1 << 20
 # Shape inference reads the values of constants that steer shapes, never those of weights.
 MAX_STEERING_ELEMENTS = 4096
 
@@ -109,16 +111,16 @@ def _correct(
             if id(node.outputs[0]) not in shapes:
                 continue
             made.domain = _OPAQUE
-            names = set(made.output)
-            kept = [info for info in found.value_info if info.name not in names]
-            del found.value_info[:]
-            found.value_info.extend(kept)
             for tensor in node.outputs:
                 fact = facts.get(id(tensor))
                 if fact is not None and fact.dtype is not None:
-                    shape = shapes.get(id(tensor))
-                    kind = helper.make_tensor_type_proto(proto.elem_type_of(fact.dtype), shape)
-                    found.value_info.add(name=tensor.name, type=kind)
+                    _declare(found, tensor.name, fact.dtype, shapes.get(id(tensor)))
+
+
+def _declare(graph: GraphProto, name: str, dtype: np.dtype[Any], shape: Shape) -> None:
+    declared = next((info for info in (*graph.output, *graph.value_info) if info.name == name), None)
+    info = declared if declared is not None else graph.value_info.add(name=name)
+    info.type.CopyFrom(helper.make_tensor_type_proto(proto.elem_type_of(dtype), shape))
 
 
 def _fact(kind: onnx.TypeProto) -> Fact:
@@ -184,9 +186,27 @@ def _apply(graph: Graph, found: GraphProto, outputs: bool) -> None:
 
 def _infer(model: onnx.ModelProto) -> onnx.ModelProto | None:
     try:
+        plain = onnx.shape_inference.infer_shapes(model)
+        if _vector_elements(plain.graph) > MAX_PROPAGATED_ELEMENTS:
+            return plain
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return None
+
+
+def _vector_elements(graph: GraphProto) -> int:
+    """Elements of all tensors of one axis."""
+    total = 0
+    pending = [graph]
+    while pending:
+        current = pending.pop()
+        for info in (*current.input, *current.value_info, *current.output):
+            if len(info.type.tensor_type.shape.dim) == 1:
+                total += info.type.tensor_type.shape.dim[0].dim_value
+        pending.extend(
+            item.g for node in current.node for item in node.attribute if item.type == AttributeProto.GRAPH
+        )
+    return total
 
 
 def _stripped(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -23,6 +23,15 @@ def _clip_limits(node: Node) -> tuple[float, float] | None:
     return limits[0], limits[1]
 
 
+def _average_pool_misread(node: Node) -> str | None:
+    """ONNX Runtime's integer kernel knows no dilations, and counts windows beyond the padding in full."""
+    if any(step != 1 for step in node.attrs.get("dilations", ())):
+        return "the integer kernel of AveragePool has no dilations"
+    if node.attrs.get("ceil_mode", 0) and node.attrs.get("count_include_pad", 0):
+        return "the integer kernel of AveragePool counts what lies beyond the padding"
+    return None
+
+
 def _hard_sigmoid_unfit(node: Node) -> str | None:
     """Its integer form adds a positive constant to scaled codes, see the quantizer."""
     alpha, beta = node.attrs.get("alpha", 0.2), node.attrs.get("beta", 0.5)
@@ -56,6 +65,7 @@ register(
         "AveragePool",
         role=Role.KERNEL,
         data=(0,),
+        misread=_average_pool_misread,
         example=_text("y = AveragePool<kernel_shape=[2,2]>(x)", output="float[N,2,3,3] y"),
     ),
     OpSpec(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from onnxslim.graph import Node
+from onnxslim.graph import Dim, Node
 from onnxslim.ops.spec import OpSpec, Role, register, sizes
 
 
@@ -37,9 +37,19 @@ def _is_depthwise(node: Node) -> bool:
     return shape is not None and shape[1] == 1 and node.attrs.get("group", 1) == shape[0]
 
 
+def _input_channels(node: Node) -> int:
+    shape = sizes(node.inputs[1].shape)
+    return shape[1] if shape is not None else 0
+
+
 def _matmul_unfit(node: Node) -> str | None:
     shape = node.inputs[1].shape
     return None if shape is not None and len(shape) == 2 else "its weight is not a matrix"
+
+
+def _gemm_columns(node: Node) -> Dim:
+    shape = node.inputs[1].shape
+    return shape[0 if node.attrs.get("transB", 0) else 1] if shape is not None and len(shape) == 2 else None
 
 
 def _gemm_unfit(node: Node) -> str | None:
@@ -49,7 +59,8 @@ def _gemm_unfit(node: Node) -> str | None:
         return None
     if node.attrs.get("beta", 1.0) != 1.0 or node.attrs.get("alpha", 1.0) != 1.0:
         return "its alpha or beta is not 1"
-    if bias.shape is None or [dim for dim in bias.shape if dim != 1] != [bias.shape[-1]]:
+    shape = bias.shape
+    if not shape or any(dim != 1 for dim in shape[:-1]) or shape[-1] != _gemm_columns(node):
         return "its bias is not one value per column"
     return None
 
@@ -70,7 +81,7 @@ register(
         data=(0,),
         requantized=True,
         channelwise=_is_depthwise,
-        input_channels=lambda node: (node.inputs[1].shape or (0, 0))[1],  # type: ignore[return-value]
+        input_channels=_input_channels,
         channel_axis=lambda node: 0,
         macs=_conv_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>

@@ -9,8 +9,12 @@ from onnxslim.ops.spec import OpSpec, Role, register
 
 
 def _resize_unfit(node: Node) -> str | None:
-    """Cubic weights are negative in places, and then results lie outside the range of the input."""
-    return "it interpolates cubically" if node.attrs.get("mode") == "cubic" else None
+    """Why results may lie outside the range of the input: cubic weights are negative in places."""
+    if node.attrs.get("mode") == "cubic":
+        return "it interpolates cubically"
+    if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        return "it extrapolates"
+    return None
 
 
 def _move(
@@ -19,11 +23,12 @@ def _move(
     *,
     output: str,
     inputs: str = "float[N,2,4,4] x",
+    searches: bool = False,
     unfit: Callable[[Node], str | None] | None = None,
 ) -> OpSpec:
     """A row of an operator that moves its first input."""
     example = f'<ir_version: 8, opset_import: ["" : 18]>\ng ({inputs}) => ({output}) {{ {body} }}'
-    return OpSpec(op, role=Role.MOVE, data=(0,), unfit=unfit, example=example)
+    return OpSpec(op, role=Role.MOVE, data=(0,), searches=searches, unfit=unfit, example=example)
 
 
 register(
@@ -58,16 +63,18 @@ register(
         output="float[2,1] y",
     ),
     _move("Split", "y, z = Split<axis=1, num_outputs=2>(x)", output="float[N,1,4,4] y, float[N,1,4,4] z"),
-    _move("MaxPool", "y = MaxPool<kernel_shape=[2,2]>(x)", output="float[N,2,3,3] y"),
+    _move("MaxPool", "y = MaxPool<kernel_shape=[2,2]>(x)", output="float[N,2,3,3] y", searches=True),
     _move(
         "ReduceMax",
         "a = Constant<value_ints=[2,3]>() y = ReduceMax(x, a)",
         output="float[N,2,1,1] y",
+        searches=True,
     ),
     _move(
         "ReduceMin",
         "a = Constant<value_ints=[2,3]>() y = ReduceMin(x, a)",
         output="float[N,2,1,1] y",
+        searches=True,
     ),
     _move(
         "DepthToSpace",

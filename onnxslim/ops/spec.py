@@ -47,11 +47,15 @@ class OpSpec:
         channel_axis: for LINEAR, the axis of the weight (input 1) that runs over output channels.
         requantized: for LINEAR, whether its integer kernel makes integers only; others may leave the
             result in floating point.
+        searches: for MOVE, whether it compares elements to choose between them, as pooling does, instead of
+            only copying.
         joins: whether it puts several tensors into one, which then have one scale.
         channelwise: for LINEAR, whether a node has one input channel per output channel.
         input_channels: for convolutions, the input channels that one output channel sums over.
         limits: for CLAMP, the range a node lets through; None if that is not known.
         unfit: why a particular node cannot play its role (an attribute its kernels do not support).
+        misread: why a particular node must not stand between a DQ and a Q either: ONNX Runtime would give it
+            to an integer kernel that computes something else.
         macs: multiply-accumulates; None counts as zero.
         foldable: whether it can be computed once and for all when its inputs are constant.
         pure: whether two nodes with equal inputs and attributes make equal outputs.
@@ -64,11 +68,13 @@ class OpSpec:
     data: tuple[int, ...] | None = None
     channel_axis: Callable[[Node], int] | None = None
     requantized: bool = False
+    searches: bool = False
     joins: bool = False
     channelwise: Callable[[Node], bool] | None = None
     input_channels: Callable[[Node], int] | None = None
     limits: Callable[[Node], tuple[float, float] | None] | None = None
     unfit: Callable[[Node], str | None] | None = None
+    misread: Callable[[Node], str | None] | None = None
     macs: Macs | None = None
     foldable: bool = True
     pure: bool = True

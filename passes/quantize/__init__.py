@@ -13,11 +13,11 @@ from onnxslim.calibration import observers
 from onnxslim.calibration.collect import collect, merge
 from onnxslim.calibration.observers import Distribution, Histogram, Range
 from onnxslim.errors import CalibrationError
-from onnxslim.graph import Constant
+from onnxslim.graph import Constant, Tensor
 from onnxslim.model import Model
 from onnxslim.passes.quantize.fused import fused
 from onnxslim.passes.quantize.insert import Inserter
-from onnxslim.passes.quantize.plan import Plan, Planner
+from onnxslim.passes.quantize.plan import Plan, Planner, exceeds
 from onnxslim.passes.quantize.prepare import prepare
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.runtime import CPU
@@ -90,21 +90,30 @@ class Quantize(Pass):
 
     def _insert(self, model: Model, plan: Plan, seen: dict[str, Histogram], ctx: Context, log: Log) -> None:
         rules = ctx.target.quantized
-        choose = self._chooser(symmetric=rules.symmetric)
-        ranges: dict[int, Range] = {}
-        known: dict[tuple[int, ...], Range] = {}
-        for key in plan.tensors:
-            group = tuple(id(source) for source in plan.scales[key])
-            if group not in known:
-                parts = [_statistics(source, seen) for source in plan.scales[key]]
-                known[group] = choose(merge(parts))
-            ranges[key] = known[group]
+        ranges = self._ranges(plan, seen, symmetric=rules.symmetric)
         inserter = Inserter(model, plan, rules, log)
         inserter.apply(ranges, self.per_channel)
         log.facts["tightened"] = inserter.tightened
         if ctx.target.provider == CPU:
             integer = {key: label for key, label in plan.labels.items() if key in plan.integer}
             log.facts.update(fused(model, integer, ctx.target))
+
+    def _ranges(self, plan: Plan, seen: dict[str, Histogram], *, symmetric: bool) -> dict[int, Range]:
+        """The range of each tensor of the plan; tensors on one scale get the same."""
+        choose = self._chooser(symmetric=symmetric)
+        known: dict[tuple[int, ...], Range] = {}
+
+        def of(sources: tuple[Tensor, ...]) -> Range:
+            group = tuple(id(source) for source in sources)
+            if group not in known:
+                known[group] = choose(merge([_statistics(source, seen) for source in sources]))
+            return known[group]
+
+        for key in list(plan.tensors):
+            # A Relu that the common range does not imply would stand in the way of the integer kernel.
+            if any(exceeds(source, of(plan.scales[key])) for source in plan.own[key]):
+                plan.scales[key] = plan.own[key]
+        return {key: of(plan.scales[key]) for key in plan.tensors}
 
     def _chooser(self, *, symmetric: bool) -> Callable[[Distribution], Range]:
         if self.observer == "minmax":
@@ -116,10 +125,10 @@ class Quantize(Pass):
         return lambda d: observers.mse(d, symmetric=symmetric)
 
 
-def _statistics(source: object, seen: dict[str, Histogram]) -> Histogram:
+def _statistics(source: Tensor, seen: dict[str, Histogram]) -> Histogram:
     """Of a calibrated tensor, or of a constant's own values."""
     if isinstance(source, Constant):
         histogram = Histogram()
         histogram.update(np.asarray(source.values))
         return histogram
-    return seen[source.name]  # type: ignore[attr-defined]
+    return seen[source.name]

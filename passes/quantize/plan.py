@@ -9,14 +9,15 @@ floating point. Nothing is guessed: what a node lacks is the reason given for sk
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
 import numpy as np
 
 from onnxslim.calibration.collect import is_mask
-from onnxslim.graph import Constant, Node, Tensor, Variable, captures
+from onnxslim.calibration.observers import Range
+from onnxslim.graph import Constant, Node, Tensor, Variable, captures, producer
 from onnxslim.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import OpSpec, Role, spec_of
 from onnxslim.pipeline import Log
@@ -33,6 +34,7 @@ class Plan:
         followers: operators that run in integers between them, in order.
         tensors: tensors that get a Q/DQ pair, by id, in order of appearance.
         scales: for each of them, the tensors whose values set its range (more than one if they share).
+        own: the same if tensors that are joined keep scales of their own.
         labels: how messages name the nodes that run in integers, by id; unnamed ones go by their output,
             which may get another name.
     """
@@ -42,6 +44,7 @@ class Plan:
     followers: list[Node] = field(default_factory=list)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     scales: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    own: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     labels: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -85,6 +88,7 @@ class Planner:
         self._captured = {id(t) for node in self._nodes if node.bodies for t in captures(node)}
         self._log = log
         self._masked = masked
+        self._sealed = {id(self._result(node)) for node in self._nodes if _is_misread(node)}
         self._tail = set[int]() if classifier else self._classifiers()
 
     def plan(self) -> Plan:
@@ -93,10 +97,11 @@ class Planner:
         plan.linear = [node for node in self._nodes if self._is_linear(node)]
         plan.stored = [node for node in self._nodes if self._is_stored(node)]
         available = self._required(plan.linear)
-        candidates = self._forward(available)
+        candidates = self._forward(available, plan.linear)
         plan.followers = self._wanted(candidates, plan.linear)
+        wanted = {id(node) for node in plan.followers}
         for node in candidates:
-            if node not in plan.followers:
+            if id(node) not in wanted:
                 self._log.skip(node.label, "nothing that runs in integers reads it")
         for tensor in self._quantized(plan):
             plan.tensors[id(tensor)] = tensor
@@ -121,11 +126,18 @@ class Planner:
         spec = spec_of(node)
         if spec.role is not Role.MOVE and node.op not in self._rules.kernels:
             return f"the target has no integer kernel for {node.op}"
+        if node.op in self._rules.slow:
+            return f"the target runs {node.op} faster in floating point"
         if reason := self._excluded(node):
             return reason
-        if spec.unfit and (reason := spec.unfit(node)):
-            return reason
+        if self._is_quantized(node):
+            return "it is quantized already"
+        for rule in (spec.unfit, spec.misread):
+            if rule and (reason := rule(node)):
+                return reason
         data = [node.inputs[index] for index in spec.data_inputs(node)]
+        if any(id(tensor) in self._sealed for tensor in data):
+            return "what it reads must stay in floating point for the sake of the node that makes it"
         types = {tensor.dtype for tensor in (*data, *node.outputs[:1])}
         if types - {np.dtype(np.float32)}:
             return f"its data is not float32 but {', '.join(sorted(str(t) for t in types))}"
@@ -134,6 +146,14 @@ class Planner:
         if any(tensor.name in self._masked for tensor in (*data, self._result(node), *node.outputs)):
             return "its data holds mask values"
         return None
+
+    def _is_quantized(self, node: Node) -> bool:
+        """Whether a node reads what comes back from integers, or makes what becomes integers."""
+        makers = (producer(tensor) for tensor in node.inputs)
+        readers = (reader for tensor in (*node.outputs, self._result(node)) for reader in tensor.outputs)
+        return any(maker is not None and maker.op == "DequantizeLinear" for maker in makers) or any(
+            reader.op == "QuantizeLinear" for reader in readers
+        )
 
     def _unfit_weight(self, node: Node) -> str | None:
         weight = node.inputs[1]
@@ -171,6 +191,8 @@ class Planner:
             return "its weight is a vector"
         if weight.dtype != np.float32 or not np.isfinite(weight.values).all():
             return "its weight is not finite float32"
+        if not weight.size:
+            return "its weight is empty"
         return None
 
     def _narrow(self, node: Node, spec: OpSpec) -> str | None:
@@ -231,10 +253,11 @@ class Planner:
             tensor = clamp.outputs[0]
         return tensor
 
-    def _forward(self, available: set[int]) -> list[Node]:
+    def _forward(self, available: set[int], linear: Iterable[Node]) -> list[Node]:
         """Operators that could run in integers because what they read is integer already."""
         candidates = []
         reach = set(available)
+        made = {id(self._result(node)) for node in linear}
         for node in self._nodes:
             spec = _standard(node)
             if spec is None or spec.role not in (Role.KERNEL, Role.MOVE):
@@ -242,12 +265,16 @@ class Planner:
             data = [node.inputs[index] for index in spec.data_inputs(node)]
             if not any(id(tensor) in reach for tensor in data):
                 continue
-            if reason := self._unfit(node):
+            reason = self._unfit(node)
+            if reason is None and spec.searches and id(data[0]) not in made:
+                reason = "what it reads is made in floating point, where it is faster"
+            if reason:
                 self._log.skip(node.label, reason)
                 continue
             candidates.append(node)
-            reach.update(id(tensor) for tensor in node.outputs[: 1 if spec.role is Role.KERNEL else None])
-            reach.add(id(self._result(node)))
+            results = (self._result(node), *node.outputs[: 1 if spec.role is Role.KERNEL else None])
+            made.update(id(tensor) for tensor in results)
+            reach.update(id(tensor) for tensor in results)
         return candidates
 
     def _wanted(self, candidates: Sequence[Node], linear: Iterable[Node]) -> list[Node]:
@@ -273,35 +300,65 @@ class Planner:
                 found.setdefault(id(node.inputs[index]), node.inputs[index])
             result = self._result(node)
             if spec.role is not Role.LINEAR or self._requantized(node):
-                found.setdefault(id(result), result)
-                found.update({id(tensor): tensor for tensor in node.outputs[1:] if tensor.name})
+                found.update({id(tensor): tensor for tensor in (result, *_more_results(node))})
             elif any(id(reader) in integer for reader in result.outputs):
                 found.setdefault(id(result), result)
         return found.values()
 
     def _share_scales(self, plan: Plan) -> None:
-        """Tie what operators that move data, or join tensors, need to be on one scale."""
-        ties = nx.Graph()
-        ties.add_nodes_from(plan.tensors)
+        """Tie what must be on one scale, as it is only moved, and what had better be, as it is joined."""
+        moved, joined = nx.Graph(), nx.Graph()
         derived: set[int] = set()
+        for ties in (moved, joined):
+            ties.add_nodes_from(plan.tensors)
         for node in plan.followers:
             spec = spec_of(node)
             if spec.role is Role.MOVE or spec.joins:
-                results = [id(self._result(node)), *(id(t) for t in node.outputs[1:] if t.name)]
+                results = [id(self._result(node)), *(id(tensor) for tensor in _more_results(node))]
                 derived.update(results)
                 read = [id(node.inputs[index]) for index in spec.data_inputs(node)]
-                ties.add_edges_from((read[0], other) for other in (*read[1:], *results))
-        order = {key: place for place, key in enumerate(plan.tensors)}
-        for group in nx.connected_components(ties):
-            members = sorted(group, key=order.__getitem__)
-            # What is only moved or joined has no values of its own to look at.
-            sources = tuple(plan.tensors[key] for key in members if key not in derived)
-            for key in members:
-                plan.scales[key] = sources
+                edges = [(read[0], other) for other in (*read[1:], *results)]
+                joined.add_edges_from(edges)
+                if spec.role is Role.MOVE:
+                    moved.add_edges_from(edges)
+        # What is only moved or joined has no values of its own to look at.
+        plan.scales = _sources(joined, plan.tensors, derived)
+        plan.own = _sources(moved, plan.tensors, derived)
+
+
+def _sources(
+    ties: nx.Graph[int], tensors: Mapping[int, Tensor], derived: Collection[int]
+) -> dict[int, tuple[Tensor, ...]]:
+    """For each tensor those it is tied to, itself included, that have values of their own."""
+    order = {key: place for place, key in enumerate(tensors)}
+    found: dict[int, tuple[Tensor, ...]] = {}
+    for group in nx.connected_components(ties):
+        members = sorted(group, key=order.__getitem__)
+        sources = tuple(tensors[key] for key in members if key not in derived)
+        found.update(dict.fromkeys(members, sources))
+    return found
 
 
 def _standard(node: Node) -> OpSpec | None:
     return spec_of(node) if node.domain in DEFAULT_DOMAINS else None
+
+
+def _is_misread(node: Node) -> bool:
+    misread = spec_of(node).misread
+    return misread is not None and misread(node) is not None
+
+
+def _more_results(node: Node) -> list[Variable]:
+    """Data outputs after the first, such as those of Split; the positions that MaxPool found are none."""
+    return [tensor for tensor in node.outputs[1:] if tensor.name and tensor.dtype == node.outputs[0].dtype]
+
+
+def exceeds(tensor: Tensor, values: Range) -> bool:
+    """Whether a range holds values that the Relu or Clip which makes a tensor does not let through."""
+    maker = producer(tensor)
+    limits = spec_of(maker).limits if maker is not None else None
+    found = limits(maker) if limits and maker is not None else None
+    return found is not None and (values.low < found[0] or values.high > found[1])
 
 
 def _holds_zero(clamp: Node) -> bool:

@@ -8,10 +8,11 @@ import numpy as np
 import onnx
 import onnx.version_converter
 
+from onnxslim import graph as ir
 from onnxslim import rewrite, shapes
 from onnxslim.errors import LoadError, PassError, SaveError
-from onnxslim.graph import Node
-from onnxslim.model import Model
+from onnxslim.graph import Constant, Node
+from onnxslim.model import Model, constant_of
 from onnxslim.pipeline import Log
 from onnxslim.rewrite import Editor, Rule
 from onnxslim.runtime import Quantized
@@ -29,15 +30,34 @@ def prepare(model: Model, rules: Quantized, log: Log) -> None:
     if model.opset < MIN_OPSET:
         raise_opset(model, MIN_OPSET)
         log.change("model", f"raised to opset {MIN_OPSET}", "per-channel quantization needs it")
+    store_literals(model)
     shapes.infer(model)
     wanted = [rule for rule in RULES if rule.needs <= rules.kernels]
     rewrite.apply(wanted, model, log)
 
 
+def store_literals(model: Model) -> None:
+    """Turn Constant nodes of the main graph into constants: some exporters write all weights that way."""
+    fixed = {id(tensor) for tensor in model.graph.outputs}
+    gone: set[int] = set()
+    for node in model.graph.nodes:
+        tensor = node.outputs[0]
+        values = constant_of(tensor) if node.op == "Constant" and id(tensor) not in fixed else None
+        if values is None:
+            continue
+        constant = model.graph.initializers[tensor.name] = Constant(tensor.name, values)
+        ir.replace_uses(tensor, constant)
+        ir.detach(node)
+        gone.add(id(node))
+    ir.sweep(model.graph, gone)
+
+
 def raise_opset(model: Model, version: int) -> None:
     """Convert the standard operators of a model to a later version, in place."""
     try:
-        converted = onnx.version_converter.convert_version(model.to_proto(), version)
+        original = model.to_proto()
+        converted = onnx.version_converter.convert_version(original, version)
+        _declare_as(original.graph, converted.graph)
         newer = Model.from_proto(converted)
     except (RuntimeError, LoadError, SaveError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -46,7 +66,17 @@ def raise_opset(model: Model, version: int) -> None:
             "export the model again with a newer opset",
             pass_name="quantize",
         ) from error
-    model.graph, model.opsets, model.shell = newer.graph, newer.opsets, newer.shell
+    # Of the rest, the converter drops functions and metadata.
+    model.graph, model.opsets = newer.graph, newer.opsets
+
+
+def _declare_as(original: onnx.GraphProto, converted: onnx.GraphProto) -> None:
+    """Declare inputs and outputs as they were: the converter replaces symbols by what it infers."""
+    for before, after in ((original.input, converted.input), (original.output, converted.output)):
+        declared = {info.name: info for info in before}
+        for info in after:
+            if info.name in declared:
+                info.CopyFrom(declared[info.name])
 
 
 class _KernelRule(Rule[Node]):

@@ -70,7 +70,7 @@ def encode(
         if tightened and per_channel:
             codes[risky], scales[risky] = _tighten(table[risky], scales[risky])
         elif tightened:
-            codes = _limit_pairs(codes)
+            codes, scales = _tighten(table, scales, together=True)
     restored = np.moveaxis(codes.reshape(moved.shape), (0, 1), (axis, rest))
     kept = scales if per_channel else scales[:1].reshape(())
     return Encoded(np.ascontiguousarray(restored), kept, tightened)
@@ -103,8 +103,8 @@ def _pairs(codes: Codes) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
 def _saturates(codes: Codes) -> NDArray[np.bool_]:
     """Which channels have a pair of one sign that adds up to more than `MAX_PAIR`."""
     inner, across = _pairs(codes)
-    risky: NDArray[np.bool_] = (np.abs(inner) > MAX_PAIR).any(axis=(1, 2))
-    return risky | (np.abs(across) > MAX_PAIR).any(axis=1)
+    risky = (np.abs(inner) > MAX_PAIR).any(axis=(1, 2)) | (np.abs(across) > MAX_PAIR).any(axis=1)
+    return np.asarray(risky)
 
 
 def _limit_pairs(codes: Codes) -> Codes:
@@ -131,8 +131,10 @@ def _shrink(left: NDArray[np.int16], right: NDArray[np.int16]) -> None:
         right -= sign * (excess - half)
 
 
-def _tighten(table: Weights, scales: Scales) -> tuple[Codes, Scales]:
-    """For each channel the scale, and the codes without saturating pairs, of least squared error."""
+def _tighten(table: Weights, scales: Scales, *, together: bool = False) -> tuple[Codes, Scales]:
+    """For each channel, or all of them together, the scale and codes of least squared error that have no
+    saturating pairs.
+    """
     best_codes = np.zeros(table.shape, np.int8)
     best_scales = scales.copy()
     least = np.full(len(table), np.inf)
@@ -142,6 +144,8 @@ def _tighten(table: Weights, scales: Scales) -> tuple[Codes, Scales]:
         error = codes * trial[:, None, None]
         error -= table
         squared = np.einsum("cpr,cpr->c", error, error)
+        if together:
+            squared[:] = squared.sum()
         better = squared < least
         best_codes[better], best_scales[better], least[better] = codes[better], trial[better], squared[better]
     return best_codes, best_scales

@@ -247,7 +247,7 @@ def test_bounds_of_bounds(limits: list[float]) -> None:
     values = np.array([-np.inf, -3, -2, -1, 0, 0.5, 1, 2, 3, 4, np.inf])
 
     def clip(bounds: Bounds, data: np.ndarray) -> np.ndarray:
-        return np.minimum(np.maximum(data, bounds.low), bounds.high)
+        return np.asarray(np.minimum(np.maximum(data, bounds.low), bounds.high))
 
     assert np.array_equal(clip(both, values), clip(second, clip(first, values)))
 

@@ -51,7 +51,7 @@ def _sqnr(before: Model, after: Model, feeds: dict[str, Array], optimize: str = 
     for name, reference in expected.items():
         signal += float(np.square(reference, dtype=np.float64).sum())
         noise += float(np.square(reference - actual[name], dtype=np.float64).sum())
-    return 10 * np.log10(signal / max(noise, 1e-30))
+    return float(10 * np.log10(signal / max(noise, 1e-30)))
 
 
 BLOCK = """g (float[N,8,6,6] x) => (float[N,10] y)
@@ -167,6 +167,31 @@ def test_one_scale_for_concatenated_tensors(feeds: dict[str, Array]) -> None:
     assert changes.facts["fused"] == {"Conv": 3, "Concat": 1}
     # The output is an output of the graph: it keeps its name and its kernel.
     assert after.graph.outputs[0].inputs[0].op == "DequantizeLinear"
+
+
+def test_a_relu_behind_one_of_the_joined_tensors_keeps_its_kernel(feeds: dict[str, Array]) -> None:
+    model = parse(
+        """g (float[N,8,6,6] x) => (float[N,8,3,3] y) <float[8,8,1,1] w = {1}, float[8,8,1,1] v = {1},
+        float[8,16,1,1] u = {1}>
+        { a = Conv(x, w) r = Relu(a) p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r)
+          b = Conv<strides=[2,2]>(x, v) c = Concat<axis=1>(p, b) y = Conv(c, u) }"""
+    )
+    _with(model, w=_normal(8, 8, 1, 1), v=_normal(8, 8, 1, 1, seed=1), u=_normal(8, 16, 1, 1))
+    after, changes = _quantize(model, feeds)
+    assert changes.facts["fused"] == {"Conv": 3, "Concat": 1}
+    assert changes.facts["unfused"] == ()
+    assert _sqnr(model, after, feeds) > 30
+
+
+def test_pooling_of_what_is_made_in_float_stays_in_float(feeds: dict[str, Array]) -> None:
+    model = parse(
+        """g (float[N,8,6,6] x) => (float[N,8,3,3] y, float[N,8,6,6] z) <float[8,8,1,1] w = {1}>
+        { t = Tanh(x) [pool] p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(t)
+          y = Conv(p, w) z = Conv(t, w) }"""
+    )
+    after, changes = _quantize(_with(model, w=_normal(8, 8, 1, 1)), feeds)
+    assert "made in floating point" in _skips(changes)["pool"]
+    assert ops(after)["QuantizeLinear"] == 4, "of both results, of the pooled and of the other data"
 
 
 def test_squeeze_excite_and_hardswish_run_in_integers(feeds: dict[str, Array]) -> None:
@@ -313,7 +338,7 @@ def _pair_sums(codes: Array) -> Array:
     channels = codes.shape[1]
     if channels % 2 == 0:  # four products are added at a time, so that none reach into the next position
         sums = np.delete(sums, np.arange(channels - 1, sums.shape[1], channels), axis=1)
-    return sums
+    return np.asarray(sums)
 
 
 @given(_WEIGHTS, st.booleans())

@@ -22,10 +22,12 @@ import pytest
 from onnxslim.check import interface, wellformed
 from onnxslim.graph import Array
 from onnxslim.model import Model
+from onnxslim.passes.eliminate import RULES as ELIMINATE
 from onnxslim.passes.eliminate import Eliminate
+from onnxslim.passes.fuse import RULES as FUSE
 from onnxslim.passes.fuse import Fuse
 from onnxslim.passes.slim import Slim
-from onnxslim.pipeline import Context, Pass
+from onnxslim.pipeline import Context
 from tests.helpers import apply, feeds_for, ops, parse, same_outputs
 
 FOLDER = Path(__file__).parent
@@ -99,7 +101,7 @@ def feeds(trap: Trap, model: Model) -> Iterator[dict[str, Array]]:
 def _special(array: Array) -> Array:
     if array.dtype.kind in "iu":
         info = np.iinfo(array.dtype)
-        values = [info.min, info.max, 0, 1, 7]
+        values: list[float] = [info.min, info.max, 0, 1, 7]
     elif array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16:
         values = [math.nan, math.inf, -math.inf, -0.0, 0.0, 1.5, -1.5, float(np.finfo(np.float16).max)]
     else:
@@ -116,19 +118,21 @@ def _same(trap: Trap, before: Model, after: Model) -> None:
         same_outputs(before, after, fed)
 
 
-def _settled(model: Model, *steps: Pass) -> Model:
-    twin = model.copy()
+def _settled(model: Model) -> tuple[Model, set[str]]:
+    """The model after both passes have nothing left to do, and the rules that did something."""
+    twin, fired = model.copy(), set[str]()
     for _ in range(5):
-        changes = [step.run(twin, Context()) for step in steps]
+        changes = [step.run(twin, Context()) for step in (Eliminate(), Fuse())]
+        fired.update(change.reason for each in changes for change in each.changed)
         if not any(changes):
-            break
-    return twin
+            return twin, fired
+    raise AssertionError("the passes do not come to an end")
 
 
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.name)
 def test_trap(trap: Trap) -> None:
     before = trap.model()
-    after = _settled(before, Eliminate(), Fuse())
+    after, _ = _settled(before)
     assert sorted(ops(after).elements()) == trap.left
     _same(trap, before, after)
 
@@ -142,3 +146,8 @@ def test_trap_in_slim(trap: Trap) -> None:
 
 def test_there_are_enough() -> None:
     assert len({trap.name for trap in TRAPS}) == len(TRAPS) >= 80
+
+
+def test_every_rule_is_tried() -> None:
+    fired = set().union(*(_settled(trap.model())[1] for trap in TRAPS))
+    assert fired == {rule.name for rule in (*ELIMINATE, *FUSE)}

@@ -1,0 +1,134 @@
+"""All lossless parts together: complete, stable, never larger, and fast."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxslim.errors import UsageError
+from onnxslim.model import Model, load
+from onnxslim.passes.slim import Slim
+from onnxslim.pipeline import Context, Pipeline
+from tests.helpers import apply, feeds_for, ops, parse, same_outputs
+
+LIGHT = sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx"))
+
+
+def slimmed(model: Model, **options: Any) -> Model:
+    """A slimmed copy; slimming it again changes nothing, and slimming the model again gives the same file."""
+    result, _ = apply(Slim(**options), model)
+    proto = result.to_proto().SerializeToString(deterministic=True)
+    assert apply(Slim(**options), model)[0].to_proto().SerializeToString(deterministic=True) == proto
+    again, changes = apply(Slim(**options), load(result.to_proto()))
+    assert not changes
+    assert again.to_proto().SerializeToString(deterministic=True) == proto
+    return result
+
+
+# What PyTorch exports for one attention block with a free batch and a free length.
+ATTENTION = """g (float[N,S,64] x) => (float[N,S,64] y) {
+    zero = Constant<value = int64 {0}>() one = Constant<value = int64 {1}>()
+    heads = Constant<value_ints = [4]>() size = Constant<value_ints = [16]>() wide = Constant<value_ints = [64]>()
+    first = Constant<value_ints = [0]>()
+    s1 = Shape(x) n1 = Gather<axis = 0>(s1, zero) u1 = Unsqueeze(n1, first)
+    s2 = Shape(x) l1 = Gather<axis = 0>(s2, one) u2 = Unsqueeze(l1, first)
+    split = Concat<axis = 0>(u1, u2, heads, size)
+    q0 = MatMul(x, wq) q1 = Reshape(q0, split) q = Transpose<perm = [0, 2, 1, 3]>(q1)
+    s3 = Shape(x) n2 = Gather<axis = 0>(s3, zero) u3 = Unsqueeze(n2, first)
+    s4 = Shape(x) l2 = Gather<axis = 0>(s4, one) u4 = Unsqueeze(l2, first)
+    split2 = Concat<axis = 0>(u3, u4, heads, size)
+    k0 = MatMul(x, wk) k1 = Reshape(k0, split2) k = Transpose<perm = [0, 2, 3, 1]>(k1)
+    v0 = MatMul(x, wq) v1 = Reshape(v0, split2) v = Transpose<perm = [0, 2, 1, 3]>(v1)
+    width = Constant<value_float = 16.0>() root = Sqrt(width) scale = Reciprocal(root)
+    a0 = MatMul(q, k) a1 = Mul(a0, scale) a = Softmax<axis = -1>(a1) d = Identity(a)
+    o0 = MatMul(d, v) o1 = Transpose<perm = [0, 2, 1, 3]>(o0)
+    s5 = Shape(o1) n3 = Gather<axis = 0>(s5, zero) u5 = Unsqueeze(n3, first)
+    s6 = Shape(o1) l3 = Gather<axis = 0>(s6, one) u6 = Unsqueeze(l3, first)
+    join = Concat<axis = 0>(u5, u6, wide)
+    o = Reshape(o1, join) w = Transpose(wo) y = MatMul(o, w)
+}"""
+
+
+def attention() -> Model:
+    generator = np.random.default_rng(0)
+    weights = {name: generator.standard_normal((64, 64)).astype(np.float32) for name in ("wq", "wk", "wo")}
+    return parse(ATTENTION, weights)
+
+
+def test_an_exported_attention_block_becomes_what_it_is() -> None:
+    model = attention()
+    result = slimmed(model)
+    assert ops(result) == {"MatMul": 5, "Reshape": 3, "Transpose": 4, "Mul": 1, "Softmax": 1}
+    assert result.nbytes() < model.nbytes() + 100
+    for batch, length in ((2, 3), (1, 1), (3, 7)):
+        same_outputs(model, result, feeds_for(model, batch=batch, size=length))
+
+
+def test_parts_and_rules_can_be_left_out() -> None:
+    model = attention()
+    assert "Shape" in ops(slimmed(model, skip=("fold",)))
+    assert "Identity" in ops(slimmed(model, skip=("eliminate",)))
+    assert [part.name for part in Slim(skip=("fuse", "dead")).parts()] == ["fold", "eliminate", "dedupe"]
+    with pytest.raises(UsageError, match="no part or rule 'nonsense'"):
+        Slim(skip=("nonsense",))
+
+
+def test_single_rules_reach_their_part() -> None:
+    every = [rule for part in Slim().parts() for rule in getattr(part, "skip", ())]
+    assert not every
+    from onnxslim.passes import eliminate, fuse
+
+    names = (eliminate.RULES[0].name, fuse.RULES[0].name)
+    parts = {part.name: part for part in Slim(skip=names).parts()}
+    assert [getattr(parts[name], "skip") for name in ("eliminate", "fuse")] == [(names[0],), (names[1],)]
+
+
+def test_a_pipeline_accepts_it() -> None:
+    result = Pipeline(Slim())(attention())
+    (step,) = result.report.steps
+    assert not step.error
+    assert step.after.nodes < step.before.nodes / 2
+
+
+@pytest.mark.parametrize("path", LIGHT, ids=lambda path: path.stem.removeprefix("light_"))
+def test_models_whose_weights_are_computed_do_not_grow(path: Path) -> None:
+    model = load(path)
+    result = slimmed(model)
+    assert result.to_proto().ByteSize() <= path.stat().st_size
+    assert sum(ops(result).values()) < sum(ops(model).values())
+
+
+def chain(blocks: int) -> Model:
+    """Four nodes per block, of which one does nothing."""
+    nodes = []
+    for index in range(blocks):
+        names = [f"x{index}", f"a{index}", f"b{index}", f"c{index}", f"x{index + 1}"]
+        for step, op in enumerate(("Add", "Relu", "Identity", "Mul")):
+            inputs = [names[step], *(["k"] if op == "Add" else [f"w{index}"] if op == "Mul" else [])]
+            nodes.append(helper.make_node(op, inputs, [names[step + 1]], name=f"{op}_{index}"))
+    weights = [
+        numpy_helper.from_array(np.full(4, 1 + index, np.float32), f"w{index}") for index in range(blocks)
+    ]
+    weights.append(numpy_helper.from_array(np.ones(4, np.float32), "k"))
+    ends = [helper.make_tensor_value_info(f"x{index}", TensorProto.FLOAT, ["N", 4]) for index in (0, blocks)]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], weights)
+    return load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+@pytest.mark.slow
+def test_twelve_thousand_nodes_take_seconds() -> None:
+    small, large = chain(750), chain(3000)
+    start = time.process_time()
+    Slim().run(small, Context())
+    middle = time.process_time()
+    Slim().run(large, Context())
+    end = time.process_time()
+    assert ops(large) == {"Add": 3000, "Relu": 3000, "Mul": 3000}
+    assert end - middle < 15
+    assert end - middle < 8 * (middle - start)

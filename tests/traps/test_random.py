@@ -1,0 +1,244 @@
+"""Random chains of operators that rules look at, with taps in the middle: outputs stay what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxslim.graph import Array
+from onnxslim.model import Model
+from onnxslim.passes.eliminate import Eliminate
+from onnxslim.passes.fuse import Fuse
+from onnxslim.passes.slim import Slim
+from onnxslim.pipeline import Context
+from tests.helpers import apply, feeds_for, parse, same_outputs
+
+RANDOM = np.random.default_rng(1)
+
+
+@dataclass
+class Chain:
+    """A model as it grows: nodes in ONNX text, constants, and the shape of the last tensor."""
+
+    data: st.DataObject
+    shape: tuple[int, ...]
+    body: list[str] = field(default_factory=list)
+    constants: dict[str, Array] = field(default_factory=dict)
+    taps: list[tuple[str, int]] = field(default_factory=list)
+    last: str = "x"
+    count: int = 0
+
+    def fresh(self) -> str:
+        self.count += 1
+        return f"v{self.count}"
+
+    def constant(self, values: object, kind: type = np.float32) -> str:
+        name = self.fresh()
+        self.constants[name] = np.asarray(values, kind)
+        return name
+
+    def add(self, call: str, shape: tuple[int, ...] | None = None) -> None:
+        """Append a node that reads the last tensor, `@` in the call, and makes the next one."""
+        name = self.fresh()
+        self.body.append(f"{name} = {call.replace('@', self.last)}")
+        self.last, self.shape = name, self.shape if shape is None else shape
+
+    def pick(self, low: int, high: int) -> int:
+        return self.data.draw(st.integers(low, high))
+
+    def model(self) -> Model:
+        declared = [
+            f"{_KINDS[each.dtype.name]}{list(each.shape) or ''} {name}"
+            for name, each in self.constants.items()
+        ]
+        outputs = [
+            f"float{[f'{name}_{axis}' for axis in range(rank)] or ''} {name}".replace("'", "")
+            for name, rank in dict([*self.taps, (self.last, len(self.shape))]).items()
+        ]
+        text = f"g ({', '.join([START, *declared])}) => ({', '.join(outputs)}) {{ {' '.join(self.body)} }}"
+        return parse(text, self.constants)
+
+
+START = "float[N,4,6,6] x, bool flag"
+_KINDS = {"float32": "float", "int64": "int64", "bool": "bool"}
+
+
+def _unary(chain: Chain) -> None:
+    ops = ("Relu", "Abs", "Neg", "Ceil", "Sign", "Identity", "Dropout", "Cast<to=1>")
+    chain.add(f"{chain.data.draw(st.sampled_from(ops))}(@)")
+
+
+def _double(chain: Chain) -> None:
+    chain.add("Cast<to=11>(@)")
+    chain.add("Cast<to=1>(@)")
+    # ONNX Runtime drops such a pair even if only a body reads what it makes, and then fails.
+    chain.add("Abs(@)")
+
+
+def _binary(chain: Chain) -> None:
+    op = chain.data.draw(st.sampled_from(("Add", "Sub", "Mul", "Div")))
+    shape = [size if chain.pick(0, 2) == 0 else 1 for size in chain.shape][chain.pick(0, len(chain.shape)) :]
+    neutral = 0.0 if op in ("Add", "Sub") else 1.0
+    values = np.full(shape, neutral) if chain.pick(0, 2) == 0 else RANDOM.uniform(0.5, 2, shape)
+    name = chain.constant(values)
+    swap = op in ("Add", "Mul", "Sub") and chain.pick(0, 1)
+    chain.add(f"{op}({name}, @)" if swap else f"{op}(@, {name})")
+
+
+def _clip(chain: Chain) -> None:
+    low, high = (chain.constant(chain.pick(-2, 3)) for _ in range(2))
+    bounds = chain.data.draw(st.sampled_from((f"{low}, {high}", low, f", {high}")))
+    if chain.pick(0, 1):
+        chain.add(f"Clip(@, {bounds})")
+    else:
+        chain.add(f"Max(@, {low})")
+        chain.add(f"Min(@, {high})")
+
+
+def _transpose(chain: Chain) -> None:
+    perm = chain.data.draw(st.permutations(range(len(chain.shape))))
+    chain.add(f"Transpose<perm={list(perm)}>(@)", tuple(chain.shape[axis] for axis in perm))
+
+
+def _reshape(chain: Chain) -> None:
+    dims = list(chain.shape)
+    if len(dims) > 1 and chain.pick(0, 1):
+        axis = chain.pick(0, len(dims) - 2)
+        dims[axis : axis + 2] = [dims[axis] * dims[axis + 1]]
+    elif dims and dims[-1] % 2 == 0:
+        dims[-1:] = [2, dims[-1] // 2]
+    target = list(dims)
+    if dims and chain.pick(0, 1):
+        target[chain.pick(0, len(dims) - 1)] = -1
+    if dims and dims[0] == chain.shape[0] and target[0] != -1 and chain.pick(0, 1):
+        target[0] = 0
+    chain.add(f"Reshape(@, {chain.constant(target, np.int64)})", tuple(dims))
+
+
+def _axes(chain: Chain) -> None:
+    ones = [axis for axis, size in enumerate(chain.shape) if size == 1]
+    if ones and chain.pick(0, 1):
+        axis = chain.data.draw(st.sampled_from(ones))
+        shape = (*chain.shape[:axis], *chain.shape[axis + 1 :])
+        chain.add(
+            f"Squeeze(@, {chain.constant([axis - chain.pick(0, 1) * len(chain.shape)], np.int64)})", shape
+        )
+    elif len(chain.shape) < 5:
+        axis = chain.pick(0, len(chain.shape))
+        shape = (*chain.shape[:axis], 1, *chain.shape[axis:])
+        chain.add(f"Unsqueeze(@, {chain.constant([axis], np.int64)})", shape)
+
+
+def _slice(chain: Chain) -> None:
+    if not chain.shape:
+        return
+    axis = chain.pick(0, len(chain.shape) - 1)
+    start, end = chain.pick(0, 2), chain.data.draw(st.sampled_from((-1, 2, 3, 4, 2**31 - 1, 2**63 - 1)))
+    size = len(range(chain.shape[axis])[start:end])
+    if size:
+        limits = ", ".join(chain.constant([value], np.int64) for value in (start, end, axis))
+        chain.add(f"Slice(@, {limits})", tuple(size if a == axis else s for a, s in enumerate(chain.shape)))
+
+
+def _concat(chain: Chain) -> None:
+    if not chain.shape or np.prod(chain.shape) > 2000:
+        return
+    axis, times = chain.pick(0, len(chain.shape) - 1), chain.pick(1, 2)
+    shape = tuple(size * times if each == axis else size for each, size in enumerate(chain.shape))
+    chain.add(f"Concat<axis={axis}>({', '.join('@' * times)})", shape)
+
+
+def _split(chain: Chain) -> None:
+    axes = [axis for axis, size in enumerate(chain.shape) if size % 2 == 0]
+    if not axes:
+        return
+    axis = chain.data.draw(st.sampled_from(axes))
+    left, right = chain.fresh(), chain.fresh()
+    chain.body.append(f"{left}, {right} = Split<axis={axis}>({chain.last})")
+    parts = [left, right] if chain.pick(0, 1) else [right, left]
+    chain.add(f"Concat<axis={axis}>({', '.join(parts)})")
+
+
+def _where(chain: Chain) -> None:
+    flag = chain.constant(chain.pick(0, 1), np.bool_)
+    chain.add(f"Where({flag}, @, {chain.last})")
+
+
+def _expand(chain: Chain) -> None:
+    ones = chain.constant([1] * len(chain.shape), np.int64)
+    chain.add(f"{chain.data.draw(st.sampled_from(('Expand', 'Tile')))}(@, {ones})")
+
+
+def _layer(chain: Chain) -> None:
+    if len(chain.shape) == 4:
+        groups = 2 if chain.shape[1] % 2 == 0 and chain.pick(0, 1) else 1
+        weight = chain.constant(RANDOM.standard_normal((4, chain.shape[1] // groups, 1, 1)))
+        chain.add(f"Conv<group={groups}>(@, {weight})", (chain.shape[0], 4, *chain.shape[2:]))
+    elif len(chain.shape) >= 2:
+        weight = chain.constant(RANDOM.standard_normal((chain.shape[-1], 3)))
+        chain.add(f"MatMul(@, {weight})", (*chain.shape[:-1], 3))
+
+
+def _norm(chain: Chain) -> None:
+    if len(chain.shape) > 1:
+        values = [RANDOM.uniform(0.5, 1.5, chain.shape[1]) for _ in range(4)]
+        chain.add(f"BatchNormalization(@, {', '.join(map(chain.constant, values))})")
+
+
+def _pad(chain: Chain) -> None:
+    if len(chain.shape) == 4 and max(chain.shape) < 20:
+        top, left = chain.pick(0, 1), chain.pick(0, 1)
+        shape = (*chain.shape[:2], chain.shape[2] + top, chain.shape[3] + left)
+        chain.add(f"Pad(@, {chain.constant([0, 0, top, 0, 0, 0, 0, left], np.int64)})", shape)
+
+
+def _pool(chain: Chain) -> None:
+    if len(chain.shape) == 4 and min(chain.shape[2:]) > 1:
+        shape = (*chain.shape[:2], chain.shape[2] - 1, chain.shape[3] - 1)
+        chain.add("AveragePool<kernel_shape=[2,2]>(@)", shape)
+
+
+def _tap(chain: Chain) -> None:
+    """The last tensor becomes an output of the model too."""
+    if chain.last != "x":
+        chain.taps.append((chain.last, len(chain.shape)))
+
+
+def _capture(chain: Chain) -> None:
+    """Both branches of an If read the last tensor."""
+    rank = str([f"d{axis}" for axis in range(len(chain.shape))]).replace("'", "") if chain.shape else ""
+    names = [chain.fresh() for _ in range(3)]
+    chain.add(
+        f"If(flag) <then_branch = t () => (float{rank} {names[0]}) {{ {names[1]} = Identity(@)"
+        f" {names[0]} = Neg({names[1]}) }}, else_branch = e () => (float{rank} {names[2]})"
+        f" {{ {names[2]} = Relu(@) }}>"
+    )
+
+
+STEPS: tuple[Callable[[Chain], None], ...] = (
+    _unary, _double, _binary, _binary, _clip, _transpose, _transpose, _reshape, _reshape, _axes, _slice,
+    _concat, _split, _where, _expand, _layer, _layer, _norm, _pad, _pool, _tap, _capture,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_random_chains(data: st.DataObject) -> None:
+    chain = Chain(data, (2, 4, 6, 6))
+    for step in data.draw(st.lists(st.sampled_from(STEPS), min_size=2, max_size=12)):
+        step(chain)
+    chain.add("Identity(@)")
+    before = chain.model()
+    after = before.copy()
+    for _ in range(3):
+        Eliminate().run(after, Context())
+        Fuse().run(after, Context())
+    slim, _ = apply(Slim(), before)
+    for flag in (True, False):
+        feeds = feeds_for(before) | {"flag": np.array(flag)}
+        for result in (after, slim):
+            same_outputs(before, result, feeds)
