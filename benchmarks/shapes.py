@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -15,7 +17,7 @@ class _Net:
         self.weights: list[onnx.TensorProto] = []
         self._random = np.random.default_rng(seed)
 
-    def add(self, op: str, inputs: list[str], name: str, **attrs: object) -> str:
+    def add(self, op: str, inputs: list[str], name: str, **attrs: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [name], name=f"n_{name}", **attrs))
         return name
 

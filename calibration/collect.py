@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import length_hint
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,14 +19,52 @@ import joblib
 import numpy as np
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.observers import Distribution, Histogram
+from onnxslim.calibration.observers import ChannelMeans, Distribution, Histogram
 from onnxslim.errors import CalibrationError, LoadError
 from onnxslim.graph import Array
 from onnxslim.model import Model, load
 from onnxslim.runtime import Session, Target
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
-Statistics: TypeAlias = dict[str, Histogram]
+Channels: TypeAlias = tuple[str, int]  # a tensor and the axis that runs over its channels
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was seen of the tapped tensors.
+
+    Attributes:
+        histograms: by tensor.
+        means: of each channel, by tensor and channel axis.
+    """
+
+    histograms: dict[str, Histogram]
+    means: dict[Channels, ChannelMeans]
+
+    @classmethod
+    def empty(cls, tensors: Iterable[str], channels: Iterable[Channels]) -> Statistics:
+        """Observers that have seen nothing yet."""
+        return cls({name: Histogram() for name in tensors}, {key: ChannelMeans(key[1]) for key in channels})
+
+    def names(self) -> list[str]:
+        """The tensors to tap, each once."""
+        return list(dict.fromkeys([*self.histograms, *(name for name, _ in self.means)]))
+
+    def update(self, name: str, array: Array) -> None:
+        """Show an array to all observers of its tensor."""
+        if name in self.histograms:
+            self.histograms[name].update(array, every=thinning(array))
+        for (tensor, _), observer in self.means.items():
+            if tensor == name:
+                observer.update(array)
+
+    def merge(self, other: Statistics) -> None:
+        """Take in what other observers of the same tensors have seen."""
+        for name, histogram in self.histograms.items():
+            histogram.merge(other.histograms[name])
+        for key, observer in self.means.items():
+            observer.merge(other.means[key])
+
 
 # Values of a sample that are always counted.
 KEPT = 1 << 16
@@ -39,16 +78,18 @@ def collect(
     data: CalibrationData,
     tensors: Sequence[str],
     *,
+    channels: Sequence[Channels] = (),
     target: Target | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
-) -> dict[str, Histogram]:
-    """Histograms of tensors of the main graph over all batches.
+) -> Statistics:
+    """Statistics of tensors of the main graph over all batches.
 
     Args:
         model: not modified.
         data: batches of inputs, of any size and shape the model takes.
-        tensors: names of floating-point tensors: inputs, outputs or anything in between.
+        tensors: names of floating-point tensors to make histograms of: inputs, outputs or in between.
+        channels: tensors, with their channel axis, to take channel means of.
         target: where to run; processors by default.
         jobs: processes that share the batches; the result does not depend on their number.
         progress: called with ("calibrating", batches done, batches in all).
@@ -58,11 +99,11 @@ def collect(
     """
     data = data.bind(model.inputs())
     if jobs == 1:
-        found = _observe(tapped(model, tensors), data, tensors, target, progress)
+        found = _observe(model, data, Statistics.empty(tensors, channels), target, progress)
     else:
-        found = _in_parallel(model, data, tensors, target or Target.cpu(), jobs)
-    for name in tensors:
-        _require_usable(name, found[name])
+        found = _in_parallel(model, data, Statistics.empty(tensors, channels), target or Target.cpu(), jobs)
+    for name, histogram in found.histograms.items():
+        _require_usable(name, histogram)
     return found
 
 
@@ -78,21 +119,20 @@ def tapped(model: Model, tensors: Sequence[str]) -> Model:
 def _observe(
     model: Model,
     batches: Iterable[Mapping[str, Array]],
-    tensors: Sequence[str],
+    seen: Statistics,
     target: Target | None,
     progress: Progress | None = None,
 ) -> Statistics:
-    observers = {name: Histogram() for name in tensors}
-    runner = _Runner(model, target)
+    names = seen.names()
+    runner = _Runner(tapped(model, names), target)
     total = length_hint(batches, -1)  # -1 where a source cannot know
     for index, feeds in enumerate(batches):
-        values = runner.run(feeds, [name for name in tensors if name not in feeds])
-        for name in tensors:
-            array = np.asarray(values[name] if name in values else feeds[name])
-            observers[name].update(array, every=thinning(array))
+        values = runner.run(feeds, [name for name in names if name not in feeds])
+        for name in names:
+            seen.update(name, np.asarray(values[name] if name in values else feeds[name]))
         if progress:
             progress("calibrating", index + 1, None if total < 0 else total)
-    return observers
+    return seen
 
 
 def thinning(array: Array) -> int:
@@ -142,25 +182,23 @@ class _Runner:
 
 
 def _in_parallel(
-    model: Model, data: CalibrationData, tensors: Sequence[str], target: Target, jobs: int
+    model: Model, data: CalibrationData, seen: Statistics, target: Target, jobs: int
 ) -> Statistics:
-    merged: Statistics = {name: Histogram() for name in tensors}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        tapped(model, tensors).save(path)
+        model.save(path)
         # One thread per process: the processes are the parallelism.
         work = (
-            joblib.delayed(_shard)(path, data.shard(index, jobs), tensors, target.with_threads(1))
+            joblib.delayed(_shard)(path, data.shard(index, jobs), seen, target.with_threads(1))
             for index in range(jobs)
         )
         for part in joblib.Parallel(n_jobs=jobs)(work):
-            for name in tensors:
-                merged[name].merge(part[name])
-    return merged
+            seen.merge(part)
+    return seen
 
 
-def _shard(path: Path, data: CalibrationData, tensors: Sequence[str], target: Target) -> Statistics:
-    return _observe(load(path), data, tensors, target)
+def _shard(path: Path, data: CalibrationData, seen: Statistics, target: Target) -> Statistics:
+    return _observe(load(path), data, seen, target)
 
 
 def _require_usable(name: str, seen: Histogram) -> None:

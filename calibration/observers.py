@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim.errors import CalibrationError
+from onnxslim.graph import MASK_MAGNITUDE
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,15 +30,12 @@ Array = NDArray[Any]
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
-# Attention masks are built from constants such as float32's lowest value (-3.4e38) or -1e38. They mean
-# "never look here"; a range that reached out to one would leave no level for anything else. No activation a
-# network computes with comes near 1e30. Masks of -10000 are ordinary values: such numbers do occur.
-MASK_MAGNITUDE = 1e30
-
 _BLOCK = 1 << 17  # values per step: a block and its bin indices stay in the L2 cache
 _LANES = 4
 _MIN_EXPONENT = -126  # 2**126 and its inverse are both normal float32 numbers
 _ROW_BLOCK = 4096
+_RUN = 256
+_GRID = 2.0**-20  # sums of up to 8e12 fit
 _TINY = math.ldexp(1.0, _MIN_EXPONENT)  # smallest normal float32
 _TRACE = 1e-4  # counts given to a group of bins that clipped values alone fall into, as MXNet does
 _COARSE = 2.0**0.6
@@ -374,6 +372,46 @@ def affine_parameters(
     # Divided one by one: the difference of two large float64 ends may overflow.
     scale = _safe_scale(high / (qmax - qmin) - low / (qmax - qmin))
     return scale, min(max(round(qmin - low / float(scale)), qmin), qmax)
+
+
+class ChannelMeans(Observer):
+    """The mean of each channel, the same to the last bit in whatever order batches and shards come.
+
+    Sums of a batch are rounded to a fixed grid, on which adding up is exact.
+
+    Args:
+        axis: the one that runs over channels; the others are averaged over.
+    """
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.count = 0
+        self._sums: Counts | None = None
+
+    def update(self, array: Array) -> None:
+        """Take in an array whose number of channels is the same in every call."""
+        moved = np.moveaxis(array, self.axis, 0)
+        if not moved.size:
+            return
+        # Partial sums in single precision, over runs short enough not to lose digits.
+        rows = moved.reshape(len(moved), -1).astype(np.float32, copy=False)
+        partial = np.add.reduceat(rows, np.arange(0, rows.shape[1], _RUN), axis=1)
+        self._add(np.rint(partial.sum(axis=1, dtype=np.float64) / _GRID).astype(np.int64), rows.shape[1])
+
+    def merge(self, other: Self) -> None:
+        """Take in what another observer of the same axis has seen."""
+        if other._sums is not None:
+            self._add(other._sums, other.count)
+
+    def result(self) -> Floats:
+        """The means, float64, shape (channels,)."""
+        if self._sums is None:
+            raise CalibrationError("no value was observed")
+        return np.asarray(self._sums * _GRID / self.count)
+
+    def _add(self, sums: Counts, count: int) -> None:
+        self._sums = sums if self._sums is None else self._sums + sums
+        self.count += count
 
 
 @dataclass(frozen=True, eq=False)

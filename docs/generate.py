@@ -23,8 +23,9 @@ Written by `python docs/generate.py` from the code; change the docstrings and op
 
 Options are fields of the class in Python (`Quantize(observer="kl")`), `--name value` on the command line of
 `onnxslim slim` and `onnxslim quantize`, and `name:option=value,option=value` for `onnxslim run --pass`.
-`onnxslim passes NAME` prints the same in a terminal. A lossless pass is held to the same outputs up to rounding,
-any other one only to the same types and shapes and to finite numbers; see [architecture](architecture.md#checks).
+`onnxslim passes NAME` prints the same in a terminal. A lossless pass is held to the same outputs up to
+rounding, any other one to the same types and shapes and to finite numbers: see
+[checks](architecture.md#checks).
 """
 RULES: dict[str, Sequence[Rule[Any]]] = {"eliminate": eliminate.RULES, "fuse": fuse.RULES}
 
@@ -43,7 +44,7 @@ def _section(cls: type[Pass]) -> Iterator[str]:
         yield from ("Its parts, in order: " + ", ".join(part.name for part in Slim().parts()) + ".", "")
     found = passes.options_of(cls)
     if found:
-        rows = [(f"`{each.name}`", _cell(each.type), each.default, each.help) for each in found]
+        rows = [(f"`{each.name}`", each.type, each.default, each.help) for each in found]
         yield from _table(("option", "values", "default", "meaning"), rows)
     else:
         yield from ("No options.", "")
@@ -64,7 +65,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    return text.replace("\\|", "|").replace("|", "\\|").replace("*", "\\*").replace("\\\\", "\\")
+    return text.replace("|", "\\|").replace("*", "\\*")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from onnxslim.calibration.data import CalibrationData
+    from onnxslim.compat import Request
     from onnxslim.graph import Array
     from onnxslim.model import Model
     from onnxslim.pipeline import Pass, Progress, Report, Result
@@ -37,6 +38,15 @@ IO_ERROR = SaveError.exit_code
 INTERNAL_ERROR = 1
 DEFAULT_COMMAND = "slim"
 LABEL_KEYS = ("label", "labels")
+# Options that OnnxSlim takes several values after.
+_SEVERAL = (
+    "--input-shapes",
+    "--inputs",
+    "--outputs",
+    "--skip-optimizations",
+    "--skip-fusion-patterns",
+    "--model-check-inputs",
+)
 
 # Typer brings a click of its own or uses the installed one; either way this is its UsageError.
 _ClickUsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -115,6 +125,10 @@ class _Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {*self.commands, *(name for param in self.get_params(ctx) for name in param.opts)}
+        if "--inspect" in args and (args[0] == DEFAULT_COMMAND or args[0] not in own):
+            # As OnnxSlim spells it.
+            models = args[1:] if args[0] == DEFAULT_COMMAND else args
+            args = ["inspect", *(word for word in models if word != "--inspect")]
         if args and args[0] not in own:
             self._require_no_typo(args[0])
             args = [DEFAULT_COMMAND, *args]
@@ -141,6 +155,26 @@ class _PassCommand(TyperCommand):
         given = {param.name: ctx.params.pop(param.name) for param in self._generated}
         ctx.obj = {name: value for name, value in given.items() if value not in (None, (), [])}
         return super().invoke(ctx)
+
+
+class _SlimCommand(_PassCommand):
+    """Options that take several values take them one after the other too: `--inputs a b`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_one_by_one(args)))
+
+
+def _one_by_one(words: Sequence[str]) -> Iterator[str]:
+    """Repeat the name of an option before each of its values."""
+    option = ""
+    for index, word in enumerate(words):
+        if word in _SEVERAL and index + 1 < len(words):
+            option = word
+        elif word.startswith("-"):
+            option = ""
+            yield word
+        else:
+            yield from (option, word) if option else (word,)
 
 
 def _pass_params(name: str) -> list[Any]:
@@ -258,7 +292,7 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", is_eager=True, callback=lambda given: _version(given), help="print the version"
+            "--version", "-v", is_eager=True, callback=lambda given: _version(given), help="print the version"
         ),
     ] = False,
 ) -> None: ...
@@ -272,13 +306,88 @@ def _version(given: bool) -> None:
         raise typer.Exit
 
 
-@app.command("slim", cls=_PassCommand)
+@app.command("slim", cls=_SlimCommand)
 @_with_job
-def _slim(job: _Job, ctx: typer.Context) -> None:
-    """Simplify a model, same results."""
-    from onnxslim import passes
+def _slim(
+    job: _Job,
+    ctx: typer.Context,
+    input_shapes: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:1,3,224,224 …", help="fix the sizes of inputs"),
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TENSOR[:DTYPE] …", help="cut the model: its inputs are these tensors"),
+    ] = None,
+    outputs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TENSOR[:DTYPE] …", help="cut the model: its outputs are these tensors"),
+    ] = None,
+    skip_optimizations: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME …", help="parts to leave out, by OnnxSlim's names"),
+    ] = None,
+    skip_fusion_patterns: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME …", help="rules to leave out, by OnnxSlim's names or ours"),
+    ] = None,
+    size_threshold: Annotated[
+        int | None, typer.Option(metavar="BYTES", help="by how much folding may make the model larger")
+    ] = None,
+    no_shape_infer: Annotated[
+        bool, typer.Option("--no-shape-infer", help="do not infer new output shapes for --input-shapes")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="not supported yet")] = None,
+    save_as_external_data: Annotated[
+        bool, typer.Option("--save-as-external-data", help="the same as --external-data")
+    ] = False,
+    model_check: Annotated[
+        bool,
+        typer.Option("--model-check", help="compare the outputs of the result once more before saving it"),
+    ] = False,
+    model_check_inputs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:1,3,224,224|NAME:FILE.npy …", help="inputs to compare on"),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="log what is done")] = False,
+) -> None:
+    """Simplify a model, same results.
 
-    _process(job, [passes.create("slim", ctx.obj)])
+    Takes the options of OnnxSlim's command line too; --inspect shows what models consist of instead.
+    """
+    from onnxslim import compat, passes
+
+    asked = compat.Request(
+        input_shapes=tuple(input_shapes or ()),
+        inputs=tuple(inputs or ()),
+        outputs=tuple(outputs or ()),
+        no_shape_infer=no_shape_infer,
+        skip_optimizations=tuple(skip_optimizations or ()),
+        skip_fusion_patterns=tuple(skip_fusion_patterns or ()),
+        size_threshold=size_threshold,
+        dtype=dtype,
+        model_check=model_check,
+        model_check_inputs=tuple(model_check_inputs or ()),
+    )
+    if verbose:
+        compat.be_verbose()
+    job = replace(job, external_data=job.external_data or save_as_external_data)
+    _process(job, [asked.step(passes.create("slim", ctx.obj))], asked)
+
+
+@app.command("inspect")
+def _inspect(
+    models: Annotated[list[Path], typer.Argument(metavar="IN…", help="the models, shown side by side")],
+    dump_to_disk: Annotated[
+        bool,
+        typer.Option("--dump-to-disk", help="also write the nodes of IN.onnx to IN.onnx_model_info.csv here"),
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what models consist of."""
+    from onnxslim import utils
+
+    utils.inspect(models, dump_to_disk=dump_to_disk)
 
 
 @app.command("quantize", cls=_PassCommand)
@@ -407,23 +516,35 @@ def _demo(
 # ------------------------------------------------------------------------------------------------- running
 
 
-def _process(job: _Job, chain: Sequence[Pass]) -> None:
+def _process(job: _Job, chain: Sequence[Pass], asked: Request | None = None) -> None:
     """Run passes on a model, check the result, and only then save anything."""
+    _warn_of_rivals()
     limits = _limits(job.check)
     for path in (job.output, job.report):
         if path is not None:
             _require_writable(path)
+    if job.report is not None and job.report.resolve() in _resolved(job.source, job.output):
+        raise UsageError(f"--report {job.report} would overwrite the model")
     from onnxslim.model import load
     from onnxslim.pipeline import Pipeline
     from onnxslim.runtime import Target
 
     target = Target.named(job.target)
     model = load(job.source)
+    model = asked.edit(model) if asked else model
     data, labels = _data(job.data, job.batch_size, job.labels_key, model)
+    feeds = asked.feeds(model) if asked else None
     with _progress(job.quiet) as progress:
         result = Pipeline(*chain, on_error=job.on_error)(
-            model, data=data, target=target, seed=job.seed, jobs=job.jobs, progress=progress
+            model,
+            data=data if feeds is None else [feeds],
+            target=target,
+            seed=job.seed,
+            jobs=job.jobs,
+            progress=progress,
         )
+        if asked:
+            result = asked.finish(model, result, feeds)
         verdict = _verdict(model, result, data, labels, target, limits, progress)
     _warn_of_idle_passes(result.report, job.quiet)
     for shown in (result.report, verdict):
@@ -467,6 +588,18 @@ def _save(job: _Job, model: Model, result: Result, verdict: Verdict | None) -> N
         job.report.write_text(to_json({"report": result.report, "verdict": verdict}) + "\n", encoding="utf-8")
 
 
+def _warn_of_rivals() -> None:
+    """Say so if this package shares its name, and maybe its files, with another one."""
+    from importlib.metadata import packages_distributions
+
+    owners = sorted(set(packages_distributions().get("onnxslim", ())))
+    if len(owners) > 1:
+        _log(
+            f"warning: {' and '.join(owners)} both install the package 'onnxslim'; uninstall all of them, "
+            "then install the one you want"
+        )
+
+
 def _warn_of_idle_passes(report: Report, quiet: bool) -> None:
     from onnxslim.report import outcome
 
@@ -506,6 +639,10 @@ def _require_writable(path: Path) -> None:
         raise SaveError(f"cannot write '{path}': there is no folder '{folder}'")
     if not os.access(folder, os.W_OK):
         raise SaveError(f"cannot write '{path}': the folder '{folder}' is not writable")
+
+
+def _resolved(*paths: Path | None) -> set[Path]:
+    return {path.resolve() for path in paths if path is not None}
 
 
 def _data(

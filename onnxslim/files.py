@@ -19,7 +19,7 @@ import onnx
 import onnx.checker
 import onnx.external_data_helper as external
 import onnx.onnx_cpp2py_export.checker as native
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxslim.errors import LoadError, SaveError
@@ -39,10 +39,12 @@ def read_model(path: Path) -> onnx.ModelProto:
     Raises:
         LoadError: the file is missing, unreadable or not an ONNX model.
     """
-    if path.is_dir():
-        raise LoadError(f"'{path}' is a folder, not an ONNX model")
     try:
+        if path.is_dir():
+            raise LoadError(f"'{path}' is a folder, not an ONNX model")
         proto = onnx.load_model(path, load_external_data=False)
+    except LoadError:
+        raise
     except FileNotFoundError:
         raise LoadError(f"there is no file '{path}'") from None
     except OSError as error:
@@ -82,13 +84,9 @@ def decode(tensor: TensorProto, folder: Path | None) -> Array:
 
 
 def _map(tensor: TensorProto, folder: Path) -> Array:
-    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
     shape = tuple(tensor.dims)
-    needed = (math.prod(shape) * bit_width(dtype) + 7) // 8
-    with _open_external(tensor, folder) as (file, offset, length):
-        if length != needed:
-            raise LoadError(f"tensor '{tensor.name}' needs {needed} bytes, its external data has {length}")
-        if needed == 0:
+    with _open_external(tensor, folder) as (file, dtype, offset, length):
+        if length == 0:
             return np.empty(shape, dtype)
         if bit_width(dtype) % 8 or dtype.kind == "O":
             file.seek(offset)
@@ -99,12 +97,13 @@ def _map(tensor: TensorProto, folder: Path) -> Array:
 
 
 @contextlib.contextmanager
-def _open_external(tensor: TensorProto, folder: Path) -> Iterator[tuple[Any, int, int]]:
-    """An external tensor's file, checked by onnx, with the offset and length of the data in bytes."""
+def _open_external(tensor: TensorProto, folder: Path) -> Iterator[tuple[Any, np.dtype[Any], int, int]]:
+    """An external tensor's file, checked by onnx, its type, and offset and length of the data in bytes."""
     try:
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
         info = external.ExternalDataInfo(tensor)
-        descriptor = native._open_external_data(str(folder), info.location, tensor.name, True)
-    except (onnx.checker.ValidationError, ValueError, OSError) as error:
+        descriptor = _descriptor(folder, info.location, tensor.name)
+    except (onnx.checker.ValidationError, KeyError, ValueError, OSError) as error:
         raise LoadError(f"external data of tensor '{tensor.name}': {_one_line(error)}") from error
     with os.fdopen(descriptor, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -115,11 +114,22 @@ def _open_external(tensor: TensorProto, folder: Path) -> Iterator[tuple[Any, int
                 f"external data of tensor '{tensor.name}': bytes {offset} to {offset + length} "
                 f"lie beyond the end of '{info.location}' ({size} bytes)"
             )
-        yield file, offset, length
+        needed = (math.prod(tensor.dims) * bit_width(dtype) + 7) // 8
+        if length != needed:
+            raise LoadError(f"tensor '{tensor.name}' needs {needed} bytes, its external data has {length}")
+        yield file, dtype, offset, length
+
+
+def _descriptor(folder: Path, location: str, name: str) -> int:
+    if hasattr(native, "_open_external_data"):
+        return int(native._open_external_data(str(folder), location, name, True))
+    # Older versions of onnx check a path, and leave opening it to the caller.
+    path = native._resolve_external_data_location(str(folder), location, name)  # type: ignore[attr-defined]
+    return os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
 
 
 def check_external(tensor: TensorProto, folder: Path | None) -> None:
-    """Raise LoadError unless the external data of this tensor is there and large enough."""
+    """Raise LoadError unless the external data of this tensor is there and of the declared size."""
     if folder is None:
         raise LoadError(f"tensor '{tensor.name}' lies outside the model, whose folder is not known")
     with _open_external(tensor, folder):
@@ -155,7 +165,8 @@ class DataWriter:
     def _bytes(constant: Constant) -> memoryview | bytes:
         if bit_width(constant.dtype) % 8 == 0:
             return np.ascontiguousarray(constant.values).reshape(-1).view(np.uint8).data
-        return encode_embedded(constant).raw_data
+        # Several to a byte; what the constant was read from may hold them in another field.
+        return numpy_helper.from_array(np.asarray(constant.values)).raw_data
 
     def close(self) -> None:
         """Flush to the disk."""
@@ -169,13 +180,27 @@ class DataWriter:
             self._file.close()
 
 
-def fresh_data_name(path: Path) -> str:
-    """A name for the data file of a model at `path` that no file there has yet."""
+@contextlib.contextmanager
+def fresh_data_name(path: Path) -> Iterator[str]:
+    """A name for the data file of a model at `path`, reserved by an empty file that is not left behind."""
     name, count = f"{path.name}.data", 0
-    while (path.parent / name).exists():
+    while not _reserve(path.with_name(name)):
         count += 1
         name = f"{path.name}.{count}.data"
-    return name
+    reserved = path.with_name(name)
+    try:
+        yield name
+    finally:
+        if not reserved.stat().st_size:
+            reserved.unlink()
+
+
+def _reserve(path: Path) -> bool:
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -185,13 +210,15 @@ def staging(path: Path) -> Iterator[Path]:
     Raises:
         SaveError: the folder cannot be written to, or writing failed; `path` is as it was.
     """
-    if path.is_dir():
-        raise SaveError(f"cannot write '{path}': it is a folder")
     try:
+        if path.is_dir():
+            raise SaveError(f"cannot write '{path}': it is a folder")
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             yield Path(folder)
     except OSError as error:
         raise SaveError(f"cannot write '{path}': {error.strerror or error}") from error
+    except (EncodeError, ValueError) as error:  # too large for a protobuf, or no path at all
+        raise SaveError(f"cannot write '{path}': {_one_line(error)}") from error
 
 
 def commit(staged: Path, final: Path) -> None:

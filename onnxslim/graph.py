@@ -31,6 +31,11 @@ Attribute: TypeAlias = Any  # int, float, str, bytes, a tuple of those, a Graph,
 _PACKED_BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2}
 _PENDING = np.empty(0, np.uint8)
 
+# Attention masks are built from constants such as float32's lowest value (-3.4e38) or -1e38. They mean
+# "never look here"; a range that reached out to one would leave no level for anything else. No activation a
+# network computes with comes near 1e30. Masks of -10000 are ordinary values: such numbers do occur.
+MASK_MAGNITUDE = 1e30
+
 
 class Variable(gs.Variable):
     """A tensor that is computed, or fed by the caller.

@@ -76,11 +76,20 @@ class Model:
         if not model.HasField("graph") or not model.opset_import:
             raise LoadError("not an ONNX model: it has no graph or imports no operator set")
         _check_opsets(model)
-        for tensor in model.graph.initializer:
-            if tensor.data_location == TensorProto.EXTERNAL:
+
+        def decode(tensor: TensorProto) -> Array:
+            return files.decode(tensor, folder)
+
+        graph = proto.import_graph(model.graph, model.ir_version, decode)
+        for constant in (
+            c for each in ir.walk(graph) for c in (*each.initializers.values(), *each.defaults.values())
+        ):
+            tensor = constant.tensor_proto
+            if tensor is not None and tensor.data_location == TensorProto.EXTERNAL:
                 files.check_external(tensor, folder)
-        graph = proto.import_graph(model.graph, model.ir_version, lambda t: files.decode(t, folder))
-        return cls(graph, proto.fields_but(model, "graph"))
+        shell = proto.fields_but(model, "graph")
+        proto.embed(shell, decode)
+        return cls(graph, shell)
 
     @property
     def opset(self) -> int:
@@ -133,13 +142,16 @@ class Model:
         return sum(constant.nbytes for constant in self.constants())
 
     def stats(self) -> Stats:
-        """Counts of nodes and of floating-point or integer parameters, and the size when saved."""
+        """Counts of nodes and parameters, and the size when saved.
+
+        Constant nodes count as parameters instead; scales and zero points of Q and DQ as neither.
+        """
         constants = list(self.constants())
         skeleton = self.to_proto_with(_without_data).ByteSize()
         # An embedded constant folded into a Constant node counts as part of the skeleton.
         return Stats(
             nodes=sum(1 for node in self.nodes() if node.op != "Constant"),
-            parameters=sum(constant.size for constant in constants) + sum(_literals(self)),
+            parameters=sum(c.size for c in constants if not _is_encoding(c)) + sum(_literals(self)),
             bytes=skeleton + sum(constant.nbytes for constant in constants),
         )
 
@@ -192,16 +204,17 @@ class Model:
                 _reload(staged)
                 files.commit(staged, final)
                 return
-            data_name = files.fresh_data_name(final)
-            writer = files.DataWriter(folder / data_name, data_name)
-            try:
-                model = self.to_proto_with(writer.encode)
-                writer.close()
-            finally:
-                writer.abandon()
-            onnx.save_model(model, staged)
-            _reload(staged)
-            files.commit(folder / data_name, final.with_name(data_name))
+            with files.fresh_data_name(final) as data_name:
+                writer = files.DataWriter(folder / data_name, data_name)
+                try:
+                    model = self.to_proto_with(writer.encode)
+                    writer.close()
+                finally:
+                    writer.abandon()
+                onnx.save_model(model, staged)
+                _reload(staged)
+                if (folder / data_name).stat().st_size:
+                    files.commit(folder / data_name, final.with_name(data_name))
             files.commit(staged, final)
 
 
@@ -254,6 +267,15 @@ def literal(node: Node) -> Array | None:
     if isinstance(value, onnx.AttributeProto) and not value.ref_attr_name:
         return files.decode(value.t, None)
     return None
+
+
+def _is_encoding(constant: Constant) -> bool:
+    """Whether a constant says how integers stand for numbers, and is no parameter of its own."""
+    readers = {id(node): node for node in constant.outputs}.values()
+    return bool(readers) and all(
+        node.op in ("QuantizeLinear", "DequantizeLinear") and node.inputs[0] is not constant
+        for node in readers
+    )
 
 
 def _literals(model: Model) -> Iterator[int]:

@@ -250,6 +250,8 @@ class Pipeline:
             seconds = time.perf_counter() - start
             before, macs_before = stats, macs
             if outcome is not model:
+                if not each.lossless:
+                    checker.accept(outcome)
                 model, stats, macs = outcome, outcome.stats(), cost.macs(outcome, shapes)
             steps.append(
                 Step(each.describe(), seconds, before, stats, macs_before, macs, changes, error, each.name)
@@ -310,7 +312,7 @@ def _run(each: Pass, model: Model, ctx: Context) -> Changes:
         return each.run(model, ctx)
     except LoadError as error:  # it is the result that cannot be read or run
         raise PassError(f"pass '{each.name}' failed: {error}", pass_name=each.name) from error
-    except OnnxSlimError:
+    except (OnnxSlimError, OSError, MemoryError):  # the caller's and the machine's, not the pass's
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -59,7 +59,7 @@ def _is_body(value: Attribute) -> bool:
 
 def _attribute(value: Attribute) -> str:
     if isinstance(value, AttributeProto):
-        return " ".join(helper.printable_attribute(value).split())
+        return " ".join(str(helper.printable_attribute(value)).split())
     if isinstance(value, tuple):
         return "[" + ", ".join(_attribute(item) for item in value) + "]"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

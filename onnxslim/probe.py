@@ -14,6 +14,8 @@ from onnxslim.runtime import Session
 BATCHES = (2, 3)
 # Sizes tried for the free axes other than the batch, until the model runs: sequences first, images last.
 FREE_SIZES = (8, 32, 64, 1, 224, 100)
+# Numbers of words to try where a model takes more than zeros and ones.
+MAX_ID = 99
 
 Feeds = dict[str, Array]
 
@@ -40,8 +42,17 @@ def _candidates(specs: Sequence[InputSpec], samples: Sequence[Mapping[str, Array
     if samples:
         yield [dict(samples[0]), *_single(specs, samples[0])]
     for size in FREE_SIZES:
-        yield [make_feeds(specs, batch=batch, size=size, seed=batch) for batch in BATCHES]
+        plain = [make_feeds(specs, batch=batch, size=size, seed=batch) for batch in BATCHES]
+        ids = (
+            [make_feeds(specs, batch=BATCHES[0], size=size, ids=MAX_ID)] if any(map(_has_ids, specs)) else []
+        )
+        yield [*plain, *ids]
     yield [make_feeds(specs, batch=1, size=size) for size in FREE_SIZES]
+
+
+def _has_ids(spec: InputSpec) -> bool:
+    """Whether an input may hold the numbers of words or levels of grey, rather than sizes or counts."""
+    return spec.dtype is not None and spec.dtype.kind in "iu" and len(spec.shape or ()) > 1
 
 
 def _single(specs: Sequence[InputSpec], feeds: Mapping[str, Array]) -> list[Feeds]:
@@ -61,7 +72,7 @@ def _runs(session: Session, feeds: Feeds) -> bool:
     return True
 
 
-def make_feeds(specs: Sequence[InputSpec], *, batch: int, size: int, seed: int = 0) -> Feeds:
+def make_feeds(specs: Sequence[InputSpec], *, batch: int, size: int, seed: int = 0, ids: int = 1) -> Feeds:
     """One array per required input: normal deviates for floats, zeros and ones for integers.
 
     Args:
@@ -69,13 +80,15 @@ def make_feeds(specs: Sequence[InputSpec], *, batch: int, size: int, seed: int =
         batch: size of a free first axis.
         size: size of every other free axis.
         seed: of the random generator.
+        ids: largest number in integer inputs of two or more axes.
     """
     generator = np.random.default_rng(seed)
     batch_symbols: set[Dim] = {spec.shape[0] for spec in specs if spec.shape} - {None}
     feeds: Feeds = {}
     for spec in specs:
         if spec.required and spec.dtype is not None:
-            feeds[spec.name] = _values(spec, _sizes(spec.shape, batch_symbols, batch, size), generator)
+            shape = _sizes(spec.shape, batch_symbols, batch, size)
+            feeds[spec.name] = _values(spec, shape, generator, ids if _has_ids(spec) else 1)
     return feeds
 
 
@@ -86,11 +99,11 @@ def _sizes(shape: Shape, batch_symbols: set[Dim], batch: int, size: int) -> tupl
     )
 
 
-def _values(spec: InputSpec, shape: tuple[int, ...], generator: np.random.Generator) -> Array:
+def _values(spec: InputSpec, shape: tuple[int, ...], generator: np.random.Generator, largest: int) -> Array:
     dtype = spec.dtype
     assert dtype is not None
     if dtype.kind == "O":
         return np.full(shape, "a", dtype)
     if dtype.kind in "iub":
-        return generator.integers(0, 2, shape).astype(dtype)
+        return generator.integers(0, largest + 1, shape).astype(dtype)
     return np.asarray(generator.standard_normal(shape).astype(dtype))

@@ -11,6 +11,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias, TypeVar
 
+import google.protobuf.message
 import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
@@ -19,7 +20,9 @@ from onnxslim import graph as ir
 from onnxslim.errors import LoadError
 from onnxslim.graph import Array, Attribute, Constant, Dim, Graph, Node, Shape, Tensor, Variable
 
-Message = TypeVar("Message", bound=onnx.ModelProto | GraphProto | NodeProto | AttributeProto)
+Message = TypeVar(
+    "Message", bound=onnx.ModelProto | GraphProto | NodeProto | AttributeProto | onnx.SparseTensorProto
+)
 Scope: TypeAlias = ChainMap[str, Tensor]
 Decode: TypeAlias = Callable[[TensorProto], Array]
 Encode: TypeAlias = Callable[[Constant], TensorProto]
@@ -113,7 +116,7 @@ def _declare_values(graph: Graph, proto: GraphProto, scope: Scope, ir_version: i
     constants: dict[str, Constant] = {}
     for tensor in proto.initializer:
         constants[tensor.name] = Constant(tensor.name, proto=tensor, load=_loader(tensor, decode))
-    for sparse in proto.sparse_initializer:
+    for sparse in (_embedded(item, decode) for item in proto.sparse_initializer):
         constants[sparse.values.name] = Constant(sparse.values.name, proto=sparse, load=dense(sparse, decode))
     for info in proto.input:
         if info.name in constants:
@@ -183,12 +186,42 @@ def _attribute(item: AttributeProto, scope: Scope, ir_version: int, decode: Deco
         return helper.get_attribute_value(item)
     if item.type in (AttributeProto.INTS, AttributeProto.FLOATS):
         return tuple(helper.get_attribute_value(item))
-    if item.type == AttributeProto.TENSOR and item.t.data_location == TensorProto.EXTERNAL:
-        # Rare and small; embedded at once, so that no later step has to look for data in attributes.
-        embedded = AttributeProto(name=item.name, type=AttributeProto.TENSOR, doc_string=item.doc_string)
-        embedded.t.CopyFrom(numpy_helper.from_array(np.asarray(decode(item.t)), item.t.name))
-        return embedded
-    return item
+    return _embedded(item, decode)
+
+
+def _embedded(message: Message, decode: Decode) -> Message:
+    """A message with all tensor data inside; a copy only if some was not."""
+    if next(_external(message), None) is None:
+        return message
+    copy = fields_but(message)
+    embed(copy, decode)
+    return copy
+
+
+def embed(message: google.protobuf.message.Message, decode: Decode) -> None:
+    """Put external tensor data anywhere in a message into it, so that no later step has to look for it.
+
+    Meant for what is rare and small: attributes, sparse tensors, functions, training graphs.
+
+    Raises:
+        LoadError: the data cannot be read.
+    """
+    for tensor in list(_external(message)):
+        plain = numpy_helper.from_array(np.asarray(decode(tensor)), tensor.name)
+        plain.doc_string = tensor.doc_string
+        tensor.CopyFrom(plain)
+
+
+def _external(message: google.protobuf.message.Message) -> Iterator[TensorProto]:
+    if isinstance(message, TensorProto):
+        if message.data_location == TensorProto.EXTERNAL:
+            yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            items = (value,) if isinstance(value, google.protobuf.message.Message) else value
+            for item in items:
+                yield from _external(item)
 
 
 def _text(value: bytes) -> str | bytes:
@@ -260,7 +293,8 @@ def _value_infos(graph: Graph, constants: list[Constant], origin: GraphProto) ->
     """What is known of inner tensors, in the order it was declared, followed by what is new."""
     fixed = {id(tensor) for tensor in graph.outputs}
     made = {t.name: t for node in graph.nodes for t in node.outputs if t.name}
-    others: dict[str, Tensor] = {tensor.name: tensor for tensor in (*graph.inputs, *constants)}
+    others: dict[str, Tensor] = {constant.name: constant for constant in constants}
+    others.update((tensor.name, tensor) for tensor in graph.inputs)
     for info in origin.value_info:
         tensor = made.pop(info.name, None)
         if tensor is not None and id(tensor) not in fixed:

@@ -69,11 +69,11 @@ class Editor:
         return fact.dtype if fact else None
 
     def is_shadowed(self, tensor: Tensor) -> bool:
-        """Whether a body has a tensor of its own under this name, so that nodes in it cannot read this one."""
+        """Whether a body has a tensor of its own under this name, and so its nodes cannot read this one."""
         return tensor.name in self._hidden
 
     def can_edit(self, graph: Graph) -> bool:
-        """Whether every tensor around a graph is known in it by its name; only then are its nodes rewritten."""
+        """Whether every tensor around a graph is known in it by name; only then are its nodes rewritten."""
         return id(graph) not in self._hiding
 
     def is_gone(self, node: Node) -> bool:
@@ -131,7 +131,9 @@ class Editor:
     def set_values(self, node: Node, index: int, values: Array) -> None:
         """Give a node other values at a constant input; what else reads the old ones keeps them."""
         tensor = node.inputs[index]
-        if isinstance(tensor, Constant) and self.sole_consumer(tensor) is node:
+        mine = isinstance(tensor, Constant) and self.sole_consumer(tensor) is node
+        # What is declared of a constant, as old files do among the inputs, stays true.
+        if mine and (tensor.shape, tensor.dtype) == (values.shape, values.dtype):
             tensor.values = values
         else:
             self.set_input(node, index, self.constant(tensor.name, values))

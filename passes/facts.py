@@ -193,6 +193,26 @@ def made_by(tensor: Tensor | None, *ops: str) -> Node | None:
     return node if node is not None and node.op in ops and node.domain in DEFAULT_DOMAINS else None
 
 
+def is_gelu(tensor: Tensor) -> bool:
+    """Whether a tensor is x times one plus the error function, or the hyperbolic tangent, of something.
+
+    Halved, that is a GELU. ONNX Runtime recognises it, but not with another factor in place of the half.
+    """
+    product = made_by(tensor, "Mul")
+    sums = [made_by(factor, "Add") for factor in product.inputs] if product else []
+    return any(made_by(part, "Erf", "Tanh") for each in sums if each for part in each.inputs)
+
+
+def is_normalized(tensor: Tensor) -> bool:
+    """Whether a tensor is something divided by a square root, scaled or not.
+
+    Scaled and shifted, that is a layer normalization. ONNX Runtime recognises it, but not without both.
+    """
+    product = made_by(tensor, "Mul")
+    quotients = [made_by(each, "Div") for each in (*(product.inputs if product else ()), tensor)]
+    return any(made_by(each.inputs[1], "Sqrt") for each in quotients if each)
+
+
 # Operators that tell -0 from +0 in their inputs, or may.
 _SIGN_READERS = frozenset(("Reciprocal", "Pow", "BitCast", "DequantizeLinear"))
 # Operators whose result is the same for both zeros.

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from onnxslim import budget, files, proto
 from onnxslim import graph as ir
-from onnxslim.dims import Dims, Term
+from onnxslim.dims import Dims
 from onnxslim.errors import LoadError
 from onnxslim.evaluate import evaluate
 from onnxslim.graph import Array, Constant, Graph, Namer, Node, Tensor, Variable
@@ -28,6 +28,7 @@ from onnxslim.model import DEFAULT_DOMAINS, Model, literal
 from onnxslim.ops import spec_of
 from onnxslim.passes import dead
 from onnxslim.pipeline import MAX_ROUNDS, Changes, Context, Log, Pass, options
+from onnxslim.terms import Term
 
 # A node is not run ahead of time if it makes this much more than the largest constant it depends on.
 WORKING_BYTES = 64 << 20
@@ -61,7 +62,8 @@ class Fold(Pass):
             if not any(values.may_fold(node) or _is_sizing(node) for node in model.nodes()):
                 break
             dims = Dims(model)
-            if not any([_fold_sizes(edits, dims), _settle_targets(edits, dims), values.fold(dims)]):
+            folded = [_fold_sizes(edits, dims), _settle_targets(edits, dims), values.fold(dims)]
+            if not any([*folded, _share_sizes(edits, dims)]):
                 break
         edits.clean_up()
         for node, reason in values.notes():
@@ -118,6 +120,10 @@ class _Edits:
         """Unlink a node and remember what it read."""
         self._makers.extend(maker for tensor in node.inputs if (maker := ir.producer(tensor)))
         ir.detach(node)
+
+    def release(self, node: Node) -> None:
+        """Remember that a node has lost readers."""
+        self._makers.append(node)
 
     def substitute(self, tensor: Variable, constant: Constant, graph: Graph) -> None:
         """Let a constant stand for a tensor that has lost its maker."""
@@ -267,6 +273,8 @@ def _settle_targets(edits: _Edits, dims: Dims) -> bool:
             if target is not None:
                 edits.log.change(node.label, f"target shape stated as {target}", node.op)
                 values = np.array(target, np.int64)
+                # Zeros of a stated target copy.
+                node.attrs.pop("allowzero", None)
                 edits.set_constant(node, 1, f"{node.outputs[0].name}_shape", values, graph)
                 changed = True
     return changed
@@ -279,9 +287,9 @@ def _reshape_target(node: Node, dims: Dims) -> list[int] | None:
     wanted = dims.value(node.inputs[1])
     if wanted is None or wanted.scalar or None in wanted.terms:
         return None
-    keep_zero = bool(node.attrs.get("allowzero", 0))
-    own = dims.shape(node.inputs[0]) or ()
-    return _stated(wanted.terms, () if keep_zero else own)
+    if node.attrs.get("allowzero") and 0 in wanted.terms:
+        return None
+    return _stated(wanted.terms, dims.shape(node.inputs[0]) or ())
 
 
 def _stated(wanted: Sequence[Term | None], own: Sequence[Term]) -> list[int] | None:
@@ -302,6 +310,26 @@ def _stated(wanted: Sequence[Term | None], own: Sequence[Term]) -> list[int] | N
     others = [size for axis, size in enumerate(target) if axis not in unknown]
     right = not unknown or (len(unknown) == 1 and all(size > 0 for size in others))
     return target if right else None
+
+
+def _share_sizes(edits: _Edits, dims: Dims) -> bool:
+    """Let integers that are sizes of one tensor stand for those that are the same sizes of others."""
+    shadowed, _ = ir.shadowing(edits.model.graph)
+    changed = False
+    for graph in edits.model.graphs():
+        first: dict[Any, Variable] = {}
+        for node in graph.nodes:
+            vector = dims.value(node.outputs[0]) if len(node.outputs) == 1 and node.inputs else None
+            if vector is None or None in vector.terms or vector.numbers is not None:
+                continue
+            tensor = node.outputs[0]
+            same = first.setdefault(vector, tensor)
+            if same is not tensor and tensor.outputs and same.name not in shadowed:
+                edits.log.change(node.label, f"replaced by '{same.name}', which is equal", node.op)
+                ir.replace_uses(tensor, same)
+                edits.release(node)
+                changed = True
+    return changed
 
 
 def _expand_target(node: Node, dims: Dims) -> list[int] | None:

@@ -148,8 +148,20 @@ def test_without_a_place_nothing_is_saved(run: Run, folder: Path) -> None:
 
 
 def test_weights_go_outside_when_asked(run: Run, folder: Path) -> None:
+    text = "g (float[N,512] x, float[512] w) => (float[N,512] y) { y = Mul(x, w) }"
+    parse(text, {"w": np.ones(512, np.float32)}).save(folder / "in.onnx")
     assert run("run", "in.onnx", "out.onnx", "-p", "scale:by=2", "--external-data")[0] == 0
-    assert (folder / "out.onnx.data").exists()
+    assert (folder / "out.onnx.data").stat().st_size == 4 * 512
+
+
+def test_a_report_never_replaces_a_model(run: Run, folder: Path) -> None:
+    before = (folder / "in.onnx").read_bytes()
+    for path in ("in.onnx", "out.onnx"):
+        assert "would overwrite" in error(
+            run("run", "in.onnx", "out.onnx", "-p", "scale", "--report", path), 2
+        )
+    assert (folder / "in.onnx").read_bytes() == before
+    assert not (folder / "out.onnx").exists()
 
 
 def test_a_first_word_that_is_no_command_is_the_model_to_slim(run: Run, folder: Path) -> None:
@@ -428,8 +440,20 @@ def test_interruption(run: Run, folder: Path) -> None:
     assert not (folder / "out.onnx").exists()
 
 
-def test_mistakes_of_ours_are_one_line_unless_debugged(run: Run) -> None:
+def test_a_pass_that_crashes_is_reverted_or_fails(run: Run) -> None:
     words = ("run", "in.onnx", "-p", "failing:kind=bug")
+    code, _, err = run(*words)
+    assert code == 0
+    assert "pass 'failing' failed with ZeroDivisionError: oops" in err
+    assert "ZeroDivisionError: oops" in error(run(*words, "--on-error", "raise"), 3)
+
+
+def test_mistakes_of_ours_are_one_line_unless_debugged(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("onnxslim.model.load", crash)
+    words = ("run", "in.onnx", "-p", "scale")
     assert "internal error, ZeroDivisionError: oops" in error(run(*words), 1)
     code, _, err = run(*words, "--debug")
     assert code == 1

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def node_cases() -> list[onnx.ModelProto]:
         warnings.simplefilter("ignore")
         from onnx.backend.test.case.node import collect_testcases
 
-        return [case.model for case in collect_testcases()]
+        return [case.model for case in collect_testcases("") if case.model is not None]
 
 
 @pytest.mark.conformance
@@ -313,6 +314,109 @@ def test_external_data_with_lying_bounds_is_refused(tmp_path: Path, key: str, va
         _ = load(path).graph.initializers["w"].values
 
 
+def _moved_out(tensor: TensorProto, folder: Path) -> TensorProto:
+    """The tensor with its data in a file of its own."""
+    location = f"{tensor.name or 'attribute'}.bin"
+    (folder / location).write_bytes(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def _external_everywhere(folder: Path) -> onnx.ModelProto:
+    """External data in a body, an attribute, a sparse initializer and a function."""
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
+        g (float[N,4] x, bool c) => (float[N,4] y) {
+            k = Constant<value=float[4] {1,2,3,4}>()
+            a = Add(x, k)
+            b = Add(a, s)
+            d = my.shift(b)
+            y = If (c) < then_branch = t () => (float[N,4] p) <float[4] w = {5,6,7,8}> { p = Mul(d, w) },
+                         else_branch = e () => (float[N,4] q) { q = Neg(d) }> }
+        <domain: "my", opset_import: ["" : 17]>
+        shift (p) => (q) { h = Constant<value=float[4] {4,3,2,1}>() q = Add(p, h) }"""
+    )
+    weight = proto.graph.node[4].attribute[0].g.initializer[0]
+    constants = (proto.graph.node[0].attribute[0].t, proto.functions[0].node[0].attribute[0].t)
+    for tensor, name in zip((weight, *constants), ("w", "k", "h"), strict=True):
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), name))
+        _moved_out(tensor, folder)
+    sparse = proto.graph.sparse_initializer.add(dims=[4])
+    sparse.values.CopyFrom(_moved_out(numpy_helper.from_array(np.array([5.0], np.float32), "s"), folder))
+    sparse.indices.CopyFrom(numpy_helper.from_array(np.array([2]), "i"))
+    return proto
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_external_data_is_found_wherever_it_hangs(tmp_path: Path, external: bool) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    (source / "m.onnx").write_bytes(_external_everywhere(source).SerializeToString())
+    load(source / "m.onnx").save(out / "m.onnx", external_data=external)
+    shutil.rmtree(source)
+    assert [item.name for item in out.iterdir()] == ["m.onnx"], "nothing is large enough for a data file"
+    feeds = {"x": np.zeros((1, 4), np.float32), "c": np.array(True)}
+    np.testing.assert_array_equal(run(load(out / "m.onnx"), feeds)["y"], [[5.0 * 5, 6 * 5, 7 * 10, 8 * 5]])
+
+
+@pytest.mark.parametrize("key", ["location", "offset", "length"])
+def test_external_data_in_a_body_is_checked_too(tmp_path: Path, key: str) -> None:
+    proto = _external_everywhere(tmp_path)
+    tensor = proto.graph.node[4].attribute[0].g.initializer[0]
+    del tensor.external_data[:]
+    lies = {
+        "location": "w.bin",
+        "offset": "0",
+        "length": "16",
+        key: {"location": "../w.bin"}.get(key, "4096"),
+    }
+    for name, value in lies.items():
+        tensor.external_data.add(key=name, value=value)
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(LoadError, match="'w'"):
+        load(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("kind", ["INT4", "UINT4", "FLOAT4E2M1", "INT8", "BFLOAT16", "FLOAT8E4M3FN"])
+def test_data_that_is_not_stored_as_bytes_can_be_moved_out(tmp_path: Path, kind: str) -> None:
+    """`make_tensor` puts small types into a field of wider numbers."""
+    values = np.resize(np.array([0, 1, 1, 0, 1]), 5001)
+    tensor = helper.make_tensor("w", getattr(TensorProto, kind), values.shape, values)
+    info = helper.make_tensor_value_info("w", tensor.data_type, values.shape)
+    graph = helper.make_graph([], "g", [], [info], [tensor])
+    model = load(helper.make_model(graph, ir_version=11, opset_imports=[helper.make_opsetid("", 23)]))
+    model.save(tmp_path / "m.onnx", external_data=True)
+    assert (tmp_path / "m.onnx.data").stat().st_size == model.nbytes()
+    again = load(tmp_path / "m.onnx").graph.initializers["w"].values
+    np.testing.assert_array_equal(again.astype(np.float32), numpy_helper.to_array(tensor).astype(np.float32))
+
+
+def test_saving_at_once_to_one_path_never_mixes_models(tmp_path: Path) -> None:
+    def save(value: int) -> None:
+        model = load(source).copy()
+        model.graph.initializers["w"].values = np.full((64, 64), value, np.float32)
+        for _ in range(5):
+            model.save(tmp_path / "out.onnx", external_data=True)
+
+    source = _external(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, range(4)))
+    assert len(np.unique(load(tmp_path / "out.onnx").graph.initializers["w"].values)) == 1
+    assert len(list(tmp_path.glob("out.onnx.*data"))) == 20
+
+
+def test_names_that_cannot_be_files_are_one_error(tmp_path: Path) -> None:
+    model = load(_external(tmp_path))
+    for name in ("a" * 300 + ".onnx", "a" * 250 + ".onnx", "a\0.onnx"):
+        with pytest.raises(SaveError, match="cannot write"):
+            model.save(tmp_path / name)
+        with pytest.raises(LoadError):
+            load(tmp_path / name)
+
+
 def test_a_full_disk_leaves_the_old_model_as_it_was(tmp_path: Path) -> None:
     path = _external(tmp_path, rows=512)
     before = path.read_bytes(), (tmp_path / "weights.bin").read_bytes()
@@ -365,6 +469,15 @@ def test_stats_count_weights_wherever_they_are() -> None:
     stats = model.stats()
     assert (stats.nodes, stats.parameters) == (2, 4)
     assert abs(stats.bytes - model.to_proto().ByteSize()) < 16
+
+
+def test_scales_and_zero_points_are_no_parameters() -> None:
+    model = parse(
+        """g (float[N, 2] x) => (float[N, 2] y)
+        <int8[2, 2] w = {1, 2, 3, 4}, float[2] s = {1, 1}, int8[2] z = {0, 0}>
+        { d = DequantizeLinear<axis=1>(w, s, z) y = MatMul(x, d) }"""
+    )
+    assert model.stats().parameters == 4
 
 
 def test_a_model_can_be_copied_and_edited_apart() -> None:

@@ -1,4 +1,4 @@
-"""Real exported models: nothing is lost, slimming keeps what they compute, quantizing keeps them fast and right."""
+"""Real exported models: nothing is lost, slim keeps what they compute, quantize fuses and stays close."""
 
 from __future__ import annotations
 

@@ -83,6 +83,7 @@ register(
         channelwise=_is_depthwise,
         input_channels=_input_channels,
         channel_axis=lambda node: 0,
+        data_axis=lambda node: 1,
         macs=_conv_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,2,5,5] x, float[3,2,3,3] w, float[3] b) => (float[N,3,3,3] y) { y = Conv(x, w, b) }""",
@@ -93,6 +94,7 @@ g (float[N,2,5,5] x, float[3,2,3,3] w, float[3] b) => (float[N,3,3,3] y) { y = C
         data=(0,),
         requantized=True,
         channel_axis=lambda node: 1,
+        data_axis=lambda node: 1,
         macs=_conv_transpose_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,2,3,3] x, float[2,3,2,2] w, float[3] b) => (float[N,3,6,6] y)
@@ -103,6 +105,7 @@ g (float[N,2,3,3] x, float[2,3,2,2] w, float[3] b) => (float[N,3,6,6] y)
         role=Role.LINEAR,
         data=(0,),
         channel_axis=lambda node: 0 if node.attrs.get("transB", 0) else 1,
+        data_axis=lambda node: 0 if node.attrs.get("transA", 0) else 1,
         unfit=_gemm_unfit,
         macs=_gemm_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>

@@ -45,6 +45,7 @@ class OpSpec:
         role: what quantization may do with it.
         data: inputs that carry data, as opposed to shapes, axes, sizes or weights; None means all.
         channel_axis: for LINEAR, the axis of the weight (input 1) that runs over output channels.
+        data_axis: for LINEAR, the axis of the data (input 0) that runs over the channels it sums over.
         requantized: for LINEAR, whether its integer kernel makes integers only; others may leave the
             result in floating point.
         searches: for MOVE, whether it compares elements to choose between them, as pooling does, instead of
@@ -67,6 +68,7 @@ class OpSpec:
     role: Role = Role.FLOAT
     data: tuple[int, ...] | None = None
     channel_axis: Callable[[Node], int] | None = None
+    data_axis: Callable[[Node], int] | None = None
     requantized: bool = False
     searches: bool = False
     joins: bool = False

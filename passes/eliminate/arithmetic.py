@@ -42,6 +42,8 @@ class ConstantChain(Rule[Chain]):
             problem = _imprecise(match.outer.op, first, second)
         if problem is None and self._merged(match) is None:
             problem = "the constant for both is larger, or does not fit its type"
+        if facts.is_gelu(_operand(match.inner)):
+            return "one ends a GELU, which ONNX Runtime computes as one"
         return problem
 
     def rewrite(self, match: Chain, edit: Editor) -> str:

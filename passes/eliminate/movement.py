@@ -94,7 +94,7 @@ class TransposeView(Rule[Node]):
         return node if moving == sorted(moving) and not _is_identity(found) else None
 
     def check(self, match: Node, edit: Editor) -> str | None:
-        return None if self._target(match, edit) else "more than one size is not known"
+        return None if self._target(match, edit) is not None else "more than one size is not known"
 
     def rewrite(self, match: Node, edit: Editor) -> str:
         target = self._target(match, edit)

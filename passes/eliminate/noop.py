@@ -212,6 +212,8 @@ class Unit(Bypass):
         other = node.inputs[1 - node.inputs.index(source)]
         if not facts.broadcasts_into(edit.shape(other), edit.shape(source)):
             return f"'{other.name}' broadcasts '{source.name}' to another shape, or may"
+        if facts.is_normalized(source):
+            return "it belongs to a layer normalization, which ONNX Runtime computes as one"
         clears_sign = node.op in ("Add", "Sub") and self._clears_sign(node, node.inputs.index(other))
         if clears_sign and facts.sign_of_zero_counts(node.outputs[0], edit):
             return "it turns -0 into +0, which a later operator may see"

@@ -155,7 +155,8 @@ class ViewChain(Rule[Chain]):
         return chain(node, edit, *VIEWS)
 
     def check(self, match: Chain, edit: Editor) -> str | None:
-        return None if _is_free(match.outer) or self._target(match, edit) else "its shape is not known"
+        known = _is_free(match.outer) or self._target(match, edit) is not None
+        return None if known else "its shape is not known"
 
     def rewrite(self, match: Chain, edit: Editor) -> str:
         target = self._target(match, edit)

@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxslim.graph import Array, Node
 from onnxslim.passes import facts
-from onnxslim.passes.fuse.layer import LAYERS, Folded, Layer, fold, layer, per_channel, store
+from onnxslim.passes.fuse.layer import LAYERS, Folded, Layer, fold, layer, per_channel, store, training
 from onnxslim.rewrite import Editor, Rule
 
 
@@ -62,8 +62,8 @@ def _layer_before(node: Node, index: int, edit: Editor) -> Layer | None:
 class BatchNormAfter(After):
     """BatchNormalization(L(x)) = s * L(x) + t per channel, s = scale / sqrt(var + epsilon), t = B - s * mean.
 
-    Outside training, after a convolution or a product of two matrices; in grouped transposed convolutions the
-    channels of the weight are those of one group.
+    Outside training, after a convolution, a product of two matrices or another BatchNormalization; in grouped
+    transposed convolutions the channels of the weight are those of one group.
     """
 
     name = "layer-batchnorm"
@@ -86,10 +86,9 @@ class BatchNormAfter(After):
 
 def normalization(node: Node, edit: Editor, channels: int) -> dict[str, Array] | str:
     """Scale and shift per channel of a BatchNormalization, or why there are none."""
-    if node.attrs.get("training_mode", 0) or any(out.name for out in node.outputs[1:]):
-        return "it is in training mode"
-    if edit.opset < 9 and not node.attrs.get("spatial", 1):
-        return "it normalizes every position by itself"
+    problem = training(node, edit)
+    if problem:
+        return problem
     values = [facts.constant(node, index) for index in (1, 2, 3, 4)]
     scale, shift, mean, variance = (
         None if value is None or value.shape != (channels,) else value.astype(np.float64) for value in values
@@ -104,9 +103,9 @@ def normalization(node: Node, edit: Editor, channels: int) -> dict[str, Array] |
 class ArithmeticAfter(After):
     """L(x) + c, L(x) - c, c - L(x), L(x) * c and L(x) / c with a constant per output channel of a layer.
 
-    The channels are axis 1 of a convolution and the last axis of a product: a vector of C values added to a
-    convolution runs along the width, and is no bias even if the width is C. A MatMul of matrices takes a
-    summand by becoming a Gemm, where ONNX Runtime has one.
+    The channels are axis 1 of a convolution or normalization and the last axis of a product: a vector of C
+    values added to a convolution runs along the width, and is no bias even if the width is C. A MatMul of
+    matrices takes a summand by becoming a Gemm, where ONNX Runtime has one.
     """
 
     name = "layer-arithmetic"

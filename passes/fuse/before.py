@@ -10,7 +10,7 @@ import numpy as np
 from onnxslim.graph import Array, Node, Tensor
 from onnxslim.passes import facts
 from onnxslim.passes.fuse.after import Place, normalization
-from onnxslim.passes.fuse.layer import LAYERS, Folded, Layer, layer, per_channel, store
+from onnxslim.passes.fuse.layer import PRODUCTS, Folded, Layer, layer, per_channel, store
 from onnxslim.rewrite import Editor, Rule
 
 
@@ -52,7 +52,7 @@ class BatchNormBefore(Before):
     """
 
     name = "batchnorm-layer"
-    ops = frozenset(LAYERS)
+    ops = frozenset(PRODUCTS)
     since: ClassVar[int] = 7
 
     def pattern(self, node: Node, edit: Editor) -> Ahead | None:
@@ -99,8 +99,8 @@ class ScaleBefore(Before):
     def _factors(
         self, scale: Node, side: int, values: Array, found: Layer, edit: Editor
     ) -> dict[str, Array] | str:
-        if _is_gelu(scale.inputs[1 - side]):
-            return "it is the end of a GELU, which ONNX Runtime computes as one"
+        if facts.is_gelu(scale.inputs[1 - side]):
+            return "it ends a GELU, which ONNX Runtime computes as one"
         if not facts.broadcasts_into(values.shape, edit.shape(scale.inputs[1 - side])):
             return "the constant broadcasts its input to another shape, or may"
         vector = per_channel(values, found.rank, found.axis, found.inputs)
@@ -108,13 +108,6 @@ class ScaleBefore(Before):
             return "the constant is not one value per input channel"
         with np.errstate(all="ignore"):
             return {"inputs": vector if scale.op == "Mul" else 1 / vector}
-
-
-def _is_gelu(tensor: Tensor) -> bool:
-    """Whether a tensor is x times one plus the error function, or hyperbolic tangent, of something."""
-    product = facts.made_by(tensor, "Mul")
-    sums = [facts.made_by(factor, "Add") for factor in product.inputs] if product else []
-    return any(facts.made_by(part, "Erf", "Tanh") for each in sums if each for part in each.inputs)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,16 @@ from onnxslim.model import constant_of
 from onnxslim.passes import facts
 from onnxslim.rewrite import Editor
 
-LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# A BatchNormalization has one weight per channel: its scale.
+LAYERS = (*PRODUCTS, "BatchNormalization")
 # ONNX Runtime has a fast Gemm for these; for others MatMul is faster, or there is no Gemm at all.
 GEMM_TYPES = frozenset(map(np.dtype, (np.float32, np.float64)))
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A Conv, ConvTranspose, Gemm or MatMul whose weight is in the model.
+    """A Conv, ConvTranspose, Gemm, MatMul or BatchNormalization whose weight is in the model.
 
     Attributes:
         node: the operator.
@@ -42,7 +44,7 @@ class Layer:
     def outputs(self) -> int:
         """Number of output channels."""
         shape = self.weight.shape
-        if self.node.op == "Conv":
+        if self.node.op in ("Conv", "BatchNormalization"):
             return int(shape[0])
         if self.node.op == "ConvTranspose":
             return int(shape[1]) * self.groups
@@ -97,7 +99,12 @@ def layer(node: Node | None, edit: Editor) -> Layer | None:
     tensor = node.inputs[1]
     stored = tensor.proto if isinstance(tensor, Constant) else None
     weight = None if isinstance(stored, onnx.SparseTensorProto) else constant_of(tensor)
-    if weight is None or weight.dtype not in facts.FLOATS or weight.ndim < 2:
+    if weight is None or weight.dtype not in facts.FLOATS:
+        return None
+    if node.op == "BatchNormalization":
+        ready = weight.ndim == 1 and training(node, edit) is None
+        return Layer(node, weight, 1, facts.rank(edit.shape(node.inputs[0]))) if ready else None
+    if weight.ndim < 2:
         return None
     groups = int(node.attrs.get("group", 1))
     if groups < 1 or weight.shape[0] % groups:
@@ -105,6 +112,15 @@ def layer(node: Node | None, edit: Editor) -> Layer | None:
     return Layer(
         node, weight, groups, weight.ndim if node.op != "MatMul" else _product_rank(node, weight, edit)
     )
+
+
+def training(node: Node, edit: Editor) -> str | None:
+    """Why a BatchNormalization is no fixed scale and shift per channel, if it is not."""
+    if node.attrs.get("training_mode", 0) or any(out.name for out in node.outputs[1:]):
+        return "it is in training mode"
+    if edit.opset < 9 and not node.attrs.get("spatial", 1):
+        return "it normalizes every position by itself"
+    return None
 
 
 def _product_rank(node: Node, weight: Array, edit: Editor) -> int | None:

@@ -10,11 +10,12 @@ from pydantic import Field
 
 from onnxslim import shapes
 from onnxslim.calibration import observers
-from onnxslim.calibration.collect import collect, merge
+from onnxslim.calibration.collect import Channels, Statistics, collect, merge
 from onnxslim.calibration.observers import Distribution, Histogram, Range
 from onnxslim.errors import CalibrationError
 from onnxslim.graph import Constant, Tensor
 from onnxslim.model import Model
+from onnxslim.ops import spec_of
 from onnxslim.passes.quantize.fused import fused
 from onnxslim.passes.quantize.insert import Inserter
 from onnxslim.passes.quantize.plan import Plan, Planner, exceeds
@@ -47,6 +48,9 @@ class Quantize(Pass):
         (), description="globs on node names, or operator types, to keep in float"
     )
     classifier: bool = Field(False, description="quantize the last matrix product before an output too")
+    bias_correction: bool = Field(
+        True, description="adjust biases so that rounding the weights leaves the mean of every channel alone"
+    )
     per_channel: bool = Field(True, description="one weight scale per output channel")
 
     def run(self, model: Model, ctx: Context) -> Changes:
@@ -71,29 +75,50 @@ class Quantize(Pass):
         self._insert(model, plan, seen, ctx, log)
         return log.done()
 
-    def _calibrated_plan(self, model: Model, ctx: Context, log: Log) -> tuple[Plan, dict[str, Histogram]]:
+    def _calibrated_plan(self, model: Model, ctx: Context, log: Log) -> tuple[Plan, Statistics]:
         """A plan and statistics of all its tensors; made anew where a tensor turns out to hold a mask."""
         rules = ctx.target.quantized
-        seen: dict[str, Histogram] = {}
+        seen = Statistics({}, {})
         while True:
-            masked = {name for name, histogram in seen.items() if histogram.masked}
+            masked = {name for name, histogram in seen.histograms.items() if histogram.masked}
             planner = Planner(
                 model, rules, log, exclude=self.exclude, classifier=self.classifier, masked=masked
             )
             plan = planner.plan()
-            missing = [name for name in plan.sources() if name not in seen]
+            missing = [name for name in plan.sources() if name not in seen.histograms]
+            channels = [key for key in self._channels(plan).values() if key not in seen.means]
             if not missing:
                 return plan, seen
-            seen.update(
-                collect(model, ctx.data, missing, target=ctx.target, jobs=ctx.jobs, progress=ctx.progress)
+            found = collect(
+                model,
+                ctx.data,
+                missing,
+                channels=list(dict.fromkeys(channels)),
+                target=ctx.target,
+                jobs=ctx.jobs,
+                progress=ctx.progress,
             )
+            seen.histograms.update(found.histograms)
+            seen.means.update(found.means)
 
-    def _insert(self, model: Model, plan: Plan, seen: dict[str, Histogram], ctx: Context, log: Log) -> None:
+    def _channels(self, plan: Plan) -> dict[int, Channels]:
+        """For each node whose bias can be corrected, by id, the data whose channel means that takes."""
+        found: dict[int, Channels] = {}
+        for node in plan.linear if self.bias_correction else ():
+            axis = spec_of(node).data_axis
+            if axis is not None and node.constant(2) is not None:
+                found[id(node)] = (node.inputs[0].name, axis(node))
+        return found
+
+    def _insert(self, model: Model, plan: Plan, seen: Statistics, ctx: Context, log: Log) -> None:
         rules = ctx.target.quantized
-        ranges = self._ranges(plan, seen, symmetric=rules.symmetric)
+        channels = self._channels(plan)
+        means = {node: seen.means[key].result() for node, key in channels.items() if key in seen.means}
+        ranges = self._ranges(plan, seen.histograms, symmetric=rules.symmetric)
         inserter = Inserter(model, plan, rules, log)
-        inserter.apply(ranges, self.per_channel)
+        inserter.apply(ranges, self.per_channel, means)
         log.facts["tightened"] = inserter.tightened
+        log.facts["corrected"] = inserter.corrected
         if ctx.target.provider == CPU:
             integer = {key: label for key, label in plan.labels.items() if key in plan.integer}
             log.facts.update(fused(model, integer, ctx.target))

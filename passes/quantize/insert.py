@@ -13,7 +13,7 @@ from onnxslim.graph import Array, Constant, Graph, Namer, Node, Tensor, Variable
 from onnxslim.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.passes.quantize import weights
-from onnxslim.passes.quantize.plan import Plan
+from onnxslim.passes.quantize.plan import Plan, is_movable
 from onnxslim.pipeline import Log
 from onnxslim.runtime import Quantized
 
@@ -50,18 +50,24 @@ class Inserter:
         self._log = log
         self._name = Namer(model.graph)
         self._outputs = {id(tensor) for tensor in model.graph.outputs}
-        self._weights: dict[tuple[int, int], tuple[Tensor, weights.Scales]] = {}
+        self._weights: dict[tuple[int, int], tuple[Tensor, weights.Encoded]] = {}
         self._new: list[Node] = []
         self._replaced: set[int] = set()
+        self._means: Mapping[int, Array] = {}
         self.tightened: dict[str, int] = {}
+        self.corrected = 0
 
-    def apply(self, ranges: Mapping[int, Range], per_channel: bool) -> None:
+    def apply(
+        self, ranges: Mapping[int, Range], per_channel: bool, means: Mapping[int, Array] | None = None
+    ) -> None:
         """Insert all pairs.
 
         Args:
             ranges: of each tensor of the plan, by id; tensors that share a scale have equal ones.
             per_channel: one weight scale per output channel.
+            means: of each channel of the data of a weighted node, by the id of the node; corrects its bias.
         """
+        self._means = means or {}
         scales = self._scales(ranges)
         self._fold_clamps(scales)
         dequantized = {key: self._pair(tensor, scales[key]) for key, tensor in self._plan.tensors.items()}
@@ -71,6 +77,7 @@ class Inserter:
             self._quantize_weight(node, per_channel)
         for node in self._plan.stored:
             self._store_weight(node, per_channel)
+        self._shield_outputs()
         self._graph.nodes.extend(self._new)
         self._drop_replaced()
         ir.sort(self._graph)
@@ -125,6 +132,22 @@ class Inserter:
         if fused:
             self._redirect(tensor, result)
         return result
+
+    def _shield_outputs(self) -> None:
+        """Keep outputs apart from what is moved and then quantized behind them.
+
+        ONNX Runtime moves a Q to the front of operators that move data, and does not mind if what it then
+        rounds and clips is an output of the model. It leaves tensors with a second reader alone.
+        """
+        for tensor in self._plan.tensors.values():
+            maker = ir.producer(tensor)
+            while maker is not None and is_movable(maker):
+                source = maker.inputs[0]
+                maker = ir.producer(source)
+                if maker is not None and id(source) in self._outputs:
+                    inner = self._rename(source)  # type: ignore[arg-type]
+                    ir.replace_uses(source, inner)
+                    self._add("Identity", f"{source.name}_Identity", [inner], source)  # type: ignore[arg-type]
 
     def _fused(self, tensor: Variable) -> bool:
         """Whether the pair behind a tensor is part of the integer kernel that makes it."""
@@ -226,13 +249,33 @@ class Inserter:
     # Weights
 
     def _quantize_weight(self, node: Node, per_channel: bool) -> None:
-        bias = node.constant(2) if self._rules.integer_bias else None
+        weight, bias = node.inputs[1], node.constant(2)
+        assert isinstance(weight, Constant)
         activation = self._activation_scale(node)
-        least = None if bias is None else weights.least_scales(bias.reshape(-1), activation)
+        least = None
+        if bias is not None and self._rules.integer_bias:
+            least = weights.least_scales(bias.reshape(-1), activation)
         self._replaced.update(id(tensor) for tensor in node.inputs[1:])
-        node.inputs[1], steps = self._encoded_weight(node, per_channel, least)
-        if bias is not None:
-            node.inputs[2] = self._encoded_bias(node.inputs[2], bias, steps, activation)
+        node.inputs[1], encoded = self._encoded_weight(node, per_channel, least)
+        if bias is None:
+            return
+        corrected = self._corrected_bias(node, weight, encoded, bias)
+        if self._rules.integer_bias:
+            node.inputs[2] = self._encoded_bias(node.inputs[2], corrected, encoded.scales, activation)
+        elif corrected is not bias:
+            node.inputs[2] = Constant(self._name(f"{node.inputs[2].name}_corrected"), corrected)
+
+    def _corrected_bias(self, node: Node, weight: Constant, encoded: weights.Encoded, bias: Array) -> Array:
+        """The bias that gives every output channel the mean it had before its weights were rounded."""
+        means, axis = self._means.get(id(node)), spec_of(node).channel_axis
+        assert axis is not None
+        if means is None:
+            return bias
+        lost = weights.lost_mean(weight.values, encoded, axis(node), means)
+        if lost is None or lost.size != bias.size:
+            return bias
+        self.corrected += 1
+        return (bias + lost.reshape(bias.shape)).astype(bias.dtype)
 
     def _store_weight(self, node: Node, per_channel: bool) -> None:
         """Keep a node in floating point but its weight, the bulk of a small network, in integers."""
@@ -254,14 +297,14 @@ class Inserter:
 
     def _encoded_weight(
         self, node: Node, per_channel: bool, least: weights.Scales | None
-    ) -> tuple[Tensor, weights.Scales]:
-        """The dequantized weight of a node and its scales; shared by all nodes that read one weight."""
+    ) -> tuple[Tensor, weights.Encoded]:
+        """The dequantized weight of a node and its integers; shared by all nodes that read one weight."""
         spec, weight = spec_of(node), node.inputs[1]
         assert spec.channel_axis is not None
         assert isinstance(weight, Constant)
         axis = spec.channel_axis(node)
         known = self._weights.get((id(weight), axis))
-        if known is not None and (least is None or bool((known[1] >= least).all())):
+        if known is not None and (least is None or bool((known[1].scales >= least).all())):
             return known
         pair_axis = self._pair_axis(node, weight, axis)
         encoded = weights.encode(
@@ -270,8 +313,8 @@ class Inserter:
         if encoded.tightened:
             self.tightened[self._plan.labels[id(node)]] = encoded.tightened
         result = self._dequantized(weight, encoded.codes, encoded.scales, axis, zero_point=True)
-        self._weights[id(weight), axis] = result, encoded.scales
-        return result, encoded.scales
+        self._weights[id(weight), axis] = result, encoded
+        return result, encoded
 
     def _pair_axis(self, node: Node, weight: Constant, axis: int) -> int | None:
         """The weight's axis along which kernels add products in pairs, where their sums could saturate.

@@ -89,6 +89,7 @@ class Planner:
         self._log = log
         self._masked = masked
         self._sealed = {id(self._result(node)) for node in self._nodes if _is_misread(node)}
+        self._seal_moved()
         self._tail = set[int]() if classifier else self._classifiers()
 
     def plan(self) -> Plan:
@@ -109,6 +110,17 @@ class Planner:
         everything = (*plan.linear, *plan.stored, *plan.followers)
         plan.labels = {id(node): node.label for node in everything}
         return plan
+
+    def _seal_moved(self) -> None:
+        """Seal what is moved from a tensor that a body reads: ONNX Runtime moves a Q up to that tensor, and
+        does not mind that the body then reads rounded and clipped values.
+        """
+        moved = set(self._captured)
+        for node in self._nodes:
+            if is_movable(node) and id(node.inputs[0]) in moved and producer(node.inputs[0]) is not None:
+                results = {id(tensor) for tensor in node.outputs}
+                moved |= results
+                self._sealed |= results
 
     # Weighted operators
 
@@ -137,7 +149,7 @@ class Planner:
                 return reason
         data = [node.inputs[index] for index in spec.data_inputs(node)]
         if any(id(tensor) in self._sealed for tensor in data):
-            return "what it reads must stay in floating point for the sake of the node that makes it"
+            return "ONNX Runtime would misplace a QuantizeLinear on what it reads"
         types = {tensor.dtype for tensor in (*data, *node.outputs[:1])}
         if types - {np.dtype(np.float32)}:
             return f"its data is not float32 but {', '.join(sorted(str(t) for t in types))}"
@@ -341,6 +353,11 @@ def _sources(
 
 def _standard(node: Node) -> OpSpec | None:
     return spec_of(node) if node.domain in DEFAULT_DOMAINS else None
+
+
+def is_movable(node: Node) -> bool:
+    """Whether ONNX Runtime takes a Q from behind this node to its front, or drops the node before a Q."""
+    return spec_of(node).role in (Role.CLAMP, Role.MOVE) or node.op == "Identity"
 
 
 def _is_misread(node: Node) -> bool:

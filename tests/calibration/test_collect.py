@@ -41,7 +41,7 @@ def _equal(a: Histogram, b: Histogram) -> bool:
 
 def test_histograms_are_those_of_the_tensors(model: Model) -> None:
     batches = _batches((2, 8, 8), (1, 5, 7))
-    found = collect(model, CalibrationData(batches), ["x", "r", "y"])
+    found = collect(model, CalibrationData(batches), ["x", "r", "y"]).histograms
     session = Session(tapped(model, ["r", "y"]))
     for name in ("x", "r", "y"):
         expected = Histogram()
@@ -53,8 +53,8 @@ def test_histograms_are_those_of_the_tensors(model: Model) -> None:
 def test_the_batching_of_the_samples_does_not_matter(model: Model) -> None:
     whole = _batches((6, 8, 8))
     single = [{"x": whole[0]["x"][i : i + 1]} for i in range(6)]
-    first = collect(model, CalibrationData(whole), ["x"])["x"]
-    assert _equal(first, collect(model, CalibrationData(single), ["x"])["x"])
+    first = collect(model, CalibrationData(whole), ["x"]).histograms["x"]
+    assert _equal(first, collect(model, CalibrationData(single), ["x"]).histograms["x"])
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 112, 112), (2, 64, 56, 56), (1, 300_000), (3, 5), (600_000,), ()])
@@ -81,9 +81,21 @@ def test_thinning_keeps_the_exact_range() -> None:
 
 def test_processes_give_the_bits_of_one(model: Model) -> None:
     data = CalibrationData(_batches((2, 8, 8), (3, 8, 8), (1, 9, 4)))
-    alone = collect(model, data, ["x", "r"])
-    shared = collect(model, data, ["x", "r"], jobs=2)
-    assert all(_equal(alone[name], shared[name]) for name in ("x", "r"))
+    alone = collect(model, data, ["x", "r"], channels=[("r", 1)])
+    shared = collect(model, data, ["x", "r"], channels=[("r", 1)], jobs=2)
+    assert all(_equal(alone.histograms[name], shared.histograms[name]) for name in ("x", "r"))
+    (one,), (two,) = alone.means.values(), shared.means.values()
+    np.testing.assert_array_equal(one.result(), two.result(), strict=True)
+
+
+def test_means_are_those_of_the_channels(model: Model) -> None:
+    batches = _batches((2, 8, 8), (1, 5, 7))
+    found = collect(model, CalibrationData(batches), [], channels=[("r", 1), ("x", 1)])
+    session = Session(tapped(model, ["r"]))
+    values = [session.run(feeds)["r"] for feeds in batches]
+    pixels = np.concatenate([np.moveaxis(value, 1, 0).reshape(4, -1) for value in values], axis=1)
+    np.testing.assert_allclose(found.means["r", 1].result(), pixels.mean(axis=1), atol=1e-6)
+    assert found.means["x", 1].result().shape == (3,)
 
 
 def test_progress_is_reported(model: Model) -> None:

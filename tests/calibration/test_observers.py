@@ -16,7 +16,6 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from onnxslim.calibration.observers import (
-    MASK_MAGNITUDE,
     Distribution,
     Histogram,
     MinMax,
@@ -30,6 +29,7 @@ from onnxslim.calibration.observers import (
     quantization_error,
 )
 from onnxslim.errors import CalibrationError
+from onnxslim.graph import MASK_MAGNITUDE
 
 Array = NDArray[Any]
 Method = Callable[..., Range]

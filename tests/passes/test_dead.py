@@ -164,7 +164,7 @@ def lists(body: str, opset: int = 17, **constants: Any) -> tuple[int, int]:
     ],
 )
 def test_lists_end_with_what_is_used(body: str, expected: tuple[int, int]) -> None:
-    constants = {
+    constants: dict[str, Any] = {
         "four": np.ones(4, np.float32),
         "one": np.array(1, np.float32),
         "two": np.array([2], np.int64),

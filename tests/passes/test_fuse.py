@@ -7,9 +7,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import numpy_helper
 
 from onnxslim.errors import UsageError
 from onnxslim.graph import Array, Constant
@@ -104,6 +106,33 @@ def test_weights_may_be_constant_nodes() -> None:
     same_outputs(model, after)
 
 
+def test_old_files_declare_their_constants() -> None:
+    """Before IR version 4 constants are listed among the inputs, with a shape that has to stay right."""
+    model = parse(
+        "g (float[N,3] x) => (float[N,2] y) <float[3,2] w = {1,2,3,4,5,6}, float b = {7}, float[2] c = {8,9}>"
+        "{ a = Gemm(x, w, b) y = Add(a, c) }",
+        ir_version=3,
+        opset=9,
+    )
+    proto = model.to_proto()
+    after, _ = apply(Fuse(), load(proto))
+    assert ops(after) == {"Gemm": 1}
+    same_outputs(model, after)
+
+
+def test_a_sparse_weight_stays_sparse() -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,40] x) => (float[N,30] y) <float c = {2}>'
+        "{ a = MatMul(x, w) y = Mul(a, c) }"
+    )
+    kept = numpy_helper.from_array(np.array([1, 2], np.float32), "w")
+    places = numpy_helper.from_array(np.array([3, 700], np.int64), "places")
+    proto.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(kept, places, [40, 30]))
+    after, changes = apply(Fuse(), load(proto))
+    assert not changes
+    assert len(after.to_proto().graph.sparse_initializer) == 1
+
+
 def test_does_not_make_the_file_grow() -> None:
     """Four layers share one weight; a factor for one of them is not worth a second copy."""
     calls = " ".join(f"a{i} = Conv(x, w) y{i} = Mul(a{i}, c{i})" for i in range(4))
@@ -171,7 +200,7 @@ def test_leaves_the_end_of_a_gelu_to_onnx_runtime() -> None:
     )
     _, changes = apply(Fuse(), model)
     assert [skip.reason for skip in changes.skipped] == [
-        "scale-layer: it is the end of a GELU, which ONNX Runtime computes as one"
+        "scale-layer: it ends a GELU, which ONNX Runtime computes as one"
     ]
 
 

@@ -355,6 +355,44 @@ def test_rounding_is_to_the_nearest_code(weight: Array, axis: int) -> None:
     assert (np.abs(encoded.codes * scales - weight) <= 0.5001 * scales).all()
 
 
+@given(st.integers(1, 3), st.booleans(), st.booleans())
+@settings(deadline=None)
+def test_the_lost_mean_is_what_the_outputs_lose(groups: int, per_channel: bool, transposed: bool) -> None:
+    pixels, channels = 50, 4 * groups
+    weight = _normal(6 * groups, 4, 1, 1)
+    encoded = weights.encode(weight, 0, per_channel=per_channel)
+    data = _normal(1, channels, pixels, 1) + 1.0
+    error = weight - encoded.codes * encoded.scales.reshape([-1 if encoded.scales.ndim else 1, 1, 1, 1])
+    by_group = np.split(data[0, :, :, 0], groups)
+    lost = [np.squeeze(w, (2, 3)) @ x for w, x in zip(np.split(error, groups), by_group, strict=True)]
+    means = data.mean(axis=(0, 2, 3))
+    found = weights.lost_mean(weight, encoded, 0, means)
+    assert found is not None
+    np.testing.assert_allclose(found, np.concatenate(lost).mean(axis=1), atol=1e-5)
+    if groups == 1 and transposed:
+        matrix = np.ascontiguousarray(weight[:, :, 0, 0].T)
+        turned = weights.encode(matrix, 1, per_channel=per_channel)
+        again = weights.lost_mean(matrix, turned, 1, means)
+        assert again is not None
+        np.testing.assert_allclose(again, found, atol=1e-6)
+
+
+def test_bias_correction_keeps_the_mean_of_every_channel() -> None:
+    model = parse(
+        """g (float[N,8,6,6] x) => (float[N,4,6,6] y) <float[4,8,1,1] w = {1}, float[4] b = {1}>
+        { y = Conv(x, w, b) }"""
+    )
+    _with(model, w=_normal(4, 8, 1, 1), b=_normal(4))
+    feeds = {"x": np.abs(_normal(16, 8, 6, 6)) + 2.0}
+    expected = Session(model).run(feeds)["y"].mean(axis=(0, 2, 3))
+
+    def shift(**options: Any) -> float:
+        after, _ = _quantize(model, feeds, per_channel=False, **options)
+        return float(np.abs(Session(after).run(feeds)["y"].mean(axis=(0, 2, 3)) - expected).max())
+
+    assert shift() < 0.2 * shift(bias_correction=False)
+
+
 def test_tightening_costs_less_than_seven_bits() -> None:
     weight = _normal(64, 64, 3, 3)
 

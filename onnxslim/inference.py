@@ -1,0 +1,201 @@
+"""onnx's shape inference, kept from taking things on trust and corrected where ONNX Runtime differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.shape_inference
+from onnx import AttributeProto, GraphProto, TensorProto, helper
+
+from onnxslim import proto, quirks
+from onnxslim.graph import Constant, Dim, Graph, Node, Shape
+from onnxslim.model import Model
+
+# Rounds in which shapes are corrected to what ONNX Runtime makes of them, before they count as unknown.
+MAX_CORRECTIONS = 8
+# Propagation of values takes 80 bytes for each element of each vector; it is not done beyond this number.
+MAX_PROPAGATED_ELEMENTS = 1 << 20
+# Shape inference reads the values of constants that steer shapes, never those of weights.
+MAX_STEERING_ELEMENTS = 4096
+# A domain inference knows nothing of.
+_OPAQUE = "opaque"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is certain about a tensor.
+
+    Attributes:
+        dtype: type of its elements; None if unknown or if it is not a tensor.
+        shape: as for any tensor. Two axes with one symbol have one size, even if it is not declared.
+    """
+
+    dtype: np.dtype[Any] | None
+    shape: Shape
+
+
+class Inference:
+    """Shape inference on a model that believes its inputs, its constants and its operators, and nothing else.
+
+    Args:
+        model: not modified; must not change as long as this is in use.
+
+    Attributes:
+        symbols: the names of free axes of the inputs; axes without a name have got one.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._bare = skeleton(model)
+        self._bare.opset_import.add(domain=_OPAQUE, version=1)
+        _forget(self._bare.graph)
+        self.symbols = set(_name_axes(self._bare.graph))
+
+    def facts(self) -> dict[int, Fact]:
+        """What follows, by id of the tensor."""
+        for attempt in count():
+            facts = _facts(self._model, run(self._bare) or self._bare)
+            wrong = dict(_disagreements(self._model, facts))
+            if not wrong:
+                break
+            if attempt >= MAX_CORRECTIONS:
+                wrong = {key: (None,) * len(shape) for key, shape in wrong.items()}
+            self.state(wrong, facts)
+        return facts
+
+    def state(self, shapes: Mapping[int, tuple[Dim, ...]], facts: Mapping[int, Fact]) -> None:
+        """Fix shapes of outputs, by id, from here on; inference no longer looks at the nodes that make them.
+
+        Args:
+            shapes: the shapes, by id of the first output of a node.
+            facts: what was found so far, for the types.
+        """
+        for graph, found in side_by_side(self._model.graph, self._bare.graph):
+            for node, made in zip(graph.nodes, found.node, strict=True):
+                if node.outputs and id(node.outputs[0]) in shapes:
+                    made.domain = _OPAQUE
+                    for tensor in node.outputs:
+                        _declare(found, tensor.name, facts.get(id(tensor)), shapes.get(id(tensor)))
+
+
+def run(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """The model with shapes inferred; None if inference fails."""
+    try:
+        plain = onnx.shape_inference.infer_shapes(model)
+        if _vector_elements(plain.graph) > MAX_PROPAGATED_ELEMENTS:
+            return plain
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        return None
+
+
+def skeleton(model: Model) -> onnx.ModelProto:
+    """The model without weights, and without defaults of inputs, which are no constants."""
+    bones = model.to_proto_with(_small_values)
+    if model.graph.defaults:
+        kept = [item for item in bones.graph.initializer if item.name not in model.graph.defaults]
+        del bones.graph.initializer[:]
+        bones.graph.initializer.extend(kept)
+    return bones
+
+
+def side_by_side(graph: Graph, found: GraphProto) -> Iterator[tuple[Graph, GraphProto]]:
+    """Graphs and their protobufs in pairs: two bodies may use one name for different tensors."""
+    pending = [(graph, found)]
+    while pending:
+        graph, found = pending.pop()
+        yield graph, found
+        for node, made in zip(graph.nodes, found.node, strict=True):
+            pending.extend(_bodies(node, made))
+
+
+def _bodies(node: Node, made: onnx.NodeProto) -> Iterator[tuple[Graph, GraphProto]]:
+    if node.bodies:
+        graphs = {item.name: item.g for item in made.attribute if item.HasField("g")}
+        yield from ((value, graphs[name]) for name, value in node.attrs.items() if isinstance(value, Graph))
+
+
+def _facts(model: Model, inferred: onnx.ModelProto) -> dict[int, Fact]:
+    facts: dict[int, Fact] = {}
+    for graph, found in side_by_side(model.graph, inferred.graph):
+        infos = {info.name: info for info in (*found.input, *found.value_info, *found.output)}
+        for tensor in (*graph.inputs, *(made for node in graph.nodes for made in node.outputs)):
+            if tensor.name in infos:
+                kind = infos[tensor.name].type
+                facts[id(tensor)] = Fact(proto.dtype_of(kind.tensor_type.elem_type), proto.shape_of(kind))
+    return facts
+
+
+def _disagreements(model: Model, facts: Mapping[int, Fact]) -> Iterator[tuple[int, tuple[Dim, ...]]]:
+    """Outputs, by id, of another shape than was inferred for them, with that shape."""
+    unknown = Fact(None, None)
+    for node in model.nodes():
+        if node.op in quirks.MAY_DIFFER and node.inputs:
+            data, made = node.inputs[0], facts.get(id(node.outputs[0]), unknown)
+            source = data.shape if isinstance(data, Constant) else facts.get(id(data), unknown).shape
+            actual = quirks.output_shape(node, source)
+            if actual is not None and made.dtype is not None and not quirks.agree(actual, made.shape):
+                yield id(node.outputs[0]), actual
+
+
+def _declare(graph: GraphProto, name: str, fact: Fact | None, shape: Shape) -> None:
+    if fact is None or fact.dtype is None:
+        return
+    declared = next((info for info in (*graph.output, *graph.value_info) if info.name == name), None)
+    info = declared if declared is not None else graph.value_info.add(name=name)
+    info.type.CopyFrom(helper.make_tensor_type_proto(proto.elem_type_of(fact.dtype), shape))
+
+
+def _forget(graph: GraphProto) -> None:
+    """Drop every shape that is not declared of an input of the model."""
+    pending = [(graph, False)]
+    while pending:
+        current, nested = pending.pop()
+        del current.value_info[:]
+        for info in (*current.output, *(current.input if nested else ())):
+            if info.type.WhichOneof("value") == "tensor_type":
+                info.type.tensor_type.ClearField("shape")
+        pending.extend((body, True) for body in _nested(current))
+
+
+def _name_axes(graph: GraphProto) -> Iterator[str]:
+    """Give axes that have neither size nor symbol a symbol of their own; yields all symbols."""
+    for info in graph.input:
+        for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+            if not dim.dim_param and not (dim.HasField("dim_value") and dim.dim_value >= 0):
+                dim.dim_param = f"{info.name}[{axis}]"
+            if dim.dim_param:
+                yield dim.dim_param
+
+
+def _vector_elements(graph: GraphProto) -> int:
+    """Elements of all tensors of one axis."""
+    total = 0
+    pending = [graph]
+    while pending:
+        current = pending.pop()
+        for info in (*current.input, *current.value_info, *current.output):
+            if len(info.type.tensor_type.shape.dim) == 1:
+                total += info.type.tensor_type.shape.dim[0].dim_value
+        pending.extend(_nested(current))
+    return total
+
+
+def _nested(graph: GraphProto) -> Iterator[GraphProto]:
+    for node in graph.node:
+        for item in node.attribute:
+            if item.type == AttributeProto.GRAPH:
+                yield item.g
+
+
+def _small_values(constant: Constant) -> TensorProto:
+    if constant.size <= MAX_STEERING_ELEMENTS:
+        return proto.encode_embedded(constant)
+    tensor = TensorProto(name=constant.name, data_type=proto.elem_type_of(constant.dtype))
+    tensor.dims.extend(constant.shape)
+    return tensor

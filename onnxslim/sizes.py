@@ -1,0 +1,149 @@
+"""Output shapes in terms of symbols, where onnx's inference only says that a size is unknown.
+
+Each rule holds for every run of the model that does not fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from onnxslim import terms
+from onnxslim.graph import Node
+from onnxslim.quirks import OPEN_END
+from onnxslim.terms import Term
+from onnxslim.values import number
+
+if TYPE_CHECKING:
+    from onnxslim.dims import Dims
+
+Sizes: TypeAlias = "tuple[Term | None, ...]"
+Rule: TypeAlias = "Callable[[Node, Dims], Sizes | None]"
+
+
+def _range(node: Node, dims: Dims) -> Sizes | None:
+    start, limit, step = (dims.value(node.input(index)) for index in range(3))
+    if limit is None or number(start) != 0 or number(step) != 1 or not terms.is_size(limit.only):
+        return None
+    return (limit.only,)
+
+
+def _expand(node: Node, dims: Dims) -> Sizes | None:
+    data, target = dims.shape(node.input(0)), dims.value(node.input(1))
+    if data is None or target is None or target.scalar:
+        return None
+    return _broadcast([data, target.terms])
+
+
+def _elementwise(node: Node, dims: Dims) -> Sizes | None:
+    shapes = [shape for tensor in node.inputs if (shape := dims.shape(tensor)) is not None]
+    return _broadcast(shapes) if len(shapes) == len(node.inputs) else None
+
+
+def _broadcast(shapes: Sequence[Sizes]) -> Sizes:
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
+    return tuple(terms.broadcast(column) for column in zip(*padded, strict=True))
+
+
+def _matmul(node: Node, dims: Dims) -> Sizes | None:
+    first, second = dims.shape(node.input(0)), dims.shape(node.input(1))
+    if first is None or second is None or len(first) < 2 or len(second) < 2:
+        return None
+    return (*_broadcast([first[:-2], second[:-2]]), first[-2], second[-1])
+
+
+def _slice(node: Node, dims: Dims) -> Sizes | None:
+    data = dims.shape(node.input(0))
+    starts, ends, axes, steps = (dims.value(node.input(index)) for index in range(1, 5))
+    if data is None or starts is None or ends is None or dims.opset < 10:
+        return None
+    at = tuple(range(len(starts.terms))) if node.input(3) is None else axes.numbers if axes else None
+    if at is None or not len(at) == len(starts.terms) == len(ends.terms) or max(at) >= len(data):
+        return None
+    if node.input(4) is not None and (steps is None or set(steps.terms) != {1}):
+        return None
+    sizes: list[Term | None] = list(data)
+    for axis, start, end in zip(at, starts.terms, ends.terms, strict=True):
+        sizes[axis] = _cut(data[axis], end) if start == 0 else None
+    return tuple(sizes)
+
+
+def _cut(size: Term, end: Term | None) -> Term | None:
+    """What is left of an axis up to `end`."""
+    if isinstance(end, int) and end >= OPEN_END:
+        return size
+    if isinstance(end, int) and isinstance(size, int):
+        return max(0, size + end) if end < 0 else min(size, end)
+    return terms.least(size, end) if end is not None and terms.is_size(end) else None
+
+
+def _reshape(node: Node, dims: Dims) -> Sizes | None:
+    data, target = dims.shape(node.input(0)), dims.value(node.input(1))
+    if target is None or target.scalar:
+        return None
+    zeros = bool(node.attrs.get("allowzero", 0))
+    sizes = [
+        data[axis] if size == 0 and not zeros and data is not None and axis < len(data) else size
+        for axis, size in enumerate(target.terms)
+    ]
+    if sizes.count(-1) == 1:
+        others = [size for size in sizes if size is not None and size != -1]
+        rest = None
+        if data is not None and len(others) == len(sizes) - 1:
+            rest = terms.exactly_over(terms.product(data), terms.product(others))
+        sizes[sizes.index(-1)] = rest
+    return tuple(size if terms.is_size(size) else None for size in sizes)
+
+
+def _flatten(node: Node, dims: Dims) -> Sizes | None:
+    data, axis = dims.shape(node.input(0)), node.attrs.get("axis", 1)
+    return None if data is None else (terms.product(data[:axis]), terms.product(data[axis:]))
+
+
+def _concat(node: Node, dims: Dims) -> Sizes | None:
+    shapes = [shape for tensor in node.inputs if (shape := dims.shape(tensor)) is not None]
+    if len(shapes) != len(node.inputs) or len({len(shape) for shape in shapes}) != 1:
+        return None
+    axis = node.attrs.get("axis", 1) % len(shapes[0])
+    total: Term = 0
+    for shape in shapes:
+        total = terms.plus(total, shape[axis])
+    return tuple(total if index == axis else size for index, size in enumerate(shapes[0]))
+
+
+_ELEMENTWISE = [
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Pow",
+    "Mod",
+    "And",
+    "Or",
+    "Xor",
+    "Equal",
+    "Greater",
+    "Less",
+    "GreaterOrEqual",
+    "LessOrEqual",
+    "Where",
+    "Min",
+    "Max",
+    "Sum",
+    "Mean",
+    "BitwiseAnd",
+    "BitwiseOr",
+    "BitwiseXor",
+]
+
+RULES: dict[str, Rule] = {
+    "Range": _range,
+    "Expand": _expand,
+    "MatMul": _matmul,
+    "Slice": _slice,
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Concat": _concat,
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+}

@@ -1,0 +1,91 @@
+"""Checker: what it must refuse, what it must let through, and on which inputs it looks."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx.parser
+import pytest
+
+from onnxslim.check import Checker, difference
+from onnxslim.errors import LoadError
+from onnxslim.graph import Array
+from onnxslim.model import Model, load
+from onnxslim.passes.slim import Slim
+from onnxslim.pipeline import Pipeline
+from onnxslim.runtime import Target
+from tests.helpers import ops, parse
+
+
+def _normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def _refuses(model: Model, name: str, values: Array) -> bool:
+    """Whether the checker notices that a constant was replaced."""
+    checker, other = Checker(model, Target.cpu()), model.copy()
+    other.graph.initializers[name].values = values
+    try:
+        checker(other, lossless=True)
+    except LoadError:
+        return True
+    return False
+
+
+def test_a_mask_value_does_not_hide_an_error() -> None:
+    model = parse(
+        "g (float[N,8] x, float[8,8] w, float[1,8] k) => (float[N,8] y) { a = MatMul(x, w) y = Add(a, k) }",
+        {"w": _normal(8, 8), "k": np.array([[0.0] * 7 + [-3.4e38]], np.float32)},
+    )
+    assert _refuses(model, "w", _normal(8, 8, seed=1))
+    assert not _refuses(model, "w", model.graph.initializers["w"].values * np.float32(1 + 1e-6))
+
+
+def test_words_beyond_the_first_two_are_looked_up() -> None:
+    model = parse(
+        "g (int64[B,S] ids, float[100,8] e) => (float[B,S,8] y) { y = Gather(e, ids) }",
+        {"e": _normal(100, 8)},
+    )
+    changed = model.graph.initializers["e"].values.copy()
+    changed[10:] = 0
+    assert _refuses(model, "e", changed)
+
+
+def test_inputs_that_take_only_zeros_and_ones_get_those() -> None:
+    model = parse(
+        "g (int64[B,S] ids, float[2,8] e) => (float[B,S,8] y) { y = Gather(e, ids) }", {"e": _normal(2, 8)}
+    )
+    feeds = Checker(model, Target.cpu()).feeds
+    assert feeds
+    assert all(each["ids"].max() == 1 for each in feeds)
+
+
+def test_sizes_are_never_made_up_large() -> None:
+    model = parse("g (int64[4] s) => (float[A,B,C,D] y) { y = ConstantOfShape(s) }")
+    assert all(each["s"].max() <= 1 for each in Checker(model, Target.cpu()).feeds)
+
+
+@pytest.mark.parametrize(
+    ("reference", "actual", "problem"),
+    [
+        ([1.0, -3.4e38], [1.0, -3.4e38], ""),
+        ([1.0, -3.4e38], [1.1, -3.4e38], "differs by 0.1"),
+        ([1.0, -3.4e38], [1.0, -1.0e38], "differs by 2.4e+38"),
+        ([1.0, -np.inf], [1.0, -np.inf], ""),
+        ([1.0, np.nan], [1.0, 2.0], "NaN"),
+    ],
+)
+def test_differences_are_measured_apart_from_masks(
+    reference: list[float], actual: list[float], problem: str
+) -> None:
+    found = difference(np.array(reference, np.float32), np.array(actual, np.float32))
+    assert problem in found if problem else not found
+
+
+def test_a_model_that_cannot_run_is_still_slimmed_and_checked_by_structure() -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17, "custom" : 1]>
+        g (float[N] x) => (float[N] y) { a = custom.Foo(x) b = Identity(a) y = Relu(b) }"""
+    )
+    result = Pipeline(Slim())(load(proto))
+    assert ops(result.model) == {"Foo": 1, "Relu": 1}
+    assert any("does not run" in note for note in result.report.notes)
