@@ -11,7 +11,8 @@ A cell holds, in this order: nodes, those of nested graphs included, Constant no
 relative to the original's; CPU seconds of the call itself, in a fresh process, imports done, any checks the
 tool makes by itself included; largest difference of an output relative to its largest magnitude ("=" where
 every bit is equal), ONNX Runtime's optimizations off for both; latency relative to the original's, on one
-thread, optimizations on, all tools in turn.
+thread, optimizations on, all tools in turn. The last rows sum up the models that all tools can do: nodes and
+seconds are added, sizes and latencies averaged geometrically.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
 import venv
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The runtime is the same for all of them.
 RUNTIME = "onnxruntime==1.31.1"
 TIMEOUT_S = 900
+ERROR = re.compile(r"[\w.]+(Error|Exception|Fail)\b")
 
 # What each tool's own process runs. Imports come first: only the call is timed.
 WORKER = """
@@ -156,8 +159,8 @@ def simplify(python: Path, tool: Tool, source: Path, target: Path) -> float | st
         return f"more than {TIMEOUT_S} s"
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
-        last = (done.stderr.strip().splitlines() or [""])[-1].split(":")[0]
-        return f"crash: {last[:60] or f'code {done.returncode}'}"
+        raised = [line for line in done.stderr.splitlines() if ERROR.match(line)]
+        return f"crash: {raised[-1].split(':')[0] if raised else f'code {done.returncode}'}"
     return float(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
@@ -188,12 +191,10 @@ def measure(source: Path, feeds: Feeds, pythons: Mapping[str, Path]) -> dict[str
                 print(f"{name}: {error}", file=sys.stderr)
                 cells[name] = Cell(problem="does not run")
                 continue
-            cells[name] = Cell(
-                _nodes(made), made.stat().st_size / source.stat().st_size, seconds, worst, math.nan
-            )
+            cells[name] = Cell(_nodes(made), made.stat().st_size / source.stat().st_size, seconds, worst)
         _, ratios = latencies(list(sessions.values()), feeds, rounds=100, seconds=10)
     for name, ratio in zip(sessions, ratios, strict=True):
-        cells[name] = Cell(**{**vars(cells[name]), "latency": ratio})
+        cells[name] = replace(cells[name], latency=ratio)
     return cells
 
 
@@ -226,20 +227,24 @@ def _relative(reference: Any, actual: Any) -> float:
 # -------------------------------------------------------------------------------------------- printing
 
 
-def totals(rows: Sequence[Mapping[str, Cell]], tool: str) -> str:
-    """Sums over the models that every tool could do: nodes, size, CPU seconds, worst difference, latency."""
+def totals(title: str, rows: Sequence[Mapping[str, Cell]], tools: Sequence[str]) -> str:
+    """Figures of all models that every tool can do: sums of nodes and seconds, geometric means, the worst
+    difference."""
     done = [row for row in rows if not any(cell.problem for cell in row.values())]
-    cells = [row[tool] for row in done]
-    latency = math.exp(sum(math.log(cell.latency) for cell in cells) / len(cells))
-    size = math.exp(sum(math.log(cell.size) for cell in cells) / len(cells))
-    return str(
-        Cell(
-            sum(cell.nodes for cell in cells),
-            size,
-            sum(cell.seconds for cell in cells),
-            max(cell.difference for cell in cells),
-            latency,
-        )
+    if not done:
+        return f"| {title} | – |" + " – |" * len(tools)
+    cells = [str(_total([row[tool] for row in done])) for tool in tools]
+    nodes, size = (sum(getattr(row["before"], name) for row in done) for name in ("nodes", "size"))
+    return f"| {len(done)} of {len(rows)} {title} | {nodes}, {size:.2f} | {' | '.join(cells)} |"
+
+
+def _total(cells: Sequence[Cell]) -> Cell:
+    return Cell(
+        nodes=sum(cell.nodes for cell in cells),
+        size=float(np.exp(np.mean([np.log(cell.size) for cell in cells]))),
+        seconds=sum(cell.seconds for cell in cells),
+        difference=max(cell.difference for cell in cells),
+        latency=float(np.exp(np.mean([np.log(cell.latency) for cell in cells]))),
     )
 
 
@@ -259,17 +264,14 @@ def main() -> None:
     pythons = {name: environment(name, words.venvs) for name in words.tools}
     print(f"| model | before: nodes, MB | {' | '.join(pythons)} |")
     print("|---|---|" + "---|" * len(pythons), flush=True)
-    rows = []
+    rows: dict[str, dict[str, Cell]] = {}
     for name in words.model or known:
-        cells = measure(*known[name], pythons)
-        rows.append(cells)
+        cells = rows[name] = measure(*known[name], pythons)
         before = f"{cells['before'].nodes}, {cells['before'].size:.2f}"
         print(f"| {name} | {before} | {' | '.join(str(cells[tool]) for tool in pythons)} |", flush=True)
-    complete = [row for row in rows if not any(cell.problem for cell in row.values())]
-    if complete:
-        nodes = sum(row["before"].nodes for row in complete)
-        shown = " | ".join(totals(rows, tool) for tool in pythons)
-        print(f"| {len(complete)} models that all tools can do | {nodes} | {shown} |")
+    for title, light in (("trained models", False), ("light models", True)):
+        chosen = [cells for name, cells in rows.items() if name.startswith("light_") == light]
+        print(totals(title, chosen, list(pythons)))
 
 
 if __name__ == "__main__":

@@ -531,6 +531,8 @@ def _process(job: _Job, chain: Sequence[Pass], asked: Request | None = None) -> 
 
     target = Target.named(job.target)
     model = load(job.source)
+    for note in asked.notes if asked else ():
+        _log(f"warning: {note}")
     model = asked.edit(model) if asked else model
     data, labels = _data(job.data, job.batch_size, job.labels_key, model)
     feeds = asked.feeds(model) if asked else None

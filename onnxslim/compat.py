@@ -257,6 +257,8 @@ class Request:
             UsageError: see `slim`.
             ValidationError: see `slim`.
         """
+        for note in self.notes:
+            logger.warning(note)
         original = self.edit(model)
         feeds = self.feeds(original)
         result = Pipeline(self.step())(original, data=None if feeds is None else [feeds])
@@ -270,8 +272,6 @@ class Request:
         """
         if self.model_check:
             require_same_outputs(original, result.model, feeds)
-        for note in self.notes:
-            logger.warning(note)
         for change in (change for step in result.report.steps for change in step.changes.changed):
             logger.debug("%s: %s %s", change.node, change.action, change.reason)
         return replace(result, report=replace(result.report, notes=(*result.report.notes, *self.notes)))

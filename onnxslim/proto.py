@@ -56,7 +56,8 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
     if kind == "dim_value":
         # Some exporters write -1 where they mean "unknown".
         return int(dim.dim_value) if dim.dim_value >= 0 else None
-    return str(dim.dim_param) or None if kind == "dim_param" else None
+    # Equal names promise equal sizes, but some write one name for whatever they do not know.
+    return str(dim.dim_param) if kind == "dim_param" and dim.dim_param not in ("", "?", "-1") else None
 
 
 def fields_but(proto: Message, *left_out: str) -> Message:

@@ -137,6 +137,18 @@ def test_bit_width(dtype: np.dtype[np.generic], bits: int) -> None:
     assert bit_width(dtype) == bits
 
 
+def test_sizes_that_exporters_do_not_know_are_unknown() -> None:
+    model = parse("g (float[A, B] x) => (float[A, A] y) { y = Relu(x) }")
+    proto = model.to_proto()
+    for dim, name in zip(proto.graph.input[0].type.tensor_type.shape.dim, ("?", "?"), strict=True):
+        dim.dim_param = name
+    proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = -1
+    read = load(proto)
+    assert read.graph.inputs[0].shape == (None, None)
+    assert read.graph.outputs[0].shape == ("A", None)
+    assert read.to_proto() == proto
+
+
 def test_unordered_nodes_are_put_in_order() -> None:
     model = parse("g (float[N] x) => (float[N] y) { y = Neg(a) a = Relu(x) }")
     assert [node.op for node in model.graph.nodes] == ["Relu", "Neg"]

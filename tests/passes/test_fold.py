@@ -17,8 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxslim.errors import LoadError
 from onnxslim.graph import Constant
 from onnxslim.model import Model, load
-from onnxslim.passes import fold
 from onnxslim.passes.fold import Fold
+from onnxslim.passes.fold.values import WORKING_BYTES
 from onnxslim.pipeline import Changes
 from tests.helpers import apply, feeds_for, ops, parse, run, same_outputs
 
@@ -389,7 +389,7 @@ def test_only_what_is_stored_counts_within_reason() -> None:
     constants: dict[str, Any] = {"one": np.ones(1, np.float32), "shape": np.array([1 << 20], np.int64)}
     result, _ = folded(parse(text, constants))
     assert ops(result) == {"Add": 1}
-    constants["shape"] = np.array([(fold.WORKING_BYTES >> 2) + 1000], np.int64)
+    constants["shape"] = np.array([(WORKING_BYTES >> 2) + 1000], np.int64)
     result, changes = apply(Fold(), parse(text, constants))
     assert ops(result)["Expand"] == 1
     assert "too large" in reasons(changes)

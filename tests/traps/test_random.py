@@ -225,7 +225,7 @@ STEPS: tuple[Callable[[Chain], None], ...] = (
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_random_chains(data: st.DataObject) -> None:
     chain = Chain(data, (2, 4, 6, 6))

@@ -1,0 +1,219 @@
+"""What depends on constants alone, computed by ONNX Runtime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from onnxslim import budget
+from onnxslim import graph as ir
+from onnxslim.dims import Dims
+from onnxslim.errors import LoadError
+from onnxslim.evaluate import evaluate
+from onnxslim.graph import Array, Constant, Node, Tensor, Variable
+from onnxslim.model import literal
+from onnxslim.ops import spec_of
+from onnxslim.passes.fold.edits import Edits
+
+# A node is not run ahead of time if it makes this much more than the largest constant it depends on.
+WORKING_BYTES = 64 << 20
+# Sessions opened in one run; more are needed only to find out what ONNX Runtime cannot compute.
+MAX_SESSIONS = 256
+# The size of their results depends on values, but has at most so many bytes per element they read.
+_BYTES_PER_INPUT = {"NonZero": 64, "Compress": 16, "Unique": 16}
+_DIVISIONS = frozenset(("Div", "Mod"))
+
+
+class Values:
+    """Computes what depends on constants alone."""
+
+    def __init__(self, edits: Edits, max_growth: int) -> None:
+        self._edits, self._max_growth = edits, max_growth
+        self._sessions = 0
+        self._failed: dict[int, tuple[Node, str]] = {}
+        self._notes: dict[int, tuple[Node, str]] = {}
+        self._values: dict[int, Array] = {}
+        self._dims: Dims
+
+    def may_fold(self, node: Node) -> bool:
+        """Whether this node may be computed ahead of time, as far as its operator and inputs tell."""
+        return self._is_allowed(node) and all(self._is_constant(tensor) for tensor in _reads(node))
+
+    def notes(self) -> Iterator[tuple[Node, str]]:
+        """Nodes that stayed although they depend on constants alone, and why."""
+        yield from self._notes.values()
+        yield from self._failed.values()
+
+    def fold(self, dims: Dims) -> bool:
+        """Replace nodes by their values; True if any was."""
+        self._dims, self._values = dims, self._literals()
+        while True:
+            nodes = self._candidates()
+            plan = budget.plan(nodes, self._nbytes, self._edits.fixed, self._max_growth)
+            missing = {id(tensor) for tensor in plan.stored if id(tensor) not in self._values}
+            if not missing:
+                break
+            self._compute(nodes, missing)
+        for node, size in plan.refused:
+            self._note(node, f"storing its result of {size} bytes would make the model larger")
+        self._edits.replace(plan.removed, {id(tensor): self._values[id(tensor)] for tensor in plan.stored})
+        self._values = {}
+        return bool(plan.removed)
+
+    def _note(self, node: Node, reason: str) -> None:
+        self._notes[id(node)] = (node, reason)
+
+    def _is_allowed(self, node: Node) -> bool:
+        return (
+            self._edits.is_standard(node)
+            and not node.bodies
+            and bool(_reads(node))
+            and spec_of(node).foldable
+            and id(node) not in self._failed
+        )
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        node = ir.producer(tensor)
+        return isinstance(tensor, Constant) or (node is not None and node.op == "Constant")
+
+    def _literals(self) -> dict[int, Array]:
+        """Values of the Constant nodes that had to stay."""
+        nodes = (node for node in self._edits.model.nodes() if node.op == "Constant")
+        found = ((node.outputs[0], literal(node)) for node in nodes if self._edits.is_standard(node))
+        return {id(tensor): values for tensor, values in found if values is not None and tensor.outputs}
+
+    def _candidates(self) -> list[Node]:
+        """Nodes that depend on constants alone and can be run without needing too much memory."""
+        self._notes.clear()
+        nodes: list[Node] = []
+        largest: dict[int, int] = {}
+        for node in self._edits.model.nodes():
+            reads = _reads(node)
+            if not self._is_allowed(node):
+                continue
+            if not all(id(tensor) in largest or self._is_known(tensor) for tensor in reads):
+                continue
+            room = max(largest.get(id(tensor)) or self._nbytes(tensor) for tensor in reads)
+            obstacle = self._obstacle(node, room + WORKING_BYTES)
+            if obstacle:
+                self._note(node, obstacle)
+                continue
+            nodes.append(node)
+            largest.update((id(tensor), room) for tensor in node.outputs)
+        return nodes
+
+    def _obstacle(self, node: Node, room: int) -> str:
+        """Why a node cannot be run ahead of time; empty if it can."""
+        total = 0
+        for tensor in node.outputs:
+            if not tensor.name:
+                continue
+            if node.op in _DIVISIONS and self._may_trap(node):
+                return "dividing these integers ahead of time could end the process"
+            dtype = self._dims.dtype(tensor)
+            if dtype is None:
+                return "the type of its result is not known"
+            if not self._edits.can_store(tensor, dtype):
+                return f"it makes an output, and this opset has no Constant of type {dtype}"
+            size = self._limit(tensor, node)
+            if size is None:
+                return "the size of its result is not known"
+            total += size
+        return f"its result of {total} bytes is too large" if total > room else ""
+
+    def _may_trap(self, node: Node) -> bool:
+        """Whether integers are divided by zero, or the least one by -1, as far as one can see."""
+        dividend, divisor = (self._known(tensor) for tensor in node.inputs)
+        if divisor is None:
+            dtype = self._dims.dtype(node.inputs[1])
+            return dtype is None or dtype.kind in "iu"
+        if divisor.dtype.kind not in "iu":
+            return False
+        if (divisor == 0).any():
+            return True
+        if divisor.dtype.kind == "u" or not (divisor == -1).any():
+            return False
+        return dividend is None or bool((dividend == np.iinfo(dividend.dtype).min).any())
+
+    def _known(self, tensor: Tensor) -> Array | None:
+        return tensor.values if isinstance(tensor, Constant) else self._values.get(id(tensor))
+
+    def _limit(self, tensor: Variable, node: Node) -> int | None:
+        """Bytes a result can have at the most."""
+        sizes, dtype = self._dims.sizes(tensor), self._dims.dtype(tensor)
+        if sizes is not None and dtype is not None:
+            return math.prod(sizes) * max(ir.bit_width(dtype), 8)
+        read = [self._dims.sizes(each) for each in _reads(node)]
+        if node.op not in _BYTES_PER_INPUT or None in read:
+            return None
+        return _BYTES_PER_INPUT[node.op] * sum(math.prod(sizes) for sizes in read if sizes is not None)
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, Constant) or id(tensor) in self._values
+
+    def _nbytes(self, tensor: Tensor) -> int:
+        """Bytes of a tensor in the file; 0 as long as they are not known."""
+        if id(tensor) in self._values:
+            return _stored_bytes(self._values[id(tensor)])
+        if isinstance(tensor, Constant):
+            return tensor.nbytes
+        sizes, dtype = self._dims.sizes(tensor), self._dims.dtype(tensor)
+        if sizes is None or dtype is None:
+            return 0
+        return (math.prod(sizes) * ir.bit_width(dtype) + 7) // 8
+
+    def _compute(self, nodes: Sequence[Node], wanted: set[int]) -> None:
+        """Compute tensors; where that fails, halve the nodes until it is known which ones are to blame."""
+        ready = self._computable(_cone(nodes, wanted - self._values.keys()))
+        outputs = [tensor for node in ready for tensor in node.outputs if id(tensor) in wanted]
+        if not outputs:
+            return
+        try:
+            self._values.update(self._run(ready, outputs))
+        except LoadError as error:
+            if len(ready) == 1 or self._sessions >= MAX_SESSIONS:
+                self._failed.update((id(node), (node, str(error))) for node in ready)
+                return
+            first, second = ready[: len(ready) // 2], ready[len(ready) // 2 :]
+            self._compute(first, wanted | {id(tensor) for node in second for tensor in node.inputs})
+            self._compute(second, wanted)
+
+    def _computable(self, nodes: Sequence[Node]) -> list[Node]:
+        """Those of the nodes that depend on nothing that failed."""
+        made: set[int] = set()
+        ready: list[Node] = []
+        for node in nodes:
+            if id(node) not in self._failed and all(
+                id(tensor) in made or self._is_known(tensor) for tensor in _reads(node)
+            ):
+                ready.append(node)
+                made.update(id(tensor) for tensor in node.outputs)
+        return ready
+
+    def _run(self, nodes: Sequence[Node], outputs: Sequence[Variable]) -> dict[int, Array]:
+        self._sessions += 1
+        wanted = [(tensor, dtype) for tensor in outputs if (dtype := self._dims.dtype(tensor)) is not None]
+        return evaluate(self._edits.model, nodes, wanted, self._values)
+
+
+def _cone(nodes: Sequence[Node], wanted: set[int]) -> list[Node]:
+    """Those of the nodes that it takes to make these tensors, by id."""
+    needed = set(wanted)
+    cone: list[Node] = []
+    for node in reversed(nodes):
+        if any(id(tensor) in needed for tensor in node.outputs):
+            needed.update(id(tensor) for tensor in node.inputs)
+            cone.append(node)
+    return cone[::-1]
+
+
+def _reads(node: Node) -> list[Tensor]:
+    return [tensor for tensor in node.inputs if tensor.name]
+
+
+def _stored_bytes(values: Array) -> int:
+    if values.dtype.kind == "O":
+        return sum(len(str(item)) for item in values.reshape(-1))
+    return (values.size * ir.bit_width(values.dtype) + 7) // 8
