@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -381,10 +380,9 @@ def _learn_shapes(model: Model) -> None:
             continue
         tensor.dtype = fact.dtype
         if fact.shape is not None:
-            known = tensor.shape if tensor.shape and len(tensor.shape) == len(fact.shape) else ()
+            # Sizes that are only declared may be wrong, as exporters write 0 for some.
             tensor.shape = tuple(
-                dim if isinstance(dim, int) or dim in symbols else old
-                for dim, old in zip_longest(fact.shape, known)
+                dim if isinstance(dim, int) or dim in symbols else None for dim in fact.shape
             )
 
 

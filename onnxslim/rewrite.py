@@ -131,9 +131,9 @@ class Editor:
     def set_values(self, node: Node, index: int, values: Array) -> None:
         """Give a node other values at a constant input; what else reads the old ones keeps them."""
         tensor = node.inputs[index]
-        mine = isinstance(tensor, Constant) and self.sole_consumer(tensor) is node
         # What is declared of a constant, as old files do among the inputs, stays true.
-        if mine and (tensor.shape, tensor.dtype) == (values.shape, values.dtype):
+        same_type = (tensor.shape, tensor.dtype) == (values.shape, values.dtype)
+        if isinstance(tensor, Constant) and same_type and self.sole_consumer(tensor) is node:
             tensor.values = values
         else:
             self.set_input(node, index, self.constant(tensor.name, values))

@@ -250,6 +250,19 @@ def test_cut_at_inputs() -> None:
     onnx.checker.check_model(made, full_check=True)
 
 
+def test_declarations_that_are_wrong_do_not_spoil_a_part() -> None:
+    model = proto(
+        """g (float[N,4] x) => (float[N,2,2] y) <int64[3] t = {0, 2, 2}>
+        { h = Abs(x)  r = Relu(h)  y = Reshape(r, t) }"""
+    )
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("h", 1, [0, 4]))
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("r", 1, [0, 4]))
+    made = onnxslim.slim(model, inputs=["h"], model_check=True)
+    assert sizes(made.graph.input[0]) == ["N", 4]
+    onnx.checker.check_model(made, full_check=True)
+    assert Session(made).run({"h": np.ones((3, 4), np.float32)})["y"].shape == (3, 2, 2)
+
+
 def test_inputs_come_in_the_order_asked_for() -> None:
     made = onnxslim.slim(proto(TWO_INPUTS), inputs=["t", "a"])
     assert names(made.graph.input) == ["t", "a"]

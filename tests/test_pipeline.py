@@ -40,8 +40,8 @@ class _Edit(Pass):
         log = Log()
         for node in model.graph.nodes:
             if node.op == self.old:
-                node.op = self.new
                 log.change(node.label, f"is {self.new} now")
+                node.op = self.new
         return log.done()
 
 
@@ -164,6 +164,13 @@ def test_what_cannot_be_checked_is_noted() -> None:
     result = Pipeline(Slim())(model)
     assert ops(result.model) == {"Op": 1, "Relu": 1}
     assert any("does not run" in note for note in result.report.notes)
+
+
+def test_a_list_of_batches_is_data_enough(model: Model) -> None:
+    x = np.random.default_rng(1).standard_normal((32, 8)).astype(np.float32)
+    (step,) = Pipeline(Quantize())(model, data=[{"x": x}]).report.steps
+    assert step.error == ""
+    assert step.changes
 
 
 def test_empty_data_is_an_error(model: Model) -> None:

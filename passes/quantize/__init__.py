@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from pydantic import Field
 from onnxslim import shapes
 from onnxslim.calibration import observers
 from onnxslim.calibration.collect import Channels, Statistics, collect, merge
+from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import Distribution, Histogram, Range
 from onnxslim.errors import CalibrationError
 from onnxslim.graph import Constant, Tensor
@@ -64,7 +66,9 @@ class Quantize(Pass):
             raise CalibrationError(
                 "pass 'quantize' needs calibration data: pass data=, or --data on the command line"
             )
-        ctx.data.check(model.inputs())
+        data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
+        data.check(model.inputs())
+        ctx = replace(ctx, data=data)
         log = Log()
         prepare(model, ctx.target.quantized, log)
         shapes.infer(model)
