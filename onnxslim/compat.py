@@ -477,7 +477,6 @@ class _Cutter:
         ir.replace_uses(tensor, made)
         for graph in self._model.graphs():
             graph.outputs = [made if out is tensor else out for out in graph.outputs]
-        self._graph.initializers.pop(tensor.name, None)
         tensor.name = self._name(f"{tensor.name}_cut")
         return made
 

@@ -271,9 +271,11 @@ def _in_order(constants: list[Constant], origin: Iterable[TensorProto]) -> list[
 
 
 def _inputs(tensors: list[Tensor], origin: GraphProto) -> Iterator[ValueInfoProto]:
-    """Inputs as they were declared, in their order; before IR 4 constants are among them."""
+    """Inputs as they are now, in their order; before IR 4 constants are among them, where they were."""
     place = {info.name: index for index, info in enumerate(origin.input)}
-    for tensor in sorted(tensors, key=lambda tensor: place.get(tensor.name, len(place))):
+    if any(isinstance(tensor, Constant) for tensor in tensors):
+        tensors = sorted(tensors, key=lambda tensor: place.get(tensor.name, len(place)))
+    for tensor in tensors:
         if isinstance(tensor, Constant) and tensor.name in place:
             yield origin.input[place[tensor.name]]
         else:

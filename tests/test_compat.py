@@ -295,6 +295,14 @@ def test_cut_where_a_body_reads() -> None:
     assert Session(made).run(feeds)["y"].tolist() == [0, 1]
 
 
+def test_cut_at_one_of_the_outputs_of_a_node() -> None:
+    model = proto("g (float[4] x) => (float[2] y) { a, b = Split<axis=0>(x)  y = Sub(a, b) }")
+    made = onnxslim.slim(model, inputs=["a", "x"], model_check=True)
+    onnx.checker.check_model(made, full_check=True)
+    feeds = {"a": np.ones(2, np.float32), "x": np.arange(4, dtype=np.float32)}
+    assert Session(made).run(feeds)["y"].tolist() == [-1, -2]
+
+
 def test_a_weight_may_become_an_input() -> None:
     made = onnxslim.slim(proto(CHAIN), inputs=["x", "v"])
     assert [sizes(info) for info in made.graph.input] == [["N", 4], [4, 3]]

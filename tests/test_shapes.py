@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx.parser
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from onnxslim import shapes
@@ -124,6 +124,7 @@ def test_pools(
     st.sampled_from([0.3, 0.77, 1.1, 1.5, 2.0, 2.7, 3.1, 1 / 3]),
     st.sampled_from([9, 10, 11, 18]),
 )
+@example(size=10, scale=3.1, opset=9)
 @settings(max_examples=60, deadline=None)
 def test_scales(size: int, scale: float, opset: int) -> None:
     body = {9: "Upsample(x, s)", 10: "Resize(x, s)", 11: "Resize(x, r, s)", 18: "Resize(x, , s)"}[opset]

@@ -78,6 +78,17 @@ def test_a_dead_node_takes_its_bodies_and_what_only_they_read_along() -> None:
     assert [node.op for node in result.graph.nodes[0].outputs[0].outputs] == ["Sqrt"]
 
 
+def test_what_only_a_dead_body_returned_goes() -> None:
+    model = parse(
+        """g (bool t, float x) => (float y) {
+            a = Neg(x)
+            z = If(t) <then_branch = p () => (float a) { }, else_branch = q () => (float v) { v = Exp(x) }>
+            y = Sqrt(x)
+        }"""
+    )
+    assert ops(apply(Dead(), model)[0]) == {"Sqrt": 1}
+
+
 def test_foreign_nodes_without_outputs_may_act_otherwise() -> None:
     proto = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["" : 17, "own" : 1]> g (float x) => (float y) { y = Neg(x) }'

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxslim.graph import Constant
 from onnxslim.model import Model, load
+from onnxslim.passes import dedupe
 from onnxslim.passes.dedupe import Dedupe
 from onnxslim.pipeline import Changes
 from tests.helpers import apply, ops, parse, run, same_outputs
@@ -173,6 +174,12 @@ def test_a_body_cannot_read_a_constant_whose_name_it_has_itself() -> None:
     assert names == {"c", "b"}
 
 
+def test_a_hash_is_not_taken_for_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dedupe, "_digest", lambda constant: b"")
+    model = parse(SUM, {"a": np.array([1, 2], np.float32), "b": np.array([1, 3], np.float32)})
+    assert not deduped(model)[1]
+
+
 def test_training_information_keeps_constants_apart() -> None:
     model = parse(SUM, {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)})
     model.shell.training_info.add()
@@ -198,6 +205,7 @@ def test_whole_chains_of_equal_nodes_collapse() -> None:
     "body",
     [
         "a = LeakyRelu<alpha = 0.1>(x) b = LeakyRelu<alpha = 0.2>(x) y = Add(a, b)",
+        "a = LeakyRelu<alpha = 0.0>(x) b = LeakyRelu<alpha = -0.0>(x) y = Add(a, b)",
         "a = Clip(x, k) b = Clip(x, , k) y = Add(a, b)",
         "a = Cast<to = 6>(x) b = Cast<to = 7>(x) c = Cast<to = 1>(a) d = Cast<to = 1>(b) y = Add(c, d)",
         "a = Sub(x, k) b = Sub(k, x) y = Add(a, b)",

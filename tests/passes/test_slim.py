@@ -77,6 +77,16 @@ def test_an_exported_attention_block_becomes_what_it_is() -> None:
         same_outputs(model, result, feeds_for(model, batch=batch, size=length))
 
 
+def test_parts_profit_from_each_other() -> None:
+    model = parse(
+        "g (float[2] x) => (float[2] y) <float[2] c = {1, 4}> "
+        "{ d = Dropout(c) e = Sqrt(d) f = Dropout(e) h = Neg(f) y = Div(x, h) }"
+    )
+    result = slimmed(model)
+    assert ops(result) == {"Div": 1}
+    same_outputs(model, result, exact=True)
+
+
 @given(st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 def test_computations_of_shapes_stay_right_for_every_size(seed: int) -> None:
