@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from onnxslim.errors import LoadError
-from onnxslim.graph import Array, Dim, Shape
+from onnxslim.graph import Array, Dim
 from onnxslim.model import InputSpec, Model
 from onnxslim.runtime import Session
 
@@ -41,12 +42,11 @@ def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]
 def _candidates(specs: Sequence[InputSpec], samples: Sequence[Mapping[str, Array]]) -> Iterator[list[Feeds]]:
     if samples:
         yield [dict(samples[0]), *_single(specs, samples[0])]
-    for size in FREE_SIZES:
-        plain = [make_feeds(specs, batch=batch, size=size, seed=batch) for batch in BATCHES]
-        ids = (
-            [make_feeds(specs, batch=BATCHES[0], size=size, ids=MAX_ID)] if any(map(_has_ids, specs)) else []
-        )
-        yield [*plain, *ids]
+    for size, uneven in itertools.product(FREE_SIZES, (True, False)):
+        plain = [make_feeds(specs, batch=batch, size=size, seed=batch, uneven=uneven) for batch in BATCHES]
+        if any(map(_has_ids, specs)):
+            plain.append(make_feeds(specs, batch=BATCHES[0], size=size, ids=MAX_ID, uneven=uneven))
+        yield plain
     yield [make_feeds(specs, batch=1, size=size) for size in FREE_SIZES]
 
 
@@ -72,7 +72,9 @@ def _runs(session: Session, feeds: Feeds) -> bool:
     return True
 
 
-def make_feeds(specs: Sequence[InputSpec], *, batch: int, size: int, seed: int = 0, ids: int = 1) -> Feeds:
+def make_feeds(
+    specs: Sequence[InputSpec], *, batch: int, size: int, seed: int = 0, ids: int = 1, uneven: bool = False
+) -> Feeds:
     """One array per required input: normal deviates for floats, zeros and ones for integers.
 
     Args:
@@ -81,22 +83,40 @@ def make_feeds(specs: Sequence[InputSpec], *, batch: int, size: int, seed: int =
         size: size of every other free axis.
         seed: of the random generator.
         ids: largest number in integer inputs of two or more axes.
+        uneven: give free axes that nothing says are equal different multiples of `size`, so that a mix-up of
+            two of them does not go unseen.
     """
     generator = np.random.default_rng(seed)
-    batch_symbols: set[Dim] = {spec.shape[0] for spec in specs if spec.shape} - {None}
+    sizes = _Sizes({spec.shape[0] for spec in specs if spec.shape} - {None}, batch, size, uneven)
     feeds: Feeds = {}
     for spec in specs:
         if spec.required and spec.dtype is not None:
-            shape = _sizes(spec.shape, batch_symbols, batch, size)
-            feeds[spec.name] = _values(spec, shape, generator, ids if _has_ids(spec) else 1)
+            feeds[spec.name] = _values(spec, sizes.of(spec), generator, ids if _has_ids(spec) else 1)
     return feeds
 
 
-def _sizes(shape: Shape, batch_symbols: set[Dim], batch: int, size: int) -> tuple[int, ...]:
-    return tuple(
-        dim if isinstance(dim, int) else batch if (axis == 0 or dim in batch_symbols) else size
-        for axis, dim in enumerate(shape or ())
-    )
+class _Sizes:
+    """Chooses sizes for free axes, the same for the same symbol."""
+
+    def __init__(self, batch_symbols: Collection[Dim], batch: int, size: int, uneven: bool) -> None:
+        self._batch_symbols = batch_symbols
+        self._batch = batch
+        self._size = size
+        self._uneven = uneven
+        self._chosen: dict[object, int] = {}
+
+    def of(self, spec: InputSpec) -> tuple[int, ...]:
+        """The shape to feed an input with."""
+        return tuple(
+            dim if isinstance(dim, int) else self._free(dim, spec.name, axis)
+            for axis, dim in enumerate(spec.shape or ())
+        )
+
+    def _free(self, dim: Dim, name: str, axis: int) -> int:
+        if axis == 0 or dim in self._batch_symbols:
+            return self._batch
+        factor = 1 + len(self._chosen) % 3 if self._uneven else 1
+        return self._chosen.setdefault(dim or (name, axis), self._size * factor)
 
 
 def _values(spec: InputSpec, shape: tuple[int, ...], generator: np.random.Generator, largest: int) -> Array:

@@ -83,10 +83,9 @@ def _reshape(node: Node, dims: Dims) -> Sizes | None:
     if target is None or target.scalar:
         return None
     zeros = bool(node.attrs.get("allowzero", 0))
-    sizes = [
-        data[axis] if size == 0 and not zeros and data is not None and axis < len(data) else size
-        for axis, size in enumerate(target.terms)
-    ]
+    # A zero copies the size of the data, be it known or not.
+    copied: list[Term | None] = [*(data or ()), *[None] * len(target.terms)]
+    sizes = [copied[axis] if size == 0 and not zeros else size for axis, size in enumerate(target.terms)]
     if sizes.count(-1) == 1:
         others = [size for size in sizes if size is not None and size != -1]
         rest = None

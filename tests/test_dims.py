@@ -123,7 +123,8 @@ class Program:
         self.random = Random(seed)
         self.lines: list[str] = []
         self.floats = ["x", "z", "table"]
-        self.vectors = ["two", "four", "minus"]
+        self.vectors = ["two", "four"]
+        self.targets = ["minus"]
         self.scalars = ["one"]
         for _ in range(self.random.randint(3, 14)):
             self.step()
@@ -146,12 +147,14 @@ class Program:
             (self.vectors, f"Concat<axis = 0>({vector}, {second})"),
             (self.vectors, f"Mul({vector}, two)"),
             (self.vectors, f"Add({vector}, {second})"),
+            (self.targets, f"Concat<axis = 0>({vector}, {self.pick(self.targets)})"),
+            (self.targets, f"Concat<axis = 0>({self.pick(self.targets)}, {vector})"),
             (self.vectors, f"ReduceProd({vector})"),
             (self.vectors, f"Slice({vector}, zero, unit)"),
             (self.scalars, f"Gather({vector}, {self.pick(['one', 'naught'])})"),
             (self.vectors, f"Unsqueeze({self.pick(self.scalars)}, zero)"),
             (self.floats, f"Reshape({data}, {vector})"),
-            (self.floats, f"Reshape({data}, {vector})"),
+            (self.floats, f"Reshape({data}, {self.pick(self.targets)})"),
             (self.floats, f"Expand({data}, {vector})"),
             (self.floats, f"{self.pick(['Add', 'Mul', 'Max'])}({data}, {other})"),
             (self.floats, f"MatMul({data}, {other})"),
