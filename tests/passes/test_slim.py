@@ -90,8 +90,12 @@ def test_parts_profit_from_each_other() -> None:
 @given(st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 def test_computations_of_shapes_stay_right_for_every_size(seed: int) -> None:
-    model = Program(seed).model()
-    working = [feeds for feeds in map(sized, FREE) if runs(model, feeds)]
+    program = Program(seed)
+    model = program.model()
+    # ONNX Runtime returns whatever is in memory for products over an axis without elements.
+    empty = not any("MatMul" in line for line in program.lines)
+    feeds_of = [sized(free) for free in FREE if empty or 0 not in free]
+    working = [feeds for feeds in feeds_of if runs(model, feeds)]
     assume(working)
     result, _ = apply(Slim(), model)
     for feeds in working:
