@@ -495,10 +495,21 @@ def test_control_c_ends_with_130_and_leaves_nothing(folder: Path) -> None:
     before = sorted(folder.iterdir())
     words = ("quantize", folder / "in.onnx", folder / "out.onnx", "--data", folder / "endless.npz")
     command = [sys.executable, "-m", "onnxslim", *map(str, words)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    with (folder / "endless.npz").open("wb"):  # waits until the command reads it
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        # What runs in the background of a shell ignores interrupts, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    with process, (folder / "endless.npz").open("wb"):  # waits until the command reads it
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, out, err) == (130, "", "onnxslim: interrupted\n")
     assert sorted(folder.iterdir()) == before
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from onnxslim import terms
@@ -89,6 +89,10 @@ def test_shapes(text: str, expected: tuple[Term | None, ...]) -> None:
         ("s = Shape(x) u = Add(s, two) y = Sub(u, s)", (2, 2)),
         ("s = Shape(x) b = Equal(s, minus) y = Where(b, two, s)", ("N", "S")),
         ("s = Shape(x) b = Equal(s, two) y = Where(b, two, s)", (None, None)),
+        (
+            "n = Shape<end = 1>(x) m = Shape(z) d = Sub(n, m) b = Equal(d, minus) y = Where(b, two, n)",
+            (None,),
+        ),
         ("s = Shape(x) c = Cast<to = 1>(s) y = Cast<to = 7>(c)", None),
         ("s = Shape(x) c = Cast<to = 6>(s) y = Cast<to = 7>(c)", ("N", "S")),
         ("s = Shape(x) n = NonZero(x) k = Shape<start = 1>(n) y = Concat<axis = 0>(s, k)", ("N", "S", "unk")),
@@ -260,6 +264,7 @@ def test_terms_compute_like_numbers(first: Term, second: Term, sizes: dict[str, 
 
 
 @given(st.lists(expressions, min_size=1, max_size=3), numbers)
+@example([("min", "a", 0), "a"], {"a": 1, "b": 0, "c": 0})
 def test_broadcast_is_what_broadcasting_gives(parts: list[Term], sizes: dict[str, int]) -> None:
     actual = [evaluated(part, sizes) for part in parts]
     try:

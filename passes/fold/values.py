@@ -23,6 +23,8 @@ WORKING_BYTES = 64 << 20
 MAX_SESSIONS = 256
 # The size of their results depends on values, but has at most so many bytes per element they read.
 _BYTES_PER_INPUT = {"NonZero": 64, "Compress": 16, "Unique": 16}
+# Bytes of a string in memory, besides its characters.
+_STRING_BYTES = 32
 _DIVISIONS = frozenset(("Div", "Mod"))
 
 
@@ -144,7 +146,7 @@ class Values:
         """Bytes a result can have at the most."""
         sizes, dtype = self._dims.sizes(tensor), self._dims.dtype(tensor)
         if sizes is not None and dtype is not None:
-            return math.prod(sizes) * max(ir.bit_width(dtype), 8)
+            return math.prod(sizes) * (dtype.itemsize if dtype.kind != "O" else _STRING_BYTES)
         read = [self._dims.sizes(each) for each in _reads(node)]
         if node.op not in _BYTES_PER_INPUT or None in read:
             return None

@@ -303,6 +303,14 @@ def test_transposing_a_weight_is_free() -> None:
     assert result.nbytes() == model.nbytes()
 
 
+def test_large_weights_are_transposed_too() -> None:
+    large = np.zeros((WORKING_BYTES >> 14, 2048), np.float32)
+    model = parse("g (float[N,2048] x) => (float[N,M] y) { t = Transpose(w) y = MatMul(x, t) }", {"w": large})
+    result, _ = apply(Fold(), model)
+    assert ops(result) == {"MatMul": 1}
+    assert result.nbytes() == model.nbytes()
+
+
 def test_a_tied_weight_is_not_copied() -> None:
     model = parse(
         "g (int64[N] i, float[M,64] x) => (float[N,64] e, float[M,32] y) "
@@ -636,6 +644,17 @@ def test_equal_sizes_of_several_tensors_are_computed_once() -> None:
     )
     result, _ = folded(model)
     assert ops(result) == {"Exp": 1, "Shape": 2, "Concat": 1, "ConstantOfShape": 2}
+
+
+def test_a_body_does_not_read_a_size_whose_name_it_has_itself() -> None:
+    model = parse(
+        """g (float[N] x, bool t) => (int64[1] y) {
+            n = Shape(x) a = Exp(x) k = Shape(a)
+            y = If(t) <then_branch = p () => (int64[1] u) { n = Neg(k) u = Add(n, k) },
+                       else_branch = q () => (int64[1] v) { v = Neg(n) }>
+        }"""
+    )
+    assert not apply(Fold(), model)[1]
 
 
 def test_axes_without_a_name_are_told_apart() -> None:
