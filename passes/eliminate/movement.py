@@ -217,8 +217,9 @@ class SliceNothing(Bypass):
         found, shape = cuts(node, edit), edit.shape(node.inputs[0])
         if found is None:
             return None
-        sizes = {cut.axis: shape[cut.axis] if shape is not None else None for cut in found}
-        return (node, node.inputs[0]) if all(_takes_all(cut, sizes[cut.axis]) for cut in found) else None
+        # An axis the data does not have makes a model that cannot run; that is not for a rule to say.
+        known = dict(enumerate(shape or ()))
+        return (node, node.inputs[0]) if all(_takes_all(cut, known.get(cut.axis)) for cut in found) else None
 
 
 def _takes_all(cut: Cut, size: int | str | None) -> bool:
