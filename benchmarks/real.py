@@ -25,6 +25,8 @@ DEFAULT = (
     "magika",
 )
 
+CLASSIFIERS = ("efficientnet_lite0.dynamo", "efficientnet_lite0.torchscript", "magika")
+
 
 def measure(name: str) -> str:
     """One row of the table, and below it what stayed in floating point."""
@@ -51,11 +53,14 @@ def measure(name: str) -> str:
     counts = ", ".join(
         f"{changes.facts['fused'].get(op, 0)}/{n} {op}" for op, n in changes.facts["total"].items()
     )
-    slimmed = result.report.steps[0]
+    slimmed, quantized = result.report.steps
     row = (
-        f"| {name} | {slimmed.before.nodes} → {slimmed.after.nodes} | {size:.2f} | {ratios[1]:.2f} "
+        f"| {name} | {slimmed.before.nodes} → {slimmed.after.nodes} → {quantized.after.nodes} "
+        f"| {slimmed.before.parameters / 1e6:.2f} → {quantized.after.parameters / 1e6:.2f} "
+        f"| {millions(slimmed.macs_before)} → {millions(quantized.macs_after)} "
+        f"| {size:.2f} | {ratios[1]:.2f} "
         f"| {sqnr(expected, found['fused']):.1f} / {sqnr(expected, found['plain']):.1f} "
-        f"| {agreement(expected, found['fused'])} | {counts} | {seconds:.1f} |"
+        f"| {agreement(name, expected, found['fused'])} | {counts} | {seconds:.1f} |"
     )
     return row + "".join(f"\n  float: {skip.node}: {skip.reason}" for skip in changes.skipped)
 
@@ -70,10 +75,14 @@ def sqnr(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> float:
     return float(10 * np.log10(signal / noise))
 
 
-def agreement(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> str:
+def millions(macs: int | None) -> str:
+    """A number of multiply-accumulates; a dash where shapes do not tell."""
+    return "–" if macs is None else f"{macs / 1e6:.0f}"
+
+
+def agreement(name: str, expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> str:
     """Share of samples with the same top class; a dash where the output is no classification."""
-    first = next(iter(expected[0].values()))
-    if first.ndim != 2 or first.shape[1] < 2:
+    if name not in CLASSIFIERS:
         return "–"
     pairs = [
         (next(iter(a.values())).argmax(1), next(iter(b.values())).argmax(1))
@@ -84,8 +93,11 @@ def agreement(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> s
 
 def main() -> None:
     """Print a table, then what stayed in floating point and why."""
-    print("| model | nodes slimmed | file | latency | SQNR dB fused / plain | top-1 | in integers | CPU s |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | nodes: slimmed, quantized | parameters, M | MACs, M | file | latency "
+        "| SQNR dB fused / plain | top-1 | in integers | CPU s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name in sys.argv[1:] or DEFAULT:
         print(measure(name), flush=True)
 

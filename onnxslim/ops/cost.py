@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from onnxslim import shapes
-from onnxslim.graph import Variable
 from onnxslim.model import Model
 from onnxslim.ops import spec_of
 
@@ -25,10 +24,9 @@ def macs(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> i
         given = (inputs or {}).get(tensor.name, tensor.shape)
         if given is not None:
             tensor.shape = tuple(dim if isinstance(dim, int) else 1 for dim in given)
-    for made in sized.graph.outputs:
-        if isinstance(made, Variable) and made.inputs:
-            made.shape = None
-    shapes.infer(sized, outputs=True)
+    facts = shapes.deduce(sized)
+    for made in (tensor for node in sized.graph.nodes for tensor in node.outputs):
+        made.shape = facts[id(made)].shape if id(made) in facts else None
     total = 0
     for node in sized.graph.nodes:
         count = spec_of(node).macs

@@ -123,12 +123,10 @@ def _limit_pairs(codes: Codes) -> Codes:
 
 def _shrink(left: NDArray[np.int16], right: NDArray[np.int16]) -> None:
     total = left + right
-    excess = np.maximum(np.abs(total) - MAX_PAIR, 0)
-    if excess.any():
-        half = excess >> 1
-        sign = np.sign(total)
-        left -= sign * half
-        right -= sign * (excess - half)
+    over = np.nonzero(np.abs(total) > MAX_PAIR)
+    sign, excess = np.sign(total[over]), np.abs(total[over]) - MAX_PAIR
+    left[over] -= sign * (excess >> 1)
+    right[over] -= sign * (excess - (excess >> 1))
 
 
 def _tighten(table: Weights, scales: Scales, *, together: bool = False) -> tuple[Codes, Scales]:
