@@ -67,7 +67,7 @@ class Statistics:
 
 
 # Values of a sample that are always counted.
-KEPT = 1 << 16
+KEPT = 1 << 14
 
 # Levels of ONNX Runtime's optimization, tried in turn: a fusion may swallow a tensor that is tapped.
 LEVELS = ("all", "basic", "none")

@@ -123,7 +123,10 @@ def _limit_pairs(codes: Codes) -> Codes:
 
 def _shrink(left: NDArray[np.int16], right: NDArray[np.int16]) -> None:
     total = left + right
-    over = np.nonzero(np.abs(total) > MAX_PAIR)
+    mask = np.abs(total) > MAX_PAIR
+    if not mask.any():
+        return
+    over = np.nonzero(mask)
     sign, excess = np.sign(total[over]), np.abs(total[over]) - MAX_PAIR
     left[over] -= sign * (excess >> 1)
     right[over] -= sign * (excess - (excess >> 1))
