@@ -34,6 +34,16 @@ SHOWN_FACTS = 8
 # ---------------------------------------------------------------------------------------- text for people
 
 
+# What the facts of passes are called in the text; JSON has them under their own names.
+CAPTIONS = {
+    "tightened": "channels whose sums would saturate without VNNI, tightened",
+    "corrected": "biases corrected for the rounding of weights",
+    "fused": "run in integers by ONNX Runtime",
+    "total": "of such operators in the model",
+    "unfused": "quantized, but run in floating point all the same",
+}
+
+
 def text(report: Report) -> str:
     """A pipeline's report: what every pass did to the size of the model, and what it left alone, and why."""
     return _captured(lambda console: show_report(console, report))
@@ -152,7 +162,7 @@ def _details(step: Step) -> Iterator[str]:
         *([f"  {happened}"] if happened else []),
         *_limited(_changes(step.changes.changed)),
         *_limited(_skips(step.changes.skipped)),
-        *(f"  {name}: {_fact(value)}" for name, value in step.changes.facts.items()),
+        *(f"  {CAPTIONS.get(name, name)}: {_fact(value)}" for name, value in step.changes.facts.items()),
     ]
     if lines:
         yield step.name
