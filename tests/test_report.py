@@ -28,7 +28,7 @@ from onnxslim.pipeline import (
     Step,
     options,
 )
-from onnxslim.report import clean, count, outcome, plain, size, text, to_json
+from onnxslim.report import CAPTIONS, clean, count, outcome, plain, size, text, to_json
 from onnxslim.verdict import Figures, OutputRow, ProviderVerdict, Verdict
 from tests.helpers import parse
 
@@ -71,7 +71,8 @@ def test_many_kinds_are_cut_short() -> None:
 def test_facts_are_listed() -> None:
     facts = {"fused": {"Conv": 13, "Add": 2}, "unfused": (), "loss": 0.123456789, "many": list(range(20))}
     lines = shown(Changes((Change("n", "a"),), (), facts))
-    for line in ("fused: Conv 13, Add 2", "unfused: none", "loss: 0.123457", "6, 7, and 12 more"):
+    fused, unfused = CAPTIONS["fused"], CAPTIONS["unfused"]
+    for line in (f"{fused}: Conv 13, Add 2", f"{unfused}: none", "loss: 0.123457", "6, 7, and 12 more"):
         assert line in lines
 
 

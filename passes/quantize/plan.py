@@ -214,7 +214,7 @@ class Planner:
         channels = spec.input_channels(node)
         if channels >= self._rules.min_channels:
             return None
-        return f"sums over {channels} channels only, which is faster in floating point"
+        return f"it has few input channels ({channels}) and is faster in floating point"
 
     def _classifiers(self) -> set[int]:
         """Ids of the matrix products whose results reach an output through nothing but simple operators."""
