@@ -7,9 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,11 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from onnxslim.errors import CalibrationError, OnnxSlimError, SaveError, UsageError
+from onnxslim import terminal
+from onnxslim.errors import OnnxSlimError, SaveError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from onnxslim.calibration.data import CalibrationData
     from onnxslim.compat import Request
     from onnxslim.graph import Array
@@ -37,7 +34,6 @@ INTERRUPTED = 130
 IO_ERROR = SaveError.exit_code
 INTERNAL_ERROR = 1
 DEFAULT_COMMAND = "slim"
-LABEL_KEYS = ("label", "labels")
 # Options that OnnxSlim takes several values after.
 _SEVERAL = (
     "--input-shapes",
@@ -79,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 traceback.print_exc()
             return _failed(error)
     if code == INTERRUPTED:
-        _log("interrupted")
+        terminal.log("interrupted")
     return (code or 0) if words else UsageError.exit_code
 
 
@@ -94,7 +90,7 @@ def _failed(error: Exception) -> int:
     else:
         code = INTERNAL_ERROR
         message = f"internal error, {type(error).__name__}: {error} (run with --debug for the traceback)"
-    _log(f"error: {message}")
+    terminal.log(f"error: {message}")
     return code
 
 
@@ -107,14 +103,8 @@ def _usage_message(error: Any) -> str:
     return str(error.format_message())
 
 
-def _log(line: str) -> None:
-    from onnxslim.report import clean
-
-    print(f"onnxslim: {clean(' '.join(line.split()))}", file=sys.stderr)
-
-
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _log(f"warning: {message}")
+    terminal.log(f"warning: {message}")
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -456,16 +446,18 @@ def _validate(
     from onnxslim.validation import validate
 
     model, result = load(first), load(second)
-    feeds, labels = _data(data, batch_size, labels_key, model)
+    from onnxslim import sources
+
+    feeds, labels = sources.read(data, batch_size, labels_key, model)
     known = [Target.named(name) for name in provider] if provider else Target.available()
     targets = [target.with_threads(threads) for target in known]
-    with _progress(quiet) as progress:
+    with terminal.progress(quiet) as progress:
         verdict = validate(model, result, feeds, targets, labels=labels, rounds=rounds, progress=progress)
     _warn_of_made_up_inputs(verdict)
     if json:
-        _print_json(verdict)
+        terminal.show_json(verdict)
     else:
-        _print(verdict, quiet)
+        terminal.show(verdict, quiet)
     verdict.require(**limits)
 
 
@@ -482,9 +474,11 @@ def _passes(
     chosen = [passes.get(each) for each in ([name] if name else passes.names())]
     known = {cls.name: (passes.summary(cls), passes.options_of(cls)) for cls in chosen}
     if json:
-        _print_json({each: {"summary": text, "options": found} for each, (text, found) in known.items()})
+        terminal.show_json(
+            {each: {"summary": text, "options": found} for each, (text, found) in known.items()}
+        )
     else:
-        show_passes(_console(), known)
+        show_passes(terminal.console(), known)
 
 
 @app.command("demo")
@@ -505,12 +499,12 @@ def _demo(
     """
     from onnxslim import demo
 
-    with _progress(quiet) as progress:
+    with terminal.progress(quiet) as progress:
         outcomes = demo.run(demo.MODELS if model == "all" else (model,), keep=keep, progress=progress)
     if json:
-        _print_json(outcomes)
+        terminal.show_json(outcomes)
     elif not quiet:
-        demo.show(_console(), outcomes)
+        demo.show(terminal.console(), outcomes)
 
 
 # ------------------------------------------------------------------------------------------------- running
@@ -532,11 +526,13 @@ def _process(job: _Job, chain: Sequence[Pass], asked: Request | None = None) -> 
     target = Target.named(job.target)
     model = load(job.source)
     for note in asked.notes if asked else ():
-        _log(f"warning: {note}")
+        terminal.log(f"warning: {note}")
     model = asked.edit(model) if asked else model
-    data, labels = _data(job.data, job.batch_size, job.labels_key, model)
+    from onnxslim import sources
+
+    data, labels = sources.read(job.data, job.batch_size, job.labels_key, model)
     feeds = asked.feeds(model) if asked else None
-    with _progress(job.quiet) as progress:
+    with terminal.progress(job.quiet) as progress:
         result = Pipeline(*chain, on_error=job.on_error)(
             model,
             data=data if feeds is None else [feeds],
@@ -551,9 +547,9 @@ def _process(job: _Job, chain: Sequence[Pass], asked: Request | None = None) -> 
     _warn_of_idle_passes(result.report, job.quiet)
     for shown in (result.report, verdict):
         if shown is not None and not job.json:
-            _print(shown, job.quiet)
+            terminal.show(shown, job.quiet)
     if job.json:
-        _print_json({"report": result.report, "verdict": verdict})
+        terminal.show_json({"report": result.report, "verdict": verdict})
     if verdict is not None:
         _warn_of_made_up_inputs(verdict)
         verdict.require(**limits)
@@ -581,11 +577,13 @@ def _save(job: _Job, model: Model, result: Result, verdict: Verdict | None) -> N
     from onnxslim.report import size, to_json
 
     if job.output is None:
-        _note("nothing was saved: give OUT to save the result", job.quiet)
+        terminal.note("nothing was saved: give OUT to save the result", job.quiet)
     else:
         result.save(job.output, external_data=True if job.external_data else None)
         before, after = model.stats().bytes, result.model.stats().bytes
-        _note(f"saved {job.output}: {size(after)}, {100 * after / before:.1f} % of {size(before)}", job.quiet)
+        terminal.note(
+            f"saved {job.output}: {size(after)}, {100 * after / before:.1f} % of {size(before)}", job.quiet
+        )
     if job.report is not None:
         job.report.write_text(to_json({"report": result.report, "verdict": verdict}) + "\n", encoding="utf-8")
 
@@ -596,7 +594,7 @@ def _warn_of_rivals() -> None:
 
     owners = sorted(set(packages_distributions().get("onnxslim", ())))
     if len(owners) > 1:
-        _log(
+        terminal.log(
             f"warning: {' and '.join(owners)} both install the package 'onnxslim'; uninstall all of them, "
             "then install the one you want"
         )
@@ -608,14 +606,16 @@ def _warn_of_idle_passes(report: Report, quiet: bool) -> None:
     for step in report.steps:
         line = outcome(step)
         if step.error:
-            _log(f"warning: pass {step.name} {line}")
+            terminal.log(f"warning: pass {step.name} {line}")
         elif line:
-            _note(f"pass {step.name} {line}", quiet)
+            terminal.note(f"pass {step.name} {line}", quiet)
 
 
 def _warn_of_made_up_inputs(verdict: Verdict) -> None:
     if verdict.made_up:
-        _log("warning: the models were compared on made-up inputs; give --data to compare them on real ones")
+        terminal.log(
+            "warning: the models were compared on made-up inputs; give --data to compare them on real ones"
+        )
 
 
 def _limits(words: Sequence[str] | None) -> dict[str, float]:
@@ -645,116 +645,3 @@ def _require_writable(path: Path) -> None:
 
 def _resolved(*paths: Path | None) -> set[Path]:
     return {path.resolve() for path in paths if path is not None}
-
-
-def _data(
-    path: Path | None, batch_size: int, labels_key: str | None, model: Model
-) -> tuple[CalibrationData | None, Array | None]:
-    """Batches of model inputs, and labels where the file has them."""
-    if path is None:
-        return None, None
-    from onnxslim.calibration.data import CalibrationData
-
-    specs = model.inputs()
-    if path.is_dir():
-        data, labels = CalibrationData.from_dir(path), None
-    elif path.suffix == ".npz":
-        others = _arrays_but(path, {spec.name for spec in specs})
-        data = CalibrationData.from_npz(path, batch_size, exclude=others)
-        labels = _labels(path, labels_key, others)
-    else:
-        raise CalibrationError(f"{path}: expected an .npz file or a folder")
-    data = data.bind(specs)
-    data.check(specs)
-    return data, labels
-
-
-def _arrays_but(path: Path, inputs: Collection[str]) -> list[str]:
-    """Names of the arrays that are not model inputs."""
-    names = _npz(path, lambda archive: list(archive.files))
-    others = [name for name in names if name not in inputs]
-    if len(others) == len(names):
-        raise CalibrationError(
-            f"{path}: its arrays are {', '.join(names) or 'none'}; the model's inputs are {', '.join(inputs)}"
-        )
-    return others
-
-
-def _labels(path: Path, key: str | None, others: Sequence[str]) -> Array | None:
-    wanted = [key] if key else LABEL_KEYS
-    found = next((name for name in wanted if name in others), None)
-    if found is None:
-        if key:
-            raise CalibrationError(f"{path}: there is no array '{key}' beside the model's inputs")
-        return None
-    labels: Array = _npz(path, lambda archive: archive[found])
-    return labels
-
-
-def _npz(path: Path, read: Callable[[Any], T]) -> T:
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return read(archive)
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise CalibrationError(f"{path}: not an .npz file of plain arrays: {error}") from error
-
-
-# ------------------------------------------------------------------------------------------------ printing
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    from onnxslim.report import WIDTH
-
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH)
-
-
-def _print(shown: Report | Verdict, quiet: bool) -> None:
-    if quiet:
-        return
-    from onnxslim.report import show
-
-    show(_console(), shown)
-
-
-def _print_json(value: object) -> None:
-    from onnxslim.report import to_json
-
-    print(to_json(value))
-
-
-def _note(line: str, quiet: bool) -> None:
-    if not quiet:
-        _log(line)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Progress | None]:
-    """Bars for long steps, on a terminal only."""
-    console = _console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield report

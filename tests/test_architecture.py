@@ -21,6 +21,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("compat", "demo"),
     ("utils",),
+    ("terminal",),
+    ("sources",),
     ("validation",),
     ("report",),
     ("verdict",),
