@@ -23,8 +23,8 @@ from onnxslim.runtime import Session, Target
 pytestmark = pytest.mark.conformance
 
 EQUAL, NOT_RUN = "equal", "not run"
-# What ONNX Runtime has kernels for differs between its versions, but never is so little: 1.23 runs 1197 of the
-# cases of onnx 1.23 as they are, 1.31 runs 1352.
+# What ONNX Runtime has kernels for differs between its versions, but never is so little: 1.23 runs 1197 of
+# the cases of onnx 1.23 as they are, 1.31 runs 1352.
 FEWEST = {"as it is": 1150, "first input fed": 800, "nothing fed": 1150}
 
 
