@@ -28,7 +28,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("verdict",),
     ("passes",),
     ("calibration",),
-    ("rewrite", "channels"),
+    ("rewrite",),
     ("pipeline",),
     ("check", "evaluate"),
     ("probe",),

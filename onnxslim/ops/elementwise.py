@@ -84,4 +84,7 @@ register(
         example=_text("y = HardSigmoid<alpha=0.25, beta=0.5>(x)"),
     ),
     OpSpec("Softmax", role=Role.KERNEL, data=(0,), example=_text("y = Softmax(x)")),
+    OpSpec("Identity", copies=True, keeps_order=True, example=_text("y = Identity(x)")),
+    OpSpec("Cast", keeps_order=True, example=_text("y = Cast<to = 1>(x)")),
+    OpSpec("LogSoftmax", keeps_order=True, example=_text("y = LogSoftmax(x)")),
 )

@@ -103,6 +103,7 @@ g (float[N,2,3,3] x, float[2,3,2,2] w, float[3] b) => (float[N,3,6,6] y)
     OpSpec(
         "Gemm",
         role=Role.LINEAR,
+        classifies=True,
         data=(0,),
         channel_axis=lambda node: 0 if node.attrs.get("transB", 0) else 1,
         data_axis=lambda node: 0 if node.attrs.get("transA", 0) else 1,
@@ -114,6 +115,7 @@ g (float[N,4] x, float[3,4] w, float[3] b) => (float[N,3] y) { y = Gemm<transB=1
     OpSpec(
         "MatMul",
         role=Role.LINEAR,
+        classifies=True,
         data=(0, 1),
         channel_axis=lambda node: len(node.inputs[1].shape or (0,)) - 1,
         unfit=_matmul_unfit,

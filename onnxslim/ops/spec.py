@@ -46,6 +46,10 @@ class OpSpec:
         data: inputs that carry data, as opposed to shapes, axes, sizes or weights; None means all.
         channel_axis: for LINEAR, the axis of the weight (input 1) that runs over output channels.
         data_axis: for LINEAR, the axis of the data (input 0) that runs over the channels it sums over.
+        classifies: for LINEAR, whether networks end in it to choose among classes.
+        keeps_order: whether a larger element of its input makes a larger one of its output, which leaves the
+            choice of a class as it is.
+        copies: whether its output is its input; runtimes drop such nodes.
         requantized: for LINEAR, whether its integer kernel makes integers only; others may leave the
             result in floating point.
         searches: for MOVE, whether it compares elements to choose between them, as pooling does, instead of
@@ -69,6 +73,9 @@ class OpSpec:
     data: tuple[int, ...] | None = None
     channel_axis: Callable[[Node], int] | None = None
     data_axis: Callable[[Node], int] | None = None
+    classifies: bool = False
+    keeps_order: bool = False
+    copies: bool = False
     requantized: bool = False
     searches: bool = False
     joins: bool = False

@@ -225,9 +225,9 @@ class Planner:
             if not any(id(tensor) in reached for tensor in node.outputs):
                 continue
             if spec.role is Role.LINEAR:
-                if spec.channel_axis and node.op in _CLASSIFIERS:
+                if spec.classifies:
                     found.add(id(node))
-            elif spec.role is not Role.FLOAT or node.op in _TRANSPARENT:
+            elif spec.role is not Role.FLOAT or spec.keeps_order:
                 reached.update(id(tensor) for tensor in node.inputs if isinstance(tensor, Variable))
         return found
 
@@ -357,7 +357,8 @@ def _standard(node: Node) -> OpSpec | None:
 
 def is_movable(node: Node) -> bool:
     """Whether ONNX Runtime takes a Q from behind this node to its front, or drops the node before a Q."""
-    return spec_of(node).role in (Role.CLAMP, Role.MOVE) or node.op == "Identity"
+    spec = spec_of(node)
+    return spec.copies or spec.role in (Role.CLAMP, Role.MOVE)
 
 
 def _is_misread(node: Node) -> bool:
@@ -387,5 +388,3 @@ def _holds_zero(clamp: Node) -> bool:
 
 # Below this, scales and names take what the integers save.
 MIN_STORED_BYTES = 4096
-_CLASSIFIERS = frozenset(("Gemm", "MatMul"))
-_TRANSPARENT = frozenset(("Identity", "Cast", "LogSoftmax"))
