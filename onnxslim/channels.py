@@ -340,7 +340,7 @@ class _Traced:
             if (data := (each.data.name, each.data_axis)) in where and (weight := self._source(each)) in where
         ]
         first = next(member for member in members if member.constant)
-        name = f"{first.tensor}:{first.axis}"
+        name = f"{first.tensor}:{first.axis}:{int(np.flatnonzero(first.units >= 0)[0])}"
         crosses = tuple(dict.fromkeys(node for root in roots for node in crossing.get(root, ())))
         return Family(name, len(roots), tuple(members), tuple(consumers), crosses)
 

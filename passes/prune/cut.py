@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeGuard
 
 import numpy as np
 
@@ -17,20 +18,38 @@ from onnxslim.ops.channels.cut import Cut, Masks
 _SUMMING = ("LSTM", "GRU", "RNN", "Einsum")
 
 
-def unshare(model: Model) -> None:
-    """Give every reader of a vector its own copy.
+# Inputs that say which sizes to make.
+_TARGETS = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0, "Resize": 3}
 
-    Simplifiers merge equal biases and scales of layers that have nothing else in common; a cut must not tie
-    those layers. Shared matrices are meant to be shared (tied embeddings) and stay so.
+
+def unshare(model: Model) -> None:
+    """Give every reader of a vector its own copy, of a constant as well as of computed sizes.
+
+    Simplifiers merge equal biases and equal shapes of layers that have nothing else in common; a cut must not
+    tie those layers. Shared matrices are meant to be shared (tied embeddings) and stay so.
     """
     free = Namer(model.graph)
     seen: set[int] = {id(tensor) for tensor in model.graph.outputs}
+    nodes: list[Node] = []
     for node in model.graph.nodes:
         for index, tensor in enumerate(node.inputs):
-            if isinstance(tensor, Constant) and len([size for size in tensor.shape if size > 1]) == 1:
-                if id(tensor) in seen:
-                    node.inputs[index] = Constant(free(tensor.name), tensor.values)
-                seen.add(id(tensor))
+            if id(tensor) in seen and _is_vector(tensor):
+                node.inputs[index] = Constant(free(tensor.name), tensor.values)
+            elif id(tensor) in seen and _TARGETS.get(node.op) == index and tensor.inputs:
+                nodes.append(_twin(tensor.inputs[0], tensor, free))
+                node.inputs[index] = nodes[-1].outputs[0]
+            seen.add(id(tensor))
+        nodes.append(node)
+    model.graph.nodes[:] = nodes
+
+
+def _is_vector(tensor: Tensor) -> TypeGuard[Constant]:
+    return isinstance(tensor, Constant) and sum(size > 1 for size in tensor.shape) == 1
+
+
+def _twin(node: Node, tensor: Tensor, free: Namer) -> Node:
+    output = Variable(free(tensor.name), tensor.dtype, tensor.shape)
+    return Node(node.op, free(node.name), node.attrs, list(node.inputs), [output], node.domain)
 
 
 def cut(model: Model, analysis: Analysis, removed: Mapping[str, Sequence[int]]) -> None:
@@ -42,15 +61,20 @@ def cut(model: Model, analysis: Analysis, removed: Mapping[str, Sequence[int]]) 
         removed: units to remove, by name of their family.
     """
     masks = analysis.masks(removed)
+    changed = {name for name, _ in masks}
     free = Namer(model.graph)
     shape = _shapes(model, analysis)
     for node in model.graph.nodes:
         channels = spec_of(node).channels
-        if channels is not None and channels.cut is not None:
+        if channels is not None and channels.cut is not None and _touches(node, changed):
             channels.cut(Cut(node, shape, masks, free, model.opset))
     for constant, axis, kept in _masked(model, masks):
         constant.values = np.compress(kept, constant.values, axis)
     _forget_shapes(model, masks)
+
+
+def _touches(node: Node, changed: set[str]) -> bool:
+    return any(tensor.name in changed for tensor in (*node.inputs, *node.outputs))
 
 
 def zero(model: Model, masks: Masks) -> None:
@@ -105,8 +129,3 @@ def _forget_shapes(model: Model, masks: Masks) -> None:
             if isinstance(tensor, Variable) and tensor.name in changed and id(tensor) not in fixed:
                 tensor.shape, tensor.proto = None, None
     shapes.infer(model)
-
-
-def readers(model: Model, name: str) -> list[Node]:
-    """Nodes of the main graph that read a tensor."""
-    return [node for node in model.graph.nodes if any(tensor.name == name for tensor in node.inputs)]

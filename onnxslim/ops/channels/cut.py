@@ -14,6 +14,10 @@ from onnxslim.graph import Constant, Node, Tensor
 Masks: TypeAlias = Mapping[tuple[str, int], NDArray[np.bool_]]
 
 
+# Sizes of a tensor before the cut; None if they are not known.
+Sizes: TypeAlias = Callable[[Tensor], "tuple[int, ...] | None"]
+
+
 class Cut:
     """A node, the shapes its tensors had and what stays of them.
 
@@ -28,7 +32,7 @@ class Cut:
     def __init__(
         self,
         node: Node,
-        shape: Callable[[Tensor], tuple[int, ...] | None],
+        shape: Sizes,
         masks: Masks,
         rename: Callable[[str], str],
         opset: int = 17,
@@ -79,11 +83,7 @@ class Cut:
 
     def element(self, index: int, position: int) -> int | None:
         """An element of a vector of sizes; None if it is computed."""
-        place = locate(self.node, index, position, self._shape)
-        if place is None:
-            return None
-        node, at, offset = place
-        return int(np.asarray(node.constant(at)).flat[offset])
+        return written(self.node, index, position, self._shape)
 
     def set_element(self, index: int, position: int, value: int) -> None:
         """Change one element of a vector of sizes: a constant, or a Concat of vectors that is one there."""
@@ -97,27 +97,56 @@ class Cut:
         Cut(node, self._shape, self._masks, self._rename, self.opset).set_input(at, values)
 
 
-def locate(
-    node: Node, index: int, position: int, shape: Callable[[Tensor], tuple[int, ...] | None]
-) -> tuple[Node, int, int] | None:
+def locate(node: Node, index: int, position: int, shape: Sizes) -> tuple[Node, int, int] | None:
     """Where an element of a vector of sizes is written: the node, its input, and the place in that constant.
 
     Returns:
         None if the element is computed, or if somebody else reads the vector it is part of.
     """
-    tensor = node.input(index)
-    while tensor is not None and not isinstance(tensor, Constant):
+    place = _source(node, index, position, shape)
+    return place[0] if place is not None and place[1] else None
+
+
+def written(node: Node, index: int, position: int, shape: Sizes) -> int | None:
+    """An element of a vector of sizes, wherever it is written; None if it is computed."""
+    place = _source(node, index, position, shape)
+    if place is None:
+        return None
+    (at, which, offset), _ = place
+    return int(np.asarray(at.constant(which)).flat[offset])
+
+
+def _source(node: Node, index: int, position: int, shape: Sizes) -> tuple[tuple[Node, int, int], bool] | None:
+    """The place of an element, followed through Concat and Where, and whether nobody else reads it."""
+    alone = True
+    while (tensor := node.input(index)) is not None:
+        if isinstance(tensor, Constant):
+            return (node, index, position if tensor.size > 1 else 0), alone
         maker = tensor.inputs[0] if tensor.inputs else None
-        if maker is None or maker.op != "Concat" or len(tensor.outputs) != 1:
+        step = _STEPS[maker.op](maker, position, shape) if maker and maker.op in _STEPS else None
+        if maker is None or step is None:
             return None
-        for at, piece in enumerate(maker.inputs):
-            sizes = shape(piece)
-            if sizes is None or len(sizes) != 1:
-                return None
-            if position < sizes[0]:
-                node, index, tensor = maker, at, piece
-                break
-            position -= sizes[0]
-        else:
+        alone = alone and len(tensor.outputs) == 1
+        node, (index, position) = maker, step
+    return None
+
+
+def _into_concat(node: Node, position: int, shape: Sizes) -> tuple[int, int] | None:
+    for index, piece in enumerate(node.inputs):
+        sizes = shape(piece)
+        if sizes is None or len(sizes) != 1:
             return None
-    return (node, index, position) if tensor is not None else None
+        if position < sizes[0]:
+            return index, position
+        position -= sizes[0]
+    return None
+
+
+def _into_where(node: Node, position: int, shape: Sizes) -> tuple[int, int] | None:
+    condition = node.constant(0)
+    if condition is None or condition.ndim != 1 or condition.size <= position:
+        return None
+    return (1 if condition[position] else 2), position
+
+
+_STEPS = {"Concat": _into_concat, "Where": _into_where}

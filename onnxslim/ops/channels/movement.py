@@ -8,7 +8,7 @@ import numpy as np
 
 from onnxslim.graph import Node
 from onnxslim.labels import Block, Trace
-from onnxslim.ops.channels.cut import Cut, locate
+from onnxslim.ops.channels.cut import Cut, locate, written
 from onnxslim.ops.channels.elementwise import join, shifted
 
 Group = tuple[tuple[int, ...], tuple[int, ...]]  # axes of the input, axes of the output
@@ -27,7 +27,7 @@ def reshape(trace: Trace) -> None:
     trace.ignore(1)
     made = trace.node.outputs[0]
     for axis in sorted({axis for block in trace.tracer.blocks(made) for axis in block.axes}):
-        if locate(trace.node, 1, axis, trace.tracer.shape) is None:
+        if not _follows(trace, 1, axis, (-1,)):
             trace.tracer.release(made, axis, trace.node, "the size it is reshaped to is computed")
 
 
@@ -88,9 +88,7 @@ def _connected(groups: list[Group], blocks: Iterable[Block]) -> list[list[Group]
 def _one_block(trace: Trace, axes: list[int]) -> None:
     """Of several labelled axes that become one, only the longest may lose slices."""
     blocks = [block for block in trace.blocks(0) if set(block.axes) & set(axes)]
-    longest = max(
-        blocks, key=lambda block: (trace.tracer.is_alive(block), block.labels.size), default=None
-    )
+    longest = max(blocks, key=lambda block: (trace.tracer.is_alive(block), block.labels.size), default=None)
     for block in blocks:
         if block is not longest:
             for axis in block.axes:
@@ -291,7 +289,7 @@ def expand(trace: Trace) -> None:
     length = trace.tracer.shape(trace.node.inputs[1])
     for axis, size in enumerate(made):
         stretched = size > 1 and (axis < shift or before[axis - shift] == 1)
-        if stretched and _can_write(trace, 1, axis - (len(made) - (length or (0,))[0])):
+        if stretched and _follows(trace, 1, axis - (len(made) - (length or (0,))[0])):
             blocks.append(Block((axis,), trace.tracer.fresh(size)))
     trace.emit(blocks)
     _release_unwritable(trace, shift, len(made) - (length or (0,))[0])
@@ -301,12 +299,19 @@ def _release_unwritable(trace: Trace, shift: int, missing: int) -> None:
     """An axis that keeps its size needs a shape of 1, or one that can be rewritten."""
     output = trace.node.outputs[0]
     for axis in sorted({axis for block in trace.tracer.blocks(output) for axis in block.axes}):
-        if axis >= missing and not _can_write(trace, 1, axis - missing):
+        if axis >= missing and not _follows(trace, 1, axis - missing, (1,)):
             trace.tracer.release(output, axis, trace.node, "the size it is expanded to is computed")
 
 
-def _can_write(trace: Trace, index: int, position: int) -> bool:
-    return position >= 0 and locate(trace.node, index, position, trace.tracer.shape) is not None
+def _follows(trace: Trace, index: int, position: int, implied: tuple[int, ...] = ()) -> bool:
+    """Whether an element of a vector of sizes can be brought in line, or says what always holds."""
+    if position < 0:
+        return False
+    shape = trace.tracer.shape
+    return (
+        locate(trace.node, index, position, shape) is not None
+        or written(trace.node, index, position, shape) in implied
+    )
 
 
 def cut_expand(cut: Cut) -> None:
@@ -324,7 +329,7 @@ def constant_of_shape(trace: Trace) -> None:
     trace.emit(
         Block((axis,), trace.tracer.fresh(size))
         for axis, size in enumerate(trace.made())
-        if size > 1 and _can_write(trace, 0, axis)
+        if size > 1 and _follows(trace, 0, axis)
     )
 
 
@@ -337,15 +342,14 @@ def cut_constant_of_shape(cut: Cut) -> None:
 def tile(trace: Trace) -> None:
     """Labels are repeated as the elements are."""
     trace.ignore(1)
-    repeats = trace.node.constant(1)
-    made = []
-    for block in trace.blocks(0):
-        if repeats is None:
-            for axis in block.axes:
-                trace.release(0, axis, "its repeats are computed")
-        else:
-            made.append(Block(block.axes, np.tile(block.labels, [int(repeats[axis]) for axis in block.axes])))
-    trace.emit(made)
+    repeats = [written(trace.node, 1, axis, trace.tracer.shape) for axis in range(len(trace.made()))]
+    for axis, count in enumerate(repeats):
+        if count is None:
+            trace.release(0, axis, "its repeats are computed")
+    trace.emit(
+        Block(block.axes, np.tile(block.labels, [repeats[axis] or 1 for axis in block.axes]))
+        for block in trace.blocks(0)
+    )
 
 
 def pad(trace: Trace) -> None:
@@ -375,7 +379,7 @@ def resize(trace: Trace) -> None:
     for axis in range(len(before)):
         if before[axis] != made[axis]:
             trace.release(0, axis, "it is resized")
-        elif sizes and not (_can_write(trace, sizes, axis) and "axes" not in trace.node.attrs):
+        elif sizes and not (_follows(trace, sizes, axis) and "axes" not in trace.node.attrs):
             trace.release(0, axis, "the size it is resized to is computed")
     trace.emit(trace.blocks(0))
 
