@@ -136,6 +136,18 @@ class Tracer:
             pinned = self._pinned[first] | self._pinned[second]
             self._pinned[first[pinned]] = self._pinned[second[pinned]] = True
 
+    def line(self, tensor: Tensor, axis: int, node: Node | None) -> Labels:
+        """Labels of one axis: all pinned where it has none; other axes of its block are released."""
+        shape = self.shape(tensor)
+        assert shape is not None
+        for block in self.blocks(tensor):
+            if axis in block.axes:
+                for other in block.axes:
+                    if other != axis:
+                        self.release(tensor, other, node, "")
+        found = [block for block in self.blocks(tensor) if axis in block.axes]
+        return found[0].labels if found else np.zeros(shape[axis], np.int64)
+
     def is_alive(self, block: Block) -> bool:
         """Whether a part of a block may be removed, as far as is known by now."""
         return not bool(self._pinned[block.labels].all())
@@ -212,16 +224,8 @@ class Trace:
 
     def labels(self, index: int, axis: int) -> Labels:
         """Labels of one axis of an input: all pinned where it has none; other axes of its block released."""
-        axis %= len(self.shape(index))
-        block = self._block(index, axis)
-        if block is None:
-            return np.zeros(self.shape(index)[axis], np.int64)
-        for other in block.axes:
-            if other != axis:
-                self.release(index, other, "")
-        found = self._block(index, axis)
-        assert found is not None
-        return found.labels
+        self._read.add(index)
+        return self.tracer.line(self.node.inputs[index], axis % len(self.shape(index)), self.node)
 
     def release(self, index: int, axis: int, why: str) -> None:
         """Keep an axis of an input as it is; see `Tracer.release`."""
@@ -273,6 +277,3 @@ class Trace:
         for index, tensor in enumerate(self.node.inputs):
             if tensor.name and index not in self._read:
                 self.tracer.pin(tensor, self.node, why)
-
-    def _block(self, index: int, axis: int) -> Block | None:
-        return next((block for block in self.blocks(index) if axis in block.axes), None)

@@ -13,13 +13,10 @@ from onnxslim.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Cut, Masks
+from onnxslim.ops.channels.sizes import TARGETS
 
 # Weights of operators that sum over an axis without being LINEAR for quantization.
 _SUMMING = ("LSTM", "GRU", "RNN", "Einsum")
-
-
-# Inputs that say which sizes to make.
-_TARGETS = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0, "Resize": 3}
 
 
 def unshare(model: Model) -> None:
@@ -35,7 +32,7 @@ def unshare(model: Model) -> None:
         for index, tensor in enumerate(node.inputs):
             if id(tensor) in seen and _is_vector(tensor):
                 node.inputs[index] = Constant(free(tensor.name), tensor.values)
-            elif id(tensor) in seen and _TARGETS.get(node.op) == index and tensor.inputs:
+            elif id(tensor) in seen and TARGETS.get(node.op) == index and tensor.inputs:
                 nodes.append(_twin(tensor.inputs[0], tensor, free))
                 node.inputs[index] = nodes[-1].outputs[0]
             seen.add(id(tensor))

@@ -8,14 +8,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.graph import Constant, Node, Tensor
+from onnxslim.graph import Constant, Node
+from onnxslim.ops.channels.sizes import Measured, Sizes, Written, origin
 
 # What stays, by name of the tensor and axis: one truth value per slice. Axes without an entry stay.
 Masks: TypeAlias = Mapping[tuple[str, int], NDArray[np.bool_]]
-
-
-# Sizes of a tensor before the cut; None if they are not known.
-Sizes: TypeAlias = Callable[[Tensor], "tuple[int, ...] | None"]
 
 
 class Cut:
@@ -83,70 +80,17 @@ class Cut:
 
     def element(self, index: int, position: int) -> int | None:
         """An element of a vector of sizes; None if it is computed."""
-        return written(self.node, index, position, self._shape)
+        found = origin(self.node, index, position, self._shape)
+        return found.value if isinstance(found, Written) else None
 
     def set_element(self, index: int, position: int, value: int) -> None:
-        """Change one element of a vector of sizes: a constant, or a Concat of vectors that is one there."""
-        place = locate(self.node, index, position, self._shape)
-        assert place is not None, "a rule traced an axis whose size it cannot write"
-        node, at, offset = place
-        values = np.array(node.constant(at))
-        if values.flat[offset] == value:
+        """Change one element of a vector of sizes; one that measures an axis follows by itself."""
+        found = origin(self.node, index, position, self._shape)
+        if isinstance(found, Measured):
             return
-        values.flat[offset] = value
-        Cut(node, self._shape, self._masks, self._rename, self.opset).set_input(at, values)
-
-
-def locate(node: Node, index: int, position: int, shape: Sizes) -> tuple[Node, int, int] | None:
-    """Where an element of a vector of sizes is written: the node, its input, and the place in that constant.
-
-    Returns:
-        None if the element is computed, or if somebody else reads the vector it is part of.
-    """
-    place = _source(node, index, position, shape)
-    return place[0] if place is not None and place[1] else None
-
-
-def written(node: Node, index: int, position: int, shape: Sizes) -> int | None:
-    """An element of a vector of sizes, wherever it is written; None if it is computed."""
-    place = _source(node, index, position, shape)
-    if place is None:
-        return None
-    (at, which, offset), _ = place
-    return int(np.asarray(at.constant(which)).flat[offset])
-
-
-def _source(node: Node, index: int, position: int, shape: Sizes) -> tuple[tuple[Node, int, int], bool] | None:
-    """The place of an element, followed through Concat and Where, and whether nobody else reads it."""
-    alone = True
-    while (tensor := node.input(index)) is not None:
-        if isinstance(tensor, Constant):
-            return (node, index, position if tensor.size > 1 else 0), alone
-        maker = tensor.inputs[0] if tensor.inputs else None
-        step = _STEPS[maker.op](maker, position, shape) if maker and maker.op in _STEPS else None
-        if maker is None or step is None:
-            return None
-        alone = alone and len(tensor.outputs) == 1
-        node, (index, position) = maker, step
-    return None
-
-
-def _into_concat(node: Node, position: int, shape: Sizes) -> tuple[int, int] | None:
-    for index, piece in enumerate(node.inputs):
-        sizes = shape(piece)
-        if sizes is None or len(sizes) != 1:
-            return None
-        if position < sizes[0]:
-            return index, position
-        position -= sizes[0]
-    return None
-
-
-def _into_where(node: Node, position: int, shape: Sizes) -> tuple[int, int] | None:
-    condition = node.constant(0)
-    if condition is None or condition.ndim != 1 or condition.size <= position:
-        return None
-    return (1 if condition[position] else 2), position
-
-
-_STEPS = {"Concat": _into_concat, "Where": _into_where}
+        assert isinstance(found, Written), "a rule traced an axis whose size it cannot write"
+        if found.value != value:
+            values = np.array(found.node.constant(found.index))
+            values.flat[found.offset] = value
+            reader = Cut(found.node, self._shape, self._masks, self._rename, self.opset)
+            reader.set_input(found.index, values)

@@ -8,8 +8,9 @@ import numpy as np
 
 from onnxslim.graph import Node
 from onnxslim.labels import Block, Trace
-from onnxslim.ops.channels.cut import Cut, locate, written
+from onnxslim.ops.channels.cut import Cut
 from onnxslim.ops.channels.elementwise import join, shifted
+from onnxslim.ops.channels.sizes import Measured, Written, computed_with, origin
 
 Group = tuple[tuple[int, ...], tuple[int, ...]]  # axes of the input, axes of the output
 
@@ -22,13 +23,25 @@ def regroup(trace: Trace) -> None:
 
 
 def reshape(trace: Trace) -> None:
-    """Reshape: an axis can lose slices where its size is inferred, copied or written out."""
+    """Reshape: an axis can lose slices where its size is inferred, copied, written out or measured."""
     regroup(trace)
     trace.ignore(1)
-    made = trace.node.outputs[0]
-    for axis in sorted({axis for block in trace.tracer.blocks(made) for axis in block.axes}):
-        if not _follows(trace, 1, axis, (-1,)):
-            trace.tracer.release(made, axis, trace.node, "the size it is reshaped to is computed")
+    for axis in range(len(trace.made())):
+        _keep_up(trace, axis, 1, axis, implied=-1)
+
+
+def _keep_up(trace: Trace, axis: int, index: int, position: int, implied: int) -> None:
+    """Release an axis of the output unless its size, an element of an input, changes with it."""
+    tracer, output = trace.tracer, trace.node.outputs[0]
+    found = origin(trace.node, index, position, tracer.shape)
+    if isinstance(found, Measured):
+        trace.tie(
+            tracer.line(output, axis, trace.node),
+            tracer.line(found.tensor, found.axis, trace.node),
+            f"its size is that of axis {found.axis} of '{found.tensor.name}'",
+        )
+    elif not isinstance(found, Written) or not (found.alone or found.value == implied):
+        tracer.release(output, axis, trace.node, "its size is computed")
 
 
 def cut_reshape(cut: Cut) -> None:
@@ -281,37 +294,16 @@ def cut_gather(cut: Cut) -> None:
 
 
 def expand(trace: Trace) -> None:
-    """Axes that are stretched get labels of their own where the new size is written out."""
+    """Axes that are stretched get labels of their own, to go wherever the new size goes."""
     trace.ignore(1)
     before, made = trace.shape(0), trace.made()
     shift = len(made) - len(before)
     blocks = shifted(trace.blocks(0), shift)
-    length = trace.tracer.shape(trace.node.inputs[1])
-    for axis, size in enumerate(made):
-        stretched = size > 1 and (axis < shift or before[axis - shift] == 1)
-        if stretched and _follows(trace, 1, axis - (len(made) - (length or (0,))[0])):
-            blocks.append(Block((axis,), trace.tracer.fresh(size)))
-    trace.emit(blocks)
-    _release_unwritable(trace, shift, len(made) - (length or (0,))[0])
-
-
-def _release_unwritable(trace: Trace, shift: int, missing: int) -> None:
-    """An axis that keeps its size needs a shape of 1, or one that can be rewritten."""
-    output = trace.node.outputs[0]
-    for axis in sorted({axis for block in trace.tracer.blocks(output) for axis in block.axes}):
-        if axis >= missing and not _follows(trace, 1, axis - missing, (1,)):
-            trace.tracer.release(output, axis, trace.node, "the size it is expanded to is computed")
-
-
-def _follows(trace: Trace, index: int, position: int, implied: tuple[int, ...] = ()) -> bool:
-    """Whether an element of a vector of sizes can be brought in line, or says what always holds."""
-    if position < 0:
-        return False
-    shape = trace.tracer.shape
-    return (
-        locate(trace.node, index, position, shape) is not None
-        or written(trace.node, index, position, shape) in implied
-    )
+    stretched = [axis for axis, size in enumerate(made) if axis < shift or before[axis - shift] < size]
+    trace.emit([*blocks, *(Block((axis,), trace.tracer.fresh(made[axis])) for axis in stretched)])
+    missing = len(made) - trace.shape(1)[0]
+    for axis in range(missing, len(made)):
+        _keep_up(trace, axis, 1, axis - missing, implied=1)
 
 
 def cut_expand(cut: Cut) -> None:
@@ -324,13 +316,11 @@ def cut_expand(cut: Cut) -> None:
 
 
 def constant_of_shape(trace: Trace) -> None:
-    """All elements are equal, so slices can go wherever the size is written out."""
+    """All elements are equal, so slices can go wherever the size goes."""
     trace.ignore(0)
-    trace.emit(
-        Block((axis,), trace.tracer.fresh(size))
-        for axis, size in enumerate(trace.made())
-        if size > 1 and _follows(trace, 0, axis)
-    )
+    trace.emit(Block((axis,), trace.tracer.fresh(size)) for axis, size in enumerate(trace.made()))
+    for axis in range(len(trace.made())):
+        _keep_up(trace, axis, 0, axis, implied=1)
 
 
 def cut_constant_of_shape(cut: Cut) -> None:
@@ -342,12 +332,13 @@ def cut_constant_of_shape(cut: Cut) -> None:
 def tile(trace: Trace) -> None:
     """Labels are repeated as the elements are."""
     trace.ignore(1)
-    repeats = [written(trace.node, 1, axis, trace.tracer.shape) for axis in range(len(trace.made()))]
-    for axis, count in enumerate(repeats):
-        if count is None:
+    found = [origin(trace.node, 1, axis, trace.tracer.shape) for axis in range(len(trace.made()))]
+    repeats = [each.value if isinstance(each, Written) else 1 for each in found]
+    for axis, each in enumerate(found):
+        if not isinstance(each, Written):
             trace.release(0, axis, "its repeats are computed")
     trace.emit(
-        Block(block.axes, np.tile(block.labels, [repeats[axis] or 1 for axis in block.axes]))
+        Block(block.axes, np.tile(block.labels, [repeats[axis] for axis in block.axes]))
         for block in trace.blocks(0)
     )
 
@@ -375,13 +366,13 @@ def resize(trace: Trace) -> None:
     """Axes that keep their size keep their slices; the others are interpolated."""
     trace.ignore(*range(1, len(trace.node.inputs)))
     before, made = trace.shape(0), trace.made()
-    sizes = 3 if trace.has(3) else None
     for axis in range(len(before)):
-        if before[axis] != made[axis]:
+        if before[axis] != made[axis] or "axes" in trace.node.attrs:
             trace.release(0, axis, "it is resized")
-        elif sizes and not (_follows(trace, sizes, axis) and "axes" not in trace.node.attrs):
-            trace.release(0, axis, "the size it is resized to is computed")
     trace.emit(trace.blocks(0))
+    if trace.has(3):
+        for axis in range(len(made)):
+            _keep_up(trace, axis, 3, axis, implied=1)
 
 
 def cut_resize(cut: Cut) -> None:
@@ -492,24 +483,11 @@ def space_to_depth(trace: Trace) -> None:
 
 
 def shape_of(trace: Trace) -> None:
-    """Somebody computes with the sizes that are read of it: these stay."""
-    node = trace.node
-    rank = len(trace.shape(0))
-    whole = id(node.outputs[0]) in trace.tracer.outputs
-    for axis in range(rank) if whole else _read_sizes(node, rank):
+    """An axis stays if its size is computed with; what makes a tensor of the same size follows."""
+    tracer = trace.tracer
+    for axis in sorted(computed_with(trace.node, len(trace.shape(0)), tracer.shape, tracer.outputs)):
         trace.release(0, axis, "its size is computed with")
-
-
-def _read_sizes(node: Node, rank: int) -> Iterable[int]:
-    """Axes whose sizes the readers of a Shape look at."""
-    first, last, _ = slice(node.attrs.get("start", 0), node.attrs.get("end")).indices(rank)
-    axes: set[int] = set()
-    for reader in node.outputs[0].outputs:
-        chosen = reader.constant(1) if reader.op == "Gather" and reader.inputs[0] is node.outputs[0] else None
-        if chosen is None:
-            return range(first, last)
-        axes.update(range(first, last)[int(index)] for index in chosen.flat)
-    return sorted(axes)
+    trace.ignore(0)
 
 
 def scatter(trace: Trace) -> None:
