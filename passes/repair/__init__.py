@@ -27,7 +27,7 @@ from onnxslim.errors import CalibrationError
 from onnxslim.graph import Array
 from onnxslim.model import Model
 from onnxslim.passes.repair.jobs import Job
-from onnxslim.passes.repair.plan import plan, unchanged
+from onnxslim.passes.repair.plan import schedule, unchanged
 from onnxslim.passes.repair.solve import Fit, Method, fit
 from onnxslim.pipeline import Changes, Log
 from onnxslim.runtime import Target
@@ -87,7 +87,7 @@ def repair(
     log = Log()
     ir.sort(student.graph)
     clean = unchanged(student, teacher)
-    stages = plan(student, teacher, clean, layers, log)
+    stages = schedule(student, teacher, clean, layers, log)
     if any(stages):
         with Shelf(memory) as shelf:
             _Repair(student, teacher, kept, method, target, clean, stages, shelf, log).run(data, progress)
@@ -156,7 +156,9 @@ class _Repair:
             wanted = self.original.run(stage, batch, feeds)
             values = self.copy.run(stage, batch, {**feeds, **wanted})
             for job, each in zip(jobs, sums, strict=True):
-                self._observe(job, each, wanted, values, first, held[first : first + samples], held.size)
+                share = held[first : first + samples]
+                with np.errstate(invalid="ignore", over="ignore"):  # the moments tell
+                    self._observe(job, each, wanted, values, first, share, held.size)
             first += samples
         return sums
 
