@@ -137,6 +137,11 @@ def _provider_lines(provider: ProviderVerdict, verdict: Verdict) -> Iterator[str
         yield f"  accuracy {percent(first)} → {percent(second)} ({100 * (second - first):+.2f} points)"
     if provider.metric is not None:
         yield f"  metric {provider.metric.before:.6g} → {provider.metric.after:.6g}"
+    if provider.placed is not None:
+        before_after = (
+            ", ".join(f"{count} on {name}" for name, count in each.items()) for each in provider.placed
+        )
+        yield f"  operators run: {' → '.join(before_after)}"
     if provider.latency is not None and provider.ratio is not None:
         before, after = provider.latency
         yield (
