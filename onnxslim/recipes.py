@@ -141,15 +141,20 @@ class Recipe:
         settings = {**_given(self.data), "path": inside.as_posix()}
         return settings if len(settings) > 1 else settings["path"]
 
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain data, defaults included."""
+        return {
+            "passes": [{each.name: _all(each)} for each in self.passes],
+            "data": None if self.data is None else _all(self.data),
+            **{name: plain(getattr(self, name)) for name in ("target", "seed", "on_error", "check")},
+        }
+
     @property
     def sha256(self) -> str:
         """Hash of all settings, defaults included, but not of where the data lies."""
-        data = None if self.data is None else {**_all(self.data), "path": None}
-        document = {
-            "passes": [{"name": each.name, **_all(each)} for each in self.passes],
-            "data": data,
-            **{name: plain(getattr(self, name)) for name in ("target", "seed", "on_error", "check")},
-        }
+        document = self.to_dict()
+        if document["data"]:
+            document["data"]["path"] = None
         text = json.dumps(document, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -309,6 +309,13 @@ def _second(attempt: Callable[[], T]) -> T:
         raise ValidationError(f"the second model fails where the first one does not: {error}") from error
 
 
+def compare(name: str, reference: Any, actual: Any) -> OutputRow:
+    """How close one value is to another, both of one batch."""
+    row = _Row(name)
+    row.update(reference, actual)
+    return row.result()
+
+
 @dataclass
 class _Row:
     """Running sums over one output."""

@@ -24,6 +24,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("utils",),
     ("terminal",),
     ("sources",),
+    ("page",),
+    ("analysis",),
     ("validation",),
     ("report",),
     ("verdict",),

@@ -15,6 +15,7 @@ from onnxslim.errors import OnnxSlimError, SaveError, UsageError
 if TYPE_CHECKING:
     from onnxslim.compat import Request
     from onnxslim.model import Model
+    from onnxslim.page import Document
     from onnxslim.pipeline import Pass, Progress, Report, Result
     from onnxslim.recipes import Recipe
     from onnxslim.sources import Batches
@@ -57,10 +58,11 @@ def process(
         result = _rewritten(job, wanted, model, opened, asked, progress)
         verdict = _verdict(job, wanted, model, result, opened, progress)
     _warn_of_idle_passes(result.report, job.quiet)
-    _tell(job, result, verdict)
+    told = _document(job, wanted, model, result, opened, verdict)
+    _tell(job, told)
     if verdict is not None:
         verdict.require(**wanted.check)
-    _save(job, wanted, model, result, verdict, opened)
+    _save(job, wanted, model, result, told)
 
 
 def _recipe(job: Job, words: DataWords, chain: Sequence[Pass], file: Path | None) -> Recipe:
@@ -118,27 +120,37 @@ def _verdict(
         return None
 
 
-def _tell(job: Job, result: Result, verdict: Verdict | None) -> None:
-    for shown in (result.report, verdict):
-        if shown is not None and not job.json:
-            terminal.show(shown, job.quiet)
-    if job.json:
-        terminal.show_json({"report": result.report, "verdict": verdict})
-    if verdict is not None:
-        warn_of_made_up_inputs(verdict)
-
-
-def _save(
+def _document(
     job: Job,
     recipe: Recipe,
     model: Model,
     result: Result,
-    verdict: Verdict | None,
     opened: Batches | None,
-) -> None:
+    verdict: Verdict | None,
+) -> Document:
+    """All there is to tell; the layers are looked at only for a report that is kept."""
+    from onnxslim import page
+
+    settings = recipe.to_dict()
+    if job.report is None:
+        return page.brief(model, result.model, result.report, verdict, recipe=settings)
+    data = opened.data if opened else None
+    return page.document(model, result.model, result.report, verdict, recipe=settings, data=data)
+
+
+def _tell(job: Job, told: Document) -> None:
+    for shown in (told.report, told.verdict):
+        if shown is not None and not job.json:
+            terminal.show(shown, job.quiet)
+    if job.json:
+        print(told.to_json())
+    if told.verdict is not None:
+        warn_of_made_up_inputs(told.verdict)
+
+
+def _save(job: Job, recipe: Recipe, model: Model, result: Result, told: Document) -> None:
     from onnxslim.report import size
 
-    report = _report(job, recipe, model, result, verdict, opened)
     if job.save_recipe is not None:
         recipe.save(job.save_recipe)
     if job.output is None:
@@ -150,23 +162,7 @@ def _save(
             f"saved {job.output}: {size(after)}, {100 * after / before:.1f} % of {size(before)}", job.quiet
         )
     if job.report is not None:
-        job.report.write_text(report, encoding="utf-8")
-
-
-def _report(
-    job: Job,
-    recipe: Recipe,
-    model: Model,
-    result: Result,
-    verdict: Verdict | None,
-    opened: Batches | None,
-) -> str:
-    """Text of the report; made before anything is saved, as the source may be about to be replaced."""
-    if job.report is None:
-        return ""
-    from onnxslim.report import to_json
-
-    return to_json({"report": result.report, "verdict": verdict}) + "\n"
+        told.save(job.report)
 
 
 # ------------------------------------------------------------------------------------ before any work
