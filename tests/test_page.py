@@ -89,7 +89,7 @@ def test_the_page_has_everything(made: tuple[Model, Model, Document]) -> None:
         "Before and after",
         "On cpu",
         "On reference",
-        "accuracy 9",
+        "accuracy ",
         "latency, batch of 100",
         "Passes",
         "54 × quantize",
