@@ -294,6 +294,57 @@ class Clip(Bypass):
         return values is not None and facts.is_all(values, limit)
 
 
+# Reductions that give back a single element as it is; the first two may start from +0.
+_SUMS = frozenset(("ReduceSum", "ReduceMean"))
+_REDUCTIONS = frozenset((*_SUMS, "ReduceMax", "ReduceMin", "ReduceProd"))
+
+
+class ReduceOne(Rule[tuple[Node, tuple[int, ...]]]):
+    """A sum, mean, product or extreme over axes of size 1 is a Squeeze, or nothing at all."""
+
+    name = "reduce-one"
+    ops = _REDUCTIONS
+
+    def pattern(self, node: Node, edit: Editor) -> tuple[Node, tuple[int, ...]] | None:
+        shape = edit.shape(node.inputs[0])
+        if shape is None:
+            return None
+        axes = _reduced(node, len(shape))
+        return (node, axes) if axes is not None and all(shape[axis] == 1 for axis in axes) else None
+
+    def check(self, match: tuple[Node, tuple[int, ...]], edit: Editor) -> str | None:
+        node, _ = match
+        if node.op in _SUMS and facts.sign_of_zero_counts(node.outputs[0], edit):
+            return "it may turn -0 into +0, which a later operator may see"
+        return facts.stuck((node, node.inputs[0]), edit) if self._keeps(match) else None
+
+    def rewrite(self, match: tuple[Node, tuple[int, ...]], edit: Editor) -> str:
+        node, axes = match
+        op, source = node.op, node.inputs[0]
+        if self._keeps(match):
+            edit.bypass(node, source)
+            return f"removed {op}"
+        if edit.opset < 13:
+            edit.replace_node(node, "Squeeze", [source], {"axes": axes})
+        else:
+            name = f"{node.outputs[0].name}_axes"
+            edit.replace_node(node, "Squeeze", [source, edit.constant(name, np.array(axes, np.int64))])
+        return "made it a Squeeze"
+
+    def _keeps(self, match: tuple[Node, tuple[int, ...]]) -> bool:
+        """Whether the result has as many axes as the input."""
+        node, axes = match
+        return bool(node.attrs.get("keepdims", 1)) or not axes
+
+
+def _reduced(node: Node, rank: int) -> tuple[int, ...] | None:
+    """The axes a reduction runs over; None if they are not known."""
+    if not facts.given(node, "axes", 1):
+        return () if node.attrs.get("noop_with_empty_axes", 0) else tuple(range(rank))
+    axes = facts.ints(node, "axes", 1)
+    return facts.positive_axes(axes, rank) if axes else None
+
+
 RULES = (
     Identity(),
     Dropout(),
@@ -309,4 +360,5 @@ RULES = (
     Idempotent(),
     Involution(),
     Clip(),
+    ReduceOne(),
 )
