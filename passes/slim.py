@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain, repeat
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from onnxslim.passes.dedupe import Dedupe
 from onnxslim.passes.eliminate import Eliminate
 from onnxslim.passes.fold import Fold
 from onnxslim.passes.fuse import Fuse
+from onnxslim.passes.inline import Inline, calls
 from onnxslim.pipeline import MAX_ROUNDS, Changes, Context, Log, Pass, options
 
 
@@ -22,8 +24,8 @@ from onnxslim.pipeline import MAX_ROUNDS, Changes, Context, Log, Pass, options
 class Slim(Pass):
     """Make a model smaller and faster without changing what it computes.
 
-    Folds constants, drops and fuses operators, merges duplicates and removes what nothing reads, in turn
-    until nothing changes any more.
+    Inlines functions, folds constants, drops and fuses operators, merges duplicates and removes what nothing
+    reads, in turn until nothing changes any more. Functions stay if the model would be larger without them.
     """
 
     name: ClassVar[str] = "slim"
@@ -42,6 +44,7 @@ class Slim(Pass):
     def parts(self) -> tuple[Pass, ...]:
         """The passes it consists of, in order."""
         every: tuple[Pass, ...] = (
+            Inline(),
             Fold(),
             Eliminate(skip=self._skipped(_ELIMINATE)),
             Fuse(skip=self._skipped(_FUSE)),
@@ -55,22 +58,37 @@ class Slim(Pass):
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Run the parts in turn until each has left the model as it is."""
-        log = Log()
         parts = self.parts()
-        last: dict[str, Changes] = {}
-        idle = 0
-        for part in chain.from_iterable(repeat(parts, MAX_ROUNDS)):
-            last[part.name] = changes = part.run(model, ctx)
-            log.add(Changes(changes.changed, (), changes.facts))
-            idle = 0 if changes else idle + 1
-            if idle == len(parts):
-                break
-        # What was skipped at first may have been done later.
-        for changes in last.values():
-            log.add(Changes((), changes.skipped))
+        without = [part for part in parts if part.name != Inline.name]
+        if len(without) == len(parts) or next(calls(model), None) is None:
+            return _settle(without, model, ctx)
+        twin = model.copy()
+        changes = _settle(parts, twin, ctx)
+        if twin.stats().bytes <= model.stats().bytes:
+            model.become(twin)
+            return changes
+        log = Log()
+        log.add(_settle(without, model, ctx))
+        log.skip(model.graph.name, "functions stay: the model would be larger without them")
         return log.done()
 
 
-_PARTS = frozenset(part.name for part in (Fold, Eliminate, Fuse, Dedupe, Dead))
+def _settle(parts: Sequence[Pass], model: Model, ctx: Context) -> Changes:
+    log = Log()
+    last: dict[str, Changes] = {}
+    idle = 0
+    for part in chain.from_iterable(repeat(parts, MAX_ROUNDS)):
+        last[part.name] = changes = part.run(model, ctx)
+        log.add(Changes(changes.changed, (), changes.facts))
+        idle = 0 if changes else idle + 1
+        if idle == len(parts):
+            break
+    # What was skipped at first may have been done later.
+    for changes in last.values():
+        log.add(Changes((), changes.skipped))
+    return log.done()
+
+
+_PARTS = frozenset(part.name for part in (Inline, Fold, Eliminate, Fuse, Dedupe, Dead))
 _ELIMINATE = frozenset(rule.name for rule in eliminate.RULES)
 _FUSE = frozenset(rule.name for rule in fuse.RULES)
