@@ -93,7 +93,11 @@ class Bottleneck(nn.Module):
 
     def __init__(self, channels: int, shortcut: bool) -> None:
         super().__init__()
-        self.first, self.second, self.add = Block(channels, channels, 3), Block(channels, channels, 3), shortcut
+        self.first, self.second, self.add = (
+            Block(channels, channels, 3),
+            Block(channels, channels, 3),
+            shortcut,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.second(self.first(x))
@@ -145,7 +149,9 @@ class Detect(nn.Module):
         self.expect = nn.Conv2d(bins, 1, 1, bias=False)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        both = [torch.cat((box(x), score(x)), 1) for box, score, x in zip(self.box, self.score, maps, strict=True)]
+        both = [
+            torch.cat((box(x), score(x)), 1) for box, score, x in zip(self.box, self.score, maps, strict=True)
+        ]
         points, strides = self.anchors(maps)
         flat = torch.cat([x.view(x.shape[0], 4 * self.bins + self.classes, -1) for x in both], 2)
         box, score = flat.split((4 * self.bins, self.classes), 1)

@@ -326,9 +326,9 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "FusionConvTransposeAdd": ("layer-arithmetic",),
     "FusionConvTransposeBN": ("layer-batchnorm",),
     "FusionConvTransposeMul": ("layer-arithmetic",),
-    "FusionGemm": ("layer-arithmetic",),
-    "FusionGemmAdd": ("layer-arithmetic",),
-    "FusionGemmMul": ("layer-arithmetic",),
+    "FusionGemm": ("matmul-arithmetic",),
+    "FusionGemmAdd": ("gemm-arithmetic",),
+    "FusionGemmMul": ("gemm-arithmetic",),
     "FusionPadConv": ("pad-layer",),
     "FusionReduce": (),
 }

@@ -189,7 +189,7 @@ class Tile(Bypass):
 
 
 class Unit(Bypass):
-    """x + 0, x - 0, x * 1, x / 1 and x ** 1, where the constant does not broadcast x to another shape.
+    """x + 0, x - 0, x * 1, x / 1 and x ** 1, where the other one does not broadcast x to another shape.
 
     x + 0 turns -0 into +0. Where something later could make that a difference, it stays; adding -0 and
     subtracting +0 change nothing at all.
@@ -202,8 +202,7 @@ class Unit(Bypass):
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
         unit = 0 if node.op in ("Add", "Sub") else 1
         for index in (1, 0) if node.op in ("Add", "Mul") else (1,):
-            values = facts.constant(node, index)
-            if values is not None and facts.is_all(values, unit):
+            if facts.uniform(node.inputs[index]) == unit:
                 return node, node.inputs[1 - index]
         return None
 
@@ -214,15 +213,15 @@ class Unit(Bypass):
             return f"'{other.name}' broadcasts '{source.name}' to another shape, or may"
         if facts.is_normalized(source):
             return "it belongs to a layer normalization, which ONNX Runtime computes as one"
-        clears_sign = node.op in ("Add", "Sub") and self._clears_sign(node, node.inputs.index(other))
+        clears_sign = node.op in ("Add", "Sub") and self._clears_sign(node, node.inputs.index(other), edit)
         if clears_sign and facts.sign_of_zero_counts(node.outputs[0], edit):
             return "it turns -0 into +0, which a later operator may see"
         return super().check(match, edit)
 
-    def _clears_sign(self, node: Node, index: int) -> bool:
-        values = facts.constant(node, index)
-        if values is None or values.dtype not in facts.FLOATS:
-            return False
+    def _clears_sign(self, node: Node, index: int, edit: Editor) -> bool:
+        dtype, values = edit.dtype(node.inputs[index]), facts.constant(node, index)
+        if values is None or dtype not in facts.FLOATS:
+            return dtype is None or dtype in facts.FLOATS
         negative = np.signbit(values.astype(np.float64))
         return not bool(negative.all() if node.op == "Add" else not negative.any())
 
