@@ -131,6 +131,11 @@ class Model:
             twin.shell.metadata_props.add(key=key, value=value)
         return twin
 
+    def become(self, other: Model) -> None:
+        """Take over everything of another model, which must not be used any more."""
+        self.graph, self.shell, self.source = other.graph, other.shell, other.source
+        self.ir_version, self.opsets = other.ir_version, other.opsets
+
     def graphs(self) -> Iterator[Graph]:
         """The main graph and every one nested in it."""
         return ir.walk(self.graph)

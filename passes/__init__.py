@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from onnxslim.passes.eliminate import Eliminate
     from onnxslim.passes.fold import Fold
     from onnxslim.passes.fuse import Fuse
+    from onnxslim.passes.inline import Inline
     from onnxslim.passes.prune import Prune
     from onnxslim.passes.quantize import Quantize
     from onnxslim.passes.slim import Slim
@@ -36,6 +37,7 @@ __all__ = [
     "Eliminate",
     "Fold",
     "Fuse",
+    "Inline",
     "Option",
     "Prune",
     "Quantize",
@@ -50,6 +52,7 @@ __all__ = [
 
 REGISTRY: tuple[tuple[str, str], ...] = (
     ("slim", "Slim"),
+    ("inline", "Inline"),
     ("fold", "Fold"),
     ("eliminate", "Eliminate"),
     ("fuse", "Fuse"),
