@@ -138,6 +138,10 @@ class Form(ABC):
     def bias(self, node: Node, outputs: int) -> Array | None:
         """What it adds to each of its outputs; None if it cannot, or adds something else."""
 
+    def scale(self, node: Node) -> float:
+        """Factor of the product of data and weight."""
+        return 1.0
+
     @abstractmethod
     def install(self, edit: Editor, node: Node, factors: Sequence[Factor], bias: Array | None) -> None:
         """Put factors in the place of a node; a bias replaces its own."""
@@ -226,6 +230,10 @@ class Product(Form):
         if values is None or values.shape not in ((outputs,), (1, outputs)):
             return None
         return values.reshape(-1) * np.float64(node.attrs.get("beta", 1.0))
+
+    def scale(self, node: Node) -> float:
+        """The alpha of a Gemm."""
+        return float(node.attrs.get("alpha", 1.0))
 
     def install(self, edit: Editor, node: Node, factors: Sequence[Factor], bias: Array | None) -> None:
         """Two products; the one next to the data transposes it and scales, the other adds."""

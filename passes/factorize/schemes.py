@@ -388,6 +388,15 @@ class Directions:
     power: Array
 
 
+def merged(weights: Sequence[Array], kernel: Sizes) -> Array:
+    """The one matrix that a chain of factors comes to, [groups, inputs·kernel, outputs]."""
+    first, *rest = weights
+    if not rest:
+        return Problem(first).matrix()
+    left = tuple(1 if own > 1 else size for own, size in zip(first.shape[3:], kernel, strict=True))
+    return _lift(first, kernel) @ merged(rest, left)
+
+
 def directions(matrix: Array, most: int, metric: Array | None = None) -> Directions:
     """The leading directions of a matrix.
 
