@@ -392,6 +392,18 @@ def _quantize(job: _Job, ctx: typer.Context) -> None:
     _process(job, [passes.create("quantize", ctx.obj)])
 
 
+@app.command("factorize", cls=_PassCommand)
+@_with_job
+def _factorize(job: _Job, ctx: typer.Context) -> None:
+    """Replace layers by smaller ones that are measured to be faster.
+
+    Factors are fitted to --data, where there are any; without, they lose much more.
+    """
+    from onnxslim import passes
+
+    _process(job, [passes.create("factorize", ctx.obj)])
+
+
 @app.command("run")
 @_with_job
 def _run(

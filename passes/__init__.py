@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from onnxslim.passes.dead import Dead
     from onnxslim.passes.dedupe import Dedupe
     from onnxslim.passes.eliminate import Eliminate
+    from onnxslim.passes.factorize import Factorize
     from onnxslim.passes.fold import Fold
     from onnxslim.passes.fuse import Fuse
     from onnxslim.passes.quantize import Quantize
@@ -33,6 +34,7 @@ __all__ = [
     "Dead",
     "Dedupe",
     "Eliminate",
+    "Factorize",
     "Fold",
     "Fuse",
     "Option",
@@ -53,6 +55,7 @@ REGISTRY: tuple[tuple[str, str], ...] = (
     ("fuse", "Fuse"),
     ("dedupe", "Dedupe"),
     ("dead", "Dead"),
+    ("factorize", "Factorize"),
     ("quantize", "Quantize"),
 )
 

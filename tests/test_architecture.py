@@ -32,6 +32,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("check", "evaluate"),
     ("probe",),
+    ("latency",),
     ("runtime",),
     ("ops.cost",),
     ("ops",),

@@ -51,9 +51,7 @@ def moments(
 ) -> Iterator[tuple[Layer, Gram]]:
     """Of what layers read and make in the model itself, in as few passes over the data as memory allows."""
     for portion in _portions(layers):
-        found = observe(
-            model, data, [layer.output for layer in portion], target=target, progress=progress
-        )
+        found = observe(model, data, [layer.output for layer in portion], target=target, progress=progress)
         for layer in portion:
             yield layer, found.pop(layer.output)
 

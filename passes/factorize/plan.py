@@ -17,6 +17,7 @@ from onnxslim.passes.factorize.gate import Gate, label
 from onnxslim.passes.factorize.layers import Layer
 from onnxslim.passes.factorize.schemes import SCHEMES, Ranks, Scheme
 
+Proposal: TypeAlias = tuple[Scheme, Ranks]
 Unit: TypeAlias = Literal["macs", "params", "time"]
 
 # Ranks tried per layer and scheme.
@@ -74,7 +75,9 @@ class Entry:
         return {"macs": self.layer.macs, "params": self.layer.weight.size, "time": self.milliseconds}[unit]
 
 
-def proposals(layer: Layer, schemes: Sequence[str], align: int, unit: Unit, most: float) -> Iterator[tuple[Scheme, Ranks]]:
+def proposals(
+    layer: Layer, schemes: Sequence[str], align: int, unit: Unit, most: float
+) -> Iterator[Proposal]:
     """Schemes and ranks worth a look at one layer.
 
     Args:
@@ -110,7 +113,7 @@ def _ranks(layer: Layer, scheme: Scheme, align: int) -> Iterator[Ranks]:
         yield ranks
 
 
-def candidates(layer: Layer, found: Sequence[tuple[Scheme, Ranks]], gram: Gram | None) -> list[Candidate]:
+def candidates(layer: Layer, found: Sequence[Proposal], gram: Gram | None) -> list[Candidate]:
     """What each of these costs and loses; one decomposition serves all ranks of a scheme."""
     problem = problem_of(layer, gram)
     result = []
@@ -139,7 +142,8 @@ def undominated(found: Sequence[Candidate], unit: Unit) -> list[Candidate]:
         each
         for each, cost in zip(found, costs, strict=True)
         if not any(
-            other.lost <= each.lost and (theirs < margin * cost) for other, theirs in zip(found, costs, strict=True)
+            other.lost <= each.lost and (theirs < margin * cost)
+            for other, theirs in zip(found, costs, strict=True)
         )
     ]
 
@@ -179,10 +183,16 @@ def chosen(entries: Sequence[Entry], unit: Unit, budget: float) -> tuple[list[Ca
     Returns:
         The choice, and whether it is within the budget.
     """
-    costs = [[entry.cost(unit), *(entry.cost(unit) * each.cost(unit) for each in entry.candidates)] for entry in entries]
+    costs = [
+        [entry.cost(unit), *(entry.cost(unit) * each.cost(unit) for each in entry.candidates)]
+        for entry in entries
+    ]
     errors = [[0.0, *(each.error for each in entry.candidates)] for entry in entries]
     found = knapsack.choose(costs, errors, budget)
-    picks = [None if pick == 0 else entry.candidates[pick - 1] for entry, pick in zip(entries, found.picks, strict=True)]
+    picks = [
+        None if pick == 0 else entry.candidates[pick - 1]
+        for entry, pick in zip(entries, found.picks, strict=True)
+    ]
     return picks, found.met
 
 

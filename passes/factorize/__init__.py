@@ -1,0 +1,295 @@
+"""Low-rank factorization of convolutions and matrix products, where it is measured to pay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import BeforeValidator, Field
+
+from onnxslim import latency
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.errors import UsageError
+from onnxslim.graph import Array
+from onnxslim.model import Model
+from onnxslim.ops import cost
+from onnxslim.passes.factorize import fit, plan
+from onnxslim.passes.factorize.chains import Chain
+from onnxslim.passes.factorize.fit import Fitted
+from onnxslim.passes.factorize.gate import Gate
+from onnxslim.passes.factorize.layers import Layer
+from onnxslim.passes.factorize.plan import Candidate, Entry, Unit
+from onnxslim.passes.factorize.schemes import SCHEMES
+from onnxslim.passes.factorize.search import Search, Wanted, layers_of, with_factors
+from onnxslim.pipeline import Changes, Context, Log, Pass, options
+from onnxslim.probe import make_feeds
+from onnxslim.rewrite import Editor
+
+SchemeName = Literal["auto", "svd", "output", "input", "spatial", "tucker"]
+Picks = list[tuple[Entry, Candidate]]
+
+# What is asked for if nothing is said: half of the multiply-accumulates.
+DEFAULT_MACS = 0.5
+# How often a budget of time is corrected by what the whole model is measured to take, and how exactly it is met.
+CORRECTIONS, TOLERANCE = 5, 0.02
+
+
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+@options
+class Factorize(Pass):
+    """Write convolutions and matrix products as two or three smaller ones, where that is measured to be faster.
+
+    Each layer is left whole or gets the scheme and ranks that cost the outputs least for what is saved, so that
+    the model keeps to one of the budgets `macs`, `params`, `energy` and `speedup` (half of the
+    multiply-accumulates if none is given). With calibration data, factors are fitted to what the layer computes
+    on them, one layer after the other; without, to the weights, which costs much more accuracy.
+    """
+
+    name: ClassVar[str] = "factorize"
+
+    macs: float | None = Field(None, gt=0, lt=1, description="share of the multiply-accumulates to keep")
+    params: float | None = Field(None, gt=0, lt=1, description="share of the parameters to keep; no timing")
+    energy: float | None = Field(
+        None, gt=0, lt=1, description="share of the power of its output that every factorized layer keeps"
+    )
+    speedup: float | None = Field(None, gt=1, description="how many times as fast the model is to be")
+    schemes: Annotated[tuple[SchemeName, ...], BeforeValidator(_several)] = Field(
+        ("auto",), description="kinds of factors to choose from; auto is all of them"
+    )
+    align: int = Field(8, ge=1, description="ranks are multiples of this")
+    min_gain: float = Field(
+        1.1, ge=1, description="factors must be measured to be so many times as fast as their layer"
+    )
+    fitted: bool = Field(True, description="fit factors to the calibration data, if there are any")
+    repair: bool = Field(True, description="fit all layers again afterwards, as the repair pass does")
+    exclude: tuple[str, ...] = Field((), description="globs on node names, or operator types, to leave whole")
+    cache: bool = Field(True, description="keep measured times in the user's cache folder")
+
+    def __post_init__(self) -> None:
+        """Refuse two budgets."""
+        given = [name for name in ("macs", "params", "energy", "speedup") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(f"pass 'factorize' takes one budget, not {' and '.join(given)}")
+
+    @property
+    def unit(self) -> Unit:
+        """What the budget is in."""
+        return "params" if self.params is not None else "time" if self.speedup is not None else "macs"
+
+    def run(self, model: Model, ctx: Context) -> Changes:
+        """Factorize the model in place.
+
+        Raises:
+            CalibrationError: the calibration data does not fit the model.
+        """
+        log = Log()
+        work = _Work(self, model, ctx, log)
+        work()
+        return log.done()
+
+
+class _Work:
+    """One run of the pass.
+
+    Args:
+        wish: its options.
+        model: edited in place.
+        ctx: see `Context`.
+        log: told of everything.
+    """
+
+    def __init__(self, wish: Factorize, model: Model, ctx: Context, log: Log) -> None:
+        self._wish = wish
+        self._model = model
+        self._ctx = ctx
+        self._log = log
+        self._name = model.graph.name or "model"
+        self._data = _data(ctx, model) if wish.fitted else None
+        self._sample = _sample(model, ctx)
+        self._shapes = {name: array.shape for name, array in self._sample.items()}
+
+    def __call__(self) -> None:
+        """Search, choose, rewrite, measure."""
+        wish, log = self._wish, self._log
+        schemes = tuple(SCHEMES) if "auto" in wish.schemes else wish.schemes
+        wanted = Wanted(wish.unit, schemes, wish.align, wish.min_gain, wish.exclude)
+        layers, known = layers_of(self._model, self._shapes, wish.exclude, log)
+        bench = latency.Bench(self._ctx.target, latency.folder() if wish.cache else None)
+        search = Search(self._model, wanted, self._ctx, Gate(self._model, bench), self._data, log)
+        if self._meets_already(layers, known):
+            return
+        entries = search(layers)
+        log.facts["candidates"] = search.measured
+        picks = self._choose(entries, layers, known)
+        if not picks:
+            return
+        teacher = self._model.copy()
+        self._rewrite(picks, teacher)
+        self._report(picks)
+        self._finish(teacher)
+
+    # Choosing
+
+    def _meets_already(self, layers: Sequence[Layer], known: Sequence[Chain]) -> bool:
+        """Whether a budget in size is met by what was factorized before."""
+        unit = self._wish.unit
+        if self._wish.energy is not None or unit == "time":
+            return False
+        total = self._total(unit, layers) + sum(chain.saved[unit] for chain in known)
+        share, wanted = self._total(unit, layers) / total, self._share
+        if share <= wanted:
+            self._log.skip(
+                self._name, f"factors in it save enough already: {share:.1%} of its {unit} are left"
+            )
+        return share <= wanted
+
+    @property
+    def _share(self) -> float:
+        wish = self._wish
+        return wish.params or wish.macs or (1.0 / wish.speedup if wish.speedup else DEFAULT_MACS)
+
+    def _total(self, unit: Unit, layers: Sequence[Layer]) -> float:
+        """Of the whole model, at its present state."""
+        if unit == "params":
+            return self._model.stats().parameters
+        counted = cost.macs(self._model, self._shapes)
+        return counted if counted else sum(layer.macs for layer in layers)
+
+    def _choose(self, entries: Sequence[Entry], layers: Sequence[Layer], known: Sequence[Chain]) -> Picks:
+        """A candidate for each layer that gets one; says what keeps others whole."""
+        wish = self._wish
+        if not entries:
+            self._log.skip(self._name, "no layer has factors that save anything")
+            return []
+        if wish.energy is not None:
+            found = plan.by_energy(entries, 1.0 - wish.energy, wish.unit)
+            why = f"no factors that save keep {wish.energy:.1%} of its power"
+        elif wish.unit == "time":
+            found, why = self._in_time(entries), "the budget is met without it"
+        else:
+            found, why = self._in_size(entries, layers, known), "the budget is met without it"
+        for entry, pick in zip(entries, found, strict=True):
+            if pick is None:
+                self._log.skip(entry.layer.name, f"left whole: {why}")
+        return [(entry, pick) for entry, pick in zip(entries, found, strict=True) if pick is not None]
+
+    def _in_size(
+        self, entries: Sequence[Entry], layers: Sequence[Layer], known: Sequence[Chain]
+    ) -> list[Candidate | None]:
+        unit = self._wish.unit
+        now = self._total(unit, layers)
+        total = now + sum(chain.saved[unit] for chain in known)
+        fixed = now - sum(entry.cost(unit) for entry in entries)
+        found, met = plan.chosen(entries, unit, self._share * total - fixed)
+        left = fixed + sum(
+            entry.cost(unit) * (pick.cost(unit) if pick else 1.0)
+            for entry, pick in zip(entries, found, strict=True)
+        )
+        self._log.facts["budget"] = f"{left / total:.1%} of {unit}, {self._share:.1%} wanted"
+        if not met:
+            self._log.skip(
+                self._name,
+                f"budget out of reach: {left / total:.1%} of its {unit} is the least, not {self._share:.1%}",
+            )
+        return found
+
+    def _in_time(self, entries: Sequence[Entry]) -> list[Candidate | None]:
+        """Candidates with which the whole model is as fast as asked for, by correcting a budget for layers."""
+        alone = sum(entry.milliseconds for entry in entries)
+        whole, _ = latency.compare([self._model], self._sample, self._ctx.target)
+        budget = alone - whole * (1.0 - self._share)
+        found: list[Candidate | None] = []
+        ratio = 1.0
+        for _ in range(CORRECTIONS):
+            found, met = plan.chosen(entries, "time", budget)
+            picks = [(entry, pick) for entry, pick in zip(entries, found, strict=True) if pick]
+            _, ratios = latency.compare([self._model, self._shaped(picks)], self._sample, self._ctx.target)
+            ratio = ratios[1]
+            if not met or abs(ratio - self._share) <= TOLERANCE:
+                break
+            budget -= (ratio - self._share) * whole
+        self._log.facts["budget"] = f"{1 / ratio:.2f} times as fast, {1 / self._share:.2f} wanted"
+        if ratio > self._share + TOLERANCE:
+            self._log.skip(
+                self._name, f"budget out of reach: {1 / ratio:.2f} times as fast is the most measured"
+            )
+        return found
+
+    def _shaped(self, picks: Picks) -> Model:
+        """The model with factors of the right sizes; what is in them does not matter."""
+        return with_factors(
+            self._model,
+            [
+                (
+                    entry.layer,
+                    pick,
+                    Fitted([np.ones(shape) for shape in pick.scheme.shapes(entry.layer, pick.ranks)], None),
+                )
+                for entry, pick in picks
+            ],
+        )
+
+    # Rewriting
+
+    def _rewrite(self, picks: Picks, teacher: Model) -> None:
+        """Put factors in place, each fitted to what the ones before make."""
+        edit = Editor(self._model)
+        for index, (entry, pick) in enumerate(picks):
+            layer = entry.layer
+            gram = None
+            if self._data is not None and fit.observable(layer):
+                gram = fit.against(self._model, teacher, self._data, layer, self._ctx.target)
+            fitted = fit.fit(layer, pick.scheme, pick.ranks, gram, moved=True)
+            factors = pick.scheme.factors(layer, fitted.weights)
+            layer.form.install(edit, layer.node, factors, fitted.bias)
+            edit.commit()
+            self._log.change(
+                layer.name,
+                f"{pick.label}: {pick.macs:.2f} of the MACs, {pick.params:.2f} of the weights"
+                + ("" if math.isnan(pick.time) else f", {pick.time:.2f} of the time"),
+                f"{pick.scheme.name} factors",
+            )
+            if self._ctx.progress:
+                self._ctx.progress("fitting", index + 1, len(picks))
+
+    def _report(self, picks: Picks) -> None:
+        facts = self._log.facts
+        facts["layers"] = {entry.layer.name: _figures(pick) for entry, pick in picks}
+        if self._data is None:
+            facts["fitted"] = "no: without calibration data, factors only come close to the weights"
+
+    def _finish(self, teacher: Model) -> None:
+        """Measure the whole, and take it back if speed was asked for and is not there."""
+        _, ratios = latency.compare([teacher, self._model], self._sample, self._ctx.target)
+        self._log.facts["latency"] = ratios[1]
+
+
+def _figures(pick: Candidate) -> dict[str, Any]:
+    found = {"factors": pick.label, "macs": pick.macs, "params": pick.params, "lost": pick.lost}
+    return found if math.isnan(pick.time) else {**found, "time": pick.time}
+
+
+def _data(ctx: Context, model: Model) -> CalibrationData | None:
+    if ctx.data is None:
+        return None
+    data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
+    data.check(model.inputs())
+    return data.bind(model.inputs())
+
+
+def _sample(model: Model, ctx: Context) -> Mapping[str, Array]:
+    """Inputs of one run."""
+    if ctx.sample is not None:
+        return ctx.sample
+    if ctx.data is not None:
+        return dict(next(iter(ctx.data)))
+    return make_feeds(model.inputs(), batch=1, size=32)
+
+
+__all__ = ["Factorize"]
