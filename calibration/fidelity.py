@@ -31,7 +31,7 @@ class Fidelity:
         self._expected = list(self._run(model))
 
     def __call__(self, model: Model) -> float:
-        """Squared error relative to the variance, averaged over floating-point outputs; 0 is the reference."""
+        """Squared error over variance, averaged over floating-point outputs; 0 is the reference."""
         found = list(self._run(model))
         shares = [
             _share([want[name] for want in self._expected], [got[name] for got in found])

@@ -40,8 +40,13 @@ CAPTIONS = {
     "corrected": "biases corrected for the rounding of weights",
     "fused": "run in integers by ONNX Runtime",
     "total": "of such operators in the model",
+    "budget": "left",
+    "layers": "factors",
+    "latency": "time of one run, relative to that before",
     "unfused": "quantized, but run in floating point all the same",
 }
+# Facts that fill a table of their own: in JSON only.
+TABLES = frozenset(("candidates",))
 
 
 def text(report: Report) -> str:
@@ -162,7 +167,11 @@ def _details(step: Step) -> Iterator[str]:
         *([f"  {happened}"] if happened else []),
         *_limited(_changes(step.changes.changed)),
         *_limited(_skips(step.changes.skipped)),
-        *(f"  {CAPTIONS.get(name, name)}: {_fact(value)}" for name, value in step.changes.facts.items()),
+        *(
+            f"  {CAPTIONS.get(name, name)}: {_fact(value)}"
+            for name, value in step.changes.facts.items()
+            if name not in TABLES
+        ),
     ]
     if lines:
         yield step.name

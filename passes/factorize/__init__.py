@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -33,7 +31,7 @@ Picks = list[tuple[Entry, Candidate]]
 
 # What is asked for if nothing is said: half of the multiply-accumulates.
 DEFAULT_MACS = 0.5
-# How often a budget of time is corrected by what the whole model is measured to take, and how exactly it is met.
+# How often a budget of time is corrected by what the whole model takes, and how exactly it is to be met.
 CORRECTIONS, TOLERANCE = 5, 0.02
 
 
@@ -43,12 +41,12 @@ def _several(value: Any) -> Any:
 
 @options
 class Factorize(Pass):
-    """Write convolutions and matrix products as two or three smaller ones, where that is measured to be faster.
+    """Write convolutions and matrix products as two or three smaller ones, where these are measured faster.
 
-    Each layer is left whole or gets the scheme and ranks that cost the outputs least for what is saved, so that
-    the model keeps to one of the budgets `macs`, `params`, `energy` and `speedup` (half of the
-    multiply-accumulates if none is given). With calibration data, factors are fitted to what the layer computes
-    on them, one layer after the other; without, to the weights, which costs much more accuracy.
+    Each layer is left whole or gets the scheme and ranks that cost the outputs least for what they save, so
+    that the model keeps to one of the budgets `macs`, `params`, `energy` and `speedup` (half of the
+    multiply-accumulates if none is given). With calibration data, factors are fitted to what the layer
+    computes on them, one layer after the other; without, to the weights, which costs much more accuracy.
     """
 
     name: ClassVar[str] = "factorize"
@@ -88,10 +86,7 @@ class Factorize(Pass):
         Raises:
             CalibrationError: the calibration data does not fit the model.
         """
-        log = Log()
-        work = _Work(self, model, ctx, log)
-        work()
-        return log.done()
+        return _Work(self, model, ctx)()
 
 
 class _Work:
@@ -101,38 +96,42 @@ class _Work:
         wish: its options.
         model: edited in place.
         ctx: see `Context`.
-        log: told of everything.
     """
 
-    def __init__(self, wish: Factorize, model: Model, ctx: Context, log: Log) -> None:
+    def __init__(self, wish: Factorize, model: Model, ctx: Context) -> None:
         self._wish = wish
         self._model = model
         self._ctx = ctx
-        self._log = log
+        self._log = Log()
         self._name = model.graph.name or "model"
         self._data = _data(ctx, model) if wish.fitted else None
         self._sample = _sample(model, ctx)
         self._shapes = {name: array.shape for name, array in self._sample.items()}
 
-    def __call__(self) -> None:
+    def __call__(self) -> Changes:
         """Search, choose, rewrite, measure."""
-        wish, log = self._wish, self._log
-        schemes = tuple(SCHEMES) if "auto" in wish.schemes else wish.schemes
-        wanted = Wanted(wish.unit, schemes, wish.align, wish.min_gain, wish.exclude)
-        layers, known = layers_of(self._model, self._shapes, wish.exclude, log)
-        bench = latency.Bench(self._ctx.target, latency.folder() if wish.cache else None)
-        search = Search(self._model, wanted, self._ctx, Gate(self._model, bench), self._data, log)
+        layers, known = layers_of(self._model, self._shapes, self._wish.exclude, self._log)
         if self._meets_already(layers, known):
-            return
-        entries = search(layers)
-        log.facts["candidates"] = search.measured
+            return self._log.done()
+        entries = self._search(layers)
         picks = self._choose(entries, layers, known)
         if not picks:
-            return
+            return self._log.done()
         teacher = self._model.copy()
         self._rewrite(picks, teacher)
-        self._report(picks)
-        self._finish(teacher)
+        if self._data is not None and self._wish.repair:
+            self._repair(teacher)
+        return self._judged(teacher)
+
+    def _search(self, layers: Sequence[Layer]) -> list[Entry]:
+        wish = self._wish
+        schemes = tuple(SCHEMES) if "auto" in wish.schemes else wish.schemes
+        wanted = Wanted(wish.unit, schemes, wish.align, wish.min_gain)
+        bench = latency.Bench(self._ctx.target, latency.folder() if wish.cache else None)
+        search = Search(self._model, wanted, self._ctx, Gate(self._model, bench), self._data, self._log)
+        found = search(layers)
+        self._log.facts["candidates"] = search.measured
+        return found
 
     # Choosing
 
@@ -200,7 +199,7 @@ class _Work:
         return found
 
     def _in_time(self, entries: Sequence[Entry]) -> list[Candidate | None]:
-        """Candidates with which the whole model is as fast as asked for, by correcting a budget for layers."""
+        """Candidates with which the whole model is as fast as asked for: a budget for layers, corrected."""
         alone = sum(entry.milliseconds for entry in entries)
         whole, _ = latency.compare([self._model], self._sample, self._ctx.target)
         budget = alone - whole * (1.0 - self._share)
@@ -242,37 +241,38 @@ class _Work:
         edit = Editor(self._model)
         for index, (entry, pick) in enumerate(picks):
             layer = entry.layer
-            gram = None
-            if self._data is not None and fit.observable(layer):
-                gram = fit.against(self._model, teacher, self._data, layer, self._ctx.target)
-            fitted = fit.fit(layer, pick.scheme, pick.ranks, gram, moved=True)
+            fitted = self._fitted(layer, pick, teacher)
             factors = pick.scheme.factors(layer, fitted.weights)
             layer.form.install(edit, layer.node, factors, fitted.bias)
             edit.commit()
-            self._log.change(
-                layer.name,
-                f"{pick.label}: {pick.macs:.2f} of the MACs, {pick.params:.2f} of the weights"
-                + ("" if math.isnan(pick.time) else f", {pick.time:.2f} of the time"),
-                f"{pick.scheme.name} factors",
-            )
+            self._log.change(layer.name, pick.told, f"{pick.scheme.name} factors")
             if self._ctx.progress:
                 self._ctx.progress("fitting", index + 1, len(picks))
-
-    def _report(self, picks: Picks) -> None:
-        facts = self._log.facts
-        facts["layers"] = {entry.layer.name: _figures(pick) for entry, pick in picks}
+        self._log.facts["layers"] = {entry.layer.name: pick.told for entry, pick in picks}
         if self._data is None:
-            facts["fitted"] = "no: without calibration data, factors only come close to the weights"
+            self._log.facts["fitted"] = "to the weights: with calibration data, factors lose much less"
 
-    def _finish(self, teacher: Model) -> None:
-        """Measure the whole, and take it back if speed was asked for and is not there."""
+    def _fitted(self, layer: Layer, pick: Candidate, teacher: Model) -> Fitted:
+        if self._data is None or not fit.observable(layer):
+            return fit.fit(layer, pick.scheme, pick.ranks)
+        seen = fit.against(self._model, teacher, self._data, layer, self._ctx.target)
+        return fit.fit_moved(layer, pick.scheme, pick.ranks, *seen)
+
+    def _repair(self, teacher: Model) -> None:
+        """Fit every layer behind the first factors to what it computes in the model as it was."""
+        return
+
+    def _judged(self, teacher: Model) -> Changes:
+        """What was done; nothing, if speed was asked for and the whole is not faster."""
         _, ratios = latency.compare([teacher, self._model], self._sample, self._ctx.target)
         self._log.facts["latency"] = ratios[1]
-
-
-def _figures(pick: Candidate) -> dict[str, Any]:
-    found = {"factors": pick.label, "macs": pick.macs, "params": pick.params, "lost": pick.lost}
-    return found if math.isnan(pick.time) else {**found, "time": pick.time}
+        if ratios[1] >= 1.0:
+            slower = f"the whole model is not faster: it takes {ratios[1]:.2f} of its time"
+            self._log.skip(self._name, slower)
+            if self._wish.unit == "time":
+                self._model.graph = teacher.graph
+                return Changes((), self._log.done().skipped, self._log.facts)
+        return self._log.done()
 
 
 def _data(ctx: Context, model: Model) -> CalibrationData | None:

@@ -1,7 +1,7 @@
 """Layers that are factors of one another already, by whatever made them.
 
-Two layers without anything between them are one linear map. Where the one layer that would do the same had more
-weights, they are its factors: they are left alone, and a budget counts what they saved.
+Two layers without anything between them are one linear map. Where the one layer that would do the same had
+more weights, they are its factors: they are left alone, and a budget counts what they saved.
 """
 
 from __future__ import annotations

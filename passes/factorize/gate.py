@@ -76,7 +76,7 @@ def label(scheme: Scheme, ranks: Ranks) -> str:
 def _description(layer: Layer) -> str:
     """Everything that the time a layer takes depends on."""
     node = layer.node
-    attrs = {name: value for name, value in sorted(node.attrs.items())}
+    attrs = dict(sorted(node.attrs.items()))
     values = [constant_of(tensor) for tensor in node.inputs]
     inputs = [None if each is None else each.shape for each in values]
     return json.dumps([node.op, attrs, layer.shape, inputs, str(layer.weight.dtype)], default=str)

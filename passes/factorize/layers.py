@@ -229,7 +229,8 @@ class Product(Form):
         values = constant_of(node.inputs[2])
         if values is None or values.shape not in ((outputs,), (1, outputs)):
             return None
-        return values.reshape(-1) * np.float64(node.attrs.get("beta", 1.0))
+        scaled: Array = values.reshape(-1) * float(node.attrs.get("beta", 1.0))
+        return scaled
 
     def scale(self, node: Node) -> float:
         """The alpha of a Gemm."""

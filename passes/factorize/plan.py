@@ -51,6 +51,12 @@ class Candidate:
         """Names it among those of its layer."""
         return label(self.scheme, self.ranks)
 
+    @property
+    def told(self) -> str:
+        """For reports."""
+        time = "" if math.isnan(self.time) else f", {self.time:.2f} of the time"
+        return f"{self.label}: {self.macs:.2f} of the MACs, {self.params:.2f} of the weights{time}"
+
     def cost(self, unit: Unit) -> float:
         """Relative to the layer's."""
         return {"macs": self.macs, "params": self.params, "time": self.time}[unit]

@@ -1,9 +1,9 @@
 """Which factors each layer gets: a knapsack with several choices per layer.
 
 Every layer has options with an error and a cost; what is asked for is the least sum of errors with a sum of
-costs within the budget. For a price per unit of cost, the best option of each layer is found by itself, and the
-price that just meets the budget by bisection (Lagrangian relaxation, Everett 1963). What that leaves of the
-budget is then spent on the options that gain most.
+costs within the budget. For a price per unit of cost, the best option of each layer is found by itself, and
+the price that just meets the budget by bisection (Lagrangian relaxation, Everett 1963). What that leaves of
+the budget is then spent on the options that gain most.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _Table = Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
 def _priced(table: _Table, picks: list[int], budget: float) -> list[int]:
-    """The picks at the lowest price at which they keep to the budget; those given are for an infinite price."""
+    """The picks at the lowest price at which they keep to the budget; those given at the highest."""
     free = _at(table, 0.0)
     if _total(table, free)[0] <= budget:
         return free

@@ -59,13 +59,13 @@ class Problem:
 
     def matrix(self) -> Array:
         """The weight as [groups, inputs·kernel, outputs]."""
-        moved = np.moveaxis(self.weight, 2, -1)
+        moved: Array = np.moveaxis(self.weight, 2, -1)
         return moved.reshape(len(moved), -1, moved.shape[-1])
 
     def unfolded(self, first: Sizes) -> Array:
         """The weight as [groups, inputs·first, outputs·rest], where `first` are the sizes of leading axes."""
         groups, inputs, outputs = self.weight.shape[:3]
-        split = self.weight.reshape(groups, inputs, outputs, math.prod(first), -1)
+        split: Array = self.weight.reshape(groups, inputs, outputs, math.prod(first), -1)
         return split.transpose(0, 1, 3, 2, 4).reshape(groups, inputs * math.prod(first), -1)
 
     def metric(self, first: Sizes) -> Array | None:
@@ -75,7 +75,8 @@ class Problem:
         sizes = (self.weight.shape[1], math.prod(first), math.prod(self.kernel) // math.prod(first))
         whole = self.gram.reshape(-1, *sizes, *sizes)
         rows = sizes[0] * sizes[1]
-        return np.einsum("giajhbj->giahb", whole).reshape(-1, rows, rows) / sizes[2]
+        found: Array = np.einsum("giajhbj->giahb", whole).reshape(-1, rows, rows) / sizes[2]
+        return found
 
     def lifted(self, first: Array) -> Problem:
         """What remains for the factors after the first: its best continuation, and the moments it makes."""
@@ -330,10 +331,8 @@ class PairDecomposition(Decomposition):
 
     def _first(self, rank: int) -> Array:
         groups, inputs = self.problem.weight.shape[:2]
-        left = np.stack([part.left[:, :rank] for part in self.parts])
-        return (
-            left.reshape(groups, inputs, -1, rank).swapaxes(2, 3).reshape(groups, inputs, rank, *self.first)
-        )
+        left = np.stack([part.left[:, :rank] for part in self.parts]).reshape(groups, inputs, -1, rank)
+        return np.moveaxis(left, 3, 2).reshape(groups, inputs, rank, *self.first)
 
 
 @dataclass(frozen=True)

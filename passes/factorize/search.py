@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -25,6 +26,8 @@ from onnxslim.rewrite import Editor
 
 # Samples on which factors of single layers are measured end to end.
 SAMPLES = 64
+# Batches from which on some of them are kept for that.
+FEW = 4
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,13 @@ class Wanted:
         unit: what is to become less.
         schemes: names of those allowed.
         align: ranks are multiples of it.
-        min_gain: factors must be so many times as fast as their layer; does not count for `params`.
-        exclude: globs on node names, or operator types.
+        min_gain: factors must be so many times as fast as their layer, unless `params` are.
     """
 
     unit: Unit
     schemes: tuple[str, ...]
     align: int
     min_gain: float
-    exclude: tuple[str, ...]
 
     @property
     def most(self) -> float:
@@ -120,9 +121,9 @@ class Search:
         self._wanted = wanted
         self._ctx = ctx
         self._gate = gate
-        self._data = data
+        self._data, held = _parts(data)
         self._log = log
-        self._fidelity = Fidelity(model, data, SAMPLES, ctx.target) if data else None
+        self._fidelity = Fidelity(model, held, SAMPLES, ctx.target) if held else None
         self.measured: list[dict[str, object]] = []
 
     def __call__(self, layers: Sequence[Layer]) -> list[Entry]:
@@ -194,6 +195,13 @@ class Search:
     def _with(self, layer: Layer, candidate: Candidate, gram: Gram | None) -> Model:
         fitted = fit.fit(layer, candidate.scheme, candidate.ranks, gram)
         return with_factors(self._model, [(layer, candidate, fitted)])
+
+
+def _parts(data: CalibrationData | None) -> tuple[CalibrationData | None, CalibrationData | None]:
+    """Data to fit factors to, and other data to measure them on where there are enough batches."""
+    if data is None or sum(1 for _ in itertools.islice(data, FEW)) < FEW:
+        return data, data
+    return data.holdout(0.25)
 
 
 def with_factors(model: Model, parts: Sequence[tuple[Layer, Candidate, Fitted]]) -> Model:
