@@ -42,6 +42,7 @@ CAPTIONS = {
     "total": "of such operators in the model",
     "budget": "left",
     "layers": "factors",
+    "repaired": "layers fitted again to what they computed before",
     "latency": "time of one run, relative to that before",
     "unfused": "quantized, but run in floating point all the same",
 }

@@ -22,6 +22,7 @@ from onnxslim.passes.factorize.layers import Layer
 from onnxslim.passes.factorize.plan import Candidate, Entry, Unit
 from onnxslim.passes.factorize.schemes import SCHEMES
 from onnxslim.passes.factorize.search import Search, Wanted, layers_of, with_factors
+from onnxslim.passes.repair import repair
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.probe import make_feeds
 from onnxslim.rewrite import Editor
@@ -259,8 +260,12 @@ class _Work:
         return fit.fit_moved(layer, pick.scheme, pick.ranks, *seen)
 
     def _repair(self, teacher: Model) -> None:
-        """Fit every layer behind the first factors to what it computes in the model as it was."""
-        return
+        """Fit every layer that reads other inputs now to what it computed in the model as it was."""
+        assert self._data is not None
+        repaired = repair(
+            self._model, teacher, self._data, target=self._ctx.target, progress=self._ctx.progress
+        )
+        self._log.facts["repaired"] = len(repaired.changed)
 
     def _judged(self, teacher: Model) -> Changes:
         """What was done; nothing, if speed was asked for and the whole is not faster."""
