@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from onnxslim.passes.dead import Dead
     from onnxslim.passes.dedupe import Dedupe
     from onnxslim.passes.eliminate import Eliminate
+    from onnxslim.passes.factorize import Factorize
     from onnxslim.passes.fold import Fold
     from onnxslim.passes.fuse import Fuse
     from onnxslim.passes.inline import Inline
@@ -35,6 +36,7 @@ __all__ = [
     "Dead",
     "Dedupe",
     "Eliminate",
+    "Factorize",
     "Fold",
     "Fuse",
     "Inline",
@@ -59,6 +61,7 @@ REGISTRY: tuple[tuple[str, str], ...] = (
     ("dedupe", "Dedupe"),
     ("dead", "Dead"),
     ("prune", "Prune"),
+    ("factorize", "Factorize"),
     ("quantize", "Quantize"),
 )
 
