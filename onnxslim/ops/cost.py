@@ -19,6 +19,16 @@ def macs(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> i
     Returns:
         None if the shape of an operator that counts is not determined by the inputs.
     """
+    total = 0
+    for found in by_node(model, inputs):
+        if found is None:
+            return None
+        total += found
+    return total
+
+
+def by_node(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> list[int | None]:
+    """The same for every node of the main graph, in order; None for those whose shapes are not determined."""
     sized = model.copy()
     for tensor in sized.graph.inputs:
         given = (inputs or {}).get(tensor.name, tensor.shape)
@@ -27,11 +37,5 @@ def macs(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> i
     facts = shapes.deduce(sized)
     for made in (tensor for node in sized.graph.nodes for tensor in node.outputs):
         made.shape = facts[id(made)].shape if id(made) in facts else None
-    total = 0
-    for node in sized.graph.nodes:
-        count = spec_of(node).macs
-        found = count(node) if count else 0
-        if found is None:
-            return None
-        total += found
-    return total
+    counts = ((spec_of(node).macs, node) for node in sized.graph.nodes)
+    return [count(node) if count else 0 for count, node in counts]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.graph import Array
+from onnxslim.graph import Array, Constant
 
 QMAX = 127
 # Largest |a| + |b| of two neighbouring codes of one sign for which 255·a + 255·b fits in 16 bits.
@@ -74,6 +75,38 @@ def encode(
     restored = np.moveaxis(codes.reshape(moved.shape), (0, 1), (axis, rest))
     kept = scales if per_channel else scales[:1].reshape(())
     return Encoded(np.ascontiguousarray(restored), kept, tightened)
+
+
+class Encoder:
+    """`encode`, which remembers what it made of a constant: candidates differ in few weights."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], Encoded] = {}
+
+    def __call__(
+        self,
+        weight: Constant,
+        axis: int,
+        *,
+        per_channel: bool,
+        pair_axis: int | None = None,
+        least: Scales | None = None,
+    ) -> Encoded:
+        """The constant's values as integers; see `encode`."""
+        loose = self._of(weight, axis, per_channel, pair_axis, None)
+        if least is None or bool((loose.scales >= least).all()):
+            return loose
+        return self._of(weight, axis, per_channel, pair_axis, least)
+
+    def _of(
+        self, weight: Constant, axis: int, per_channel: bool, pair_axis: int | None, least: Scales | None
+    ) -> Encoded:
+        key = (weight.name, axis, per_channel, pair_axis, None if least is None else least.tobytes())
+        if key not in self._known:
+            self._known[key] = encode(
+                weight.values, axis, per_channel=per_channel, pair_axis=pair_axis, least=least
+            )
+        return self._known[key]
 
 
 def _scales(table: Weights, per_channel: bool, least: Scales | None) -> Scales:
