@@ -20,6 +20,7 @@ from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.runtime import CPU
 
 ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
+Algorithm = Literal["auto", "rtn", "cd"]
 
 
 @options
@@ -55,6 +56,11 @@ class Quantize(Pass):
         25.0,
         description="signal to noise, in dB, that the outputs are to keep on samples held out; layers that "
         "cost too much of it stay in float (0: none does)",
+    )
+    algorithm: Algorithm = Field(
+        "auto",
+        description="how weights are rounded: to the nearest code (rtn), for the least error of a layer's "
+        "outputs by coordinate descent (cd), or the better of both where it matters",
     )
     layers: bool = Field(
         False,
@@ -98,6 +104,9 @@ class Quantize(Pass):
             trial = search.observer(Recipe())
         else:
             trial = search.attempt(Recipe((self.observer, self.percentile)))
+        log.facts["nearest"] = trial.score.sqnr
+        if self.algorithm == "cd" or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH):
+            trial = search.rounding(trial)
         log.facts["everything"] = trial.score.sqnr
         if trial.score.sqnr < self.require_sqnr or self.layers:
             layers = search.layers(trial)
@@ -123,5 +132,7 @@ def _row(layer: Layer, trial: Trial) -> dict[str, object]:
     return {"node": layer.node, "op": layer.op, "sqnr": round(layer.sqnr, 2), "kept": kept}
 
 
+# In dB: what keeps more is not worth the time that rounding by second moments takes.
+ENOUGH = 35.0
 # Share of the data that candidates are judged on.
 HELD = 0.25

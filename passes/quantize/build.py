@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -11,12 +12,15 @@ import numpy as np
 
 from onnxslim.calibration import observers
 from onnxslim.calibration.collect import Channels, Statistics, collect, merge
+from onnxslim.calibration.gram import observe
+from onnxslim.calibration.layers import Layer, layer_of
 from onnxslim.calibration.observers import Distribution, Histogram, Range
 from onnxslim.graph import Array, Constant, Node, Tensor
 from onnxslim.model import Model
 from onnxslim.ops import Role, cost, spec_of
 from onnxslim.passes.quantize.insert import Inserter
 from onnxslim.passes.quantize.plan import Plan, Planner, exceeds
+from onnxslim.passes.quantize.rounding import Rounder
 from onnxslim.passes.quantize.weights import Encoder
 from onnxslim.pipeline import Context, Log
 
@@ -48,12 +52,14 @@ class Recipe:
         special: the same for some groups of tensors on one scale, by their names.
         kept: labels of nodes that stay in floating point, and why.
         only: if given, labels of the only weighted nodes to quantize.
+        refined: whether weights are rounded for the least error of outputs; see `rounding`.
     """
 
     observer: ObserverChoice = ("mse", 0.0)
     special: Mapping[Group, ObserverChoice] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
     only: frozenset[str] | None = None
+    refined: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ class Builder:
         self.ctx = ctx
         self._settings = settings
         self._seen = Statistics({}, {})
-        self._encoder = Encoder()
+        self._nearest = Encoder()
+        self._refined: Encoder | None = None
 
     def __call__(self, recipe: Recipe) -> Candidate:
         """Build one candidate.
@@ -93,7 +100,8 @@ class Builder:
         ranges = self._ranges(plan, recipe)
         groups = tuple(dict.fromkeys(_names(group) for group in plan.scales.values()))
         if plan.linear or plan.stored:
-            self._insert(twin, plan, ranges, log)
+            encoder = self._refining(plan) if recipe.refined else self._nearest
+            self._insert(twin, plan, ranges, log, encoder)
         return Candidate(twin, plan, log, groups)
 
     def macs(self) -> dict[str, int]:
@@ -171,10 +179,29 @@ class Builder:
                 found[id(node)] = (node.inputs[0].name, axis(node))
         return found
 
-    def _insert(self, model: Model, plan: Plan, ranges: Mapping[int, Range], log: Log) -> None:
+    def _refining(self, plan: Plan) -> Encoder:
+        """What rounds the weights of a plan by what their layers see; made once, for the first plan."""
+        if self._refined is None:
+            labels = {plan.labels[id(node)] for node in plan.linear}
+            found = (layer_of(node) for node in self.model.graph.nodes if node.label in labels)
+            layers = [
+                each for each in found if isinstance(each, Layer) and len(each.node.inputs[1].outputs) == 1
+            ]
+            better: dict[str, Rounder] = {}
+            for rows, part in _portions(layers):
+                names = [layer.node.outputs[0].name for layer in part]
+                grams = observe(self.model, self.ctx.data, names, rows=rows, target=self.ctx.target)
+                for layer, name in zip(part, names, strict=True):
+                    better[layer.node.inputs[1].name] = Rounder(layer, grams[name])
+            self._refined = Encoder(better)
+        return self._refined
+
+    def _insert(
+        self, model: Model, plan: Plan, ranges: Mapping[int, Range], log: Log, encoder: Encoder
+    ) -> None:
         channels, seen = self._channels(plan), self._seen.means
         means = {node: seen[key].result() for node, key in channels.items() if key in seen}
-        inserter = Inserter(model, plan, self.ctx.target.quantized, log, self._encoder)
+        inserter = Inserter(model, plan, self.ctx.target.quantized, log, encoder)
         inserter.apply(ranges, self._settings.per_channel, means)
         log.facts["tightened"] = inserter.tightened
         log.facts["corrected"] = inserter.corrected
@@ -206,6 +233,32 @@ class Builder:
         if name == "kl":
             return observers.kl_divergence(values, symmetric=symmetric)
         return observers.mse(values, symmetric=symmetric)
+
+
+def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:
+    """Layers to observe together, as far as memory allows, and how many rows of what they see to take.
+
+    There are more rows than inputs, or the moments would be those of too few directions; but no more than
+    some thousand, which tell the codes of eight bits well enough.
+    """
+    waiting: dict[int, list[Layer]] = {}
+    sizes: Counter[int] = Counter()
+    for layer in layers:
+        groups, _, inputs = layer.matrix().shape
+        rows = 1 << max(2 * inputs - 1, ROWS if inputs > NARROW else ROWS // 4).bit_length()
+        if sizes[rows] + groups * inputs**2 > MAX_MOMENTS and waiting.get(rows):
+            yield rows, waiting.pop(rows)
+            sizes[rows] = 0
+        waiting.setdefault(rows, []).append(layer)
+        sizes[rows] += groups * inputs**2
+    yield from waiting.items()
+
+
+# Rows for a layer's second moments, and for one with no more inputs than a depthwise convolution has.
+ROWS = 4095
+NARROW = 64
+# Elements of second moments held at a time: half a gigabyte.
+MAX_MOMENTS = 1 << 26
 
 
 def _names(group: Sequence[Tensor]) -> Group:

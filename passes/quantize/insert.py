@@ -307,7 +307,9 @@ class Inserter:
         assert axis is not None
         if means is None:
             return bias
-        lost = weights.lost_mean(weight.values, encoded, axis(node), means)
+        lost = encoded.lost
+        if lost is None:
+            lost = weights.lost_mean(weight.values, encoded, axis(node), means)
         if lost is None or lost.size != bias.size:
             return bias
         self.corrected += 1

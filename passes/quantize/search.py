@@ -88,6 +88,11 @@ class Search:
                 best = trial
         return best
 
+    def rounding(self, trial: Trial) -> Trial:
+        """The same with weights rounded by what their layers see, if that does better as a whole."""
+        refined = self.attempt(replace(trial.recipe, refined=True))
+        return refined if refined.score.sqnr > trial.score.sqnr + MARGIN else trial
+
     def layers(self, trial: Trial) -> list[Layer]:
         """What every weighted node of a candidate does on its own, the worst first."""
         nodes = [node for node in self._build.model.graph.nodes if node.label in _labels(trial)]

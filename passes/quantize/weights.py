@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +34,13 @@ class Encoded:
         codes: int8, of the weight's shape.
         scales: float32, shape (channels,), or () if there is one for all.
         tightened: output channels whose codes would have saturated and were changed so that none can.
+        lost: what the integers take from the mean of each output channel, float64, if that is known already.
     """
 
     codes: Codes
     scales: Scales
     tightened: int = 0
+    lost: Array | None = None
 
 
 def encode(
@@ -78,9 +81,14 @@ def encode(
 
 
 class Encoder:
-    """`encode`, which remembers what it made of a constant: candidates differ in few weights."""
+    """`encode`, which remembers what it made of a constant: candidates differ in few weights.
 
-    def __init__(self) -> None:
+    Args:
+        better: by name of a constant, what makes better integers of these; it is given them and `pair_axis`.
+    """
+
+    def __init__(self, better: Mapping[str, Callable[[Encoded, int | None], Encoded]] | None = None) -> None:
+        self._better = better or {}
         self._known: dict[tuple[Any, ...], Encoded] = {}
 
     def __call__(
@@ -103,9 +111,9 @@ class Encoder:
     ) -> Encoded:
         key = (weight.name, axis, per_channel, pair_axis, None if least is None else least.tobytes())
         if key not in self._known:
-            self._known[key] = encode(
-                weight.values, axis, per_channel=per_channel, pair_axis=pair_axis, least=least
-            )
+            found = encode(weight.values, axis, per_channel=per_channel, pair_axis=pair_axis, least=least)
+            better = self._better.get(weight.name) if per_channel and least is None else None
+            self._known[key] = better(found, pair_axis) if better else found
         return self._known[key]
 
 
