@@ -8,6 +8,7 @@ Widths are multiples of 16. ``benchmarks/architectures.py`` says which layers' o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -105,7 +106,7 @@ class VGG(nn.Module):
         super().__init__()
         widths = (3, 64, 64, 128, 128, 256)
         layers: list[nn.Module] = []
-        for number, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        for number, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
             layers += [nn.MaxPool2d(2)] if number % 2 else []
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4))
@@ -285,7 +286,7 @@ def shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 class ShuffleUnit(nn.Module):
-    """Half of the channels pass by, or with stride 2 get a branch of their own; shuffle (arXiv:1807.11164)."""
+    """Half of the channels pass by, at stride 2 through a branch of their own; shuffle (arXiv:1807.11164)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
