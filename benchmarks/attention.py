@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CLASSES = 10
-VOCABULARY = 96
+VOCABULARY = 112
 
 
 def mlp(width: int, hidden: int) -> nn.Sequential:
