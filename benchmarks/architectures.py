@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import attention, convnets
+from benchmarks import attention, common, convnets
 
 SEED = 2026
 EXPORTERS = ("torchscript", "dynamo")
@@ -187,12 +187,6 @@ def _measure_statistics(net: nn.Module, inputs: Callable[[int], Inputs]) -> None
 # --------------------------------------------------------------------------------------------- exports
 
 
-def cache() -> Path:
-    """The folder of exported networks; it need not exist yet."""
-    folder = os.environ.get("ONNXSLIM_ARCHITECTURES")
-    return Path(folder) if folder else Path.home() / ".cache" / "onnxslim" / "architectures"
-
-
 def export(net: nn.Module, name: str, exporter: str, path: Path) -> None:
     """Write one network, whole or not at all."""
     row = ARCHITECTURES[name]
@@ -253,7 +247,7 @@ def _relative(reference: Any, actual: Any) -> float:
 
 def attempt(name: str, exporter: str) -> str:
     """Export and compare one network; what went wrong, or nothing."""
-    path = cache() / f"{name}.{exporter}.onnx"
+    path = common.architectures() / f"{name}.{exporter}.onnx"
     try:
         net = build(name)
         export(net, name, exporter, path)

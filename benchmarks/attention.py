@@ -1,6 +1,6 @@
 """Attention and recurrent networks in small: the structure of the published ones, random weights.
 
-An attention module says in ``heads()`` how many heads its projections have, and reads the width of a head off
+An attention module says in ``num_heads_of()`` how many heads its projections have, and reads the width of a head off
 its layers in ``refit()``: after pruning in PyTorch, both are the user's business.
 """
 
@@ -32,7 +32,7 @@ class PackedAttention(nn.Module):
         self.num_heads, self.head_dim = heads, width // heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def heads(self) -> dict[nn.Module, int]:
+    def num_heads_of(self) -> dict[nn.Module, int]:
         return {self.qkv: self.num_heads}
 
     def refit(self) -> None:
@@ -106,7 +106,7 @@ class BertAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
 
-    def heads(self) -> dict[nn.Module, int]:
+    def num_heads_of(self) -> dict[nn.Module, int]:
         return dict.fromkeys((self.query, self.key, self.value), self.num_heads)
 
     def refit(self) -> None:
@@ -182,7 +182,7 @@ class WindowAttention(nn.Module):
         windows = self.partition(area).squeeze(-1)
         return (windows[:, None] != windows[:, :, None]) * -100.0
 
-    def heads(self) -> dict[nn.Module, int]:
+    def num_heads_of(self) -> dict[nn.Module, int]:
         return {self.qkv: self.num_heads}
 
     def refit(self) -> None:
@@ -280,7 +280,7 @@ class GroupedAttention(nn.Module):
         self.key, self.value = (nn.Linear(width, groups * self.head_dim, bias=False) for _ in range(2))
         self.out = nn.Linear(width, width, bias=False)
 
-    def heads(self) -> dict[nn.Module, int]:
+    def num_heads_of(self) -> dict[nn.Module, int]:
         return {self.query: self.num_heads, self.key: self.groups, self.value: self.groups}
 
     def refit(self) -> None:
