@@ -1,7 +1,7 @@
 """Attention and recurrent networks in small: the structure of the published ones, random weights.
 
-An attention module says in ``num_heads_of()`` how many heads its projections have, and reads the width of a head off
-its layers in ``refit()``: after pruning in PyTorch, both are the user's business.
+An attention module says in ``num_heads_of()`` how many heads its projections have, and reads the width of a
+head off its layers in ``refit()``: after pruning in PyTorch, both are the user's business.
 """
 
 # PyTorch's annotations are incomplete, and where it is not installed its classes are Any.

@@ -10,7 +10,7 @@ head widths are put right afterwards.
 """
 
 # PyTorch's annotations are incomplete, and where it is not installed its classes are Any.
-# mypy: warn-return-any=False, disallow-untyped-calls=False
+# mypy: warn-return-any=False, disallow-untyped-calls=False, disallow-subclassing-any=False
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def fashion(name: str, ratios: Sequence[float], folder: Path) -> list[float]:
 
 
 def trained(name: str) -> nn.Module:
-    """The module with the weights of the ONNX file; its batch normalization is gone where the file has none."""
+    """The module with the weights of the ONNX file, without batch normalization where the file has none."""
     path = Path(train.__file__).parent / f"{name}.onnx"
     weights = _weights(onnx.load(path).graph)
     net = train.RECIPES[name].build()
@@ -116,7 +116,7 @@ def trained(name: str) -> nn.Module:
 
 
 def _weights(graph: onnx.GraphProto) -> dict[str, Any]:
-    """Values by the names PyTorch has for them: of equal ones, and of transposed matrices in front of a bias."""
+    """Values by PyTorch's names, of equal ones and of transposed matrices in front of a bias too."""
     values = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:

@@ -6,21 +6,21 @@
     python models/zoo.py fetch && python models/export.py     # once, for real
     python benchmarks/prune.py real [NAME ...]
 
-Peers run in virtual environments of their own, made on the first run. Torch-Pruning prunes the PyTorch module by
-group L2 norm, told the output layers and the numbers of heads, and the result is exported as the original was.
-onnxsim prunes channels, then heads, of the ONNX file; coverage takes the better of the file as it is and
-simplified first. Ours is Slim, then Prune.
+Peers run in virtual environments of their own, made on the first run. Torch-Pruning prunes the PyTorch module
+by group L2 norm, told the output layers and the numbers of heads, and the result is exported as the original
+was. onnxsim prunes channels, then heads, of the ONNX file, as it is and simplified first; the better counts,
+and inner shapes that it left wrong in the file are dropped. Ours is Slim, then Prune.
 
-coverage: half of the channels, without data or repair. Outcomes: "ok"; "nothing" (less than 1 % of the parameters
-gone); "crash" (an exception, or more than 120 s); "invalid" (onnx.checker or ONNX Runtime objects, or outputs have
-other shapes or are not finite). A cell holds parameters and MACs removed in %, seconds of the call, latency
-relative to the original's and, for ours, the oracle's relative error.
+coverage: half of the channels, without data or repair. Outcomes: "ok"; "nothing" (less than 1 % of the
+parameters gone); "crash" (an exception, or more than 120 s); "invalid" (onnx.checker or ONNX Runtime objects,
+or outputs have other shapes or are not finite). A cell holds parameters and MACs removed in %, seconds of the
+call, latency relative to the original's and, for ours, the oracle's relative error.
 
 accuracy: the three Fashion-MNIST networks at 75, 50 and 35 % of their MACs, on 2000 test images, no training.
 The peers' ratio is the one of a grid whose MACs come nearest. Ours repairs with 512 unlabelled images.
 
-real: exported models at 80 % of their MACs: how far outputs are from the original's with and without repair, on
-64 inputs that were not used for calibration. Latency: one thread, both models in turn.
+real: exported models at 80 % of their MACs: how far outputs are from the original's with and without repair,
+on 64 inputs that were not used for calibration. Latency: one thread, both models in turn.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from benchmarks.real import agreement, sqnr
@@ -55,6 +55,7 @@ from onnxslim.passes import Prune, Slim
 from onnxslim.probe import make_feeds
 from onnxslim.runtime import Session, latencies
 
+ROOT = common.ROOT
 FASHION = ROOT / "models" / "fashion"
 TIMEOUT_S = 120
 NOTHING = 0.01
@@ -139,8 +140,8 @@ def judge(original: Model, made: Model, seconds: float) -> Outcome:
     feeds = [feeds_of(original, batch) for batch in (2, 3)]
     try:
         wellformed(made)
-        sessions = [Session(model, Target.cpu(threads=1)) for model in (original, made)]
-        problems = [problem for batch in feeds for problem in _problems(*sessions, batch)]
+        before, after = (Session(model, Target.cpu(threads=1)) for model in (original, made))
+        problems = [problem for batch in feeds for problem in _problems(before, after, batch)]
     except OnnxSlimError as error:
         problems = [str(error)]
     if problems:
@@ -149,7 +150,7 @@ def judge(original: Model, made: Model, seconds: float) -> Outcome:
     if share < NOTHING:
         return Outcome("nothing", share)
     macs = 1 - macs_of(made, feeds[0]) / macs_of(original, feeds[0])
-    _, ratios = latencies(sessions, feeds[0], rounds=60, seconds=0.5)
+    _, ratios = latencies([before, after], feeds[0], rounds=60, seconds=0.5)
     return Outcome("ok", share, macs, seconds, ratios[1])
 
 
@@ -197,12 +198,18 @@ def _with_onnxsim(path: Path, form: str) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         try:
             (seconds,) = run_peer(onnxsim(), "peer_onnxsim.py", path, folder, form, "plain", RATIO)
-            made = load(Path(folder) / f"{RATIO}.onnx")
+            made = load(_unannotated(Path(folder) / f"{RATIO}.onnx"))
         except PeerError as error:
             return Outcome("crash", reason=str(error))
         except OnnxSlimError as error:
             return Outcome("invalid", reason=str(error)[:200])
         return judge(load(path), made, seconds)
+
+
+def _unannotated(path: Path) -> onnx.ModelProto:
+    model = onnx.load(path)
+    model.graph.ClearField("value_info")
+    return model
 
 
 def coverage(names: Sequence[str]) -> None:
@@ -220,7 +227,8 @@ def coverage(names: Sequence[str]) -> None:
             row = {"ours": ours(path), "Torch-Pruning": theirs[exporter], "onnxsim": with_onnxsim(path)}
             rows.append(row)
             original = load(path)
-            size = f"{original.stats().parameters / 1e6:.2f} M, {macs_of(original, feeds_of(original, 2)) / 1e6:.1f} M"
+            macs = macs_of(original, feeds_of(original, 2))
+            size = f"{original.stats().parameters / 1e6:.2f} M, {macs / 1e6:.1f} M"
             print(f"| {name} | {exporter} | {size} | {' | '.join(map(str, row.values()))} |", flush=True)
             for tool, outcome in row.items():
                 if outcome.reason:

@@ -32,11 +32,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 
+ROOT = common.ROOT
 TIMEOUT_S = 900
 ERROR = re.compile(r"[\w.]+(Error|Exception|Fail)\b")
 
