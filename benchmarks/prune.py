@@ -59,6 +59,7 @@ ROOT = common.ROOT
 FASHION = ROOT / "models" / "fashion"
 TIMEOUT_S = 120
 NOTHING = 0.01
+REACHED = 0.04
 RATIO = 0.5
 SHARES = (0.75, 0.5, 0.35)
 GRID = tuple(round(0.04 + 0.02 * step, 2) for step in range(39))
@@ -277,43 +278,60 @@ def point(original: Model, made: Model, seconds: float) -> Point:
     return Point(share, float((logits.argmax(1) == test["label"]).mean()), ratios[1], seconds)
 
 
-def nearest(original: Model, folder: Path, seconds: Sequence[float], share: float) -> Point | None:
-    """Of a peer's results, the one whose MACs come nearest; None if none comes within 5 points."""
+@dataclass(frozen=True)
+class Candidate:
+    """A file that a peer wrote."""
+
+    path: Path
+    macs: float
+    seconds: float
+
+
+def candidates(original: Model, folder: Path, seconds: Sequence[float]) -> Iterator[Candidate]:
+    """What a peer made of a Fashion-MNIST network at every ratio of the grid, where it can be loaded."""
     feeds = {"image": np.zeros((1, 1, 28, 28), np.float32)}
     whole = macs_of(original, feeds)
-    best: tuple[float, int] = (0.05, -1)
-    for index, ratio in enumerate(GRID):
+    for ratio, taken in zip(GRID, seconds, strict=True):
         path = folder / f"{ratio}.onnx"
         try:
-            made = load(path)
-            miss = abs(macs_of(made, feeds) / whole - share)
-            best = min(best, (miss, index)) if miss < best[0] else best
-        except OnnxSlimError:
-            continue
-    return None if best[1] < 0 else point(original, load(folder / f"{GRID[best[1]]}.onnx"), seconds[best[1]])
+            yield Candidate(path, macs_of(load(_unannotated(path)), feeds) / whole, taken)
+        except OnnxSlimError as error:
+            print(f"{path.name}: {error}", file=sys.stderr)
+
+
+def nearest(original: Model, found: Sequence[Candidate], share: float) -> str:
+    """The candidate whose MACs come nearest, measured."""
+    best = min(found, key=lambda each: abs(each.macs - share), default=None)
+    if best is None or abs(best.macs - share) > REACHED:
+        lowest = min((each.macs for each in found), default=1.0)
+        return f"not reached ({100 * lowest:.0f})"
+    return str(point(original, load(_unannotated(best.path)), best.seconds))
 
 
 def peers(net: str) -> dict[str, dict[float, str]]:
     """By method and share of the MACs: what the peers reach."""
     path = FASHION / f"{net}.onnx"
-    original = load(path)
-    calibration = FASHION / "calibration.npz"
-    jobs: dict[str, tuple[Path, str, tuple[object, ...]]] = {
-        "Torch-Pruning L2": (torch_pruning(), "peer_torch_pruning.py", ("fashion", net)),
-        "onnxsim L2": (onnxsim(), "peer_onnxsim.py", (path,)),
-        "onnxsim Wanda": (onnxsim(), "peer_onnxsim.py", (path,)),
+    forms = ("raw", "simplified")
+    jobs: dict[str, list[tuple[Path, str, tuple[object, ...], tuple[object, ...]]]] = {
+        "Torch-Pruning L2": [(torch_pruning(), "peer_torch_pruning.py", ("fashion", net), ())],
+        "onnxsim L2": [(onnxsim(), "peer_onnxsim.py", (path,), (form, "plain")) for form in forms],
+        "onnxsim Wanda": [
+            (onnxsim(), "peer_onnxsim.py", (path,), (form, FASHION / "calibration.npz")) for form in forms
+        ],
     }
+    original = load(path)
     found: dict[str, dict[float, str]] = {}
-    for method, (python, script, words) in jobs.items():
-        data = {"onnxsim L2": ("raw", "plain"), "onnxsim Wanda": ("raw", calibration)}.get(method, ())
+    for method, runs in jobs.items():
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                seconds = run_peer(python, script, *words, folder, *data, *GRID)
-            except PeerError as error:
-                found[method] = dict.fromkeys(SHARES, f"crash: {error}")
-                continue
-            points = {share: nearest(original, Path(folder), seconds, share) for share in SHARES}
-        found[method] = {share: "not reached" if p is None else str(p) for share, p in points.items()}
+            made: list[Candidate] = []
+            for number, (python, script, words, more) in enumerate(runs):
+                own = Path(folder) / str(number)
+                own.mkdir()
+                try:
+                    made += candidates(original, own, run_peer(python, script, *words, own, *more, *GRID))
+                except PeerError as error:
+                    print(f"{net}, {method}: {error}", file=sys.stderr)
+            found[method] = {share: nearest(original, made, share) for share in SHARES}
     return found
 
 
