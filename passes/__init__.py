@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from onnxslim.passes.eliminate import Eliminate
     from onnxslim.passes.fold import Fold
     from onnxslim.passes.fuse import Fuse
+    from onnxslim.passes.prune import Prune
     from onnxslim.passes.quantize import Quantize
     from onnxslim.passes.slim import Slim
     from onnxslim.pipeline import Pass
@@ -36,6 +37,7 @@ __all__ = [
     "Fold",
     "Fuse",
     "Option",
+    "Prune",
     "Quantize",
     "Slim",
     "create",
@@ -53,6 +55,7 @@ REGISTRY: tuple[tuple[str, str], ...] = (
     ("fuse", "Fuse"),
     ("dedupe", "Dedupe"),
     ("dead", "Dead"),
+    ("prune", "Prune"),
     ("quantize", "Quantize"),
 )
 
