@@ -45,6 +45,10 @@ def _tile(node: Node, dims: Dims) -> Sizes | None:
     )
 
 
+def _same(node: Node, dims: Dims) -> Sizes | None:
+    return dims.shape(node.input(0))
+
+
 def _elementwise(node: Node, dims: Dims) -> Sizes | None:
     shapes = [shape for tensor in node.inputs if (shape := dims.shape(tensor)) is not None]
     return _broadcast(shapes) if len(shapes) == len(node.inputs) else None
@@ -146,6 +150,9 @@ _ELEMENTWISE = [
     "BitwiseXor",
 ]
 
+# Of these onnx infers not even the type, which is that of the first input.
+SAME_TYPE = ("GroupNormalization",)
+
 RULES: dict[str, Rule] = {
     "Range": _range,
     "Expand": _expand,
@@ -155,5 +162,6 @@ RULES: dict[str, Rule] = {
     "Reshape": _reshape,
     "Flatten": _flatten,
     "Concat": _concat,
+    "GroupNormalization": _same,
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
 }

@@ -16,6 +16,7 @@ from onnxslim.graph import Constant
 from onnxslim.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Masks
+from onnxslim.passes.fold import Fold
 from onnxslim.passes.prune.budget import TOLERANCE, allocate, uniform
 from onnxslim.passes.prune.choose import Candidates, candidates, criterion_of, damages, first_batches
 from onnxslim.passes.prune.compensate import compensate
@@ -36,10 +37,10 @@ Removed = dict[str, list[int]]
 class Prune(Pass):
     """Remove whole channels, attention heads and hidden units, and let the rest make up for them.
 
-    What can go together is found on the graph. Which units go is chosen by what the layers that read them would
-    lose, and how many of each family by what the outputs lose, measured on calibration data. The remaining
-    weights are then fitted to what the original layers computed, without labels. Without data the norms of
-    weights decide, and nothing is repaired.
+    What can go together is found on the graph. Which units go is chosen by what the layers that read them
+    would lose, and how many of each family by what the outputs lose, measured on calibration data. The
+    remaining weights are then fitted to what the original layers computed, without labels. Without data the
+    norms of weights decide, and nothing is repaired.
     """
 
     name: ClassVar[str] = "prune"
@@ -88,6 +89,7 @@ class _Run:
 
     def run(self) -> Changes:
         """All steps."""
+        Fold().run(self._model, self._ctx)
         unshare(self._model)
         first = self._analyze()
         before = Costs(self._model, first)

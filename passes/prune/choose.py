@@ -128,8 +128,8 @@ def damages(
 ) -> dict[str, dict[int, float]]:
     """For each family the damage of every number of units that may go, as a convex curve.
 
-    With data it is measured: the family alone is cut, the rest of it compensates, and the outputs are compared
-    on a few samples. Without, it is what the criterion says.
+    With data it is measured: the family alone is cut, the rest of it compensates, and the outputs are
+    compared on a few samples. Without, it is what the criterion says.
     """
     judge = Fidelity(model, first_batches(data, SAMPLES), ctx.target) if data is not None else None
     curves = {}
