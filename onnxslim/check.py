@@ -86,17 +86,19 @@ class Checker:
             self.notes.append(f"outputs {sorted(names)} differ from run to run and are not compared")
         return names
 
-    def __call__(self, model: Model, *, lossless: bool) -> None:
+    def __call__(self, model: Model, *, lossless: bool, shapes: bool = True) -> None:
         """Check a rewritten model.
 
         Args:
             model: the result of a pass.
             lossless: whether its outputs must be those of the original up to rounding.
+            shapes: whether inputs and outputs must have the shapes they had.
 
         Raises:
             LoadError: says in one line what is wrong.
         """
-        if interface(model) != self._interface:
+        kept = slice(None) if shapes else slice(2)  # names and types are never given up
+        if [each[kept] for each in interface(model)] != [each[kept] for each in self._interface]:
             raise LoadError("the inputs or outputs changed")
         if self._wellformed:
             wellformed(model)
@@ -105,6 +107,8 @@ class Checker:
         session = Session(model, self._target)
         for feeds, expected in zip(self.feeds, self._expected, strict=True):
             actual = session.run(feeds)
+            if not shapes:
+                continue  # there is nothing to compare with
             problem = self._problem(expected, actual, lossless)
             if problem and lossless and not self._problem(expected, actual, lossless, OPTIMIZER_FACTOR):
                 problem = self._as_written(model, feeds)
