@@ -140,7 +140,8 @@ class Linear(Job):
         y *= _grouped(self.goal.scale, y)
         y += _grouped(self.goal.shift, y)
         if self.goal.other:
-            y += self.layer.outputs(values[self.goal.other], at)
+            shape = self.layer.shape(values[self.node.inputs[0].name])
+            y += self.layer.outputs(np.broadcast_to(values[self.goal.other], shape), at)
         return x, y
 
     def write(self, graph: Graph, weight: Doubles | None, bias: Doubles) -> str | None:
