@@ -50,7 +50,7 @@ class Checker:
         self._model = model
         self.notes: list[str] = []
         self._wellformed = self._noted("the input fails onnx.checker", lambda: wellformed(model))
-        session = self._noted("the input does not run", lambda: Session(model, target))
+        session = self._noted("the input does not run", lambda: Session(model, target, once=True))
         runs = probes(model, session, samples) if session else []
         self.feeds: list[Feeds] = [run.feeds for run in runs]
         if session and not self.feeds:
@@ -66,7 +66,7 @@ class Checker:
         """Take a model that lossily differs from the original for what later lossless steps have to keep."""
         self._model = model
         if self._runs:
-            session = Session(model, self._target)
+            session = Session(model, self._target, once=True)
             self._expected = [session.run(feeds) for feeds in self.feeds]
 
     def _noted(self, what: str, attempt: Any) -> Any:
@@ -105,7 +105,7 @@ class Checker:
             wellformed(model)
         if not self._runs:
             return
-        session = Session(model, self._target)
+        session = Session(model, self._target, once=True)
         for feeds, expected in zip(self.feeds, self._expected, strict=True):
             actual = session.run(feeds)
             problem = self._problem(expected, actual, lossless)
@@ -116,7 +116,9 @@ class Checker:
 
     def _as_written(self, model: Model, feeds: Feeds) -> str:
         """What differs between the two models without ONNX Runtime's optimizations; empty if nothing does."""
-        first, second = (Session(each, self._target, optimize="none") for each in (self._model, model))
+        first, second = (
+            Session(each, self._target, optimize="none", once=True) for each in (self._model, model)
+        )
         return self._problem(first.run(feeds), second.run(feeds), lossless=True)
 
     def _problem(self, expected: Outputs, actual: Outputs, lossless: bool, factor: float = 1.0) -> str:

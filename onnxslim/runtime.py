@@ -176,6 +176,7 @@ class Session:
         target: where it runs; the provider must really be used.
         optimize: "all", "extended", "basic" or "none" of ONNX Runtime's own graph optimizations.
         optimized: if given, ONNX Runtime writes the graph it runs to this file.
+        once: whether it is for a run or two, for which it does not pay to copy weights into another layout.
 
     Raises:
         LoadError: ONNX Runtime refuses the model; carries its message.
@@ -189,13 +190,16 @@ class Session:
         *,
         optimize: str = "all",
         optimized: Path | None = None,
+        once: bool = False,
     ) -> None:
         self.target = target or Target.cpu()
         _require(self.target)
         with _loadable(model) as source:
             try:
                 self._session = onnxruntime().InferenceSession(
-                    source, _options(self.target, optimize, optimized), providers=_providers(self.target)
+                    source,
+                    _options(self.target, optimize, optimized, once),
+                    providers=_providers(self.target),
                 )
             except Exception as error:  # onnxruntime raises a dozen unrelated types
                 raise LoadError(f"ONNX Runtime refuses the model: {_message(error)}") from error
@@ -286,7 +290,7 @@ def _providers(target: Target) -> list[str | tuple[str, dict[str, str]]]:
     return [(target.provider, dict(target.options))]
 
 
-def _options(target: Target, optimize: str, optimized: Path | None) -> Any:
+def _options(target: Target, optimize: str, optimized: Path | None, once: bool) -> Any:
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -297,6 +301,8 @@ def _options(target: Target, optimize: str, optimized: Path | None) -> Any:
         "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
         "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     }[optimize]
+    if once:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(

@@ -216,7 +216,11 @@ def _tap(chain: Chain) -> None:
 
 def _capture(chain: Chain) -> None:
     """Both branches of an If read the last tensor."""
-    rank = str([f"d{axis}" for axis in range(len(chain.shape))]).replace("'", "") if chain.shape else ""
+    rank = (
+        str([f"d{chain.count}_{axis}" for axis in range(len(chain.shape))]).replace("'", "")
+        if chain.shape
+        else ""
+    )
     names = [chain.fresh() for _ in range(3)]
     chain.add(
         f"If(flag) <then_branch = t () => (float{rank} {names[0]}) {{ {names[1]} = Identity(@)"
@@ -234,13 +238,13 @@ def _join(chain: Chain) -> None:
 
 
 def _mask(chain: Chain) -> None:
+    before = chain.last, chain.shape
     shape = [size if chain.pick(0, 1) else 1 for size in chain.shape]
     flags = np.ones(shape, np.bool_) if chain.pick(0, 1) else RANDOM.random(shape) < 0.5
     low, high = chain.constant(-2.0), chain.constant(chain.pick(0, 1))
     chain.add(f"Where({chain.constant(flags, np.bool_)}, {high}, {low})", tuple(shape))
     mask = chain.last
-    before, chain.shape = chain.made[-2] if len(chain.made) > 1 else ("x", (2, 4, 6, 6))
-    chain.last = before
+    chain.last, chain.shape = before
     chain.add(f"{chain.data.draw(st.sampled_from(('Add', 'Mul')))}(@, {mask})")
 
 
