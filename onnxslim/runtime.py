@@ -205,6 +205,7 @@ class Session:
         optimize: "all", "extended", "basic" or "none" of ONNX Runtime's own graph optimizations.
         optimized: if given, ONNX Runtime writes the graph it runs to this file.
         profile: if given, ONNX Runtime writes what ran where to a file in this folder; see `placement`.
+        once: whether it is for a run or two, for which it does not pay to copy weights into another layout.
 
     Raises:
         LoadError: ONNX Runtime refuses the model; carries its message.
@@ -219,6 +220,7 @@ class Session:
         optimize: str = "all",
         optimized: Path | None = None,
         profile: Path | None = None,
+        once: bool = False,
     ) -> None:
         self.target = target or Target.cpu()
         if self.target.provider == REFERENCE:
@@ -226,7 +228,7 @@ class Session:
             self.input_names, self.output_names = self._session.input_names, self._session.output_names
             return
         _require(self.target)
-        options = _options(self.target, optimize, optimized)
+        options = _options(self.target, optimize, optimized, once)
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile / "profile")
@@ -427,7 +429,7 @@ def _providers(target: Target) -> list[str | tuple[str, dict[str, str]]]:
     return [(target.provider, options)]
 
 
-def _options(target: Target, optimize: str, optimized: Path | None) -> Any:
+def _options(target: Target, optimize: str, optimized: Path | None, once: bool) -> Any:
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -438,6 +440,8 @@ def _options(target: Target, optimize: str, optimized: Path | None) -> Any:
         "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
         "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     }[optimize]
+    if once:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(
