@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from onnxslim.passes.factorize import Factorize
     from onnxslim.passes.fold import Fold
     from onnxslim.passes.fuse import Fuse
+    from onnxslim.passes.inline import Inline
+    from onnxslim.passes.prune import Prune
     from onnxslim.passes.quantize import Quantize
     from onnxslim.passes.slim import Slim
     from onnxslim.pipeline import Pass
@@ -37,7 +39,9 @@ __all__ = [
     "Factorize",
     "Fold",
     "Fuse",
+    "Inline",
     "Option",
+    "Prune",
     "Quantize",
     "Slim",
     "create",
@@ -50,11 +54,13 @@ __all__ = [
 
 REGISTRY: tuple[tuple[str, str], ...] = (
     ("slim", "Slim"),
+    ("inline", "Inline"),
     ("fold", "Fold"),
     ("eliminate", "Eliminate"),
     ("fuse", "Fuse"),
     ("dedupe", "Dedupe"),
     ("dead", "Dead"),
+    ("prune", "Prune"),
     ("factorize", "Factorize"),
     ("quantize", "Quantize"),
 )

@@ -38,10 +38,14 @@ def macs(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> i
         None if the shape of an operator that counts is not determined by the inputs.
     """
     total = 0
-    for node in sized(model, inputs).graph.nodes:
-        count = spec_of(node).macs
-        found = count(node) if count else 0
+    for found in by_node(model, inputs):
         if found is None:
             return None
         total += found
     return total
+
+
+def by_node(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> list[int | None]:
+    """The same for every node of the main graph, in order; None for those whose shapes are not determined."""
+    counts = ((spec_of(node).macs, node) for node in sized(model, inputs).graph.nodes)
+    return [count(node) if count else 0 for count, node in counts]
