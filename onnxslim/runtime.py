@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -362,14 +362,19 @@ def optimized_model(model: Model, target: Target | None = None) -> onnx.ModelPro
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall-clock times of one call, in milliseconds."""
+    """Times of one call, in milliseconds."""
 
     median: float
     minimum: float
 
 
 def latencies(
-    sessions: Sequence[Session], feeds: Mapping[str, Array], *, rounds: int = 30, seconds: float = 5.0
+    sessions: Sequence[Session],
+    feeds: Mapping[str, Array],
+    *,
+    rounds: int = 30,
+    seconds: float = 5.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[Latency], list[float]]:
     """Time sessions in turn on the same inputs, so that a busy machine slows all of them alike.
 
@@ -378,6 +383,7 @@ def latencies(
         feeds: inputs of each.
         rounds: turns at the most, after two to warm up.
         seconds: budget for all turns.
+        clock: what a run is timed with, in seconds.
 
     Returns:
         Times of each session, and the median over all turns of its time divided by the first one's.
@@ -390,9 +396,9 @@ def latencies(
     while len(times) < rounds and (len(times) < 5 or time.perf_counter() < end):
         turn = []
         for session in sessions:
-            start = time.perf_counter()
+            start = clock()
             session.run(feeds)
-            turn.append((time.perf_counter() - start) * 1e3)
+            turn.append((clock() - start) * 1e3)
         times.append(turn)
     table = np.array(times)
     found = [Latency(float(np.median(column)), float(column.min())) for column in table.T]
