@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -9,13 +10,14 @@ from pydantic import Field
 
 from onnxslim import shapes
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.judge import Judge
+from onnxslim.calibration.gram import batch_samples
+from onnxslim.calibration.judge import SAMPLES, Judge
 from onnxslim.errors import CalibrationError
 from onnxslim.model import Model
 from onnxslim.passes.quantize.build import Builder, Recipe, Settings
 from onnxslim.passes.quantize.fused import fused
 from onnxslim.passes.quantize.prepare import prepare
-from onnxslim.passes.quantize.search import Layer, Search, Trial
+from onnxslim.passes.quantize.search import ENOUGH, Layer, Search, Trial
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.runtime import CPU
 
@@ -31,7 +33,7 @@ class Quantize(Pass):
     target with a range chosen on calibration data, biases int32. Operators that gain nothing stay in floating
     point, and the report names them.
 
-    A quarter of the data is held out. If the outputs lose more than `require_sqnr` allows on it, every layer
+    Part of the data is held out. If the outputs lose more than `require_sqnr` allows on it, every layer
     is measured on its own, and the fewest that have to are kept out of integers.
     """
 
@@ -113,6 +115,8 @@ class Quantize(Pass):
             if trial.score.sqnr < self.require_sqnr:
                 trial = search.keep(trial, layers, self.require_sqnr)
             log.facts["layers"] = [_row(layer, trial) for layer in layers]
+        if held is not fit:
+            trial = search.complete(trial, held)
         log.facts["sqnr"] = trial.score.sqnr
         log.facts["parts"] = dict(trial.score.parts)
         log.facts["observer"] = trial.recipe.observer[0]
@@ -120,19 +124,17 @@ class Quantize(Pass):
 
 
 def _split(data: CalibrationData) -> tuple[CalibrationData, CalibrationData]:
-    """Data to calibrate on and data to judge on; the same if there is a single batch."""
+    """Data to calibrate on and data to judge on, `SAMPLES` samples or half of all; the same for one batch."""
     try:
-        return data.holdout(HELD, seed=0)
-    except CalibrationError:
+        batches = len(data)
+    except TypeError:
+        batches = sum(1 for _ in data)
+    if batches < 2:
         return data, data
+    wanted = max(math.ceil(SAMPLES / batch_samples(next(iter(data)))), 1)
+    return data.holdout(min(wanted / batches, 0.5), seed=0)
 
 
 def _row(layer: Layer, trial: Trial) -> dict[str, object]:
     kept = layer.node in trial.recipe.kept
     return {"node": layer.node, "op": layer.op, "sqnr": round(layer.sqnr, 2), "kept": kept}
-
-
-# In dB: what keeps more is not worth the time that rounding by second moments takes.
-ENOUGH = 35.0
-# Share of the data that candidates are judged on.
-HELD = 0.25

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from onnxslim.calibration import observers
 from onnxslim.calibration.collect import Channels, Statistics, collect, merge
+from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import observe
 from onnxslim.calibration.layers import Layer, layer_of
 from onnxslim.calibration.observers import Distribution, Histogram, Range
@@ -21,9 +22,11 @@ from onnxslim.ops import Role, cost, spec_of
 from onnxslim.passes.quantize.insert import Inserter
 from onnxslim.passes.quantize.plan import Plan, Planner, exceeds
 from onnxslim.passes.quantize.rounding import Rounder
+from onnxslim.passes.quantize.storing import Storage
 from onnxslim.passes.quantize.weights import Encoder
 from onnxslim.pipeline import Context, Log
 
+Bits = Literal["int8", "int4"]
 Observer = Literal["minmax", "percentile", "kl", "mse"]
 ObserverChoice: TypeAlias = tuple[Observer, float]  # with the percentile, if it is one
 Group: TypeAlias = tuple[str, ...]
@@ -35,12 +38,16 @@ class Settings:
 
     Attributes:
         exclude: globs on node names, or operator types, that stay in floating point.
+        weights: their integer type; int4 has a scale for every few inputs where activations are not integers.
+        static: whether activations become integers; if not, weights only are stored as such.
     """
 
     exclude: tuple[str, ...] = ()
     classifier: bool = False
     bias_correction: bool = True
     per_channel: bool = True
+    weights: Bits = "int8"
+    static: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Recipe:
         observer: how ranges are chosen, and the percentile if it is one.
         special: the same for some groups of tensors on one scale, by their names.
         kept: labels of nodes that stay in floating point, and why.
+        refused: labels of nodes whose weights stay in floating point as well, and why.
         only: if given, labels of the only weighted nodes to quantize.
         refined: whether weights are rounded for the least error of outputs; see `rounding`.
     """
@@ -58,6 +66,7 @@ class Recipe:
     observer: ObserverChoice = ("mse", 0.0)
     special: Mapping[Group, ObserverChoice] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     only: frozenset[str] | None = None
     refined: bool = False
 
@@ -102,6 +111,7 @@ class Builder:
         if plan.linear or plan.stored:
             encoder = self._refining(plan) if recipe.refined else self._nearest
             self._insert(twin, plan, ranges, log, encoder)
+        self._store(twin, plan, recipe, log)
         return Candidate(twin, plan, log, groups)
 
     def macs(self) -> dict[str, int]:
@@ -126,7 +136,7 @@ class Builder:
                 self.ctx.target.quantized,
                 log,
                 refuse=refuse,
-                kept=recipe.kept,
+                kept=self._kept(recipe),
                 classifier=self._settings.classifier,
                 masked=masked,
             )
@@ -150,6 +160,40 @@ class Builder:
             return None
 
         return refuse
+
+    def _kept(self, recipe: Recipe) -> Mapping[str, str]:
+        """Nodes that compute in floating point: those of the recipe, or all of them."""
+        if self._settings.static:
+            return recipe.kept
+        return {node.label: WEIGHTS_ONLY for node in self.model.graph.nodes}
+
+    def without(self, recipe: Recipe, labels: Iterable[str], reason: str) -> Recipe:
+        """The recipe with these weighted nodes one step more exact."""
+        more = dict.fromkeys(labels, reason)
+        return replace(recipe, kept=more) if self._settings.static else replace(recipe, refused=more)
+
+    def absorb(self, data: CalibrationData) -> None:
+        """Take more data into the ranges: what was held out to choose among candidates."""
+        seen = self._seen
+        more = collect(
+            self.model,
+            data,
+            list(seen.histograms),
+            channels=list(seen.means),
+            target=self.ctx.target,
+            jobs=self.ctx.jobs,
+        )
+        seen.merge(more)
+
+    def _store(self, model: Model, plan: Plan, recipe: Recipe, log: Log) -> None:
+        """What takes less room in the file than it computes with."""
+        storage = Storage(model, log)
+        storage.tables(self._refusal(recipe))
+        if self._settings.static and recipe.only is None:
+            stored = {id(node) for node in plan.stored}
+            kept = [n for n in model.graph.nodes if n.label in recipe.kept and id(n) not in stored]
+            storage.halve([node for node in kept if spec_of(node).role is Role.LINEAR])
+        storage.finish()
 
     def _calibrate(self, plan: Plan) -> bool:
         """See to it that all tensors of a plan were observed; returns whether any had to be."""
@@ -254,6 +298,7 @@ def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:
     yield from waiting.items()
 
 
+WEIGHTS_ONLY = "only weights are asked for, which it does not read as integers"
 # Rows for a layer's second moments, and for one with no more inputs than a depthwise convolution has.
 ROWS = 4095
 NARROW = 64
