@@ -22,8 +22,8 @@ from onnxslim.ops import Role, cost, spec_of
 from onnxslim.passes.quantize.insert import Inserter
 from onnxslim.passes.quantize.plan import Plan, Planner, exceeds
 from onnxslim.passes.quantize.rounding import Rounder
-from onnxslim.passes.quantize.storing import Storage
-from onnxslim.passes.quantize.weights import Encoder
+from onnxslim.passes.quantize.storing import Storage, nearest
+from onnxslim.passes.quantize.weights import FOUR_BITS, QMAX, Encoder
 from onnxslim.pipeline import Context, Log
 
 Bits = Literal["int8", "int4"]
@@ -95,8 +95,9 @@ class Builder:
         self.ctx = ctx
         self._settings = settings
         self._seen = Statistics({}, {})
-        self._nearest = Encoder()
-        self._refined: Encoder | None = None
+        limit = FOUR_BITS if settings.static and settings.weights == "int4" else QMAX
+        self._rounders: dict[str, Rounder] = {}
+        self._nearest, self._refined = Encoder(limit), Encoder(limit, self._rounders)
 
     def __call__(self, recipe: Recipe) -> Candidate:
         """Build one candidate.
@@ -109,8 +110,12 @@ class Builder:
         ranges = self._ranges(plan, recipe)
         groups = tuple(dict.fromkeys(_names(group) for group in plan.scales.values()))
         if plan.linear or plan.stored:
-            encoder = self._refining(plan) if recipe.refined else self._nearest
-            self._insert(twin, plan, ranges, log, encoder)
+            if recipe.refined:
+                self._observe(plan)
+            four = plan.stored if self._four_bits else []
+            plan.stored = [] if self._four_bits else plan.stored
+            self._insert(twin, plan, ranges, log, self._refined if recipe.refined else self._nearest)
+            plan.stored = plan.stored or four
         self._store(twin, plan, recipe, log)
         return Candidate(twin, plan, log, groups)
 
@@ -161,6 +166,11 @@ class Builder:
 
         return refuse
 
+    @property
+    def _four_bits(self) -> bool:
+        """Whether weights alone are stored, in four bits."""
+        return not self._settings.static and self._settings.weights == "int4"
+
     def _kept(self, recipe: Recipe) -> Mapping[str, str]:
         """Nodes that compute in floating point: those of the recipe, or all of them."""
         if self._settings.static:
@@ -189,6 +199,9 @@ class Builder:
         """What takes less room in the file than it computes with."""
         storage = Storage(model, log)
         storage.tables(self._refusal(recipe))
+        for node in plan.stored if self._four_bits else ():
+            rounder = self._rounders.get(node.inputs[1].name) if recipe.refined else None
+            storage.four_bits(node, rounder.four_bits if rounder else nearest)
         if self._settings.static and recipe.only is None:
             stored = {id(node) for node in plan.stored}
             kept = [n for n in model.graph.nodes if n.label in recipe.kept and id(n) not in stored]
@@ -223,22 +236,20 @@ class Builder:
                 found[id(node)] = (node.inputs[0].name, axis(node))
         return found
 
-    def _refining(self, plan: Plan) -> Encoder:
-        """What rounds the weights of a plan by what their layers see; made once, for the first plan."""
-        if self._refined is None:
-            labels = {plan.labels[id(node)] for node in plan.linear}
-            found = (layer_of(node) for node in self.model.graph.nodes if node.label in labels)
-            layers = [
-                each for each in found if isinstance(each, Layer) and len(each.node.inputs[1].outputs) == 1
-            ]
-            better: dict[str, Rounder] = {}
-            for rows, part in _portions(layers):
-                names = [layer.node.outputs[0].name for layer in part]
-                grams = observe(self.model, self.ctx.data, names, rows=rows, target=self.ctx.target)
-                for layer, name in zip(part, names, strict=True):
-                    better[layer.node.inputs[1].name] = Rounder(layer, grams[name])
-            self._refined = Encoder(better)
-        return self._refined
+    def _observe(self, plan: Plan) -> None:
+        """See what the layers of a plan see, once, and make ready to round their weights by it."""
+        labels = {plan.labels[id(node)] for node in (*plan.linear, *plan.stored)}
+        nodes = [node for node in self.model.graph.nodes if node.label in labels]
+        found = [layer for layer in map(layer_of, nodes) if isinstance(layer, Layer)]
+        new = [layer for layer in found if layer.node.inputs[1].name not in self._rounders]
+        linear = {plan.labels[id(node)] for node in plan.linear}
+        for rows, part in _portions([layer for layer in new if len(layer.node.inputs[1].outputs) == 1]):
+            names = [layer.node.outputs[0].name for layer in part]
+            grams = observe(self.model, self.ctx.data, names, rows=rows, target=self.ctx.target)
+            for layer, name in zip(part, names, strict=True):
+                node = layer.node
+                corrected = self._settings.bias_correction and node.label in linear and len(node.inputs) > 2
+                self._rounders[node.inputs[1].name] = Rounder(layer, grams[name], corrected)
 
     def _insert(
         self, model: Model, plan: Plan, ranges: Mapping[int, Range], log: Log, encoder: Encoder
@@ -270,13 +281,14 @@ class Builder:
     def _choose(self, values: Distribution, observer: ObserverChoice) -> Range:
         name, percent = observer
         symmetric = self.ctx.target.quantized.symmetric
+        levels = 1 << 8 * self.ctx.target.quantized.activation.itemsize
         if name == "minmax":
             return observers.min_max(values, symmetric=symmetric)
         if name == "percentile":
             return observers.percentile(values, percent, symmetric=symmetric)
         if name == "kl":
             return observers.kl_divergence(values, symmetric=symmetric)
-        return observers.mse(values, symmetric=symmetric)
+        return observers.mse(values, levels, symmetric=symmetric)
 
 
 def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:

@@ -207,7 +207,9 @@ class Planner:
         if isinstance(node.inputs[0], Constant):
             return False
         maker = producer(node.inputs[0])
-        return maker is None or spec_of(maker).role is Role.FLOAT
+        while maker is not None and spec_of(maker).role is Role.MOVE:
+            maker = producer(maker.inputs[0])
+        return maker is None or spec_of(maker).role is Role.FLOAT or maker.label in self._kept
 
     @staticmethod
     def _unfit_values(weight: Constant) -> str | None:

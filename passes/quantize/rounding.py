@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from onnxslim.calibration.gram import Gram
 from onnxslim.calibration.layers import Layer
-from onnxslim.passes.quantize.storing import BLOCK, FOUR_BITS, nearest
-from onnxslim.passes.quantize.weights import MAX_PAIR, QMAX, Encoded
+from onnxslim.passes.quantize.storing import BLOCK, nearest
+from onnxslim.passes.quantize.weights import FOUR_BITS, MAX_PAIR, QMAX, Encoded
 
 Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
@@ -37,21 +37,26 @@ class Rounder:
     Attributes:
         layer: whose weight it is; alpha of a Gemm is 1.
         gram: moments of what it sees.
+        corrected: whether a bias takes in what the integers do to the mean.
     """
 
     layer: Layer
     gram: Gram
+    corrected: bool
 
     def four_bits(self, matrix: Floats, scales: Floats) -> Floats:
         """Four-bit codes of the same matrix, [inputs, outputs]; see `storing.Rounding`."""
         steps = np.repeat(scales, BLOCK, axis=0)[: len(matrix)].T[None]
         start = nearest(matrix, scales).T[None]
-        codes, _ = refine(
-            np.ascontiguousarray(matrix.T)[None], start, steps, self.gram.raw().gram, limit=FOUR_BITS
-        )
-        return codes[0].T
+        wanted = np.ascontiguousarray(matrix.T)[None]
+        codes, _ = refine(wanted, start, steps, self._moments(), limit=FOUR_BITS)
+        restored: Floats = np.ascontiguousarray(codes[0].T)
+        return restored
 
-    def __call__(self, encoded: Encoded, pair_axis: int | None) -> Encoded:
+    def _moments(self) -> Doubles:
+        return self.gram.gram if self.corrected else self.gram.raw().gram
+
+    def __call__(self, encoded: Encoded, pair_axis: int | None, limit: int) -> Encoded:
         """Better integers than these, under the same limits; see `weights.encode` for `pair_axis`."""
         target = self.layer.matrix()
         if encoded.scales.size != target.shape[0] * target.shape[1]:
@@ -62,13 +67,13 @@ class Rounder:
         channels = encoded.codes.shape[pair_axis] if pair_axis is not None else 0
         neighbours = Neighbours(channels, target.shape[2] // channels) if channels else None
         start = codes.reshape(target.shape), encoded.scales.reshape(target.shape[:2])
-        best, scales = refine(target, *start, self.gram.gram, neighbours=neighbours)
+        best, scales = refine(target, *start, self._moments(), limit=limit, neighbours=neighbours)
         lost = np.einsum("gmk,gk->gm", target - best * scales[..., None], self.gram.x_mean)
         return replace(
             encoded,
             codes=np.ascontiguousarray(self.layer.restored(best).astype(np.int8)),
             scales=scales.reshape(encoded.scales.shape),
-            lost=lost.reshape(-1),
+            lost=lost.reshape(-1) if self.corrected else None,
         )
 
 

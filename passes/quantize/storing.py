@@ -12,14 +12,13 @@ from onnxslim import graph as ir
 from onnxslim.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import spec_of
-from onnxslim.passes.quantize.weights import Weights
+from onnxslim.passes.quantize.weights import FOUR_BITS, Weights
 from onnxslim.pipeline import Log
 
 # Tables below this many bytes are left alone.
 MIN_TABLE_BYTES = 1 << 16
 # Weights that share a scale in four bits; runtimes take powers of two from 16 on.
 BLOCK = 32
-FOUR_BITS = 7
 
 Refusal = Callable[[Node], "str | None"]
 # From a matrix [inputs, outputs] and its scales [blocks, outputs] to integer codes of the matrix's shape.
@@ -48,11 +47,12 @@ class Storage:
             if not _is_table(node, table) or refuse(node) is not None:
                 continue
             assert isinstance(table, Constant)
+            label = node.label
             codes, scales = _by_column(table.values)
             node.inputs[0] = self._constant(table, "quantized", codes)
             self._drop(table)
             self._dequantize_result(node, table, scales)
-            self._log.change(node.label, "looks up its table as int8", "quantize")
+            self._log.change(label, "looks up its table as int8", "quantize")
 
     def halve(self, nodes: Iterable[Node]) -> None:
         """Weights that stay in floating point: float16 in the file, float32 again when it is loaded."""
