@@ -32,7 +32,7 @@ class Layer(ABC):
     Attributes:
         node: the node; its weight is input 1, its data input 0.
         groups: independent parts of the weight.
-        axis: of the output, the one that runs over output channels, counted from the end if negative.
+        axis: of the output, the one that runs over output channels, counted from the end.
     """
 
     node: Node
@@ -113,7 +113,7 @@ def _window(node: Node, weight: Array) -> Layer | str:
     return Window(
         node,
         groups,
-        1,
+        -(axes + 1),
         transposed=node.op == "ConvTranspose",
         kernel=weight.shape[2:],
         strides=tuple(node.attrs.get("strides", ones)),
