@@ -99,7 +99,7 @@ class Encoder:
         better: Mapping[str, Callable[[Encoded, int | None, int], Encoded]] | None = None,
     ) -> None:
         self.limit = limit
-        self._better = better or {}
+        self._better = {} if better is None else better
         self._known: dict[tuple[Any, ...], Encoded] = {}
 
     def __call__(

@@ -119,7 +119,8 @@ def test_nothing_is_searched_where_enough_is_kept(chain: Model, batches: list[di
 
 PRODUCTS = """g (int64[N,S] i) => (float[N,S,48] y)
 <float[3000,64] table = {0}, float[64,96] w1 = {0}, float[96] b1 = {0}, float[96,48] w2 = {0}>
-{ t = Gather(table, i) x = Tanh(t) [one] a = MatMul(x, w1) ab = Add(a, b1) ar = Relu(ab) [two] y = MatMul(ar, w2) }"""
+{ t = Gather(table, i) x = Tanh(t) [one] a = MatMul(x, w1) ab = Add(a, b1) ar = Relu(ab)
+  [two] y = MatMul(ar, w2) }"""
 
 
 @pytest.fixture
