@@ -139,7 +139,7 @@ class Target:
             min_channels=4,
             kernels=_CPU_KERNELS,
             slow=slow,
-            weight_only=frozenset(("MatMul",)),
+            weight_only=frozenset(("MatMul", "Gemm")),
         )
         return Target("cpu", CPU, threads=threads, quantized=rules)
 
