@@ -121,12 +121,24 @@ def _inspect(
         bool,
         typer.Option("--dump-to-disk", help="also write the nodes of IN.onnx to IN.onnx_model_info.csv here"),
     ] = False,
+    json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what models consist of."""
-    from onnxslim import utils
+    """Show what models consist of and need.
 
-    utils.inspect(models, dump_to_disk=dump_to_disk)
+    Of two models, also tells how the second differs from the first, by the names of nodes and constants.
+    """
+    from onnxslim import inspection, report, utils
+
+    found = [inspection.inspect(path) for path in models]
+    difference = inspection.compare(*models) if len(models) == 2 else None
+    if json:
+        terminal.show_json({"models": found, "difference": difference})
+    else:
+        report.show_inspections(terminal.console(), found, difference)
+    for path in models if dump_to_disk else ():
+        written = utils.dump_model_info_to_disk(utils.summarize_model(path))
+        terminal.log(f"model info written to {written}")
 
 
 # What commands named after passes do, for the list of commands; the pass itself tells its options.
