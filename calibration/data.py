@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -291,10 +292,14 @@ class CalibrationData:
         length = self._length()
         return self._pick(range(index, _ENDLESS if length is None else length, count))
 
-    def holdout(self, fraction: float = 0.25) -> tuple[CalibrationData, CalibrationData]:
+    def holdout(
+        self, fraction: float = 0.25, *, seed: int | None = None
+    ) -> tuple[CalibrationData, CalibrationData]:
         """Two parts, by batches: one to calibrate on and an evenly spread `fraction` to check on.
 
-        Counting the batches takes one pass over a source that does not know their number.
+        With a seed, each batch to check on is a random one of its stretch: where kinds of data alternate, an
+        even grid could leave one of them out. Counting the batches takes one pass over a source that does not
+        know their number.
         """
         total = self._length()
         total = sum(1 for _ in self._feeds) if total is None else total
@@ -306,6 +311,10 @@ class CalibrationData:
             )
         held = min(max(round(total * fraction), 1), total - 1)
         checked = [(2 * i + 1) * total // (2 * held) for i in range(held)]
+        if seed is not None:
+            random = np.random.default_rng(seed)
+            ends = [i * total // held for i in range(held + 1)]
+            checked = [int(random.integers(first, end)) for first, end in pairwise(ends)]
         fitted = sorted(set(range(total)).difference(checked))
         return self._pick(fitted), self._pick(checked)
 

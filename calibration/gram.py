@@ -90,19 +90,34 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self._waiting: list[tuple[Floats, Floats]] = []
-        self._columns = 0
-        self._sums: list[Doubles] = []
+        self._filled = 0
+        self._blocks: tuple[Floats, Floats] | None = None
         self._shift: tuple[Floats, Floats] | None = None
+        self._sums: list[Doubles] = []
 
     def update(self, x: Floats, y: Floats) -> None:
         """Take in pairs: x (g, k, n) and y (g, m, n), float32; g, k and m are the same in every call."""
         if x.ndim != 3 or y.ndim != 3 or x.shape[::2] != y.shape[::2]:
             raise ValueError(f"shapes must be (g, k, n) and (g, m, n), not {x.shape} and {y.shape}")
-        self._waiting.append((x, y))
-        self._columns += x.shape[2]
-        if self._columns >= max(_BLOCK, x.shape[1]):
-            self._flush()
+        if not x.shape[2]:
+            return
+        with np.errstate(invalid="ignore", over="ignore"):  # result() tells
+            if self._blocks is None or self._shift is None:
+                size = max(_BLOCK, x.shape[1])
+                self._blocks = (
+                    np.empty((*x.shape[:2], size), np.float32),
+                    np.empty((*y.shape[:2], size), np.float32),
+                )
+                self._shift = x.mean(axis=2, keepdims=True), y.mean(axis=2, keepdims=True)
+            start, size = 0, self._blocks[0].shape[2]
+            while start < x.shape[2]:
+                step = min(x.shape[2] - start, size - self._filled)
+                for each, block, shift in zip((x, y), self._blocks, self._shift, strict=True):
+                    part = each[..., start : start + step]
+                    np.subtract(part, shift, out=block[..., self._filled : self._filled + step])
+                start, self._filled = start + step, self._filled + step
+                if self._filled == size:
+                    self._flush()
 
     def result(self) -> Gram:
         """The moments so far.
@@ -126,16 +141,13 @@ class Moments:
         )
 
     def _flush(self) -> None:
-        if not self._columns:
+        if self._blocks is None or not self._filled:
             return
-        x, y = (np.concatenate(parts, axis=2) for parts in zip(*self._waiting, strict=True))
-        self._waiting, self._columns = [], 0
-        if self._shift is None:
-            self._shift = x.mean(axis=2, keepdims=True), y.mean(axis=2, keepdims=True)
-        with np.errstate(invalid="ignore", over="ignore"):  # result() tells
-            sums = _sums(x - self._shift[0], y - self._shift[1])
+        with np.errstate(invalid="ignore", over="ignore"):
+            sums = _sums(*(block[..., : self._filled] for block in self._blocks))
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
-        self.count += x.shape[2]
+        self.count += self._filled
+        self._filled = 0
 
 
 def _sums(x: Floats, y: Floats) -> list[Doubles]:
@@ -144,9 +156,9 @@ def _sums(x: Floats, y: Floats) -> list[Doubles]:
     return [
         (x @ flipped).astype(np.float64),
         (y @ flipped).astype(np.float64),
-        np.square(y).sum(axis=2, dtype=np.float64),
-        x.sum(axis=2, dtype=np.float64),
-        y.sum(axis=2, dtype=np.float64),
+        np.square(y).sum(axis=2).astype(np.float64),
+        x.sum(axis=2).astype(np.float64),
+        y.sum(axis=2).astype(np.float64),
     ]
 
 

@@ -99,7 +99,7 @@ class Stop:
 
 
 @dataclass
-class _Part:
+class Part:
     """The nodes of one stage.
 
     Attributes:
@@ -124,6 +124,9 @@ class Staged:
         shelf: where tensors are kept between stages.
         given: tensors that come from outside instead of being computed; graph inputs always do.
         target: where to run.
+
+    Attributes:
+        parts: what each stage runs.
     """
 
     def __init__(
@@ -139,15 +142,15 @@ class Staged:
         self._shelf = shelf
         self._target = target
         self._given = set(given) | {tensor.name for tensor in model.graph.inputs}
-        self._parts = _plan(model.graph, stops, self._given)
-        self._last: dict[str, int] = {name: k for k, part in enumerate(self._parts) for name in part.reads}
+        self.parts = _plan(model.graph, stops, self._given)
+        self._last: dict[str, int] = {name: k for k, part in enumerate(self.parts) for name in part.reads}
         self._kept: dict[int, Values] = {}
         self._runners: dict[int, Runner] = {}
 
     def requests(self, stage: int) -> list[str]:
         """Tensors from outside that this stage is the first to read."""
-        before = {name for part in self._parts[:stage] for name in part.reads}
-        return sorted((self._parts[stage].reads & self._given) - before)
+        before = {name for part in self.parts[:stage] for name in part.reads}
+        return sorted((self.parts[stage].reads & self._given) - before)
 
     def run(self, stage: int, batch: int, fed: Mapping[str, Array]) -> Values:
         """Run one stage on one batch; stages go up, and all batches go through one before the next.
@@ -162,7 +165,7 @@ class Staged:
         Raises:
             CalibrationError: the part does not run; carries ONNX Runtime's message.
         """
-        part = self._parts[stage]
+        part = self.parts[stage]
         kept = self._kept.setdefault(batch, {})
         values = {name: np.asarray(kept[name]) if name in kept else fed[name] for name in part.reads}
         if part.makes:
@@ -180,10 +183,10 @@ class Staged:
     def _runner(self, stage: int, values: Values) -> Runner:
         if stage not in self._runners:
             self._runners.clear()
-            self._runners[stage] = Runner(self._part_model(self._parts[stage], values), self._target)
+            self._runners[stage] = Runner(self._part_model(self.parts[stage], values), self._target)
         return self._runners[stage]
 
-    def _part_model(self, part: _Part, values: Values) -> Model:
+    def _part_model(self, part: Part, values: Values) -> Model:
         """The model of a part: the nodes themselves, in a graph of their own that is only written."""
         graph = Graph("stage")
         graph.nodes = part.nodes
@@ -199,11 +202,11 @@ def _input(name: str, value: Array) -> Variable:
     return Variable(name, value.dtype, (None,) * value.ndim)
 
 
-def _plan(graph: Graph, stops: Sequence[Stop], given: set[str]) -> list[_Part]:
+def _plan(graph: Graph, stops: Sequence[Stop], given: set[str]) -> list[Part]:
     makers = {tensor.name: node for node in graph.nodes for tensor in node.outputs if tensor.name}
     order = {id(node): index for index, node in enumerate(graph.nodes)}
     made: dict[str, int] = {}
-    parts: list[_Part] = []
+    parts: list[Part] = []
     for stage, stop in enumerate(stops):
         part = _part(stop, makers, given | set(made))
         part.nodes.sort(key=lambda node: order[id(node)])
@@ -218,7 +221,7 @@ def _plan(graph: Graph, stops: Sequence[Stop], given: set[str]) -> list[_Part]:
     return parts
 
 
-def _part(stop: Stop, makers: Mapping[str, Node], there: Collection[str]) -> _Part:
+def _part(stop: Stop, makers: Mapping[str, Node], there: Collection[str]) -> Part:
     """The nodes that compute what is wanted from what is there."""
     peeked = [tensor.name for node in stop.peeks for tensor in node.outputs if tensor.name]
     nodes: dict[int, Node] = {id(node): node for node in stop.peeks}
@@ -233,7 +236,7 @@ def _part(stop: Stop, makers: Mapping[str, Node], there: Collection[str]) -> _Pa
             pending.extend(_needs(makers[name]))
     computed = {tensor.name for node in nodes.values() for tensor in node.outputs}
     wanted = {*stop.tensors, *peeked}
-    return _Part(list(nodes.values()), reads, wanted, wanted & computed)
+    return Part(list(nodes.values()), reads, wanted, wanted & computed)
 
 
 def _needs(node: Node) -> Iterator[str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,9 +156,8 @@ def analyze(
             tracer.label(tensor, [Block((axis,), tracer.fresh(size)) for axis, size in enumerate(shape)])
     for node in model.graph.nodes:
         _visit(node, tracer, model)
-    if not allow_outputs:
-        for tensor in model.graph.outputs:
-            tracer.pin(tensor, None, f"'{tensor.name}' is an output of the model")
+    for output in model.graph.outputs if not allow_outputs else ():
+        tracer.pin(output, None, f"'{output.name}' is an output of the model")
     traced = _Traced(tracer)
     return Analysis(traced.families(), found, traced)
 
@@ -314,12 +314,12 @@ class _Traced:
         return tuple(family for family in families if family.size > 1)
 
     def _signatures(self, places: Sequence[_Place], count: int) -> tuple[NDArray[np.uint64], Labels]:
-        """A hash of where each component occurs and how often, and whether it occurs in a constant."""
+        """A hash of where each component occurs and how often, and whether in something that is given."""
         random = np.random.default_rng(0).integers(0, 2**64, len(places), np.uint64)
         signature, owned = np.zeros(count, np.uint64), np.zeros(count, bool)
         for place, mark in zip(places, random, strict=True):
             np.add.at(signature, place.roots, mark)
-            if isinstance(place.tensor, Constant):
+            if isinstance(place.tensor, Constant) or not place.tensor.inputs:
                 owned[place.roots] = True
         return signature, owned
 
@@ -339,7 +339,7 @@ class _Traced:
             for each in self._tracer.contractions
             if (data := (each.data.name, each.data_axis)) in where and (weight := self._source(each)) in where
         ]
-        first = next(member for member in members if member.constant)
+        first = next((member for member in members if member.constant), members[0])
         name = f"{first.tensor}:{first.axis}:{int(np.flatnonzero(first.units >= 0)[0])}"
         crosses = tuple(dict.fromkeys(node for root in roots for node in crossing.get(root, ())))
         return Family(name, len(roots), tuple(members), tuple(consumers), crosses)
@@ -385,7 +385,7 @@ class _Traced:
         return steps
 
     @cached_property
-    def _tree(self) -> tuple[Labels, sparse.csr_array]:
+    def _tree(self) -> tuple[Labels, sparse.csr_array[Any, tuple[int, int]]]:
         """The shortest way from each pinned label to PINNED, and the tie behind each step."""
         ties = self._tracer.ties
         first = np.concatenate([tie.first for tie in ties])
@@ -396,4 +396,4 @@ class _Traced:
         shape = (self._tracer.count, self._tracer.count)
         graph = sparse.csr_array((np.tile(number, 2)[where], (pairs[0], pairs[1])), shape=shape)
         _, before = csgraph.breadth_first_order(graph, PINNED, directed=False)
-        return before, graph
+        return before.astype(np.int64), graph

@@ -119,8 +119,12 @@ class Tracer:
         return self._blocks[id(tensor)]
 
     def label(self, tensor: Tensor, blocks: Iterable[Block]) -> None:
-        """Set the blocks of a tensor."""
-        self._blocks[id(tensor)] = tuple(block for block in blocks if block.labels.size > 1)
+        """Set the blocks of a tensor; a slice that is alone on its axis stays."""
+        given = list(blocks)
+        for block in given:
+            if block.labels.size == 1:
+                self.tie(block.labels, np.zeros_like(block.labels), None, f"it is all of '{tensor.name}'")
+        self._blocks[id(tensor)] = tuple(block for block in given if block.labels.size > 1)
         self._tensors[id(tensor)] = tensor
 
     def labelled(self) -> list[tuple[Tensor, tuple[Block, ...]]]:

@@ -41,8 +41,14 @@ CAPTIONS = {
     "corrected": "biases corrected for the rounding of weights",
     "fused": "run in integers by ONNX Runtime",
     "total": "of such operators in the model",
+    "budget": "left",
+    "layers": "factors",
+    "repaired": "layers fitted again to what they computed before",
+    "latency": "time of one run, relative to that before",
     "unfused": "quantized, but run in floating point all the same",
 }
+# Facts that fill a table of their own: in JSON only.
+TABLES = frozenset(("candidates",))
 
 
 def text(report: Report) -> str:
@@ -248,7 +254,11 @@ def _details(step: Step) -> Iterator[str]:
         *([f"  {happened}"] if happened else []),
         *_limited(grouped_changes(step.changes.changed)),
         *_limited(_skips(step.changes.skipped)),
-        *(f"  {CAPTIONS.get(name, name)}: {fact(value)}" for name, value in step.changes.facts.items()),
+        *(
+            f"  {CAPTIONS.get(name, name)}: {fact(value)}"
+            for name, value in step.changes.facts.items()
+            if name not in TABLES
+        ),
     ]
     if lines:
         yield step.name

@@ -71,6 +71,7 @@ class Quantized:
             point; that is the first one of a network, which is also the most sensitive.
         kernels: operators with an integer kernel, besides those that only move data.
         slow: operators that move data faster as floating point than as integers.
+        weight_only: matrix products that read integer weights at no loss of time while their data is floats.
     """
 
     activation: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
@@ -82,6 +83,7 @@ class Quantized:
     min_channels: int = 1
     kernels: frozenset[str] = frozenset()
     slow: frozenset[str] = frozenset()
+    weight_only: frozenset[str] = frozenset()
 
 
 _LINEAR_KERNELS = ("Conv", "Gemm", "MatMul")
@@ -132,7 +134,13 @@ class Target:
     def cpu(threads: int = 0) -> Target:
         """Processors. uint8·int8 kernels without VNNI add in 16 bits, so files are made safe for both."""
         slow = frozenset(("Resize",))
-        rules = Quantized(saturates=True, min_channels=4, kernels=_CPU_KERNELS, slow=slow)
+        rules = Quantized(
+            saturates=True,
+            min_channels=4,
+            kernels=_CPU_KERNELS,
+            slow=slow,
+            weight_only=frozenset(("MatMul",)),
+        )
         return Target("cpu", CPU, threads=threads, quantized=rules)
 
     @staticmethod

@@ -121,6 +121,67 @@ def _concat(node: Node, dims: Dims) -> Sizes | None:
     return tuple(total if index == axis else size for index, size in enumerate(shapes[0]))
 
 
+def _same(node: Node, dims: Dims) -> Sizes | None:
+    return dims.shape(node.input(0))
+
+
+def _transpose(node: Node, dims: Dims) -> Sizes | None:
+    data = dims.shape(node.input(0))
+    if data is None:
+        return None
+    order = node.attrs.get("perm") or tuple(reversed(range(len(data))))
+    return tuple(data[axis] for axis in order) if len(order) == len(data) else None
+
+
+def _unsqueeze(node: Node, dims: Dims) -> Sizes | None:
+    data, axes = dims.shape(node.input(0)), _axes(node, dims)
+    if data is None or axes is None:
+        return None
+    rank = len(data) + len(axes)
+    at, rest = {axis % rank for axis in axes}, iter(data)
+    return tuple(1 if axis in at else next(rest) for axis in range(rank)) if len(at) == len(axes) else None
+
+
+def _squeeze(node: Node, dims: Dims) -> Sizes | None:
+    data, axes = dims.shape(node.input(0)), _axes(node, dims)
+    if not data or axes is None:
+        return None
+    at = {axis % len(data) for axis in axes}
+    return tuple(size for axis, size in enumerate(data) if axis not in at)
+
+
+def _axes(node: Node, dims: Dims) -> tuple[int, ...] | None:
+    """Axes that are an attribute in early opsets and an input in later ones; None if there are none known."""
+    if "axes" in node.attrs:
+        return tuple(node.attrs["axes"])
+    wanted = dims.value(node.input(1))
+    return None if wanted is None else wanted.numbers
+
+
+# Operators whose first output has the shape of their first input.
+_SAME = [
+    "Cast",
+    "Elu",
+    "Erf",
+    "Exp",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "Identity",
+    "IsNaN",
+    "LayerNormalization",
+    "LeakyRelu",
+    "Log",
+    "Neg",
+    "Not",
+    "RMSNormalization",
+    "Reciprocal",
+    "Relu",
+    "Sigmoid",
+    "Softmax",
+    "Sqrt",
+    "Tanh",
+]
 _ELEMENTWISE = [
     "Add",
     "Sub",
@@ -146,6 +207,9 @@ _ELEMENTWISE = [
     "BitwiseXor",
 ]
 
+# Of these onnx infers not even the type, which is that of the first input.
+SAME_TYPE = ("GroupNormalization",)
+
 RULES: dict[str, Rule] = {
     "Range": _range,
     "Expand": _expand,
@@ -155,5 +219,10 @@ RULES: dict[str, Rule] = {
     "Reshape": _reshape,
     "Flatten": _flatten,
     "Concat": _concat,
+    "GroupNormalization": _same,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": _squeeze,
+    **dict.fromkeys(_SAME, _same),
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
 }

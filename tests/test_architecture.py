@@ -35,6 +35,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("check", "evaluate"),
     ("probe",),
+    ("latency",),
     ("runtime",),
     ("ops.cost",),
     ("ops",),

@@ -106,7 +106,7 @@ register(
 )
 
 _SAME = (
-    "Abs Acos Acosh Asin Asinh Atan Atanh Ceil Celu Cos Cosh Elu Erf Exp Floor HardSwish Log Mish Neg "
+    "Abs Acos Acosh Asin Asinh Atan Atanh Ceil Celu Cos Cosh Elu Erf Exp Floor HardSwish Log Neg "
     "Reciprocal Round Selu Shrink Sign Sin Sinh Softplus Softsign Sqrt Tan Tanh ThresholdedRelu"
 )
 _BINARY = "Sub Div Pow Max Min Mean Sum Mod"
@@ -170,6 +170,7 @@ register(
         for op in ("ArgMax", "ArgMin")
     ),
     OpSpec("Gelu", channels=SAME, example=_recent(_text("y = Gelu(x)"), 20)),
+    OpSpec("Mish", channels=SAME, example=_recent(_text("y = Mish(x)"), 18)),
     OpSpec("Swish", channels=SAME, example=_recent(_text("y = Swish(x)"), 24)),
     OpSpec("Not", channels=SAME, example=_text("y = Not(x)", "bool[N,2,4,4] x", "bool[N,2,4,4] y")),
     OpSpec("IsNaN", channels=SAME, example=_text("y = IsNaN(x)", output="bool[N,2,4,4] y")),
@@ -219,10 +220,5 @@ register(
         "RMSNormalization",
         channels=Channels(layers.layer_norm),
         example=_recent(_text("y = RMSNormalization(x, s)", "float[N,2,4,4] x, float[4] s"), 23),
-    ),
-    OpSpec(
-        "SimplifiedLayerNormalization",
-        channels=Channels(layers.layer_norm),
-        example=_text("y = SimplifiedLayerNormalization(x, s)", "float[N,2,4,4] x, float[4] s"),
     ),
 )

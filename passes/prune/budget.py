@@ -33,7 +33,7 @@ class Limits:
         return cls((0, *(family.size - count for count in reversed(kept))))
 
     def nearest(self, wanted: float) -> int:
-        """The allowed number next to a wanted one, at least one step if there is one and something is wanted."""
+        """The allowed number next to a wanted one, at least one step if anything is wanted."""
         if wanted <= 0:
             return 0
         choices = self.allowed[1:] or self.allowed
@@ -55,8 +55,8 @@ def allocate(
     """Units to remove of each family until the cost is no more than the goal.
 
     Costs of neighbouring layers multiply, so they are taken anew at every step: the next step is always the
-    one with the least damage per cost saved, on curves of damage that are convex (the Lagrangian choice). What
-    goes beyond the goal is then given back, most damage first.
+    one with the least damage per cost saved, on curves of damage that are convex (the Lagrangian choice).
+    What goes beyond the goal is then given back, most damage first.
 
     Args:
         limits: of each family.

@@ -1,9 +1,9 @@
 """Let the channels that stay stand in for those that go, before they go.
 
 Where a layer reads channels x = (x_S, x_P) and P goes, x_P is predicted as M x_S with the least mean square
-error, M = G_PS (G_SS + damping)^-1, and the weights that read P are added to those that read S through M. Only
-second moments of the channels are needed, not those of all kernel positions; the sequential repair after the
-cut starts from there.
+error, M = G_PS (G_SS + damping)^-1, and the weights that read P are added to those that read S through M.
+Only second moments of the channels are needed, not those of all kernel positions; the sequential repair after
+the cut starts from there.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ class Costs:
     """
 
     def __init__(self, model: Model, analysis: Analysis) -> None:
+        self._uncounted = 0
         losses: dict[str, list[tuple[int, str, int]]] = {}
         for family in analysis.families:
             for member in family.members:
@@ -60,29 +61,27 @@ class Costs:
             if isinstance(tensor, Constant)
         }
         self._constants = [found for tensor in constants.values() if (found := shape(tensor)) is not None]
-        self._fixed = model.stats().parameters - self.parameters({})
+        self._uncounted = model.stats().parameters - self.parameters({})
 
     def macs(self, gone: Counts) -> int:
         """Multiply-accumulates of the main graph."""
         return sum(layer.macs(gone) for layer in self._layers)
 
     def parameters(self, gone: Counts) -> int:
-        """Elements of the constants."""
-        return sum(math.prod(shape.after(gone)) for shape in self._constants) + getattr(self, "_fixed", 0)
+        """Elements of the constants, those in bodies included."""
+        return sum(math.prod(shape.after(gone)) for shape in self._constants) + self._uncounted
 
 
 class _Layer:
     """A node that multiplies, with shapes that can be changed."""
 
     def __init__(self, node: Node, shapes: Mapping[str, _Shape]) -> None:
-        self._node = Node(
-            node.op,
-            node.name,
-            node.attrs,
-            [Variable(tensor.name, None, shapes[tensor.name].sizes) for tensor in node.inputs],
-            [Variable(tensor.name, None, shapes[tensor.name].sizes) for tensor in node.outputs],
-            node.domain,
+        inputs, outputs = (
+            [Variable(tensor.name, None, shapes[tensor.name].sizes) for tensor in tensors]
+            for tensors in (node.inputs, node.outputs)
         )
+        self._tensors = [*inputs, *outputs]
+        self._node = Node(node.op, node.name, node.attrs, inputs, outputs, node.domain)
         self._shapes = shapes
         self._families = sorted(frozenset().union(*(shape.families for shape in shapes.values())))
         self._known: dict[tuple[int, ...], int] = {}
@@ -99,7 +98,7 @@ class _Layer:
     def macs(self, gone: Counts) -> int:
         key = tuple(gone.get(family, 0) for family in self._families)
         if key not in self._known:
-            for tensor in (*self._node.inputs, *self._node.outputs):
+            for tensor in self._tensors:
                 tensor.shape = self._shapes[tensor.name].after(gone)
             count = spec_of(self._node).macs
             self._known[key] = (count(self._node) if count else 0) or 0

@@ -13,7 +13,7 @@ from onnxslim.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Cut, Masks
-from onnxslim.ops.channels.sizes import TARGETS
+from onnxslim.ops.channels.sizes import TARGETS, Sizes
 
 # Weights of operators that sum over an axis without being LINEAR for quantization.
 _SUMMING = ("LSTM", "GRU", "RNN", "Einsum")
@@ -93,7 +93,7 @@ def _zeroed(values: Array, axis: int, gone: Array) -> Array:
     return zeroed
 
 
-def _shapes(model: Model, analysis: Analysis):  # type: ignore[no-untyped-def]
+def _shapes(model: Model, analysis: Analysis) -> Sizes:
     constants = {id(tensor): tensor.shape for tensor in _constants(model)}
 
     def shape(tensor: Tensor) -> tuple[int, ...] | None:
@@ -118,7 +118,14 @@ def _masked(model: Model, masks: Masks) -> Iterator[tuple[Constant, int, Array]]
 
 
 def _forget_shapes(model: Model, masks: Masks) -> None:
-    """What was declared of inner tensors that lost slices is not true any more; infer it anew."""
+    """What was declared of tensors that lost slices is not true any more; infer that of inner ones anew."""
+    for tensor in (*model.graph.inputs, *model.graph.outputs):
+        if isinstance(tensor, Variable) and tensor.shape is not None:
+            left = [masks.get((tensor.name, axis)) for axis in range(len(tensor.shape))]
+            tensor.shape = tuple(
+                size if kept is None else int(kept.sum())
+                for size, kept in zip(tensor.shape, left, strict=True)
+            )
     changed = {name for name, _ in masks}
     fixed = {id(tensor) for tensor in (*model.graph.inputs, *model.graph.outputs)}
     for node in model.graph.nodes:

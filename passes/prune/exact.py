@@ -1,8 +1,8 @@
 """Proof that a cut removes what it says and nothing else.
 
-A model without a set of slices must compute what the original computes when the layers that read these slices
-get zeros there. This holds up to rounding for every unit that does not lie under a normalization; those change
-statistics, and are left out of the proof.
+A model without a set of slices must compute what the original computes when the layers that read these
+slices get zeros there. This holds up to rounding for every unit that does not lie under a normalization;
+those change statistics, and are left out of the proof.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from onnxslim.channels import Analysis
+from onnxslim.check import relative_difference
 from onnxslim.errors import InvalidGraph
-from onnxslim.fidelity import relative_difference
 from onnxslim.graph import Array
 from onnxslim.model import Model
 from onnxslim.passes.prune.cut import cut, zero

@@ -2,10 +2,10 @@
 
 Criteria on the weights alone: "l1" and "l2" (norms of all slices of a unit, each tensor scaled to mean one),
 "fpgm" (distance to the other units, He et al. 2019), "lamp" (square over all that are at least as large, Lee
-et al. 2021). Criteria on what flows through: "energy" (mean square of a channel times the squared norm of the
-weights that read it, after Sun et al. 2023), "thinet" (greedy, by what the reading layers lose if weights stay,
-Luo et al. 2017) and "obs" (greedy, by what they lose if the remaining channels make up for it as well as
-they linearly can, after Hassibi and Stork 1993).
+et al. 2021). Criteria on what flows through: "energy" (mean square of a channel times the squared norm of
+the weights that read it, after Sun et al. 2023), "thinet" (greedy, by what the reading layers lose if weights
+stay, Luo et al. 2017) and "obs" (greedy, by what they lose if the remaining channels make up for it as well
+as they linearly can, after Hassibi and Stork 1993).
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class _Elimination:
             return
         columns = self._inverse[:, block]
         middle = np.linalg.pinv(self._inverse[np.ix_(block, block)], hermitian=True)
-        moved = columns @ middle  # what each remaining channel takes over: -moved
+        moved = np.asarray(columns @ middle, np.float64)  # what each remaining channel takes over: -moved
         self._inverse -= moved @ columns.T
         self._inverse[block] = self._inverse[:, block] = 0.0
         self._take_over(block, moved)

@@ -112,8 +112,8 @@ class PruningPlan:
     def removed(self, analysis: Analysis) -> dict[str, list[int]]:
         """The units to remove from an analyzed model, by name of its families.
 
-        Families are found by the names of their tensors; where another exporter named them otherwise, by their
-        position, if the model has as many families of the same sizes in the same order.
+        Families are found by the names of their tensors; where another exporter named them otherwise, by
+        their position, if the model has as many families of the same sizes in the same order.
 
         Raises:
             UsageError: a family is not there, or has another size.
@@ -123,7 +123,7 @@ class PruningPlan:
             family = self._match(entry, analysis)
             if family.size != entry.size or not all(0 <= unit < family.size for unit in entry.removed):
                 raise UsageError(
-                    f"the plan removes units of '{entry.family}' ({entry.size} units), which has {family.size}"
+                    f"the plan wants {entry.size} units in family '{entry.family}', which has {family.size}"
                 )
             if len(entry.removed) >= family.size:
                 raise UsageError(f"the plan removes all units of '{entry.family}'")

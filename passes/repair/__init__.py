@@ -27,7 +27,7 @@ from onnxslim.errors import CalibrationError
 from onnxslim.graph import Array
 from onnxslim.model import Model
 from onnxslim.passes.repair.jobs import Job
-from onnxslim.passes.repair.plan import plan, unchanged
+from onnxslim.passes.repair.plan import schedule, unchanged
 from onnxslim.passes.repair.solve import Fit, Method, fit
 from onnxslim.pipeline import Changes, Log
 from onnxslim.runtime import Target
@@ -37,8 +37,8 @@ Kept: TypeAlias = Mapping[str, Mapping[int, NDArray[np.intp]]]
 # Bytes of tensors between two stages that stay in memory; the rest goes to temporary files.
 MEMORY = 1 << 30
 # Positions of a layer's output to look at: a number per input, between bounds.
-_ROWS_PER_INPUT = 24
-_MIN_ROWS, _MAX_ROWS = 1 << 13, 1 << 15
+_ROWS_PER_INPUT = 48
+_MIN_ROWS, _MAX_ROWS = 1 << 14, 40_000
 _HELD = 0.25
 # Mean squared error, relative to the mean square of the original's output, that is rounding.
 _ROUNDING = 1e-10
@@ -87,7 +87,7 @@ def repair(
     log = Log()
     ir.sort(student.graph)
     clean = unchanged(student, teacher)
-    stages = plan(student, teacher, clean, layers, log)
+    stages = schedule(student, teacher, clean, layers, log)
     if any(stages):
         with Shelf(memory) as shelf:
             _Repair(student, teacher, kept, method, target, clean, stages, shelf, log).run(data, progress)
@@ -156,7 +156,9 @@ class _Repair:
             wanted = self.original.run(stage, batch, feeds)
             values = self.copy.run(stage, batch, {**feeds, **wanted})
             for job, each in zip(jobs, sums, strict=True):
-                self._observe(job, each, wanted, values, first, held[first : first + samples], held.size)
+                share = held[first : first + samples]
+                with np.errstate(invalid="ignore", over="ignore"):  # the moments tell
+                    self._observe(job, each, wanted, values, first, share, held.size)
             first += samples
         return sums
 
@@ -166,8 +168,9 @@ class _Repair:
         if sums.unfit:
             return
         count = job.count(values)
-        quota = quota_for(_rows(job), samples)
-        at = sampled(count, len(held), first, quota)
+        at = sampled(count, len(held), first, quota_for(_rows(job), samples))
+        out = held[at * len(held) // max(count, 1)] if samples > 3 else np.arange(at.size) % 4 == 3
+        at = np.concatenate([at[~out], at[out]])
         goal = self._goal(job, wanted[job.goal.tensor], count, at)
         if isinstance(goal, str):
             sums.unfit = goal
@@ -175,10 +178,9 @@ class _Repair:
         x, present = job.rows(values, at)
         sums.square += float(np.square(goal, dtype=np.float64).sum())
         rest = goal.reshape(present.shape) - present
-        out = held[at * len(held) // max(count, 1)] if samples > 3 else np.arange(at.size) % 4 == 3
-        for moments, chosen in ((sums.train, ~out), (sums.held, out)):
-            if chosen.any():
-                moments.update(x[..., chosen], rest[..., chosen])
+        cut = at.size - int(out.sum())
+        sums.train.update(x[..., :cut], rest[..., :cut])
+        sums.held.update(x[..., cut:], rest[..., cut:])
 
     def _goal(self, job: Job, value: Array, count: int, at: Positions) -> Floats | str:
         """The teacher's values at some positions, as far as the student still has their channels."""

@@ -36,7 +36,7 @@ class Candidate:
     goals: tuple[Goal, ...]
 
 
-def plan(
+def schedule(
     student: Model, teacher: Model, clean: set[str], layers: Collection[str] | None, log: Log
 ) -> list[list[Job]]:
     """The jobs of each stage; those of one stage do not depend on each other.
@@ -194,8 +194,8 @@ def _normalization(node: Node) -> Affine | None:
 
 def _elementwise(node: Node) -> Affine | None:
     """A Mul by one constant per channel, with the Add behind it if it has one; or such an Add alone."""
-    found = _vector(node)
-    if found is None or node.op not in ("Mul", "Add"):
+    found = _vector(node) if node.op in ("Mul", "Add") else None
+    if found is None:
         return None
     index, axis, size = found
     ones, zeros, out = np.ones(size), np.zeros(size), node.outputs[0]

@@ -136,7 +136,9 @@ def group_norm(trace: Trace) -> None:
         trace.release(0, 1, "each of its channels is a group")
     channels = trace.labels(0, 1)
     _tie_groups(trace, channels, groups)
-    trace.inexact(channels)
+    for block in trace.blocks(0):
+        if max(block.axes) > 0:
+            trace.inexact(block.labels)
     for index in (1, 2):
         trace.ignore(index)
         trace.tie_axis(index, 0, channels)

@@ -12,8 +12,9 @@ PEEPHOLES = 3
 def recurrent(trace: Trace) -> None:
     """W[d, G*h, i], R[d, G*h, h], B[d, 2*G*h], P[d, 3*h]; both directions have the same hidden units."""
     gates = GATES[trace.node.op]
-    for index in (1, 2):
-        trace.release(index, 0, "it runs over directions")
+    for index, axes in ((0, (0, 1)), (1, (0,)), (2, (0,)), (5, (0, 1)), (6, (0, 1))):
+        for axis in axes if trace.has(index) else ():
+            trace.release(index, axis, "it runs over steps, samples or directions")
     trace.contract(0, 2, 1, 2)
     hidden = trace.labels(2, 2)
     for index, copies in ((1, gates), (2, gates), (3, 2 * gates), (7, PEEPHOLES)):
