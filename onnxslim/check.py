@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from onnxslim import files
 from onnxslim.errors import LoadError, OnnxSlimError
 from onnxslim.graph import MASK_MAGNITUDE, Array
 from onnxslim.model import Model
+from onnxslim.ops import cost
+from onnxslim.ops.spec import sizes as spec_sizes
 from onnxslim.probe import Feeds, probes
 from onnxslim.runtime import Session, Target
 
@@ -24,6 +27,24 @@ ROUNDINGS = 400.0
 # ONNX Runtime's own optimizations round differently from one graph to another that computes the same. That
 # may explain so many times as much, if without them nothing differs.
 OPTIMIZER_FACTOR = 10.0
+
+# A model with a larger tensor is not run to check it, and operators that can make one of almost nothing.
+MAX_TENSOR_BYTES = 2 << 30
+GROWING = frozenset(
+    [
+        "ConstantOfShape",
+        "Expand",
+        "EyeLike",
+        "OneHot",
+        "Pad",
+        "RandomNormal",
+        "RandomUniform",
+        "Range",
+        "Resize",
+        "Tile",
+        "Upsample",
+    ]
+)
 
 Outputs = dict[str, Any]
 
@@ -49,7 +70,7 @@ class Checker:
         self._model = model
         self.notes: list[str] = []
         self._wellformed = self._noted("the input fails onnx.checker", lambda: wellformed(model))
-        session = self._noted("the input does not run", lambda: Session(model, target))
+        session = self._noted("the input does not run", lambda: _affordable(model, target))
         self.feeds: list[Feeds] = probes(model, session, samples) if session else []
         if session and not self.feeds:
             self.notes.append(
@@ -125,6 +146,30 @@ class Checker:
             if problem:
                 return f"output '{name}' {problem}"
         return ""
+
+
+def _affordable(model: Model, target: Target) -> Session:
+    require_affordable(model)
+    return Session(model, target)
+
+
+def require_affordable(model: Model) -> None:
+    """Raise LoadError if a tensor is certain to take more than `MAX_TENSOR_BYTES`, whatever is fed.
+
+    A file of a few bytes can ask for terabytes; ONNX Runtime would try to get them, sometimes as it loads it.
+    """
+    if not any(node.op in GROWING for node in model.nodes()):
+        return
+    for node in cost.sized(model).graph.nodes:
+        for tensor in node.outputs:
+            sizes = spec_sizes(tensor.shape)
+            if sizes is not None and tensor.dtype is not None:
+                taken = math.prod(sizes) * tensor.dtype.itemsize
+                if taken > MAX_TENSOR_BYTES:
+                    raise LoadError(
+                        f"tensor '{tensor.name}' of node '{node.label}' takes {taken} bytes for a single "
+                        f"sample, more than the {MAX_TENSOR_BYTES} that are tried"
+                    )
 
 
 def interface(model: Model) -> list[tuple[object, ...]]:

@@ -11,7 +11,7 @@ import typer
 from onnxslim import passes, terminal
 from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
 from onnxslim.cli.running import process, warn_of_made_up_inputs
-from onnxslim.cli.words import DataWords, Debug, Job, Json, Quiet, expanded, limits
+from onnxslim.cli.words import CustomOps, DataWords, Debug, Job, Json, Quiet, expanded, limits
 from onnxslim.errors import UsageError
 
 app = typer.Typer(
@@ -211,6 +211,7 @@ def _validate(
     threads: Annotated[
         int, typer.Option(min=0, help="threads per operator; 0 leaves it to ONNX Runtime")
     ] = 0,
+    custom_ops: CustomOps = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -230,7 +231,7 @@ def _validate(
     for note in opened.notes if opened else ():
         terminal.note(note, quiet)
     known = [Target.named(name) for name in provider] if provider else Target.available()
-    targets = [target.with_threads(threads) for target in known]
+    targets = [target.with_threads(threads).with_libraries(custom_ops or ()) for target in known]
     with terminal.progress(quiet) as progress:
         verdict = validate(
             model,
