@@ -119,6 +119,8 @@ def _import(proto: GraphProto, outer: Scope, ir_version: int, decode: Decode) ->
 def _declare_values(graph: Graph, proto: GraphProto, scope: Scope, ir_version: int, decode: Decode) -> None:
     constants: dict[str, Constant] = {}
     for tensor in proto.initializer:
+        if tensor.name in constants:
+            raise LoadError(f"initializer '{tensor.name}' is there twice")
         constants[tensor.name] = Constant(tensor.name, proto=tensor, load=_loader(tensor, decode))
     for sparse in (_embedded(item, decode) for item in proto.sparse_initializer):
         constants[sparse.values.name] = Constant(sparse.values.name, proto=sparse, load=dense(sparse, decode))

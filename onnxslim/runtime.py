@@ -26,7 +26,7 @@ import onnx.parser
 import onnx.version_converter
 
 from onnxslim import files
-from onnxslim.errors import LoadError, TargetError
+from onnxslim.errors import LoadError, TargetError, UsageError
 from onnxslim.graph import Array
 from onnxslim.model import Model, load
 
@@ -121,6 +121,8 @@ class Target:
         provider: ONNX Runtime's name of it.
         options: provider options.
         threads: threads per operator; 0 lets ONNX Runtime choose.
+        libraries: files of custom operators to load. They run as code of this process, so their names must come
+            from the caller, never from a model or a recipe.
         quantized: how quantized models are laid out for it.
     """
 
@@ -128,6 +130,7 @@ class Target:
     provider: str
     options: tuple[tuple[str, str], ...] = ()
     threads: int = 0
+    libraries: tuple[str, ...] = ()
     quantized: Quantized = field(default_factory=Quantized)
 
     @staticmethod
@@ -190,6 +193,18 @@ class Target:
     def with_threads(self, threads: int) -> Target:
         """The same target with a fixed number of threads."""
         return replace(self, threads=threads)
+
+    def with_libraries(self, libraries: Sequence[str]) -> Target:
+        """The same target with custom operators from these files."""
+        return replace(self, libraries=tuple(libraries))
+
+
+def _register(options: Any, libraries: Sequence[str]) -> None:
+    for library in libraries:
+        try:
+            options.register_custom_ops_library(library)
+        except Exception as error:  # onnxruntime raises a dozen unrelated types
+            raise UsageError(f"cannot load custom operators from '{library}': {_message(error)}") from error
 
 
 def _targets() -> tuple[Target, ...]:
@@ -440,6 +455,7 @@ def _options(target: Target, optimize: str, optimized: Path | None, once: bool) 
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = target.threads
+    _register(options, target.libraries)
     options.graph_optimization_level = {
         "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
         "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,

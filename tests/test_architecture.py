@@ -25,7 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("terminal",),
     ("sources",),
     ("page",),
-    ("analysis",),
+    ("analysis", "inspection"),
     ("validation",),
     ("report",),
     ("verdict",),

@@ -11,7 +11,7 @@ import typer
 from onnxslim import passes, terminal
 from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
 from onnxslim.cli.running import process, warn_of_made_up_inputs
-from onnxslim.cli.words import DataWords, Debug, Job, Json, Quiet, expanded, limits
+from onnxslim.cli.words import CustomOps, DataWords, Debug, Job, Json, Quiet, expanded, limits
 from onnxslim.errors import UsageError
 
 app = typer.Typer(
@@ -121,12 +121,24 @@ def _inspect(
         bool,
         typer.Option("--dump-to-disk", help="also write the nodes of IN.onnx to IN.onnx_model_info.csv here"),
     ] = False,
+    json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what models consist of."""
-    from onnxslim import utils
+    """Show what models consist of and need.
 
-    utils.inspect(models, dump_to_disk=dump_to_disk)
+    Of two models, also tells how the second differs from the first, by the names of nodes and constants.
+    """
+    from onnxslim import inspection, report, utils
+
+    found = [inspection.inspect(path) for path in models]
+    difference = inspection.compare(*models) if len(models) == 2 else None
+    if json:
+        terminal.show_json({"models": found, "difference": difference})
+    else:
+        report.show_inspections(terminal.console(), found, difference)
+    for path in models if dump_to_disk else ():
+        written = utils.dump_model_info_to_disk(utils.summarize_model(path))
+        terminal.log(f"model info written to {written}")
 
 
 @app.command("prune", cls=PassCommand)
@@ -230,6 +242,7 @@ def _validate(
     threads: Annotated[
         int, typer.Option(min=0, help="threads per operator; 0 leaves it to ONNX Runtime")
     ] = 0,
+    custom_ops: CustomOps = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -249,7 +262,7 @@ def _validate(
     for note in opened.notes if opened else ():
         terminal.note(note, quiet)
     known = [Target.named(name) for name in provider] if provider else Target.available()
-    targets = [target.with_threads(threads) for target in known]
+    targets = [target.with_threads(threads).with_libraries(custom_ops or ()) for target in known]
     with terminal.progress(quiet) as progress:
         verdict = validate(
             model,
