@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from onnxslim.model import Model, load
     from onnxslim.pipeline import Changes, Context, Pass, Pipeline, Report, Result
+    from onnxslim.recipes import Recipe
     from onnxslim.runtime import Target
     from onnxslim.validation import validate
     from onnxslim.verdict import Verdict
@@ -50,6 +51,7 @@ __all__ = [
     "Pass",
     "PassError",
     "Pipeline",
+    "Recipe",
     "Report",
     "Result",
     "SaveError",
@@ -82,6 +84,7 @@ _HOMES = {
     ),
     "model": ("Model", "load"),
     "pipeline": ("Changes", "Context", "Pass", "Pipeline", "Report", "Result"),
+    "recipes": ("Recipe",),
     "runtime": ("Target",),
     "validation": ("validate",),
     "verdict": ("Verdict",),
@@ -91,7 +94,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = _version()
+        value: Any = importlib.import_module("onnxslim.version").version()
     elif name == "passes":
         value = importlib.import_module("onnxslim.passes")
     elif name in _HOME:
@@ -104,12 +107,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("onnx-slimkit")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "0+unknown"

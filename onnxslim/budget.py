@@ -2,8 +2,8 @@
 
 Two accounts are kept, in bytes.
 
-Large tensors: nodes that pass large tensors on to each other, or read the same large constant, form a group,
-which may store no more bytes of large tensors than it frees of large constants. So transposing a weight costs
+Large tensors: nodes that pass tensors on to each other, or read the same large constant, form a group, which
+may store no more bytes of large tensors than it frees of large constants. So transposing a weight costs
 nothing, but expanding a scalar to a large tensor is not done, and neither is copying a weight that another
 node reads as it is.
 
@@ -71,11 +71,15 @@ class _Account:
     ) -> None:
         self._nodes, self._nbytes, self._fixed, self._small = nodes, nbytes, fixed, small
         self._inside = {id(node) for node in nodes}
-        self._group = _groups(nodes, lambda tensor: nbytes(tensor) > small)
+        self._group = _groups(nodes, self._connects)
         self._refused: dict[int, tuple[Node, int]] = {}
         self._kept: set[int] = set()
         self._credit = self._credits()
         self._stored = self._sweep()
+
+    def _connects(self, tensor: Tensor) -> bool:
+        """Whether the nodes at a tensor belong together; tiny ones, such as sizes, say nothing."""
+        return self._nbytes(tensor) > (TINY_BYTES if tensor.inputs else self._small)
 
     def plan(self) -> Plan:
         """The result, once `refuse` has nothing more to refuse."""
@@ -152,8 +156,8 @@ class _Account:
                         yield tensor
 
 
-def _groups(nodes: Iterable[Node], large: Callable[[Tensor], bool]) -> dict[int, int]:
-    """Group of each node, by id: nodes connected by large tensors are in one."""
+def _groups(nodes: Iterable[Node], connects: Callable[[Tensor], bool]) -> dict[int, int]:
+    """Group of each node, by id."""
     parent = {id(node): id(node) for node in nodes}
 
     def root(key: int) -> int:
@@ -164,7 +168,7 @@ def _groups(nodes: Iterable[Node], large: Callable[[Tensor], bool]) -> dict[int,
     first_reader: dict[int, int] = {}
     for node in nodes:
         for tensor in node.inputs:
-            if not large(tensor):
+            if not connects(tensor):
                 continue
             other = first_reader.setdefault(id(tensor), id(node))
             parent[root(id(node))] = root(other)

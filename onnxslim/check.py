@@ -215,3 +215,43 @@ def broken(reference: Any, actual: Any) -> str:
     if np.isfinite(reference).all() and not np.isfinite(actual).all():
         return "became NaN or infinite"
     return ""
+
+
+def relative_difference(
+    first: Model, second: Model, target: Target, samples: Sequence[Mapping[str, Array]] = ()
+) -> float | None:
+    """Largest difference of an output, relative to its largest magnitude, over probe inputs.
+
+    Both models run as they are written, without ONNX Runtime's own optimizations.
+
+    Args:
+        first, second: models with one interface.
+        target: where they run.
+        samples: real inputs, preferred to made-up ones.
+
+    Returns:
+        None if no inputs are found on which the first runs.
+
+    Raises:
+        LoadError: ONNX Runtime refuses one of them.
+    """
+    session, other = (Session(each, target, optimize="none") for each in (first, second))
+    worst: float | None = None
+    for feeds in probes(first, session, samples):
+        expected, actual = session.run(feeds), other.run(feeds)
+        found = [_relative(expected[name], actual[name]) for name in expected]
+        worst = max([worst or 0.0, *found])
+    return worst
+
+
+def _relative(expected: Array, actual: Array) -> float:
+    if not isinstance(expected, np.ndarray) or expected.dtype.kind not in "fV" or not expected.size:
+        return 0.0
+    if expected.shape != actual.shape:
+        return float("inf")
+    usable = np.isfinite(expected) & (np.abs(expected) < MASK_MAGNITUDE)
+    if not np.isfinite(actual[usable]).all():
+        return float("inf")
+    difference = np.abs(expected[usable].astype(np.float64) - actual[usable].astype(np.float64))
+    scale = np.abs(expected[usable].astype(np.float64)).max(initial=0.0)
+    return float(difference.max(initial=0.0) / (scale or 1.0))

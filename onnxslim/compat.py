@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
-from pydantic import Field
 
 from onnxslim import files, proto, shapes, utils
 from onnxslim import graph as ir
@@ -25,9 +24,8 @@ from onnxslim.graph import Array, Dim, Namer, Tensor, Variable
 from onnxslim.model import InputSpec, Model, load
 from onnxslim.passes import dead, eliminate, fuse
 from onnxslim.passes.eliminate import control, noop
-from onnxslim.passes.fold import Fold
 from onnxslim.passes.slim import Slim
-from onnxslim.pipeline import Pass, Pipeline, Result, options
+from onnxslim.pipeline import Pass, Pipeline, Result
 from onnxslim.probe import Feeds, make_feeds, probes
 from onnxslim.runtime import Session
 from onnxslim.utils import Source
@@ -85,8 +83,7 @@ def slim(
         no_shape_infer: with `input_shapes`, leave the shapes of outputs open instead of inferring them.
             Inferred shapes of inner tensors are never written.
         skip_optimizations: of constant_folding, graph_fusion, dead_node_elimination,
-            subexpression_elimination and weight_tying. The last two are done by one pass, so either name
-            leaves out both.
+            subexpression_elimination and weight_tying.
         skip_fusion_patterns: names of OnnxSlim's patterns, or of rules or parts of `onnxslim.passes.Slim`. A
             pattern's name leaves out every rule that does its work, and with it what else that rule does. One
             that has no counterpart here is logged as a warning.
@@ -232,7 +229,7 @@ class Request:
         ]
         if self.size_threshold is not None:
             given["max_growth"] = self.size_threshold
-        return _Slim(skip=tuple(dict.fromkeys(names)), **given)
+        return Slim(skip=tuple(dict.fromkeys(names)), **given)
 
     def edit(self, model: Model) -> Model:
         """The model with the shapes, inputs and outputs that were asked for; the one given stays as it is."""
@@ -276,18 +273,6 @@ class Request:
         return replace(result, report=replace(result.report, notes=(*result.report.notes, *self.notes)))
 
 
-@options
-class _Slim(Slim):
-    """Slim with a limit for its constant folding."""
-
-    max_growth: int = Field(0, ge=0, description="bytes by which folding may make the model larger")
-
-    def parts(self) -> tuple[Pass, ...]:
-        """The passes it consists of, in order."""
-        every = super().parts()
-        return tuple(Fold(max_growth=self.max_growth) if isinstance(part, Fold) else part for part in every)
-
-
 # -------------------------------------------------------------------------------- names of what to skip
 
 # Eliminating rules that drop a node; the others make one node of two.
@@ -296,7 +281,7 @@ _DROPPING = frozenset(
 )
 _ELIMINATING = tuple(rule.name for rule in eliminate.RULES)
 _RULES = (
-    *("fold", "eliminate", "fuse", "dedupe", "dead"),
+    *("inline", "fold", "eliminate", "fuse", "dedupe", "dead", "equal-constants", "equal-nodes"),
     *_ELIMINATING,
     *(rule.name for rule in fuse.RULES),
 )
@@ -306,8 +291,8 @@ OPTIMIZATIONS: dict[str, tuple[str, ...]] = {
     "constant_folding": ("fold",),
     "graph_fusion": ("fuse", *(name for name in _ELIMINATING if name not in _DROPPING)),
     "dead_node_elimination": ("dead", *(name for name in _ELIMINATING if name in _DROPPING)),
-    "subexpression_elimination": ("dedupe",),
-    "weight_tying": ("dedupe",),
+    "subexpression_elimination": ("equal-nodes",),
+    "weight_tying": ("equal-constants",),
 }
 # The rules that do what OnnxSlim's patterns do; folding does the work of some without a rule of its own.
 PATTERNS: dict[str, tuple[str, ...]] = {
@@ -326,9 +311,9 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "FusionConvTransposeAdd": ("layer-arithmetic",),
     "FusionConvTransposeBN": ("layer-batchnorm",),
     "FusionConvTransposeMul": ("layer-arithmetic",),
-    "FusionGemm": ("layer-arithmetic",),
-    "FusionGemmAdd": ("layer-arithmetic",),
-    "FusionGemmMul": ("layer-arithmetic",),
+    "FusionGemm": ("matmul-arithmetic",),
+    "FusionGemmAdd": ("gemm-arithmetic",),
+    "FusionGemmMul": ("gemm-arithmetic",),
     "FusionPadConv": ("pad-layer",),
     "FusionReduce": (),
 }

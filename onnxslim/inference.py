@@ -101,7 +101,21 @@ def skeleton(model: Model) -> onnx.ModelProto:
         kept = [item for item in bones.graph.initializer if item.name not in model.graph.defaults]
         del bones.graph.initializer[:]
         bones.graph.initializer.extend(kept)
+    for graph, found in side_by_side(model.graph, bones.graph):
+        if found is not bones.graph:
+            _show_captured(graph, found)
     return bones
+
+
+def _show_captured(graph: Graph, found: GraphProto) -> None:
+    """Declare what a body reads of the constants around it, whose values inference does not see otherwise."""
+    own = {item.name for item in found.initializer}
+    read = {tensor.name: tensor for node in graph.nodes for tensor in node.inputs}
+    found.initializer.extend(
+        _small_values(tensor)
+        for name, tensor in read.items()
+        if isinstance(tensor, Constant) and name not in own and tensor.size <= MAX_STEERING_ELEMENTS
+    )
 
 
 def side_by_side(graph: Graph, found: GraphProto) -> Iterator[tuple[Graph, GraphProto]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,14 @@ class Model:
     Attributes:
         opsets: version of each operator set the model uses, by domain ("" is ai.onnx).
         ir_version: of the file format; raised only by a pass that needs it.
+        data_files: names of the data files it was read from, beside `source`.
     """
 
     def __init__(self, graph: Graph, shell: onnx.ModelProto, source: Path | None = None) -> None:
         self.graph = graph
         self.shell = shell
         self.source = source
+        self.data_files: tuple[str, ...] = ()
         self.ir_version = shell.ir_version
         self.opsets = {_domain(item.domain): item.version for item in shell.opset_import}
 
@@ -76,8 +78,10 @@ class Model:
         if not model.HasField("graph") or not model.opset_import:
             raise LoadError("not an ONNX model: it has no graph or imports no operator set")
         _check_opsets(model)
+        data_files: set[str] = set()
 
         def decode(tensor: TensorProto) -> Array:
+            data_files.update(_location(tensor))
             return files.decode(tensor, folder)
 
         graph = proto.import_graph(model.graph, model.ir_version, decode)
@@ -87,9 +91,12 @@ class Model:
             tensor = constant.tensor_proto
             if tensor is not None and tensor.data_location == TensorProto.EXTERNAL:
                 files.check_external(tensor, folder)
+                data_files.update(_location(tensor))
         shell = proto.fields_but(model, "graph")
         proto.embed(shell, decode)
-        return cls(graph, shell)
+        made = cls(graph, shell)
+        made.data_files = tuple(sorted(data_files))
+        return made
 
     @property
     def opset(self) -> int:
@@ -110,7 +117,24 @@ class Model:
         """An independent model; values are shared, as nobody changes them in place."""
         twin = Model(ir.copy(self.graph), self.shell, self.source)
         twin.ir_version, twin.opsets = self.ir_version, dict(self.opsets)
+        twin.data_files = self.data_files
         return twin
+
+    def with_metadata(self, entries: Mapping[str, str]) -> Model:
+        """A copy with these key-value pairs besides, or instead of, its own."""
+        twin = self.copy()
+        twin.shell = proto.fields_but(self.shell)
+        kept = [item for item in twin.shell.metadata_props if item.key not in entries]
+        del twin.shell.metadata_props[:]
+        twin.shell.metadata_props.extend(kept)
+        for key, value in entries.items():
+            twin.shell.metadata_props.add(key=key, value=value)
+        return twin
+
+    def become(self, other: Model) -> None:
+        """Take over everything of another model, which must not be used any more."""
+        self.graph, self.shell, self.source = other.graph, other.shell, other.source
+        self.ir_version, self.opsets = other.ir_version, other.opsets
 
     def graphs(self) -> Iterator[Graph]:
         """The main graph and every one nested in it."""
@@ -286,6 +310,12 @@ def _literals(model: Model) -> Iterator[int]:
             for dim in value.t.dims:
                 size *= dim
             yield size
+
+
+def _location(tensor: TensorProto) -> Iterator[str]:
+    """The data file of a tensor, if it is in one."""
+    if tensor.data_location == TensorProto.EXTERNAL:
+        yield from (item.value for item in tensor.external_data if item.key == "location")
 
 
 def _domain(name: str) -> str:

@@ -103,6 +103,8 @@ class Context:
         seed: of everything random.
         jobs: processes that may work in parallel.
         progress: called with (what, done, total) by long steps.
+        sample: inputs of one run, real ones where there are data, to count and time on; None if the model
+            does not run on any.
     """
 
     target: Target = field(default_factory=Target.cpu)
@@ -111,6 +113,7 @@ class Context:
     seed: int = 0
     jobs: int = 1
     progress: Progress | None = None
+    sample: Mapping[str, Array] | None = None
 
 
 class Pass:
@@ -238,8 +241,10 @@ class Pipeline:
             PassError: with on_error="raise", when a pass fails or breaks the model.
             CalibrationError: the data does not fit the model.
         """
-        ctx = Context(target or Target.cpu(), data, model, seed, jobs, progress)
-        checker = Checker(model, ctx.target, _samples(data))
+        target = target or Target.cpu()
+        checker = Checker(model, target, _samples(data))
+        sample = checker.feeds[-1] if checker.feeds else None
+        ctx = Context(target, data, model, seed, jobs, progress, sample)
         shapes = sample_shapes(model, checker.feeds[0]) if checker.feeds else None
         stats, macs = model.stats(), cost.macs(model, shapes)
         steps: list[Step] = []

@@ -8,7 +8,7 @@ keeps the protobuf it came from, and whatever no pass touched is written back fr
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import google.protobuf.message
@@ -76,18 +76,21 @@ def fields_but(proto: Message, *left_out: str) -> Message:
 # --------------------------------------------------------------------------------------------- import
 
 
-def import_graph(proto: GraphProto, ir_version: int, decode: Decode) -> Graph:
+def import_graph(
+    proto: GraphProto, ir_version: int, decode: Decode, around: Mapping[str, Tensor] | None = None
+) -> Graph:
     """The editable graph of a GraphProto.
 
     Args:
         proto: the graph; not modified, and parts of it are kept.
         ir_version: of the model; before version 4 every initializer is listed among the inputs too.
         decode: values of a TensorProto, wherever its data lies.
+        around: tensors it may read besides its own, by name.
 
     Raises:
         LoadError: a tensor is made twice or never, or the nodes form a cycle.
     """
-    return _import(proto, ChainMap(), ir_version, decode)
+    return _import(proto, ChainMap(dict(around or {})), ir_version, decode)
 
 
 def _import(proto: GraphProto, outer: Scope, ir_version: int, decode: Decode) -> Graph:

@@ -40,8 +40,14 @@ CAPTIONS = {
     "corrected": "biases corrected for the rounding of weights",
     "fused": "run in integers by ONNX Runtime",
     "total": "of such operators in the model",
+    "budget": "left",
+    "layers": "factors",
+    "repaired": "layers fitted again to what they computed before",
+    "latency": "time of one run, relative to that before",
     "unfused": "quantized, but run in floating point all the same",
 }
+# Facts that fill a table of their own: in JSON only.
+TABLES = frozenset(("candidates",))
 
 
 def text(report: Report) -> str:
@@ -111,7 +117,7 @@ def _show_provider(console: Console, provider: ProviderVerdict, verdict: Verdict
     if provider.original:
         lines(console, [f"{provider.target}: first model against itself on {verdict.providers[0].target}"])
         console.print(_outputs(provider.original))
-    lines(console, _provider_lines(provider, verdict))
+    lines(console, provider_lines(provider, verdict))
 
 
 def _outputs(rows: Sequence[OutputRow]) -> Table:
@@ -123,20 +129,26 @@ def _outputs(rows: Sequence[OutputRow]) -> Table:
             grid.add_row(
                 clean(row.name),
                 decibels(row.sqnr),
-                _figure(row.cosine, ".6f"),
-                _figure(row.max_abs, ".3g"),
+                figure(row.cosine, ".6f"),
+                figure(row.max_abs, ".3g"),
                 percent(row.top1),
                 percent(row.equal),
             )
     return grid
 
 
-def _provider_lines(provider: ProviderVerdict, verdict: Verdict) -> Iterator[str]:
+def provider_lines(provider: ProviderVerdict, verdict: Verdict) -> Iterator[str]:
+    """Accuracy, metric, where operators ran, and latency on one provider, as far as they were measured."""
     if provider.accuracy is not None:
         first, second = provider.accuracy.before, provider.accuracy.after
         yield f"  accuracy {percent(first)} → {percent(second)} ({100 * (second - first):+.2f} points)"
     if provider.metric is not None:
         yield f"  metric {provider.metric.before:.6g} → {provider.metric.after:.6g}"
+    if provider.placed is not None:
+        before_after = (
+            ", ".join(f"{count} on {name}" for name, count in each.items()) for each in provider.placed
+        )
+        yield f"  operators run: {' → '.join(before_after)}"
     if provider.latency is not None and provider.ratio is not None:
         before, after = provider.latency
         yield (
@@ -149,10 +161,10 @@ def _step_cells(step: Step) -> tuple[str, ...]:
     return (
         clean(step.kind),
         f"{step.seconds:.2f}",
-        _arrow(count(step.before.nodes), count(step.after.nodes)),
-        _arrow(count(step.before.parameters), count(step.after.parameters)),
-        _arrow(size(step.before.bytes), size(step.after.bytes)),
-        _arrow(count(step.macs_before), count(step.macs_after)),
+        arrow(count(step.before.nodes), count(step.after.nodes)),
+        arrow(count(step.before.parameters), count(step.after.parameters)),
+        arrow(size(step.before.bytes), size(step.after.bytes)),
+        arrow(count(step.macs_before), count(step.macs_after)),
     )
 
 
@@ -160,9 +172,13 @@ def _details(step: Step) -> Iterator[str]:
     happened = outcome(step)
     lines = [
         *([f"  {happened}"] if happened else []),
-        *_limited(_changes(step.changes.changed)),
+        *_limited(grouped_changes(step.changes.changed)),
         *_limited(_skips(step.changes.skipped)),
-        *(f"  {CAPTIONS.get(name, name)}: {_fact(value)}" for name, value in step.changes.facts.items()),
+        *(
+            f"  {CAPTIONS.get(name, name)}: {fact(value)}"
+            for name, value in step.changes.facts.items()
+            if name not in TABLES
+        ),
     ]
     if lines:
         yield step.name
@@ -180,7 +196,7 @@ def outcome(step: Step) -> str:
     return f"changed nothing: {'; '.join(reasons[:SHOWN_NAMES]) or 'it found nothing to do'}"
 
 
-def _changes(changes: Iterable[Change]) -> list[str]:
+def grouped_changes(changes: Iterable[Change]) -> list[str]:
     """Changes by the rule that made them; what was done is told where it is the same everywhere."""
     groups: dict[str, list[str]] = {}
     for change in changes:
@@ -217,13 +233,14 @@ def names(nodes: Sequence[str]) -> str:
     return shown + (", …" if len(nodes) > SHOWN_NAMES else "")
 
 
-def _fact(value: Any) -> str:
+def fact(value: Any) -> str:
+    """A figure a pass reports, cut short where it is a long list."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
-        parts = [f"{key} {_fact(item)}" for key, item in value.items()]
+        parts = [f"{key} {fact(item)}" for key, item in value.items()]
     elif isinstance(value, list | tuple | set | frozenset):
-        parts = [_fact(item) for item in value]
+        parts = [fact(item) for item in value]
     else:
         return str(value)
     more = f", and {len(parts) - SHOWN_FACTS} more" if len(parts) > SHOWN_FACTS else ""
@@ -260,7 +277,8 @@ def decibels(value: float | None) -> str:
     return "exact" if value == math.inf else f"{value:.1f}"
 
 
-def _figure(value: float | None, form: str) -> str:
+def figure(value: float | None, form: str) -> str:
+    """A number in this format; empty if there is none."""
     return "" if value is None else format(value, form)
 
 
@@ -269,7 +287,8 @@ def quotient(value: float | None, reference: float | None) -> str:
     return "" if value is None or not reference else f"{value / reference:.3f}"
 
 
-def _arrow(before: str, after: str) -> str:
+def arrow(before: str, after: str) -> str:
+    """What something was and became; once if that is the same."""
     return after if before == after else f"{before} → {after}"
 
 

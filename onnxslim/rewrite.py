@@ -76,6 +76,25 @@ class Editor:
         """Whether every tensor around a graph is known in it by name; only then are its nodes rewritten."""
         return id(graph) not in self._hiding
 
+    @cached_property
+    def _homes(self) -> dict[int, Graph]:
+        return {id(node): graph for graph in self.model.graphs() for node in graph.nodes}
+
+    @cached_property
+    def _holders(self) -> dict[int, Node]:
+        return {id(body): node for node in self.model.nodes() for body in node.bodies}
+
+    def home(self, node: Node) -> Graph | None:
+        """The graph a node is in; None if it was added in this round."""
+        return self._homes.get(id(node))
+
+    def around(self, node: Node, graph: Graph) -> Node | None:
+        """The node of this graph that a node is, or that holds it in a body; None if it lies elsewhere."""
+        current: Node | None = node
+        while current is not None and (home := self.home(current)) is not graph:
+            current = None if home is None else self._holders.get(id(home))
+        return current
+
     def is_gone(self, node: Node) -> bool:
         """Whether a rule removed this node."""
         return id(node) in self._gone

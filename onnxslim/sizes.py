@@ -45,10 +45,6 @@ def _tile(node: Node, dims: Dims) -> Sizes | None:
     )
 
 
-def _same(node: Node, dims: Dims) -> Sizes | None:
-    return dims.shape(node.input(0))
-
-
 def _elementwise(node: Node, dims: Dims) -> Sizes | None:
     shapes = [shape for tensor in node.inputs if (shape := dims.shape(tensor)) is not None]
     return _broadcast(shapes) if len(shapes) == len(node.inputs) else None
@@ -125,6 +121,67 @@ def _concat(node: Node, dims: Dims) -> Sizes | None:
     return tuple(total if index == axis else size for index, size in enumerate(shapes[0]))
 
 
+def _same(node: Node, dims: Dims) -> Sizes | None:
+    return dims.shape(node.input(0))
+
+
+def _transpose(node: Node, dims: Dims) -> Sizes | None:
+    data = dims.shape(node.input(0))
+    if data is None:
+        return None
+    order = node.attrs.get("perm") or tuple(reversed(range(len(data))))
+    return tuple(data[axis] for axis in order) if len(order) == len(data) else None
+
+
+def _unsqueeze(node: Node, dims: Dims) -> Sizes | None:
+    data, axes = dims.shape(node.input(0)), _axes(node, dims)
+    if data is None or axes is None:
+        return None
+    rank = len(data) + len(axes)
+    at, rest = {axis % rank for axis in axes}, iter(data)
+    return tuple(1 if axis in at else next(rest) for axis in range(rank)) if len(at) == len(axes) else None
+
+
+def _squeeze(node: Node, dims: Dims) -> Sizes | None:
+    data, axes = dims.shape(node.input(0)), _axes(node, dims)
+    if not data or axes is None:
+        return None
+    at = {axis % len(data) for axis in axes}
+    return tuple(size for axis, size in enumerate(data) if axis not in at)
+
+
+def _axes(node: Node, dims: Dims) -> tuple[int, ...] | None:
+    """Axes that are an attribute in early opsets and an input in later ones; None if there are none known."""
+    if "axes" in node.attrs:
+        return tuple(node.attrs["axes"])
+    wanted = dims.value(node.input(1))
+    return None if wanted is None else wanted.numbers
+
+
+# Operators whose first output has the shape of their first input.
+_SAME = [
+    "Cast",
+    "Elu",
+    "Erf",
+    "Exp",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "Identity",
+    "IsNaN",
+    "LayerNormalization",
+    "LeakyRelu",
+    "Log",
+    "Neg",
+    "Not",
+    "RMSNormalization",
+    "Reciprocal",
+    "Relu",
+    "Sigmoid",
+    "Softmax",
+    "Sqrt",
+    "Tanh",
+]
 _ELEMENTWISE = [
     "Add",
     "Sub",
@@ -163,5 +220,9 @@ RULES: dict[str, Rule] = {
     "Flatten": _flatten,
     "Concat": _concat,
     "GroupNormalization": _same,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": _squeeze,
+    **dict.fromkeys(_SAME, _same),
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
 }

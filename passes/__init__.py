@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from onnxslim.passes.dead import Dead
     from onnxslim.passes.dedupe import Dedupe
     from onnxslim.passes.eliminate import Eliminate
+    from onnxslim.passes.factorize import Factorize
     from onnxslim.passes.fold import Fold
     from onnxslim.passes.fuse import Fuse
+    from onnxslim.passes.inline import Inline
     from onnxslim.passes.prune import Prune
     from onnxslim.passes.quantize import Quantize
     from onnxslim.passes.slim import Slim
@@ -34,8 +36,10 @@ __all__ = [
     "Dead",
     "Dedupe",
     "Eliminate",
+    "Factorize",
     "Fold",
     "Fuse",
+    "Inline",
     "Option",
     "Prune",
     "Quantize",
@@ -50,12 +54,14 @@ __all__ = [
 
 REGISTRY: tuple[tuple[str, str], ...] = (
     ("slim", "Slim"),
+    ("inline", "Inline"),
     ("fold", "Fold"),
     ("eliminate", "Eliminate"),
     ("fuse", "Fuse"),
     ("dedupe", "Dedupe"),
     ("dead", "Dead"),
     ("prune", "Prune"),
+    ("factorize", "Factorize"),
     ("quantize", "Quantize"),
 )
 

@@ -43,7 +43,7 @@ class Dead(Pass):
                 log.change(node.label, "optional inputs or outputs left out", "nothing uses them")
         for name in remove_constants(model):
             log.change(name, "removed", "nothing reads this constant")
-        for name in _remove_functions(model):
+        for name in remove_functions(model):
             log.change(name, "removed", "nothing calls this function")
         return log.done()
 
@@ -159,13 +159,13 @@ def _has_spare_output(node: Node, schema: OpSchema, fixed: set[int]) -> bool:
     return schema.outputs[last].option == _OPTIONAL and not tensor.outputs and id(tensor) not in fixed
 
 
-def _remove_functions(model: Model) -> list[str]:
+def remove_functions(model: Model) -> list[str]:
     """Remove the model's own functions that no node calls, directly or through others."""
-    functions = {_call(item.domain, item.name, item.overload): item for item in model.shell.functions}
+    functions = {call_of(item.domain, item.name, item.overload): item for item in model.shell.functions}
     if not functions:
         return []
     called = [
-        _call(node.domain, node.op, node.proto.overload if node.proto is not None else "")
+        call_of(node.domain, node.op, node.proto.overload if node.proto is not None else "")
         for node in model.nodes()
     ]
     reached: set[Call] = set()
@@ -184,14 +184,21 @@ def _remove_functions(model: Model) -> list[str]:
 
 
 def _calls(nodes: Iterable[onnx.NodeProto]) -> Iterator[Call]:
+    for node in nested(nodes):
+        yield call_of(node.domain, node.op_type, node.overload)
+
+
+def nested(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes and those in their bodies."""
     pending = list(nodes)
     while pending:
         node = pending.pop()
-        yield _call(node.domain, node.op_type, node.overload)
+        yield node
         for item in node.attribute:
             for body in (item.g, *item.graphs) if item.HasField("g") else item.graphs:
                 pending.extend(body.node)
 
 
-def _call(domain: str, name: str, overload: str) -> Call:
+def call_of(domain: str, name: str, overload: str) -> Call:
+    """What a node must name to call a function."""
     return "" if domain in DEFAULT_DOMAINS else domain, name, overload

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from onnx import AttributeProto, SparseTensorProto, TensorProto, numpy_helper
+from pydantic import Field
 
 from onnxslim import files
 from onnxslim import graph as ir
@@ -34,11 +35,16 @@ class Dedupe(Pass):
     name: ClassVar[str] = "dedupe"
     lossless: ClassVar[bool] = True
 
+    constants: bool = Field(True, description="merge equal constants")
+    nodes: bool = Field(True, description="merge equal nodes")
+
     def run(self, model: Model, ctx: Context) -> Changes:
         """Merge equal constants first, as equal nodes must read the same ones."""
         log = Log()
-        _merge_constants(model, log)
-        _merge_nodes(model, log)
+        if self.constants:
+            _merge_constants(model, log)
+        if self.nodes:
+            _merge_nodes(model, log)
         return log.done()
 
 

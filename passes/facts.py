@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
+from onnx import numpy_helper
 
 from onnxslim import graph as ir
 from onnxslim.errors import UsageError
@@ -98,6 +99,32 @@ def largest(dtype: np.dtype[Any]) -> float:
 
 def _limits(dtype: np.dtype[Any]) -> Any:
     return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+
+
+_COPYING = frozenset(
+    ("Expand", "Tile", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Identity")
+)
+_MAX_STEPS = 6
+
+
+def uniform(tensor: Tensor, steps: int = _MAX_STEPS) -> float | None:
+    """What every element of a tensor is, as a constant or copies of one make it; None if unknown."""
+    values = constant_of(tensor)
+    if values is not None:
+        if not values.size or not (values.dtype.kind in "iub" or values.dtype in FLOATS):
+            return None
+        first = float(values.flat[0])
+        return first if is_all(values, first) else None
+    node = made_by(tensor, "ConstantOfShape", "Where", *_COPYING) if steps else None
+    if node is None:
+        return None
+    if node.op == "ConstantOfShape":
+        value = node.attrs.get("value")
+        return 0.0 if value is None else number(numpy_helper.to_array(value.t))
+    if node.op == "Where":
+        taken = uniform(node.inputs[0], steps - 1)
+        return None if taken is None else uniform(node.inputs[1 if taken else 2], steps - 1)
+    return uniform(node.inputs[0], steps - 1)
 
 
 def number(values: Array | None) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, repeat
 from typing import ClassVar
 
@@ -14,7 +16,9 @@ from onnxslim.passes.dead import Dead
 from onnxslim.passes.dedupe import Dedupe
 from onnxslim.passes.eliminate import Eliminate
 from onnxslim.passes.fold import Fold
+from onnxslim.passes.fold.values import TOO_LARGE
 from onnxslim.passes.fuse import Fuse
+from onnxslim.passes.inline import Inline, calls
 from onnxslim.pipeline import MAX_ROUNDS, Changes, Context, Log, Pass, options
 
 
@@ -22,18 +26,19 @@ from onnxslim.pipeline import MAX_ROUNDS, Changes, Context, Log, Pass, options
 class Slim(Pass):
     """Make a model smaller and faster without changing what it computes.
 
-    Folds constants, drops and fuses operators, merges duplicates and removes what nothing reads, in turn
-    until nothing changes any more.
+    Inlines functions, folds constants, drops and fuses operators, merges duplicates and removes what nothing
+    reads, in turn until nothing changes any more. Functions stay if the model would be larger without them.
     """
 
     name: ClassVar[str] = "slim"
     lossless: ClassVar[bool] = True
 
     skip: tuple[str, ...] = Field((), description="parts (fold, eliminate, …) or single rules to leave out")
+    max_growth: int = Field(0, ge=0, description="bytes by which folding may make the model larger")
 
     def __post_init__(self) -> None:
         """Refuse names of nothing."""
-        known = {*_PARTS, *_ELIMINATE, *_FUSE}
+        known = {*_PARTS, *_ELIMINATE, *_FUSE, *_DEDUPE}
         for name in self.skip:
             if name not in known:
                 listed = ", ".join(sorted(known))
@@ -42,10 +47,11 @@ class Slim(Pass):
     def parts(self) -> tuple[Pass, ...]:
         """The passes it consists of, in order."""
         every: tuple[Pass, ...] = (
-            Fold(),
+            Inline(),
+            Fold(max_growth=self.max_growth),
             Eliminate(skip=self._skipped(_ELIMINATE)),
             Fuse(skip=self._skipped(_FUSE)),
-            Dedupe(),
+            Dedupe(constants="equal-constants" not in self.skip, nodes="equal-nodes" not in self.skip),
             Dead(),
         )
         return tuple(part for part in every if part.name not in self.skip)
@@ -55,22 +61,54 @@ class Slim(Pass):
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Run the parts in turn until each has left the model as it is."""
-        log = Log()
-        parts = self.parts()
-        last: dict[str, Changes] = {}
-        idle = 0
-        for part in chain.from_iterable(repeat(parts, MAX_ROUNDS)):
-            last[part.name] = changes = part.run(model, ctx)
-            log.add(Changes(changes.changed, (), changes.facts))
-            idle = 0 if changes else idle + 1
-            if idle == len(parts):
-                break
-        # What was skipped at first may have been done later.
-        for changes in last.values():
-            log.add(Changes((), changes.skipped))
-        return log.done()
+        size = model.stats().bytes
+        if "inline" not in self.skip and next(calls(model), None) is not None:
+            twin = model.copy()
+            changes = self._run(twin, ctx, size)
+            if twin.stats().bytes <= size + self.max_growth:
+                model.become(twin)
+                return changes
+            log = Log()
+            log.add(replace(self, skip=(*self.skip, "inline"))._run(model, ctx, size))
+            log.skip(model.graph.name, "functions stay: the model would be larger without them")
+            return log.done()
+        return self._run(model, ctx, size)
+
+    def _run(self, model: Model, ctx: Context, size: int) -> Changes:
+        """Run the parts, and spend on constants what that has saved of the size."""
+        changes = _settle(self.parts(), model, ctx)
+        saved = size - model.stats().bytes if any(TOO_LARGE in skip.reason for skip in changes.skipped) else 0
+        if saved > 0:
+            twin = model.copy()
+            more = Fold(max_growth=self.max_growth + saved).run(twin, ctx)
+            rest = _settle(self.parts(), twin, ctx)
+            if more and twin.stats().bytes <= size + self.max_growth:
+                model.become(twin)
+                log = Log()
+                for each in (changes, more):
+                    log.add(Changes(each.changed, (), each.facts))
+                log.add(rest)
+                return log.done()
+        return changes
 
 
-_PARTS = frozenset(part.name for part in (Fold, Eliminate, Fuse, Dedupe, Dead))
+def _settle(parts: Sequence[Pass], model: Model, ctx: Context) -> Changes:
+    log = Log()
+    last: dict[str, Changes] = {}
+    idle = 0
+    for part in chain.from_iterable(repeat(parts, MAX_ROUNDS)):
+        last[part.name] = changes = part.run(model, ctx)
+        log.add(Changes(changes.changed, (), changes.facts))
+        idle = 0 if changes else idle + 1
+        if idle == len(parts):
+            break
+    # What was skipped at first may have been done later.
+    for changes in last.values():
+        log.add(Changes((), changes.skipped))
+    return log.done()
+
+
+_PARTS = frozenset(part.name for part in (Inline, Fold, Eliminate, Fuse, Dedupe, Dead))
 _ELIMINATE = frozenset(rule.name for rule in eliminate.RULES)
+_DEDUPE = frozenset(("equal-constants", "equal-nodes"))
 _FUSE = frozenset(rule.name for rule in fuse.RULES)

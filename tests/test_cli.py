@@ -18,6 +18,7 @@ import pytest
 from pydantic import Field
 
 from onnxslim import cli, passes
+from onnxslim.cli import words
 from onnxslim.errors import PassError
 from onnxslim.graph import Constant
 from onnxslim.model import Model, load
@@ -199,7 +200,7 @@ def test_quantize_from_the_command_line(run: Run, folder: Path) -> None:
 
 
 def test_no_option_of_a_pass_hides_one_of_the_command() -> None:
-    common = set(cli._Job.__dataclass_fields__)
+    common = {*words.Job.__dataclass_fields__, *words.DataWords.__dataclass_fields__}
     for name in passes.names():
         assert not common & {option.name for option in passes.options_of(passes.get(name))}
 
@@ -309,7 +310,7 @@ def error(result: tuple[int, str, str], code: int) -> str:
         (("run", "in.onnx", "-p", "scale:by=-1"), "option 'by': input should be greater than 0, not '-1'"),
         (("run", "in.onnx", "-p", "scale:2"), "'2' is not of the form option=value"),
         (("run", "in.onnx", "-p", "scale:how=9"), "option 'how': input should be 'all' or 8"),
-        (("run", "in.onnx"), "'--pass'"),
+        (("run", "in.onnx"), "--pass"),
         (("run", "in.onnx", "-p", "scale", "--check", "snr=3"), "did you mean 'sqnr'?"),
         (
             ("run", "in.onnx", "-p", "scale", "--check", "sqnr=high"),
@@ -374,7 +375,7 @@ def test_a_failed_pass_saves_nothing_where_that_was_asked_for(run: Run, folder: 
     ("data", "message"),
     [
         ("none.npz", "No such file"),
-        ("in.onnx", "expected an .npz file or a folder"),
+        ("in.onnx", "expected an .npz or .npy file, or a folder"),
         ("text.npz", "not an .npz file"),
         ("other.npz", "its arrays are image, label; the model's inputs are x"),
         ("wide.npz", "has shape (8, 5), the model expects (N, 4)"),

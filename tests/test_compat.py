@@ -377,7 +377,7 @@ def test_weights_are_not_tied_when_asked() -> None:
     ("pattern", "text", "op"),
     [
         ("FusionGemm", CHAIN, "Add"),
-        ("layer-arithmetic", CHAIN, "Add"),
+        ("matmul-arithmetic", CHAIN, "Add"),
         ("FusionConvBN", "BatchNormalization", "BatchNormalization"),
         ("FusionPadConv", "Pad", "Pad"),
     ],

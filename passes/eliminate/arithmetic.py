@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -193,4 +194,33 @@ def limit(edit: Editor, node: Node, source: Tensor, bounds: Bounds) -> None:
     edit.replace_node(node, "Clip", inputs)
 
 
-RULES = (ConstantChain(), ClipChain())
+class TimesZero(Rule[tuple[Node, tuple[int, ...]]]):
+    """x * 0 = 0 for integers, if the shape of the result is known and it is small."""
+
+    name = "times-zero"
+    ops = frozenset(("Mul",))
+    since: ClassVar[int] = 7
+
+    def pattern(self, node: Node, edit: Editor) -> tuple[Node, tuple[int, ...]] | None:
+        side = _constant_side(node)
+        values = None if side is None else facts.constant(node, side)
+        if values is None or values.dtype.kind not in "iu" or not facts.is_all(values, 0):
+            return None
+        shape = edit.shape(node.outputs[0])
+        known = None if shape is None else tuple(dim for dim in shape if isinstance(dim, int))
+        return (node, known) if known is not None and shape == known else None
+
+    def check(self, match: tuple[Node, tuple[int, ...]], edit: Editor) -> str | None:
+        node, shape = match
+        if edit.is_output(node.outputs[0]) or edit.is_shadowed(node.outputs[0]):
+            return "its name has to stay"
+        return None if math.prod(shape) <= _values(node).size else "the zeros would take more space"
+
+    def rewrite(self, match: tuple[Node, tuple[int, ...]], edit: Editor) -> str:
+        node, shape = match
+        dtype = _values(node).dtype
+        edit.bypass(node, edit.constant(node.outputs[0].name, np.zeros(shape, dtype)))
+        return "its result is zero"
+
+
+RULES = (ConstantChain(), ClipChain(), TimesZero())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from onnxslim.graph import Graph, Node
 from onnxslim.passes import facts
+from onnxslim.passes.eliminate.ranks import branch_results, possible, wanted
 from onnxslim.rewrite import Editor, Rule
 
 
@@ -34,4 +37,39 @@ class If(Rule[tuple[Node, Graph]]):
         return "replaced it by the branch that is taken"
 
 
-RULES = (If(),)
+class IfByRank(Rule[tuple[Node, bool]]):
+    """Of an If, one branch makes a tensor of another number of axes than what reads it can take.
+
+    So in every run that does not fail the other one is taken, and the condition is known. Exporters write
+    such Ifs for squeezes of axes whose size they do not know.
+    """
+
+    name = "if-rank"
+    ops = frozenset(("If",))
+
+    def pattern(self, node: Node, edit: Editor) -> tuple[Node, bool] | None:
+        home = edit.home(node)
+        if home is None or facts.constant(node, 0) is not None:
+            return None
+        for index, output in enumerate(node.outputs):
+            count = wanted(output, edit, home) if output.name else None
+            ranks = [possible(result, edit) for result in branch_results(node, index)] if count else []
+            fits = [found is None or count in found for found in ranks]
+            if fits in ([True, False], [False, True]):
+                return node, fits[0]
+        return None
+
+    def check(self, match: tuple[Node, bool], edit: Editor) -> str | None:
+        return None
+
+    def rewrite(self, match: tuple[Node, bool], edit: Editor) -> str:
+        node, taken = match
+        condition, home = node.inputs[0], edit.home(node)
+        known = edit.constant(f"{condition.name}_known", np.array(taken))
+        for reader in list(dict.fromkeys(condition.outputs)):
+            if reader.op == "If" and edit.home(reader) is home:
+                edit.set_input(reader, 0, known)
+        return f"its condition can only be {str(taken).lower()}"
+
+
+RULES = (If(), IfByRank())

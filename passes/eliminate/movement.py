@@ -80,6 +80,44 @@ class TransposeChain(Rule[Chain]):
         return f"took over the order of {match.inner.label}"
 
 
+class TransposeMerged(Rule[tuple[Node, Node, Order]]):
+    """A Transpose between a Reshape that merges the first axes and one that splits them is a Transpose."""
+
+    name = "transpose-merged"
+    ops = frozenset(("Reshape",))
+
+    def pattern(self, node: Node, edit: Editor) -> tuple[Node, Node, Order] | None:
+        middle = facts.made_by(node.inputs[0], "Transpose")
+        merging = facts.made_by(middle.inputs[0], "Reshape") if middle else None
+        if middle is None or merging is None or edit.sole_consumer(node.inputs[0]) is not node:
+            return None
+        found = self._order(node, middle, merging, edit)
+        return (node, merging, found) if found else None
+
+    def _order(self, node: Node, middle: Node, merging: Node, edit: Editor) -> Order | None:
+        whole, merged, swap = (
+            edit.shape(merging.inputs[0]),
+            edit.shape(merging.outputs[0]),
+            order(middle, edit),
+        )
+        if whole is None or merged is None or swap is None or swap[0] != 0 or None in whole:
+            return None
+        first = len(whole) - len(merged) + 1
+        if first < 2 or whole[first:] != merged[1:]:
+            return None
+        found = (*range(first), *(axis + first - 1 for axis in swap[1:]))
+        wanted = tuple(whole[axis] for axis in found)
+        return found if facts.same_shape(wanted, edit.shape(node.outputs[0])) else None
+
+    def check(self, match: tuple[Node, Node, Order], edit: Editor) -> str | None:
+        return None
+
+    def rewrite(self, match: tuple[Node, Node, Order], edit: Editor) -> str:
+        node, merging, found = match
+        edit.replace_node(node, "Transpose", [merging.inputs[0]], {"perm": found})
+        return f"made it a Transpose of what {merging.label} reads"
+
+
 class TransposeView(Rule[Node]):
     """A Transpose that moves nothing but axes of size 1 is a Reshape, which copies nothing."""
 
@@ -287,6 +325,7 @@ RULES = (
     TransposeNothing(),
     TransposeBack(),
     TransposeChain(),
+    TransposeMerged(),
     TransposeView(),
     SplitConcat(),
     ConcatConcat(),

@@ -189,7 +189,7 @@ class Tile(Bypass):
 
 
 class Unit(Bypass):
-    """x + 0, x - 0, x * 1, x / 1 and x ** 1, where the constant does not broadcast x to another shape.
+    """x + 0, x - 0, x * 1, x / 1 and x ** 1, where the other one does not broadcast x to another shape.
 
     x + 0 turns -0 into +0. Where something later could make that a difference, it stays; adding -0 and
     subtracting +0 change nothing at all.
@@ -202,8 +202,7 @@ class Unit(Bypass):
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
         unit = 0 if node.op in ("Add", "Sub") else 1
         for index in (1, 0) if node.op in ("Add", "Mul") else (1,):
-            values = facts.constant(node, index)
-            if values is not None and facts.is_all(values, unit):
+            if facts.uniform(node.inputs[index]) == unit:
                 return node, node.inputs[1 - index]
         return None
 
@@ -214,15 +213,15 @@ class Unit(Bypass):
             return f"'{other.name}' broadcasts '{source.name}' to another shape, or may"
         if facts.is_normalized(source):
             return "it belongs to a layer normalization, which ONNX Runtime computes as one"
-        clears_sign = node.op in ("Add", "Sub") and self._clears_sign(node, node.inputs.index(other))
+        clears_sign = node.op in ("Add", "Sub") and self._clears_sign(node, node.inputs.index(other), edit)
         if clears_sign and facts.sign_of_zero_counts(node.outputs[0], edit):
             return "it turns -0 into +0, which a later operator may see"
         return super().check(match, edit)
 
-    def _clears_sign(self, node: Node, index: int) -> bool:
-        values = facts.constant(node, index)
-        if values is None or values.dtype not in facts.FLOATS:
-            return False
+    def _clears_sign(self, node: Node, index: int, edit: Editor) -> bool:
+        dtype, values = edit.dtype(node.inputs[index]), facts.constant(node, index)
+        if values is None or dtype not in facts.FLOATS:
+            return dtype is None or dtype in facts.FLOATS
         negative = np.signbit(values.astype(np.float64))
         return not bool(negative.all() if node.op == "Add" else not negative.any())
 
@@ -294,6 +293,57 @@ class Clip(Bypass):
         return values is not None and facts.is_all(values, limit)
 
 
+# Reductions that give back a single element as it is; the first two may start from +0.
+_SUMS = frozenset(("ReduceSum", "ReduceMean"))
+_REDUCTIONS = frozenset((*_SUMS, "ReduceMax", "ReduceMin", "ReduceProd"))
+
+
+class ReduceOne(Rule[tuple[Node, tuple[int, ...]]]):
+    """A sum, mean, product or extreme over axes of size 1 is a Squeeze, or nothing at all."""
+
+    name = "reduce-one"
+    ops = _REDUCTIONS
+
+    def pattern(self, node: Node, edit: Editor) -> tuple[Node, tuple[int, ...]] | None:
+        shape = edit.shape(node.inputs[0])
+        if shape is None:
+            return None
+        axes = _reduced(node, len(shape))
+        return (node, axes) if axes is not None and all(shape[axis] == 1 for axis in axes) else None
+
+    def check(self, match: tuple[Node, tuple[int, ...]], edit: Editor) -> str | None:
+        node, _ = match
+        if node.op in _SUMS and facts.sign_of_zero_counts(node.outputs[0], edit):
+            return "it may turn -0 into +0, which a later operator may see"
+        return facts.stuck((node, node.inputs[0]), edit) if self._keeps(match) else None
+
+    def rewrite(self, match: tuple[Node, tuple[int, ...]], edit: Editor) -> str:
+        node, axes = match
+        op, source = node.op, node.inputs[0]
+        if self._keeps(match):
+            edit.bypass(node, source)
+            return f"removed {op}"
+        if edit.opset < 13:
+            edit.replace_node(node, "Squeeze", [source], {"axes": axes})
+        else:
+            name = f"{node.outputs[0].name}_axes"
+            edit.replace_node(node, "Squeeze", [source, edit.constant(name, np.array(axes, np.int64))])
+        return "made it a Squeeze"
+
+    def _keeps(self, match: tuple[Node, tuple[int, ...]]) -> bool:
+        """Whether the result has as many axes as the input."""
+        node, axes = match
+        return bool(node.attrs.get("keepdims", 1)) or not axes
+
+
+def _reduced(node: Node, rank: int) -> tuple[int, ...] | None:
+    """The axes a reduction runs over; None if they are not known."""
+    if not facts.given(node, "axes", 1):
+        return () if node.attrs.get("noop_with_empty_axes", 0) else tuple(range(rank))
+    axes = facts.ints(node, "axes", 1)
+    return facts.positive_axes(axes, rank) if axes else None
+
+
 RULES = (
     Identity(),
     Dropout(),
@@ -309,4 +359,5 @@ RULES = (
     Idempotent(),
     Involution(),
     Clip(),
+    ReduceOne(),
 )

@@ -145,7 +145,8 @@ class ViewChain(Rule[Chain]):
     """Two views in a row are one Reshape.
 
     A Reshape after another view reads the original if no 0 in it copies a size from the view. In all other
-    cases the last shape must be known, but for one axis.
+    cases the last shape must be known, but for one axis. A Squeeze of an axis that may have another size than
+    1 stays: it fails then, where a Reshape would mix up elements.
     """
 
     name = "view-chain"
@@ -155,6 +156,9 @@ class ViewChain(Rule[Chain]):
         return chain(node, edit, *VIEWS)
 
     def check(self, match: Chain, edit: Editor) -> str | None:
+        middle = viewed(match.inner, edit.shape(match.source), edit)
+        if _may_fail(match.inner, edit.shape(match.source)) or _may_fail(match.outer, middle):
+            return "it makes sure that an axis has size 1"
         known = _is_free(match.outer) or self._target(match, edit) is not None
         return None if known else "its shape is not known"
 
@@ -170,6 +174,14 @@ class ViewChain(Rule[Chain]):
         source = edit.shape(match.source)
         middle = viewed(match.inner, source, edit)
         return facts.reshape_target(source, viewed(match.outer, middle, edit))
+
+
+def _may_fail(node: Node, source: Shape) -> bool:
+    """Whether a Squeeze names an axis that is not known to have size 1."""
+    if node.op != "Squeeze" or not facts.given(node, "axes", 1):
+        return False
+    axes = _axes(node, facts.rank(source))
+    return source is None or axes is None or any(source[axis] != 1 for axis in axes)
 
 
 def _is_free(node: Node) -> bool:

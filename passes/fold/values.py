@@ -19,6 +19,8 @@ from onnxslim.passes.fold.edits import Edits
 
 # A node is not run ahead of time if it makes this much more than the largest constant it depends on.
 WORKING_BYTES = 64 << 20
+# Why a result that could be computed is not stored.
+TOO_LARGE = "would make the model larger"
 # Sessions opened in one run; more are needed only to find out what ONNX Runtime cannot compute.
 MAX_SESSIONS = 256
 # The size of their results depends on values, but has at most so many bytes per element they read.
@@ -59,7 +61,7 @@ class Values:
                 break
             self._compute(nodes, missing)
         for node, size in plan.refused:
-            self._note(node, f"storing its result of {size} bytes would make the model larger")
+            self._note(node, f"storing its result of {size} bytes {TOO_LARGE}")
         self._edits.replace(plan.removed, {id(tensor): self._values[id(tensor)] for tensor in plan.stored})
         self._values = {}
         return bool(plan.removed)

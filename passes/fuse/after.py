@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from onnxslim.graph import Array, Node
+from onnxslim.graph import Array, Node, Tensor
 from onnxslim.passes import facts
 from onnxslim.passes.fuse.layer import LAYERS, Folded, Layer, fold, layer, per_channel, store, training
 from onnxslim.rewrite import Editor, Rule
@@ -104,11 +104,13 @@ class ArithmeticAfter(After):
     """L(x) + c, L(x) - c, c - L(x), L(x) * c and L(x) / c with a constant per output channel of a layer.
 
     The channels are axis 1 of a convolution or normalization and the last axis of a product: a vector of C
-    values added to a convolution runs along the width, and is no bias even if the width is C. A MatMul of
-    matrices takes a summand by becoming a Gemm, where ONNX Runtime has one.
+    values added to a convolution runs along the width, and is no bias even if the width is C.
+
+    Attributes:
+        layers: the operators that take the constant.
     """
 
-    name = "layer-arithmetic"
+    layers: ClassVar[tuple[str, ...]]
     ops = frozenset(("Add", "Sub", "Mul", "Div"))
     since: ClassVar[int] = 7
 
@@ -116,7 +118,7 @@ class ArithmeticAfter(After):
         for side in (1,) if node.op == "Div" else (1, 0):
             values = facts.constant(node, side)
             found = None if values is None else _layer_before(node, 1 - side, edit)
-            if found is not None and values is not None:
+            if found is not None and found.node.op in self.layers and values is not None:
                 return Place(node, found, edit, self._factors(node, side, values, found))
         return None
 
@@ -132,4 +134,108 @@ class ArithmeticAfter(After):
             return {"outputs": vector if node.op == "Mul" else 1 / vector}
 
 
-RULES = (BatchNormAfter(), ArithmeticAfter())
+class ConvArithmetic(ArithmeticAfter):
+    """L(x) + c, L(x) - c, c - L(x), L(x) * c and L(x) / c with a constant per channel of a convolution."""
+
+    name = "layer-arithmetic"
+    layers = ("Conv", "ConvTranspose", "BatchNormalization")
+
+
+class GemmArithmetic(ArithmeticAfter):
+    """Likewise for a constant per column of a Gemm."""
+
+    name = "gemm-arithmetic"
+    layers = ("Gemm",)
+
+
+class MatMulArithmetic(ArithmeticAfter):
+    """Likewise for a MatMul, which takes a summand by becoming a Gemm, where ONNX Runtime has one."""
+
+    name = "matmul-arithmetic"
+    layers = ("MatMul",)
+
+
+@dataclass(frozen=True)
+class Behind(Place):
+    """A layer, views of what it makes, and a node that multiplies the last of them by a number.
+
+    Attributes:
+        added: an Add of a constant right after the layer, if there is one.
+    """
+
+    added: Node | None
+
+    @property
+    def summand(self) -> tuple[int, Array]:
+        """Index and values of the constant that is added."""
+        assert self.added is not None
+        side = 1 if facts.constant(self.added, 1) is not None else 0
+        values = facts.constant(self.added, side)
+        assert values is not None
+        return side, values
+
+
+class ScaleBehindViews(Rule[Behind]):
+    """A number that multiplies a layer's output after it was reshaped and transposed goes into its weight."""
+
+    name = "scale-behind-views"
+    ops = frozenset(("Mul", "Div"))
+    since: ClassVar[int] = 7
+
+    def pattern(self, node: Node, edit: Editor) -> Behind | None:
+        for side in (1,) if node.op == "Div" else (1, 0):
+            values = facts.constant(node, side)
+            number = facts.number(values)
+            data = node.inputs[1 - side]
+            if number and values is not None and facts.broadcasts_into(values.shape, edit.shape(data)):
+                return self._behind(node, data, 1 / number if node.op == "Div" else number, edit)
+        return None
+
+    def _behind(self, node: Node, data: Tensor, factor: float, edit: Editor) -> Behind | None:
+        reader, current = node, data
+        while (view := facts.made_by(current, *_VIEWS)) is not None and edit.sole_consumer(current) is reader:
+            reader, current = view, view.inputs[0]
+        if reader is node or edit.sole_consumer(current) is not reader:
+            return None
+        added = facts.made_by(current, "Add")
+        side = next((i for i in (0, 1) if added and facts.constant(added, i) is not None), None)
+        if added is not None and side is not None:
+            reader, current = added, added.inputs[1 - side]
+        found = layer(facts.made_by(current, *LAYERS), edit)
+        if found is None or edit.sole_consumer(current) is not reader:
+            return None
+        factors = {"outputs": np.full(found.outputs, factor)}
+        return Behind(node, found, edit, factors, added if reader is added else None)
+
+    def check(self, match: Behind, edit: Editor) -> str | None:
+        if isinstance(match.folded, str):
+            return match.folded
+        if match.added is not None and self._scaled(match) is None:
+            return "the constant between does not fit its type"
+        return facts.stuck((match.node, _data(match.node)), edit)
+
+    def rewrite(self, match: Behind, edit: Editor) -> str:
+        assert isinstance(match.folded, Folded)
+        name, op = match.layer.node.label, match.node.op
+        if match.added is not None:
+            scaled = self._scaled(match)
+            assert scaled is not None
+            edit.set_values(match.added, match.summand[0], scaled)
+        store(match.layer, edit, match.folded)
+        edit.bypass(match.node, _data(match.node))
+        return f"moved {op} into {name}"
+
+    def _scaled(self, match: Behind) -> Array | None:
+        assert not isinstance(match.factors, str)
+        _, values = match.summand
+        return facts.rounded(values.astype(np.float64) * match.factors["outputs"][0], values.dtype)
+
+
+def _data(node: Node) -> Tensor:
+    """What a node multiplies by a constant."""
+    return node.inputs[0 if facts.constant(node, 1) is not None else 1]
+
+
+_VIEWS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
+
+RULES = (BatchNormAfter(), ConvArithmetic(), GemmArithmetic(), MatMulArithmetic(), ScaleBehindViews())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.data import CalibrationData, Feeds
 from onnxslim.channels import Analysis, analyze
 from onnxslim.errors import UsageError
 from onnxslim.graph import Constant
@@ -18,7 +19,7 @@ from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Masks
 from onnxslim.passes.fold import Fold
 from onnxslim.passes.prune.budget import TOLERANCE, allocate, uniform
-from onnxslim.passes.prune.choose import Candidates, candidates, criterion_of, damages, first_batches
+from onnxslim.passes.prune.choose import Candidates, candidates, criterion_of, damages
 from onnxslim.passes.prune.compensate import compensate
 from onnxslim.passes.prune.cost import Costs
 from onnxslim.passes.prune.cut import cut, unshare
@@ -106,17 +107,20 @@ class _Run:
 
     def _analyze(self) -> Analysis:
         sizes = None
-        if self._data is not None:
-            sizes = {name: array.shape for name, array in first_batches(self._data, 1)[0].items()}
+        for feeds in self._samples():
+            sizes = {name: array.shape for name, array in feeds.items()}
         return analyze(self._model, sizes=sizes, allow_outputs=self._settings.allow_outputs)
+
+    def _samples(self) -> list[Feeds]:
+        """The first batch, if there is one."""
+        return list(islice(self._data, 1)) if self._data is not None else []
 
     def _step(self, analysis: Analysis, progress: float) -> bool:
         """Choose, prove, cut and repair; False if there was nothing to remove."""
         removed, found = self._chosen(analysis, progress)
         if not removed:
             return False
-        samples = first_batches(self._data, 1) if self._data is not None else ()
-        error = prove(self._model, analysis, removed, self._ctx.target, samples)
+        error = prove(self._model, analysis, removed, self._ctx.target, self._samples())
         if error is not None:
             self._errors.append(error)
         masks = analysis.masks(removed)

@@ -11,9 +11,9 @@ import numpy as np
 from onnxslim.calibration.collect import Channels
 from onnxslim.calibration.covariance import covariances
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.gram import Gram, batch_samples
+from onnxslim.calibration.fidelity import Fidelity
+from onnxslim.calibration.gram import Gram
 from onnxslim.channels import Analysis, Family
-from onnxslim.fidelity import Fidelity
 from onnxslim.graph import Array, Constant
 from onnxslim.model import Model
 from onnxslim.passes.prune.budget import Limits, convex
@@ -131,7 +131,7 @@ def damages(
     With data it is measured: the family alone is cut, the rest of it compensates, and the outputs are
     compared on a few samples. Without, it is what the criterion says.
     """
-    judge = Fidelity(model, first_batches(data, SAMPLES), ctx.target) if data is not None else None
+    judge = Fidelity(model, data, SAMPLES, ctx.target) if data is not None else None
     curves = {}
     for index, name in enumerate(found.families):
         allowed = found.limits[name].allowed
@@ -139,9 +139,7 @@ def damages(
             points = {count: found.rankings[name].damage[count] for count in allowed}
         else:
             places = sorted({allowed[round(share * (len(allowed) - 1))] for share in (0.0, *MEASURED)})
-            measured = [0.0] + [
-                judge.loss(_trial(model, analysis, found, {name: count})) for count in places[1:]
-            ]
+            measured = [0.0] + [judge(_trial(model, analysis, found, {name: count})) for count in places[1:]]
             curve = np.interp(allowed, places, np.maximum.accumulate(np.minimum(measured, 1e6)))
             points = dict(zip(allowed, curve.tolist(), strict=True))
         curves[name] = convex(points)
@@ -156,18 +154,6 @@ def _trial(model: Model, analysis: Analysis, found: Candidates, gone: Mapping[st
     compensate(trial, analysis, analysis.masks(removed), found.grams)
     cut(trial, analysis, removed)
     return trial
-
-
-def first_batches(data: CalibrationData, samples: int) -> list[Mapping[str, Array]]:
-    """Batches that hold so many samples, or all there are."""
-    chosen: list[Mapping[str, Array]] = []
-    count = 0
-    for feeds in data:
-        chosen.append(feeds)
-        count += batch_samples(feeds)
-        if count >= samples:
-            break
-    return chosen
 
 
 def criterion_of(importance: str, data: CalibrationData | None, log: Log, model: Model) -> str:

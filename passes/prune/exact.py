@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from onnxslim.channels import Analysis
+from onnxslim.check import relative_difference
 from onnxslim.errors import InvalidGraph
-from onnxslim.fidelity import relative_difference
 from onnxslim.graph import Array
 from onnxslim.model import Model
 from onnxslim.passes.prune.cut import cut, zero

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.graph import Array
+from onnxslim.graph import Array, Constant
 
 QMAX = 127
 # Largest |a| + |b| of two neighbouring codes of one sign for which 255·a + 255·b fits in 16 bits.
@@ -32,11 +34,13 @@ class Encoded:
         codes: int8, of the weight's shape.
         scales: float32, shape (channels,), or () if there is one for all.
         tightened: output channels whose codes would have saturated and were changed so that none can.
+        lost: what the integers take from the mean of each output channel, float64, if that is known already.
     """
 
     codes: Codes
     scales: Scales
     tightened: int = 0
+    lost: Array | None = None
 
 
 def encode(
@@ -74,6 +78,43 @@ def encode(
     restored = np.moveaxis(codes.reshape(moved.shape), (0, 1), (axis, rest))
     kept = scales if per_channel else scales[:1].reshape(())
     return Encoded(np.ascontiguousarray(restored), kept, tightened)
+
+
+class Encoder:
+    """`encode`, which remembers what it made of a constant: candidates differ in few weights.
+
+    Args:
+        better: by name of a constant, what makes better integers of these; it is given them and `pair_axis`.
+    """
+
+    def __init__(self, better: Mapping[str, Callable[[Encoded, int | None], Encoded]] | None = None) -> None:
+        self._better = better or {}
+        self._known: dict[tuple[Any, ...], Encoded] = {}
+
+    def __call__(
+        self,
+        weight: Constant,
+        axis: int,
+        *,
+        per_channel: bool,
+        pair_axis: int | None = None,
+        least: Scales | None = None,
+    ) -> Encoded:
+        """The constant's values as integers; see `encode`."""
+        loose = self._of(weight, axis, per_channel, pair_axis, None)
+        if least is None or bool((loose.scales >= least).all()):
+            return loose
+        return self._of(weight, axis, per_channel, pair_axis, least)
+
+    def _of(
+        self, weight: Constant, axis: int, per_channel: bool, pair_axis: int | None, least: Scales | None
+    ) -> Encoded:
+        key = (weight.name, axis, per_channel, pair_axis, None if least is None else least.tobytes())
+        if key not in self._known:
+            found = encode(weight.values, axis, per_channel=per_channel, pair_axis=pair_axis, least=least)
+            better = self._better.get(weight.name) if per_channel and least is None else None
+            self._known[key] = better(found, pair_axis) if better else found
+        return self._known[key]
 
 
 def _scales(table: Weights, per_channel: bool, least: Scales | None) -> Scales:

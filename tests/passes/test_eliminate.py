@@ -38,7 +38,7 @@ def test_a_rule_can_be_left_out() -> None:
 
 
 def test_leaving_out_what_is_not_there_is_an_error() -> None:
-    with pytest.raises(UsageError, match=r"no rule 'nonsense' to skip; known are: if, identity"):
+    with pytest.raises(UsageError, match=r"no rule 'nonsense' to skip; known are: if, if-rank, identity"):
         Eliminate(skip=("nonsense",))
 
 

@@ -160,7 +160,7 @@ def test_does_not_make_the_file_grow() -> None:
         (
             "g (float[N,2,4] x) => (float[N,2,4] y) <float[4,4] w = {W}, float[4] c = {1,2,3,4}>"
             "{ a = MatMul(x, w) y = Add(a, c) }",
-            "layer-arithmetic: MatMul has no bias, and only a product of two matrices in single or double "
+            "matmul-arithmetic: MatMul has no bias, and only a product of two matrices in single or double "
             "precision is a Gemm",
         ),
         (

@@ -121,7 +121,12 @@ def test_parts_and_rules_can_be_left_out() -> None:
     model = attention()
     assert "Shape" in ops(slimmed(model, skip=("fold",)))
     assert "Identity" in ops(slimmed(model, skip=("eliminate",)))
-    assert [part.name for part in Slim(skip=("fuse", "dead")).parts()] == ["fold", "eliminate", "dedupe"]
+    assert [part.name for part in Slim(skip=("fuse", "dead")).parts()] == [
+        "inline",
+        "fold",
+        "eliminate",
+        "dedupe",
+    ]
     with pytest.raises(UsageError, match="no part or rule 'nonsense'"):
         Slim(skip=("nonsense",))
 

@@ -1,0 +1,154 @@
+"""Which of many candidates to take: everything is decided by what comes out of the network in the end.
+
+Errors of layers add up almost exactly (each is small and has little to do with the others), so that what
+every layer does on its own, measured once, tells beforehand which ones have to be kept for a wanted fidelity.
+Candidates chosen that way are measured as wholes before they are believed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from onnxslim.calibration.judge import Judge, Score
+from onnxslim.errors import LoadError
+from onnxslim.passes.quantize.build import Builder, Candidate, ObserverChoice, Recipe
+
+OBSERVERS: tuple[ObserverChoice, ...] = (
+    ("mse", 0.0),
+    ("minmax", 0.0),
+    ("percentile", 99.999),
+    ("percentile", 99.99),
+)
+# A simple candidate that comes before others has to be beaten by this much, in dB: the rest is chance.
+MARGIN = 0.2
+# Samples that rank layers; verification takes all there are.
+RANKING = 8
+REASON = "in integers it would cost too much accuracy"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What quantizing one weighted node does to the outputs.
+
+    Attributes:
+        node, op: its label and operator.
+        noise: power of the noise by that of the signal, with this node alone in integers.
+        cost: multiply-accumulates of a sample, by the mean over all layers; 1 where shapes do not tell.
+    """
+
+    node: str
+    op: str
+    noise: float
+    cost: float
+
+    @property
+    def sqnr(self) -> float:
+        """The same in dB."""
+        return -10.0 * math.log10(self.noise) if self.noise > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate that was measured."""
+
+    recipe: Recipe
+    candidate: Candidate
+    score: Score
+
+
+class Search:
+    """Looks for a good recipe.
+
+    Args:
+        build: makes candidates.
+        judge: measures them.
+    """
+
+    def __init__(self, build: Builder, judge: Judge) -> None:
+        self._build = build
+        self._judge = judge
+
+    def attempt(self, recipe: Recipe) -> Trial:
+        """Build and measure a candidate; one that does not run is as bad as can be."""
+        candidate = self._build(recipe)
+        try:
+            score = self._judge(candidate.model)
+        except LoadError:
+            score = Score(-math.inf, {}, None)
+        return Trial(recipe, candidate, score)
+
+    def observer(self, recipe: Recipe) -> Trial:
+        """The best way to choose ranges for all tensors."""
+        best = self.attempt(replace(recipe, observer=OBSERVERS[0]))
+        for choice in OBSERVERS[1:]:
+            trial = self.attempt(replace(recipe, observer=choice))
+            if trial.score.sqnr > best.score.sqnr + MARGIN:
+                best = trial
+        return best
+
+    def rounding(self, trial: Trial) -> Trial:
+        """The same with weights rounded by what their layers see, if that does better as a whole."""
+        refined = self.attempt(replace(trial.recipe, refined=True))
+        return refined if refined.score.sqnr > trial.score.sqnr + MARGIN else trial
+
+    def layers(self, trial: Trial) -> list[Layer]:
+        """What every weighted node of a candidate does on its own, the worst first."""
+        nodes = [node for node in self._build.model.graph.nodes if node.label in _labels(trial)]
+        macs = self._build.macs()
+        mean = sum(macs.get(node.label, 0) for node in nodes) / max(len(nodes), 1)
+        found = []
+        for index, node in enumerate(nodes):
+            alone = self._build(replace(trial.recipe, only=frozenset((node.label,))))
+            noise = self._judge(alone.model, RANKING).noise
+            cost = macs.get(node.label, mean) / mean if mean else 1.0
+            found.append(Layer(node.label, node.op, noise, cost))
+            self._build.announce("measuring layers", index + 1, len(nodes))
+        return sorted(found, key=lambda layer: -layer.noise)
+
+    def keep(self, trial: Trial, layers: Sequence[Layer], goal: float) -> Trial:
+        """The candidate with the fewest multiply-accumulates kept out of integers that reaches a fidelity.
+
+        Layers are taken in the order of noise per cost. How many is predicted from the sum of what each does,
+        measured, and corrected until the number is known.
+
+        Args:
+            trial: everything in integers.
+            layers: of `layers`.
+            goal: SQNR in dB.
+
+        Returns:
+            The best candidate tried where none reaches it.
+        """
+        order = sorted(layers, key=lambda layer: -layer.noise / (1.0 + layer.cost))
+        best, lacking, enough = trial, 0, len(order) + 1
+        count = _needed(order, trial.score.noise, goal - trial.score.sqnr)
+        while enough - lacking > 1:
+            kept = {layer.node: REASON for layer in order[:count]}
+            found = self.attempt(replace(trial.recipe, kept=kept))
+            if found.score.sqnr >= goal:
+                best, enough = found, count
+            else:
+                lacking = count
+                best = max(best, found, key=lambda each: each.score.sqnr) if enough > len(order) else best
+            count = (lacking + enough) // 2
+            if enough > len(order):
+                count = lacking + _needed(order[lacking:], found.score.noise, goal - found.score.sqnr)
+        return best
+
+
+def _labels(trial: Trial) -> set[str]:
+    plan = trial.candidate.plan
+    return {plan.labels[id(node)] for node in plan.linear}
+
+
+def _needed(order: Sequence[Layer], noise: float, missing: float) -> int:
+    """How many layers, the first ones, have to go for `missing` dB: at least one, unless there is none."""
+    total = sum(layer.noise for layer in order)
+    left, wanted = 1.0, 10.0 ** (-missing / 10.0)
+    for count, layer in enumerate(order):
+        if left <= wanted and count:
+            return count
+        left -= layer.noise / max(total, noise)
+    return len(order)
