@@ -180,7 +180,7 @@ def test_a_wrong_rule_is_found_out_and_the_family_named(monkeypatch: pytest.Monk
 
     row = REGISTRY["", "Relu"]
     monkeypatch.setitem(REGISTRY, ("", "Relu"), replace(row, channels=Channels(reversed_labels)))
-    with pytest.raises(InvalidGraph, match="cutting family '[wv]:0:0' is not"):
+    with pytest.raises(InvalidGraph, match=r"cutting family .[wv]:0:0. is not"):
         prune(chain(), ratio=0.5)
     kept = Pipeline(Prune(ratio=0.5))(chain())
     assert "cutting family" in kept.report.steps[0].error
