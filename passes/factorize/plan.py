@@ -194,7 +194,7 @@ def probed(entry: Entry) -> list[Candidate]:
 
     Schemes that lose as much of a layer do not lose the same directions of it.
     """
-    found = []
+    found: list[Candidate] = []
     for kind in _by_scheme(entry).values():
         usable = [each for each in kind if each.lost > 1e-9]
         found += {each.label: each for each in (usable[-1:] + usable[(len(usable) - 1) // 2 :][:1])}.values()
