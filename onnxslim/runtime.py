@@ -291,7 +291,9 @@ def _refused(target: Target, source: bytes | str, error: Exception) -> Exception
     """What a session that could not be opened means: the model is at fault if processors refuse it too."""
     if target.provider != CPU:
         try:
-            onnxruntime().InferenceSession(source, _options(Target.cpu(), "none", None, once=True), providers=[CPU])
+            onnxruntime().InferenceSession(
+                source, _options(Target.cpu(), "none", None, once=True), providers=[CPU]
+            )
         except Exception:
             pass
         else:
