@@ -13,8 +13,8 @@ and inner shapes that it left wrong in the file are dropped. Ours is Slim, then 
 
 coverage: half of the channels, without data or repair. Outcomes: "ok"; "nothing" (less than 1 % of the
 parameters gone); "crash" (an exception, or more than 120 s of CPU); "invalid" (onnx.checker or ONNX Runtime
-objects, or outputs have other shapes or are not finite). A cell holds parameters and MACs removed in %, seconds of
-the call, latency relative to the original's and, for ours, the oracle's relative error.
+objects, or outputs have other shapes or are not finite). A cell holds parameters and MACs removed in %,
+seconds of the call, latency relative to the original's and, for ours, the oracle's relative error.
 
 accuracy: the three Fashion-MNIST networks at 75, 50 and 35 % of their MACs, on 2000 test images, no training.
 The peers' ratio is the one of a grid whose MACs come nearest. Ours repairs with 512 unlabelled images.
