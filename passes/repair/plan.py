@@ -74,7 +74,7 @@ def unchanged(student: Model, teacher: Model) -> set[str]:
 
 
 def _alike(node: Node, twin: Node, same: set[str]) -> bool:
-    if node.bodies or (node.op, node.domain) != (twin.op, twin.domain):
+    if (node.op, node.domain) != (twin.op, twin.domain):
         return False
     if [out.name for out in node.outputs] != [out.name for out in twin.outputs]:
         return False
@@ -86,6 +86,7 @@ def _alike(node: Node, twin: Node, same: set[str]) -> bool:
 
 
 def _equal(one: object, other: object) -> bool:
+    """Whether two attributes are equal; bodies are not, unless they are one."""
     return one is other or bool(one == other)
 
 
