@@ -121,8 +121,8 @@ class Target:
         provider: ONNX Runtime's name of it.
         options: provider options.
         threads: threads per operator; 0 lets ONNX Runtime choose.
-        libraries: files of custom operators to load. They run as code of this process, so their names must come
-            from the caller, never from a model or a recipe.
+        libraries: files of custom operators to load. They run as code of this process, so their names must
+            come from the caller, never from a model or a recipe.
         quantized: how quantized models are laid out for it.
     """
 
