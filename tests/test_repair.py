@@ -313,6 +313,16 @@ def test_what_the_data_says_nothing_about_stays() -> None:
     np.testing.assert_allclose(values(student, "w")[2] * 2, constants["w"][2], atol=1e-4)
 
 
+def test_an_input_that_hardly_varies_gets_no_large_weight() -> None:
+    x, r = random(2, 3, 400), random(2, 1, 400)
+    x[1] *= np.float32(1e-10)
+    moments = Moments()
+    moments.update(x, r)
+    found = fit(moments.result(), moments.result())
+    assert found.weight is not None
+    assert np.abs(found.weight[1]).max() < 1
+
+
 def test_weights_stay_where_others_are_no_better() -> None:
     text = "g (float[N,30] x) => (float[N,5] y) { h = Relu(x) n = Neg(h) y = MatMul(h, w) }"
     teacher = parse(text, {"w": random(30, 5) * np.float32(1e-3)})
@@ -414,6 +424,22 @@ def test_what_cannot_be_refitted_says_why(body: str, reason: str) -> None:
     changes = repair(student, teacher, data)
     assert not changes
     assert [skip.reason for skip in changes.skipped] == [reason]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = Add(h, m)",
+        "r = Reshape(h, q) n = GroupNormalization<num_groups=2>(r, g, g) y = Flatten(n)",
+    ],
+)
+def test_masks_and_scales_of_groups_are_no_channels(body: str) -> None:
+    text = f"g (float[N,4] x) => (float[N,4] y) {{ h = MatMul(x, v) {body} }}"
+    mask = np.array([0, 0, -1e4, 0], np.float32)
+    constants = {"m": mask, "g": np.ones(2, np.float32), "q": np.array([-1, 4, 1])}
+    teacher = parse(text, {"v": mixing(4), **constants}, opset=18)
+    changes = repair(replaced(teacher, v=mixing(4) @ mixing(4)), teacher, batches(9, 4))
+    assert changes == Changes()
 
 
 def test_other_shapes_than_told_are_named() -> None:

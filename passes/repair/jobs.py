@@ -295,8 +295,7 @@ def _followed(goal: Goal, reader: Node, tensor: Variable, axis: int) -> Goal | N
     operand = reader.inputs[index]
     constant = constant_of(operand)
     if constant is None:
-        summed = reader.op == "Add" and operand is not tensor
-        return replace(goal, tensor=name, other=operand.name, nodes=nodes) if summed else None
+        return replace(goal, tensor=name, other=operand.name, nodes=nodes) if reader.op == "Add" else None
     values = per_channel(constant, axis, size)
     if values is None:
         return None

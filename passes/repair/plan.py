@@ -80,14 +80,9 @@ def _alike(node: Node, twin: Node, same: set[str]) -> bool:
         return False
     if node.attrs.keys() != twin.attrs.keys() or len(node.inputs) != len(twin.inputs):
         return False
-    if not all(_equal(value, twin.attrs[name]) for name, value in node.attrs.items()):
+    if not all(bool(value == twin.attrs[name]) for name, value in node.attrs.items()):
         return False
     return all(_same_tensor(a, b, same) for a, b in zip(node.inputs, twin.inputs, strict=True))
-
-
-def _equal(one: object, other: object) -> bool:
-    """Whether two attributes are equal; bodies are not, unless they are one."""
-    return one is other or bool(one == other)
 
 
 def _same_tensor(one: Tensor, other: Tensor, same: set[str]) -> bool:
