@@ -24,6 +24,8 @@ from onnxslim.graph import Array
 from onnxslim.model import Model
 
 CPU = "CPUExecutionProvider"
+# From here on, a copy of the weights would cost more memory than it saves time in a run or two.
+LARGE_BYTES = 512 << 20
 
 
 @functools.cache
@@ -176,7 +178,7 @@ class Session:
         target: where it runs; the provider must really be used.
         optimize: "all", "extended", "basic" or "none" of ONNX Runtime's own graph optimizations.
         optimized: if given, ONNX Runtime writes the graph it runs to this file.
-        once: whether it is for a run or two, for which it does not pay to copy weights into another layout.
+        once: whether it is for a run or two, for which large weights are not copied into another layout.
 
     Raises:
         LoadError: ONNX Runtime refuses the model; carries its message.
@@ -194,6 +196,7 @@ class Session:
     ) -> None:
         self.target = target or Target.cpu()
         _require(self.target)
+        once = once and isinstance(model, Model) and model.nbytes() >= LARGE_BYTES
         with _loadable(model) as source:
             try:
                 self._session = onnxruntime().InferenceSession(
