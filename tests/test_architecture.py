@@ -20,7 +20,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("compat", "demo"),
-    ("utils",),
+    ("utils", "precision"),
     ("terminal",),
     ("sources",),
     ("validation",),
