@@ -26,7 +26,7 @@ import onnx.parser
 import onnx.version_converter
 
 from onnxslim import files
-from onnxslim.errors import LoadError, TargetError
+from onnxslim.errors import LoadError, TargetError, UsageError
 from onnxslim.graph import Array
 from onnxslim.model import Model, load
 
@@ -121,6 +121,8 @@ class Target:
         provider: ONNX Runtime's name of it.
         options: provider options.
         threads: threads per operator; 0 lets ONNX Runtime choose.
+        libraries: files of custom operators to load. They run as code of this process, so their names must come
+            from the caller, never from a model or a recipe.
         quantized: how quantized models are laid out for it.
     """
 
@@ -128,6 +130,7 @@ class Target:
     provider: str
     options: tuple[tuple[str, str], ...] = ()
     threads: int = 0
+    libraries: tuple[str, ...] = ()
     quantized: Quantized = field(default_factory=Quantized)
 
     @staticmethod
@@ -139,7 +142,7 @@ class Target:
             min_channels=4,
             kernels=_CPU_KERNELS,
             slow=slow,
-            weight_only=frozenset(("MatMul",)),
+            weight_only=frozenset(("MatMul", "Gemm")),
         )
         return Target("cpu", CPU, threads=threads, quantized=rules)
 
@@ -191,6 +194,18 @@ class Target:
         """The same target with a fixed number of threads."""
         return replace(self, threads=threads)
 
+    def with_libraries(self, libraries: Sequence[str]) -> Target:
+        """The same target with custom operators from these files."""
+        return replace(self, libraries=tuple(libraries))
+
+
+def _register(options: Any, libraries: Sequence[str]) -> None:
+    for library in libraries:
+        try:
+            options.register_custom_ops_library(library)
+        except Exception as error:  # onnxruntime raises a dozen unrelated types
+            raise UsageError(f"cannot load custom operators from '{library}': {_message(error)}") from error
+
 
 def _targets() -> tuple[Target, ...]:
     return (Target.tensorrt(), Target.cuda(), Target.openvino(), Target.cpu(), Target.reference())
@@ -205,6 +220,7 @@ class Session:
         optimize: "all", "extended", "basic" or "none" of ONNX Runtime's own graph optimizations.
         optimized: if given, ONNX Runtime writes the graph it runs to this file.
         profile: if given, ONNX Runtime writes what ran where to a file in this folder; see `placement`.
+        once: whether it is for a run or two, for which it does not pay to copy weights into another layout.
 
     Raises:
         LoadError: ONNX Runtime refuses the model; carries its message.
@@ -219,6 +235,7 @@ class Session:
         optimize: str = "all",
         optimized: Path | None = None,
         profile: Path | None = None,
+        once: bool = False,
     ) -> None:
         self.target = target or Target.cpu()
         if self.target.provider == REFERENCE:
@@ -226,7 +243,7 @@ class Session:
             self.input_names, self.output_names = self._session.input_names, self._session.output_names
             return
         _require(self.target)
-        options = _options(self.target, optimize, optimized)
+        options = _options(self.target, optimize, optimized, once)
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile / "profile")
@@ -274,7 +291,9 @@ def _refused(target: Target, source: bytes | str, error: Exception) -> Exception
     """What a session that could not be opened means: the model is at fault if processors refuse it too."""
     if target.provider != CPU:
         try:
-            onnxruntime().InferenceSession(source, _options(Target.cpu(), "none", None), providers=[CPU])
+            onnxruntime().InferenceSession(
+                source, _options(Target.cpu(), "none", None, once=True), providers=[CPU]
+            )
         except Exception:
             pass
         else:
@@ -433,17 +452,20 @@ def _providers(target: Target) -> list[str | tuple[str, dict[str, str]]]:
     return [(target.provider, options)]
 
 
-def _options(target: Target, optimize: str, optimized: Path | None) -> Any:
+def _options(target: Target, optimize: str, optimized: Path | None, once: bool) -> Any:
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = target.threads
+    _register(options, target.libraries)
     options.graph_optimization_level = {
         "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
         "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
         "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
         "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     }[optimize]
+    if once:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(

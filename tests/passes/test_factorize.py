@@ -651,6 +651,14 @@ def test_pipeline_then_quantized_runs_in_integers(net: Model, clock: dict[str, f
     assert json.dumps(result.report.to_dict())
 
 
+def test_layers_without_a_name_go_by_their_output(clock: dict[str, float]) -> None:
+    text = "g (float[N,32] x) => (float[N,M] y) { h = MatMul(x, w1) r = Relu(h) y = MatMul(r, w2) }"
+    model = parse(text, {"w1": _low(32, 32, rank=3, seed=1), "w2": _low(32, 32, rank=3, seed=2)})
+    _, changes = _factorize(model, params=0.4)
+    assert [change.node for change in changes.changed] == ["MatMul→h", "MatMul→y"]
+    assert list(changes.facts["layers"]) == ["MatMul→h", "MatMul→y"]
+
+
 def test_first_factors_have_no_bias(net: Model, clock: dict[str, float]) -> None:
     found, _ = _factorize(net, _data(), macs=0.5)
     for node in found.nodes():
