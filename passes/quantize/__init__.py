@@ -151,11 +151,13 @@ class Quantize(Pass):
         log.facts["everything"] = trial.score.sqnr
         if trial.score.sqnr < self.require_sqnr or self.layers:
             layers = search.layers(trial)
+            if trial.score.sqnr < self.require_sqnr and self._static and self.observer == "auto":
+                trial = search.ranges(trial, layers)
             if trial.score.sqnr < self.require_sqnr:
                 trial = search.keep(trial, layers, self.require_sqnr)
             log.facts["layers"] = [_row(layer, trial) for layer in layers]
         if held is not fit:
-            trial = search.complete(trial, held)
+            trial = search.complete(trial, held, self.require_sqnr)
         log.facts["sqnr"] = trial.score.sqnr
         log.facts["parts"] = dict(trial.score.parts)
         log.facts["observer"] = trial.recipe.observer[0]
