@@ -111,6 +111,12 @@ _GPU = Quantized(
     ),
 )
 
+# Qualcomm's processors: 16-bit activations, which their own tools take for most networks.
+_QNN = Quantized(
+    activation=np.dtype(np.uint16),
+    kernels=_CPU_KERNELS - {"HardSigmoid"} | {"ConvTranspose"},
+)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -190,6 +196,14 @@ class Target:
     def with_threads(self, threads: int) -> Target:
         """The same target with a fixed number of threads."""
         return replace(self, threads=threads)
+
+
+def layout(name: str) -> Quantized:
+    """How a target wants its quantized models, be it here or not: one of `LAYOUTS`."""
+    return _QNN if name == "qnn" else Target.named(name).quantized
+
+
+LAYOUTS = ("cpu", "openvino", "cuda", "tensorrt", "qnn")
 
 
 def _targets() -> tuple[Target, ...]:

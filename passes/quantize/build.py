@@ -197,6 +197,8 @@ class Builder:
 
     def _store(self, model: Model, plan: Plan, recipe: Recipe, log: Log) -> None:
         """What takes less room in the file than it computes with."""
+        if self._settings.static and not self.ctx.target.quantized.weight_only:
+            return  # the target may not know what to do with them
         storage = Storage(model, log)
         storage.tables(self._refusal(recipe))
         for node in plan.stored if self._four_bits else ():

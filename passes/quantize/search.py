@@ -28,6 +28,9 @@ ENOUGH = 35.0
 MARGIN = 0.2
 # Samples that rank layers; verification takes all there are.
 RANKING = 8
+# A candidate has to be that much faster than the one it replaces.
+FASTER = 0.97
+SLOWER = "it is faster in floating point"
 REASON = "in integers it would cost too much accuracy"
 
 
@@ -138,6 +141,22 @@ class Search:
         better = {name: other for name, gain in gains.items() if gain > 0}
         found = self.attempt(replace(trial.recipe, special=better))
         return found if found.score.sqnr > trial.score.sqnr + MARGIN else trial
+
+    def latency(self, trial: Trial) -> float:
+        """Time of a candidate relative to the float model's, on the first batch judged on."""
+        return self._judge.latencies([trial.candidate.model], 0.5)[0]
+
+    def fastest(self, trial: Trial, seconds: float = 6.0) -> Trial:
+        """The same with the smallest layers, as many as pays, left in floating point; timed in turn."""
+        macs = self._build.macs()
+        order = sorted(_labels(trial), key=lambda label: macs.get(label, 0))
+        trials = [trial]
+        for part in (0.25, 0.5, 0.75):
+            labels = {*order[: round(part * len(order))], *trial.recipe.kept}
+            trials.append(self.attempt(self._build.without(trial.recipe, labels, SLOWER)))
+        times = self._judge.latencies([each.candidate.model for each in trials], seconds)
+        quickest = min(range(len(trials)), key=lambda index: times[index])
+        return trials[quickest] if times[quickest] < FASTER * times[0] else trial
 
     def keep(self, trial: Trial, layers: Sequence[Layer], goal: float) -> Trial:
         """The candidate with the fewest multiply-accumulates kept out of integers that reaches a fidelity.
