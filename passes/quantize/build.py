@@ -142,6 +142,7 @@ class Builder:
                 log,
                 refuse=refuse,
                 kept=self._kept(recipe),
+                weights_only=not self._settings.static,
                 classifier=self._settings.classifier,
                 masked=masked,
             )

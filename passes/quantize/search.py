@@ -23,7 +23,7 @@ OBSERVERS: tuple[ObserverChoice, ...] = (
     ("percentile", 99.999),
 )
 # In dB: what keeps more is not worth a search.
-ENOUGH = 35.0
+ENOUGH = 30.0
 # A simple candidate that comes before others has to be beaten by this much, in dB: the rest is chance.
 MARGIN = 0.2
 # Samples that rank layers; verification takes all there are.
