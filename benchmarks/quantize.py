@@ -4,7 +4,7 @@
     python benchmarks/quantize.py [--venvs FOLDER] [--tools TOOL ...] [MODEL ...]
 
 Every tool runs in a virtual environment of its own, made in FOLDER on the first run. 32 calibration samples
-and 64 others to measure on, made from photographs, sentences and files (see models/inputs.py). A cell holds, in
+and 64 others, from photographs, sentences and files (see models/inputs.py). A cell holds, in
 this order: SQNR of the outputs in dB, as ONNX Runtime runs the file; share of samples with the same largest
 output, for classifiers; size of the file and latency (one sample, one thread, all tools in turn) relative to
 the float model; CPU seconds and peak MB of the process that quantizes, imports included.
