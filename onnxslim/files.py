@@ -57,6 +57,8 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def _one_line(error: BaseException) -> str:
+    if "MaxDepth" in str(error):
+        return "its graphs are nested more deeply than protobuf reads"
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -128,6 +130,24 @@ def _descriptor(folder: Path, location: str, name: str) -> int:
     return os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
 
 
+def check_embedded(tensor: TensorProto) -> None:
+    """Raise LoadError unless the bytes inside a tensor are as many as its type and shape take."""
+    if any(dim < 0 for dim in tensor.dims):
+        raise LoadError(f"tensor '{tensor.name}' has a negative size: {list(tensor.dims)}")
+    if not tensor.HasField("raw_data"):
+        return  # the fields of numbers are counted when they are decoded
+    try:
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    except KeyError:
+        raise LoadError(f"tensor '{tensor.name}' is of unknown type {tensor.data_type}") from None
+    needed = (math.prod(tensor.dims) * bit_width(dtype) + 7) // 8
+    if len(tensor.raw_data) != needed:
+        raise LoadError(
+            f"tensor '{tensor.name}' of {dtype} and shape {list(tensor.dims)} takes {needed} bytes, "
+            f"but has {len(tensor.raw_data)}"
+        )
+
+
 def check_external(tensor: TensorProto, folder: Path | None) -> None:
     """Raise LoadError unless the external data of this tensor is there and of the declared size."""
     if folder is None:
@@ -164,9 +184,9 @@ class DataWriter:
     @staticmethod
     def _bytes(constant: Constant) -> memoryview | bytes:
         if bit_width(constant.dtype) % 8 == 0:
-            return np.ascontiguousarray(constant.values).reshape(-1).view(np.uint8).data
+            return np.ascontiguousarray(constant.peek()).reshape(-1).view(np.uint8).data
         # Several to a byte; what the constant was read from may hold them in another field.
-        return numpy_helper.from_array(np.asarray(constant.values)).raw_data
+        return numpy_helper.from_array(np.asarray(constant.peek())).raw_data
 
     def close(self) -> None:
         """Flush to the disk."""

@@ -77,7 +77,7 @@ class Model:
         """
         if not model.HasField("graph") or not model.opset_import:
             raise LoadError("not an ONNX model: it has no graph or imports no operator set")
-        _check_opsets(model)
+        _check_versions(model)
         data_files: set[str] = set()
 
         def decode(tensor: TensorProto) -> Array:
@@ -89,7 +89,11 @@ class Model:
             c for each in ir.walk(graph) for c in (*each.initializers.values(), *each.defaults.values())
         ):
             tensor = constant.tensor_proto
-            if tensor is not None and tensor.data_location == TensorProto.EXTERNAL:
+            if tensor is None:
+                continue
+            if tensor.data_location != TensorProto.EXTERNAL:
+                files.check_embedded(tensor)
+            else:
                 files.check_external(tensor, folder)
                 data_files.update(_location(tensor))
         shell = proto.fields_but(model, "graph")
@@ -322,7 +326,14 @@ def _domain(name: str) -> str:
     return "" if name in DEFAULT_DOMAINS else name
 
 
-def _check_opsets(model: onnx.ModelProto) -> None:
+def _check_versions(model: onnx.ModelProto) -> None:
+    if model.ir_version > onnx.IR_VERSION:
+        raise LoadError(
+            f"the model has IR version {model.ir_version}; the installed onnx {onnx.__version__} knows "
+            f"versions up to {onnx.IR_VERSION}"
+        )
+    if not model.graph.output:
+        raise LoadError("the model has no outputs, so it computes nothing")
     newest = onnx.defs.onnx_opset_version()
     for item in model.opset_import:
         if _domain(item.domain) == "" and not 1 <= item.version <= newest:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +20,22 @@ BATCHES = (2, 3)
 FREE_SIZES = (8, 32, 64, 1, 224, 100)
 # Numbers of words to try where a model takes more than zeros and ones.
 MAX_ID = 99
+# Inputs that take more are not made up.
+MAX_BYTES = 1 << 30
 
 Feeds = dict[str, Array]
 
 
-def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]] = ()) -> list[Feeds]:
-    """Feeds on which the model runs, at two batch sizes where its batch is free.
+@dataclass(frozen=True)
+class Run:
+    """Inputs of a model and the outputs it makes of them."""
+
+    feeds: Feeds
+    outputs: dict[str, Any]
+
+
+def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]] = ()) -> list[Run]:
+    """Runs of the model, at two batch sizes where its batch is free.
 
     Args:
         model: what to feed.
@@ -30,10 +43,10 @@ def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]
         samples: real inputs, preferred to made-up ones.
 
     Returns:
-        No feeds at all if none of those tried runs.
+        Nothing at all if it runs on none of the inputs tried.
     """
     for candidates in _candidates(model.inputs(), samples):
-        working = [feeds for feeds in candidates if _runs(session, feeds)]
+        working = [run for run in (_run(session, feeds) for feeds in candidates) if run is not None]
         if working:
             return working
     return []
@@ -42,12 +55,20 @@ def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]
 def _candidates(specs: Sequence[InputSpec], samples: Sequence[Mapping[str, Array]]) -> Iterator[list[Feeds]]:
     if samples:
         yield [dict(samples[0]), *_single(specs, samples[0])]
+    if sum(map(_least_bytes, specs)) > MAX_BYTES:
+        return
     for size, uneven in itertools.product(FREE_SIZES, (True, False)):
         plain = [make_feeds(specs, batch=batch, size=size, seed=batch, uneven=uneven) for batch in BATCHES]
         if any(map(_has_ids, specs)):
             plain.append(make_feeds(specs, batch=BATCHES[0], size=size, ids=MAX_ID, uneven=uneven))
         yield plain
     yield [make_feeds(specs, batch=1, size=size) for size in FREE_SIZES]
+
+
+def _least_bytes(spec: InputSpec) -> int:
+    """What an input takes if its free axes have size 1."""
+    sizes = (dim for dim in spec.shape or () if isinstance(dim, int))
+    return math.prod(sizes) * (spec.dtype.itemsize if spec.dtype is not None else 0)
 
 
 def _has_ids(spec: InputSpec) -> bool:
@@ -64,12 +85,11 @@ def _single(specs: Sequence[InputSpec], feeds: Mapping[str, Array]) -> list[Feed
     return [{name: array[:1] for name, array in feeds.items()}]
 
 
-def _runs(session: Session, feeds: Feeds) -> bool:
+def _run(session: Session, feeds: Feeds) -> Run | None:
     try:
-        session.run(feeds)
+        return Run(feeds, session.run(feeds))
     except LoadError:
-        return False
-    return True
+        return None
 
 
 def make_feeds(

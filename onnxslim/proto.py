@@ -119,6 +119,8 @@ def _import(proto: GraphProto, outer: Scope, ir_version: int, decode: Decode) ->
 def _declare_values(graph: Graph, proto: GraphProto, scope: Scope, ir_version: int, decode: Decode) -> None:
     constants: dict[str, Constant] = {}
     for tensor in proto.initializer:
+        if tensor.name in constants:
+            raise LoadError(f"initializer '{tensor.name}' is there twice")
         constants[tensor.name] = Constant(tensor.name, proto=tensor, load=_loader(tensor, decode))
     for sparse in (_embedded(item, decode) for item in proto.sparse_initializer):
         constants[sparse.values.name] = Constant(sparse.values.name, proto=sparse, load=dense(sparse, decode))
@@ -353,7 +355,7 @@ def encode_embedded(constant: Constant) -> TensorProto:
         renamed.CopyFrom(origin)
         renamed.name = constant.name
         return renamed
-    return numpy_helper.from_array(np.asarray(constant.values), constant.name)
+    return numpy_helper.from_array(np.asarray(constant.peek()), constant.name)
 
 
 def _node(node: Node, known: set[int], ir_version: int, encode: Encode) -> NodeProto:

@@ -11,7 +11,7 @@ import typer
 from onnxslim import passes, terminal
 from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
 from onnxslim.cli.running import process, warn_of_made_up_inputs
-from onnxslim.cli.words import DataWords, Debug, Job, Json, Quiet, expanded, limits
+from onnxslim.cli.words import CustomOps, DataWords, Debug, Job, Json, Quiet, expanded, limits
 from onnxslim.errors import UsageError
 
 app = typer.Typer(
@@ -121,22 +121,65 @@ def _inspect(
         bool,
         typer.Option("--dump-to-disk", help="also write the nodes of IN.onnx to IN.onnx_model_info.csv here"),
     ] = False,
+    json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what models consist of."""
-    from onnxslim import utils
+    """Show what models consist of and need.
 
-    utils.inspect(models, dump_to_disk=dump_to_disk)
+    Of two models, also tells how the second differs from the first, by the names of nodes and constants.
+    """
+    from onnxslim import inspection, report, utils
+
+    found = [inspection.inspect(path) for path in models]
+    difference = inspection.compare(*models) if len(models) == 2 else None
+    if json:
+        terminal.show_json({"models": found, "difference": difference})
+    else:
+        report.show_inspections(terminal.console(), found, difference)
+    for path in models if dump_to_disk else ():
+        written = utils.dump_model_info_to_disk(utils.summarize_model(path))
+        terminal.log(f"model info written to {written}")
+
+
+@app.command("prune", cls=PassCommand)
+@expanded
+def _prune(
+    job: Job,
+    data: DataWords,
+    ctx: typer.Context,
+    families: Annotated[
+        bool, typer.Option("--families", help="only list what can be removed together, and what that saves")
+    ] = False,
+    explain: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TENSOR", help="only tell what may be removed of a tensor, or what pins it"),
+    ] = None,
+    save_plan: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="save which units went, for --plan")
+    ] = None,
+) -> None:
+    """Remove channels, heads and hidden units.
+
+    Which and how many is measured on --data, and what is left is fitted to it; without data the norms of
+    weights decide, and nothing is fitted.
+    """
+    from onnxslim.cli import pruning
+
+    if families or explain:
+        pruning.tell(job.source, families, explain or (), job.json)
+        return
+    result = process(job, data, [passes.create("prune", ctx.obj)])
+    if save_plan is not None:
+        pruning.save_plan(result, save_plan)
 
 
 # What commands named after passes do, for the list of commands; the pass itself tells its options.
 _SUMMARIES = {
     "quantize": "Make a model run in 8-bit integers.\n\nRanges are calibrated on --data.",
-    "prune": "Remove channels and heads that matter least.",
     "factorize": "Replace large layers by products of smaller ones.",
 }
-# Parts of slim, and slim itself, which takes more options.
-_NO_COMMANDS = ("slim", "fold", "eliminate", "fuse", "dedupe", "dead")
+# Parts of slim, and commands that take more options than their pass.
+_NO_COMMANDS = ("slim", "prune", "fold", "eliminate", "fuse", "dedupe", "dead")
 
 
 def _add_pass_command(name: str) -> None:
@@ -199,6 +242,7 @@ def _validate(
     threads: Annotated[
         int, typer.Option(min=0, help="threads per operator; 0 leaves it to ONNX Runtime")
     ] = 0,
+    custom_ops: CustomOps = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -218,7 +262,7 @@ def _validate(
     for note in opened.notes if opened else ():
         terminal.note(note, quiet)
     known = [Target.named(name) for name in provider] if provider else Target.available()
-    targets = [target.with_threads(threads) for target in known]
+    targets = [target.with_threads(threads).with_libraries(custom_ops or ()) for target in known]
     with terminal.progress(quiet) as progress:
         verdict = validate(
             model,

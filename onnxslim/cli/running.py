@@ -31,7 +31,7 @@ def process(
     *,
     recipe: Path | None = None,
     asked: Request | None = None,
-) -> None:
+) -> Result:
     """Run passes, or a recipe file, on a model.
 
     Args:
@@ -63,6 +63,7 @@ def process(
     if verdict is not None:
         verdict.require(**wanted.check)
     _save(job, wanted, model, result, told)
+    return result
 
 
 def _recipe(job: Job, words: DataWords, chain: Sequence[Pass], file: Path | None) -> Recipe:
@@ -85,7 +86,13 @@ def _rewritten(
 ) -> Result:
     feeds = asked.feeds(model) if asked else None
     data: Any = opened.data if opened else None
-    result = recipe.rewrite(model, data if feeds is None else [feeds], jobs=job.jobs, progress=progress)
+    result = recipe.rewrite(
+        model,
+        data if feeds is None else [feeds],
+        libraries=job.custom_ops or (),
+        jobs=job.jobs,
+        progress=progress,
+    )
     return asked.finish(model, result, feeds) if asked else result
 
 
@@ -108,7 +115,7 @@ def _verdict(
             model,
             result.model,
             opened.data if opened else None,
-            [Target.named(recipe.target)],
+            [Target.named(recipe.target).with_libraries(job.custom_ops or ())],
             labels=opened.labels if opened else None,
             rounds=30 if job.report or "latency" in recipe.check else 0,
             progress=progress,
