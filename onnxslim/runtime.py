@@ -113,6 +113,12 @@ _GPU = Quantized(
     ),
 )
 
+# Qualcomm's processors: 16-bit activations, which their own tools take for most networks.
+_QNN = Quantized(
+    activation=np.dtype(np.uint16),
+    kernels=_CPU_KERNELS - {"HardSigmoid"} | {"ConvTranspose"},
+)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -208,6 +214,14 @@ def _register(options: Any, libraries: Sequence[str]) -> None:
             options.register_custom_ops_library(library)
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         raise UsageError(f"cannot load custom operators from '{library}': {_message(error)}") from error
+
+
+def layout(name: str) -> Quantized:
+    """How a target wants its quantized models, be it here or not: one of `LAYOUTS`."""
+    return _QNN if name == "qnn" else Target.named(name).quantized
+
+
+LAYOUTS = ("cpu", "openvino", "cuda", "tensorrt", "qnn")
 
 
 def _targets() -> tuple[Target, ...]:
