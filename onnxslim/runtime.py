@@ -121,8 +121,8 @@ class Target:
         provider: ONNX Runtime's name of it.
         options: provider options.
         threads: threads per operator; 0 lets ONNX Runtime choose.
-        libraries: files of custom operators to load. They run as code of this process, so their names must come
-            from the caller, never from a model or a recipe.
+        libraries: files of custom operators to load. They are code that runs in this process, so their names
+            must come from the caller, never from a model or a recipe.
         quantized: how quantized models are laid out for it.
     """
 
@@ -200,11 +200,11 @@ class Target:
 
 
 def _register(options: Any, libraries: Sequence[str]) -> None:
-    for library in libraries:
-        try:
+    try:
+        for library in libraries:
             options.register_custom_ops_library(library)
-        except Exception as error:  # onnxruntime raises a dozen unrelated types
-            raise UsageError(f"cannot load custom operators from '{library}': {_message(error)}") from error
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
+        raise UsageError(f"cannot load custom operators from '{library}': {_message(error)}") from error
 
 
 def _targets() -> tuple[Target, ...]:
