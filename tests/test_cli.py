@@ -415,12 +415,6 @@ def test_places_that_cannot_be_written_fail_before_any_work(run: Run, folder: Pa
     assert "there is no folder" in error(run(*words, "--report", "none/report.json"), 6)
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="nothing is read-only to this user")
-def test_read_only_folders_fail_before_any_work(run: Run, folder: Path) -> None:
-    (folder / "data").chmod(0o500)
-    assert "not writable" in error(run("run", "in.onnx", "data/out.onnx", "-p", "failing:kind=bug"), 6)
-
-
 def test_errors_of_the_system_are_named(run: Run) -> None:
     message = error(run("run", "in.onnx", "-p", "failing:kind=disk"), 6)
     assert message == "onnxslim: error: /some/file: Permission denied"

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -92,7 +93,7 @@ def model(
     return helper.make_model(graph, ir_version=ir, opset_imports=[helper.make_opsetid("", opset)])
 
 
-def node(op: str, inputs: str, outputs: str, **attributes: object) -> onnx.NodeProto:
+def node(op: str, inputs: str, outputs: str, **attributes: Any) -> onnx.NodeProto:
     return helper.make_node(op, inputs.split(), outputs.split(), **attributes)
 
 
@@ -249,7 +250,7 @@ def test_bombs_are_neither_folded_nor_run(tmp_path: Path, kind: str) -> None:
     (tmp_path / "in.onnx").write_bytes(model(*nodes, constants=constants).SerializeToString())
     done = onnxslim("slim", "in.onnx", "out.onnx", "--report", "report.html", cwd=tmp_path)
     assert done.code == 0, done.err
-    assert (tmp_path / "out.onnx").stat().st_size < 10_000
+    assert (tmp_path / "out.onnx").stat().st_size < 20_000
     assert "ReduceSum" in {each.op for each in load(tmp_path / "out.onnx").nodes()}, "left unfolded"
     for each in (
         done,
@@ -462,7 +463,7 @@ def test_data_never_runs_code_and_never_fills_the_memory(tmp_path: Path) -> None
     header = "{'descr': '<f4', 'fortran_order': False, 'shape': (2500000000, 4), }".ljust(117) + "\n"
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", b"\x93NUMPY\x01\x00v\x00" + header.encode() + bytes(1 << 22))
-    assert (tmp_path / "bomb.npz").stat().st_size < 10_000
+    assert (tmp_path / "bomb.npz").stat().st_size < 20_000
     for name in ("pickle.npz", "pickle.npy", "bomb.npz"):
         done = onnxslim("validate", "in.onnx", "in.onnx", "--data", name, cwd=tmp_path)
         refused(done, 5, name)
@@ -580,9 +581,9 @@ def test_a_limit_on_file_sizes_loses_nothing(big: Path) -> None:
 
 
 def obey_modes() -> None:
-    """Give up what lets root write everywhere (CAP_DAC_OVERRIDE)."""
-    if not os.geteuid():
-        ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+    """Give up what lets root read and write everywhere: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    for capability in (1, 2) if not os.geteuid() else ():
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
