@@ -61,8 +61,14 @@ class Layer(ABC):
         """A weight of the operator's own layout from one of `matrix()`'s."""
 
     @abstractmethod
+    def shape(self, x: Array) -> tuple[int, ...]:
+        """Shape of the output for this input."""
+
     def count(self, x: Array) -> int:
         """How many positions the output has for this input."""
+        shape = list(self.shape(x))
+        del shape[self.axis]
+        return math.prod(shape)
 
     @abstractmethod
     def columns(self, x: Array, at: Positions) -> Floats:
@@ -141,22 +147,25 @@ class Product(Layer):
         weight = np.asarray(matrix[0]) / self._alpha
         return np.ascontiguousarray(weight if self.flipped else weight.T)
 
-    def count(self, x: Array) -> int:
+    def shape(self, x: Array) -> tuple[int, ...]:
         """See `Layer`."""
-        return len(self._rows(x))
+        rows = x.shape[1:] if self._transposed else x.shape[:-1]
+        return *rows, self.weight.shape[0 if self.flipped else 1]
 
     def columns(self, x: Array, at: Positions) -> Floats:
         """See `Layer`."""
         return np.ascontiguousarray(self._rows(x)[at].T, dtype=np.float32)[None]
 
     @property
+    def _transposed(self) -> bool:
+        return self.node.op == "Gemm" and bool(self.node.attrs.get("transA", 0))
+
+    @property
     def _alpha(self) -> float:
         return float(self.node.attrs.get("alpha", 1.0)) if self.node.op == "Gemm" else 1.0
 
     def _rows(self, x: Array) -> Array:
-        if self.node.op == "Gemm" and self.node.attrs.get("transA", 0):
-            return np.asarray(x.T)
-        return x.reshape(-1, x.shape[-1])
+        return np.asarray(x.T) if self._transposed else x.reshape(-1, x.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,9 +198,10 @@ class Window(Layer):
         split = matrix.reshape(self.groups, shape[1], -1, math.prod(self.kernel))
         return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(shape)
 
-    def count(self, x: Array) -> int:
+    def shape(self, x: Array) -> tuple[int, ...]:
         """See `Layer`."""
-        return len(x) * math.prod(self._frame(x.shape[2:])[0])
+        outputs = self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
+        return x.shape[0], outputs, *self._frame(x.shape[2:])[0]
 
     def columns(self, x: Array, at: Positions) -> Floats:
         """See `Layer`."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxslim import passes
     from onnxslim.calibration.data import CalibrationData
+    from onnxslim.channels import analyze
     from onnxslim.compat import slim
     from onnxslim.errors import (
         CalibrationError,
@@ -61,6 +62,7 @@ __all__ = [
     "ValidationError",
     "Verdict",
     "__version__",
+    "analyze",
     "load",
     "passes",
     "slim",
@@ -70,6 +72,7 @@ __all__ = [
 # Where each name lives. Nothing is imported before it is used: `onnxslim --help` needs none of it.
 _HOMES = {
     "calibration.data": ("CalibrationData",),
+    "channels": ("analyze",),
     "compat": ("slim",),
     "errors": (
         "CalibrationError",

@@ -557,7 +557,7 @@ def require_same_outputs(original: Model, result: Model, feeds: Feeds | None = N
         LoadError: ONNX Runtime fails on one of them.
     """
     before, after = Session(original, optimize="none"), Session(result, optimize="none")
-    batches = probes(original, before) if feeds is None else [feeds]
+    batches = [run.feeds for run in probes(original, before)] if feeds is None else [feeds]
     if not batches:
         raise ValidationError(
             "model_check: no inputs could be made up on which the model runs; give model_check_inputs"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from operator import is_
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from onnxslim import graph as ir
 from onnxslim import sizes, terms, values
 from onnxslim.graph import Constant, Dim, Node, Tensor, Variable
-from onnxslim.inference import Fact, Inference
+from onnxslim.inference import MAX_STEERING_ELEMENTS, Fact, Inference
 from onnxslim.model import DEFAULT_DOMAINS, Model
 from onnxslim.terms import Term
 from onnxslim.values import Vector
@@ -130,6 +134,40 @@ class Dims:
 
     def _term(self, dim: int | str) -> Term:
         return self._meaning.get(dim, dim) if isinstance(dim, str) else dim
+
+
+_latest: WeakKeyDictionary[Model, tuple[list[object], Dims]] = WeakKeyDictionary()
+
+
+def dims_of(model: Model) -> Dims:
+    """The sizes in a model, found anew only if it has changed since the last time."""
+    state = list(_state(model))
+    known = _latest.get(model)
+    if known is None or len(known[0]) != len(state) or not all(map(is_, known[0], state)):
+        # Once it is in use, another thread may replace it, but not change it.
+        known = _latest[model] = state, Dims(model)
+    return known[1]
+
+
+def _state(model: Model) -> Iterator[object]:
+    """All objects that sizes depend on; as long as these are the same ones, so are the sizes.
+
+    Values are never written into, only replaced.
+    """
+    yield from (sys.intern(f"{domain}:{version}") for domain, version in model.opsets.items())
+    yield model.shell
+    for graph in model.graphs():
+        yield graph
+        for tensor in (*graph.inputs, *graph.outputs):
+            yield from (tensor, tensor.dtype, tensor.shape if isinstance(tensor, Variable) else None)
+        yield from graph.defaults.values()
+        for node in graph.nodes:
+            yield from (node, node.op, node.domain, *node.attrs.values())
+            yield from node.outputs
+            for tensor in node.inputs:
+                yield tensor
+                if isinstance(tensor, Constant):
+                    yield tensor.values if tensor.size <= MAX_STEERING_ELEMENTS else None
 
 
 def _standard_nodes(model: Model) -> list[Node]:

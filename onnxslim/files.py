@@ -183,9 +183,9 @@ class DataWriter:
     @staticmethod
     def _bytes(constant: Constant) -> memoryview | bytes:
         if bit_width(constant.dtype) % 8 == 0:
-            return np.ascontiguousarray(constant.values).reshape(-1).view(np.uint8).data
+            return np.ascontiguousarray(constant.peek()).reshape(-1).view(np.uint8).data
         # Several to a byte; what the constant was read from may hold them in another field.
-        return numpy_helper.from_array(np.asarray(constant.values)).raw_data
+        return numpy_helper.from_array(np.asarray(constant.peek())).raw_data
 
     def close(self) -> None:
         """Flush to the disk."""

@@ -106,6 +106,10 @@ class Constant(gs.Constant):
     def values(self, values: Array) -> None:
         self._values, self.proto, self.load = values, None, None
 
+    def peek(self) -> Array:
+        """The values for the moment: what has not been decoded yet is not kept, and no file stays mapped."""
+        return self.load() if self._values is None and self.load is not None else self.values
+
     @property
     def tensor_proto(self) -> onnx.TensorProto | None:
         """The dense proto it was read from, if there is one."""

@@ -131,6 +131,11 @@ class Pass:
         """Rewrite the model; says what was done and, where nothing was, why."""
         raise NotImplementedError
 
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether inputs and outputs have the shapes they had: always, unless somebody asked otherwise."""
+        return True
+
     def parts(self) -> tuple[Pass, ...]:
         """Smaller passes that do the same when run in turn until nothing changes; () if there are none.
 
@@ -326,7 +331,7 @@ def _run(each: Pass, model: Model, ctx: Context) -> Changes:
 
 def _check(each: Pass, candidate: Model, changes: Changes, checker: Checker) -> None:
     try:
-        checker(candidate, lossless=each.lossless)
+        checker(candidate, lossless=each.lossless, shapes=each.keeps_shapes)
     except LoadError as error:
         nodes = list(dict.fromkeys(change.node for change in changes.changed))
         shown = ", ".join(f"'{node}'" for node in nodes[:3]) + (" …" if len(nodes) > 3 else "")

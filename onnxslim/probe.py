@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +26,16 @@ MAX_BYTES = 1 << 30
 Feeds = dict[str, Array]
 
 
-def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]] = ()) -> list[Feeds]:
-    """Feeds on which the model runs, at two batch sizes where its batch is free.
+@dataclass(frozen=True)
+class Run:
+    """Inputs of a model and the outputs it makes of them."""
+
+    feeds: Feeds
+    outputs: dict[str, Any]
+
+
+def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]] = ()) -> list[Run]:
+    """Runs of the model, at two batch sizes where its batch is free.
 
     Args:
         model: what to feed.
@@ -33,10 +43,10 @@ def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]
         samples: real inputs, preferred to made-up ones.
 
     Returns:
-        No feeds at all if none of those tried runs.
+        Nothing at all if it runs on none of the inputs tried.
     """
     for candidates in _candidates(model.inputs(), samples):
-        working = [feeds for feeds in candidates if _runs(session, feeds)]
+        working = [run for run in (_run(session, feeds) for feeds in candidates) if run is not None]
         if working:
             return working
     return []
@@ -75,12 +85,11 @@ def _single(specs: Sequence[InputSpec], feeds: Mapping[str, Array]) -> list[Feed
     return [{name: array[:1] for name, array in feeds.items()}]
 
 
-def _runs(session: Session, feeds: Feeds) -> bool:
+def _run(session: Session, feeds: Feeds) -> Run | None:
     try:
-        session.run(feeds)
+        return Run(feeds, session.run(feeds))
     except LoadError:
-        return False
-    return True
+        return None
 
 
 def make_feeds(

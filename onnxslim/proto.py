@@ -355,7 +355,7 @@ def encode_embedded(constant: Constant) -> TensorProto:
         renamed.CopyFrom(origin)
         renamed.name = constant.name
         return renamed
-    return numpy_helper.from_array(np.asarray(constant.values), constant.name)
+    return numpy_helper.from_array(np.asarray(constant.peek()), constant.name)
 
 
 def _node(node: Node, known: set[int], ir_version: int, encode: Encode) -> NodeProto:

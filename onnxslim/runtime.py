@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -142,7 +142,7 @@ class Target:
             min_channels=4,
             kernels=_CPU_KERNELS,
             slow=slow,
-            weight_only=frozenset(("MatMul",)),
+            weight_only=frozenset(("MatMul", "Gemm")),
         )
         return Target("cpu", CPU, threads=threads, quantized=rules)
 
@@ -220,6 +220,7 @@ class Session:
         optimize: "all", "extended", "basic" or "none" of ONNX Runtime's own graph optimizations.
         optimized: if given, ONNX Runtime writes the graph it runs to this file.
         profile: if given, ONNX Runtime writes what ran where to a file in this folder; see `placement`.
+        once: whether it is for a run or two, for which it does not pay to copy weights into another layout.
 
     Raises:
         LoadError: ONNX Runtime refuses the model; carries its message.
@@ -234,6 +235,7 @@ class Session:
         optimize: str = "all",
         optimized: Path | None = None,
         profile: Path | None = None,
+        once: bool = False,
     ) -> None:
         self.target = target or Target.cpu()
         if self.target.provider == REFERENCE:
@@ -241,7 +243,7 @@ class Session:
             self.input_names, self.output_names = self._session.input_names, self._session.output_names
             return
         _require(self.target)
-        options = _options(self.target, optimize, optimized)
+        options = _options(self.target, optimize, optimized, once)
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile / "profile")
@@ -289,7 +291,9 @@ def _refused(target: Target, source: bytes | str, error: Exception) -> Exception
     """What a session that could not be opened means: the model is at fault if processors refuse it too."""
     if target.provider != CPU:
         try:
-            onnxruntime().InferenceSession(source, _options(Target.cpu(), "none", None), providers=[CPU])
+            onnxruntime().InferenceSession(
+                source, _options(Target.cpu(), "none", None, once=True), providers=[CPU]
+            )
         except Exception:
             pass
         else:
@@ -375,14 +379,19 @@ def optimized_model(model: Model, target: Target | None = None) -> onnx.ModelPro
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall-clock times of one call, in milliseconds."""
+    """Times of one call, in milliseconds."""
 
     median: float
     minimum: float
 
 
 def latencies(
-    sessions: Sequence[Session], feeds: Mapping[str, Array], *, rounds: int = 30, seconds: float = 5.0
+    sessions: Sequence[Session],
+    feeds: Mapping[str, Array],
+    *,
+    rounds: int = 30,
+    seconds: float = 5.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[Latency], list[float]]:
     """Time sessions in turn on the same inputs, so that a busy machine slows all of them alike.
 
@@ -391,6 +400,7 @@ def latencies(
         feeds: inputs of each.
         rounds: turns at the most, after two to warm up.
         seconds: budget for all turns.
+        clock: what a run is timed with, in seconds.
 
     Returns:
         Times of each session, and the median over all turns of its time divided by the first one's.
@@ -403,9 +413,9 @@ def latencies(
     while len(times) < rounds and (len(times) < 5 or time.perf_counter() < end):
         turn = []
         for session in sessions:
-            start = time.perf_counter()
+            start = clock()
             session.run(feeds)
-            turn.append((time.perf_counter() - start) * 1e3)
+            turn.append((clock() - start) * 1e3)
         times.append(turn)
     table = np.array(times)
     found = [Latency(float(np.median(column)), float(column.min())) for column in table.T]
@@ -442,7 +452,7 @@ def _providers(target: Target) -> list[str | tuple[str, dict[str, str]]]:
     return [(target.provider, options)]
 
 
-def _options(target: Target, optimize: str, optimized: Path | None) -> Any:
+def _options(target: Target, optimize: str, optimized: Path | None, once: bool) -> Any:
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -454,6 +464,8 @@ def _options(target: Target, optimize: str, optimized: Path | None) -> Any:
         "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
         "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     }[optimize]
+    if once:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(

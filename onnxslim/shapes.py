@@ -6,7 +6,7 @@ import onnx
 from onnx import GraphProto
 
 from onnxslim import inference, proto
-from onnxslim.dims import Dims
+from onnxslim.dims import dims_of
 from onnxslim.graph import Graph, Variable
 from onnxslim.inference import Fact
 from onnxslim.model import Model
@@ -40,7 +40,7 @@ def deduce(model: Model) -> dict[int, Fact]:
     Args:
         model: not modified.
     """
-    return Dims(model).facts
+    return dims_of(model).facts
 
 
 def _apply(graph: Graph, found: GraphProto, outputs: bool) -> None:

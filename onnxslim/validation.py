@@ -119,7 +119,7 @@ def _batches(
         made = probes(model, session)
         if not made:
             raise CalibrationError("no inputs could be made up on which the model runs; pass data")
-        return iter(made), True
+        return iter([run.feeds for run in made]), True
     bound = (data if isinstance(data, CalibrationData) else CalibrationData(data)).bind(model.inputs())
     batches = iter(bound)
     head = next(batches, None)

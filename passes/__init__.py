@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnxslim.passes.factorize import Factorize
     from onnxslim.passes.fold import Fold
     from onnxslim.passes.fuse import Fuse
+    from onnxslim.passes.half import Half
     from onnxslim.passes.inline import Inline
     from onnxslim.passes.prune import Prune
     from onnxslim.passes.quantize import Quantize
@@ -39,6 +40,7 @@ __all__ = [
     "Factorize",
     "Fold",
     "Fuse",
+    "Half",
     "Inline",
     "Option",
     "Prune",
@@ -63,6 +65,7 @@ REGISTRY: tuple[tuple[str, str], ...] = (
     ("prune", "Prune"),
     ("factorize", "Factorize"),
     ("quantize", "Quantize"),
+    ("half", "Half"),
 )
 
 

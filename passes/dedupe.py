@@ -128,7 +128,7 @@ def _content(constant: Constant) -> Array:
     origin = constant.tensor_proto
     if origin is not None and origin.HasField("raw_data"):
         return np.frombuffer(origin.raw_data, np.uint8)
-    values = constant.values
+    values = constant.peek()
     if values.dtype.kind == "O":
         parts = (item.encode() if isinstance(item, str) else bytes(item) for item in values.reshape(-1))
         return np.frombuffer(b"".join(struct.pack("<q", len(part)) + part for part in parts), np.uint8)

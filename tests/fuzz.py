@@ -101,10 +101,10 @@ def damaged(random: np.random.Generator) -> bytes:
     content = bytearray(model.SerializeToString())
     if random.random() < 0.5:
         for _ in range(random.integers(1, 6)):
-            at = int(random.integers(len(content)))
+            at = int(random.integers(len(content) + 1))
             action = random.integers(3)
             if action == 0:
-                content[at] = int(random.integers(256))
+                content[at : at + 1] = random.bytes(1)
             elif action == 1:
                 del content[at : at + int(random.integers(1, 40))]
             else:

@@ -339,6 +339,10 @@ BROKEN: dict[str, tuple[Broken, str]] = {
     "opset from before": (model(RELU, opset=-3), "opset -3 of ai.onnx"),
     "no outputs": (model(RELU, outputs=()), "the model has no outputs"),
     "no operator sets": (onnx.ModelProto(ir_version=8, graph=model(RELU).graph), "imports no operator set"),
+    "text that is none": (
+        model(PRODUCT, constants=[weight()]).SerializeToString().replace(b"MatMul", b"Mat\xff\xfel"),
+        "is not UTF-8",
+    ),
     "no graph": (
         onnx.ModelProto(ir_version=8, opset_import=[helper.make_opsetid("", 17)]),
         "it has no graph",

@@ -209,6 +209,15 @@ def test_a_branch_makes_up_for_the_skip_beside_it(monkeypatch: pytest.MonkeyPatc
     assert error(student, teacher, feeds) < 0.9 * error(plain, teacher, feeds)
 
 
+def test_what_is_added_may_be_one_value_per_channel() -> None:
+    text = """g (float[N,4,H,W] x) => (float[N,4,A,B] y)
+    { s = Conv(x, v) p = GlobalAveragePool(x) c = Conv(s, w) y = Add(p, c) }"""
+    teacher = parse(text, {"v": mixing(4).reshape(4, 4, 1, 1), "w": random(4, 4, 3, 3)})
+    student = replaced(teacher, v=(mixing(4) @ mixing(4)).reshape(4, 4, 1, 1))
+    changes = restored(student, teacher, {"x": random(8, 4, 8, 7)})
+    assert changes.changed[0].action == "refitted to 'y'"
+
+
 def test_two_branches_of_a_sum_take_turns() -> None:
     text = """g (float[N,4,H,W] x) => (float[N,4,A,B] y)
     { s = Conv(x, v) a = Conv(s, w) k = Conv(s, z) y = Add(a, k) }"""
@@ -297,6 +306,17 @@ def test_layers_that_see_what_they_saw_are_not_touched() -> None:
         np.testing.assert_array_equal(values(student, name), values(teacher, name))
     np.testing.assert_array_equal(values(student, "u"), harmed)
     assert not repair(teacher.copy(), teacher, batches(2, 4))
+
+
+def test_nothing_changes_where_only_the_opset_does() -> None:
+    student, teacher = block()
+    student, before = teacher.copy(), teacher.to_proto().SerializeToString(deterministic=True)
+    student.opsets[""] = 18
+    changes = repair(student, teacher, batches(4, 4, 8, 8))
+    assert not changes
+    assert {skip.reason for skip in changes.skipped} == {"it computes what the original does"}
+    student.opsets[""] = 17
+    assert student.to_proto().SerializeToString(deterministic=True) == before
 
 
 def test_only_the_layers_asked_for() -> None:

@@ -143,14 +143,45 @@ def _inspect(
         terminal.log(f"model info written to {written}")
 
 
+@app.command("prune", cls=PassCommand)
+@expanded
+def _prune(
+    job: Job,
+    data: DataWords,
+    ctx: typer.Context,
+    families: Annotated[
+        bool, typer.Option("--families", help="only list what can be removed together, and what that saves")
+    ] = False,
+    explain: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TENSOR", help="only tell what may be removed of a tensor, or what pins it"),
+    ] = None,
+    save_plan: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="save which units went, for --plan")
+    ] = None,
+) -> None:
+    """Remove channels, heads and hidden units.
+
+    Which and how many is measured on --data, and what is left is fitted to it; without data the norms of
+    weights decide, and nothing is fitted.
+    """
+    from onnxslim.cli import pruning
+
+    if families or explain:
+        pruning.tell(job.source, families, explain or (), job.json)
+        return
+    result = process(job, data, [passes.create("prune", ctx.obj)])
+    if save_plan is not None:
+        pruning.save_plan(result, save_plan)
+
+
 # What commands named after passes do, for the list of commands; the pass itself tells its options.
 _SUMMARIES = {
     "quantize": "Make a model run in 8-bit integers.\n\nRanges are calibrated on --data.",
-    "prune": "Remove channels and heads that matter least.",
     "factorize": "Replace large layers by products of smaller ones.",
 }
-# Parts of slim, and slim itself, which takes more options.
-_NO_COMMANDS = ("slim", "fold", "eliminate", "fuse", "dedupe", "dead")
+# Parts of slim, and commands that take more options than their pass.
+_NO_COMMANDS = ("slim", "prune", "fold", "eliminate", "fuse", "dedupe", "dead")
 
 
 def _add_pass_command(name: str) -> None:

@@ -31,7 +31,7 @@ def process(
     *,
     recipe: Path | None = None,
     asked: Request | None = None,
-) -> None:
+) -> Result:
     """Run passes, or a recipe file, on a model.
 
     Args:
@@ -63,6 +63,7 @@ def process(
     if verdict is not None:
         verdict.require(**wanted.check)
     _save(job, wanted, model, result, told)
+    return result
 
 
 def _recipe(job: Job, words: DataWords, chain: Sequence[Pass], file: Path | None) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,8 +15,7 @@ from onnxslim.errors import UsageError
 from onnxslim.graph import Array
 from onnxslim.model import Model
 from onnxslim.ops import cost
-from onnxslim.passes.factorize import fit, plan
-from onnxslim.passes.factorize.chains import Chain
+from onnxslim.passes.factorize import chains, fit, plan
 from onnxslim.passes.factorize.fit import Fitted
 from onnxslim.passes.factorize.gate import Gate
 from onnxslim.passes.factorize.layers import Layer
@@ -112,10 +112,11 @@ class _Work:
     def __call__(self) -> Changes:
         """Search, choose, rewrite, measure."""
         layers, known = layers_of(self._model, self._shapes, self._wish.exclude, self._log)
-        if self._meets_already(layers, known):
+        whole = chains.undone(self._model, known) if known else self._model
+        if known and self._is_met(whole):
             return self._log.done()
         entries = self._search(layers)
-        picks = self._choose(entries, layers, known)
+        picks = self._choose(entries, whole)
         if not picks:
             return self._log.done()
         teacher = self._model.copy()
@@ -136,34 +137,39 @@ class _Work:
 
     # Choosing
 
-    def _meets_already(self, layers: Sequence[Layer], known: Sequence[Chain]) -> bool:
-        """Whether a budget in size is met by what was factorized before."""
-        unit = self._wish.unit
-        if self._wish.energy is not None or unit == "time":
+    def _is_met(self, whole: Model) -> bool:
+        """Whether factors that are there already save what is asked for."""
+        if self._wish.energy is not None:
             return False
-        total = self._total(unit, layers) + sum(chain.saved[unit] for chain in known)
-        share, wanted = self._total(unit, layers) / total, self._share
-        if share <= wanted:
+        if self._wish.unit == "time":
+            _, (_, share) = latency.compare([whole, self._model], self._sample, self._ctx.target)
+        else:
+            share = self._total(self._model) / self._total(whole)
+        met = share <= self._share + (TOLERANCE if self._wish.unit == "time" else 0.0)
+        if met:
             self._log.skip(
-                self._name, f"factors in it save enough already: {share:.1%} of its {unit} are left"
+                self._name, f"the factors in it leave {share:.1%} of its {self._wish.unit} already"
             )
-        return share <= wanted
+        return met
 
     @property
     def _share(self) -> float:
         wish = self._wish
         return wish.params or wish.macs or (1.0 / wish.speedup if wish.speedup else DEFAULT_MACS)
 
-    def _total(self, unit: Unit, layers: Sequence[Layer]) -> float:
-        """Of the whole model, at its present state."""
-        if unit == "params":
-            return self._model.stats().parameters
-        counted = cost.macs(self._model, self._shapes)
-        return counted if counted else sum(layer.macs for layer in layers)
+    def _total(self, model: Model) -> float:
+        """Parameters or multiply-accumulates of a model; of the latter, those of its layers at least."""
+        if self._wish.unit == "params":
+            return model.stats().parameters
+        return cost.macs(model, self._shapes) or self._layer_macs(model)
 
-    def _choose(self, entries: Sequence[Entry], layers: Sequence[Layer], known: Sequence[Chain]) -> Picks:
+    def _layer_macs(self, model: Model) -> int:
+        found, known = layers_of(model, self._shapes, (), Log())
+        return sum(layer.macs for layer in (*found, *itertools.chain.from_iterable(known)))
+
+    def _choose(self, entries: Sequence[Entry], whole: Model) -> Picks:
         """A candidate for each layer that gets one; says what keeps others whole."""
-        wish = self._wish
+        wish, why = self._wish, "the budget is met without it"
         if not entries:
             self._log.skip(self._name, "no layer has factors that save anything")
             return []
@@ -171,21 +177,17 @@ class _Work:
             found = plan.by_energy(entries, 1.0 - wish.energy, wish.unit)
             why = f"no factors that save keep {wish.energy:.1%} of its power"
         elif wish.unit == "time":
-            found, why = self._in_time(entries), "the budget is met without it"
+            found = self._in_time(entries, whole)
         else:
-            found, why = self._in_size(entries, layers, known), "the budget is met without it"
+            found = self._in_size(entries, whole)
         for entry, pick in zip(entries, found, strict=True):
             if pick is None:
                 self._log.skip(entry.layer.name, f"left whole: {why}")
         return [(entry, pick) for entry, pick in zip(entries, found, strict=True) if pick is not None]
 
-    def _in_size(
-        self, entries: Sequence[Entry], layers: Sequence[Layer], known: Sequence[Chain]
-    ) -> list[Candidate | None]:
-        unit = self._wish.unit
-        now = self._total(unit, layers)
-        total = now + sum(chain.saved[unit] for chain in known)
-        fixed = now - sum(entry.cost(unit) for entry in entries)
+    def _in_size(self, entries: Sequence[Entry], whole: Model) -> list[Candidate | None]:
+        unit, total = self._wish.unit, self._total(whole)
+        fixed = self._total(self._model) - sum(entry.cost(unit) for entry in entries)
         found, met = plan.chosen(entries, unit, self._share * total - fixed)
         left = fixed + sum(
             entry.cost(unit) * (pick.cost(unit) if pick else 1.0)
@@ -193,32 +195,27 @@ class _Work:
         )
         self._log.facts["budget"] = f"{left / total:.1%} of {unit}, {self._share:.1%} wanted"
         if not met:
-            self._log.skip(
-                self._name,
-                f"budget out of reach: {left / total:.1%} of its {unit} is the least, not {self._share:.1%}",
-            )
+            why = f"budget out of reach: {left / total:.1%} of its {unit} is the least, not {self._share:.1%}"
+            self._log.skip(self._name, why)
         return found
 
-    def _in_time(self, entries: Sequence[Entry]) -> list[Candidate | None]:
+    def _in_time(self, entries: Sequence[Entry], whole: Model) -> list[Candidate | None]:
         """Candidates with which the whole model is as fast as asked for: a budget for layers, corrected."""
-        alone = sum(entry.milliseconds for entry in entries)
-        whole, _ = latency.compare([self._model], self._sample, self._ctx.target)
-        budget = alone - whole * (1.0 - self._share)
+        milliseconds, (_, now) = latency.compare([whole, self._model], self._sample, self._ctx.target)
+        budget = sum(entry.milliseconds for entry in entries) - milliseconds * (now - self._share)
         found: list[Candidate | None] = []
-        ratio = 1.0
+        ratio = now
         for _ in range(CORRECTIONS):
             found, met = plan.chosen(entries, "time", budget)
             picks = [(entry, pick) for entry, pick in zip(entries, found, strict=True) if pick]
-            _, ratios = latency.compare([self._model, self._shaped(picks)], self._sample, self._ctx.target)
-            ratio = ratios[1]
+            _, (_, ratio) = latency.compare([whole, self._shaped(picks)], self._sample, self._ctx.target)
             if not met or abs(ratio - self._share) <= TOLERANCE:
                 break
-            budget -= (ratio - self._share) * whole
+            budget -= (ratio - self._share) * milliseconds
         self._log.facts["budget"] = f"{1 / ratio:.2f} times as fast, {1 / self._share:.2f} wanted"
         if ratio > self._share + TOLERANCE:
-            self._log.skip(
-                self._name, f"budget out of reach: {1 / ratio:.2f} times as fast is the most measured"
-            )
+            why = f"budget out of reach: {1 / ratio:.2f} times as fast is the most that was measured"
+            self._log.skip(self._name, why)
         return found
 
     def _shaped(self, picks: Picks) -> Model:

@@ -7,32 +7,22 @@ more weights, they are its factors: they are left alone, and a budget counts wha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
-from onnxslim.graph import Node
-from onnxslim.passes.factorize.layers import Layer
+import numpy as np
 
+from onnxslim.graph import Attribute, Node
+from onnxslim.model import Model
+from onnxslim.passes.factorize.layers import Layer, Sizes
+from onnxslim.rewrite import Editor
 
-@dataclass(frozen=True)
-class Chain:
-    """Factors in order, and the weights and multiply-accumulates of the layer they stand for."""
-
-    layers: tuple[Layer, ...]
-    params: int
-    macs: int
-
-    @property
-    def saved(self) -> dict[str, int]:
-        """What the factors have less than that layer."""
-        return {
-            "params": self.params - sum(layer.weight.size for layer in self.layers),
-            "macs": self.macs - sum(layer.macs for layer in self.layers),
-        }
+# Two or more layers, each of which alone reads what the one before it makes.
+Chain: TypeAlias = tuple[Layer, ...]
 
 
 def find(layers: Iterable[Layer], outputs: frozenset[int]) -> list[Chain]:
-    """All chains of two or more factors.
+    """All chains of factors.
 
     Args:
         layers: of one graph.
@@ -47,7 +37,7 @@ def find(layers: Iterable[Layer], outputs: frozenset[int]) -> list[Chain]:
             members = [layer]
             while id(members[-1].node) in after:
                 members.append(after[id(members[-1].node)])
-            found.append(_chain(members))
+            found.append(tuple(members))
     return found
 
 
@@ -60,15 +50,42 @@ def _follower(layer: Layer, known: Mapping[int, Layer], outputs: frozenset[int])
     reader = known.get(id(readers[0]))
     if reader is None or reader.groups != layer.groups or len(reader.kernel) != len(layer.kernel):
         return None
+    if not layer.kernel and (reader.node.op, reader.form.weight_index) != (
+        layer.node.op,
+        layer.form.weight_index,
+    ):
+        return None
     if any(min(pair) > 1 for pair in zip(layer.kernel, reader.kernel, strict=True)):
         return None
-    return reader if _chain([layer, reader]).saved["params"] > 0 else None
+    return reader if layer.weight.size + reader.weight.size < math.prod(_whole((layer, reader))) else None
 
 
-def _chain(members: list[Layer]) -> Chain:
-    first, last = members[0], members[-1]
-    kernel = [max(sizes) for sizes in zip(*(layer.kernel for layer in members), strict=True)]
-    weights = first.groups * first.inputs * last.outputs * math.prod(kernel)
-    scatters = any(layer.form.scatters for layer in members)
-    positions = math.prod(first.entering if scatters else last.leaving)
-    return Chain(tuple(members), weights, first.rows * weights * positions)
+def _whole(chain: Chain) -> Sizes:
+    """Shape of the weight of the layer that does what a chain does."""
+    kernel = (max(sizes) for sizes in zip(*(layer.kernel for layer in chain), strict=True))
+    return (chain[0].groups, chain[0].inputs, chain[-1].outputs, *kernel)
+
+
+def undone(model: Model, chains: Sequence[Chain]) -> Model:
+    """A copy with each chain as one layer, to see what it costs: the weights of these layers are made up."""
+    copy = model.copy()
+    edit = Editor(copy)
+    made_by = {node.outputs[0].name: node for node in copy.graph.nodes if node.outputs}
+    for chain in chains:
+        first, last = (made_by[layer.output] for layer in (chain[0], chain[-1]))
+        data = first.inputs[1 - chain[0].form.weight_index]
+        weight = np.zeros(_whole(chain), chain[0].weight.dtype)
+        form = next((layer.form for layer in chain if layer.form.scatters), chain[-1].form)
+        form.restore(edit, last, data, weight, _joined([layer.node.attrs for layer in chain]))
+    edit.commit()
+    return copy
+
+
+def _joined(every: Sequence[Mapping[str, Attribute]]) -> dict[str, Attribute]:
+    """Attributes of the one layer; where a factor has nothing to say about an axis, it says 1, or 0."""
+    joined: dict[str, Attribute] = {}
+    for name, value in (item for attrs in every for item in attrs.items()):
+        if isinstance(value, tuple) and name in joined:
+            value = tuple(map(max, joined[name], value))
+        joined[name] = value
+    return joined

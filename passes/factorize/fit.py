@@ -22,10 +22,8 @@ from onnxslim.passes.factorize.layers import Layer
 from onnxslim.passes.factorize.schemes import Problem, Ranks, Scheme, merged, solve
 from onnxslim.runtime import Target
 
-# Inputs per result beyond which second moments, 8·k² bytes, are not taken.
-MAX_PATCH = 4608
-# Bytes of moments held at the same time.
-MAX_BYTES = 1 << 29
+# Bytes of moments of one layer beyond which they are not taken, and of all layers that are observed together.
+MAX_LAYER_BYTES, MAX_BYTES = 1 << 28, 1 << 29
 # How much weights are drawn to those there are, relative to the mean moment, when ranks are chosen, and what
 # is tried when factors are fitted.
 SHRINK = 1e-2
@@ -48,7 +46,11 @@ class Fitted:
 
 def observable(layer: Layer) -> bool:
     """Whether moments of what the layer reads can be taken, and kept in memory."""
-    return layer.form.gathers and layer.patch <= MAX_PATCH
+    return layer.form.gathers and _moment_bytes(layer) <= MAX_LAYER_BYTES
+
+
+def _moment_bytes(layer: Layer) -> int:
+    return 8 * layer.groups * layer.patch * (layer.patch + layer.outputs)
 
 
 def moments(
@@ -64,7 +66,7 @@ def moments(
 def _portions(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
     portion, held = list[Layer](), 0
     for layer in layers:
-        size = 8 * layer.groups * layer.patch * (layer.patch + layer.outputs)
+        size = _moment_bytes(layer)
         if portion and held + size > MAX_BYTES:
             yield portion
             portion, held = [], 0

@@ -146,6 +146,12 @@ class Form(ABC):
     def install(self, edit: Editor, node: Node, factors: Sequence[Factor], bias: Array | None) -> None:
         """Put factors in the place of a node; a bias replaces its own."""
 
+    @abstractmethod
+    def restore(
+        self, edit: Editor, node: Node, data: Tensor, weight: Array, attrs: Mapping[str, Attribute]
+    ) -> None:
+        """Put one layer with this weight and these attributes in the place of the last of its factors."""
+
 
 class Convolution(Form):
     """Conv: W [outputs, inputs / groups, *kernel]."""
@@ -183,6 +189,13 @@ class Convolution(Form):
             made = edit.variable(f"{_stem(node)}_factor{number}_output", data)
             edit.add(node, form.op, inputs, [made], attrs, name=f"{_stem(node)}_factor{number}")
             data = made
+
+    def restore(
+        self, edit: Editor, node: Node, data: Tensor, weight: Array, attrs: Mapping[str, Attribute]
+    ) -> None:
+        """The bias is that of the last."""
+        inputs = [data, _constant(edit, node, self.write(weight), 0), *_added(edit, node, None)]
+        edit.replace_node(node, self.op, inputs, {**attrs, "kernel_shape": weight.shape[3:]})
 
 
 class TransposedConvolution(Convolution):
@@ -251,6 +264,16 @@ class Product(Form):
         scaled = {"beta": node.attrs["beta"]} if "beta" in node.attrs and bias is None else {}
         outer = [*self._beside(second, made), *_added(edit, node, bias)]
         edit.replace_node(node, node.op, outer, scaled)
+
+    def restore(
+        self, edit: Editor, node: Node, data: Tensor, weight: Array, attrs: Mapping[str, Attribute]
+    ) -> None:
+        """What is added is what the last adds."""
+        constant = _constant(edit, node, self._written(weight[0]), 0)
+        inputs = [*self._beside(constant, data), *_added(edit, node, None)]
+        flip = "transB" if self.weight_index else "transA"
+        kept = {name: value for name, value in attrs.items() if name != flip}
+        edit.replace_node(node, node.op, inputs, kept)
 
     def _beside(self, weight: Constant, data: Tensor) -> list[Tensor]:
         return [data, weight] if self.weight_index else [weight, data]

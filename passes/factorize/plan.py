@@ -168,19 +168,37 @@ def expected(entry: Entry, points: Mapping[str, float]) -> Entry:
         entry: of which some candidates were measured.
         points: their error, by label; without any, what is lost counts as it is.
     """
-    known = [(each.lost, points[each.label]) for each in entry.candidates if each.label in points]
-    factor, exponent = knapsack.curve(known) if known else (1.0, 1.0)
-    judged = tuple(replace(each, error=factor * each.lost**exponent) for each in entry.candidates)
-    return replace(entry, candidates=judged)
+    curves = {scheme: _curve(of_kind, points) for scheme, of_kind in _by_scheme(entry).items()}
+    judged = []
+    for each in entry.candidates:
+        factor, exponent = curves[each.scheme.name]
+        judged.append(replace(each, error=factor * each.lost**exponent))
+    return replace(entry, candidates=tuple(judged))
+
+
+def _curve(found: Sequence[Candidate], points: Mapping[str, float]) -> tuple[float, float]:
+    known = [(each.lost, points[each.label]) for each in found if each.label in points]
+    return knapsack.curve(known) if known else (1.0, 1.0)
+
+
+def _by_scheme(entry: Entry) -> dict[str, list[Candidate]]:
+    """Candidates by scheme, those that lose least first."""
+    found: dict[str, list[Candidate]] = {}
+    for each in sorted(entry.candidates, key=lambda each: each.lost):
+        found.setdefault(each.scheme.name, []).append(each)
+    return found
 
 
 def probed(entry: Entry) -> list[Candidate]:
-    """The candidates to measure end to end: the one that loses most, and one halfway down."""
-    ranked = sorted(entry.candidates, key=lambda each: each.lost)
-    usable = [each for each in ranked if each.lost > 1e-9]
-    if len(usable) < 2:
-        return usable
-    return [usable[-1], usable[(len(usable) - 1) // 2]]
+    """The candidates to measure end to end: of each scheme the one that loses most, and one halfway down.
+
+    Schemes that lose as much of a layer do not lose the same directions of it.
+    """
+    found: list[Candidate] = []
+    for kind in _by_scheme(entry).values():
+        usable = [each for each in kind if each.lost > 1e-9]
+        found += {each.label: each for each in (usable[-1:] + usable[(len(usable) - 1) // 2 :][:1])}.values()
+    return found
 
 
 def chosen(entries: Sequence[Entry], unit: Unit, budget: float) -> tuple[list[Candidate | None], bool]:

@@ -66,7 +66,8 @@ class Problem:
         """The weight as [groups, inputs·first, outputs·rest], where `first` are the sizes of leading axes."""
         groups, inputs, outputs = self.weight.shape[:3]
         split: Array = self.weight.reshape(groups, inputs, outputs, math.prod(first), -1)
-        return split.transpose(0, 1, 3, 2, 4).reshape(groups, inputs * math.prod(first), -1)
+        found: Array = split.transpose(0, 1, 3, 2, 4).reshape(groups, inputs * math.prod(first), -1)
+        return found
 
     def metric(self, first: Sizes) -> Array | None:
         """Second moments of the rows of `unfolded`, averaged over the rest of the kernel."""

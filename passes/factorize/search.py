@@ -75,7 +75,7 @@ def layers_of(
         else:
             found[id(node)] = layer
     known = chains.find(found.values(), frozenset(ir.protected(model.graph)))
-    for member in (layer for chain in known for layer in chain.layers):
+    for member in (layer for chain in known for layer in chain):
         log.skip(member.name, "it is a factor already")
         del found[id(member.node)]
     return list(found.values()), known

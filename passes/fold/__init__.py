@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from onnxslim.dims import Dims
+from onnxslim.dims import dims_of
 from onnxslim.model import Model
 from onnxslim.passes.fold.edits import Edits
 from onnxslim.passes.fold.literals import lower_constants, make_scalars
@@ -43,7 +43,7 @@ class Fold(Pass):
         for _ in range(MAX_ROUNDS):
             if not any(values.may_fold(node) or is_sizing(node) for node in model.nodes()):
                 break
-            dims = Dims(model)
+            dims = dims_of(model)
             folded = [fold_sizes(edits, dims), settle_targets(edits, dims), values.fold(dims)]
             if not any([*folded, share_sizes(edits, dims)]):
                 break

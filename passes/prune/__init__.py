@@ -12,17 +12,16 @@ from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData, Feeds
 from onnxslim.channels import Analysis, analyze
+from onnxslim.costs import Costs
 from onnxslim.errors import UsageError
 from onnxslim.graph import Constant
 from onnxslim.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Masks
-from onnxslim.passes.fold import Fold
 from onnxslim.passes.prune.budget import TOLERANCE, allocate, uniform
 from onnxslim.passes.prune.choose import Candidates, candidates, criterion_of, damages
 from onnxslim.passes.prune.compensate import compensate
-from onnxslim.passes.prune.cost import Costs
-from onnxslim.passes.prune.cut import cut, unshare
+from onnxslim.passes.prune.cut import cut, prepare
 from onnxslim.passes.prune.exact import prove
 from onnxslim.passes.prune.importance import Importance
 from onnxslim.passes.prune.plan import PruningPlan
@@ -62,6 +61,11 @@ class Prune(Pass):
     )
     plan: str | None = Field(None, description="file of a plan to replay, instead of choosing")
 
+    @property
+    def keeps_shapes(self) -> bool:
+        """Outputs shrink only where that was asked for."""
+        return not self.allow_outputs
+
     def run(self, model: Model, ctx: Context) -> Changes:
         """Prune the model in place.
 
@@ -90,8 +94,7 @@ class _Run:
 
     def run(self) -> Changes:
         """All steps."""
-        Fold().run(self._model, self._ctx)
-        unshare(self._model)
+        prepare(self._model)
         first = self._analyze()
         before = Costs(self._model, first)
         self._whole = {"macs": before.macs({}), "params": before.parameters({})}

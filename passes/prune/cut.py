@@ -14,9 +14,17 @@ from onnxslim.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Cut, Masks
 from onnxslim.ops.channels.sizes import TARGETS, Sizes
+from onnxslim.passes.fold import Fold
+from onnxslim.pipeline import Context
 
 # Weights of operators that sum over an axis without being LINEAR for quantization.
 _SUMMING = ("LSTM", "GRU", "RNN", "Einsum")
+
+
+def prepare(model: Model) -> None:
+    """Fold what is constant, which shapes often depend on, and undo sharing that would tie layers."""
+    Fold().run(model, Context())
+    unshare(model)
 
 
 def unshare(model: Model) -> None:

@@ -31,7 +31,7 @@ def prove(
     Args:
         model: the analyzed model; not modified.
         analysis: of the model.
-        removed: units to remove; those of families that cross a normalization are left out.
+        removed: units to remove; families that cross a normalization or reach an output are left out.
         target: where to run.
         samples: real inputs, preferred to made-up ones.
 
@@ -41,10 +41,13 @@ def prove(
     Raises:
         InvalidGraph: the cut is wrong; names the family to blame.
     """
+    outputs = {tensor.name for tensor in model.graph.outputs}
     exact = {
         family.name: removed[family.name]
         for family in analysis.families
-        if not family.crosses and len(removed.get(family.name, ()))
+        if len(removed.get(family.name, ()))
+        and not family.crosses
+        and not any(member.tensor in outputs for member in family.members)
     }
     found = _difference(model, analysis, exact, target, samples) if exact else None
     if found is not None and found > EXACT:

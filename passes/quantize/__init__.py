@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from onnxslim import shapes
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.judge import Judge
+from onnxslim.calibration.gram import batch_samples
+from onnxslim.calibration.judge import SAMPLES, Judge
 from onnxslim.errors import CalibrationError
 from onnxslim.model import Model
-from onnxslim.passes.quantize.build import Builder, Recipe, Settings
+from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Recipe, Settings
 from onnxslim.passes.quantize.fused import fused
-from onnxslim.passes.quantize.prepare import prepare
-from onnxslim.passes.quantize.search import Layer, Search, Trial
+from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
+from onnxslim.passes.quantize.search import ENOUGH, Layer, Search, Trial
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
-from onnxslim.runtime import CPU
+from onnxslim.runtime import CPU, Target
 
 ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
+Activations = Literal["auto", "uint8", "int8", "uint16", "none"] | None
 Algorithm = Literal["auto", "rtn", "cd"]
 
 
@@ -31,13 +35,23 @@ class Quantize(Pass):
     target with a range chosen on calibration data, biases int32. Operators that gain nothing stay in floating
     point, and the report names them.
 
-    A quarter of the data is held out. If the outputs lose more than `require_sqnr` allows on it, every layer
+    Part of the data is held out. If the outputs lose more than `require_sqnr` allows on it, every layer
     is measured on its own, and the fewest that have to are kept out of integers.
     """
 
     name: ClassVar[str] = "quantize"
     needs_data: ClassVar[bool] = True
 
+    weights: Bits = Field(
+        "int8",
+        description="integer type of weights; int4 halves the file again, and is computed with as int8 or, "
+        "where activations are not integers, in blocks of 32 with a scale each",
+    )
+    activations: Activations = Field(
+        "auto",
+        description="integer type of activations: that of the target, another one, or none: then only "
+        "weights of matrix products and embeddings are stored as integers",
+    )
     observer: ObserverName = Field(
         "auto",
         description="how ranges of activations are chosen: exact min/max, a percentile, least KL divergence, "
@@ -74,33 +88,60 @@ class Quantize(Pass):
             CalibrationError: there is no calibration data, or it does not fit the model.
             PassError: the model's opset is too old and cannot be raised.
         """
-        if ctx.data is None:
+        if ctx.data is None and self._static:
             raise CalibrationError(
                 "pass 'quantize' needs calibration data: pass data=, or --data on the command line"
             )
-        data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
-        data.check(model.inputs())
         log = Log()
-        prepare(model, ctx.target.quantized, log)
+        ctx = replace(ctx, target=self._target(ctx.target))
+        wide = self.weights == "int4" or ctx.target.quantized.activation.itemsize > 1
+        prepare(model, ctx.target.quantized, log, WIDE_OPSET if wide else MIN_OPSET)
         shapes.infer(model)
-        trial = self._search(model, replace(ctx, data=data), log)
-        log.add(trial.candidate.log.done())
-        plan = trial.candidate.plan
+        candidate = self._candidate(model, ctx, log)
+        log.add(candidate.log.done())
+        plan = candidate.plan
         if not plan.linear and not plan.stored:
             log.skip(model.graph.name or "model", "no operator with weights can run in integers")
             return Changes((), log.done().skipped)
-        model.graph = trial.candidate.model.graph
+        model.graph = candidate.model.graph
         if ctx.target.provider == CPU:
             integer = {key: label for key, label in plan.labels.items() if key in plan.integer}
             log.facts.update(fused(model, integer, ctx.target))
         return log.done()
 
+    @property
+    def _static(self) -> bool:
+        return self.activations not in (None, "none")
+
+    def _target(self, target: Target) -> Target:
+        """The target with the wanted type of activations."""
+        if not self._static or self.activations in (None, "auto"):
+            return target
+        kind = np.dtype(self.activations)
+        rules = replace(target.quantized, activation=kind, symmetric=kind.kind == "i")
+        return replace(target, quantized=rules)
+
+    def _candidate(self, model: Model, ctx: Context, log: Log) -> Candidate:
+        """The result, found by a search if there is data to judge by."""
+        if ctx.data is None:
+            return Builder(model, ctx, self._settings())(Recipe())
+        data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
+        data.check(model.inputs())
+        return self._search(model, replace(ctx, data=data), log).candidate
+
+    def _settings(self) -> Settings:
+        return Settings(
+            self.exclude, self.classifier, self.bias_correction, self.per_channel, self.weights, self._static
+        )
+
     def _search(self, model: Model, ctx: Context, log: Log) -> Trial:
         """The candidate to take, and in the log how it was found."""
         fit, held = _split(ctx.data)
-        settings = Settings(self.exclude, self.classifier, self.bias_correction, self.per_channel)
-        search = Search(Builder(model, replace(ctx, data=fit), settings), Judge(model, held, ctx.target))
-        if self.observer == "auto":
+        build = Builder(model, replace(ctx, data=fit), self._settings())
+        search = Search(build, Judge(model, held, ctx.target))
+        if not self._static:
+            trial = search.attempt(Recipe())
+        elif self.observer == "auto":
             trial = search.observer(Recipe())
         else:
             trial = search.attempt(Recipe((self.observer, self.percentile)))
@@ -113,6 +154,8 @@ class Quantize(Pass):
             if trial.score.sqnr < self.require_sqnr:
                 trial = search.keep(trial, layers, self.require_sqnr)
             log.facts["layers"] = [_row(layer, trial) for layer in layers]
+        if held is not fit:
+            trial = search.complete(trial, held)
         log.facts["sqnr"] = trial.score.sqnr
         log.facts["parts"] = dict(trial.score.parts)
         log.facts["observer"] = trial.recipe.observer[0]
@@ -120,19 +163,17 @@ class Quantize(Pass):
 
 
 def _split(data: CalibrationData) -> tuple[CalibrationData, CalibrationData]:
-    """Data to calibrate on and data to judge on; the same if there is a single batch."""
+    """Data to calibrate on and data to judge on, `SAMPLES` samples or half of all; the same for one batch."""
     try:
-        return data.holdout(HELD, seed=0)
-    except CalibrationError:
+        batches = len(data)
+    except TypeError:
+        batches = sum(1 for _ in data)
+    if batches < 2:
         return data, data
+    wanted = max(math.ceil(SAMPLES / batch_samples(next(iter(data)))), 1)
+    return data.holdout(min(wanted / batches, 0.5), seed=0)
 
 
 def _row(layer: Layer, trial: Trial) -> dict[str, object]:
     kept = layer.node in trial.recipe.kept
     return {"node": layer.node, "op": layer.op, "sqnr": round(layer.sqnr, 2), "kept": kept}
-
-
-# In dB: what keeps more is not worth the time that rounding by second moments takes.
-ENOUGH = 35.0
-# Share of the data that candidates are judged on.
-HELD = 0.25

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from onnxslim.calibration import observers
 from onnxslim.calibration.collect import Channels, Statistics, collect, merge
+from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import observe
 from onnxslim.calibration.layers import Layer, layer_of
 from onnxslim.calibration.observers import Distribution, Histogram, Range
@@ -21,9 +22,11 @@ from onnxslim.ops import Role, cost, spec_of
 from onnxslim.passes.quantize.insert import Inserter
 from onnxslim.passes.quantize.plan import Plan, Planner, exceeds
 from onnxslim.passes.quantize.rounding import Rounder
-from onnxslim.passes.quantize.weights import Encoder
+from onnxslim.passes.quantize.storing import Storage, nearest
+from onnxslim.passes.quantize.weights import FOUR_BITS, QMAX, Encoder
 from onnxslim.pipeline import Context, Log
 
+Bits = Literal["int8", "int4"]
 Observer = Literal["minmax", "percentile", "kl", "mse"]
 ObserverChoice: TypeAlias = tuple[Observer, float]  # with the percentile, if it is one
 Group: TypeAlias = tuple[str, ...]
@@ -35,12 +38,16 @@ class Settings:
 
     Attributes:
         exclude: globs on node names, or operator types, that stay in floating point.
+        weights: their integer type; int4 has a scale for every few inputs where activations are not integers.
+        static: whether activations become integers; if not, weights only are stored as such.
     """
 
     exclude: tuple[str, ...] = ()
     classifier: bool = False
     bias_correction: bool = True
     per_channel: bool = True
+    weights: Bits = "int8"
+    static: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Recipe:
         observer: how ranges are chosen, and the percentile if it is one.
         special: the same for some groups of tensors on one scale, by their names.
         kept: labels of nodes that stay in floating point, and why.
+        refused: labels of nodes whose weights stay in floating point as well, and why.
         only: if given, labels of the only weighted nodes to quantize.
         refined: whether weights are rounded for the least error of outputs; see `rounding`.
     """
@@ -58,6 +66,7 @@ class Recipe:
     observer: ObserverChoice = ("mse", 0.0)
     special: Mapping[Group, ObserverChoice] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     only: frozenset[str] | None = None
     refined: bool = False
 
@@ -86,8 +95,9 @@ class Builder:
         self.ctx = ctx
         self._settings = settings
         self._seen = Statistics({}, {})
-        self._nearest = Encoder()
-        self._refined: Encoder | None = None
+        limit = FOUR_BITS if settings.static and settings.weights == "int4" else QMAX
+        self._rounders: dict[str, Rounder] = {}
+        self._nearest, self._refined = Encoder(limit), Encoder(limit, self._rounders)
 
     def __call__(self, recipe: Recipe) -> Candidate:
         """Build one candidate.
@@ -100,8 +110,13 @@ class Builder:
         ranges = self._ranges(plan, recipe)
         groups = tuple(dict.fromkeys(_names(group) for group in plan.scales.values()))
         if plan.linear or plan.stored:
-            encoder = self._refining(plan) if recipe.refined else self._nearest
-            self._insert(twin, plan, ranges, log, encoder)
+            if recipe.refined:
+                self._observe(plan)
+            four = plan.stored if self._four_bits else []
+            plan.stored = [] if self._four_bits else plan.stored
+            self._insert(twin, plan, ranges, log, self._refined if recipe.refined else self._nearest)
+            plan.stored = plan.stored or four
+        self._store(twin, plan, recipe, log)
         return Candidate(twin, plan, log, groups)
 
     def macs(self) -> dict[str, int]:
@@ -126,7 +141,7 @@ class Builder:
                 self.ctx.target.quantized,
                 log,
                 refuse=refuse,
-                kept=recipe.kept,
+                kept=self._kept(recipe),
                 classifier=self._settings.classifier,
                 masked=masked,
             )
@@ -150,6 +165,48 @@ class Builder:
             return None
 
         return refuse
+
+    @property
+    def _four_bits(self) -> bool:
+        """Whether weights alone are stored, in four bits."""
+        return not self._settings.static and self._settings.weights == "int4"
+
+    def _kept(self, recipe: Recipe) -> Mapping[str, str]:
+        """Nodes that compute in floating point: those of the recipe, or all of them."""
+        if self._settings.static:
+            return recipe.kept
+        return {node.label: WEIGHTS_ONLY for node in self.model.graph.nodes}
+
+    def without(self, recipe: Recipe, labels: Iterable[str], reason: str) -> Recipe:
+        """The recipe with these weighted nodes one step more exact."""
+        more = dict.fromkeys(labels, reason)
+        return replace(recipe, kept=more) if self._settings.static else replace(recipe, refused=more)
+
+    def absorb(self, data: CalibrationData) -> None:
+        """Take more data into the ranges: what was held out to choose among candidates."""
+        seen = self._seen
+        more = collect(
+            self.model,
+            data,
+            list(seen.histograms),
+            channels=list(seen.means),
+            target=self.ctx.target,
+            jobs=self.ctx.jobs,
+        )
+        seen.merge(more)
+
+    def _store(self, model: Model, plan: Plan, recipe: Recipe, log: Log) -> None:
+        """What takes less room in the file than it computes with."""
+        storage = Storage(model, log)
+        storage.tables(self._refusal(recipe))
+        for node in plan.stored if self._four_bits else ():
+            rounder = self._rounders.get(node.inputs[1].name) if recipe.refined else None
+            storage.four_bits(node, rounder.four_bits if rounder else nearest)
+        if self._settings.static and recipe.only is None:
+            stored = {id(node) for node in plan.stored}
+            kept = [n for n in model.graph.nodes if n.label in recipe.kept and id(n) not in stored]
+            storage.halve([node for node in kept if spec_of(node).role is Role.LINEAR])
+        storage.finish()
 
     def _calibrate(self, plan: Plan) -> bool:
         """See to it that all tensors of a plan were observed; returns whether any had to be."""
@@ -179,22 +236,20 @@ class Builder:
                 found[id(node)] = (node.inputs[0].name, axis(node))
         return found
 
-    def _refining(self, plan: Plan) -> Encoder:
-        """What rounds the weights of a plan by what their layers see; made once, for the first plan."""
-        if self._refined is None:
-            labels = {plan.labels[id(node)] for node in plan.linear}
-            found = (layer_of(node) for node in self.model.graph.nodes if node.label in labels)
-            layers = [
-                each for each in found if isinstance(each, Layer) and len(each.node.inputs[1].outputs) == 1
-            ]
-            better: dict[str, Rounder] = {}
-            for rows, part in _portions(layers):
-                names = [layer.node.outputs[0].name for layer in part]
-                grams = observe(self.model, self.ctx.data, names, rows=rows, target=self.ctx.target)
-                for layer, name in zip(part, names, strict=True):
-                    better[layer.node.inputs[1].name] = Rounder(layer, grams[name])
-            self._refined = Encoder(better)
-        return self._refined
+    def _observe(self, plan: Plan) -> None:
+        """See what the layers of a plan see, once, and make ready to round their weights by it."""
+        labels = {plan.labels[id(node)] for node in (*plan.linear, *plan.stored)}
+        nodes = [node for node in self.model.graph.nodes if node.label in labels]
+        found = [layer for layer in map(layer_of, nodes) if isinstance(layer, Layer)]
+        new = [layer for layer in found if layer.node.inputs[1].name not in self._rounders]
+        linear = {plan.labels[id(node)] for node in plan.linear}
+        for rows, part in _portions([layer for layer in new if len(layer.node.inputs[1].outputs) == 1]):
+            names = [layer.node.outputs[0].name for layer in part]
+            grams = observe(self.model, self.ctx.data, names, rows=rows, target=self.ctx.target)
+            for layer, name in zip(part, names, strict=True):
+                node = layer.node
+                corrected = self._settings.bias_correction and node.label in linear and len(node.inputs) > 2
+                self._rounders[node.inputs[1].name] = Rounder(layer, grams[name], corrected)
 
     def _insert(
         self, model: Model, plan: Plan, ranges: Mapping[int, Range], log: Log, encoder: Encoder
@@ -226,13 +281,14 @@ class Builder:
     def _choose(self, values: Distribution, observer: ObserverChoice) -> Range:
         name, percent = observer
         symmetric = self.ctx.target.quantized.symmetric
+        levels = 1 << 8 * self.ctx.target.quantized.activation.itemsize
         if name == "minmax":
             return observers.min_max(values, symmetric=symmetric)
         if name == "percentile":
             return observers.percentile(values, percent, symmetric=symmetric)
         if name == "kl":
             return observers.kl_divergence(values, symmetric=symmetric)
-        return observers.mse(values, symmetric=symmetric)
+        return observers.mse(values, levels, symmetric=symmetric)
 
 
 def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:
@@ -254,6 +310,7 @@ def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:
     yield from waiting.items()
 
 
+WEIGHTS_ONLY = "only weights are asked for, which it does not read as integers"
 # Rows for a layer's second moments, and for one with no more inputs than a depthwise convolution has.
 ROWS = 4095
 NARROW = 64

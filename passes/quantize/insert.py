@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from onnxslim import graph as ir
@@ -349,6 +350,8 @@ class Inserter:
         if encoded.tightened:
             self.tightened[self._plan.labels[id(node)]] = encoded.tightened
         result = self._dequantized(weight, encoded.codes, encoded.scales, axis, zero_point=True)
+        if self._encode.limit == weights.FOUR_BITS:
+            self._pack(result)
         self._weights[id(weight), axis] = result, encoded
         return result, encoded
 
@@ -386,6 +389,17 @@ class Inserter:
         attrs = {"axis": axis} if scales.ndim else {}
         self._add("DequantizeLinear", f"{like.name}_DequantizeLinear", inputs, result, attrs)
         return result
+
+    def _pack(self, weight: Variable) -> None:
+        """Keep the codes behind a weight in four bits; kernels get them as int8, made once on loading."""
+        pair = self._new[-1]
+        assert pair.outputs[0] is weight
+        codes = pair.inputs[0]
+        assert isinstance(codes, Constant)
+        packed = Constant(self._name(f"{codes.name}_packed"), codes.values.astype(ml_dtypes.int4))
+        unpacked = Variable(codes.name, np.dtype(np.int8), codes.shape)
+        self._add("Cast", f"{codes.name}_Cast", [packed], unpacked, {"to": 3})
+        pair.inputs[0] = unpacked
 
     def _add(
         self,

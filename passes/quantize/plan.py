@@ -199,15 +199,17 @@ class Planner:
     def _stores(self, node: Node) -> bool:
         """Whether a matrix product kept out of integers reads its weight as integers and loses no time by it.
 
-        Behind integers, or in front of a Relu, ONNX Runtime would do something else with such a weight.
+        Behind integers ONNX Runtime would run it in integers after all.
         """
         spec = _standard(node)
         if node.label not in self._kept or spec is None or node.op not in self._rules.weight_only:
             return False
-        if self._result(node) is not node.outputs[0] or isinstance(node.inputs[0], Constant):
+        if isinstance(node.inputs[0], Constant):
             return False
         maker = producer(node.inputs[0])
-        return maker is None or spec_of(maker).role is Role.FLOAT
+        while maker is not None and spec_of(maker).role is Role.MOVE:
+            maker = producer(maker.inputs[0])
+        return maker is None or spec_of(maker).role is Role.FLOAT or maker.label in self._kept
 
     @staticmethod
     def _unfit_values(weight: Constant) -> str | None:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from onnxslim.calibration.gram import Gram
 from onnxslim.calibration.layers import Layer
-from onnxslim.passes.quantize.weights import MAX_PAIR, QMAX, Encoded
+from onnxslim.passes.quantize.storing import BLOCK, nearest
+from onnxslim.passes.quantize.weights import FOUR_BITS, MAX_PAIR, QMAX, Encoded
 
 Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
@@ -36,12 +37,26 @@ class Rounder:
     Attributes:
         layer: whose weight it is; alpha of a Gemm is 1.
         gram: moments of what it sees.
+        corrected: whether a bias takes in what the integers do to the mean.
     """
 
     layer: Layer
     gram: Gram
+    corrected: bool
 
-    def __call__(self, encoded: Encoded, pair_axis: int | None) -> Encoded:
+    def four_bits(self, matrix: Floats, scales: Floats) -> Floats:
+        """Four-bit codes of the same matrix, [inputs, outputs]; see `storing.Rounding`."""
+        steps = np.repeat(scales, BLOCK, axis=0)[: len(matrix)].T[None]
+        start = nearest(matrix, scales).T[None]
+        wanted = np.ascontiguousarray(matrix.T)[None]
+        codes, _ = refine(wanted, start, steps, self._moments(), limit=FOUR_BITS)
+        restored: Floats = np.ascontiguousarray(codes[0].T)
+        return restored
+
+    def _moments(self) -> Doubles:
+        return self.gram.gram if self.corrected else self.gram.raw().gram
+
+    def __call__(self, encoded: Encoded, pair_axis: int | None, limit: int) -> Encoded:
         """Better integers than these, under the same limits; see `weights.encode` for `pair_axis`."""
         target = self.layer.matrix()
         if encoded.scales.size != target.shape[0] * target.shape[1]:
@@ -52,38 +67,48 @@ class Rounder:
         channels = encoded.codes.shape[pair_axis] if pair_axis is not None else 0
         neighbours = Neighbours(channels, target.shape[2] // channels) if channels else None
         start = codes.reshape(target.shape), encoded.scales.reshape(target.shape[:2])
-        best, scales = refine(target, *start, self.gram.gram, neighbours)
+        best, scales = refine(target, *start, self._moments(), limit=limit, neighbours=neighbours)
         lost = np.einsum("gmk,gk->gm", target - best * scales[..., None], self.gram.x_mean)
         return replace(
             encoded,
             codes=np.ascontiguousarray(self.layer.restored(best).astype(np.int8)),
             scales=scales.reshape(encoded.scales.shape),
-            lost=lost.reshape(-1),
+            lost=lost.reshape(-1) if self.corrected else None,
         )
 
 
 def refine(
-    target: Floats, codes: Floats, scales: Floats, gram: Doubles, neighbours: Neighbours | None
+    target: Floats,
+    codes: Floats,
+    scales: Floats,
+    gram: Doubles,
+    *,
+    limit: int = QMAX,
+    neighbours: Neighbours | None = None,
 ) -> tuple[Floats, Floats]:
-    """Better codes and scales than the given ones.
+    """Better codes than the given ones, and better scales where there is one for each output.
 
     Args:
         target: weights wanted, float32 (groups, outputs, inputs), as `Layer.matrix`.
         codes: integers to start from, as float32, of the same shape; they keep all limits.
-        scales: of each output, float32 (groups, outputs).
+        scales: of each output, float32 (groups, outputs), or of each weight (groups, outputs, inputs).
         gram: covariance of the inputs, float64 (groups, inputs, inputs).
+        limit: largest magnitude of a code.
         neighbours: which codes must not add up to more than `weights.MAX_PAIR`, if any.
 
     Returns:
         codes and scales of the same shapes.
     """
     curvature = _damped(gram)
-    codes, scales = codes.copy(), scales.copy()
+    codes = codes.copy()
+    shared = scales.ndim == 2
+    steps = np.ascontiguousarray(np.broadcast_to(scales[..., None] if shared else scales, target.shape))
     for sweep in range(SWEEPS):
-        residual = np.asarray((codes * scales[..., None] - target) @ curvature, np.float32)
-        changed = _sweep(codes, scales, residual, curvature, neighbours)
-        if sweep == 0:
+        residual = np.asarray((codes * steps - target) @ curvature, np.float32)
+        changed = _sweep(codes, steps, residual, curvature, limit, neighbours)
+        if sweep == 0 and shared:
             scales = _refitted(target, codes, scales, curvature)
+            steps = np.ascontiguousarray(np.broadcast_to(scales[..., None], target.shape))
         if not changed:
             break
     return codes, scales
@@ -98,9 +123,10 @@ def _damped(gram: Doubles) -> Floats:
 
 def _sweep(
     codes: Floats,
-    scales: Floats,
+    steps: Floats,
     residual: Floats,
     curvature: Floats,
+    limit: int,
     neighbours: Neighbours | None,
 ) -> int:
     """One round over all inputs, in place; returns how many codes changed."""
@@ -110,15 +136,15 @@ def _sweep(
         before = codes[..., block].copy()
         local = residual[..., block].copy()
         for j in range(block.start, block.stop):
-            pull = local[..., j - start] / (scales * curvature[:, None, j, j])
-            low, high = neighbours.bounds(codes, j) if neighbours else (-QMAX, QMAX)
+            pull = local[..., j - start] / (steps[..., j] * curvature[:, None, j, j])
+            low, high = neighbours.bounds(codes, j) if neighbours else (-limit, limit)
             wanted = np.rint(codes[..., j] - pull).clip(low, high)
-            step = (wanted - codes[..., j]) * scales
+            step = (wanted - codes[..., j]) * steps[..., j]
             codes[..., j] = wanted
             local += step[..., None] * curvature[:, None, j, block]
         delta = codes[..., block] - before
         changed += int(np.count_nonzero(delta))
-        residual += (delta * scales[..., None]) @ curvature[:, block, :]
+        residual += (delta * steps[..., block]) @ curvature[:, block, :]
     return changed
 
 

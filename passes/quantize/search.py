@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.judge import Judge, Score
 from onnxslim.errors import LoadError
 from onnxslim.passes.quantize.build import Builder, Candidate, ObserverChoice, Recipe
@@ -19,8 +20,9 @@ OBSERVERS: tuple[ObserverChoice, ...] = (
     ("mse", 0.0),
     ("minmax", 0.0),
     ("percentile", 99.999),
-    ("percentile", 99.99),
 )
+# In dB: what keeps more is not worth a search.
+ENOUGH = 35.0
 # A simple candidate that comes before others has to be beaten by this much, in dB: the rest is chance.
 MARGIN = 0.2
 # Samples that rank layers; verification takes all there are.
@@ -80,13 +82,18 @@ class Search:
         return Trial(recipe, candidate, score)
 
     def observer(self, recipe: Recipe) -> Trial:
-        """The best way to choose ranges for all tensors."""
+        """The best way to choose ranges for all tensors; the first one if that is good enough."""
         best = self.attempt(replace(recipe, observer=OBSERVERS[0]))
-        for choice in OBSERVERS[1:]:
+        for choice in OBSERVERS[1:] if best.score.sqnr < ENOUGH else ():
             trial = self.attempt(replace(recipe, observer=choice))
             if trial.score.sqnr > best.score.sqnr + MARGIN:
                 best = trial
         return best
+
+    def complete(self, trial: Trial, held: CalibrationData) -> Trial:
+        """The same with ranges that the data held out so far has a part in, too."""
+        self._build.absorb(held)
+        return self.attempt(trial.recipe)
 
     def rounding(self, trial: Trial) -> Trial:
         """The same with weights rounded by what their layers see, if that does better as a whole."""
@@ -125,8 +132,8 @@ class Search:
         best, lacking, enough = trial, 0, len(order) + 1
         count = _needed(order, trial.score.noise, goal - trial.score.sqnr)
         while enough - lacking > 1:
-            kept = {layer.node: REASON for layer in order[:count]}
-            found = self.attempt(replace(trial.recipe, kept=kept))
+            labels = [layer.node for layer in order[:count]]
+            found = self.attempt(self._build.without(trial.recipe, labels, REASON))
             if found.score.sqnr >= goal:
                 best, enough = found, count
             else:
@@ -140,7 +147,7 @@ class Search:
 
 def _labels(trial: Trial) -> set[str]:
     plan = trial.candidate.plan
-    return {plan.labels[id(node)] for node in plan.linear}
+    return {plan.labels[id(node)] for node in plan.linear or plan.stored}
 
 
 def _needed(order: Sequence[Layer], noise: float, missing: float) -> int:

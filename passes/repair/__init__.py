@@ -178,6 +178,8 @@ class _Repair:
         x, present = job.rows(values, at)
         sums.square += float(np.square(goal, dtype=np.float64).sum())
         rest = goal.reshape(present.shape) - present
+        if self.method == "bias":
+            x = x[:, :0]
         cut = at.size - int(out.sum())
         sums.train.update(x[..., :cut], rest[..., :cut])
         sums.held.update(x[..., cut:], rest[..., cut:])

@@ -98,8 +98,14 @@ class Job(ABC):
         """Inputs (groups, inputs, positions) and the present goal (groups, outputs, positions)."""
 
     @abstractmethod
-    def write(self, graph: Graph, weight: Doubles, bias: Doubles) -> str | None:
-        """Add a change to the constants; returns why that is not possible, if so."""
+    def write(self, graph: Graph, weight: Doubles | None, bias: Doubles) -> str | None:
+        """Add a change to the constants; returns why that is not possible, if so.
+
+        Args:
+            graph: the main graph of the model.
+            weight: change per input, shape (groups, outputs, inputs); None for no change.
+            bias: change of the goal, shape (groups, outputs); without effect if there is no slot.
+        """
 
 
 @dataclass(eq=False)
@@ -134,30 +140,37 @@ class Linear(Job):
         y *= _grouped(self.goal.scale, y)
         y += _grouped(self.goal.shift, y)
         if self.goal.other:
-            y += self.layer.outputs(values[self.goal.other], at)
+            shape = self.layer.shape(values[self.node.inputs[0].name])
+            y += self.layer.outputs(np.broadcast_to(values[self.goal.other], shape), at)
         return x, y
 
-    def write(self, graph: Graph, weight: Doubles, bias: Doubles) -> str | None:
+    def write(self, graph: Graph, weight: Doubles | None, bias: Doubles) -> str | None:
         """See `Job`."""
-        scale = self.goal.scale.reshape(weight.shape[0], -1, 1)
-        change = np.divide(weight, scale, out=np.zeros_like(weight), where=_clear(scale))
-        weights = rounded(self.layer.restored(self._matrix + change), self.layer.weight.dtype)
-        if weights is None:
-            return f"its new weights do not fit into {self.layer.weight.dtype}"
+        weights = biases = None
+        if weight is not None:
+            scale = self.goal.scale.reshape(weight.shape[0], -1, 1)
+            change = np.divide(weight, scale, out=np.zeros_like(weight), where=_clear(scale))
+            weights = rounded(self.layer.restored(self._matrix + change), self.layer.weight.dtype)
+            if weights is None:
+                return f"its new weights do not fit into {self.layer.weight.dtype}"
         slot = self.goal.slot
         if slot is not None:
-            factor = slot.factor
-            shift = np.divide(bias.reshape(-1), factor, out=np.zeros(factor.shape), where=_clear(factor))
             old = constant_of(slot.node.input(slot.index))
-            values = shift if old is None else _added(old, shift)
-            biases = rounded(values, weights.dtype if old is None else old.dtype)
+            biases = self._biases(old, slot.factor, bias.reshape(-1))
             if biases is None:
                 return "its new bias does not fit into its type"
             if old is None:
                 slot.node.attrs.pop("beta", None)  # a Gemm without bias had no use for it
             put(graph, slot.node, slot.index, biases)
-        put(graph, self.node, 1, weights)
+        if weights is not None:
+            put(graph, self.node, 1, weights)
         return None
+
+    def _biases(self, old: Array | None, factor: Doubles, change: Doubles) -> Array | None:
+        shift = np.divide(change, factor, out=np.zeros(factor.shape), where=_clear(factor))
+        if old is None:
+            return rounded(shift, self.layer.weight.dtype)
+        return rounded(_added(old, shift), old.dtype)
 
 
 @dataclass(eq=False)
@@ -194,9 +207,9 @@ class Affine(Job):
         present = values_at(values[self.goal.tensor], self.axis, at)[:, None]
         return (present if self.scale else present[:, :0]), present
 
-    def write(self, graph: Graph, weight: Doubles, bias: Doubles) -> str | None:
+    def write(self, graph: Graph, weight: Doubles | None, bias: Doubles) -> str | None:
         """See `Job`."""
-        gain = 1.0 + weight[..., 0].reshape(-1) if self.scale else np.ones(bias.size)
+        gain = np.ones(bias.size) if weight is None or not self.scale else 1.0 + weight[..., 0].reshape(-1)
         slot = self.goal.slot
         changes: list[tuple[Node, int, Array | None]] = []
         if slot is not None:

@@ -64,6 +64,8 @@ def unchanged(student: Model, teacher: Model) -> set[str]:
     twins = {tensor.name: node for node in teacher.graph.nodes for tensor in node.outputs if tensor.name}
     inputs = {tensor.name for tensor in teacher.graph.inputs}
     same = {tensor.name for tensor in student.graph.inputs} & inputs
+    if student.opsets != teacher.opsets:  # the same node may mean something else
+        return same
     for node in student.graph.nodes:
         twin = twins.get(node.outputs[0].name) if node.outputs else None
         if twin is not None and _alike(node, twin, same):
@@ -107,7 +109,7 @@ def _linear(
     taken: set[int] = set()
     for node in student.graph.nodes:
         layer = layer_of(node)
-        if layer is None:
+        if layer is None or not isinstance(node.inputs[0], Variable):
             continue
         names = {node.outputs[0].name}
         if isinstance(layer, Layer):
@@ -183,8 +185,8 @@ def _normalization(node: Node) -> Affine | None:
     axis = _NORMALIZATIONS[node.op]
     if scale is None or scale.ndim != 1 or (node.input(2) is not None and bias is None):
         return None
-    if int(node.attrs.get("axis", -1)) != -1 or node.attrs.get("training_mode", 0):
-        return None
+    if node.attrs.get("training_mode", 0) or node.attrs.get("num_groups") == scale.size:
+        return None  # until opset 20, a GroupNormalization has one scale per group
     if bias is not None and bias.shape != scale.shape:
         return None
     slot = Slot(node, 2, np.ones(scale.size)) if bias is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -12,7 +13,7 @@ from onnxslim.calibration.gram import Doubles, Gram
 Method: TypeAlias = Literal["ridge", "bias"]
 
 # Strengths to choose from, in units of the mean square of an input.
-STRENGTHS = tuple(10.0**power for power in range(0, -8, -1))
+STRENGTHS = tuple(10.0**power for power in range(1, -8, -1))
 # A dead input has no variance of its own to scale the strength by.
 _FLOOR = 1e-9
 
@@ -22,14 +23,14 @@ class Fit:
     """Change d W and shift d b of a layer y = W x + b.
 
     Attributes:
-        weight: d W, shape (groups, outputs, inputs).
+        weight: d W, shape (groups, outputs, inputs); None if W had best stay what it is.
         bias: d b, shape (groups, outputs); zero if there is to be none.
-        strength: of the regularization; infinite where d W is zero.
+        strength: of the regularization; infinite where W stays.
         before, after: mean squared error per row on the samples held out, of the present weights and of those
             found on the other samples.
     """
 
-    weight: Doubles
+    weight: Doubles | None
     bias: Doubles
     strength: float
     before: float
@@ -45,21 +46,35 @@ def fit(train: Gram, held: Gram, *, method: Method = "ridge", bias: bool = True)
 
     Args:
         train, held: moments of x and r = wanted - present output, of two disjoint sets of samples.
-        method: "bias" leaves D zero.
+        method: "bias" leaves W as it is.
         bias: whether there is a d.
     """
     start, check = _centred(train, held, bias=bias)
-    zero = np.zeros_like(start.cross)
     before = float(held.around(held.x_mean, np.zeros_like(held.y_mean)).power.sum())
     candidates = [(float(check.power.sum()), np.inf)]
     if method == "ridge":
-        candidates += [(_error(_solved(start, strength), check), strength) for strength in STRENGTHS]
+        candidates.append(_downhill(lambda strength: _error(_solved(start, strength), check)))
     after, strength = min(candidates)
     whole = train.joined(held)
     centred = whole if bias else whole.raw()
-    weight = zero if strength == np.inf else _solved(centred, strength)
-    shift = centred.y_mean - (weight @ centred.x_mean[..., None])[..., 0]
+    shift = centred.y_mean
+    weight = None if strength == np.inf else _solved(centred, strength)
+    if weight is not None:
+        shift = shift - (weight @ centred.x_mean[..., None])[..., 0]
     return Fit(weight, shift if bias else np.zeros_like(shift), strength, before, after)
+
+
+def _downhill(error: Callable[[float], float]) -> tuple[float, float]:
+    """The least error and its strength, downhill from 1e-2: there is one valley as a rule."""
+    at, errors = len(STRENGTHS) // 3, dict[int, float]()
+    while True:
+        for index in (at - 1, at, at + 1):
+            if index not in errors and 0 <= index < len(STRENGTHS):
+                errors[index] = error(STRENGTHS[index])
+        best = min(errors, key=lambda index: (errors[index], index))
+        if best == at:
+            return errors[at], STRENGTHS[at]
+        at = best
 
 
 def _centred(train: Gram, held: Gram, *, bias: bool) -> tuple[Gram, Gram]:

@@ -24,8 +24,8 @@ from onnxslim.model import Model
 from onnxslim.ops import cost
 from onnxslim.passes import create
 from onnxslim.passes.dead import Dead
-from onnxslim.passes.factorize import Factorize, ranks, schemes
-from onnxslim.passes.factorize.layers import Layer
+from onnxslim.passes.factorize import Factorize, chains, ranks, schemes
+from onnxslim.passes.factorize.layers import Factor, Layer
 from onnxslim.passes.factorize.schemes import SCHEMES, Problem, balanced, directions, merged
 from onnxslim.passes.factorize.search import layers_of
 from onnxslim.passes.quantize import Quantize
@@ -82,8 +82,8 @@ def _assert_exact(model: Model, scheme: str) -> None:
     most = SCHEMES[scheme].largest(layer)
     assert cost.macs(found, inputs) == SCHEMES[scheme].macs(layer, most)
     assert cost.macs(model, inputs) == layer.macs
-    before, after = (sum(c.size for c in each.constants() if c.size > 1) for each in (model, found))
-    assert after - before == SCHEMES[scheme].parameters(layer, most) - layer.weight.size
+    sizes = [sum(c.size for c in each.constants() if c.size > 1) for each in (model, found)]
+    assert sizes[1] - sizes[0] == SCHEMES[scheme].parameters(layer, most) - layer.weight.size
 
 
 # ----------------------------------------------------------------------------------------- exact rewrites
@@ -208,7 +208,8 @@ def test_matmul_is_exact_at_full_rank(data: str, product: str, weight: tuple[int
 
 
 def _gram(rows: Array) -> Array:
-    return (rows.T @ rows).astype(np.float64)[None]
+    found: Array = (rows.T @ rows).astype(np.float64)[None]
+    return found
 
 
 @settings(max_examples=30)
@@ -336,7 +337,8 @@ def test_choice_spends_what_is_left() -> None:
 
 def test_power_law_goes_through_its_points() -> None:
     factor, exponent = ranks.curve([(0.1, 0.02), (0.4, 0.08)])
-    assert (factor, exponent) == (pytest.approx(0.2), pytest.approx(1.0))
+    assert factor == pytest.approx(0.2)
+    assert exponent == pytest.approx(1.0)
     assert ranks.curve([(0.1, 0.02), (0.11, 5.0)])[1] == 2.0
     assert ranks.curve([(0.0, 0.0)]) == (0.0, 1.0)
 
@@ -551,7 +553,7 @@ def test_a_budget_out_of_reach_is_said_to_be(net: Model, clock: dict[str, float]
     assert any("out of reach" in reason for reason in _reasons(changes).values())
 
 
-@pytest.mark.parametrize("options", [{"macs": 0.5}, {"params": 0.5}, {"energy": 0.9}])
+@pytest.mark.parametrize("options", [{"macs": 0.5}, {"params": 0.5}, {"energy": 0.9}, {"speedup": 1.5}])
 def test_factorizing_twice_does_nothing_new(
     net: Model, clock: dict[str, float], options: dict[str, float]
 ) -> None:
@@ -560,6 +562,68 @@ def test_factorizing_twice_does_nothing_new(
     assert not changes
     assert changes.skipped
     same_outputs(once, twice, exact=True)
+
+
+def _undone(model: Model) -> Model:
+    _, known = layers_of(model, {name: array.shape for name, array in feeds_for(model).items()}, (), Log())
+    assert known
+    return chains.undone(model, known)
+
+
+@settings(max_examples=30)
+@given(st.one_of(convolutions(), convolutions(transposed=True)), st.sampled_from(SEVERAL), st.integers(1, 2))
+def test_factors_are_recognised_and_count_as_the_layer_they_stand_for(
+    model: Model, scheme: str, rank: int
+) -> None:
+    layer, kind = _layer(model), SCHEMES[scheme]
+    assume(kind.refuses(layer) is None)
+    ranks_ = tuple(min(rank, most) for most in kind.largest(layer))
+    shapes = kind.shapes(layer, ranks_)
+    twin = model.copy()
+    target, edit = _layer(twin), Editor(twin)
+    factors = [
+        Factor(np.ones(shape, np.float32), axes) for shape, axes in zip(shapes, kind.axes(layer), strict=True)
+    ]
+    target.form.install(edit, target.node, factors, None)
+    edit.commit()
+    found, skipped = _layers(twin)
+    assume(kind.parameters(layer, ranks_) < 0.8 * layer.weight.size)  # else they are no factors
+    assume(all("depthwise" not in reason for reason in skipped.values()))
+    assume(not found)  # one of three may not save anything over the two others
+    back, inputs = _undone(twin), {name: array.shape for name, array in feeds_for(model).items()}
+    assert cost.macs(back, inputs) == cost.macs(model, inputs)
+    assert back.stats().parameters == model.stats().parameters
+    assert {name: value.shape for name, value in run(back).items()} == {
+        name: value.shape for name, value in run(model).items()
+    }
+
+
+@pytest.mark.parametrize(
+    "node", ["Gemm<transB=1, alpha=0.5>(x, w, b)", "MatMul(x, w)", "Gemm<transA=1>(w, x)"]
+)
+def test_products_are_recognised_as_factors(node: str) -> None:
+    shape = (24, 16) if "transB" in node else (16, 24)
+    data = "float[16,3] x" if "transA" in node else "float[3,16] x"
+    model = parse(f"g ({data}) => (float[A,B] y) {{ y = {node} }}", {"w": _normal(*shape), "b": _normal(24)})
+    twin = model.copy()
+    layer, edit = _layer(twin), Editor(twin)
+    factors = [Factor(np.ones((1, 16, 2), np.float32)), Factor(np.ones((1, 2, 24), np.float32))]
+    layer.form.install(edit, layer.node, factors, None)
+    edit.commit()
+    assert set(_layers(twin)[1].values()) == {"it is a factor already"}
+    back, inputs = _undone(twin), {name: array.shape for name, array in feeds_for(model).items()}
+    assert cost.macs(back, inputs) == cost.macs(model, inputs)
+    assert run(back)["y"].shape == run(model)["y"].shape
+
+
+def test_layers_that_are_no_factors(net: Model) -> None:
+    """Two layers in a row are one map; they are factors of it only if they are the smaller for it."""
+    wide = "g (float[N,8] x) => (float[N,M] y) { [a] h = MatMul(x, w1) [b] y = MatMul(h, w2) }"
+    found, skipped = _layers(parse(wide, {"w1": _normal(8, 32), "w2": _normal(32, 8)}))
+    assert len(found) == 2, skipped
+    seen = "g (float[N,8] x) => (float[N,M] y, float[N,2] h) { [a] h = MatMul(x, w1) [b] y = MatMul(h, w2) }"
+    found, skipped = _layers(parse(seen, {"w1": _normal(8, 2), "w2": _normal(2, 8)}))
+    assert len(found) == 2, skipped
 
 
 @pytest.mark.parametrize("scheme", SEVERAL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -181,3 +183,81 @@ def test_twelve_thousand_nodes_take_seconds() -> None:
     assert ops(large) == {"Add": 3000, "Relu": 3000, "Mul": 3000}
     assert end - middle < 15
     assert end - middle < 8 * (middle - start)
+
+
+@pytest.mark.slow
+def test_fifty_thousand_nodes_take_a_minute_at_most() -> None:
+    model = chain(12_500)
+    start = time.process_time()
+    Slim().run(model, Context())
+    assert time.process_time() - start < 60
+    assert ops(model) == {"Add": 12_500, "Relu": 12_500, "Mul": 12_500}
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_nodes_in_a_row_need_no_recursion() -> None:
+    model = chain(25_000)
+    Slim().run(model, Context())
+    assert ops(model)["Relu"] == 25_000
+
+
+def test_ifs_in_ifs_need_no_recursion() -> None:
+    depth = 25
+    inner, made = "r = Neg(x)", "r"
+    for level in range(depth):
+        branches = (
+            f"then_branch = t{level} () => (float[N] {made}) {{ {inner} }}, "
+            f"else_branch = e{level} () => (float[N] q{level}) {{ q{level} = Relu(i{level}) }}"
+        )
+        made = f"z{level}"
+        inner = f"i{level} = Identity(x) {made} = If(c) <{branches}>"
+    model = parse(f"g (float[N] x, bool c) => (float[N] {made}) {{ {inner} }}")
+    result = slimmed(model)
+    assert ops(result) == {"If": depth, "Relu": depth, "Neg": 1}
+    for flag in (True, False):
+        same_outputs(model, result, feeds_for(model) | {"c": np.array(flag)})
+
+
+# Peak memory of slimming a file and saving the result, in megabytes; a process of its own, to see only that.
+PEAK = """
+import resource, sys
+from onnxslim.model import load
+from onnxslim.passes.slim import Slim
+from onnxslim.pipeline import Context
+model = load(sys.argv[1])
+assert Slim().run(model, Context())
+model.save(sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_weights_of_2_5_gigabytes_take_little_memory(tmp_path: Path) -> None:
+    side, count = 8192, 10
+    size = side * side * 4
+    with (tmp_path / "weights").open("wb") as file:
+        for index in range(count):
+            file.seek(index * size)
+            file.write(np.float32(index + 1).tobytes())
+        file.truncate(count * size)
+    nodes, weights = [], []
+    for index in range(count):
+        weight = TensorProto(name=f"w{index}", data_type=TensorProto.FLOAT, dims=[side, side])
+        weight.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", "weights"), ("offset", index * size), ("length", size)):
+            weight.external_data.add(key=key, value=str(value))
+        weights.append(weight)
+        nodes.append(helper.make_node("Identity", [f"x{index}"], [f"i{index}"]))
+        nodes.append(helper.make_node("MatMul", [f"i{index}", f"w{index}"], [f"x{index + 1}"]))
+    ends = [
+        helper.make_tensor_value_info(f"x{index}", TensorProto.FLOAT, ["N", side]) for index in (0, count)
+    ]
+    graph = helper.make_graph(nodes, "large", ends[:1], ends[1:], weights)
+    source = tmp_path / "model.onnx"
+    onnx.save_model(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), source
+    )
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", PEAK, str(source), str(tmp_path / "out" / "model.onnx")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 2 * size / 2**20 + 500

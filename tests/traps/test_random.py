@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxslim.graph import Array
-from onnxslim.model import Model
+from onnxslim.model import Model, load
 from onnxslim.passes.eliminate import Eliminate
 from onnxslim.passes.fuse import Fuse
 from onnxslim.passes.slim import Slim
@@ -29,6 +30,8 @@ class Chain:
     body: list[str] = field(default_factory=list)
     constants: dict[str, Array] = field(default_factory=dict)
     taps: list[tuple[str, int]] = field(default_factory=list)
+    made: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    opset: int = 17
     last: str = "x"
     count: int = 0
 
@@ -46,6 +49,8 @@ class Chain:
         name = self.fresh()
         self.body.append(f"{name} = {call.replace('@', self.last)}")
         self.last, self.shape = name, self.shape if shape is None else shape
+        if "to=11" not in call:
+            self.made.append((self.last, self.shape))
 
     def pick(self, low: int, high: int) -> int:
         return self.data.draw(st.integers(low, high))
@@ -60,7 +65,7 @@ class Chain:
             for name, rank in dict([*self.taps, (self.last, len(self.shape))]).items()
         ]
         text = f"g ({', '.join([START, *declared])}) => ({', '.join(outputs)}) {{ {' '.join(self.body)} }}"
-        return parse(text, self.constants)
+        return parse(text, self.constants, opset=self.opset)
 
 
 START = "float[N,4,6,6] x, bool flag"
@@ -158,7 +163,8 @@ def _split(chain: Chain) -> None:
         return
     axis = chain.data.draw(st.sampled_from(axes))
     left, right = chain.fresh(), chain.fresh()
-    chain.body.append(f"{left}, {right} = Split<axis={axis}>({chain.last})")
+    count = ", num_outputs=2" if chain.opset >= 18 else ""
+    chain.body.append(f"{left}, {right} = Split<axis={axis}{count}>({chain.last})")
     parts = [left, right] if chain.pick(0, 1) else [right, left]
     chain.add(f"Concat<axis={axis}>({', '.join(parts)})")
 
@@ -210,7 +216,11 @@ def _tap(chain: Chain) -> None:
 
 def _capture(chain: Chain) -> None:
     """Both branches of an If read the last tensor."""
-    rank = str([f"d{axis}" for axis in range(len(chain.shape))]).replace("'", "") if chain.shape else ""
+    rank = (
+        str([f"d{chain.count}_{axis}" for axis in range(len(chain.shape))]).replace("'", "")
+        if chain.shape
+        else ""
+    )
     names = [chain.fresh() for _ in range(3)]
     chain.add(
         f"If(flag) <then_branch = t () => (float{rank} {names[0]}) {{ {names[1]} = Identity(@)"
@@ -219,18 +229,127 @@ def _capture(chain: Chain) -> None:
     )
 
 
+def _join(chain: Chain) -> None:
+    """The last tensor and an earlier one of its shape: what was a chain branches."""
+    earlier = [name for name, shape in chain.made[:-1] if shape == chain.shape]
+    if earlier:
+        other = chain.data.draw(st.sampled_from(earlier))
+        chain.add(f"{chain.data.draw(st.sampled_from(('Add', 'Mul', 'Sub')))}(@, {other})")
+
+
+def _mask(chain: Chain) -> None:
+    before = chain.last, chain.shape
+    shape = [size if chain.pick(0, 1) else 1 for size in chain.shape]
+    flags = np.ones(shape, np.bool_) if chain.pick(0, 1) else RANDOM.random(shape) < 0.5
+    low, high = chain.constant(-2.0), chain.constant(chain.pick(0, 1))
+    chain.add(f"Where({chain.constant(flags, np.bool_)}, {high}, {low})", tuple(shape))
+    mask = chain.last
+    chain.last, chain.shape = before
+    chain.add(f"{chain.data.draw(st.sampled_from(('Add', 'Mul')))}(@, {mask})")
+
+
+def _mean(chain: Chain, source: str, keep: int = 1) -> str:
+    name = chain.fresh()
+    if chain.opset >= 18:
+        axes = chain.constant([-1], np.int64)
+        chain.body.append(f"{name} = ReduceMean<keepdims={keep}>({source}, {axes})")
+    else:
+        chain.body.append(f"{name} = ReduceMean<axes=[-1], keepdims={keep}>({source})")
+    return name
+
+
+def _reduce(chain: Chain) -> None:
+    if len(chain.shape) > 1:
+        keep = chain.pick(0, 1)
+        chain.last = _mean(chain, chain.last, keep)
+        chain.shape = (*chain.shape[:-1], 1) if keep else chain.shape[:-1]
+
+
+def _normalize(chain: Chain) -> None:
+    """A layer normalization or RMS one in single steps, with now and then a step that is none."""
+    if not chain.shape or chain.shape[-1] < 2:
+        return
+    x, centred = chain.last, chain.pick(0, 1)
+    if centred:
+        chain.add(f"Sub(@, {_mean(chain, x)})")
+    d = chain.last
+    chain.add(f"Pow(@, {chain.constant(2.0)})")
+    deviation = _mean(chain, chain.last)
+    chain.body.append(f"{(e := chain.fresh())} = Add({deviation}, {chain.constant(1e-3)})")
+    chain.body.append(f"{(r := chain.fresh())} = Sqrt({e})")
+    chain.last = d
+    chain.add(f"Div(@, {r})")
+    size = chain.data.draw(st.sampled_from((chain.shape[-1:], (1,), chain.shape[-1:])))
+    chain.add(f"Mul(@, {chain.constant(RANDOM.uniform(0.5, 2, size))})")
+    if chain.pick(0, 1):
+        chain.add(f"Add(@, {chain.constant(RANDOM.uniform(0.5, 2, size))})")
+
+
+def _gelu(chain: Chain) -> None:
+    x, exact = chain.last, chain.pick(0, 1)
+    if exact:
+        chain.add(f"Div(@, {chain.constant(2**0.5)})")
+    else:
+        chain.add(f"Pow(@, {chain.constant(chain.data.draw(st.sampled_from((3.0, 3.0, 2.0))))})")
+        chain.add(f"Mul(@, {chain.constant(0.044715)})")
+        chain.add(f"Add(@, {x})")
+        chain.add(f"Mul(@, {chain.constant((2 / np.pi) ** 0.5)})")
+    chain.add(f"{'Erf' if exact else 'Tanh'}(@)")
+    chain.add(f"Add(@, {chain.constant(1.0)})")
+    for factor in chain.data.draw(st.permutations((x, chain.constant(0.5)))):
+        chain.add(f"Mul(@, {factor})")
+
+
+def _hard_swish(chain: Chain) -> None:
+    x = chain.last
+    if chain.pick(0, 1):
+        chain.add("HardSigmoid<alpha=0.16666667, beta=0.5>(@)")
+    else:
+        high = chain.constant(chain.data.draw(st.sampled_from((6.0, 6.0, 5.0))))
+        chain.add(f"Add(@, {chain.constant(3.0)})")
+        chain.add(f"Clip(@, {chain.constant(0.0)}, {high})")
+        chain.add(f"Div(@, {high})")
+    chain.add(f"Mul(@, {x})")
+
+
+def _heads(chain: Chain) -> None:
+    """A product, split into heads, transposed and scaled, as attention does."""
+    if len(chain.shape) == 3:
+        weight = chain.constant(RANDOM.standard_normal((chain.shape[-1], 4)) / 2)
+        chain.add(f"MatMul(@, {weight})", (*chain.shape[:-1], 4))
+        if chain.pick(0, 1):
+            chain.add(f"Add(@, {chain.constant(RANDOM.standard_normal(4))})")
+        chain.add(f"Reshape(@, {chain.constant([0, 0, 2, 2], np.int64)})", (*chain.shape[:-1], 2, 2))
+        chain.add("Transpose<perm=[0,2,1,3]>(@)", tuple(chain.shape[axis] for axis in (0, 2, 1, 3)))
+        chain.add(f"{chain.data.draw(st.sampled_from(('Mul', 'Div')))}(@, {chain.constant(0.5)})")
+
+
+def _merged(chain: Chain) -> None:
+    """The last two axes change places behind a Reshape that merges the others."""
+    if len(chain.shape) == 4:
+        first, second, third, fourth = chain.shape
+        flat = first * second
+        chain.add(f"Reshape(@, {chain.constant([-1, third, fourth], np.int64)})", (flat, third, fourth))
+        chain.add("Transpose<perm=[0,2,1]>(@)", (flat, fourth, third))
+        split = chain.constant([-1, second, fourth, third], np.int64)
+        chain.add(f"Reshape(@, {split})", (first, second, fourth, third))
+
+
 STEPS: tuple[Callable[[Chain], None], ...] = (
     _unary, _double, _binary, _binary, _clip, _transpose, _transpose, _reshape, _reshape, _axes, _slice,
     _concat, _split, _where, _expand, _layer, _layer, _norm, _pad, _pool, _tap, _capture,
+    _join, _join, _mask, _reduce, _normalize, _gelu, _hard_swish, _heads, _merged,
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_random_chains(data: st.DataObject) -> None:
-    chain = Chain(data, (2, 4, 6, 6))
-    for step in data.draw(st.lists(st.sampled_from(STEPS), min_size=2, max_size=12)):
+def test_random_graphs(data: st.DataObject) -> None:
+    chain = Chain(data, (2, 4, 6, 6), opset=data.draw(st.sampled_from((17, 23))))
+    for step in data.draw(st.lists(st.sampled_from(STEPS), min_size=2, max_size=16)):
         step(chain)
+        if len(chain.body) >= 30:
+            break
     chain.add("Identity(@)")
     before = chain.model()
     after = before.copy()
@@ -242,3 +361,13 @@ def test_random_chains(data: st.DataObject) -> None:
         feeds = feeds_for(before) | {"flag": np.array(flag)}
         for result in (after, slim):
             same_outputs(before, result, feeds)
+    written = _bytes(slim)
+    assert written == _bytes(apply(Slim(), before)[0]), "another run makes another file"
+    again, changes = apply(Slim(), load(onnx.load_from_string(written)))
+    assert not changes, "there was more to do"
+    assert _bytes(again) == written
+    assert len(written) <= len(_bytes(before)), "the file has grown"
+
+
+def _bytes(model: Model) -> bytes:
+    return model.to_proto().SerializeToString(deterministic=True)

@@ -375,6 +375,16 @@ def resize(trace: Trace) -> None:
             _keep_up(trace, axis, 3, axis, implied=1)
 
 
+def upsample(trace: Trace) -> None:
+    """The forerunner of Resize, with scales only."""
+    trace.ignore(1)
+    before, made = trace.shape(0), trace.made()
+    for axis in range(len(before)):
+        if before[axis] != made[axis]:
+            trace.release(0, axis, "it is resized")
+    trace.emit(trace.blocks(0))
+
+
 def cut_resize(cut: Cut) -> None:
     """Write the new sizes, where sizes and not scales are given."""
     if cut.node.input(3) is not None:

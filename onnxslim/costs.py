@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from onnxslim.channels import Analysis
+from onnxslim.channels import Analysis, Family
 from onnxslim.graph import Constant, Node, Tensor, Variable
 from onnxslim.model import Model
 from onnxslim.ops import spec_of
@@ -62,6 +62,11 @@ class Costs:
         }
         self._constants = [found for tensor in constants.values() if (found := shape(tensor)) is not None]
         self._uncounted = model.stats().parameters - self.parameters({})
+
+    def per_unit(self, family: Family) -> tuple[int, int]:
+        """Parameters and multiply-accumulates that go with one unit of a family alone."""
+        one = {family.name: 1}
+        return self.parameters({}) - self.parameters(one), self.macs({}) - self.macs(one)
 
     def macs(self, gone: Counts) -> int:
         """Multiply-accumulates of the main graph."""
