@@ -49,11 +49,11 @@ class Stats:
 
 @contextmanager
 def _texts_read() -> Iterator[None]:
-    """protobuf reads names that are not UTF-8, but does not give them out."""
+    """protobuf reads texts that are not UTF-8, but does not write them."""
     try:
         yield
     except UnicodeDecodeError as error:
-        raise LoadError(f"a name or text in the model is not UTF-8: {error.object[:40]!r}") from error
+        raise LoadError(f"a text in the model is not UTF-8: {error.object[:40]!r}") from error
 
 
 class Model:
