@@ -1,6 +1,6 @@
 """onnxsim's part of benchmarks/prune.py, run in a virtual environment with onnxsim.
 
-    python benchmarks/peer_onnxsim.py SOURCE FOLDER RAW|SIMPLIFIED PLAIN|CALIBRATION.npz SPARSITY ...
+    python benchmarks/peer_onnxsim.py SOURCE raw|simplified plain|CALIBRATION.npz FOLDER SPARSITY ...
 
 Structured pruning of channels, by weights or with calibration inputs by Wanda's criterion, then of attention
 heads, of the file as it is or simplified first. Writes ``<sparsity>.onnx`` into the folder; the last line of
@@ -36,7 +36,7 @@ def prune(model: onnx.ModelProto, sparsity: float, batches: list[dict[str, Any]]
 
 def main() -> None:
     """Prune one file at every sparsity."""
-    source, folder, form, calibration, *sparsities = sys.argv[1:]
+    source, form, calibration, folder, *sparsities = sys.argv[1:]
     batches = []
     if calibration != "plain":
         arrays = np.load(calibration)

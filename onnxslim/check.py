@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ import onnx.checker
 
 from onnxslim import proto
 from onnxslim.errors import LoadError, OnnxSlimError
-from onnxslim.graph import MASK_MAGNITUDE, Array, Constant
+from onnxslim.graph import MASK_MAGNITUDE, Array, Constant, Node
 from onnxslim.model import Model
-from onnxslim.ops import spec_of
+from onnxslim.ops import cost, spec_of
+from onnxslim.ops.spec import sizes as spec_sizes
 from onnxslim.probe import Feeds, probes
 from onnxslim.runtime import Session, Target
 
@@ -25,6 +27,24 @@ ROUNDINGS = 400.0
 OPTIMIZER_FACTOR = 10.0
 # Larger constants are not handed to onnx.checker, only their types and shapes.
 MAX_CHECKED_BYTES = 1 << 16
+
+# A model with a larger tensor is not run to check it, and operators that can make one of almost nothing.
+MAX_TENSOR_BYTES = 2 << 30
+GROWING = frozenset(
+    [
+        "ConstantOfShape",
+        "Expand",
+        "EyeLike",
+        "OneHot",
+        "Pad",
+        "RandomNormal",
+        "RandomUniform",
+        "Range",
+        "Resize",
+        "Tile",
+        "Upsample",
+    ]
+)
 
 Outputs = dict[str, Any]
 
@@ -50,7 +70,7 @@ class Checker:
         self._model = model
         self.notes: list[str] = []
         self._wellformed = self._noted("the input fails onnx.checker", lambda: wellformed(model))
-        session = self._noted("the input does not run", lambda: Session(model, target, once=True))
+        session = self._noted("the input does not run", lambda: _affordable(model, target))
         runs = probes(model, session, samples) if session else []
         self.feeds: list[Feeds] = [run.feeds for run in runs]
         if session and not self.feeds:
@@ -134,6 +154,37 @@ class Checker:
             if problem:
                 return f"output '{name}' {problem}"
         return ""
+
+
+def _affordable(model: Model, target: Target) -> Session:
+    require_affordable(model)
+    return Session(model, target, once=True)
+
+
+def _is_constant(node: Node) -> bool:
+    """Whether a node computes with constants alone, which ONNX Runtime does as it loads a model."""
+    if node.op in ("QuantizeLinear", "DequantizeLinear"):
+        return False
+    return bool(node.inputs) and all(isinstance(tensor, Constant) for tensor in node.inputs)
+
+
+def require_affordable(model: Model) -> None:
+    """Raise LoadError if a tensor is certain to take more than `MAX_TENSOR_BYTES`, whatever is fed.
+
+    A file of a few bytes can ask for terabytes; ONNX Runtime would try to get them, sometimes as it loads it.
+    """
+    if not any(node.op in GROWING or _is_constant(node) for node in model.nodes()):
+        return
+    for node in cost.sized(model).graph.nodes:
+        for tensor in node.outputs:
+            sizes = spec_sizes(tensor.shape)
+            if sizes is not None and tensor.dtype is not None:
+                taken = math.prod(sizes) * tensor.dtype.itemsize
+                if taken > MAX_TENSOR_BYTES:
+                    raise LoadError(
+                        f"tensor '{tensor.name}' of node '{node.label}' takes {taken} bytes for a single "
+                        f"sample, more than the {MAX_TENSOR_BYTES} that are tried"
+                    )
 
 
 def interface(model: Model) -> list[tuple[object, ...]]:
@@ -266,11 +317,11 @@ def relative_difference(
     Raises:
         LoadError: ONNX Runtime refuses one of them.
     """
-    session, other = (Session(each, target, optimize="none") for each in (first, second))
+    session, other = (Session(each, target, optimize="none", once=True) for each in (first, second))
     worst: float | None = None
-    for feeds in probes(first, session, samples):
-        expected, actual = session.run(feeds), other.run(feeds)
-        found = [_relative(expected[name], actual[name]) for name in expected]
+    for run in probes(first, session, samples):
+        actual = other.run(run.feeds)
+        found = [_relative(value, actual[name]) for name, value in run.outputs.items()]
         worst = max([worst or 0.0, *found])
     return worst
 

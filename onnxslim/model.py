@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ class Stats:
     bytes: int
 
 
+@contextmanager
+def _texts_read() -> Iterator[None]:
+    """protobuf reads texts that are not UTF-8, but does not write them."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise LoadError(f"a text in the model is not UTF-8: {error.object[:40]!r}") from error
+
+
 class Model:
     """An ONNX model as the passes see it.
 
@@ -69,6 +79,7 @@ class Model:
         self.opsets = {_domain(item.domain): item.version for item in shell.opset_import}
 
     @classmethod
+    @_texts_read()
     def from_proto(cls, model: onnx.ModelProto, folder: Path | None = None) -> Model:
         """The model in a protobuf, which is kept and must not be changed afterwards.
 
@@ -77,7 +88,7 @@ class Model:
         """
         if not model.HasField("graph") or not model.opset_import:
             raise LoadError("not an ONNX model: it has no graph or imports no operator set")
-        _check_opsets(model)
+        _check_versions(model)
         data_files: set[str] = set()
 
         def decode(tensor: TensorProto) -> Array:
@@ -89,7 +100,11 @@ class Model:
             c for each in ir.walk(graph) for c in (*each.initializers.values(), *each.defaults.values())
         ):
             tensor = constant.tensor_proto
-            if tensor is not None and tensor.data_location == TensorProto.EXTERNAL:
+            if tensor is None:
+                continue
+            if tensor.data_location != TensorProto.EXTERNAL:
+                files.check_embedded(tensor)
+            else:
                 files.check_external(tensor, folder)
                 data_files.update(_location(tensor))
         shell = proto.fields_but(model, "graph")
@@ -189,6 +204,7 @@ class Model:
             raise SaveError("the model is too large for one protobuf; save it to a file instead")
         return self.to_proto_with(proto.encode_embedded)
 
+    @_texts_read()
     def to_proto_with(self, encode: proto.Encode) -> onnx.ModelProto:
         """A ModelProto whose tensors are written by `encode`."""
         model = onnx.ModelProto()
@@ -322,7 +338,14 @@ def _domain(name: str) -> str:
     return "" if name in DEFAULT_DOMAINS else name
 
 
-def _check_opsets(model: onnx.ModelProto) -> None:
+def _check_versions(model: onnx.ModelProto) -> None:
+    if model.ir_version > onnx.IR_VERSION:
+        raise LoadError(
+            f"the model has IR version {model.ir_version}; the installed onnx {onnx.__version__} knows "
+            f"versions up to {onnx.IR_VERSION}"
+        )
+    if not model.graph.output:
+        raise LoadError("the model has no outputs, so it computes nothing")
     newest = onnx.defs.onnx_opset_version()
     for item in model.opset_import:
         if _domain(item.domain) == "" and not 1 <= item.version <= newest:

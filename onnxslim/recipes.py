@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
@@ -163,6 +163,7 @@ class Recipe:
         model: Model,
         data: Any = None,
         *,
+        libraries: Sequence[str] = (),
         jobs: int = 1,
         progress: Progress | None = None,
     ) -> Result:
@@ -171,6 +172,7 @@ class Recipe:
         Args:
             model: left as it is.
             data: calibration batches.
+            libraries: files of custom operators that the model needs to run; see `Target`.
             jobs: processes that may work in parallel; the result does not depend on their number.
             progress: see `Pipeline`.
 
@@ -179,9 +181,8 @@ class Recipe:
         """
         origin = source_sha256(model)
         pipeline = Pipeline(*self.passes, on_error=self.on_error)
-        result = pipeline(
-            model, data=data, target=Target.named(self.target), seed=self.seed, jobs=jobs, progress=progress
-        )
+        target = Target.named(self.target).with_libraries(libraries)
+        result = pipeline(model, data=data, target=target, seed=self.seed, jobs=jobs, progress=progress)
         if result.model is model:
             return result
         stamps = {"version": version(), "recipe_sha256": self.sha256, "source_sha256": origin}
@@ -194,6 +195,7 @@ class Recipe:
         *,
         data: Any = None,
         labels: Array | None = None,
+        libraries: Sequence[str] = (),
         jobs: int = 1,
         progress: Progress | None = None,
     ) -> Outcome:
@@ -203,6 +205,7 @@ class Recipe:
             model: a file, a ModelProto or a Model; left as it is.
             data: batches instead of those the recipe names; see `CalibrationData.of`.
             labels: the class of every sample of `data`.
+            libraries: files of custom operators that the model needs to run; see `Target`.
             jobs: processes that may work in parallel.
             progress: called with (what, done, total).
 
@@ -215,14 +218,14 @@ class Recipe:
         if batches is None and self.data is not None:
             opened = self.data.read(original)
             batches, labels = opened.data, opened.labels
-        result = self.rewrite(original, batches, jobs=jobs, progress=progress)
+        result = self.rewrite(original, batches, libraries=libraries, jobs=jobs, progress=progress)
         if not self.check:
             return Outcome(result.model, result.report)
         verdict = validate(
             original,
             result.model,
             batches,
-            [Target.named(self.target)],
+            [Target.named(self.target).with_libraries(libraries)],
             labels=labels,
             rounds=30 if "latency" in self.check else 0,
             progress=progress,

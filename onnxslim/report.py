@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from rich import box
@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from onnxslim.inspection import Coverage, Difference, Inspection
     from onnxslim.passes import Option
     from onnxslim.pipeline import Change, Report, Skip, Step
     from onnxslim.verdict import OutputRow, ProviderVerdict, Verdict
@@ -44,6 +45,12 @@ CAPTIONS = {
     "layers": "factors",
     "repaired": "layers fitted again to what they computed before",
     "latency": "time of one run, relative to that before",
+    "nearest": "SQNR on samples held out, dB: all in integers, weights rounded to the nearest",
+    "everything": "the same, weights rounded and ranges chosen by the outputs",
+    "sqnr": "the same of the result",
+    "parts": "the same by output, or part of one",
+    "observer": "way to choose ranges",
+    "quantize.layers": "what single layers alone leave of the signal, the worst first",
     "unfused": "quantized, but run in floating point all the same",
 }
 # Facts that fill a table of their own: in JSON only.
@@ -108,6 +115,85 @@ def show_passes(console: Console, known: Mapping[str, tuple[str, Sequence[Option
         for option in options:
             grid.add_row(*map(clean, (option.name, option.type, option.default, option.help)))
         console.print(grid if options else Text("  no options"))
+
+
+def show_inspections(console: Console, found: Sequence[Inspection], difference: Difference | None) -> None:
+    """Print what models consist of side by side, and how the second differs from the first."""
+    grid = table("Model Name", *(clean(each.name) for each in found), left=1 + len(found))
+    sections = list(_sections(found))
+    for rows in sections:
+        for index, (name, *cells) in enumerate(rows):
+            last = index == len(rows) - 1 and rows is not sections[-1]
+            grid.add_row(clean(name), *map(clean, cells), end_section=last)
+    console.print(grid)
+    if difference is not None:
+        lines(console, _difference(difference))
+
+
+Rows: TypeAlias = "list[tuple[str, ...]]"
+
+
+def _sections(found: Sequence[Inspection]) -> Iterator[Rows]:
+    yield [
+        ("opsets", *(", ".join(f"{k or 'ai.onnx'} {v}" for k, v in each.opsets.items()) for each in found)),
+        ("IR version", *(str(each.ir_version) for each in found)),
+        ("made by", *(each.producer for each in found)),
+    ]
+    for kind, maps in (("IN", [e.inputs for e in found]), ("OUT", [e.outputs for e in found])):
+        names = dict.fromkeys(name for each in maps for name in each)
+        yield [(f"{kind}: {name}", *(each.get(name, "") for each in maps)) for name in names]
+    ops = sorted({op for each in found for op in each.operators})
+    yield [(op, *(str(each.operators.get(op, 0)) for each in found)) for op in ops]
+    yield [
+        ("nodes", *(count(each.nodes) for each in found)),
+        ("parameters", *(count(each.parameters) for each in found)),
+        ("MACs of one sample", *(count(each.macs) for each in found)),
+        ("activations at their peak", *(size(each.memory.peak) for each in found)),
+        ("  at", *(each.memory.node for each in found)),
+        ("Model Size", *(size(each.bytes) for each in found)),
+        *(
+            (f"  constants of {dtype}", *(size(each.dtypes.get(dtype, 0)) for each in found))
+            for dtype in dict.fromkeys(dtype for each in found for dtype in each.dtypes)
+        ),
+        ("  in data files", *(_sized(each.external) for each in found)),
+        ("run in integers (Q/DQ)", *(_coverage(each.coverage) for each in found)),
+        ("free sizes", *(_free(each.free) for each in found)),
+        ("own functions", *(", ".join(each.functions) for each in found)),
+        ("custom operators", *(", ".join(each.custom) for each in found)),
+    ]
+
+
+def _sized(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size(value)}" for name, value in parts.items())
+
+
+def _coverage(found: Coverage) -> str:
+    if not found.total:
+        return ""
+    share = "" if found.macs is None else f", {percent(found.macs)} of MACs"
+    weights = f", {found.weights_only} more weights stored so" if found.weights_only else ""
+    return f"{found.quantized} of {found.total} layers{share}{weights}"
+
+
+def _free(found: Mapping[str, Sequence[str]]) -> str:
+    return ", ".join(dict.fromkeys(name for names in found.values() for name in names))
+
+
+def _difference(found: Difference) -> Iterator[str]:
+    if not found:
+        yield "the same nodes and constants, by name"
+    for what, names in (("only in the first", found.removed), ("only in the second", found.added)):
+        yield from _limited_list(what, names)
+    for what, changes in (("changed", found.changed), ("of another type or shape", found.constants)):
+        yield from _limited_list(what, [f"{name}: {change}" for name, change in changes.items()])
+
+
+def _limited_list(what: str, entries: Sequence[str]) -> Iterator[str]:
+    if entries:
+        yield f"{what}: {len(entries)}"
+        yield from (f"  {entry}" for entry in entries[:SHOWN_GROUPS])
+        if len(entries) > SHOWN_GROUPS:
+            yield f"  and {len(entries) - SHOWN_GROUPS} more, see --json"
 
 
 def _show_provider(console: Console, provider: ProviderVerdict, verdict: Verdict) -> None:
@@ -175,7 +261,7 @@ def _details(step: Step) -> Iterator[str]:
         *_limited(grouped_changes(step.changes.changed)),
         *_limited(_skips(step.changes.skipped)),
         *(
-            f"  {CAPTIONS.get(name, name)}: {fact(value)}"
+            f"  {CAPTIONS.get(f'{step.kind}.{name}', CAPTIONS.get(name, name))}: {fact(value)}"
             for name, value in step.changes.facts.items()
             if name not in TABLES
         ),
@@ -237,6 +323,8 @@ def fact(value: Any) -> str:
     """A figure a pass reports, cut short where it is a long list."""
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, Mapping) and {"node", "sqnr", "kept"} <= value.keys():
+        return f"{value['node']} {value['sqnr']:.1f} dB{' (kept in float)' if value['kept'] else ''}"
     if isinstance(value, Mapping):
         parts = [f"{key} {fact(item)}" for key, item in value.items()]
     elif isinstance(value, list | tuple | set | frozenset):
@@ -292,13 +380,22 @@ def arrow(before: str, after: str) -> str:
     return after if before == after else f"{before} → {after}"
 
 
-def table(*columns: str, left: int = 1) -> Table:
+class Grid(Table):
+    """A table that shows its cells as they are: nothing in them is read as markup or steers the terminal."""
+
+    def add_row(self, *cells: Any, style: Any = None, end_section: bool = False) -> None:
+        """Add a row of texts."""
+        plain = (Text(clean(cell)) if isinstance(cell, str) else cell for cell in cells)
+        super().add_row(*plain, style=style, end_section=end_section)
+
+
+def table(*columns: str, left: int = 1) -> Grid:
     """A table whose first `left` columns are words and whose others are figures."""
-    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
         words = index < left
         grid.add_column(
-            column,
+            Text(clean(column)),
             justify="left" if words else "right",
             overflow="fold",
             no_wrap=not words,

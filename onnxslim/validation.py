@@ -70,6 +70,8 @@ def validate(
     first, second = load(a), load(b)
     _require_same_interface(first, second)
     known = None if labels is None else np.asarray(labels)
+    for model in (first, second):
+        check.require_affordable(model)
     chosen = _ordered(Target.available() if targets is None else targets)
     runners = [_Runner(first, second, target, metric) for target in chosen]
     batches, made_up = _batches(first, data, runners[0].sessions[0])

@@ -60,6 +60,8 @@ def _failed(error: Exception) -> int:
         code, message = error.exit_code, str(error)
     elif isinstance(error, _ClickUsageError):
         code, message = UsageError.exit_code, _usage_message(error)
+    elif isinstance(error, MemoryError):
+        code, message = INTERNAL_ERROR, f"not enough memory: {error}"
     elif isinstance(error, OSError):
         code, message = IO_ERROR, f"{error.filename or 'file'}: {error.strerror or error}"
     else:

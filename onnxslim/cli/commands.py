@@ -11,7 +11,7 @@ import typer
 from onnxslim import passes, terminal
 from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
 from onnxslim.cli.running import process, warn_of_made_up_inputs
-from onnxslim.cli.words import DataWords, Debug, Job, Json, Quiet, expanded, limits
+from onnxslim.cli.words import CustomOps, DataWords, Debug, Job, Json, Quiet, expanded, limits
 from onnxslim.errors import UsageError
 
 app = typer.Typer(
@@ -76,7 +76,9 @@ def _slim(
     no_shape_infer: Annotated[
         bool, typer.Option("--no-shape-infer", help="do not infer new output shapes for --input-shapes")
     ] = False,
-    dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="not supported yet")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="precision to convert to: fp16, fp32")
+    ] = None,
     save_as_external_data: Annotated[
         bool, typer.Option("--save-as-external-data", help="the same as --external-data")
     ] = False,
@@ -116,17 +118,31 @@ def _slim(
 
 @app.command("inspect")
 def _inspect(
-    models: Annotated[list[Path], typer.Argument(metavar="IN…", help="the models, shown side by side")],
+    models: Annotated[
+        list[Path], typer.Argument(metavar="IN…", readable=False, help="the models, shown side by side")
+    ],
     dump_to_disk: Annotated[
         bool,
         typer.Option("--dump-to-disk", help="also write the nodes of IN.onnx to IN.onnx_model_info.csv here"),
     ] = False,
+    json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what models consist of."""
-    from onnxslim import utils
+    """Show what models consist of and need.
 
-    utils.inspect(models, dump_to_disk=dump_to_disk)
+    Of two models, also tells how the second differs from the first, by the names of nodes and constants.
+    """
+    from onnxslim import inspection, report, utils
+
+    found = [inspection.inspect(path) for path in models]
+    difference = inspection.compare(*models) if len(models) == 2 else None
+    if json:
+        terminal.show_json({"models": found, "difference": difference})
+    else:
+        report.show_inspections(terminal.console(), found, difference)
+    for path in models if dump_to_disk else ():
+        written = utils.dump_model_info_to_disk(utils.summarize_model(path))
+        terminal.log(f"model info written to {written}")
 
 
 @app.command("prune", cls=PassCommand)
@@ -197,7 +213,9 @@ def _run(
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.yaml", help="a recipe; may also simply come first, before IN"),
+        typer.Option(
+            metavar="FILE.yaml", readable=False, help="a recipe; may also simply come first, before IN"
+        ),
     ] = None,
 ) -> None:
     """Run one pass after the other, or a recipe.
@@ -215,8 +233,8 @@ def _run(
 @expanded
 def _validate(
     data: DataWords,
-    first: Annotated[Path, typer.Argument(metavar="A", help="the original")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="what was made of it")],
+    first: Annotated[Path, typer.Argument(metavar="A", readable=False, help="the original")],
+    second: Annotated[Path, typer.Argument(metavar="B", readable=False, help="what was made of it")],
     provider: Annotated[
         list[str] | None,
         typer.Option(
@@ -230,6 +248,7 @@ def _validate(
     threads: Annotated[
         int, typer.Option(min=0, help="threads per operator; 0 leaves it to ONNX Runtime")
     ] = 0,
+    custom_ops: CustomOps = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -249,7 +268,7 @@ def _validate(
     for note in opened.notes if opened else ():
         terminal.note(note, quiet)
     known = [Target.named(name) for name in provider] if provider else Target.available()
-    targets = [target.with_threads(threads) for target in known]
+    targets = [target.with_threads(threads).with_libraries(custom_ops or ()) for target in known]
     with terminal.progress(quiet) as progress:
         verdict = validate(
             model,

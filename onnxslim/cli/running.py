@@ -86,7 +86,13 @@ def _rewritten(
 ) -> Result:
     feeds = asked.feeds(model) if asked else None
     data: Any = opened.data if opened else None
-    result = recipe.rewrite(model, data if feeds is None else [feeds], jobs=job.jobs, progress=progress)
+    result = recipe.rewrite(
+        model,
+        data if feeds is None else [feeds],
+        libraries=job.custom_ops or (),
+        jobs=job.jobs,
+        progress=progress,
+    )
     return asked.finish(model, result, feeds) if asked else result
 
 
@@ -109,7 +115,7 @@ def _verdict(
             model,
             result.model,
             opened.data if opened else None,
-            [Target.named(recipe.target)],
+            [Target.named(recipe.target).with_libraries(job.custom_ops or ())],
             labels=opened.labels if opened else None,
             rounds=30 if job.report or "latency" in recipe.check else 0,
             progress=progress,

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON on the standard output instead of text")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but warnings and errors")]
+CustomOps = Annotated[
+    list[str] | None,
+    typer.Option(metavar="LIBRARY", help="file of custom operators to load and run; may be repeated"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="print the traceback of an error")]
 
 
@@ -103,7 +107,7 @@ def _numbers(text: str, name: str) -> tuple[float, ...]:
 class Job:
     """The options of every command that makes a model out of a model."""
 
-    source: Annotated[Path, typer.Argument(metavar="IN", help="the model")]
+    source: Annotated[Path, typer.Argument(metavar="IN", readable=False, help="the model")]
     output: Annotated[
         Path | None,
         typer.Argument(
@@ -137,6 +141,7 @@ class Job:
     save_recipe: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="save what this command does as a recipe")
     ] = None
+    custom_ops: CustomOps = None
     seed: Annotated[int | None, typer.Option(help="of everything random [default: 0]")] = None
     jobs: Annotated[int, typer.Option(min=1, help="processes that work in parallel")] = 1
     json: Json = False

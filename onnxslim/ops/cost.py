@@ -10,7 +10,7 @@ from onnxslim.ops import spec_of
 
 
 def sized(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> Model:
-    """A copy of which every tensor has the shape that follows from the operators.
+    """A copy of which every tensor has the type and shape that follow from the operators.
 
     Args:
         model: not modified.
@@ -23,7 +23,8 @@ def sized(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> 
             tensor.shape = tuple(dim if isinstance(dim, int) else 1 for dim in given)
     facts = shapes.deduce(copy)
     for made in (tensor for node in copy.graph.nodes for tensor in node.outputs):
-        made.shape = facts[id(made)].shape if id(made) in facts else None
+        fact = facts.get(id(made))
+        made.shape, made.dtype = (fact.shape, fact.dtype) if fact else (None, None)
     return copy
 
 
