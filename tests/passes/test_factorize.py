@@ -654,7 +654,8 @@ def test_pipeline_then_quantized_runs_in_integers(net: Model, clock: dict[str, f
 def test_layers_without_a_name_go_by_their_output(clock: dict[str, float]) -> None:
     text = "g (float[N,32] x) => (float[N,M] y) { h = MatMul(x, w1) r = Relu(h) y = MatMul(r, w2) }"
     model = parse(text, {"w1": _low(32, 32, rank=3, seed=1), "w2": _low(32, 32, rank=3, seed=2)})
-    _, changes = _factorize(model, params=0.4)
+    context = Context(target=Target.cpu(1), sample={"x": _normal(1, 32)})
+    changes = Factorize(params=0.4, align=4).run(model, context)
     assert [change.node for change in changes.changed] == ["MatMul→h", "MatMul→y"]
     assert list(changes.facts["layers"]) == ["MatMul→h", "MatMul→y"]
 
