@@ -24,7 +24,7 @@ from onnxslim.model import Model
 from onnxslim.ops import cost
 from onnxslim.passes import create
 from onnxslim.passes.dead import Dead
-from onnxslim.passes.factorize import Factorize, chains, ranks, schemes
+from onnxslim.passes.factorize import Factorize, chains, fit, ranks, schemes
 from onnxslim.passes.factorize.layers import Factor, Layer
 from onnxslim.passes.factorize.schemes import SCHEMES, Problem, balanced, directions, merged
 from onnxslim.passes.factorize.search import layers_of
@@ -275,6 +275,46 @@ def test_last_factor_is_the_least_squares_solution(scheme: str, ranks: tuple[int
     assert lost < float(
         np.square(wanted - rows @ merged(plain, layer.kernel)[0]).sum() / np.square(wanted).sum()
     )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("node", "weight", "scheme"),
+    [
+        *itertools.product(("Conv<pads=[1,0,1,2], strides=[2,1]>",), ((6, 4, 3, 3),), SEVERAL),
+        *itertools.product(('Conv<group=2, auto_pad="SAME_UPPER">',), ((6, 2, 3, 3),), SEVERAL),
+        *itertools.product(("ConvTranspose<strides=[2,1], pads=[1,0,0,1]>",), ((4, 6, 3, 3),), SEVERAL),
+        ("Gemm<alpha=0.5, transB=1>", (6, 4), "svd"),
+        ("MatMul", (4, 6), "svd"),
+    ],
+)
+def test_factors_lose_on_the_data_what_they_are_said_to(
+    node: str, weight: tuple[int, ...], scheme: str, bias: bool
+) -> None:
+    data = "float[N,4] x" if len(weight) == 2 else "float[N,4,9,8] x"
+    result = "float[A,B] y" if len(weight) == 2 else "float[A,B,C,D] y"
+    added = bias and node != "MatMul"
+    op, _, attrs = node.partition("<")
+    text = (
+        f"g ({data}) => ({result}) {{ y = {op}{'<' + attrs if attrs else ''}(x, w{', b' if added else ''}) }}"
+    )
+    model = parse(text, {"w": _normal(*weight), **({"b": _normal(6)} if added else {})})
+    layer, kind = _layer(model), SCHEMES[scheme]
+    # Not centred, so that a bias has something to do.
+    x = _normal(16, *layer.shape[1:]) + 1.0
+    (_, gram), *_ = fit.moments(model, CalibrationData([{"x": x}]), [layer], Target.cpu(1), None)
+    ranks_ = tuple(max(most // 2, 1) for most in kind.largest(layer))
+    lost = kind.decompose(layer, fit.problem_of(layer, gram), ranks_).lost(ranks_)
+    found = fit.fit(layer, kind, ranks_, gram)
+    edit = Editor(model)
+    before = run(model, {"x": x})["y"]
+    layer.form.install(edit, layer.node, kind.factors(layer, found.weights), found.bias)
+    edit.commit()
+    after = run(model, {"x": x})["y"]
+    axis = tuple(a for a in range(before.ndim) if a != 1)
+    centre = 0.0 if found.bias is None else before.mean(axis, keepdims=True)
+    share = float(np.square(after - before).sum() / np.square(before - centre).sum())
+    assert share == pytest.approx(lost, rel=0.05, abs=2e-3)
 
 
 @settings(max_examples=20)
