@@ -28,6 +28,7 @@ from onnxslim.passes.factorize import Factorize, chains, fit, ranks, schemes
 from onnxslim.passes.factorize.layers import Factor, Layer
 from onnxslim.passes.factorize.schemes import SCHEMES, Problem, balanced, directions, merged
 from onnxslim.passes.factorize.search import layers_of
+from onnxslim.passes.prune import Prune
 from onnxslim.passes.quantize import Quantize
 from onnxslim.pipeline import Changes, Context, Log, Pipeline
 from onnxslim.rewrite import Editor
@@ -689,6 +690,17 @@ def test_pipeline_then_quantized_runs_in_integers(net: Model, clock: dict[str, f
     assert facts["total"]["Conv"] > 3
     assert "candidates" not in str(result.report)
     assert json.dumps(result.report.to_dict())
+
+
+def test_after_pruning(net: Model, clock: dict[str, float]) -> None:
+    chain = (Prune(macs=0.8), Factorize(macs=0.7, align=4, repair=False))
+    result = Pipeline(*chain, on_error="raise")(net, data=_data(), target=Target.cpu(1))
+    pruned, factorized = result.report.steps
+    assert pruned.changes
+    assert factorized.changes
+    assert pruned.macs_after
+    assert factorized.macs_after
+    assert factorized.macs_after <= 0.7 * pruned.macs_after
 
 
 def test_layers_without_a_name_go_by_their_output(clock: dict[str, float]) -> None:
