@@ -14,13 +14,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from onnxslim import latency
+from onnxslim import cli, latency
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Fidelity
 from onnxslim.errors import UsageError
 from onnxslim.graph import Array
 from onnxslim.latency import Bench
-from onnxslim.model import Model
+from onnxslim.model import Model, load
 from onnxslim.ops import cost
 from onnxslim.passes import create
 from onnxslim.passes.dead import Dead
@@ -690,6 +690,41 @@ def test_pipeline_then_quantized_runs_in_integers(net: Model, clock: dict[str, f
     assert facts["total"]["Conv"] > 3
     assert "candidates" not in str(result.report)
     assert json.dumps(result.report.to_dict())
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_few_samples_do(net: Model, clock: dict[str, float], samples: int) -> None:
+    found, changes = _factorize(net, _data(1, samples), macs=0.5)
+    assert changes
+    assert np.isfinite(run(found)["y"]).all()
+
+
+def test_data_that_says_nothing(clock: dict[str, float]) -> None:
+    """Inputs that are always zero behind a Relu, and a weight of zeros."""
+    text = "g (float[N,32] x) => (float[N,M] y) { h = MatMul(x, w1) r = Relu(h) [it] y = Gemm(r, w2) }"
+    weights = {"w1": -np.abs(_normal(32, 32)), "w2": _low(32, 32, rank=3, seed=2)}
+    data = CalibrationData([{"x": np.abs(_normal(4, 32, seed=seed))} for seed in range(4)])
+    context = Context(target=Target.cpu(1), data=data, sample={"x": _normal(1, 32)})
+    for constants in (weights, {**weights, "w2": np.zeros((32, 32), np.float32)}):
+        model = parse(text, constants)
+        changes = Factorize(params=0.5, align=4, repair=False).run(model, context)
+        assert "it" in {change.node for change in changes.changed}
+        assert np.isfinite(run(model, {"x": _normal(4, 32)})["y"]).all()
+
+
+def test_on_the_command_line(
+    net: Model, clock: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = tmp_path / "in.onnx", tmp_path / "data.npz"
+    net.save(model)
+    np.savez(data, x=_normal(16, 8, 10, 10))
+    words = ["factorize", str(model), str(tmp_path / "out.onnx"), "--data", str(data), "--batch-size", "4"]
+    assert cli.main([*words, "--macs", "0.5", "--align", "4", "--schemes", "spatial", "--no-cache"]) == 0
+    assert "spatial factors" in capsys.readouterr().out
+    before, after = (load(tmp_path / name).stats().parameters for name in ("in.onnx", "out.onnx"))
+    assert after < before
+    assert cli.main([*words, "--macs", "0.5", "--params", "0.5"]) == 2
+    assert "one budget" in capsys.readouterr().err
 
 
 def test_after_pruning(net: Model, clock: dict[str, float]) -> None:
