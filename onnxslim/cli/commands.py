@@ -76,7 +76,9 @@ def _slim(
     no_shape_infer: Annotated[
         bool, typer.Option("--no-shape-infer", help="do not infer new output shapes for --input-shapes")
     ] = False,
-    dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="not supported yet")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="precision to convert to: fp16, fp32")
+    ] = None,
     save_as_external_data: Annotated[
         bool, typer.Option("--save-as-external-data", help="the same as --external-data")
     ] = False,
