@@ -13,7 +13,7 @@ import numpy as np
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.graph import MASK_MAGNITUDE, Array, Dim, Tensor, producer
 from onnxslim.model import Model
-from onnxslim.runtime import Session, Target
+from onnxslim.runtime import Session, Target, latencies
 
 # Samples and bytes of reference outputs that are enough to rank candidates.
 SAMPLES = 16
@@ -74,7 +74,7 @@ class Judge:
     def __init__(self, model: Model, data: CalibrationData, target: Target) -> None:
         self._target = target
         self._parts = [part for tensor in model.graph.outputs for part in _parts_of(tensor)]
-        session = Session(model, target)
+        self._session = session = Session(model, target)
         self._feeds: list[Mapping[str, Array]] = []
         self._expected: list[Mapping[str, Any]] = []
         samples = size = 0
@@ -106,6 +106,11 @@ class Judge:
         ratios = {part.name: _decibels(s, n) for part, s, n in zip(self._parts, signal, noise, strict=True)}
         heard = [ratios[part.name] for part, power in zip(self._parts, signal, strict=True) if power > 0]
         return Score(min(heard, default=math.inf), ratios, float(np.mean(same)) if same else None)
+
+    def latencies(self, models: Sequence[Model], seconds: float) -> list[float]:
+        """Time of each model on the first batch, relative to the float model's; all are timed in turn."""
+        sessions = [self._session, *(Session(model, self._target) for model in models)]
+        return latencies(sessions, self._feeds[0], rounds=20, seconds=seconds)[1][1:]
 
     def _batches(self, samples: int) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Any]]]:
         seen = 0

@@ -12,7 +12,7 @@ import onnx.checker
 
 from onnxslim import proto
 from onnxslim.errors import LoadError, OnnxSlimError
-from onnxslim.graph import MASK_MAGNITUDE, Array, Constant
+from onnxslim.graph import MASK_MAGNITUDE, Array, Constant, Node
 from onnxslim.model import Model
 from onnxslim.ops import cost, spec_of
 from onnxslim.ops.spec import sizes as spec_sizes
@@ -161,12 +161,19 @@ def _affordable(model: Model, target: Target) -> Session:
     return Session(model, target, once=True)
 
 
+def _is_constant(node: Node) -> bool:
+    """Whether a node computes with constants alone, which ONNX Runtime does as it loads a model."""
+    if node.op in ("QuantizeLinear", "DequantizeLinear"):
+        return False
+    return bool(node.inputs) and all(isinstance(tensor, Constant) for tensor in node.inputs)
+
+
 def require_affordable(model: Model) -> None:
     """Raise LoadError if a tensor is certain to take more than `MAX_TENSOR_BYTES`, whatever is fed.
 
     A file of a few bytes can ask for terabytes; ONNX Runtime would try to get them, sometimes as it loads it.
     """
-    if not any(node.op in GROWING for node in model.nodes()):
+    if not any(node.op in GROWING or _is_constant(node) for node in model.nodes()):
         return
     for node in cost.sized(model).graph.nodes:
         for tensor in node.outputs:

@@ -45,6 +45,12 @@ CAPTIONS = {
     "layers": "factors",
     "repaired": "layers fitted again to what they computed before",
     "latency": "time of one run, relative to that before",
+    "nearest": "SQNR on samples held out, dB: all in integers, weights rounded to the nearest",
+    "everything": "the same, weights rounded and ranges chosen by the outputs",
+    "sqnr": "the same of the result",
+    "parts": "the same by output, or part of one",
+    "observer": "way to choose ranges",
+    "quantize.layers": "what single layers alone leave of the signal, the worst first",
     "unfused": "quantized, but run in floating point all the same",
 }
 # Facts that fill a table of their own: in JSON only.
@@ -255,7 +261,7 @@ def _details(step: Step) -> Iterator[str]:
         *_limited(grouped_changes(step.changes.changed)),
         *_limited(_skips(step.changes.skipped)),
         *(
-            f"  {CAPTIONS.get(name, name)}: {fact(value)}"
+            f"  {CAPTIONS.get(f'{step.kind}.{name}', CAPTIONS.get(name, name))}: {fact(value)}"
             for name, value in step.changes.facts.items()
             if name not in TABLES
         ),
@@ -317,6 +323,8 @@ def fact(value: Any) -> str:
     """A figure a pass reports, cut short where it is a long list."""
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, Mapping) and {"node", "sqnr", "kept"} <= value.keys():
+        return f"{value['node']} {value['sqnr']:.1f} dB{' (kept in float)' if value['kept'] else ''}"
     if isinstance(value, Mapping):
         parts = [f"{key} {fact(item)}" for key, item in value.items()]
     elif isinstance(value, list | tuple | set | frozenset):

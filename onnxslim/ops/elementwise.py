@@ -172,6 +172,13 @@ register(
     OpSpec("Gelu", channels=SAME, example=_recent(_text("y = Gelu(x)"), 20)),
     OpSpec("Mish", channels=SAME, example=_recent(_text("y = Mish(x)"), 18)),
     OpSpec("Swish", channels=SAME, example=_recent(_text("y = Swish(x)"), 24)),
+    OpSpec(
+        "BitShift",
+        channels=BROADCAST,
+        example=_text(
+            'y = BitShift<direction="LEFT">(x, z)', "uint8[N,2,4,4] x, uint8[2,1,1] z", "uint8[N,2,4,4] y"
+        ),
+    ),
     OpSpec("Not", channels=SAME, example=_text("y = Not(x)", "bool[N,2,4,4] x", "bool[N,2,4,4] y")),
     OpSpec("IsNaN", channels=SAME, example=_text("y = IsNaN(x)", output="bool[N,2,4,4] y")),
     OpSpec("IsInf", channels=SAME, example=_text("y = IsInf(x)", output="bool[N,2,4,4] y")),

@@ -155,3 +155,33 @@ g (float[5,N,3] x, float[1,2,3] w, float[1,2,2] r) => (float[5,1,N,2] y)
 { y = RNN<hidden_size=2>(x, w, r) }""",
     ),
 )
+
+register(
+    OpSpec(
+        "ConvInteger",
+        channels=Channels(layers.integer_convolution, layers.cut_convolution),
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (int32[N,3,3,3] y) { y = ConvInteger(x, w) }""",
+    ),
+    OpSpec(
+        "MatMulInteger",
+        channels=Channels(layers.integer_matmul),
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (uint8[N,5,4] x, uint8[4,3] w) => (int32[N,5,3] y) { y = MatMulInteger(x, w) }""",
+    ),
+    OpSpec(
+        "QLinearConv",
+        channels=Channels(layers.integer_convolution, layers.cut_integer_convolution),
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (uint8[N,3,3,3] y)
+<float s = {0.5}, uint8 z = {0}, float t = {9.0}, float[3] p = {0.5, 0.25, 0.125}, uint8[3] q = {0, 0, 0}>
+{ y = QLinearConv(x, s, z, w, p, q, t, z) }""",
+    ),
+    OpSpec(
+        "QLinearMatMul",
+        channels=Channels(layers.integer_matmul),
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (uint8[N,5,4] x, uint8[4,3] w) => (uint8[N,5,3] y)
+<float s = {0.5}, uint8 z = {0}, float t = {9.0}> { y = QLinearMatMul(x, s, z, w, s, z, t, z) }""",
+    ),
+)

@@ -159,6 +159,13 @@ register(
         "p = Constant<value_ints=[0,0,1,1,0,0,1,1]>() y = Pad(x, p)",
         "float[N,2,6,6] y",
     ),
+    OpSpec(
+        "Upsample",
+        channels=Channels(movement.upsample),
+        example="""<ir_version: 4, opset_import: ["" : 9]>
+g (float[N,2,4,4] x) => (float[N,2,8,8] y)
+{ e = Constant<value = float[4] {1.0, 1.0, 2.0, 2.0}>() y = Upsample(x, e) }""",
+    ),
     _row(
         "CumSum",
         Channels(movement.along),

@@ -20,10 +20,11 @@ from onnxslim.passes.quantize.fused import fused
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
 from onnxslim.passes.quantize.search import ENOUGH, Layer, Search, Trial
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
-from onnxslim.runtime import CPU, Target
+from onnxslim.runtime import CPU, Target, layout
 
 ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
 Activations = Literal["auto", "uint8", "int8", "uint16", "none"] | None
+Layout = Literal["target", "cpu", "openvino", "cuda", "tensorrt", "qnn"]
 Algorithm = Literal["auto", "rtn", "cd"]
 
 
@@ -76,6 +77,14 @@ class Quantize(Pass):
         description="how weights are rounded: to the nearest code (rtn), for the least error of a layer's "
         "outputs by coordinate descent (cd), or the better of both where it matters",
     )
+    optimize_for: Literal["accuracy", "latency"] = Field(
+        "accuracy",
+        description="latency: leave the smallest layers in float where that is measured to be faster",
+    )
+    layout: Layout = Field(
+        "target",
+        description="for which target the graph is laid out, if not for the one that it is judged on",
+    )
     layers: bool = Field(
         False,
         description="measure what every layer alone does to the outputs, even where enough is kept anyway",
@@ -104,7 +113,7 @@ class Quantize(Pass):
             log.skip(model.graph.name or "model", "no operator with weights can run in integers")
             return Changes((), log.done().skipped)
         model.graph = candidate.model.graph
-        if ctx.target.provider == CPU:
+        if ctx.target.provider == CPU and self.layout in ("target", "cpu"):
             integer = {key: label for key, label in plan.labels.items() if key in plan.integer}
             log.facts.update(fused(model, integer, ctx.target))
         return log.done()
@@ -114,7 +123,9 @@ class Quantize(Pass):
         return self.activations not in (None, "none")
 
     def _target(self, target: Target) -> Target:
-        """The target with the wanted type of activations."""
+        """The target with the wanted layout and type of activations."""
+        if self.layout != "target":
+            target = replace(target, quantized=layout(self.layout))
         if not self._static or self.activations in (None, "auto"):
             return target
         kind = np.dtype(self.activations)
@@ -151,12 +162,17 @@ class Quantize(Pass):
         log.facts["everything"] = trial.score.sqnr
         if trial.score.sqnr < self.require_sqnr or self.layers:
             layers = search.layers(trial)
+            if trial.score.sqnr < self.require_sqnr and self._static and self.observer == "auto":
+                trial = search.ranges(trial, layers)
             if trial.score.sqnr < self.require_sqnr:
                 trial = search.keep(trial, layers, self.require_sqnr)
             log.facts["layers"] = [_row(layer, trial) for layer in layers]
+        if self.optimize_for == "latency" and self._static:
+            trial = search.fastest(trial)
         if held is not fit:
-            trial = search.complete(trial, held)
+            trial = search.complete(trial, held, self.require_sqnr)
         log.facts["sqnr"] = trial.score.sqnr
+        log.facts["latency"] = search.latency(trial)
         log.facts["parts"] = dict(trial.score.parts)
         log.facts["observer"] = trial.recipe.observer[0]
         return trial

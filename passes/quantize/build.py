@@ -56,7 +56,7 @@ class Recipe:
 
     Attributes:
         observer: how ranges are chosen, and the percentile if it is one.
-        special: the same for some groups of tensors on one scale, by their names.
+        special: the same for single tensors, by name, and those that share their scale.
         kept: labels of nodes that stay in floating point, and why.
         refused: labels of nodes whose weights stay in floating point as well, and why.
         only: if given, labels of the only weighted nodes to quantize.
@@ -64,7 +64,7 @@ class Recipe:
     """
 
     observer: ObserverChoice = ("mse", 0.0)
-    special: Mapping[Group, ObserverChoice] = field(default_factory=dict)
+    special: Mapping[str, ObserverChoice] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     only: frozenset[str] | None = None
@@ -142,6 +142,7 @@ class Builder:
                 log,
                 refuse=refuse,
                 kept=self._kept(recipe),
+                weights_only=not self._settings.static,
                 classifier=self._settings.classifier,
                 masked=masked,
             )
@@ -197,6 +198,8 @@ class Builder:
 
     def _store(self, model: Model, plan: Plan, recipe: Recipe, log: Log) -> None:
         """What takes less room in the file than it computes with."""
+        if self._settings.static and not self.ctx.target.quantized.weight_only:
+            return  # the target may not know what to do with them
         storage = Storage(model, log)
         storage.tables(self._refusal(recipe))
         for node in plan.stored if self._four_bits else ():
@@ -269,7 +272,7 @@ class Builder:
             group = _names(sources)
             if group not in known:
                 parts = [_statistics(source, self._seen.histograms) for source in sources]
-                known[group] = self._choose(merge(parts), recipe.special.get(group, recipe.observer))
+                known[group] = self._choose(merge(parts), _special(group, recipe))
             return known[group]
 
         for key in list(plan.tensors):
@@ -316,6 +319,11 @@ ROWS = 4095
 NARROW = 64
 # Elements of second moments held at a time: half a gigabyte.
 MAX_MOMENTS = 1 << 26
+
+
+def _special(group: Group, recipe: Recipe) -> ObserverChoice:
+    """How the range of tensors on one scale is chosen."""
+    return next((recipe.special[name] for name in group if name in recipe.special), recipe.observer)
 
 
 def _names(group: Sequence[Tensor]) -> Group:

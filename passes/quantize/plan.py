@@ -67,6 +67,7 @@ class Planner:
         refuse: why the caller wants a node to stay in floating point; None where it does not.
         kept: labels of nodes that would lose too much in integers, with what to say of them; where a target
             runs a matrix product as fast that way, its weight is stored as integers all the same.
+        weights_only: whether that is all that is wanted.
         classifier: whether the last matrix product before an output is quantized too.
         masked: names of tensors that hold mask values, which no integer range should cover.
     """
@@ -79,6 +80,7 @@ class Planner:
         *,
         refuse: Callable[[Node], str | None] = lambda node: None,
         kept: Mapping[str, str] | None = None,
+        weights_only: bool = False,
         classifier: bool = False,
         masked: Collection[str] = (),
     ) -> None:
@@ -86,6 +88,7 @@ class Planner:
         self._rules = rules
         self._refuse = refuse
         self._kept = kept or {}
+        self._weights_only = weights_only
         self._outputs = {id(tensor) for tensor in model.graph.outputs}
         # What a body reads stays what it is: the plan does not look inside.
         self._captured = {id(t) for node in self._nodes if node.bodies for t in captures(node)}
@@ -132,7 +135,7 @@ class Planner:
         if spec is None or spec.role is not Role.LINEAR:
             return False
         reason = self._unfit(node) or self._unfit_weight(node) or self._narrow(node, spec)
-        if reason:
+        if reason and not (self._weights_only and self._is_stored(node)):
             self._log.skip(node.label, reason)
         return reason is None
 

@@ -56,8 +56,8 @@ class Rounder:
     def _moments(self) -> Doubles:
         return self.gram.gram if self.corrected else self.gram.raw().gram
 
-    def __call__(self, encoded: Encoded, pair_axis: int | None, limit: int) -> Encoded:
-        """Better integers than these, under the same limits; see `weights.encode` for `pair_axis`."""
+    def __call__(self, encoded: Encoded, pair_axis: int | None, limit: int, least: Floats | None) -> Encoded:
+        """Better integers than these, under the same limits; arguments are those of `weights.encode`."""
         target = self.layer.matrix()
         if encoded.scales.size != target.shape[0] * target.shape[1]:
             return encoded
@@ -67,7 +67,14 @@ class Rounder:
         channels = encoded.codes.shape[pair_axis] if pair_axis is not None else 0
         neighbours = Neighbours(channels, target.shape[2] // channels) if channels else None
         start = codes.reshape(target.shape), encoded.scales.reshape(target.shape[:2])
-        best, scales = refine(target, *start, self._moments(), limit=limit, neighbours=neighbours)
+        best, scales = refine(
+            target,
+            *start,
+            self._moments(),
+            limit=limit,
+            neighbours=neighbours,
+            least=0.0 if least is None else least.reshape(target.shape[:2]),
+        )
         lost = np.einsum("gmk,gk->gm", target - best * scales[..., None], self.gram.x_mean)
         return replace(
             encoded,
@@ -85,6 +92,7 @@ def refine(
     *,
     limit: int = QMAX,
     neighbours: Neighbours | None = None,
+    least: Floats | float = 0.0,
 ) -> tuple[Floats, Floats]:
     """Better codes than the given ones, and better scales where there is one for each output.
 
@@ -95,6 +103,7 @@ def refine(
         gram: covariance of the inputs, float64 (groups, inputs, inputs).
         limit: largest magnitude of a code.
         neighbours: which codes must not add up to more than `weights.MAX_PAIR`, if any.
+        least: what scales must not fall below, of each output.
 
     Returns:
         codes and scales of the same shapes.
@@ -107,7 +116,7 @@ def refine(
         residual = np.asarray((codes * steps - target) @ curvature, np.float32)
         changed = _sweep(codes, steps, residual, curvature, limit, neighbours)
         if sweep == 0 and shared:
-            scales = _refitted(target, codes, scales, curvature)
+            scales = np.maximum(_refitted(target, codes, scales, curvature), least)
             steps = np.ascontiguousarray(np.broadcast_to(scales[..., None], target.shape))
         if not changed:
             break

@@ -8,6 +8,7 @@ Candidates chosen that way are measured as wholes before they are believed.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,11 +23,14 @@ OBSERVERS: tuple[ObserverChoice, ...] = (
     ("percentile", 99.999),
 )
 # In dB: what keeps more is not worth a search.
-ENOUGH = 35.0
+ENOUGH = 30.0
 # A simple candidate that comes before others has to be beaten by this much, in dB: the rest is chance.
 MARGIN = 0.2
 # Samples that rank layers; verification takes all there are.
 RANKING = 8
+# A candidate has to be that much faster than the one it replaces.
+FASTER = 0.97
+SLOWER = "it is faster in floating point"
 REASON = "in integers it would cost too much accuracy"
 
 
@@ -37,6 +41,7 @@ class Layer:
     Attributes:
         node, op: its label and operator.
         noise: power of the noise by that of the signal, with this node alone in integers.
+        tensors: names of those whose ranges it depends on.
         cost: multiply-accumulates of a sample, by the mean over all layers; 1 where shapes do not tell.
     """
 
@@ -44,6 +49,7 @@ class Layer:
     op: str
     noise: float
     cost: float
+    tensors: tuple[str, ...] = ()
 
     @property
     def sqnr(self) -> float:
@@ -90,10 +96,11 @@ class Search:
                 best = trial
         return best
 
-    def complete(self, trial: Trial, held: CalibrationData) -> Trial:
-        """The same with ranges that the data held out so far has a part in, too."""
+    def complete(self, trial: Trial, held: CalibrationData, goal: float) -> Trial:
+        """The same with ranges that the data held out so far has a part in, too, if that does no harm."""
         self._build.absorb(held)
-        return self.attempt(trial.recipe)
+        completed = self.attempt(trial.recipe)
+        return completed if completed.score.sqnr >= min(trial.score.sqnr, goal) else trial
 
     def rounding(self, trial: Trial) -> Trial:
         """The same with weights rounded by what their layers see, if that does better as a whole."""
@@ -110,9 +117,46 @@ class Search:
             alone = self._build(replace(trial.recipe, only=frozenset((node.label,))))
             noise = self._judge(alone.model, RANKING).noise
             cost = macs.get(node.label, mean) / mean if mean else 1.0
-            found.append(Layer(node.label, node.op, noise, cost))
+            tensors = tuple(name for group in alone.groups for name in group)
+            found.append(Layer(node.label, node.op, noise, cost, tensors))
             self._build.announce("measuring layers", index + 1, len(nodes))
         return sorted(found, key=lambda layer: -layer.noise)
+
+    def ranges(self, trial: Trial, layers: Sequence[Layer]) -> Trial:
+        """The same with another way to choose the ranges of single layers, if that does better as a whole.
+
+        Tried on the layers that do more than half an average share of all noise.
+        """
+        other = OBSERVERS[1] if trial.recipe.observer != OBSERVERS[1] else OBSERVERS[0]
+        mean = sum(layer.noise for layer in layers) / max(len(layers), 1)
+        worst = [layer for layer in layers if layer.noise > 0.5 * mean]
+        gains: defaultdict[str, float] = defaultdict(float)
+        for index, layer in enumerate(worst):
+            special = dict.fromkeys(layer.tensors, other)
+            alone = self._build(replace(trial.recipe, special=special, only=frozenset((layer.node,))))
+            noise = self._judge(alone.model, RANKING).noise
+            for name in layer.tensors:
+                gains[name] += layer.noise - noise
+            self._build.announce("choosing ranges", index + 1, len(worst))
+        better = {name: other for name, gain in gains.items() if gain > 0}
+        found = self.attempt(replace(trial.recipe, special=better))
+        return found if found.score.sqnr > trial.score.sqnr + MARGIN else trial
+
+    def latency(self, trial: Trial) -> float:
+        """Time of a candidate relative to the float model's, on the first batch judged on."""
+        return self._judge.latencies([trial.candidate.model], 0.5)[0]
+
+    def fastest(self, trial: Trial, seconds: float = 6.0) -> Trial:
+        """The same with the smallest layers, as many as pays, left in floating point; timed in turn."""
+        macs = self._build.macs()
+        order = sorted(_labels(trial), key=lambda label: macs.get(label, 0))
+        trials = [trial]
+        for part in (0.25, 0.5, 0.75):
+            labels = {*order[: round(part * len(order))], *trial.recipe.kept}
+            trials.append(self.attempt(self._build.without(trial.recipe, labels, SLOWER)))
+        times = self._judge.latencies([each.candidate.model for each in trials], seconds)
+        quickest = min(range(len(trials)), key=lambda index: times[index])
+        return trials[quickest] if times[quickest] < FASTER * times[0] else trial
 
     def keep(self, trial: Trial, layers: Sequence[Layer], goal: float) -> Trial:
         """The candidate with the fewest multiply-accumulates kept out of integers that reaches a fidelity.

@@ -89,14 +89,14 @@ class Encoder:
 
     Args:
         limit: largest magnitude of a code.
-        better: by name of a constant, what makes better integers of these; it is given them, `pair_axis` and
-            the limit.
+        better: by name of a constant, what makes better integers of these; it is given them, `pair_axis`, the
+            limit and the least scales.
     """
 
     def __init__(
         self,
         limit: int = QMAX,
-        better: Mapping[str, Callable[[Encoded, int | None, int], Encoded]] | None = None,
+        better: Mapping[str, Callable[[Encoded, int | None, int, Scales | None], Encoded]] | None = None,
     ) -> None:
         self.limit = limit
         self._better = {} if better is None else better
@@ -130,8 +130,8 @@ class Encoder:
                 least=least,
                 limit=self.limit,
             )
-            better = self._better.get(weight.name) if per_channel and least is None else None
-            self._known[key] = better(found, pair_axis, self.limit) if better else found
+            better = self._better.get(weight.name) if per_channel else None
+            self._known[key] = better(found, pair_axis, self.limit, least) if better else found
         return self._known[key]
 
 

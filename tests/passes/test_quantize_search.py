@@ -230,3 +230,54 @@ def test_refined_codes_lower_the_error_and_keep_their_limits(
     assert np.abs(better).max() <= weights.QMAX
     table = better.reshape(groups * outputs, channels, positions).astype(np.int8)
     assert not weights._saturates(table).any()
+
+
+# Targets
+
+
+@pytest.mark.parametrize(
+    ("layout", "activation", "bias", "symmetric"),
+    [
+        ("cpu", "uint8", "int32", False),
+        ("openvino", "uint8", "int32", False),
+        ("cuda", "int8", "float32", True),
+        ("tensorrt", "int8", "float32", True),
+        ("qnn", "uint16", "int32", False),
+    ],
+)
+def test_graphs_obey_the_layout_of_a_target(
+    chain: Model, batches: list[dict[str, Array]], layout: str, activation: str, bias: str, symmetric: bool
+) -> None:
+    result, _ = _quantize(chain, batches, layout=layout, require_sqnr=0)
+    pairs = [node for node in result.graph.nodes if node.op == "QuantizeLinear"]
+    zeros = [node.inputs[2] for node in pairs if isinstance(node.inputs[2], Constant)]
+    assert len(zeros) == len(pairs) > 0
+    assert {zero.dtype.name for zero in zeros} == {activation}
+    assert not symmetric or not any(zero.values.any() for zero in zeros)
+    convs = [node for node in result.graph.nodes if node.op == "Conv"]
+    for conv in convs:
+        maker, stored = conv.inputs[2].inputs, conv.inputs[2]
+        assert np.dtype((maker[0].inputs[0] if maker else stored).dtype).name == bias
+        assert conv.inputs[1].inputs[0].inputs[0].dtype == np.int8
+    assert _sqnr(chain, result, batches[0], "none") > 25
+
+
+def test_sixteen_bits_lose_less_than_eight(chain: Model, batches: list[dict[str, Array]]) -> None:
+    found = {
+        kind: _sqnr(
+            chain, _quantize(chain, batches, activations=kind, algorithm="rtn")[0], batches[0], "none"
+        )
+        for kind in ("uint8", "uint16")
+    }
+    assert found["uint16"] > found["uint8"]
+
+
+def test_latency_is_measured_and_may_be_what_decides(
+    chain: Model, batches: list[dict[str, Array]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Timing itself is made up: only what is done with it can be tested."""
+    monkeypatch.setattr(Judge, "latencies", lambda self, models, seconds: [1.0, 0.9, 0.8, 0.7][: len(models)])
+    _, changes = _quantize(chain, batches, optimize_for="latency", require_sqnr=0)
+    assert changes.facts["latency"] == 1.0
+    reasons = [skip.reason for skip in changes.skipped]
+    assert reasons.count("it is faster in floating point") == 2

@@ -67,6 +67,23 @@ def cut_attention(cut: Cut) -> None:
             cut.node.attrs[name] = cut.size(index, 2) * before // cut.before(index)[2]
 
 
+def rotary_embedding(trace: Trace) -> None:
+    """RotaryEmbedding-23: channels of a head are mixed with each other, heads are not."""
+    apart = len(trace.shape(0)) == 4
+    for axis in (0, 2, 3) if apart else (0, 1):
+        trace.release(0, axis, "its angles run along this axis")
+    if not apart:
+        rows = trace.labels(0, 2).reshape(trace.node.attrs["num_heads"], -1)
+        trace.tie(rows, rows[:, :1])
+    trace.emit(trace.blocks(0))
+
+
+def cut_rotary_embedding(cut: Cut) -> None:
+    """State the new number of heads."""
+    if len(cut.before(0)) == 3 and cut.kept(0, 2) is not None:
+        cut.node.attrs["num_heads"] = cut.size(0, 2) * cut.node.attrs["num_heads"] // cut.before(0)[2]
+
+
 def einsum(trace: Trace) -> None:
     """Axes with the same letter share their slices; a letter that is not in the result is summed over."""
     terms, result = parse(trace.node.attrs["equation"])

@@ -23,6 +23,35 @@ def convolution(trace: Trace) -> None:
     _emit_channels(trace, outputs)
 
 
+def integer_convolution(trace: Trace) -> None:
+    """ConvInteger (x, w, zero points) and QLinearConv (x, scale, zero, w, scale, zero, scale, zero, bias)."""
+    linear = trace.node.op == "QLinearConv"
+    weight, per_output = (3, (4, 5, 8)) if linear else (1, (3,))
+    _keep_space(trace, 0)
+    _keep_space(trace, weight)
+    group, outputs = trace.node.attrs.get("group", 1), trace.labels(weight, 0)
+    if 1 < group == trace.shape(0)[1] and trace.shape(weight)[1] == 1:
+        _per_channel(trace, outputs, group)
+    elif group == 1:
+        trace.contract(0, 1, weight, 1)
+    else:
+        _tie_groups(trace, trace.labels(0, 1), group, trace.labels(weight, 1))
+        _tie_groups(trace, outputs, group)
+    for index in per_output:
+        trace.tie_axis(index, 0, outputs)
+    trace.emit([Block((0,), trace.labels(0, 0)), Block((1,), outputs)])
+
+
+def integer_matmul(trace: Trace) -> None:
+    """MatMulInteger and QLinearMatMul: as MatMul, with a scale and zero point for all, or one per column."""
+    linear = trace.node.op == "QLinearMatMul"
+    right, per_column = (3, (4, 5)) if linear else (1, (3,))
+    _multiply(trace, right)
+    columns = trace.labels(right, len(trace.shape(right)) - 1)
+    for index in per_column:
+        trace.tie_axis(index, 0, columns)
+
+
 def transposed_convolution(trace: Trace) -> None:
     """ConvTranspose: W[I, O/g, k...]."""
     _keep_space(trace, 0)
@@ -41,10 +70,15 @@ def transposed_convolution(trace: Trace) -> None:
     _emit_channels(trace, outputs)
 
 
-def cut_convolution(cut: Cut) -> None:
+def cut_integer_convolution(cut: Cut) -> None:
+    """The same where the weight is the fourth input."""
+    cut_convolution(cut, weight=3)
+
+
+def cut_convolution(cut: Cut, weight: int = 1) -> None:
     """A convolution with one input channel per group has as many groups as channels; others keep theirs."""
     node = cut.node
-    depthwise = node.attrs.get("group", 1) == cut.before(0)[1] and 1 in cut.before(1)[:2]
+    depthwise = node.attrs.get("group", 1) == cut.before(0)[1] and 1 in cut.before(weight)[:2]
     if depthwise and node.attrs.get("group", 1) > 1:
         node.attrs["group"] = cut.size(0, 1)
 
@@ -66,31 +100,29 @@ def gemm(trace: Trace) -> None:
 
 def matmul(trace: Trace) -> None:
     """Axes in front of the last two are batch axes and broadcast; vectors have no axis of their own."""
-    left, right = len(trace.shape(0)), len(trace.shape(1))
-    summed_left, summed_right = left - 1, max(right - 2, 0)
-    for index, axes in ((0, (left - 1, left - 2)), (1, (right - 1, right - 2))):
+    _multiply(trace, 1)
+
+
+def _multiply(trace: Trace, second: int) -> None:
+    left, right = len(trace.shape(0)), len(trace.shape(second))
+    for index, axes in ((0, (left - 1, left - 2)), (second, (right - 1, right - 2))):
         _split_off(trace, index, [axis for axis in axes if axis >= 0])
-    trace.contract(0, summed_left, 1, summed_right)
-    _unless_weight(trace, summed_left)
-    _batch(trace, left, right)
+    trace.contract(0, left - 1, second, max(right - 2, 0))
+    if not trace.is_fixed(0) and not trace.is_fixed(second):
+        # Of two computed tensors, a removed channel would have added to the sum even with weights of zero.
+        trace.inexact(trace.labels(0, left - 1))
+    _batch(trace, second)
 
 
-def _unless_weight(trace: Trace, axis: int) -> None:
-    """A product of two computed tensors sums what a removed channel would have added even if it were zero."""
-    if not trace.is_fixed(0) and not trace.is_fixed(1):
-        trace.inexact(trace.labels(0, axis))
-
-
-def _batch(trace: Trace, left: int, right: int) -> None:
-    made = trace.made()
-    rank = len(made)
+def _batch(trace: Trace, second: int) -> None:
+    left, right, rank = len(trace.shape(0)), len(trace.shape(second)), len(trace.made())
     found: dict[int, Labels] = {}
     if left > 1:
         found[rank - (2 if right > 1 else 1)] = trace.labels(0, left - 2)
     if right > 1:
-        found[rank - 1] = trace.labels(1, right - 1)
-    for axis in range(rank - 2 if left > 1 and right > 1 else max(left, right) - 2):
-        sides = ((0, axis - (rank - left)), (1, axis - (rank - right)))
+        found[rank - 1] = trace.labels(second, right - 1)
+    for axis in range(rank - (left > 1) - (right > 1)):
+        sides = ((0, axis - (rank - left)), (second, axis - (rank - right)))
         wide = [(index, at) for index, at in sides if at >= 0 and trace.shape(index)[at] > 1]
         labels = [trace.labels(index, at) for index, at in wide]
         if labels:
