@@ -85,6 +85,7 @@ class Checker:
     def accept(self, model: Model) -> None:
         """Take a model that lossily differs from the original for what later lossless steps have to keep."""
         self._model = model
+        self._interface = interface(model)
         if self._runs:
             session = Session(model, self._target, once=True)
             self._expected = [session.run(feeds) for feeds in self.feeds]

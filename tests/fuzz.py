@@ -36,7 +36,7 @@ NETS = ("resnet", "mobilenet", "vit")
 # What a pass cannot do without.
 REQUIRED = {"prune": {"ratio": "0.3"}}
 # Seconds for one case; what takes longer has hung.
-PATIENCE = 240
+PATIENCE = 900
 
 SMALL = (
     "g (float[N,4] x) => (float[N,4] y) <float[4,4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}> "
@@ -178,7 +178,8 @@ def pipeline(random: np.random.Generator, folder: Path) -> str:
         result = Pipeline(*chain)(model, data=data, seed=int(random.integers(9)))
     except OnnxSlimError as error:
         return ending(error)
-    assert interface(result.model) == interface(model)
+    if not any(getattr(each, "allow_outputs", False) for each in chain):
+        assert interface(result.model) == interface(model)
     if result.model is not model:
         wellformed(result.model)
     feeds = next(iter(data))

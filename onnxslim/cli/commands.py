@@ -10,7 +10,7 @@ import typer
 
 from onnxslim import passes, terminal
 from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
-from onnxslim.cli.running import process, warn_of_made_up_inputs
+from onnxslim.cli.running import process, require_report, warn_of_made_up_inputs
 from onnxslim.cli.words import CustomOps, DataWords, Debug, Job, Json, Quiet, expanded, limits
 from onnxslim.errors import UsageError
 
@@ -244,6 +244,10 @@ def _validate(
     require: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="fail unless met; as --check of `run`")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="save a report: FILE.html for people, FILE.json for programs"),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=0, help="calls to time; 0 measures no latency")] = 30,
     threads: Annotated[
         int, typer.Option(min=0, help="threads per operator; 0 leaves it to ONNX Runtime")
@@ -258,6 +262,7 @@ def _validate(
     Compares outputs, accuracy, latency and size, on every execution provider.
     """
     required = limits(require)
+    require_report(report, {path.resolve(): "a model" for path in (first, second)})
     from onnxslim.model import load
     from onnxslim.runtime import Target
     from onnxslim.validation import validate
@@ -284,6 +289,12 @@ def _validate(
         terminal.show_json(verdict)
     else:
         terminal.show(verdict, quiet)
+    if report is not None:
+        from onnxslim import page
+        from onnxslim.pipeline import Report
+
+        feeds = opened.data if opened else None
+        page.document(model, result, Report(), verdict, data=feeds).save(report)
     verdict.require(**required)
 
 
