@@ -74,7 +74,8 @@ class Judge:
     def __init__(self, model: Model, data: CalibrationData, target: Target) -> None:
         self._target = target
         self._parts = [part for tensor in model.graph.outputs for part in _parts_of(tensor)]
-        self._session = session = Session(model, target)
+        self._model = model
+        session = Session(model, target)
         self._feeds: list[Mapping[str, Array]] = []
         self._expected: list[Mapping[str, Any]] = []
         samples = size = 0
@@ -108,8 +109,12 @@ class Judge:
         return Score(min(heard, default=math.inf), ratios, float(np.mean(same)) if same else None)
 
     def latencies(self, models: Sequence[Model], seconds: float) -> list[float]:
-        """Time of each model on the first batch, relative to the float model's; all are timed in turn."""
-        sessions = [self._session, *(Session(model, self._target) for model in models)]
+        """Time of each model on the first batch, relative to the float model's.
+
+        All are timed in turn, on one thread: more would wait for one another on a busy machine.
+        """
+        single = self._target.with_threads(1)
+        sessions = [Session(model, single) for model in (self._model, *models)]
         return latencies(sessions, self._feeds[0], rounds=20, seconds=seconds)[1][1:]
 
     def _batches(self, samples: int) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Any]]]:

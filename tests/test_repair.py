@@ -429,7 +429,7 @@ def test_what_cannot_be_refitted_says_why(body: str, reason: str) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        "y = Add(h, m)",
+        "r = Relu(h) y = Add(r, m)",
         "r = Reshape(h, q) n = GroupNormalization<num_groups=2>(r, g, g) y = Flatten(n)",
     ],
 )

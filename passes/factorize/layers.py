@@ -208,7 +208,6 @@ class TransposedConvolution(Convolution):
 
     op = "ConvTranspose"
     scatters = True
-    gathers = False
 
     def read(self, node: Node, weight: Array) -> Array:
         """Inputs are grouped."""

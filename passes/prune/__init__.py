@@ -203,7 +203,14 @@ class _Run:
             target=self._ctx.target,
             progress=self._ctx.progress,
         )
-        self._log.add(changes)
+        for change in changes.changed:
+            self._log.change(change.node, "refitted to what the original computes")
+        for skip in changes.skipped:
+            self._log.skip(skip.node, skip.reason)
+        self._log.facts["repairs"] = [
+            {"node": change.node, "action": change.action, "reason": change.reason}
+            for change in changes.changed
+        ]
 
     def _removed(self, first: Analysis) -> Removed:
         """What went in the end, in units of the model as it came in."""

@@ -64,7 +64,8 @@ class Rounder:
         place = self.layer.restored(np.arange(target.size).reshape(target.shape)).ravel().astype(np.intp)
         codes = np.empty(target.size, np.float32)
         codes[place] = encoded.codes.ravel()
-        channels = encoded.codes.shape[pair_axis] if pair_axis is not None else 0
+        saturates = pair_axis is not None and 2 * limit > MAX_PAIR
+        channels = encoded.codes.shape[pair_axis] if saturates and pair_axis is not None else 0
         neighbours = Neighbours(channels, target.shape[2] // channels) if channels else None
         start = codes.reshape(target.shape), encoded.scales.reshape(target.shape[:2])
         best, scales = refine(

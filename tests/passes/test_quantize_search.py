@@ -187,6 +187,19 @@ def test_four_bit_weights_run_in_integer_kernels(chain: Model, batches: list[dic
     )
 
 
+def test_four_bits_in_integer_kernels_gain_by_outputs_too(chain: Model) -> None:
+    mixed = _normal(3, 8, seed=5)
+    images = [np.einsum("ncij,cd->ndij", _normal(8, 3, 6, 6, seed=seed), mixed) for seed in range(9)]
+    *data, fresh = ({"x": image} for image in images)
+    found = {
+        algorithm: _sqnr(
+            chain, _quantize(chain, data, weights="int4", algorithm=algorithm, require_sqnr=0)[0], fresh
+        )
+        for algorithm in ("rtn", "cd")
+    }
+    assert found["cd"] > found["rtn"] + 1
+
+
 # The judge
 
 
