@@ -301,16 +301,20 @@ def broken(reference: Any, actual: Any) -> str:
 
 
 def relative_difference(
-    first: Model, second: Model, target: Target, samples: Sequence[Mapping[str, Array]] = ()
+    first: Model,
+    second: Model,
+    target: Target,
+    samples: Sequence[Mapping[str, Array]] = (),
+    *,
+    optimize: str = "none",
 ) -> float | None:
     """Largest difference of an output, relative to its largest magnitude, over probe inputs.
-
-    Both models run as they are written, without ONNX Runtime's own optimizations.
 
     Args:
         first, second: models with one interface.
         target: where they run.
         samples: real inputs, preferred to made-up ones.
+        optimize: ONNX Runtime's own optimizations of the second; the first runs as it is written.
 
     Returns:
         None if no inputs are found on which the first runs.
@@ -318,7 +322,8 @@ def relative_difference(
     Raises:
         LoadError: ONNX Runtime refuses one of them.
     """
-    session, other = (Session(each, target, optimize="none", once=True) for each in (first, second))
+    session = Session(first, target, optimize="none", once=True)
+    other = Session(second, target, optimize=optimize, once=True)
     worst: float | None = None
     for run in probes(first, session, samples):
         actual = other.run(run.feeds)

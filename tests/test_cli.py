@@ -533,18 +533,21 @@ def test_constants_of_stand_ins_are_constants() -> None:
     assert not Scale().run(model, Context())
 
 
+RESNET = Path(__file__).parent.parent / "models" / "fashion" / "resnet.onnx"
+
+
 def test_prune_tells_families_and_replays_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, plan = FASHION / "resnet.onnx", tmp_path / "plan.json"
-    assert main(["prune", str(source), "--families"]) == 0
+    source, plan = RESNET, tmp_path / "plan.json"
+    assert cli.main(["prune", str(source), "--families"]) == 0
     assert "stem.0.weight:0:0: 32 units of 1 channels" in capsys.readouterr().out
-    assert main(["prune", str(source), "--explain", "head.weight"]) == 0
+    assert cli.main(["prune", str(source), "--explain", "head.weight"]) == 0
     assert "is pinned: 'logits' is an output of the model" in capsys.readouterr().out
     first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
-    assert main(["prune", str(source), str(first), "--ratio", "0.25", "--save-plan", str(plan)]) == 0
-    assert main(["prune", str(source), str(second), "--plan", str(plan)]) == 0
+    assert cli.main(["prune", str(source), str(first), "--ratio", "0.25", "--save-plan", str(plan)]) == 0
+    assert cli.main(["prune", str(source), str(second), "--plan", str(plan)]) == 0
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_prune_without_a_goal_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["prune", str(FASHION / "resnet.onnx")]) == 2
+    assert cli.main(["prune", str(RESNET)]) == 2
     assert "exactly one of macs, params, ratio and plan" in capsys.readouterr().err

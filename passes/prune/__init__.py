@@ -251,7 +251,10 @@ class _Run:
                     self._log.skip(node.label, line)
                 told += 1
         if not told:
-            self._log.skip(self._model.graph.name or "model", "no layer has constant weights to cut")
+            bodies = sorted({node.op for node in self._model.graph.nodes if node.bodies})
+            inside = f"; layers in bodies of {', '.join(bodies)} are left whole" if bodies else ""
+            name = self._model.graph.name or "model"
+            self._log.skip(name, f"no layer of the main graph has constant weights to cut{inside}")
 
 
 def _data(ctx: Context, model: Model) -> CalibrationData | None:
