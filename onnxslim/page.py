@@ -218,6 +218,7 @@ def _view(shown: Document) -> Iterator[tuple[str, Any]]:
     yield "providers", list(_providers(verdict)) if verdict else []
     yield "steps", [_step(step) for step in shown.report.steps]
     yield "timeline", _timeline(shown.report.steps)
+    yield "unfound", list(analysis.notes) if analysis else []
     yield "fidelity", _fidelity(analysis.fidelity) if analysis else []
     yield (
         "histograms",

@@ -31,6 +31,7 @@ WIDTH = 110
 SHOWN_NAMES = 3
 SHOWN_GROUPS = 20
 SHOWN_FACTS = 8
+SHOWN_CHARACTERS = 400
 
 # ---------------------------------------------------------------------------------------- text for people
 
@@ -330,15 +331,20 @@ def names(nodes: Sequence[str]) -> str:
 
 
 def fact(value: Any) -> str:
-    """A figure a pass reports, cut short where it is a long list."""
+    """A figure a pass reports, cut short where it is long; the JSON report has all of it."""
+    text = _fact(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " … (see the JSON report)"
+
+
+def _fact(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping) and {"node", "sqnr", "kept"} <= value.keys():
         return f"{value['node']} {value['sqnr']:.1f} dB{' (kept in float)' if value['kept'] else ''}"
     if isinstance(value, Mapping):
-        parts = [f"{key} {fact(item)}" for key, item in value.items()]
+        parts = [f"{key} {_fact(item)}" for key, item in value.items()]
     elif isinstance(value, list | tuple | set | frozenset):
-        parts = [fact(item) for item in value]
+        parts = [_fact(item) for item in value]
     else:
         return str(value)
     more = f", and {len(parts) - SHOWN_FACTS} more" if len(parts) > SHOWN_FACTS else ""

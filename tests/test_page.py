@@ -334,7 +334,9 @@ def test_a_report_of_what_cannot_run_is_still_written(
     parse("g (float[N] x) => (float[N] y) { y = my.unknown(x) }").save(tmp_path / "in.onnx")
     assert cli.main(["slim", str(tmp_path / "in.onnx"), "--report", str(tmp_path / "r.html")]) == 0
     assert "the report has no comparison of the models" in capsys.readouterr().err
-    assert "the input does not run" in (tmp_path / "r.html").read_text("utf-8")
+    html = (tmp_path / "r.html").read_text("utf-8")
+    assert "the input does not run" in html
+    assert "no inputs to compare the layers on" in html
 
 
 def test_places_that_cannot_be_written(made: tuple[Model, Model, Document], tmp_path: Path) -> None:
@@ -362,6 +364,7 @@ def test_validate_keeps_reports_too(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli.main([*words, "--report", str(tmp_path / "r.html"), "--require", "sqnr=90"]) == 4
     html = (tmp_path / "r.html").read_text("utf-8")
     assert "a.onnx" in html
+    assert "no inputs to compare" not in html
     assert "Signal-to-noise ratio, layer by layer" in html
     assert cli.main([*words, "--report", str(tmp_path / "b.onnx")]) == 2
     assert "would overwrite a model" in capsys.readouterr().err

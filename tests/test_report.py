@@ -76,6 +76,14 @@ def test_facts_are_listed() -> None:
         assert line in lines
 
 
+def test_long_facts_are_cut_short() -> None:
+    plan = {"families": [{"name": f"family{i}", "removed": list(range(30))} for i in range(30)]}
+    lines = shown(Changes((Change("n", "a"),), (), {"plan": plan})).splitlines()
+    (line,) = [line for line in lines if "plan: " in line]
+    assert len(line) < 450
+    assert line.endswith("… (see the JSON report)")
+
+
 def test_reverted_steps_say_so_and_why() -> None:
     assert "was reverted, the model is as it was before: output 'y' differs" in shown(
         Changes(), "output 'y' differs"

@@ -181,6 +181,8 @@ def _prune(
 _SUMMARIES = {
     "quantize": "Make a model run in 8-bit integers.\n\nRanges are calibrated on --data.",
     "factorize": "Replace large layers by products of smaller ones.",
+    "half": "Compute in half precision where the ranges of --data allow it.",
+    "inline": "Replace calls of the model's own functions by what these do.",
 }
 # Parts of slim, and commands that take more options than their pass.
 _NO_COMMANDS = ("slim", "prune", "fold", "eliminate", "fuse", "dedupe", "dead")
