@@ -48,6 +48,36 @@ def wheel(session: nox.Session) -> None:
     session.run("onnxslim", "demo", "--model", "all")
 
 
+def _required(session: nox.Session, provider: str) -> None:
+    """Fail where the wheel does not bring what the session is about, instead of skipping every test."""
+    code = f"import onnxruntime; assert {provider!r} in onnxruntime.get_available_providers()"
+    session.run("python", "-c", code)
+
+
+@nox.session
+def openvino(session: nox.Session) -> None:
+    """The bundled networks, in float and in integers, on OpenVINO."""
+    session.install("-e", ".[openvino,test]")
+    _required(session, "OpenVINOExecutionProvider")
+    session.run("pytest", "tests/test_providers.py", *session.posargs)
+
+
+@nox.session
+def gpu_fallback(session: nox.Session) -> None:
+    """What onnxruntime-gpu does on a machine without a GPU: it must refuse. With one, the GPU tests run."""
+    session.install("-e", ".[gpu,test]")
+    _required(session, "CUDAExecutionProvider")
+    session.run("pytest", "tests/test_providers.py", *session.posargs)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Look for inputs that break something; a word after `--` is the time to spend, in seconds (300)."""
+    session.install("-e", ".[dev]")
+    seconds = session.posargs[0] if session.posargs else "300"
+    session.run("pytest", "-m", "fuzz", "tests/test_fuzz.py", env={"FUZZ_SECONDS": seconds})
+
+
 @nox.session
 def bench(session: nox.Session) -> None:
     """Calibration beside ONNX Runtime's; words after `--` go to the script, such as `--images 16`."""

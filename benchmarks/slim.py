@@ -25,7 +25,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,9 +33,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-ROOT = Path(__file__).resolve().parent.parent
-# The runtime is the same for all of them.
-RUNTIME = "onnxruntime==1.31.1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common
+
+ROOT = common.ROOT
 TIMEOUT_S = 900
 ERROR = re.compile(r"[\w.]+(Error|Exception|Fail)\b")
 
@@ -143,19 +144,8 @@ def _light() -> Iterator[tuple[str, tuple[Path, Feeds]]]:
 
 
 def environment(name: str, folder: Path) -> Path:
-    """The Python of a tool's virtual environment, which is made unless it is there."""
-    tool = TOOLS[name]
-    home = folder / name.replace(" ", "-")
-    wanted = "\n".join((*tool.requirements, RUNTIME))
-    mark = home / "installed.txt"
-    python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    if not (mark.is_file() and mark.read_text(encoding="utf-8") == wanted):
-        print(f"making {home}", file=sys.stderr)
-        venv.create(home, with_pip=True, clear=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", *tool.requirements, RUNTIME]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        mark.write_text(wanted, encoding="utf-8")
-    return python
+    """The Python of a tool's virtual environment."""
+    return common.environment(folder / name.replace(" ", "-"), TOOLS[name].requirements)
 
 
 def simplify(python: Path, tool: Tool, source: Path, target: Path) -> float | str:
@@ -264,7 +254,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="*", help="all by default")
-    parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache" / "onnxslim" / "venvs")
+    parser.add_argument("--venvs", type=Path, default=common.VENVS)
     parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
     words = parser.parse_args()
     known = models()
@@ -287,5 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

@@ -124,7 +124,7 @@ def _observe(
     progress: Progress | None = None,
 ) -> Statistics:
     names = seen.names()
-    runner = _Runner(tapped(model, names), target)
+    runner = Runner(tapped(model, names), target)
     total = length_hint(batches, -1)  # -1 where a source cannot know
     for index, feeds in enumerate(batches):
         values = runner.run(feeds, [name for name in names if name not in feeds])
@@ -149,7 +149,7 @@ def thinning(array: Array) -> int:
     return every
 
 
-class _Runner:
+class Runner:
     """A session that steps down to weaker optimization when the tapped graph does not run at a stronger."""
 
     def __init__(self, model: Model, target: Target | None) -> None:

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -50,7 +51,8 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-_IMAGES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
+IMAGES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
+_MODES = {1: "L", 3: "RGB"}
 _ENDLESS = 1 << 62
 _ADVICE = "pass a list of batches, or CalibrationData.from_callable with a function that starts anew"
 
@@ -108,24 +110,67 @@ class CalibrationData:
         return cls([{key: array[cut] for key, array in arrays.items()} for cut in cuts], name=str(path))
 
     @classmethod
+    def from_npy(cls, files: str | Path | Mapping[str, str | Path], batch_size: int = 8) -> Self:
+        """Samples from .npy files, mapped into memory and cut into batches.
+
+        The first axis of each array counts the samples. The last batch may be smaller than the others.
+
+        Args:
+            files: one per model input; or a single file, which is fed to the model's first input (its key is
+                "#0" until `bind` knows the model).
+            batch_size: samples per batch.
+        """
+        paths = {key: Path(file) for key, file in files.items()} if isinstance(files, Mapping) else {}
+        paths = paths or {"#0": Path(files)}  # type: ignore[arg-type]
+        name = ", ".join(map(str, paths.values()))
+        samples = _sample_count({key: _map_npy(file) for key, file in paths.items()}, name)
+        return cls(_Lazy(_cuts(samples, batch_size), partial(_cut_npy, paths)), name=name)
+
+    @classmethod
     def from_dir(cls, path: str | Path, *, max_bytes: int = MAX_BYTES) -> Self:
         """Batches from a folder, read when they are needed, in natural order (2 before 10).
 
-        Either .npz files of one batch each, or ONNX test data: folders `test_data_set_N` of serialized
-        tensors `input_M.pb` (or one such folder itself). A tensor without a name is fed to the model's M-th
-        input: it goes by the key "#M" until `bind` knows the model. No file may unpack to over `max_bytes`.
+        One of three: .npz files of one batch each; .npy files of one batch each for a model with one input
+        (its key is "#0" until `bind` knows the model); or ONNX test data: folders `test_data_set_N` of
+        serialized tensors `input_M.pb` (or one such folder itself). A tensor without a name is fed to the
+        model's M-th input, by the key "#M". No file may unpack to over `max_bytes`.
         """
         folder = Path(path)
-        files = _listed(folder, lambda file: file.suffix == ".npz")
-        sets = _test_sets(folder)
-        if bool(files) == bool(sets):
-            found = "both" if files else "neither"
+        kinds: dict[str, tuple[Sequence[Any], Callable[[Any], Feeds]]] = {
+            ".npz files": (listed(folder, (".npz",)), partial(_read_npz, max_bytes=max_bytes)),
+            ".npy files": (listed(folder, (".npy",)), _read_npy),
+            "test_data_set_N/input_M.pb": (_test_sets(folder), partial(_read_test_set, max_bytes=max_bytes)),
+        }
+        found = [name for name, (items, _) in kinds.items() if items]
+        if len(found) != 1:
+            *first, last = kinds
             raise CalibrationError(
-                f"{folder}: expected .npz files or test_data_set_N/input_M.pb, found {found}"
+                f"{folder}: expected {', '.join(first)} or {last}, found {' and '.join(found) or 'none'}"
             )
-        if files:
-            return cls(_Lazy(files, partial(_read_npz, max_bytes=max_bytes)), name=str(folder))
-        return cls(_Lazy(sets, partial(_read_test_set, max_bytes=max_bytes)), name=str(folder))
+        items, load = kinds[found[0]]
+        return cls(_Lazy(items, load), name=str(folder))
+
+    @classmethod
+    def of(cls, source: Any, *, name: str = "calibration data") -> CalibrationData:
+        """Batches from whatever gives them.
+
+        Args:
+            source: calibration data; a reader with `get_next()`, or a class or function that makes readers;
+                a function that returns a fresh iterable of batches; or an iterable of batches.
+            name: what error messages call the data.
+        """
+        if isinstance(source, CalibrationData):
+            return source
+        if hasattr(source, "get_next"):
+            return cls.from_reader(source, name=name)
+        if not callable(source) or hasattr(source, "__iter__"):
+            return cls(source, name=name)
+        made = source()
+        if isinstance(made, CalibrationData):
+            return made
+        if hasattr(made, "get_next"):
+            return cls.from_reader(source, name=name)
+        return cls.from_callable(source, name=name)
 
     @classmethod
     def from_reader(cls, reader: Reader | Callable[[], Reader], *, name: str = "reader") -> Self:
@@ -163,10 +208,11 @@ class CalibrationData:
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
         scale: float = 1 / 255,
+        channels: int = 3,
         dtype: DTypeLike = np.float32,
         batch_size: int = 8,
     ) -> Self:
-        """RGB images from a folder: JPEG, PNG, BMP and WebP, in natural order, decoded when they are needed.
+        """Images from a folder: JPEG, PNG, BMP and WebP, in natural order, decoded when they are needed.
 
         Each is cropped around its centre to the wanted aspect ratio, resized (bilinear), and given to the
         model as (pixel * scale - mean) / std. Needs Pillow (the `images` extra).
@@ -179,17 +225,25 @@ class CalibrationData:
             mean, std: of the scaled values, one number or one per channel; for ImageNet classifiers
                 usually (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225).
             scale: factor that comes first.
+            channels: 3 for red, green and blue, 1 for grey.
             dtype: element type of the input.
             batch_size: images per batch; the last may have fewer.
         """
         if layout not in ("NCHW", "NHWC"):
             raise CalibrationError(f"{folder}: layout {layout!r} is neither NCHW nor NHWC")
-        files = _listed(Path(folder), lambda file: file.suffix.lower() in _IMAGES)
+        if channels not in _MODES:
+            raise CalibrationError(f"{folder}: images have 3 channels or 1, not {channels}")
+        files = listed(Path(folder), tuple(IMAGES))
         if not files:
-            raise CalibrationError(f"{folder}: no images ({', '.join(_IMAGES)}) in this folder")
+            raise CalibrationError(f"{folder}: no images ({', '.join(IMAGES)}) in this folder")
         height, width = (size, size) if isinstance(size, int) else size
         centre, spread = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        load = _Images(input, (height, width), layout, centre, spread, scale, np.dtype(dtype))
+        for what, values in (("mean", centre), ("std", spread)):
+            if values.shape not in ((), (1,), (channels,)):
+                raise CalibrationError(f"{folder}: {what} has {values.size} values for {channels} channels")
+        load = _Images(
+            input, (height, width), layout, centre, spread, scale, _MODES[channels], np.dtype(dtype)
+        )
         load.check_pillow()
         batches = [files[cut] for cut in _cuts(len(files), batch_size)]
         return cls(_Lazy(batches, load), name=str(folder))
@@ -238,10 +292,14 @@ class CalibrationData:
         length = self._length()
         return self._pick(range(index, _ENDLESS if length is None else length, count))
 
-    def holdout(self, fraction: float = 0.25) -> tuple[CalibrationData, CalibrationData]:
+    def holdout(
+        self, fraction: float = 0.25, *, seed: int | None = None
+    ) -> tuple[CalibrationData, CalibrationData]:
         """Two parts, by batches: one to calibrate on and an evenly spread `fraction` to check on.
 
-        Counting the batches takes one pass over a source that does not know their number.
+        With a seed, each batch to check on is a random one of its stretch: where kinds of data alternate, an
+        even grid could leave one of them out. Counting the batches takes one pass over a source that does not
+        know their number.
         """
         total = self._length()
         total = sum(1 for _ in self._feeds) if total is None else total
@@ -253,6 +311,10 @@ class CalibrationData:
             )
         held = min(max(round(total * fraction), 1), total - 1)
         checked = [(2 * i + 1) * total // (2 * held) for i in range(held)]
+        if seed is not None:
+            random = np.random.default_rng(seed)
+            ends = [i * total // held for i in range(held + 1)]
+            checked = [int(random.integers(first, end)) for first, end in pairwise(ends)]
         fitted = sorted(set(range(total)).difference(checked))
         return self._pick(fitted), self._pick(checked)
 
@@ -400,10 +462,13 @@ class _Images:
     mean: Array
     std: Array
     scale: float
+    mode: str
     dtype: np.dtype[Any]
 
     def __call__(self, files: Sequence[Path]) -> Feeds:
         pixels = np.stack([self._decode(file) for file in files]).astype(np.float32)
+        if pixels.ndim == 3:  # grey
+            pixels = pixels[..., None]
         values = (pixels * np.float32(self.scale) - self.mean) / self.std
         if self.layout == "NCHW":
             values = values.transpose(0, 3, 1, 2)
@@ -421,10 +486,10 @@ class _Images:
 
         try:
             # Only these formats: Pillow hands some others to outside programs.
-            with Image.open(file, formats=sorted(set(_IMAGES.values()))) as image:
+            with Image.open(file, formats=sorted(set(IMAGES.values()))) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are too many")
-                upright = ImageOps.exif_transpose(image).convert("RGB")
+                upright = ImageOps.exif_transpose(image).convert(self.mode)
             height, width = self.size
             return np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR))
         except (*_UNREADABLE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -452,8 +517,16 @@ def _unreadable(file: Path, error: Exception) -> CalibrationError:
     return CalibrationError(f"{file}: cannot be read: {' '.join(reason.split())}")
 
 
+def listed(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files of a folder with one of these suffixes (in lower case), in natural order.
+
+    Raises:
+        CalibrationError: the folder cannot be read.
+    """
+    return _listed(folder, lambda file: file.suffix.lower() in suffixes)
+
+
 def _listed(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
-    """The files of a folder that are wanted, in natural order."""
     try:
         return sorted((file for file in folder.iterdir() if wanted(file) and file.is_file()), key=_natural)
     except OSError as error:
@@ -512,6 +585,26 @@ def _read_npz(path: Path, max_bytes: int) -> Feeds:
                 return {key: archive[key] for key in archive.files}
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
+
+
+def _map_npy(path: Path) -> Array:
+    """The array in an .npy file, read page by page when it is used."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            array.close()
+            raise ValueError("not an .npy file but an archive of several; call it .npz")
+        return array
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def _cut_npy(paths: Mapping[str, Path], cut: slice) -> Feeds:
+    return {key: np.array(_map_npy(path)[cut]) for key, path in paths.items()}
+
+
+def _read_npy(path: Path) -> Feeds:
+    return {"#0": np.array(_map_npy(path))}
 
 
 def _check_npz(file: IO[bytes], max_bytes: int) -> None:

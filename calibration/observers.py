@@ -2,7 +2,7 @@
 
 An observer sees an array at a time and keeps a summary of fixed size. `MinMax` and `Histogram` are exact:
 however the values are cut into arrays, whichever order those come in and however shards are merged, the
-result is the same to the last bit. `Moments` sums in floating point; see there.
+result is the same to the last bit.
 
 `Histogram.result()` is a `Distribution`, from which `min_max`, `percentile`, `kl_divergence` and `mse` each
 choose a `Range`, and `affine_parameters` turns a range into a scale and a zero point.
@@ -33,7 +33,6 @@ Counts = NDArray[np.int64]
 _BLOCK = 1 << 17  # values per step: a block and its bin indices stay in the L2 cache
 _LANES = 4
 _MIN_EXPONENT = -126  # 2**126 and its inverse are both normal float32 numbers
-_ROW_BLOCK = 4096
 _RUN = 256
 _GRID = 2.0**-20  # sums of up to 8e12 fit
 _TINY = math.ldexp(1.0, _MIN_EXPONENT)  # smallest normal float32
@@ -411,70 +410,6 @@ class ChannelMeans(Observer):
 
     def _add(self, sums: Counts, count: int) -> None:
         self._sums = sums if self._sums is None else self._sums + sums
-        self.count += count
-
-
-@dataclass(frozen=True, eq=False)
-class Gram:
-    """Sums over rows x of shape (k,).
-
-    Attributes:
-        matrix: sum of x x^T, float64, shape (k, k).
-        total: sum of x, float64, shape (k,).
-        count: number of rows.
-    """
-
-    matrix: Floats
-    total: Floats
-    count: int
-
-    @property
-    def mean(self) -> Floats:
-        """Mean row, float64, shape (k,)."""
-        return np.asarray(self.total / self.count)
-
-
-class Moments(Observer):
-    """First and second moments of the rows of a matrix: what least squares and GPTQ need of a layer's input.
-
-    Products are taken in float32 over blocks of rows and added up in float64. Floating-point sums depend on
-    their order, so that, unlike the other observers, shards must be merged in one fixed order (shard 0 first)
-    to give the same bits every time; another order agrees to rounding.
-    """
-
-    def __init__(self) -> None:
-        self.matrix: Floats | None = None
-        self.total: Floats | None = None
-        self.count = 0
-
-    def update(self, array: Array) -> None:
-        """Take in rows, shape (n, k); k is the same in every call."""
-        if array.ndim != 2:
-            raise ValueError(f"rows must have shape (n, k), not {array.shape}")
-        for start in range(0, array.shape[0], _ROW_BLOCK):
-            block = array[start : start + _ROW_BLOCK].astype(np.float32, copy=False)
-            self._add((block.T @ block).astype(np.float64), block.sum(axis=0, dtype=np.float64), len(block))
-
-    def merge(self, other: Self) -> None:
-        """Take in what another observer of rows of the same length has seen."""
-        if other.matrix is not None and other.total is not None:
-            self._add(other.matrix, other.total, other.count)
-
-    def result(self) -> Gram:
-        """The sums so far; raises CalibrationError when there are none or they are not finite."""
-        if self.matrix is None or self.total is None:
-            raise CalibrationError("no rows were observed")
-        if not np.isfinite(self.matrix).all():
-            raise CalibrationError("the rows hold NaN, infinities or values too large to square in float32")
-        return Gram(self.matrix, self.total, self.count)
-
-    def _add(self, matrix: Floats, total: Floats, count: int) -> None:
-        if self.matrix is None or self.total is None:
-            self.matrix, self.total = np.zeros_like(matrix), np.zeros_like(total)
-        if total.shape != self.total.shape:
-            raise ValueError(f"rows of length {self.total.size} were seen before, now {total.size}")
-        self.matrix += matrix
-        self.total += total
         self.count += count
 
 

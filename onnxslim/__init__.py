@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxslim import passes
     from onnxslim.calibration.data import CalibrationData
+    from onnxslim.channels import analyze
     from onnxslim.compat import slim
     from onnxslim.errors import (
         CalibrationError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     )
     from onnxslim.model import Model, load
     from onnxslim.pipeline import Changes, Context, Pass, Pipeline, Report, Result
+    from onnxslim.recipes import Recipe
     from onnxslim.runtime import Target
     from onnxslim.validation import validate
     from onnxslim.verdict import Verdict
@@ -50,6 +52,7 @@ __all__ = [
     "Pass",
     "PassError",
     "Pipeline",
+    "Recipe",
     "Report",
     "Result",
     "SaveError",
@@ -59,6 +62,7 @@ __all__ = [
     "ValidationError",
     "Verdict",
     "__version__",
+    "analyze",
     "load",
     "passes",
     "slim",
@@ -68,6 +72,7 @@ __all__ = [
 # Where each name lives. Nothing is imported before it is used: `onnxslim --help` needs none of it.
 _HOMES = {
     "calibration.data": ("CalibrationData",),
+    "channels": ("analyze",),
     "compat": ("slim",),
     "errors": (
         "CalibrationError",
@@ -82,6 +87,7 @@ _HOMES = {
     ),
     "model": ("Model", "load"),
     "pipeline": ("Changes", "Context", "Pass", "Pipeline", "Report", "Result"),
+    "recipes": ("Recipe",),
     "runtime": ("Target",),
     "validation": ("validate",),
     "verdict": ("Verdict",),
@@ -91,7 +97,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = _version()
+        value: Any = importlib.import_module("onnxslim.version").version()
     elif name == "passes":
         value = importlib.import_module("onnxslim.passes")
     elif name in _HOME:
@@ -104,12 +110,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("onnx-slimkit")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "0+unknown"

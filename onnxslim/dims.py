@@ -100,6 +100,8 @@ class Dims:
 
     def _improve(self, node: Node, tensor: Variable) -> None:
         fact = self.facts.get(id(tensor))
+        if fact is None and node.op in sizes.SAME_TYPE:
+            fact = Fact(self.dtype(node.inputs[0]), None)
         if fact is None or fact.dtype is None or (fact.shape and all(map(self._is_known, fact.shape))):
             return
         found = sizes.RULES[node.op](node, self)

@@ -57,6 +57,8 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def _one_line(error: BaseException) -> str:
+    if "MaxDepth" in str(error):
+        return "its graphs are nested more deeply than protobuf reads"
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -126,6 +128,23 @@ def _descriptor(folder: Path, location: str, name: str) -> int:
     # Older versions of onnx check a path, and leave opening it to the caller.
     path = native._resolve_external_data_location(str(folder), location, name)  # type: ignore[attr-defined]
     return os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+
+
+def check_embedded(tensor: TensorProto) -> None:
+    """Raise LoadError unless the bytes inside a tensor are as many as its type and shape take."""
+    if any(dim < 0 for dim in tensor.dims):
+        raise LoadError(f"tensor '{tensor.name}' has a negative size: {list(tensor.dims)}")
+    try:
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    except KeyError:
+        raise LoadError(f"tensor '{tensor.name}' is of unknown type {tensor.data_type}") from None
+    needed = (math.prod(tensor.dims) * bit_width(dtype) + 7) // 8
+    # The fields of numbers are counted when they are decoded.
+    if tensor.HasField("raw_data") and len(tensor.raw_data) != needed:
+        raise LoadError(
+            f"tensor '{tensor.name}' of {dtype} and shape {list(tensor.dims)} takes {needed} bytes, "
+            f"but has {len(tensor.raw_data)}"
+        )
 
 
 def check_external(tensor: TensorProto, folder: Path | None) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ class Stats:
     bytes: int
 
 
+@contextmanager
+def _texts_read() -> Iterator[None]:
+    """protobuf reads texts that are not UTF-8, but does not write them."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise LoadError(f"a text in the model is not UTF-8: {error.object[:40]!r}") from error
+
+
 class Model:
     """An ONNX model as the passes see it.
 
@@ -57,16 +67,19 @@ class Model:
     Attributes:
         opsets: version of each operator set the model uses, by domain ("" is ai.onnx).
         ir_version: of the file format; raised only by a pass that needs it.
+        data_files: names of the data files it was read from, beside `source`.
     """
 
     def __init__(self, graph: Graph, shell: onnx.ModelProto, source: Path | None = None) -> None:
         self.graph = graph
         self.shell = shell
         self.source = source
+        self.data_files: tuple[str, ...] = ()
         self.ir_version = shell.ir_version
         self.opsets = {_domain(item.domain): item.version for item in shell.opset_import}
 
     @classmethod
+    @_texts_read()
     def from_proto(cls, model: onnx.ModelProto, folder: Path | None = None) -> Model:
         """The model in a protobuf, which is kept and must not be changed afterwards.
 
@@ -75,9 +88,11 @@ class Model:
         """
         if not model.HasField("graph") or not model.opset_import:
             raise LoadError("not an ONNX model: it has no graph or imports no operator set")
-        _check_opsets(model)
+        _check_versions(model)
+        data_files: set[str] = set()
 
         def decode(tensor: TensorProto) -> Array:
+            data_files.update(_location(tensor))
             return files.decode(tensor, folder)
 
         graph = proto.import_graph(model.graph, model.ir_version, decode)
@@ -85,11 +100,18 @@ class Model:
             c for each in ir.walk(graph) for c in (*each.initializers.values(), *each.defaults.values())
         ):
             tensor = constant.tensor_proto
-            if tensor is not None and tensor.data_location == TensorProto.EXTERNAL:
+            if tensor is None:
+                continue
+            if tensor.data_location != TensorProto.EXTERNAL:
+                files.check_embedded(tensor)
+            else:
                 files.check_external(tensor, folder)
+                data_files.update(_location(tensor))
         shell = proto.fields_but(model, "graph")
         proto.embed(shell, decode)
-        return cls(graph, shell)
+        made = cls(graph, shell)
+        made.data_files = tuple(sorted(data_files))
+        return made
 
     @property
     def opset(self) -> int:
@@ -110,6 +132,18 @@ class Model:
         """An independent model; values are shared, as nobody changes them in place."""
         twin = Model(ir.copy(self.graph), self.shell, self.source)
         twin.ir_version, twin.opsets = self.ir_version, dict(self.opsets)
+        twin.data_files = self.data_files
+        return twin
+
+    def with_metadata(self, entries: Mapping[str, str]) -> Model:
+        """A copy with these key-value pairs besides, or instead of, its own."""
+        twin = self.copy()
+        twin.shell = proto.fields_but(self.shell)
+        kept = [item for item in twin.shell.metadata_props if item.key not in entries]
+        del twin.shell.metadata_props[:]
+        twin.shell.metadata_props.extend(kept)
+        for key, value in entries.items():
+            twin.shell.metadata_props.add(key=key, value=value)
         return twin
 
     def become(self, other: Model) -> None:
@@ -170,6 +204,7 @@ class Model:
             raise SaveError("the model is too large for one protobuf; save it to a file instead")
         return self.to_proto_with(proto.encode_embedded)
 
+    @_texts_read()
     def to_proto_with(self, encode: proto.Encode) -> onnx.ModelProto:
         """A ModelProto whose tensors are written by `encode`."""
         model = onnx.ModelProto()
@@ -293,11 +328,24 @@ def _literals(model: Model) -> Iterator[int]:
             yield size
 
 
+def _location(tensor: TensorProto) -> Iterator[str]:
+    """The data file of a tensor, if it is in one."""
+    if tensor.data_location == TensorProto.EXTERNAL:
+        yield from (item.value for item in tensor.external_data if item.key == "location")
+
+
 def _domain(name: str) -> str:
     return "" if name in DEFAULT_DOMAINS else name
 
 
-def _check_opsets(model: onnx.ModelProto) -> None:
+def _check_versions(model: onnx.ModelProto) -> None:
+    if model.ir_version > onnx.IR_VERSION:
+        raise LoadError(
+            f"the model has IR version {model.ir_version}; the installed onnx {onnx.__version__} knows "
+            f"versions up to {onnx.IR_VERSION}"
+        )
+    if not model.graph.output:
+        raise LoadError("the model has no outputs, so it computes nothing")
     newest = onnx.defs.onnx_opset_version()
     for item in model.opset_import:
         if _domain(item.domain) == "" and not 1 <= item.version <= newest:

@@ -103,6 +103,8 @@ class Context:
         seed: of everything random.
         jobs: processes that may work in parallel.
         progress: called with (what, done, total) by long steps.
+        sample: inputs of one run, real ones where there are data, to count and time on; None if the model
+            does not run on any.
     """
 
     target: Target = field(default_factory=Target.cpu)
@@ -111,6 +113,7 @@ class Context:
     seed: int = 0
     jobs: int = 1
     progress: Progress | None = None
+    sample: Mapping[str, Array] | None = None
 
 
 class Pass:
@@ -127,6 +130,11 @@ class Pass:
     def run(self, model: Model, ctx: Context) -> Changes:
         """Rewrite the model; says what was done and, where nothing was, why."""
         raise NotImplementedError
+
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether inputs and outputs have the shapes they had: always, unless somebody asked otherwise."""
+        return True
 
     def parts(self) -> tuple[Pass, ...]:
         """Smaller passes that do the same when run in turn until nothing changes; () if there are none.
@@ -238,8 +246,10 @@ class Pipeline:
             PassError: with on_error="raise", when a pass fails or breaks the model.
             CalibrationError: the data does not fit the model.
         """
-        ctx = Context(target or Target.cpu(), data, model, seed, jobs, progress)
-        checker = Checker(model, ctx.target, _samples(data))
+        target = target or Target.cpu()
+        checker = Checker(model, target, _samples(data))
+        sample = checker.feeds[-1] if checker.feeds else None
+        ctx = Context(target, data, model, seed, jobs, progress, sample)
         shapes = sample_shapes(model, checker.feeds[0]) if checker.feeds else None
         stats, macs = model.stats(), cost.macs(model, shapes)
         steps: list[Step] = []
@@ -321,7 +331,7 @@ def _run(each: Pass, model: Model, ctx: Context) -> Changes:
 
 def _check(each: Pass, candidate: Model, changes: Changes, checker: Checker) -> None:
     try:
-        checker(candidate, lossless=each.lossless)
+        checker(candidate, lossless=each.lossless, shapes=each.keeps_shapes)
     except LoadError as error:
         nodes = list(dict.fromkeys(change.node for change in changes.changed))
         shown = ", ".join(f"'{node}'" for node in nodes[:3]) + (" …" if len(nodes) > 3 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ BATCHES = (2, 3)
 FREE_SIZES = (8, 32, 64, 1, 224, 100)
 # Numbers of words to try where a model takes more than zeros and ones.
 MAX_ID = 99
+# Inputs that take more are not made up.
+MAX_BYTES = 1 << 30
 
 Feeds = dict[str, Array]
 
@@ -52,12 +55,20 @@ def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]
 def _candidates(specs: Sequence[InputSpec], samples: Sequence[Mapping[str, Array]]) -> Iterator[list[Feeds]]:
     if samples:
         yield [dict(samples[0]), *_single(specs, samples[0])]
+    if sum(map(_least_bytes, specs)) > MAX_BYTES:
+        return
     for size, uneven in itertools.product(FREE_SIZES, (True, False)):
         plain = [make_feeds(specs, batch=batch, size=size, seed=batch, uneven=uneven) for batch in BATCHES]
         if any(map(_has_ids, specs)):
             plain.append(make_feeds(specs, batch=BATCHES[0], size=size, ids=MAX_ID, uneven=uneven))
         yield plain
     yield [make_feeds(specs, batch=1, size=size) for size in FREE_SIZES]
+
+
+def _least_bytes(spec: InputSpec) -> int:
+    """What an input takes if its free axes have size 1."""
+    sizes = (dim for dim in spec.shape or () if isinstance(dim, int))
+    return math.prod(sizes) * (spec.dtype.itemsize if spec.dtype is not None else 0)
 
 
 def _has_ids(spec: InputSpec) -> bool:

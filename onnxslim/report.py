@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from rich import box
@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from onnxslim.inspection import Coverage, Difference, Inspection
     from onnxslim.passes import Option
     from onnxslim.pipeline import Change, Report, Skip, Step
     from onnxslim.verdict import OutputRow, ProviderVerdict, Verdict
@@ -40,8 +41,30 @@ CAPTIONS = {
     "corrected": "biases corrected for the rounding of weights",
     "fused": "run in integers by ONNX Runtime",
     "total": "of such operators in the model",
+    "budget": "left",
+    "layers": "factors",
+    "families": "families of units that became smaller",
+    "oracle": "largest relative difference to the same slices set to zero",
+    "repaired": "layers fitted again to what they computed before",
+    "latency": "time of one run, relative to that before",
+    "nearest": "SQNR on samples held out, dB: all in integers, weights rounded to the nearest",
+    "everything": "the same, weights rounded and ranges chosen by the outputs",
+    "sqnr": "the same of the result",
+    "parts": "the same by output, or part of one",
+    "observer": "way to choose ranges",
+    "quantize.layers": "what single layers alone leave of the signal, the worst first",
     "unfused": "quantized, but run in floating point all the same",
 }
+# Facts that fill a table of their own: in JSON only.
+TABLES = frozenset(
+    (
+        "plan",
+        "macs",
+        "params",
+        "repairs",
+        "candidates",
+    )
+)
 
 
 def text(report: Report) -> str:
@@ -104,6 +127,85 @@ def show_passes(console: Console, known: Mapping[str, tuple[str, Sequence[Option
         console.print(grid if options else Text("  no options"))
 
 
+def show_inspections(console: Console, found: Sequence[Inspection], difference: Difference | None) -> None:
+    """Print what models consist of side by side, and how the second differs from the first."""
+    grid = table("Model Name", *(clean(each.name) for each in found), left=1 + len(found))
+    sections = list(_sections(found))
+    for rows in sections:
+        for index, (name, *cells) in enumerate(rows):
+            last = index == len(rows) - 1 and rows is not sections[-1]
+            grid.add_row(clean(name), *map(clean, cells), end_section=last)
+    console.print(grid)
+    if difference is not None:
+        lines(console, _difference(difference))
+
+
+Rows: TypeAlias = "list[tuple[str, ...]]"
+
+
+def _sections(found: Sequence[Inspection]) -> Iterator[Rows]:
+    yield [
+        ("opsets", *(", ".join(f"{k or 'ai.onnx'} {v}" for k, v in each.opsets.items()) for each in found)),
+        ("IR version", *(str(each.ir_version) for each in found)),
+        ("made by", *(each.producer for each in found)),
+    ]
+    for kind, maps in (("IN", [e.inputs for e in found]), ("OUT", [e.outputs for e in found])):
+        names = dict.fromkeys(name for each in maps for name in each)
+        yield [(f"{kind}: {name}", *(each.get(name, "") for each in maps)) for name in names]
+    ops = sorted({op for each in found for op in each.operators})
+    yield [(op, *(str(each.operators.get(op, 0)) for each in found)) for op in ops]
+    yield [
+        ("nodes", *(count(each.nodes) for each in found)),
+        ("parameters", *(count(each.parameters) for each in found)),
+        ("MACs of one sample", *(count(each.macs) for each in found)),
+        ("activations at their peak", *(size(each.memory.peak) for each in found)),
+        ("  at", *(each.memory.node for each in found)),
+        ("Model Size", *(size(each.bytes) for each in found)),
+        *(
+            (f"  constants of {dtype}", *(size(each.dtypes.get(dtype, 0)) for each in found))
+            for dtype in dict.fromkeys(dtype for each in found for dtype in each.dtypes)
+        ),
+        ("  in data files", *(_sized(each.external) for each in found)),
+        ("run in integers (Q/DQ)", *(_coverage(each.coverage) for each in found)),
+        ("free sizes", *(_free(each.free) for each in found)),
+        ("own functions", *(", ".join(each.functions) for each in found)),
+        ("custom operators", *(", ".join(each.custom) for each in found)),
+    ]
+
+
+def _sized(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size(value)}" for name, value in parts.items())
+
+
+def _coverage(found: Coverage) -> str:
+    if not found.total:
+        return ""
+    share = "" if found.macs is None else f", {percent(found.macs)} of MACs"
+    weights = f", {found.weights_only} more weights stored so" if found.weights_only else ""
+    return f"{found.quantized} of {found.total} layers{share}{weights}"
+
+
+def _free(found: Mapping[str, Sequence[str]]) -> str:
+    return ", ".join(dict.fromkeys(name for names in found.values() for name in names))
+
+
+def _difference(found: Difference) -> Iterator[str]:
+    if not found:
+        yield "the same nodes and constants, by name"
+    for what, names in (("only in the first", found.removed), ("only in the second", found.added)):
+        yield from _limited_list(what, names)
+    for what, changes in (("changed", found.changed), ("of another type or shape", found.constants)):
+        yield from _limited_list(what, [f"{name}: {change}" for name, change in changes.items()])
+
+
+def _limited_list(what: str, entries: Sequence[str]) -> Iterator[str]:
+    if entries:
+        yield f"{what}: {len(entries)}"
+        yield from (f"  {entry}" for entry in entries[:SHOWN_GROUPS])
+        if len(entries) > SHOWN_GROUPS:
+            yield f"  and {len(entries) - SHOWN_GROUPS} more, see --json"
+
+
 def _show_provider(console: Console, provider: ProviderVerdict, verdict: Verdict) -> None:
     data = f"{verdict.samples} samples{', inputs made up' if verdict.made_up else ''}"
     lines(console, [f"{provider.target}: second model against the first, {data}"])
@@ -111,7 +213,7 @@ def _show_provider(console: Console, provider: ProviderVerdict, verdict: Verdict
     if provider.original:
         lines(console, [f"{provider.target}: first model against itself on {verdict.providers[0].target}"])
         console.print(_outputs(provider.original))
-    lines(console, _provider_lines(provider, verdict))
+    lines(console, provider_lines(provider, verdict))
 
 
 def _outputs(rows: Sequence[OutputRow]) -> Table:
@@ -123,20 +225,26 @@ def _outputs(rows: Sequence[OutputRow]) -> Table:
             grid.add_row(
                 clean(row.name),
                 decibels(row.sqnr),
-                _figure(row.cosine, ".6f"),
-                _figure(row.max_abs, ".3g"),
+                figure(row.cosine, ".6f"),
+                figure(row.max_abs, ".3g"),
                 percent(row.top1),
                 percent(row.equal),
             )
     return grid
 
 
-def _provider_lines(provider: ProviderVerdict, verdict: Verdict) -> Iterator[str]:
+def provider_lines(provider: ProviderVerdict, verdict: Verdict) -> Iterator[str]:
+    """Accuracy, metric, where operators ran, and latency on one provider, as far as they were measured."""
     if provider.accuracy is not None:
         first, second = provider.accuracy.before, provider.accuracy.after
         yield f"  accuracy {percent(first)} → {percent(second)} ({100 * (second - first):+.2f} points)"
     if provider.metric is not None:
         yield f"  metric {provider.metric.before:.6g} → {provider.metric.after:.6g}"
+    if provider.placed is not None:
+        before_after = (
+            ", ".join(f"{count} on {name}" for name, count in each.items()) for each in provider.placed
+        )
+        yield f"  operators run: {' → '.join(before_after)}"
     if provider.latency is not None and provider.ratio is not None:
         before, after = provider.latency
         yield (
@@ -149,10 +257,10 @@ def _step_cells(step: Step) -> tuple[str, ...]:
     return (
         clean(step.kind),
         f"{step.seconds:.2f}",
-        _arrow(count(step.before.nodes), count(step.after.nodes)),
-        _arrow(count(step.before.parameters), count(step.after.parameters)),
-        _arrow(size(step.before.bytes), size(step.after.bytes)),
-        _arrow(count(step.macs_before), count(step.macs_after)),
+        arrow(count(step.before.nodes), count(step.after.nodes)),
+        arrow(count(step.before.parameters), count(step.after.parameters)),
+        arrow(size(step.before.bytes), size(step.after.bytes)),
+        arrow(count(step.macs_before), count(step.macs_after)),
     )
 
 
@@ -160,9 +268,13 @@ def _details(step: Step) -> Iterator[str]:
     happened = outcome(step)
     lines = [
         *([f"  {happened}"] if happened else []),
-        *_limited(_changes(step.changes.changed)),
+        *_limited(grouped_changes(step.changes.changed)),
         *_limited(_skips(step.changes.skipped)),
-        *(f"  {CAPTIONS.get(name, name)}: {_fact(value)}" for name, value in step.changes.facts.items()),
+        *(
+            f"  {CAPTIONS.get(f'{step.kind}.{name}', CAPTIONS.get(name, name))}: {fact(value)}"
+            for name, value in step.changes.facts.items()
+            if name not in TABLES
+        ),
     ]
     if lines:
         yield step.name
@@ -180,7 +292,7 @@ def outcome(step: Step) -> str:
     return f"changed nothing: {'; '.join(reasons[:SHOWN_NAMES]) or 'it found nothing to do'}"
 
 
-def _changes(changes: Iterable[Change]) -> list[str]:
+def grouped_changes(changes: Iterable[Change]) -> list[str]:
     """Changes by the rule that made them; what was done is told where it is the same everywhere."""
     groups: dict[str, list[str]] = {}
     for change in changes:
@@ -217,13 +329,16 @@ def names(nodes: Sequence[str]) -> str:
     return shown + (", …" if len(nodes) > SHOWN_NAMES else "")
 
 
-def _fact(value: Any) -> str:
+def fact(value: Any) -> str:
+    """A figure a pass reports, cut short where it is a long list."""
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, Mapping) and {"node", "sqnr", "kept"} <= value.keys():
+        return f"{value['node']} {value['sqnr']:.1f} dB{' (kept in float)' if value['kept'] else ''}"
     if isinstance(value, Mapping):
-        parts = [f"{key} {_fact(item)}" for key, item in value.items()]
+        parts = [f"{key} {fact(item)}" for key, item in value.items()]
     elif isinstance(value, list | tuple | set | frozenset):
-        parts = [_fact(item) for item in value]
+        parts = [fact(item) for item in value]
     else:
         return str(value)
     more = f", and {len(parts) - SHOWN_FACTS} more" if len(parts) > SHOWN_FACTS else ""
@@ -260,7 +375,8 @@ def decibels(value: float | None) -> str:
     return "exact" if value == math.inf else f"{value:.1f}"
 
 
-def _figure(value: float | None, form: str) -> str:
+def figure(value: float | None, form: str) -> str:
+    """A number in this format; empty if there is none."""
     return "" if value is None else format(value, form)
 
 
@@ -269,17 +385,27 @@ def quotient(value: float | None, reference: float | None) -> str:
     return "" if value is None or not reference else f"{value / reference:.3f}"
 
 
-def _arrow(before: str, after: str) -> str:
+def arrow(before: str, after: str) -> str:
+    """What something was and became; once if that is the same."""
     return after if before == after else f"{before} → {after}"
 
 
-def table(*columns: str, left: int = 1) -> Table:
+class Grid(Table):
+    """A table that shows its cells as they are: nothing in them is read as markup or steers the terminal."""
+
+    def add_row(self, *cells: Any, style: Any = None, end_section: bool = False) -> None:
+        """Add a row of texts."""
+        plain = (Text(clean(cell)) if isinstance(cell, str) else cell for cell in cells)
+        super().add_row(*plain, style=style, end_section=end_section)
+
+
+def table(*columns: str, left: int = 1) -> Grid:
     """A table whose first `left` columns are words and whose others are figures."""
-    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
         words = index < left
         grid.add_column(
-            column,
+            Text(clean(column)),
             justify="left" if words else "right",
             overflow="fold",
             no_wrap=not words,

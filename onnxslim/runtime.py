@@ -1,15 +1,19 @@
-"""ONNX Runtime behind one door: targets, sessions, latency.
+"""ONNX Runtime behind one door: targets, sessions, latency, and which provider really runs what.
 
-The only module that imports onnxruntime, and only when a session is opened.
+The only module that imports onnxruntime, and only when a session is opened. The reference evaluator of onnx
+stands behind the same door, as a slow but independent judge.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import re
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,13 +22,20 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
+import onnx.version_converter
 
 from onnxslim import files
-from onnxslim.errors import LoadError, TargetError
+from onnxslim.errors import LoadError, TargetError, UsageError
 from onnxslim.graph import Array
-from onnxslim.model import Model
+from onnxslim.model import Model, load
 
 CPU = "CPUExecutionProvider"
+OPENVINO = "OpenVINOExecutionProvider"
+# Not a provider of ONNX Runtime: operators as the standard's own NumPy code computes them.
+REFERENCE = "onnx.reference"
+MAX_REFERENCE_BYTES = 100_000_000
+REFERENCE_OPSET = 21
 # From here on, a copy of the weights would cost more memory than it saves time in a run or two.
 LARGE_BYTES = 512 << 20
 
@@ -62,6 +73,7 @@ class Quantized:
             point; that is the first one of a network, which is also the most sensitive.
         kernels: operators with an integer kernel, besides those that only move data.
         slow: operators that move data faster as floating point than as integers.
+        weight_only: matrix products that read integer weights at no loss of time while their data is floats.
     """
 
     activation: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
@@ -73,6 +85,7 @@ class Quantized:
     min_channels: int = 1
     kernels: frozenset[str] = frozenset()
     slow: frozenset[str] = frozenset()
+    weight_only: frozenset[str] = frozenset()
 
 
 _LINEAR_KERNELS = ("Conv", "Gemm", "MatMul")
@@ -100,6 +113,12 @@ _GPU = Quantized(
     ),
 )
 
+# Qualcomm's processors: 16-bit activations, which their own tools take for most networks.
+_QNN = Quantized(
+    activation=np.dtype(np.uint16),
+    kernels=_CPU_KERNELS - {"HardSigmoid"} | {"ConvTranspose"},
+)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -110,6 +129,8 @@ class Target:
         provider: ONNX Runtime's name of it.
         options: provider options.
         threads: threads per operator; 0 lets ONNX Runtime choose.
+        libraries: files of custom operators to load. They run as code of this process, so their names must
+            come from the caller, never from a model or a recipe.
         quantized: how quantized models are laid out for it.
     """
 
@@ -117,13 +138,20 @@ class Target:
     provider: str
     options: tuple[tuple[str, str], ...] = ()
     threads: int = 0
+    libraries: tuple[str, ...] = ()
     quantized: Quantized = field(default_factory=Quantized)
 
     @staticmethod
     def cpu(threads: int = 0) -> Target:
         """Processors. uint8·int8 kernels without VNNI add in 16 bits, so files are made safe for both."""
         slow = frozenset(("Resize",))
-        rules = Quantized(saturates=True, min_channels=4, kernels=_CPU_KERNELS, slow=slow)
+        rules = Quantized(
+            saturates=True,
+            min_channels=4,
+            kernels=_CPU_KERNELS,
+            slow=slow,
+            weight_only=frozenset(("MatMul", "Gemm")),
+        )
         return Target("cpu", CPU, threads=threads, quantized=rules)
 
     @staticmethod
@@ -138,9 +166,18 @@ class Target:
 
     @staticmethod
     def openvino() -> Target:
-        """Intel OpenVINO on the processor."""
-        rules = Quantized(kernels=_CPU_KERNELS)
-        return Target("openvino", "OpenVINOExecutionProvider", (("device_type", "CPU"),), quantized=rules)
+        """Intel OpenVINO on the processor.
+
+        Its integer kernel for the first convolution of a small ViT computes something else: 3 dB are left,
+        41 dB with that layer in float (docs/providers.md).
+        """
+        rules = Quantized(kernels=_CPU_KERNELS, min_channels=4)
+        return Target("openvino", OPENVINO, (("device_type", "CPU"),), quantized=rules)
+
+    @staticmethod
+    def reference() -> Target:
+        """The reference evaluator of the onnx package, for small models; it has no latency to speak of."""
+        return Target("reference", REFERENCE)
 
     @staticmethod
     def named(name: str) -> Target:
@@ -158,17 +195,37 @@ class Target:
 
     @staticmethod
     def available() -> tuple[Target, ...]:
-        """Every target whose provider the installed onnxruntime has, processors last."""
-        present = onnxruntime().get_available_providers()
-        return tuple(target for target in _targets() if target.provider in present)
+        """Every target whose provider the installed onnxruntime has and really uses here, processors last."""
+        return tuple(target for target in _targets() if target.provider != REFERENCE and _works(target))
 
     def with_threads(self, threads: int) -> Target:
         """The same target with a fixed number of threads."""
         return replace(self, threads=threads)
 
+    def with_libraries(self, libraries: Sequence[str]) -> Target:
+        """The same target with custom operators from these files."""
+        return replace(self, libraries=tuple(libraries))
+
+
+def _register(options: Any, libraries: Sequence[str]) -> None:
+    library = ""
+    try:
+        for library in libraries:
+            options.register_custom_ops_library(library)
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
+        raise UsageError(f"cannot load custom operators from '{library}': {_message(error)}") from error
+
+
+def layout(name: str) -> Quantized:
+    """How a target wants its quantized models, be it here or not: one of `LAYOUTS`."""
+    return _QNN if name == "qnn" else Target.named(name).quantized
+
+
+LAYOUTS = ("cpu", "openvino", "cuda", "tensorrt", "qnn")
+
 
 def _targets() -> tuple[Target, ...]:
-    return (Target.tensorrt(), Target.cuda(), Target.openvino(), Target.cpu())
+    return (Target.tensorrt(), Target.cuda(), Target.openvino(), Target.cpu(), Target.reference())
 
 
 class Session:
@@ -179,6 +236,7 @@ class Session:
         target: where it runs; the provider must really be used.
         optimize: "all", "extended", "basic" or "none" of ONNX Runtime's own graph optimizations.
         optimized: if given, ONNX Runtime writes the graph it runs to this file.
+        profile: if given, ONNX Runtime writes what ran where to a file in this folder; see `placement`.
         once: whether it is for a run or two, for which large weights are not copied into another layout.
 
     Raises:
@@ -193,24 +251,32 @@ class Session:
         *,
         optimize: str = "all",
         optimized: Path | None = None,
+        profile: Path | None = None,
         once: bool = False,
     ) -> None:
         self.target = target or Target.cpu()
+        if self.target.provider == REFERENCE:
+            self._session: Any = _Reference(model)
+            self.input_names, self.output_names = self._session.input_names, self._session.output_names
+            return
         _require(self.target)
         once = once and isinstance(model, Model) and model.nbytes() >= LARGE_BYTES
+        options = _options(self.target, optimize, optimized, once)
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile / "profile")
         with _loadable(model) as source:
             try:
                 self._session = onnxruntime().InferenceSession(
-                    source,
-                    _options(self.target, optimize, optimized, once),
-                    providers=_providers(self.target),
+                    source, options, providers=_providers(self.target), enable_fallback=0
                 )
             except Exception as error:  # onnxruntime raises a dozen unrelated types
-                raise LoadError(f"ONNX Runtime refuses the model: {_message(error)}") from error
+                raise _refused(self.target, source, error) from error
         used = self._session.get_providers()
         if used[0] != self.target.provider:
             raise TargetError(
-                f"{self.target.provider} was asked for, but ONNX Runtime fell back to {used[0]}"
+                f"{self.target.provider} was asked for, but cannot be used here: ONNX Runtime fell back to "
+                f"{used[0]}"
             )
         self.input_names = tuple(item.name for item in self._session.get_inputs())
         self.output_names = tuple(item.name for item in self._session.get_outputs())
@@ -231,7 +297,93 @@ class Session:
         try:
             return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
         except Exception as error:
-            raise LoadError(f"ONNX Runtime fails to run the model: {_message(error)}") from error
+            judge = REFERENCE if self.target.provider == REFERENCE else "ONNX Runtime"
+            raise LoadError(f"{judge} fails to run the model: {_message(error)}") from error
+
+    def end_profile(self) -> Path:
+        """The profile so far, of a session that was opened with `profile`."""
+        return Path(self._session.end_profiling())
+
+
+def _refused(target: Target, source: bytes | str, error: Exception) -> Exception:
+    """What a session that could not be opened means: the model is at fault if processors refuse it too."""
+    if target.provider != CPU:
+        try:
+            onnxruntime().InferenceSession(
+                source, _options(Target.cpu(), "none", None, once=True), providers=[CPU]
+            )
+        except Exception:
+            pass
+        else:
+            return TargetError(f"{target.provider} cannot be used here: {_message(error)}")
+    return LoadError(f"ONNX Runtime refuses the model: {_message(error)}")
+
+
+class _Reference:
+    """A model in the reference evaluator, with the `run` of a session of ONNX Runtime.
+
+    Raises:
+        LoadError: the evaluator does not know an operator of the model.
+        TargetError: the model is too large for it.
+    """
+
+    def __init__(self, model: Model | onnx.ModelProto | Path) -> None:
+        from onnx.reference import ReferenceEvaluator
+
+        loaded = load(model)
+        if loaded.nbytes() > MAX_REFERENCE_BYTES:
+            raise TargetError(
+                f"{REFERENCE} is for small models: this one has {loaded.nbytes()} bytes of constants, "
+                f"the limit is {MAX_REFERENCE_BYTES}"
+            )
+        try:
+            self._evaluator = ReferenceEvaluator(_modern(loaded.to_proto()))
+        except Exception as error:  # whatever its operators raise
+            raise LoadError(f"{REFERENCE} refuses the model: {_message(error)}") from error
+        self.input_names = tuple(spec.name for spec in loaded.inputs())
+        self.output_names = tuple(self._evaluator.output_names)
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> list[Any]:
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return list(self._evaluator.run(list(names), dict(feeds)))
+
+
+def _modern(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model in an opset whose operators the evaluator has: it lacks the older Q and DQ."""
+    versions = {item.domain: item.version for item in model.opset_import}
+    old = versions.get("", REFERENCE_OPSET) < REFERENCE_OPSET
+    if not old or not any(
+        node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node
+    ):
+        return model
+    return onnx.version_converter.convert_version(model, REFERENCE_OPSET)
+
+
+def placement(
+    model: Model | onnx.ModelProto | Path, target: Target, feeds: Mapping[str, Array]
+) -> dict[str, int]:
+    """How many operators each execution provider really runs, from ONNX Runtime's profile of one call.
+
+    A provider may take many nodes of the model as one operator of its own.
+
+    Raises:
+        TargetError: the provider of the target loads, but runs none of them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        session = Session(model, target, profile=Path(folder))
+        session.run(feeds)
+        events = json.loads(session.end_profile().read_text(encoding="utf-8"))
+    ran = {
+        event["name"]: event["args"]["provider"]
+        for event in events
+        if event.get("cat") == "Node" and event.get("args", {}).get("provider")
+    }
+    counts = dict(Counter(ran.values()))
+    if ran and target.provider not in counts:
+        others = ", ".join(f"{provider} runs {count}" for provider, count in counts.items())
+        raise TargetError(f"{target.provider} loads, but runs no operator of the model: {others}")
+    return counts
 
 
 def optimized_model(model: Model, target: Target | None = None) -> onnx.ModelProto:
@@ -258,14 +410,19 @@ def half(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall-clock times of one call, in milliseconds."""
+    """Times of one call, in milliseconds."""
 
     median: float
     minimum: float
 
 
 def latencies(
-    sessions: Sequence[Session], feeds: Mapping[str, Array], *, rounds: int = 30, seconds: float = 5.0
+    sessions: Sequence[Session],
+    feeds: Mapping[str, Array],
+    *,
+    rounds: int = 30,
+    seconds: float = 5.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[Latency], list[float]]:
     """Time sessions in turn on the same inputs, so that a busy machine slows all of them alike.
 
@@ -274,6 +431,7 @@ def latencies(
         feeds: inputs of each.
         rounds: turns at the most, after two to warm up.
         seconds: budget for all turns.
+        clock: what a run is timed with, in seconds.
 
     Returns:
         Times of each session, and the median over all turns of its time divided by the first one's.
@@ -286,13 +444,28 @@ def latencies(
     while len(times) < rounds and (len(times) < 5 or time.perf_counter() < end):
         turn = []
         for session in sessions:
-            start = time.perf_counter()
+            start = clock()
             session.run(feeds)
-            turn.append((time.perf_counter() - start) * 1e3)
+            turn.append((clock() - start) * 1e3)
         times.append(turn)
     table = np.array(times)
     found = [Latency(float(np.median(column)), float(column.min())) for column in table.T]
     return found, [float(ratio) for ratio in np.median(table / table[:, :1], axis=0)]
+
+
+@functools.cache
+def _works(target: Target) -> bool:
+    """Whether a small product really runs on this target."""
+    if target.provider == CPU:
+        return True
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 13]> g (float[2,2] x) => (float[2,2] y) { y = MatMul(x, x) }'
+    )
+    try:
+        placement(model, target, {"x": np.ones((2, 2), np.float32)})
+    except (LoadError, TargetError):
+        return False
+    return True
 
 
 def _require(target: Target) -> None:
@@ -304,7 +477,10 @@ def _require(target: Target) -> None:
 
 
 def _providers(target: Target) -> list[str | tuple[str, dict[str, str]]]:
-    return [(target.provider, dict(target.options))]
+    options = dict(target.options)
+    if target.threads and target.provider == OPENVINO:
+        options["num_of_threads"] = str(target.threads)
+    return [(target.provider, options)]
 
 
 def _options(target: Target, optimize: str, optimized: Path | None, once: bool) -> Any:
@@ -312,6 +488,7 @@ def _options(target: Target, optimize: str, optimized: Path | None, once: bool) 
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = target.threads
+    _register(options, target.libraries)
     options.graph_optimization_level = {
         "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
         "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
@@ -347,5 +524,5 @@ def _loadable(model: Model | onnx.ModelProto | Path) -> Iterator[bytes | str]:
 def _message(error: Exception) -> str:
     """ONNX Runtime's message without its prefixes and source locations."""
     text = " ".join(str(error).split())
-    text = text.split("Status Message: ")[-1]
+    text = re.sub(r"^/\S+:\d+ .*?\) ", "", text.split("Status Message: ")[-1])
     return text.removeprefix("[ONNXRuntimeError] : ")[:400]

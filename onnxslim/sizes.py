@@ -35,6 +35,16 @@ def _expand(node: Node, dims: Dims) -> Sizes | None:
     return _broadcast([data, target.terms])
 
 
+def _tile(node: Node, dims: Dims) -> Sizes | None:
+    data, repeats = dims.shape(node.input(0)), dims.value(node.input(1))
+    if data is None or repeats is None or len(data) != len(repeats.terms):
+        return None
+    return tuple(
+        terms.product([size, count]) if count is not None else None
+        for size, count in zip(data, repeats.terms, strict=True)
+    )
+
+
 def _elementwise(node: Node, dims: Dims) -> Sizes | None:
     shapes = [shape for tensor in node.inputs if (shape := dims.shape(tensor)) is not None]
     return _broadcast(shapes) if len(shapes) == len(node.inputs) else None
@@ -197,14 +207,19 @@ _ELEMENTWISE = [
     "BitwiseXor",
 ]
 
+# Of these onnx infers not even the type, which is that of the first input.
+SAME_TYPE = ("GroupNormalization",)
+
 RULES: dict[str, Rule] = {
     "Range": _range,
     "Expand": _expand,
+    "Tile": _tile,
     "MatMul": _matmul,
     "Slice": _slice,
     "Reshape": _reshape,
     "Flatten": _flatten,
     "Concat": _concat,
+    "GroupNormalization": _same,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Squeeze": _squeeze,

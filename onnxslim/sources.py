@@ -1,52 +1,197 @@
-"""Calibration and test data named by a path: batches for a model, and the labels that lie beside them."""
+"""Calibration and test data as users name it: batches for a model, and the labels that lie beside them."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import re
+import sys
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+from pydantic import Field
 
-from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.data import IMAGES, CalibrationData, listed
 from onnxslim.errors import CalibrationError
 from onnxslim.graph import Array
-from onnxslim.model import Model
+from onnxslim.model import InputSpec, Model
+from onnxslim.pipeline import options
 
 T = TypeVar("T")
 
 LABEL_KEYS = ("label", "labels")
+# Of the training set of ImageNet, which most image classifiers were trained with.
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
-def read(
-    path: Path | None, batch_size: int, labels_key: str | None, model: Model
-) -> tuple[CalibrationData | None, Array | None]:
-    """Batches of model inputs, and labels where the file has them.
+@options
+class Data:
+    """Where data comes from, and how it is made into batches.
 
-    Args:
-        path: an .npz file with one array per input, or a folder (see `CalibrationData.from_dir`).
-        batch_size: samples per batch of an .npz file.
-        labels_key: array that holds the class of every sample; by default one of `LABEL_KEYS`, if there.
-        model: whose inputs they are.
+    Attributes:
+        path: see the options of the command line: a file, a folder, or `module:function`.
+        image_size, image_layout, image_mean, image_std, image_scale: of a folder of images; what is not given
+            is guessed from the model's input.
+    """
+
+    path: str = Field(
+        description="a file or folder: .npz (one array per model input), .npy (for a model with one input), "
+        "a folder of .npy (one per input, or one per batch), of .npz batches, of images, or of "
+        "test_data_set_N/input_M.pb"
+    )
+    batch_size: int = Field(8, ge=1, description="samples per batch, where a file does not set it")
+    labels_key: str | None = Field(
+        None, description="array of the .npz or .npy folder that holds the class of every sample"
+    )
+    image_size: tuple[int, int] | None = Field(None, description="height and width images are resized to")
+    image_layout: Literal["NCHW", "NHWC"] | None = Field(None, description="order of the axes")
+    image_mean: tuple[float, ...] | None = Field(None, description="what is subtracted, per channel")
+    image_std: tuple[float, ...] | None = Field(None, description="what is divided by then, per channel")
+    image_scale: float | None = Field(None, description="factor of the pixels, before anything else")
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it names code to run instead of files to read."""
+        return FUNCTION.fullmatch(self.path) is not None and not os.path.exists(self.path)
+
+    def read(self, model: Model) -> Batches:
+        """Open it and compare its first batch with the model's inputs.
+
+        Raises:
+            CalibrationError: it cannot be read, or does not fit the model.
+        """
+        found = self._open(model.inputs())
+        data = found.data.bind(model.inputs())
+        data.check(model.inputs())
+        return replace(found, data=data)
+
+    def _open(self, specs: Sequence[InputSpec]) -> Batches:
+        path = Path(self.path)
+        if self.is_function:
+            return Batches(called(self.path))
+        if path.is_dir():
+            return self._folder(path, specs)
+        if path.suffix == ".npy":
+            return Batches(CalibrationData.from_npy(path, self.batch_size))
+        if path.suffix == ".npz":
+            return self._npz(path, specs)
+        raise CalibrationError(f"{path}: expected an .npz or .npy file, or a folder")
+
+    def _npz(self, path: Path, specs: Sequence[InputSpec]) -> Batches:
+        others = _arrays_but(path, {spec.name for spec in specs})
+        data = CalibrationData.from_npz(path, self.batch_size, exclude=others)
+        key = self._labels_among(others, path)
+        return Batches(data, None if key is None else _npz(path, lambda archive: archive[key]))
+
+    def _folder(self, path: Path, specs: Sequence[InputSpec]) -> Batches:
+        arrays = {file.stem: file for file in listed(path, (".npy",))}
+        inputs = {spec.name: arrays[spec.name] for spec in specs if spec.name in arrays}
+        if inputs:
+            key = self._labels_among(set(arrays) - set(inputs), path)
+            labels = None if key is None else _npy(arrays[key])
+            return Batches(CalibrationData.from_npy(inputs, self.batch_size), labels)
+        if listed(path, tuple(IMAGES)):
+            return self._images(path, specs)
+        return Batches(CalibrationData.from_dir(path))
+
+    def _labels_among(self, names: Collection[str], path: Path) -> str | None:
+        wanted = [self.labels_key] if self.labels_key else LABEL_KEYS
+        found = next((name for name in wanted if name in names), None)
+        if found is None and self.labels_key:
+            raise CalibrationError(f"{path}: there is no array '{self.labels_key}' beside the model's inputs")
+        return found
+
+    def _images(self, path: Path, specs: Sequence[InputSpec]) -> Batches:
+        given = {
+            item.name.removeprefix("image_"): getattr(self, item.name)
+            for item in fields(self)
+            if item.name.startswith("image_") and getattr(self, item.name) is not None
+        }
+        settings, guessed = _image_settings(path, specs, given)
+        data = CalibrationData.from_images(path, batch_size=self.batch_size, **settings)
+        note = f"{path}: images are fed to '{settings['input']}' as {_told(settings)}"
+        if guessed:
+            note += f"; guessed: {', '.join(guessed)} (see --image-{guessed[0]})"
+        return Batches(data, notes=(note,))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Data that was opened.
+
+    Attributes:
+        labels: the class of every sample, where there is one.
+        notes: how the data was understood, where that was a guess.
+    """
+
+    data: CalibrationData
+    labels: Array | None = None
+    notes: tuple[str, ...] = ()
+
+
+def called(name: str) -> CalibrationData:
+    """Batches from what `module:function` returns or is; modules in the working folder are found too.
+
+    This runs code, so the name must come from the caller and never from a file.
 
     Raises:
-        CalibrationError: the file cannot be read or does not fit the model.
+        CalibrationError: there is no such function, or it fails.
     """
-    if path is None:
-        return None, None
-    specs = model.inputs()
-    if path.is_dir():
-        data, labels = CalibrationData.from_dir(path), None
-    elif path.suffix == ".npz":
-        others = _arrays_but(path, {spec.name for spec in specs})
-        data = CalibrationData.from_npz(path, batch_size, exclude=others)
-        labels = _labels(path, labels_key, others)
-    else:
-        raise CalibrationError(f"{path}: expected an .npz file or a folder")
-    data = data.bind(specs)
-    data.check(specs)
-    return data, labels
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+        return CalibrationData.of(found, name=name)
+    except CalibrationError:
+        raise
+    except Exception as error:
+        raise CalibrationError(f"{name}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _image_settings(
+    path: Path, specs: Sequence[InputSpec], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """How to feed images, and which parts of that were guessed and not said by the model or the user."""
+    spec = _image_input(path, specs)
+    shape = spec.shape or ()
+    layout = given.get("layout") or ("NHWC" if shape[3] in (1, 3) and shape[1] not in (1, 3) else "NCHW")
+    axis = 1 if layout == "NCHW" else 3
+    size = given.get("size") or tuple(shape[each] for each in (1, 2, 3) if each != axis)
+    if not all(isinstance(dim, int) for dim in size):
+        raise CalibrationError(
+            f"{path}: input '{spec.name}' does not say how large images are; give --image-size"
+        )
+    channels = shape[axis] if isinstance(shape[axis], int) else 3
+    known = {"input": spec.name, "dtype": spec.dtype, "layout": layout, "size": size, "channels": channels}
+    mean, std = IMAGENET if channels == 3 and spec.dtype != np.uint8 else ((0.0,), (1.0,))
+    guesses = {"mean": mean, "std": std, "scale": 1.0 if spec.dtype == np.uint8 else 1 / 255}
+    guessed = [name for name in guesses if name not in given] if spec.dtype != np.uint8 else []
+    return {**guesses, **given, **known}, guessed
+
+
+def _image_input(path: Path, specs: Sequence[InputSpec]) -> InputSpec:
+    required = [spec for spec in specs if spec.required]
+    if len(required) != 1 or len(required[0].shape or ()) != 4 or required[0].dtype is None:
+        raise CalibrationError(
+            f"{path}: images can only be fed to a model whose one input has four axes; give arrays instead"
+        )
+    return required[0]
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    height, width = settings["size"]
+    mean, std = (", ".join(f"{value:g}" for value in settings[key]) for key in ("mean", "std"))
+    return (
+        f"{height} x {width} x {settings['channels']} in {settings['layout']}, "
+        f"(pixel * {settings['scale']:.6g} - ({mean})) / ({std})"
+    )
 
 
 def _arrays_but(path: Path, inputs: Collection[str]) -> list[str]:
@@ -60,15 +205,8 @@ def _arrays_but(path: Path, inputs: Collection[str]) -> list[str]:
     return others
 
 
-def _labels(path: Path, key: str | None, others: Sequence[str]) -> Array | None:
-    wanted = [key] if key else LABEL_KEYS
-    found = next((name for name in wanted if name in others), None)
-    if found is None:
-        if key:
-            raise CalibrationError(f"{path}: there is no array '{key}' beside the model's inputs")
-        return None
-    labels: Array = _npz(path, lambda archive: archive[found])
-    return labels
+def _npy(path: Path) -> Array:
+    return next(iter(CalibrationData.from_npy(path, sys.maxsize)))["#0"]
 
 
 def _npz(path: Path, read: Callable[[Any], T]) -> T:

@@ -176,9 +176,14 @@ def dump_model_info_to_disk(model_info: ModelInfo) -> Path:
         writer.writerow(COLUMNS)
         for name, info in model_info.op_info.items():
             for index, made in enumerate(info.outputs):
-                first = (name, info.op) if index == 0 else ("", "")
+                first = (_cell(name), _cell(info.op)) if index == 0 else ("", "")
                 writer.writerow((*first, made.dtype, made.shape))
     return path
+
+
+def _cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def inspect(models: Sequence[Source], *, dump_to_disk: bool = False) -> None:

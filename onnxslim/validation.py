@@ -24,7 +24,7 @@ from onnxslim.model import Model, load
 from onnxslim.ops import cost
 from onnxslim.pipeline import Progress, sample_shapes
 from onnxslim.probe import Feeds, probes
-from onnxslim.runtime import CPU, Latency, Session, Target, latencies
+from onnxslim.runtime import CPU, REFERENCE, Latency, Session, Target, latencies, placement
 from onnxslim.verdict import Figures, OutputRow, Pair, ProviderVerdict, Verdict
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
@@ -63,20 +63,22 @@ def validate(
 
     Raises:
         LoadError: a model is broken or does not run.
-        TargetError: a provider is not available.
+        TargetError: a provider is not available, or loads but runs nothing.
         CalibrationError: data or labels do not fit the model.
         ValidationError: the second model cannot take the place of the first.
     """
     first, second = load(a), load(b)
     _require_same_interface(first, second)
     known = None if labels is None else np.asarray(labels)
+    for model in (first, second):
+        check.require_affordable(model)
     chosen = _ordered(Target.available() if targets is None else targets)
     runners = [_Runner(first, second, target, metric) for target in chosen]
     batches, made_up = _batches(first, data, runners[0].sessions[0])
     sizes = _stream(batches, runners, known, progress, _length(data))
     opening = runners[0].opening
     timed = [runner.time(rounds, seconds) for runner in runners]
-    notes = [text for runner in runners for text in runner.notes]
+    notes = [text for runner in runners for text in (*runner.notes, *runner.strays(chosen[0]))]
     if made_up:
         notes.insert(0, "inputs are made up: pass data to learn anything about real ones")
     return Verdict(
@@ -181,6 +183,9 @@ class _Runner:
 
     def __init__(self, first: Model, second: Model, target: Target, metric: Metric | None) -> None:
         self.target = target
+        self._models = first, second
+        self._placed: tuple[Mapping[str, int], Mapping[str, int]] | None = None
+        self._strays: dict[str, str] = {}
         self.sessions = (Session(first, target), _second(lambda: Session(second, target)))
         self.notes: list[str] = []
         self.opening: Feeds = {}
@@ -203,15 +208,35 @@ class _Runner:
         if not self.opening:
             self.opening = feeds
             self._note_randomness(feeds, original)
+            self._place(feeds, taken)
         for name, row in self._rows.items():
             row.update(original[name], result[name])
         if reference is not None:
             self._compared = True
             for name, row in self._drift.items():
                 row.update(reference[name], original[name])
+                if problem := check.difference(reference[name], original[name]):
+                    self._strays.setdefault(name, problem)
         self._samples += size
         self._score(feeds, size, labels, (original, result))
         return original if reference is None else reference
+
+    def _place(self, first: Feeds, second: Feeds) -> None:
+        """See that the provider really runs the models, where it could leave them to processors."""
+        if self.target.provider not in (CPU, REFERENCE):
+            before, after = self._models
+            self._placed = (
+                placement(before, self.target, first),
+                _second(lambda: placement(after, self.target, second)),
+            )
+
+    def strays(self, reference: Target) -> Iterator[str]:
+        """Notes on outputs of the first model that differ between providers."""
+        for name, problem in self._strays.items():
+            yield (
+                f"{self.target.name}: output '{name}' of the first model itself is not what it is on "
+                f"{reference.name}: it {problem}; that lies between the providers, not in the second model"
+            )
 
     def _note_randomness(self, feeds: Feeds, original: check.Outputs) -> None:
         again = self.sessions[0].run(feeds)
@@ -246,7 +271,7 @@ class _Runner:
 
     def time(self, rounds: int, seconds: float) -> tuple[tuple[Latency, Latency] | None, float | None]:
         """Latency of both models on the first batch, and the ratio of the second to the first."""
-        if rounds <= 0:
+        if rounds <= 0 or self.target.provider == REFERENCE:
             return None, None
         (first, second), ratios = latencies(self.sessions, self.opening, rounds=rounds, seconds=seconds)
         if any(each.median > UNSTEADY * each.minimum for each in (first, second)):
@@ -266,6 +291,7 @@ class _Runner:
             metric=Pair(*(s / self._samples for s in self._scores)) if self._metric else None,
             latency=latency,
             ratio=ratio,
+            placed=self._placed,
         )
 
 
@@ -283,6 +309,13 @@ def _second(attempt: Callable[[], T]) -> T:
         return attempt()
     except LoadError as error:
         raise ValidationError(f"the second model fails where the first one does not: {error}") from error
+
+
+def compare(name: str, reference: Any, actual: Any) -> OutputRow:
+    """How close one value is to another, both of one batch."""
+    row = _Row(name)
+    row.update(reference, actual)
+    return row.result()
 
 
 @dataclass

@@ -64,6 +64,8 @@ class ProviderVerdict:
         metric: mean over samples of the caller's own metric.
         latency: of one call on the first batch, first and second model.
         ratio: median over interleaved calls of the second model's time divided by the first one's.
+        placed: operators each provider of ONNX Runtime really runs, first and second model; only for targets
+            whose provider may leave some to another.
     """
 
     target: str
@@ -73,6 +75,7 @@ class ProviderVerdict:
     metric: Pair | None = None
     latency: tuple[Latency, Latency] | None = None
     ratio: float | None = None
+    placed: tuple[Mapping[str, int], Mapping[str, int]] | None = None
 
 
 @dataclass(frozen=True)

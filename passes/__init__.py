@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from onnxslim.passes.dead import Dead
     from onnxslim.passes.dedupe import Dedupe
     from onnxslim.passes.eliminate import Eliminate
+    from onnxslim.passes.factorize import Factorize
     from onnxslim.passes.fold import Fold
     from onnxslim.passes.fuse import Fuse
+    from onnxslim.passes.half import Half
     from onnxslim.passes.inline import Inline
+    from onnxslim.passes.prune import Prune
     from onnxslim.passes.quantize import Quantize
     from onnxslim.passes.slim import Slim
     from onnxslim.pipeline import Pass
@@ -34,10 +37,13 @@ __all__ = [
     "Dead",
     "Dedupe",
     "Eliminate",
+    "Factorize",
     "Fold",
     "Fuse",
+    "Half",
     "Inline",
     "Option",
+    "Prune",
     "Quantize",
     "Slim",
     "create",
@@ -56,7 +62,10 @@ REGISTRY: tuple[tuple[str, str], ...] = (
     ("fuse", "Fuse"),
     ("dedupe", "Dedupe"),
     ("dead", "Dead"),
+    ("prune", "Prune"),
+    ("factorize", "Factorize"),
     ("quantize", "Quantize"),
+    ("half", "Half"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Train and export the three Fashion-MNIST networks that ship with the package.
+"""Train and export the four Fashion-MNIST networks that ship with the package.
 
 Development only: needs PyTorch and the data set (Debian: ``apt-get install dataset-fashion-mnist``).
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -79,6 +80,22 @@ class ResNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.blocks(self.stem(image / 255))
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class VGG(nn.Module):
+    """Pairs of 3x3 convolutions between poolings, then two linear layers: VGG (arXiv:1409.1556) in small."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 96), hidden: int = 64) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise((1, *widths)):
+            layers += conv_bn(inputs, outputs, 3, act=nn.ReLU)
+            layers += [*conv_bn(outputs, outputs, 3, act=nn.ReLU), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.Linear(9 * widths[-1], hidden), nn.ReLU(), nn.Linear(hidden, 10))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.features(image / 255).flatten(1))
 
 
 class SqueezeExcite(nn.Module):
@@ -219,6 +236,7 @@ class Recipe:
 
 RECIPES = {
     "resnet": Recipe(ResNet, epochs=8, rate=5e-3, decay=0.05, dynamo=False),
+    "vgg": Recipe(VGG, epochs=6, rate=5e-3, decay=0.05, dynamo=False),
     "mobilenet": Recipe(MobileNet, epochs=12, rate=5e-3, decay=0.05, dynamo=True),
     "vit": Recipe(ViT, epochs=14, rate=1.5e-3, decay=0.05, dynamo=True),
 }

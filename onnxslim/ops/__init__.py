@@ -1,12 +1,14 @@
 """What is known about ONNX operators: facts, no algorithms."""
 
-from onnxslim.ops import elementwise, linear, movement, special
-from onnxslim.ops.spec import REGISTRY, OpSpec, Role, register, spec_of
+from onnxslim.ops import attention, elementwise, linear, movement, special
+from onnxslim.ops.spec import REGISTRY, Channels, OpSpec, Role, register, spec_of
 
 __all__ = [
     "REGISTRY",
+    "Channels",
     "OpSpec",
     "Role",
+    "attention",
     "elementwise",
     "linear",
     "movement",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from onnxslim.graph import Dim, Node
-from onnxslim.ops.spec import OpSpec, Role, register, sizes
+from onnxslim.ops.channels import layers, recurrent
+from onnxslim.ops.spec import Channels, OpSpec, Role, register, sizes
 
 
 def _conv_macs(node: Node) -> int | None:
@@ -74,9 +75,12 @@ def _recurrent_macs(node: Node) -> int | None:
     return data[0] * data[1] * sum(math.prod(shape) for shape in weights if shape is not None)
 
 
+_RECURRENT = Channels(recurrent.recurrent, recurrent.cut_recurrent)
+
 register(
     OpSpec(
         "Conv",
+        channels=Channels(layers.convolution, layers.cut_convolution),
         role=Role.LINEAR,
         data=(0,),
         requantized=True,
@@ -90,6 +94,7 @@ g (float[N,2,5,5] x, float[3,2,3,3] w, float[3] b) => (float[N,3,3,3] y) { y = C
     ),
     OpSpec(
         "ConvTranspose",
+        channels=Channels(layers.transposed_convolution, layers.cut_convolution),
         role=Role.LINEAR,
         data=(0,),
         requantized=True,
@@ -102,6 +107,7 @@ g (float[N,2,3,3] x, float[2,3,2,2] w, float[3] b) => (float[N,3,6,6] y)
     ),
     OpSpec(
         "Gemm",
+        channels=Channels(layers.gemm),
         role=Role.LINEAR,
         classifies=True,
         data=(0,),
@@ -114,6 +120,7 @@ g (float[N,4] x, float[3,4] w, float[3] b) => (float[N,3] y) { y = Gemm<transB=1
     ),
     OpSpec(
         "MatMul",
+        channels=Channels(layers.matmul),
         role=Role.LINEAR,
         classifies=True,
         data=(0, 1),
@@ -125,6 +132,7 @@ g (float[N,5,4] x, float[4,3] w) => (float[N,5,3] y) { y = MatMul(x, w) }""",
     ),
     OpSpec(
         "LSTM",
+        channels=_RECURRENT,
         macs=_recurrent_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[5,N,3] x, float[1,8,3] w, float[1,8,2] r) => (float[5,1,N,2] y)
@@ -132,6 +140,7 @@ g (float[5,N,3] x, float[1,8,3] w, float[1,8,2] r) => (float[5,1,N,2] y)
     ),
     OpSpec(
         "GRU",
+        channels=_RECURRENT,
         macs=_recurrent_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[5,N,3] x, float[1,6,3] w, float[1,6,2] r) => (float[5,1,N,2] y)
@@ -139,9 +148,40 @@ g (float[5,N,3] x, float[1,6,3] w, float[1,6,2] r) => (float[5,1,N,2] y)
     ),
     OpSpec(
         "RNN",
+        channels=_RECURRENT,
         macs=_recurrent_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[5,N,3] x, float[1,2,3] w, float[1,2,2] r) => (float[5,1,N,2] y)
 { y = RNN<hidden_size=2>(x, w, r) }""",
+    ),
+)
+
+register(
+    OpSpec(
+        "ConvInteger",
+        channels=Channels(layers.integer_convolution, layers.cut_convolution),
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (int32[N,3,3,3] y) { y = ConvInteger(x, w) }""",
+    ),
+    OpSpec(
+        "MatMulInteger",
+        channels=Channels(layers.integer_matmul),
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (uint8[N,5,4] x, uint8[4,3] w) => (int32[N,5,3] y) { y = MatMulInteger(x, w) }""",
+    ),
+    OpSpec(
+        "QLinearConv",
+        channels=Channels(layers.integer_convolution, layers.cut_integer_convolution),
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (uint8[N,3,3,3] y)
+<float s = {0.5}, uint8 z = {0}, float t = {9.0}, float[3] p = {0.5, 0.25, 0.125}, uint8[3] q = {0, 0, 0}>
+{ y = QLinearConv(x, s, z, w, p, q, t, z) }""",
+    ),
+    OpSpec(
+        "QLinearMatMul",
+        channels=Channels(layers.integer_matmul),
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (uint8[N,5,4] x, uint8[4,3] w) => (uint8[N,5,3] y)
+<float s = {0.5}, uint8 z = {0}, float t = {9.0}> { y = QLinearMatMul(x, s, z, w, s, z, t, z) }""",
     ),
 )

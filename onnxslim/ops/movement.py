@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from onnxslim.graph import Node
-from onnxslim.ops.spec import OpSpec, Role, register
+from onnxslim.ops.channels import layers, movement
+from onnxslim.ops.spec import Channels, OpSpec, Role, register
 
 
 def _resize_unfit(node: Node) -> str | None:
@@ -23,66 +24,116 @@ def _move(
     *,
     output: str,
     inputs: str = "float[N,2,4,4] x",
+    channels: Channels | None = None,
     searches: bool = False,
     unfit: Callable[[Node], str | None] | None = None,
 ) -> OpSpec:
     """A row of an operator that moves its first input."""
     example = f'<ir_version: 8, opset_import: ["" : 18]>\ng ({inputs}) => ({output}) {{ {body} }}'
-    return OpSpec(op, role=Role.MOVE, data=(0,), searches=searches, unfit=unfit, example=example)
+    return OpSpec(
+        op, role=Role.MOVE, data=(0,), channels=channels, searches=searches, unfit=unfit, example=example
+    )
 
 
 register(
-    _move("Reshape", "s = Constant<value_ints=[0,-1]>() y = Reshape(x, s)", output="float[N,32] y"),
-    _move("Flatten", "y = Flatten(x)", output="float[N,32] y"),
-    _move("Transpose", "y = Transpose<perm=[0,2,3,1]>(x)", output="float[N,4,4,2] y"),
+    _move(
+        "Reshape",
+        "s = Constant<value_ints=[0,-1]>() y = Reshape(x, s)",
+        output="float[N,32] y",
+        channels=Channels(movement.reshape, movement.cut_reshape),
+    ),
+    _move("Flatten", "y = Flatten(x)", output="float[N,32] y", channels=Channels(movement.regroup)),
+    _move(
+        "Transpose",
+        "y = Transpose<perm=[0,2,3,1]>(x)",
+        output="float[N,4,4,2] y",
+        channels=Channels(movement.transpose),
+    ),
     _move(
         "Squeeze",
         "a = Constant<value_ints=[1]>() y = Squeeze(x, a)",
         inputs="float[N,1,4] x",
         output="float[N,4] y",
+        channels=Channels(movement.regroup),
     ),
-    _move("Unsqueeze", "a = Constant<value_ints=[1]>() y = Unsqueeze(x, a)", output="float[N,1,2,4,4] y"),
+    _move(
+        "Unsqueeze",
+        "a = Constant<value_ints=[1]>() y = Unsqueeze(x, a)",
+        output="float[N,1,2,4,4] y",
+        channels=Channels(movement.regroup),
+    ),
     _move(
         "Expand",
         "s = Constant<value_ints=[1,3,4]>() y = Expand(x, s)",
         inputs="float[N,1,4] x",
         output="float[N,3,4] y",
+        channels=Channels(movement.expand, movement.cut_expand),
     ),
-    _move("Tile", "r = Constant<value_ints=[1,2,1,1]>() y = Tile(x, r)", output="float[N,4,4,4] y"),
+    _move(
+        "Tile",
+        "r = Constant<value_ints=[1,2,1,1]>() y = Tile(x, r)",
+        output="float[N,4,4,4] y",
+        channels=Channels(movement.tile),
+    ),
     _move(
         "Slice",
         "a = Constant<value_ints=[1]>() b = Constant<value_ints=[3]>() c = Constant<value_ints=[2]>() "
         "y = Slice(x, a, b, c)",
         output="float[N,2,2,4] y",
+        channels=Channels(movement.slice_, movement.cut_slice),
     ),
-    _move("Gather", "i = Constant<value_ints=[1,0]>() y = Gather<axis=2>(x, i)", output="float[N,2,2,4] y"),
+    _move(
+        "Gather",
+        "i = Constant<value_ints=[1,0]>() y = Gather<axis=2>(x, i)",
+        output="float[N,2,2,4] y",
+        channels=Channels(movement.gather, movement.cut_gather),
+    ),
     _move(
         "GatherElements",
         "y = GatherElements<axis=1>(x, i)",
         inputs="float[2,3] x, int64[2,1] i",
         output="float[2,1] y",
     ),
-    _move("Split", "y, z = Split<axis=1, num_outputs=2>(x)", output="float[N,1,4,4] y, float[N,1,4,4] z"),
-    _move("MaxPool", "y = MaxPool<kernel_shape=[2,2]>(x)", output="float[N,2,3,3] y", searches=True),
+    _move(
+        "Split",
+        "y, z = Split<axis=1, num_outputs=2>(x)",
+        output="float[N,1,4,4] y, float[N,1,4,4] z",
+        channels=Channels(movement.split, movement.cut_split),
+    ),
+    _move(
+        "MaxPool",
+        "y = MaxPool<kernel_shape=[2,2]>(x)",
+        output="float[N,2,3,3] y",
+        searches=True,
+        channels=Channels(layers.pool),
+    ),
     _move(
         "ReduceMax",
         "a = Constant<value_ints=[2,3]>() y = ReduceMax(x, a)",
         output="float[N,2,1,1] y",
         searches=True,
+        channels=Channels(movement.reduce),
     ),
     _move(
         "ReduceMin",
         "a = Constant<value_ints=[2,3]>() y = ReduceMin(x, a)",
         output="float[N,2,1,1] y",
         searches=True,
+        channels=Channels(movement.reduce),
     ),
     _move(
         "DepthToSpace",
         "y = DepthToSpace<blocksize=2>(x)",
         inputs="float[N,4,3,3] x",
         output="float[N,1,6,6] y",
+        channels=Channels(movement.depth_to_space),
     ),
-    _move("SpaceToDepth", "y = SpaceToDepth<blocksize=2>(x)", output="float[N,8,2,2] y"),
+    _move(
+        "SpaceToDepth",
+        "y = SpaceToDepth<blocksize=2>(x)",
+        output="float[N,8,2,2] y",
+        channels=Channels(movement.space_to_depth),
+    ),
     _move(
         "Resize",
         "e = Constant<value_floats=[1.0,1.0,2.0,2.0]>() "
@@ -90,5 +141,60 @@ register(
         'nearest_mode="floor">(x, , e)',
         output="float[N,2,8,8] y",
         unfit=_resize_unfit,
+        channels=Channels(movement.resize, movement.cut_resize),
+    ),
+)
+
+
+def _row(op: str, channels: Channels, body: str, output: str, inputs: str = "float[N,2,4,4] x") -> OpSpec:
+    """A row of an operator that quantization leaves in floating point."""
+    example = f'<ir_version: 8, opset_import: ["" : 17]>\ng ({inputs}) => ({output}) {{ {body} }}'
+    return OpSpec(op, channels=channels, example=example)
+
+
+register(
+    _row(
+        "Pad",
+        Channels(movement.pad),
+        "p = Constant<value_ints=[0,0,1,1,0,0,1,1]>() y = Pad(x, p)",
+        "float[N,2,6,6] y",
+    ),
+    OpSpec(
+        "Upsample",
+        channels=Channels(movement.upsample),
+        example="""<ir_version: 4, opset_import: ["" : 9]>
+g (float[N,2,4,4] x) => (float[N,2,8,8] y)
+{ e = Constant<value = float[4] {1.0, 1.0, 2.0, 2.0}>() y = Upsample(x, e) }""",
+    ),
+    _row(
+        "CumSum",
+        Channels(movement.along),
+        "a = Constant<value_int=3>() y = CumSum(x, a)",
+        "float[N,2,4,4] y",
+    ),
+    _row(
+        "TopK",
+        Channels(movement.along),
+        "k = Constant<value_ints=[2]>() y, i = TopK<axis=3>(x, k)",
+        "float[N,2,4,2] y, int64[N,2,4,2] i",
+    ),
+    _row(
+        "ReverseSequence",
+        Channels(movement.along),
+        "y = ReverseSequence<batch_axis=1, time_axis=0>(x, l)",
+        "float[4,2,3] y",
+        "float[4,2,3] x, int64[2] l",
+    ),
+    _row(
+        "ConstantOfShape",
+        Channels(movement.constant_of_shape, movement.cut_constant_of_shape),
+        "s = Constant<value_ints=[2,4,4]>() z = ConstantOfShape(s) y = Add(x, z)",
+        "float[N,2,4,4] y",
+    ),
+    _row(
+        "Shape",
+        Channels(movement.shape_of),
+        "s = Shape<start=2>(x) z = ConstantOfShape(s) y = Add(x, z)",
+        "float[N,2,4,4] y",
     ),
 )

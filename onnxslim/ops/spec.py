@@ -12,10 +12,26 @@ from enum import Enum
 from typing import TypeAlias
 
 from onnxslim.graph import Node, Shape
+from onnxslim.labels import Trace
 from onnxslim.model import DEFAULT_DOMAINS
+from onnxslim.ops.channels.cut import Cut
 
 # Multiply-accumulates of a node whose shapes are all known; None if one that counts is not.
 Macs: TypeAlias = Callable[[Node], int | None]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """How an operator carries slices of its tensors along.
+
+    Attributes:
+        trace: ties the labels of its inputs and labels its outputs.
+        cut: brings its attributes and its constants of sizes in line with what was removed; None if it has
+            none that say anything about sizes.
+    """
+
+    trace: Callable[[Trace], None]
+    cut: Callable[[Cut], None] | None = None
 
 
 class Role(Enum):
@@ -61,6 +77,7 @@ class OpSpec:
         unfit: why a particular node cannot play its role (an attribute its kernels do not support).
         misread: why a particular node must not stand between a DQ and a Q either: ONNX Runtime would give it
             to an integer kernel that computes something else.
+        channels: how it carries slices along; None pins every slice that it reads.
         macs: multiply-accumulates; None counts as zero.
         foldable: whether it can be computed once and for all when its inputs are constant.
         pure: whether two nodes with equal inputs and attributes make equal outputs.
@@ -84,6 +101,7 @@ class OpSpec:
     limits: Callable[[Node], tuple[float, float] | None] | None = None
     unfit: Callable[[Node], str | None] | None = None
     misread: Callable[[Node], str | None] | None = None
+    channels: Channels | None = None
     macs: Macs | None = None
     foldable: bool = True
     pure: bool = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -10,22 +10,22 @@ import numpy as np
 from pydantic import Field
 
 from onnxslim import shapes
-from onnxslim.calibration import observers
-from onnxslim.calibration.collect import Channels, Statistics, collect, merge
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.observers import Distribution, Histogram, Range
+from onnxslim.calibration.gram import batch_samples
+from onnxslim.calibration.judge import SAMPLES, Judge
 from onnxslim.errors import CalibrationError
-from onnxslim.graph import Constant, Tensor
 from onnxslim.model import Model
-from onnxslim.ops import spec_of
+from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Recipe, Settings
 from onnxslim.passes.quantize.fused import fused
-from onnxslim.passes.quantize.insert import Inserter
-from onnxslim.passes.quantize.plan import Plan, Planner, exceeds
-from onnxslim.passes.quantize.prepare import prepare
+from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
+from onnxslim.passes.quantize.search import ENOUGH, Layer, Search, Trial
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
-from onnxslim.runtime import CPU
+from onnxslim.runtime import CPU, Target, layout
 
-ObserverName = Literal["minmax", "percentile", "kl", "mse"]
+ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
+Activations = Literal["auto", "uint8", "int8", "uint16", "none"] | None
+Layout = Literal["target", "cpu", "openvino", "cuda", "tensorrt", "qnn"]
+Algorithm = Literal["auto", "rtn", "cd"]
 
 
 @options
@@ -35,15 +35,28 @@ class Quantize(Pass):
     Weights become int8 with one symmetric scale per output channel, activations get the integer type of the
     target with a range chosen on calibration data, biases int32. Operators that gain nothing stay in floating
     point, and the report names them.
+
+    Part of the data is held out. If the outputs lose more than `require_sqnr` allows on it, every layer
+    is measured on its own, and the fewest that have to are kept out of integers.
     """
 
     name: ClassVar[str] = "quantize"
     needs_data: ClassVar[bool] = True
 
+    weights: Bits = Field(
+        "int8",
+        description="integer type of weights; int4 halves the file again, and is computed with as int8 or, "
+        "where activations are not integers, in blocks of 32 with a scale each",
+    )
+    activations: Activations = Field(
+        "auto",
+        description="integer type of activations: that of the target, another one, or none: then only "
+        "weights of matrix products and embeddings are stored as integers",
+    )
     observer: ObserverName = Field(
-        "mse",
+        "auto",
         description="how ranges of activations are chosen: exact min/max, a percentile, least KL divergence, "
-        "or least mean squared error",
+        "least mean squared error, or whichever does best on samples held out",
     )
     percentile: float = Field(99.99, gt=0, le=100, description="percent of the values kept by `percentile`")
     exclude: tuple[str, ...] = Field(
@@ -54,6 +67,28 @@ class Quantize(Pass):
         True, description="adjust biases so that rounding the weights leaves the mean of every channel alone"
     )
     per_channel: bool = Field(True, description="one weight scale per output channel")
+    require_sqnr: float = Field(
+        25.0,
+        description="signal to noise, in dB, that the outputs are to keep on samples held out; layers that "
+        "cost too much of it stay in float (0: none does)",
+    )
+    algorithm: Algorithm = Field(
+        "auto",
+        description="how weights are rounded: to the nearest code (rtn), for the least error of a layer's "
+        "outputs by coordinate descent (cd), or the better of both where it matters",
+    )
+    optimize_for: Literal["accuracy", "latency"] = Field(
+        "accuracy",
+        description="latency: leave the smallest layers in float where that is measured to be faster",
+    )
+    layout: Layout = Field(
+        "target",
+        description="for which target the graph is laid out, if not for the one that it is judged on",
+    )
+    layers: bool = Field(
+        False,
+        description="measure what every layer alone does to the outputs, even where enough is kept anyway",
+    )
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Quantize the model in place.
@@ -62,102 +97,99 @@ class Quantize(Pass):
             CalibrationError: there is no calibration data, or it does not fit the model.
             PassError: the model's opset is too old and cannot be raised.
         """
-        if ctx.data is None:
+        if ctx.data is None and self._static:
             raise CalibrationError(
                 "pass 'quantize' needs calibration data: pass data=, or --data on the command line"
             )
-        data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
-        data.check(model.inputs())
-        ctx = replace(ctx, data=data)
         log = Log()
-        prepare(model, ctx.target.quantized, log)
+        ctx = replace(ctx, target=self._target(ctx.target))
+        wide = self.weights == "int4" or ctx.target.quantized.activation.itemsize > 1
+        prepare(model, ctx.target.quantized, log, WIDE_OPSET if wide else MIN_OPSET)
         shapes.infer(model)
-        plan, seen = self._calibrated_plan(model, ctx, log)
-        if not plan.linear:
+        candidate = self._candidate(model, ctx, log)
+        log.add(candidate.log.done())
+        plan = candidate.plan
+        if not plan.linear and not plan.stored:
             log.skip(model.graph.name or "model", "no operator with weights can run in integers")
             return Changes((), log.done().skipped)
-        self._insert(model, plan, seen, ctx, log)
-        return log.done()
-
-    def _calibrated_plan(self, model: Model, ctx: Context, log: Log) -> tuple[Plan, Statistics]:
-        """A plan and statistics of all its tensors; made anew where a tensor turns out to hold a mask."""
-        rules = ctx.target.quantized
-        seen = Statistics({}, {})
-        while True:
-            masked = {name for name, histogram in seen.histograms.items() if histogram.masked}
-            planner = Planner(
-                model, rules, log, exclude=self.exclude, classifier=self.classifier, masked=masked
-            )
-            plan = planner.plan()
-            missing = [name for name in plan.sources() if name not in seen.histograms]
-            channels = [key for key in self._channels(plan).values() if key not in seen.means]
-            if not missing:
-                return plan, seen
-            found = collect(
-                model,
-                ctx.data,
-                missing,
-                channels=list(dict.fromkeys(channels)),
-                target=ctx.target,
-                jobs=ctx.jobs,
-                progress=ctx.progress,
-            )
-            seen.histograms.update(found.histograms)
-            seen.means.update(found.means)
-
-    def _channels(self, plan: Plan) -> dict[int, Channels]:
-        """For each node whose bias can be corrected, by id, the data whose channel means that takes."""
-        found: dict[int, Channels] = {}
-        for node in plan.linear if self.bias_correction else ():
-            axis = spec_of(node).data_axis
-            if axis is not None and node.constant(2) is not None:
-                found[id(node)] = (node.inputs[0].name, axis(node))
-        return found
-
-    def _insert(self, model: Model, plan: Plan, seen: Statistics, ctx: Context, log: Log) -> None:
-        rules = ctx.target.quantized
-        channels = self._channels(plan)
-        means = {node: seen.means[key].result() for node, key in channels.items() if key in seen.means}
-        ranges = self._ranges(plan, seen.histograms, symmetric=rules.symmetric)
-        inserter = Inserter(model, plan, rules, log)
-        inserter.apply(ranges, self.per_channel, means)
-        log.facts["tightened"] = inserter.tightened
-        log.facts["corrected"] = inserter.corrected
-        if ctx.target.provider == CPU:
+        model.graph = candidate.model.graph
+        if ctx.target.provider == CPU and self.layout in ("target", "cpu"):
             integer = {key: label for key, label in plan.labels.items() if key in plan.integer}
             log.facts.update(fused(model, integer, ctx.target))
+        return log.done()
 
-    def _ranges(self, plan: Plan, seen: dict[str, Histogram], *, symmetric: bool) -> dict[int, Range]:
-        """The range of each tensor of the plan; tensors on one scale get the same."""
-        choose = self._chooser(symmetric=symmetric)
-        known: dict[tuple[int, ...], Range] = {}
+    @property
+    def _static(self) -> bool:
+        return self.activations not in (None, "none")
 
-        def of(sources: tuple[Tensor, ...]) -> Range:
-            group = tuple(id(source) for source in sources)
-            if group not in known:
-                known[group] = choose(merge([_statistics(source, seen) for source in sources]))
-            return known[group]
+    def _target(self, target: Target) -> Target:
+        """The target with the wanted layout and type of activations."""
+        if self.layout != "target":
+            target = replace(target, quantized=layout(self.layout))
+        if not self._static or self.activations in (None, "auto"):
+            return target
+        kind = np.dtype(self.activations)
+        rules = replace(target.quantized, activation=kind, symmetric=kind.kind == "i")
+        return replace(target, quantized=rules)
 
-        for key in list(plan.tensors):
-            # A Relu that the common range does not imply would stand in the way of the integer kernel.
-            if any(exceeds(source, of(plan.scales[key])) for source in plan.own[key]):
-                plan.scales[key] = plan.own[key]
-        return {key: of(plan.scales[key]) for key in plan.tensors}
+    def _candidate(self, model: Model, ctx: Context, log: Log) -> Candidate:
+        """The result, found by a search if there is data to judge by."""
+        if ctx.data is None:
+            return Builder(model, ctx, self._settings())(Recipe())
+        data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
+        data.check(model.inputs())
+        return self._search(model, replace(ctx, data=data), log).candidate
 
-    def _chooser(self, *, symmetric: bool) -> Callable[[Distribution], Range]:
-        if self.observer == "minmax":
-            return lambda d: observers.min_max(d, symmetric=symmetric)
-        if self.observer == "percentile":
-            return lambda d: observers.percentile(d, self.percentile, symmetric=symmetric)
-        if self.observer == "kl":
-            return lambda d: observers.kl_divergence(d, symmetric=symmetric)
-        return lambda d: observers.mse(d, symmetric=symmetric)
+    def _settings(self) -> Settings:
+        return Settings(
+            self.exclude, self.classifier, self.bias_correction, self.per_channel, self.weights, self._static
+        )
+
+    def _search(self, model: Model, ctx: Context, log: Log) -> Trial:
+        """The candidate to take, and in the log how it was found."""
+        fit, held = _split(ctx.data)
+        build = Builder(model, replace(ctx, data=fit), self._settings())
+        search = Search(build, Judge(model, held, ctx.target))
+        if not self._static:
+            trial = search.attempt(Recipe())
+        elif self.observer == "auto":
+            trial = search.observer(Recipe())
+        else:
+            trial = search.attempt(Recipe((self.observer, self.percentile)))
+        log.facts["nearest"] = trial.score.sqnr
+        if self.algorithm == "cd" or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH):
+            trial = search.rounding(trial)
+        log.facts["everything"] = trial.score.sqnr
+        if trial.score.sqnr < self.require_sqnr or self.layers:
+            layers = search.layers(trial)
+            if trial.score.sqnr < self.require_sqnr and self._static and self.observer == "auto":
+                trial = search.ranges(trial, layers)
+            if trial.score.sqnr < self.require_sqnr:
+                trial = search.keep(trial, layers, self.require_sqnr)
+            log.facts["layers"] = [_row(layer, trial) for layer in layers]
+        if self.optimize_for == "latency" and self._static:
+            trial = search.fastest(trial)
+        if held is not fit:
+            trial = search.complete(trial, held, self.require_sqnr)
+        log.facts["sqnr"] = trial.score.sqnr
+        log.facts["latency"] = search.latency(trial)
+        log.facts["parts"] = dict(trial.score.parts)
+        log.facts["observer"] = trial.recipe.observer[0]
+        return trial
 
 
-def _statistics(source: Tensor, seen: dict[str, Histogram]) -> Histogram:
-    """Of a calibrated tensor, or of a constant's own values."""
-    if isinstance(source, Constant):
-        histogram = Histogram()
-        histogram.update(np.asarray(source.values))
-        return histogram
-    return seen[source.name]
+def _split(data: CalibrationData) -> tuple[CalibrationData, CalibrationData]:
+    """Data to calibrate on and data to judge on, `SAMPLES` samples or half of all; the same for one batch."""
+    try:
+        batches = len(data)
+    except TypeError:
+        batches = sum(1 for _ in data)
+    if batches < 2:
+        return data, data
+    wanted = max(math.ceil(SAMPLES / batch_samples(next(iter(data)))), 1)
+    return data.holdout(min(wanted / batches, 0.5), seed=0)
+
+
+def _row(layer: Layer, trial: Trial) -> dict[str, object]:
+    kept = layer.node in trial.recipe.kept
+    return {"node": layer.node, "op": layer.op, "sqnr": round(layer.sqnr, 2), "kept": kept}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from onnxslim import graph as ir
@@ -41,13 +42,17 @@ class Inserter:
         plan: made for this model.
         rules: of the target.
         log: what is done goes here.
+        encoder: rounds the weights.
     """
 
-    def __init__(self, model: Model, plan: Plan, rules: Quantized, log: Log) -> None:
+    def __init__(
+        self, model: Model, plan: Plan, rules: Quantized, log: Log, encoder: weights.Encoder | None = None
+    ) -> None:
         self._graph: Graph = model.graph
         self._plan = plan
         self._rules = rules
         self._log = log
+        self._encode = encoder or weights.Encoder()
         self._name = Namer(model.graph)
         self._outputs = {id(tensor) for tensor in model.graph.outputs}
         self._weights: dict[tuple[int, int], tuple[Tensor, weights.Encoded]] = {}
@@ -79,6 +84,7 @@ class Inserter:
             self._store_weight(node, per_channel)
         self._shield_outputs()
         self._graph.nodes.extend(self._new)
+        self._shield_floats()
         self._drop_replaced()
         ir.sort(self._graph)
 
@@ -148,6 +154,37 @@ class Inserter:
                     inner = self._rename(source)  # type: ignore[arg-type]
                     ir.replace_uses(source, inner)
                     self._add("Identity", f"{source.name}_Identity", [inner], source)  # type: ignore[arg-type]
+
+    def _shield_floats(self) -> None:
+        """Keep ONNX Runtime from quantizing the weights of nodes that are to stay in floating point.
+
+        It does so, with one scale for all of a weight, between a DQ with a single scale and a Q. A DQ with
+        the same scale for every channel computes the same and is left alone.
+        """
+        start = len(self._new)
+        for node in self._graph.nodes:
+            channels, maker = _summed_channels(node), ir.producer(node.inputs[0]) if node.inputs else None
+            if not channels or maker is None or maker.op != "DequantizeLinear" or not _reaches_q(node):
+                continue
+            codes, scale, zero_point = maker.inputs[0], maker.input(1), maker.input(2)
+            axis = spec_of(node).data_axis
+            assert axis is not None
+            if isinstance(scale, Constant) and isinstance(zero_point, Constant) and scale.values.ndim == 0:
+                node.inputs[0] = self._spread(codes, scale, zero_point, channels, axis(node))
+        self._graph.nodes.extend(self._new[start:])
+
+    def _spread(
+        self, codes: Tensor, scale: Constant, zero_point: Constant, channels: int, axis: int
+    ) -> Tensor:
+        """A tensor dequantized with one scale given once per channel."""
+        result = Variable(self._name(f"{codes.name}_float"), np.dtype(np.float32), codes.shape)
+        inputs: list[Tensor] = [
+            codes,
+            Constant(self._name(f"{scale.name}_channels"), np.repeat(scale.values, channels)),
+            Constant(self._name(f"{zero_point.name}_channels"), np.repeat(zero_point.values, channels)),
+        ]
+        self._add("DequantizeLinear", f"{result.name}_DequantizeLinear", inputs, result, {"axis": axis})
+        return result
 
     def _fused(self, tensor: Variable) -> bool:
         """Whether the pair behind a tensor is part of the integer kernel that makes it."""
@@ -271,7 +308,9 @@ class Inserter:
         assert axis is not None
         if means is None:
             return bias
-        lost = weights.lost_mean(weight.values, encoded, axis(node), means)
+        lost = encoded.lost
+        if lost is None:
+            lost = weights.lost_mean(weight.values, encoded, axis(node), means)
         if lost is None or lost.size != bias.size:
             return bias
         self.corrected += 1
@@ -283,7 +322,7 @@ class Inserter:
         assert isinstance(weight, Constant)
         assert axis is not None
         self._replaced.add(id(weight))
-        encoded = weights.encode(weight.values, axis(node), per_channel=per_channel)
+        encoded = self._encode(weight, axis(node), per_channel=per_channel)
         node.inputs[1] = self._dequantized(weight, encoded.codes, encoded.scales, axis(node), zero_point=True)
         self._log.change(self._plan.labels[id(node)], f"{node.op} stores its weight as int8", "quantize")
 
@@ -307,12 +346,12 @@ class Inserter:
         if known is not None and (least is None or bool((known[1].scales >= least).all())):
             return known
         pair_axis = self._pair_axis(node, weight, axis)
-        encoded = weights.encode(
-            weight.values, axis, per_channel=per_channel, pair_axis=pair_axis, least=least
-        )
+        encoded = self._encode(weight, axis, per_channel=per_channel, pair_axis=pair_axis, least=least)
         if encoded.tightened:
             self.tightened[self._plan.labels[id(node)]] = encoded.tightened
         result = self._dequantized(weight, encoded.codes, encoded.scales, axis, zero_point=True)
+        if self._encode.limit == weights.FOUR_BITS:
+            self._pack(result)
         self._weights[id(weight), axis] = result, encoded
         return result, encoded
 
@@ -351,6 +390,17 @@ class Inserter:
         self._add("DequantizeLinear", f"{like.name}_DequantizeLinear", inputs, result, attrs)
         return result
 
+    def _pack(self, weight: Variable) -> None:
+        """Keep the codes behind a weight in four bits; kernels get them as int8, made once on loading."""
+        pair = self._new[-1]
+        assert pair.outputs[0] is weight
+        codes = pair.inputs[0]
+        assert isinstance(codes, Constant)
+        packed = Constant(self._name(f"{codes.name}_packed"), codes.values.astype(ml_dtypes.int4))
+        unpacked = Variable(codes.name, np.dtype(np.int8), codes.shape)
+        self._add("Cast", f"{codes.name}_Cast", [packed], unpacked, {"to": 3})
+        pair.inputs[0] = unpacked
+
     def _add(
         self,
         op: str,
@@ -360,6 +410,24 @@ class Inserter:
         attrs: Mapping[str, int] | None = None,
     ) -> None:
         self._new.append(Node(op, self._name(name), attrs, inputs, [output]))
+
+
+def _summed_channels(node: Node) -> int:
+    """Over how many channels of its data a node with weights of its own, in floats, sums; 0 for others."""
+    weight = node.input(1)
+    if node.op not in ("Conv", "ConvTranspose", "Gemm") or not isinstance(weight, Constant):
+        return 0
+    if node.op == "Conv":
+        return int(weight.shape[1]) * int(node.attrs.get("group", 1))
+    return int(weight.shape[1 if node.attrs.get("transB", 0) else 0])
+
+
+def _reaches_q(node: Node) -> bool:
+    """Whether the result of a node has one reader, a Q, behind nothing but Relu and Clip."""
+    readers = node.outputs[0].outputs
+    while len(readers) == 1 and spec_of(readers[0]).role is Role.CLAMP:
+        readers = readers[0].outputs[0].outputs
+    return len(readers) == 1 and readers[0].op == "QuantizeLinear"
 
 
 # Operators that run in integers as another operator.

@@ -8,8 +8,7 @@ floating point. Nothing is guessed: what a node lacks is the reason given for sk
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -65,7 +64,10 @@ class Planner:
         model: with shapes inferred; not modified.
         rules: of the target.
         log: where the reasons go.
-        exclude: globs on node names, or operator types, that stay in floating point.
+        refuse: why the caller wants a node to stay in floating point; None where it does not.
+        kept: labels of nodes that would lose too much in integers, with what to say of them; where a target
+            runs a matrix product as fast that way, its weight is stored as integers all the same.
+        weights_only: whether that is all that is wanted.
         classifier: whether the last matrix product before an output is quantized too.
         masked: names of tensors that hold mask values, which no integer range should cover.
     """
@@ -76,13 +78,17 @@ class Planner:
         rules: Quantized,
         log: Log,
         *,
-        exclude: Sequence[str] = (),
+        refuse: Callable[[Node], str | None] = lambda node: None,
+        kept: Mapping[str, str] | None = None,
+        weights_only: bool = False,
         classifier: bool = False,
         masked: Collection[str] = (),
     ) -> None:
         self._nodes = model.graph.nodes
         self._rules = rules
-        self._exclude = exclude
+        self._refuse = refuse
+        self._kept = kept or {}
+        self._weights_only = weights_only
         self._outputs = {id(tensor) for tensor in model.graph.outputs}
         # What a body reads stays what it is: the plan does not look inside.
         self._captured = {id(t) for node in self._nodes if node.bodies for t in captures(node)}
@@ -129,7 +135,7 @@ class Planner:
         if spec is None or spec.role is not Role.LINEAR:
             return False
         reason = self._unfit(node) or self._unfit_weight(node) or self._narrow(node, spec)
-        if reason:
+        if reason and not (self._weights_only and self._is_stored(node)):
             self._log.skip(node.label, reason)
         return reason is None
 
@@ -140,7 +146,7 @@ class Planner:
             return f"the target has no integer kernel for {node.op}"
         if node.op in self._rules.slow:
             return f"the target runs {node.op} faster in floating point"
-        if reason := self._excluded(node):
+        if reason := self._refuse(node) or self._kept.get(node.label):
             return reason
         if self._is_quantized(node):
             return "it is quantized already"
@@ -184,18 +190,29 @@ class Planner:
 
     def _is_stored(self, node: Node) -> bool:
         """Whether the weight of a classifier left in floating point is worth storing as integers."""
-        weight = node.inputs[1] if id(node) in self._tail else None
+        weight = node.inputs[1] if id(node) in self._tail or self._stores(node) else None
         return (
             isinstance(weight, Constant)
             and weight.nbytes >= MIN_STORED_BYTES
             and len(weight.outputs) == 1
-            and self._excluded(node) is None
+            and self._refuse(node) is None
             and self._unfit_values(weight) is None
         )
 
-    def _excluded(self, node: Node) -> str | None:
-        hit = any(fnmatch.fnmatchcase(node.name, glob) or glob == node.op for glob in self._exclude)
-        return "excluded" if hit else None
+    def _stores(self, node: Node) -> bool:
+        """Whether a matrix product kept out of integers reads its weight as integers and loses no time by it.
+
+        Behind integers ONNX Runtime would run it in integers after all.
+        """
+        spec = _standard(node)
+        if node.label not in self._kept or spec is None or node.op not in self._rules.weight_only:
+            return False
+        if isinstance(node.inputs[0], Constant):
+            return False
+        maker = producer(node.inputs[0])
+        while maker is not None and spec_of(maker).role is Role.MOVE:
+            maker = producer(maker.inputs[0])
+        return maker is None or spec_of(maker).role is Role.FLOAT or maker.label in self._kept
 
     @staticmethod
     def _unfit_values(weight: Constant) -> str | None:

@@ -19,17 +19,19 @@ from onnxslim.runtime import Quantized
 
 # Per-channel DequantizeLinear appeared in this version.
 MIN_OPSET = 13
+# Integers of 4 and 16 bits, and scales for blocks of a weight, in this one.
+WIDE_OPSET = 21
 
 
-def prepare(model: Model, rules: Quantized, log: Log) -> None:
+def prepare(model: Model, rules: Quantized, log: Log, opset: int = MIN_OPSET) -> None:
     """Raise the opset if need be, and write operators in terms of those with integer kernels.
 
     Raises:
         PassError: the opset cannot be raised.
     """
-    if model.opset < MIN_OPSET:
-        raise_opset(model, MIN_OPSET)
-        log.change("model", f"raised to opset {MIN_OPSET}", "per-channel quantization needs it")
+    if model.opset < opset:
+        raise_opset(model, opset)
+        log.change("model", f"raised to opset {opset}", "its way of quantizing needs it")
     store_literals(model)
     shapes.infer(model)
     wanted = [rule for rule in RULES if rule.needs <= rules.kernels]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.graph import Array
+from onnxslim.graph import Array, Constant
 
 QMAX = 127
+FOUR_BITS = 7
 # Largest |a| + |b| of two neighbouring codes of one sign for which 255·a + 255·b fits in 16 bits.
 MAX_PAIR = 128
 # Bias codes stay this far below 2^31, which leaves room for the sum they are added to.
@@ -32,11 +35,13 @@ class Encoded:
         codes: int8, of the weight's shape.
         scales: float32, shape (channels,), or () if there is one for all.
         tightened: output channels whose codes would have saturated and were changed so that none can.
+        lost: what the integers take from the mean of each output channel, float64, if that is known already.
     """
 
     codes: Codes
     scales: Scales
     tightened: int = 0
+    lost: Array | None = None
 
 
 def encode(
@@ -46,8 +51,9 @@ def encode(
     per_channel: bool,
     pair_axis: int | None = None,
     least: Scales | None = None,
+    limit: int = QMAX,
 ) -> Encoded:
-    """Round weights to symmetric int8, [-127, 127].
+    """Round weights to symmetric integers, [-limit, limit], in int8.
 
     Args:
         weight: float32, finite, any rank >= 2.
@@ -56,13 +62,15 @@ def encode(
         pair_axis: the one that x86 kernels run over fastest in a sum, where such sums may saturate; codes are
             then chosen so that no sum of two neighbouring products with uint8 activations leaves 16 bits.
         least: scales must be at least these, shape (channels,); see `least_scales`.
+        limit: largest magnitude of a code; with fewer than eight bits, scales are chosen for the least error
+            and larger weights clipped.
     """
     rest = pair_axis if pair_axis is not None else (axis + 1) % weight.ndim
     # Views: [channels, neighbours, rest], in whatever order the weight lies in memory.
     moved = np.moveaxis(weight, (axis, rest), (0, 1))
     table = moved.reshape(*moved.shape[:2], -1)
-    scales = _scales(table, per_channel, least)
-    codes = _round(table, scales)
+    scales = _scales(table, per_channel, least, limit)
+    codes = _round(table, scales, limit)
     tightened = 0
     if pair_axis is not None:
         risky = np.flatnonzero(_saturates(codes))
@@ -76,19 +84,84 @@ def encode(
     return Encoded(np.ascontiguousarray(restored), kept, tightened)
 
 
-def _scales(table: Weights, per_channel: bool, least: Scales | None) -> Scales:
+class Encoder:
+    """`encode`, which remembers what it made of a constant: candidates differ in few weights.
+
+    Args:
+        limit: largest magnitude of a code.
+        better: by name of a constant, what makes better integers of these; it is given them, `pair_axis`, the
+            limit and the least scales.
+    """
+
+    def __init__(
+        self,
+        limit: int = QMAX,
+        better: Mapping[str, Callable[[Encoded, int | None, int, Scales | None], Encoded]] | None = None,
+    ) -> None:
+        self.limit = limit
+        self._better = {} if better is None else better
+        self._known: dict[tuple[Any, ...], Encoded] = {}
+
+    def __call__(
+        self,
+        weight: Constant,
+        axis: int,
+        *,
+        per_channel: bool,
+        pair_axis: int | None = None,
+        least: Scales | None = None,
+    ) -> Encoded:
+        """The constant's values as integers; see `encode`."""
+        loose = self._of(weight, axis, per_channel, pair_axis, None)
+        if least is None or bool((loose.scales >= least).all()):
+            return loose
+        return self._of(weight, axis, per_channel, pair_axis, least)
+
+    def _of(
+        self, weight: Constant, axis: int, per_channel: bool, pair_axis: int | None, least: Scales | None
+    ) -> Encoded:
+        key = (weight.name, axis, per_channel, pair_axis, None if least is None else least.tobytes())
+        if key not in self._known:
+            found = encode(
+                weight.values,
+                axis,
+                per_channel=per_channel,
+                pair_axis=pair_axis,
+                least=least,
+                limit=self.limit,
+            )
+            better = self._better.get(weight.name) if per_channel else None
+            self._known[key] = better(found, pair_axis, self.limit, least) if better else found
+        return self._known[key]
+
+
+def _scales(table: Weights, per_channel: bool, least: Scales | None, limit: int = QMAX) -> Scales:
     absmax = np.maximum(table.max(axis=(1, 2)), -table.min(axis=(1, 2)))
     if not per_channel:
         absmax = np.broadcast_to(absmax.max(), absmax.shape)
-    scales = np.where(absmax > 0, np.maximum(absmax / QMAX, _TINY), 1.0).astype(np.float32)
+    scales = np.where(absmax > 0, np.maximum(absmax / limit, _TINY), 1.0).astype(np.float32)
+    if limit < QMAX:
+        scales = _clipping(table, scales, limit, together=not per_channel)
     if least is not None:
         scales = np.maximum(scales, least if per_channel else least.max(initial=0.0))
     return scales
 
 
-def _round(table: Weights, scales: Scales) -> Codes:
-    # No clipping: a scale is never less than a 127th of the largest weight, up to rounding of the quotient.
-    codes: Codes = np.rint(table * (1.0 / scales)[:, None, None]).astype(np.int8)
+def _clipping(table: Weights, scales: Scales, limit: int, *, together: bool) -> Scales:
+    """Of some parts of these scales, those of least squared error, clipping included."""
+    best, least = scales, np.full(len(scales), np.inf)
+    for factor in np.linspace(1.0, 0.5, 21, dtype=np.float32):
+        trial = scales * factor
+        error = _round(table, trial, limit) * trial[:, None, None] - table
+        squared = np.square(error).sum(axis=(1, 2))
+        if together:
+            squared[:] = squared.sum()
+        best, least = np.where(squared < least, trial, best), np.minimum(squared, least)
+    return np.asarray(best, np.float32)
+
+
+def _round(table: Weights, scales: Scales, limit: int = QMAX) -> Codes:
+    codes: Codes = np.rint(table * (1.0 / scales)[:, None, None]).clip(-limit, limit).astype(np.int8)
     return codes
 
 

@@ -458,13 +458,13 @@ def test_test_data_never_follows_external_data(tmp_path: Path, monkeypatch: pyte
 
 
 def test_folder_errors(tmp_path: Path) -> None:
-    with fails("expected .npz files or test_data_set_N/input_M.pb, found neither"):
+    with fails("expected .npz files, .npy files or test_data_set_N/input_M.pb, found none"):
         CalibrationData.from_dir(tmp_path)
     with fails("absent: cannot be read: No such file"):
         CalibrationData.from_dir(tmp_path / "absent")
     save(tmp_path / "a.npz", x=np.zeros(1))
     write_tensor(tmp_path / "input_0.pb", np.zeros(1))
-    with fails("found both"):
+    with fails("found .npz files and test_data_set_N/input_M.pb"):
         CalibrationData.from_dir(tmp_path)
 
 

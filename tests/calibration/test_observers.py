@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import joblib
@@ -19,7 +19,6 @@ from onnxslim.calibration.observers import (
     Distribution,
     Histogram,
     MinMax,
-    Moments,
     Range,
     affine_parameters,
     kl_divergence,
@@ -599,49 +598,3 @@ def test_affine_parameters_known_values() -> None:
 def test_affine_parameters_refuse_what_is_not_a_range(bounds: tuple[float, float]) -> None:
     with pytest.raises(CalibrationError, match="not a range"):
         affine_parameters(Range(*bounds), qmin=0, qmax=255)
-
-
-def moments(arrays: Iterable[Array]) -> Moments:
-    observer = Moments()
-    for array in arrays:
-        observer.update(array)
-    return observer
-
-
-def test_moments_are_the_sums() -> None:
-    rows = np.random.default_rng(0).normal(2, 3, (9001, 5)).astype(np.float32)
-    found = moments([rows]).result()
-    exact = rows.astype(np.float64)
-    np.testing.assert_allclose(found.matrix, exact.T @ exact, rtol=1e-5)
-    np.testing.assert_array_equal(found.matrix, found.matrix.T)
-    np.testing.assert_allclose(found.total, exact.sum(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(found.mean, exact.mean(axis=0), rtol=1e-12)
-    assert found.count == 9001
-    assert found.matrix.dtype == np.float64
-
-
-def test_moments_shards_merged_in_order_give_the_same_bits() -> None:
-    parts = np.array_split(np.random.default_rng(0).standard_normal((2000, 7)).astype(np.float32), 8)
-    shards = [moments(parts[:4]), moments(parts[4:])]
-    results = []
-    for _ in range(2):
-        total = Moments()
-        for shard in shards:
-            total.merge(pickle.loads(pickle.dumps(shard)))
-        results.append(total.result())
-    np.testing.assert_array_equal(results[0].matrix, results[1].matrix)
-    np.testing.assert_allclose(results[0].matrix, moments(parts).result().matrix, rtol=1e-12)
-    assert results[0].count == 2000
-
-
-def test_moments_errors() -> None:
-    with pytest.raises(CalibrationError, match="no rows"):
-        Moments().result()
-    observer = moments([np.ones((2, 3), np.float32)])
-    with pytest.raises(ValueError, match="length 3 were seen before, now 4"):
-        observer.update(np.ones((2, 4), np.float32))
-    with pytest.raises(ValueError, match=r"shape \(n, k\)"):
-        observer.update(np.ones(3, np.float32))
-    observer.update(np.full((1, 3), np.nan, np.float32))
-    with pytest.raises(CalibrationError, match="NaN"):
-        observer.result()

@@ -1,0 +1,179 @@
+"""Factorize on the bundled nets and on real models: accuracy, fidelity, measured latency, and the gate.
+
+    python benchmarks/factorize.py budgets [NET ...]     75, 50 and 35 % of the MACs: plain, fitted, repaired
+    python benchmarks/factorize.py schemes [NET ...]     every scheme alone and all of them, at 50 %
+    python benchmarks/factorize.py speed [NET ...]       ranks in blocks of 16, and a budget of time
+    python benchmarks/factorize.py layers [NET ...]      share of MACs against share of time, layer by layer
+    python benchmarks/factorize.py real [NAME ...]       real models; see models/zoo.py
+
+Everything is compared with the slimmed model, on one thread and one sample, interleaved. The nets are fitted
+to their 512 calibration images and judged on 2000 others; real models to 64 samples, and judged on 64 others.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FASHION = Path(__file__).resolve().parent.parent / "models" / "fashion"
+NETS = ("vgg", "resnet", "mobilenet", "vit")
+REAL = ("efficientnet_lite0.dynamo", "ppocr_det", "minilm.dynamo")
+SHARES = (0.75, 0.5, 0.35)
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {"fitted": False},
+    "fitted": {"repair": False},
+    "repaired": {},
+}
+
+
+def factorized(model: Any, data: Any, **options: Any) -> Any:
+    """What `Slim` and then `Factorize` make of a model; of the latter, the step of the report."""
+    from onnxslim import Pipeline, Target
+    from onnxslim.passes import Factorize, Slim
+
+    target = Target.cpu(threads=1)
+    slimmed = Pipeline(Slim(), on_error="raise")(model, data=data, target=target).model
+    result = Pipeline(Factorize(**options), on_error="raise")(slimmed, data=data, target=target)
+    return slimmed, result.model, result.report.steps[0]
+
+
+def ratio(before: Any, after: Any, feeds: dict[str, Any]) -> float:
+    """Time of one run on one thread relative to the model before; that thread's own time."""
+    from onnxslim import Target
+    from onnxslim.runtime import Session, latencies
+
+    sessions = [Session(each, Target.cpu(threads=1)) for each in (before, after)]
+    _, ratios = latencies(sessions, feeds, rounds=200, seconds=10, clock=time.thread_time)
+    return ratios[1]
+
+
+def fashion(net: str) -> tuple[Any, Any]:
+    """A bundled net and its calibration data."""
+    import onnxslim
+
+    data = onnxslim.CalibrationData.from_npz(FASHION / "calibration.npz", batch_size=64)
+    return onnxslim.load(FASHION / f"{net}.onnx"), data
+
+
+def row(net: str, what: str, **options: Any) -> str:
+    """One way to factorize one of the nets."""
+    from onnxslim.runtime import Session
+
+    model, data = fashion(net)
+    start = time.process_time()
+    slimmed, found, step = factorized(model, data, **options)
+    seconds = time.process_time() - start
+    test = np.load(FASHION / "test.npz")
+    logits = [Session(each).run({"image": test["image"]})["logits"] for each in (slimmed, found)]
+    before, after = (100 * float((each.argmax(1) == test["label"]).mean()) for each in logits)
+    noise = 10 * np.log10(np.square(logits[0]).sum() / max(np.square(logits[0] - logits[1]).sum(), 1e-30))
+    macs = step.macs_after / step.macs_before
+    params = step.after.parameters / step.before.parameters
+    faster = 1 / ratio(slimmed, found, {"image": test["image"][:1]})
+    return (
+        f"| {net} | {what} | {macs:.2f} | {params:.2f} | {after:.2f} ({after - before:+.2f}) | {noise:.1f} "
+        f"| {faster:.2f} | {seconds:.0f} |"
+    )
+
+
+def budgets(names: tuple[str, ...]) -> Iterator[str]:
+    """Accuracy and latency at several budgets, by how factors are fitted."""
+    yield from _head(
+        "net", "wanted", "MACs", "parameters", "accuracy, %", "SQNR dB", "times as fast", "CPU s"
+    )
+    for net in names or NETS:
+        for share in SHARES:
+            for way, options in WAYS.items():
+                yield row(net, f"{share:.0%}, {way}", macs=share, **options)
+
+
+def schemes(names: tuple[str, ...]) -> Iterator[str]:
+    """Every scheme alone."""
+    yield from _head(
+        "net", "schemes", "MACs", "parameters", "accuracy, %", "SQNR dB", "times as fast", "CPU s"
+    )
+    for net in names or ("vgg", "resnet"):
+        for kinds in (("output", "svd"), ("input", "svd"), ("spatial", "svd"), ("tucker", "svd"), ("auto",)):
+            yield row(net, kinds[0], macs=0.5, schemes=kinds)
+
+
+def speed(names: tuple[str, ...]) -> Iterator[str]:
+    """Ranks in blocks of 16, and a budget of time instead of multiply-accumulates."""
+    yield from _head(
+        "net", "wanted", "MACs", "parameters", "accuracy, %", "SQNR dB", "times as fast", "CPU s"
+    )
+    for net in names or ("vgg",):
+        yield row(net, "50%, align=16", macs=0.5, align=16)
+        yield row(net, "speedup=2, align=16", speedup=2.0, align=16)
+
+
+def layers(names: tuple[str, ...]) -> Iterator[str]:
+    """What the gate measured, and what was chosen."""
+    yield from _head("net", "layer", "factors", "MACs", "time", "gate", "chosen")
+    for net in names or ("vgg",):
+        model, data = fashion(net)
+        _, _, step = factorized(model, data, macs=0.5)
+        chosen = step.changes.facts["layers"]
+        for each in step.changes.facts["candidates"]:
+            taken = chosen.get(each["layer"], "").startswith(each["factors"] + ":")
+            yield (
+                f"| {net} | {each['layer']} | {each['factors']} | {each['macs']:.2f} | {each['time']:.2f} "
+                f"| {'passed' if each['passed'] else 'refused'} | {'chosen' if taken else ''} |"
+            )
+
+
+def real(names: tuple[str, ...]) -> Iterator[str]:
+    """Fidelity and latency of real models."""
+    yield from _head(
+        "model", "wanted", "MACs", "parameters", "SQNR dB", "top-1 agreement", "times as fast", "CPU s"
+    )
+    for name in names or REAL:
+        for way in WAYS:
+            yield real_row(name, 0.8, way)
+
+
+def real_row(name: str, share: float, way: str) -> str:
+    """One way to factorize one real model."""
+    import onnxslim
+    from benchmarks.real import agreement, sqnr
+    from onnxslim.models import zoo
+    from onnxslim.runtime import Session
+
+    data = onnxslim.CalibrationData(zoo.inputs(name, 64, seed=0))
+    start = time.process_time()
+    slimmed, found, step = factorized(onnxslim.load(zoo.path(name)), data, macs=share, **WAYS[way])
+    seconds = time.process_time() - start
+    feeds = zoo.inputs(name, 64, seed=1)
+    outputs = [[session.run(batch) for batch in feeds] for session in (Session(slimmed), Session(found))]
+    macs = f"{step.macs_after / step.macs_before:.2f}" if step.macs_before and step.macs_after else "–"
+    params = step.after.parameters / step.before.parameters
+    noise = sqnr(*outputs) if step.changes else float("inf")
+    return (
+        f"| {name} | {share:.0%}, {way} | {macs} | {params:.2f} | {noise:.1f} | {agreement(name, *outputs)} "
+        f"| {1 / ratio(slimmed, found, feeds[0]):.2f} | {seconds:.0f} |"
+    )
+
+
+def _head(*names: str) -> Iterator[str]:
+    yield "| " + " | ".join(names) + " |"
+    yield "|" + "---|" * len(names)
+
+
+PARTS = {"budgets": budgets, "schemes": schemes, "speed": speed, "layers": layers, "real": real}
+
+
+def main() -> None:
+    """Print one table."""
+    part = sys.argv[1] if len(sys.argv) > 1 else "budgets"
+    for line in PARTS[part](tuple(sys.argv[2:])):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    main()

@@ -1,0 +1,253 @@
+"""A model run part by part over all batches, so that its weights can change on the way.
+
+Refitting layer after layer means to run the network up to a layer, change that layer, and go on. Here each
+node runs once per batch: a stage computes the tensors that are wanted next and keeps those that later stages
+read; everything else is forgotten. Weights are read when a stage begins.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from onnxslim import graph as ir
+from onnxslim.calibration.collect import Runner
+from onnxslim.graph import Array, Graph, Node, Variable
+from onnxslim.model import Model
+from onnxslim.runtime import Target
+
+Values: TypeAlias = dict[str, Array]
+
+# Operators that make sequences and optionals, which are made anew where a later stage needs them.
+_NOT_TENSORS = frozenset(
+    (
+        "SequenceConstruct",
+        "SequenceEmpty",
+        "SequenceErase",
+        "SequenceInsert",
+        "SequenceMap",
+        "SplitToSequence",
+        "Optional",
+    )
+)
+
+
+class Shelf:
+    """Arrays kept in memory up to a limit, and beyond it in files of a temporary folder.
+
+    Args:
+        limit: bytes to keep in memory.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        self.spilled = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files: dict[int, Path] = {}
+
+    def __enter__(self) -> Shelf:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def put(self, array: Array) -> Array:
+        """The array to keep: the same, or one that lies in a file."""
+        if self.held + array.nbytes <= self.limit or not array.size or array.dtype.hasobject:
+            self.held += array.nbytes
+            return array
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        path = Path(self._folder.name) / str(self.spilled)
+        self.spilled += 1
+        mapped = np.memmap(path, array.dtype, "w+", shape=array.shape)
+        mapped[...] = array
+        self._files[id(mapped)] = path
+        return mapped
+
+    def drop(self, array: Array) -> None:
+        """Forget an array that `put` returned."""
+        path = self._files.pop(id(array), None)
+        if path is None:
+            self.held -= array.nbytes
+        elif os.name == "posix":  # elsewhere a mapped file stays until the folder goes
+            path.unlink()
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What is wanted at the end of a stage.
+
+    Attributes:
+        tensors: names of tensors; later stages go on from these.
+        peeks: nodes whose outputs are wanted with the present weights, and later anew with others.
+    """
+
+    tensors: Sequence[str] = ()
+    peeks: Sequence[Node] = ()
+
+
+@dataclass
+class Part:
+    """The nodes of one stage.
+
+    Attributes:
+        nodes: in an order that can be run.
+        reads: tensors that were there before.
+        wanted: tensors to hand out.
+        makes: tensors the nodes compute that are wanted or read later.
+    """
+
+    nodes: list[Node]
+    reads: set[str]
+    wanted: set[str]
+    makes: set[str] = field(default_factory=set)
+
+
+class Staged:
+    """Runs a model stage by stage.
+
+    Args:
+        model: weights may be replaced between stages, nothing else.
+        stops: what each stage has to compute.
+        shelf: where tensors are kept between stages.
+        given: tensors that come from outside instead of being computed; graph inputs always do.
+        target: where to run.
+
+    Attributes:
+        parts: what each stage runs.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        stops: Sequence[Stop],
+        shelf: Shelf,
+        *,
+        given: Collection[str] = (),
+        target: Target | None = None,
+    ) -> None:
+        self._model = model
+        self._shelf = shelf
+        self._target = target
+        self._given = set(given) | {tensor.name for tensor in model.graph.inputs}
+        self.parts = _plan(model.graph, stops, self._given)
+        self._last: dict[str, int] = {name: k for k, part in enumerate(self.parts) for name in part.reads}
+        self._kept: dict[int, Values] = {}
+        self._runners: dict[int, Runner] = {}
+
+    def requests(self, stage: int) -> list[str]:
+        """Tensors from outside that this stage is the first to read."""
+        before = {name for part in self.parts[:stage] for name in part.reads}
+        return sorted((self.parts[stage].reads & self._given) - before)
+
+    def run(self, stage: int, batch: int, fed: Mapping[str, Array]) -> Values:
+        """Run one stage on one batch; stages go up, and all batches go through one before the next.
+
+        Args:
+            stage, batch: numbers from zero.
+            fed: values of what the stage requests; others are ignored.
+
+        Returns:
+            Values of what is wanted, by name.
+
+        Raises:
+            CalibrationError: the part does not run; carries ONNX Runtime's message.
+        """
+        part = self.parts[stage]
+        kept = self._kept.setdefault(batch, {})
+        values = {name: np.asarray(kept[name]) if name in kept else fed[name] for name in part.reads}
+        if part.makes:
+            values |= self._runner(stage, values).run(values, sorted(part.makes))
+        self._keep(stage, kept, values)
+        return {name: values[name] for name in part.wanted}
+
+    def _keep(self, stage: int, kept: Values, values: Values) -> None:
+        for name, value in values.items():
+            if name not in kept and self._last.get(name, -1) > stage:
+                kept[name] = self._shelf.put(value)
+        for name in [name for name in kept if self._last[name] <= stage]:
+            self._shelf.drop(kept.pop(name))
+
+    def _runner(self, stage: int, values: Values) -> Runner:
+        if stage not in self._runners:
+            self._runners.clear()
+            self._runners[stage] = Runner(self._part_model(self.parts[stage], values), self._target)
+        return self._runners[stage]
+
+    def _part_model(self, part: Part, values: Values) -> Model:
+        """The model of a part: the nodes themselves, in a graph of their own that is only written."""
+        graph = Graph("stage")
+        graph.nodes = part.nodes
+        made = {tensor.name: tensor for node in part.nodes for tensor in node.outputs}
+        graph.inputs = [_input(name, values[name]) for name in sorted(part.reads) if name not in made]
+        graph.outputs = [made[name] for name in sorted(part.makes)]
+        model = Model(graph, self._model.shell)
+        model.ir_version, model.opsets = self._model.ir_version, dict(self._model.opsets)
+        return model
+
+
+def _input(name: str, value: Array) -> Variable:
+    return Variable(name, value.dtype, (None,) * value.ndim)
+
+
+def _plan(graph: Graph, stops: Sequence[Stop], given: set[str]) -> list[Part]:
+    makers = {tensor.name: node for node in graph.nodes for tensor in node.outputs if tensor.name}
+    order = {id(node): index for index, node in enumerate(graph.nodes)}
+    made: dict[str, int] = {}
+    parts: list[Part] = []
+    for stage, stop in enumerate(stops):
+        part = _part(stop, makers, given | set(made))
+        part.nodes.sort(key=lambda node: order[id(node)])
+        peeks = {id(node) for node in stop.peeks}
+        for node in part.nodes:
+            if id(node) not in peeks and node.op not in _NOT_TENSORS:
+                made.update((tensor.name, stage) for tensor in node.outputs if _is_tensor(tensor))
+        parts.append(part)
+        for name in part.reads & made.keys() - given:
+            if made[name] < stage:
+                parts[made[name]].makes.add(name)
+    return parts
+
+
+def _part(stop: Stop, makers: Mapping[str, Node], there: Collection[str]) -> Part:
+    """The nodes that compute what is wanted from what is there."""
+    peeked = [tensor.name for node in stop.peeks for tensor in node.outputs if tensor.name]
+    nodes: dict[int, Node] = {id(node): node for node in stop.peeks}
+    reads: set[str] = set()
+    pending = [*stop.tensors, *(name for node in stop.peeks for name in _needs(node))]
+    while pending:
+        name = pending.pop()
+        if name in there:
+            reads.add(name)
+        elif id(makers[name]) not in nodes:
+            nodes[id(makers[name])] = makers[name]
+            pending.extend(_needs(makers[name]))
+    computed = {tensor.name for node in nodes.values() for tensor in node.outputs}
+    wanted = {*stop.tensors, *peeked}
+    return Part(list(nodes.values()), reads, wanted, wanted & computed)
+
+
+def _needs(node: Node) -> Iterator[str]:
+    """Names of the tensors of the main graph that a node reads, constants apart."""
+    tensors: Iterable[Any] = [*node.inputs, *ir.captures(node)] if node.bodies else node.inputs
+    for tensor in tensors:
+        if isinstance(tensor, Variable) and tensor.name:
+            yield tensor.name
+
+
+def _is_tensor(tensor: Variable) -> bool:
+    return bool(tensor.name) and (
+        tensor.proto is None or tensor.proto.type.WhichOneof("value") in ("tensor_type", None)
+    )

@@ -1,0 +1,343 @@
+"""The commands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from onnxslim import passes, terminal
+from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
+from onnxslim.cli.running import process, require_report, warn_of_made_up_inputs
+from onnxslim.cli.words import CustomOps, DataWords, Debug, Job, Json, Quiet, expanded, limits
+from onnxslim.errors import UsageError
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make ONNX models smaller and faster, and prove that they still work.\n\n"
+    "`onnxslim IN OUT` is short for `onnxslim slim IN OUT`.",
+)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", "-v", is_eager=True, callback=lambda given: _version(given), help="print the version"
+        ),
+    ] = False,
+) -> None: ...
+
+
+def _version(given: bool) -> None:
+    if given:
+        import onnxslim
+
+        print(f"onnxslim {onnxslim.__version__}")
+        raise typer.Exit
+
+
+@app.command("slim", cls=SlimCommand)
+@expanded
+def _slim(
+    job: Job,
+    data: DataWords,
+    ctx: typer.Context,
+    input_shapes: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:1,3,224,224 …", help="fix the sizes of inputs"),
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TENSOR[:DTYPE] …", help="cut the model: its inputs are these tensors"),
+    ] = None,
+    outputs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TENSOR[:DTYPE] …", help="cut the model: its outputs are these tensors"),
+    ] = None,
+    skip_optimizations: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME …", help="parts to leave out, by OnnxSlim's names"),
+    ] = None,
+    skip_fusion_patterns: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME …", help="rules to leave out, by OnnxSlim's names or ours"),
+    ] = None,
+    size_threshold: Annotated[
+        int | None, typer.Option(metavar="BYTES", help="by how much folding may make the model larger")
+    ] = None,
+    no_shape_infer: Annotated[
+        bool, typer.Option("--no-shape-infer", help="do not infer new output shapes for --input-shapes")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="precision to convert to: fp16, fp32")
+    ] = None,
+    save_as_external_data: Annotated[
+        bool, typer.Option("--save-as-external-data", help="the same as --external-data")
+    ] = False,
+    model_check: Annotated[
+        bool,
+        typer.Option("--model-check", help="compare the outputs of the result once more before saving it"),
+    ] = False,
+    model_check_inputs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:1,3,224,224|NAME:FILE.npy …", help="inputs to compare on"),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="log what is done")] = False,
+) -> None:
+    """Simplify a model, same results.
+
+    Takes the options of OnnxSlim's command line too; --inspect shows what models consist of instead.
+    """
+    from onnxslim import compat
+
+    asked = compat.Request(
+        input_shapes=tuple(input_shapes or ()),
+        inputs=tuple(inputs or ()),
+        outputs=tuple(outputs or ()),
+        no_shape_infer=no_shape_infer,
+        skip_optimizations=tuple(skip_optimizations or ()),
+        skip_fusion_patterns=tuple(skip_fusion_patterns or ()),
+        size_threshold=size_threshold,
+        dtype=dtype,
+        model_check=model_check,
+        model_check_inputs=tuple(model_check_inputs or ()),
+    )
+    if verbose:
+        compat.be_verbose()
+    job = replace(job, external_data=job.external_data or save_as_external_data)
+    process(job, data, [asked.step(passes.create("slim", ctx.obj))], asked=asked)
+
+
+@app.command("inspect")
+def _inspect(
+    models: Annotated[
+        list[Path], typer.Argument(metavar="IN…", readable=False, help="the models, shown side by side")
+    ],
+    dump_to_disk: Annotated[
+        bool,
+        typer.Option("--dump-to-disk", help="also write the nodes of IN.onnx to IN.onnx_model_info.csv here"),
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what models consist of and need.
+
+    Of two models, also tells how the second differs from the first, by the names of nodes and constants.
+    """
+    from onnxslim import inspection, report, utils
+
+    found = [inspection.inspect(path) for path in models]
+    difference = inspection.compare(*models) if len(models) == 2 else None
+    if json:
+        terminal.show_json({"models": found, "difference": difference})
+    else:
+        report.show_inspections(terminal.console(), found, difference)
+    for path in models if dump_to_disk else ():
+        written = utils.dump_model_info_to_disk(utils.summarize_model(path))
+        terminal.log(f"model info written to {written}")
+
+
+@app.command("prune", cls=PassCommand)
+@expanded
+def _prune(
+    job: Job,
+    data: DataWords,
+    ctx: typer.Context,
+    families: Annotated[
+        bool, typer.Option("--families", help="only list what can be removed together, and what that saves")
+    ] = False,
+    explain: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TENSOR", help="only tell what may be removed of a tensor, or what pins it"),
+    ] = None,
+    save_plan: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="save which units went, for --plan")
+    ] = None,
+) -> None:
+    """Remove channels, heads and hidden units.
+
+    Which and how many is measured on --data, and what is left is fitted to it; without data the norms of
+    weights decide, and nothing is fitted.
+    """
+    from onnxslim.cli import pruning
+
+    if families or explain:
+        pruning.tell(job.source, families, explain or (), job.json)
+        return
+    result = process(job, data, [passes.create("prune", ctx.obj)])
+    if save_plan is not None:
+        pruning.save_plan(result, save_plan)
+
+
+# What commands named after passes do, for the list of commands; the pass itself tells its options.
+_SUMMARIES = {
+    "quantize": "Make a model run in 8-bit integers.\n\nRanges are calibrated on --data.",
+    "factorize": "Replace large layers by products of smaller ones.",
+}
+# Parts of slim, and commands that take more options than their pass.
+_NO_COMMANDS = ("slim", "prune", "fold", "eliminate", "fuse", "dedupe", "dead")
+
+
+def _add_pass_command(name: str) -> None:
+    @expanded
+    def run(job: Job, data: DataWords, ctx: typer.Context) -> None:
+        process(job, data, [passes.create(name, ctx.obj)])
+
+    run.__doc__ = _SUMMARIES.get(name, f"Run the pass '{name}'; see `onnxslim passes {name}`.")
+    app.command(name, cls=PassCommand)(run)
+
+
+for _name in passes.names():
+    if _name not in _NO_COMMANDS:
+        _add_pass_command(_name)
+
+
+@app.command("run", cls=RunCommand)
+@expanded
+def _run(
+    job: Job,
+    data: DataWords,
+    chain: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass", "-p", metavar="NAME[:OPTION=VALUE,…]", help="a pass; repeat for one after the other"
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml", readable=False, help="a recipe; may also simply come first, before IN"
+        ),
+    ] = None,
+) -> None:
+    """Run one pass after the other, or a recipe.
+
+    For example: onnxslim run IN OUT --data calib.npz -p slim -p quantize:observer=mse,exclude=/head/*
+
+    Or: onnxslim run recipe.yaml IN OUT
+    """
+    if bool(chain) == bool(recipe):
+        raise UsageError("give either passes (-p, --pass) or a recipe to run")
+    process(job, data, [passes.parse(text) for text in chain or ()], recipe=recipe)
+
+
+@app.command("validate")
+@expanded
+def _validate(
+    data: DataWords,
+    first: Annotated[Path, typer.Argument(metavar="A", readable=False, help="the original")],
+    second: Annotated[Path, typer.Argument(metavar="B", readable=False, help="what was made of it")],
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="where to run: cpu, cuda, …; may be repeated [default: all there are]"
+        ),
+    ] = None,
+    require: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="fail unless met; as --check of `run`")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="save a report: FILE.html for people, FILE.json for programs"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=0, help="calls to time; 0 measures no latency")] = 30,
+    threads: Annotated[
+        int, typer.Option(min=0, help="threads per operator; 0 leaves it to ONNX Runtime")
+    ] = 0,
+    custom_ops: CustomOps = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run two models side by side.
+
+    Compares outputs, accuracy, latency and size, on every execution provider.
+    """
+    required = limits(require)
+    require_report(report, {path.resolve(): "a model" for path in (first, second)})
+    from onnxslim.model import load
+    from onnxslim.runtime import Target
+    from onnxslim.validation import validate
+
+    model, result = load(first), load(second)
+    source = data.source()
+    opened = source.read(model) if source else None
+    for note in opened.notes if opened else ():
+        terminal.note(note, quiet)
+    known = [Target.named(name) for name in provider] if provider else Target.available()
+    targets = [target.with_threads(threads).with_libraries(custom_ops or ()) for target in known]
+    with terminal.progress(quiet) as progress:
+        verdict = validate(
+            model,
+            result,
+            opened.data if opened else None,
+            targets,
+            labels=opened.labels if opened else None,
+            rounds=rounds,
+            progress=progress,
+        )
+    warn_of_made_up_inputs(verdict)
+    if json:
+        terminal.show_json(verdict)
+    else:
+        terminal.show(verdict, quiet)
+    if report is not None:
+        from onnxslim import page
+        from onnxslim.pipeline import Report
+
+        feeds = opened.data if opened else None
+        page.document(model, result, Report(), verdict, data=feeds).save(report)
+    verdict.require(**required)
+
+
+@app.command("passes")
+def _passes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="a pass to tell about")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the passes with all their options."""
+    from onnxslim.report import show_passes
+
+    chosen = [passes.get(each) for each in ([name] if name else passes.names())]
+    known = {cls.name: (passes.summary(cls), passes.options_of(cls)) for cls in chosen}
+    if json:
+        terminal.show_json(
+            {each: {"summary": text, "options": found} for each, (text, found) in known.items()}
+        )
+    else:
+        show_passes(terminal.console(), known)
+
+
+@app.command("demo")
+def _demo(
+    model: Annotated[
+        Literal["resnet", "mobilenet", "vit", "all"], typer.Option(help="which of the models that come along")
+    ] = "all",
+    keep: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="save the results here; made if it is not there")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """See it work on models that come along.
+
+    Slims, quantizes and validates them on real images with their true labels.
+    """
+    from onnxslim import demo
+
+    with terminal.progress(quiet) as progress:
+        outcomes = demo.run(demo.MODELS if model == "all" else (model,), keep=keep, progress=progress)
+    if json:
+        terminal.show_json(outcomes)
+    elif not quiet:
+        demo.show(terminal.console(), outcomes)

@@ -1,0 +1,118 @@
+"""How words become the arguments of a command: commands by default, and options read from passes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from onnxslim.errors import UsageError
+
+DEFAULT_COMMAND = "slim"
+# Options that OnnxSlim takes several values after.
+_SEVERAL = (
+    "--input-shapes",
+    "--inputs",
+    "--outputs",
+    "--skip-optimizations",
+    "--skip-fusion-patterns",
+    "--model-check-inputs",
+)
+
+
+class Commands(TyperGroup):
+    """A first word that is no command belongs to the default command: `onnxslim in.onnx out.onnx`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {*self.commands, *(name for param in self.get_params(ctx) for name in param.opts)}
+        if "--inspect" in args and (args[0] == DEFAULT_COMMAND or args[0] not in own):
+            # As OnnxSlim spells it.
+            models = args[1:] if args[0] == DEFAULT_COMMAND else args
+            args = ["inspect", *(word for word in models if word != "--inspect")]
+        if args and args[0] not in own:
+            self._require_no_typo(args[0])
+            args = [DEFAULT_COMMAND, *args]
+        return super().parse_args(ctx, args)
+
+    def _require_no_typo(self, word: str) -> None:
+        close = get_close_matches(word, self.commands, n=1)
+        if close and not os.path.exists(word):
+            raise UsageError(f"there is no command or file '{word}'; did you mean '{close[0]}'?")
+
+
+class PassCommand(TyperCommand):
+    """A command named after a pass, with the fields of the pass as options; they are read when it is used."""
+
+    _generated: tuple[Any, ...] = ()
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        if not self._generated:
+            self._generated = tuple(_pass_params(str(self.name)))
+            self.params = [*self.params, *self._generated]
+        return super().get_params(ctx)
+
+    def invoke(self, ctx: Any) -> Any:
+        given = {param.name: ctx.params.pop(param.name) for param in self._generated}
+        ctx.obj = {name: value for name, value in given.items() if value not in (None, (), [])}
+        return super().invoke(ctx)
+
+
+class SlimCommand(PassCommand):
+    """Options that take several values take them one after the other too: `--inputs a b`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_one_by_one(args)))
+
+
+class RunCommand(TyperCommand):
+    """A recipe may come first, before the model: `onnxslim run recipe.yaml in.onnx out.onnx`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for index, word in enumerate(args):
+            if word.endswith((".yaml", ".yml")) and args[index - 1] not in ("--recipe", "--save-recipe"):
+                args = [*args[:index], "--recipe", *args[index:]]
+                break
+        return super().parse_args(ctx, args)
+
+
+def _one_by_one(words: Sequence[str]) -> Iterator[str]:
+    """Repeat the name of an option before each of its values."""
+    option = ""
+    for index, word in enumerate(words):
+        if word in _SEVERAL and index + 1 < len(words):
+            option = word
+        elif word.startswith("-"):
+            option = ""
+            yield word
+        else:
+            yield from (option, word) if option else (word,)
+
+
+def _pass_params(name: str) -> list[Any]:
+    """The options of a pass as parameters of a command. None of them has a default: the pass has."""
+    from onnxslim import passes
+
+    def holder(**_: Any) -> None: ...
+
+    parameters = []
+    for option in passes.options_of(passes.get(name)):
+        kind: Any = bool if option.flag else list[str] if option.many else str
+        shown = "" if option.default in ("", "none") else f" [default: {option.default}]"
+        word = typer.Option(metavar=None if option.flag else option.type, help=option.help + shown)
+        parameters.append(
+            inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, word],
+            )
+        )
+    holder.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    scratch = typer.Typer(add_completion=False)
+    scratch.command()(holder)
+    return list(typer.main.get_command(scratch).params)

@@ -1,0 +1,198 @@
+"""The options that commands have in common."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from onnxslim.errors import UsageError
+
+if TYPE_CHECKING:
+    from onnxslim.sources import Data
+
+Json = Annotated[bool, typer.Option("--json", help="print JSON on the standard output instead of text")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but warnings and errors")]
+CustomOps = Annotated[
+    list[str] | None,
+    typer.Option(metavar="LIBRARY", help="file of custom operators to load and run; may be repeated"),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="print the traceback of an error")]
+
+
+@dataclass(frozen=True)
+class DataWords:
+    """The options that say where data comes from."""
+
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="inputs: an .npz with one array per model input, an .npy, or a folder of .npz batches, of "
+            ".npy arrays, of images or of test_data_set_N/input_M.pb; or MODULE:FUNCTION to call for batches",
+        ),
+    ] = None
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="samples per batch, where a file does not set it [default: 8]")
+    ] = None
+    labels_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="array that holds the class of every sample [default: label]"),
+    ] = None
+    image_size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="size of images [default: that of the model's input]")
+    ] = None
+    image_layout: Annotated[
+        Literal["NCHW", "NHWC"] | None, typer.Option(help="order of the axes [default: the model's]")
+    ] = None
+    image_mean: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="what is subtracted [default: ImageNet's, shown]")
+    ] = None
+    image_std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="what is divided by [default: ImageNet's, shown]")
+    ] = None
+    image_scale: Annotated[
+        float | None, typer.Option(help="factor of the pixels, before anything else [default: 1/255]")
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """What was given, by the names of `onnxslim.sources.Data`."""
+        read: dict[str, Callable[[str, str], Any]] = {
+            "image_size": _size,
+            "image_mean": _numbers,
+            "image_std": _numbers,
+        }
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        given = {name: read[name](value, name) if name in read else value for name, value in given.items()}
+        return {"path" if name == "data" else name: value for name, value in given.items()}
+
+    def source(self, base: Data | None = None) -> Data | None:
+        """The data to read: what was given, or `base` with what was given."""
+        from dataclasses import replace
+
+        from onnxslim.sources import Data
+
+        settings = self.settings()
+        if base is not None and "path" not in settings:
+            return replace(base, **settings)
+        if "path" not in settings:
+            if settings:
+                raise UsageError(f"--{next(iter(settings)).replace('_', '-')} says nothing without --data")
+            return None
+        return Data(**settings)
+
+
+def _size(text: str, name: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        sizes = ()
+    if len(sizes) not in (1, 2) or min(sizes) < 1:
+        raise UsageError(f"--{name.replace('_', '-')} {text}: expected HEIGHTxWIDTH, such as 224x224")
+    return sizes * 2 if len(sizes) == 1 else sizes
+
+
+def _numbers(text: str, name: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--{name.replace('_', '-')} {text}: expected numbers: 0.5,0.5,0.5") from None
+
+
+@dataclass(frozen=True)
+class Job:
+    """The options of every command that makes a model out of a model."""
+
+    source: Annotated[Path, typer.Argument(metavar="IN", readable=False, help="the model")]
+    output: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="OUT", help="where to save the result, may be IN; without it nothing is saved"
+        ),
+    ] = None
+    check: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="what the result has to meet or it is not saved: sqnr (dB), top1, cosine, max_abs, "
+            "max_accuracy_drop, latency (ratio); may be repeated",
+        ),
+    ] = None
+    on_error: Annotated[
+        Literal["revert", "raise"] | None,
+        typer.Option(help="what to do with a pass that breaks the model [default: revert]"),
+    ] = None
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="execution provider the result is made for [default: cpu]"),
+    ] = None
+    external_data: Annotated[
+        bool,
+        typer.Option("--external-data", help="put the weights in a .data file beside OUT, however small"),
+    ] = False
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="save a report: FILE.html for people, FILE.json for programs"),
+    ] = None
+    save_recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="save what this command does as a recipe")
+    ] = None
+    custom_ops: CustomOps = None
+    seed: Annotated[int | None, typer.Option(help="of everything random [default: 0]")] = None
+    jobs: Annotated[int, typer.Option(min=1, help="processes that work in parallel")] = 1
+    json: Json = False
+    quiet: Quiet = False
+    debug: Debug = False
+
+    def settings(self) -> dict[str, Any]:
+        """What was given of what a recipe can hold."""
+        given = {name: getattr(self, name) for name in ("on_error", "target", "seed")}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of its parameters that are dataclasses, after its own."""
+    signature = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {
+        name: each.annotation for name, each in signature.items() if is_dataclass(each.annotation)
+    }
+    own = [each for name, each in signature.items() if name not in groups]
+    fields = {
+        name: list(inspect.signature(cls, eval_str=True).parameters.values()) for name, cls in groups.items()
+    }
+
+    def run(**words: Any) -> None:
+        made = {
+            name: cls(**{field.name: words.pop(field.name) for field in fields[name]})
+            for name, cls in groups.items()
+        }
+        command(**made, **words)
+
+    run.__doc__ = command.__doc__
+    every = (*own, *(field for group in fields.values() for field in group))
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in every]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def limits(words: Sequence[str] | None) -> Mapping[str, float]:
+    """Requirements from words such as `sqnr=20`.
+
+    Raises:
+        UsageError: one is of another form, or there is no such requirement.
+    """
+    from onnxslim.verdict import check_limits
+
+    found: dict[str, float] = {}
+    for word in words or ():
+        name, _, value = word.partition("=")
+        check_limits([name])
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise UsageError(f"'{word}' is not of the form {name}=NUMBER") from None
+    return found

@@ -1,0 +1,30 @@
+"""Attention in one operator, and Einsum."""
+
+from __future__ import annotations
+
+from onnxslim.ops.channels import attention
+from onnxslim.ops.spec import Channels, OpSpec, register
+
+register(
+    OpSpec(
+        "Attention",
+        channels=Channels(attention.attention, attention.cut_attention),
+        example="""<ir_version: 10, opset_import: ["" : 23]>
+g (float[N,3,8] q, float[N,5,4] k, float[N,5,4] v) => (float[N,3,8] y)
+{ y = Attention<q_num_heads=4, kv_num_heads=2>(q, k, v) }""",
+    ),
+    OpSpec(
+        "RotaryEmbedding",
+        channels=Channels(attention.rotary_embedding, attention.cut_rotary_embedding),
+        example="""<ir_version: 10, opset_import: ["" : 23]>
+g (float[N,3,8] x, float[N,3,1] c, float[N,3,1] s) => (float[N,3,8] y)
+{ y = RotaryEmbedding<num_heads=4>(x, c, s) }""",
+    ),
+    OpSpec(
+        "Einsum",
+        channels=Channels(attention.einsum),
+        example="""<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,3,4] x, float[4,5] w) => (float[N,3,5] y)
+{ y = Einsum<equation="bij,jk->bik">(x, w) }""",
+    ),
+)

@@ -1,0 +1,297 @@
+"""Low-rank factorization of convolutions and matrix products, where it is measured to pay."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import BeforeValidator, Field
+
+from onnxslim import latency
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.errors import UsageError
+from onnxslim.graph import Array
+from onnxslim.model import Model
+from onnxslim.ops import cost
+from onnxslim.passes.factorize import chains, fit, plan
+from onnxslim.passes.factorize.fit import Fitted
+from onnxslim.passes.factorize.gate import Gate
+from onnxslim.passes.factorize.layers import Layer
+from onnxslim.passes.factorize.plan import Candidate, Entry, Unit
+from onnxslim.passes.factorize.schemes import SCHEMES
+from onnxslim.passes.factorize.search import Search, Wanted, layers_of, with_factors
+from onnxslim.passes.repair import repair
+from onnxslim.pipeline import Changes, Context, Log, Pass, options
+from onnxslim.probe import make_feeds
+from onnxslim.rewrite import Editor
+
+SchemeName = Literal["auto", "svd", "output", "input", "spatial", "tucker"]
+Picks = list[tuple[Entry, Candidate]]
+
+# What is asked for if nothing is said: half of the multiply-accumulates.
+DEFAULT_MACS = 0.5
+# How often a budget of time is corrected by what the whole model takes, and how exactly it is to be met.
+CORRECTIONS, TOLERANCE = 5, 0.02
+
+
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+@options
+class Factorize(Pass):
+    """Write convolutions and matrix products as two or three smaller ones, where these are measured faster.
+
+    Each layer is left whole or gets the scheme and ranks that cost the outputs least for what they save, so
+    that the model keeps to one of the budgets `macs`, `params`, `energy` and `speedup` (half of the
+    multiply-accumulates if none is given). With calibration data, factors are fitted to what the layer
+    computes on them, one layer after the other; without, to the weights, which costs much more accuracy.
+    """
+
+    name: ClassVar[str] = "factorize"
+
+    macs: float | None = Field(None, gt=0, lt=1, description="share of the multiply-accumulates to keep")
+    params: float | None = Field(None, gt=0, lt=1, description="share of the parameters to keep; no timing")
+    energy: float | None = Field(
+        None, gt=0, lt=1, description="share of the power of its output that every factorized layer keeps"
+    )
+    speedup: float | None = Field(None, gt=1, description="how many times as fast the model is to be")
+    schemes: Annotated[tuple[SchemeName, ...], BeforeValidator(_several)] = Field(
+        ("auto",), description="kinds of factors to choose from; auto is all of them"
+    )
+    align: int = Field(8, ge=1, description="ranks are multiples of this")
+    min_gain: float = Field(
+        1.1, ge=1, description="factors must be measured to be so many times as fast as their layer"
+    )
+    fitted: bool = Field(True, description="fit factors to the calibration data, if there are any")
+    repair: bool = Field(True, description="fit all layers again afterwards, as the repair pass does")
+    exclude: tuple[str, ...] = Field((), description="globs on node names, or operator types, to leave whole")
+    cache: bool = Field(True, description="keep measured times in the user's cache folder")
+
+    def __post_init__(self) -> None:
+        """Refuse two budgets."""
+        given = [name for name in ("macs", "params", "energy", "speedup") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(f"pass 'factorize' takes one budget, not {' and '.join(given)}")
+
+    @property
+    def unit(self) -> Unit:
+        """What the budget is in."""
+        return "params" if self.params is not None else "time" if self.speedup is not None else "macs"
+
+    def run(self, model: Model, ctx: Context) -> Changes:
+        """Factorize the model in place.
+
+        Raises:
+            CalibrationError: the calibration data does not fit the model.
+        """
+        return _Work(self, model, ctx)()
+
+
+class _Work:
+    """One run of the pass.
+
+    Args:
+        wish: its options.
+        model: edited in place.
+        ctx: see `Context`.
+    """
+
+    def __init__(self, wish: Factorize, model: Model, ctx: Context) -> None:
+        self._wish = wish
+        self._model = model
+        self._ctx = ctx
+        self._log = Log()
+        self._name = model.graph.name or "model"
+        self._data = _data(ctx, model) if wish.fitted else None
+        self._sample = _sample(model, ctx)
+        self._shapes = {name: array.shape for name, array in self._sample.items()}
+
+    def __call__(self) -> Changes:
+        """Search, choose, rewrite, measure."""
+        layers, known = layers_of(self._model, self._shapes, self._wish.exclude, self._log)
+        whole = chains.undone(self._model, known) if known else self._model
+        if known and self._is_met(whole):
+            return self._log.done()
+        entries = self._search(layers)
+        picks = self._choose(entries, whole)
+        if not picks:
+            return self._log.done()
+        teacher = self._model.copy()
+        self._rewrite(picks, teacher)
+        if self._data is not None and self._wish.repair:
+            self._repair(teacher)
+        return self._judged(teacher)
+
+    def _search(self, layers: Sequence[Layer]) -> list[Entry]:
+        wish = self._wish
+        schemes = tuple(SCHEMES) if "auto" in wish.schemes else wish.schemes
+        wanted = Wanted(wish.unit, schemes, wish.align, wish.min_gain)
+        bench = latency.Bench(self._ctx.target, latency.folder() if wish.cache else None)
+        search = Search(self._model, wanted, self._ctx, Gate(self._model, bench), self._data, self._log)
+        found = search(layers)
+        self._log.facts["candidates"] = search.measured
+        return found
+
+    # Choosing
+
+    def _is_met(self, whole: Model) -> bool:
+        """Whether factors that are there already save what is asked for."""
+        if self._wish.energy is not None:
+            return False
+        if self._wish.unit == "time":
+            _, (_, share) = latency.compare([whole, self._model], self._sample, self._ctx.target)
+        else:
+            share = self._total(self._model) / self._total(whole)
+        met = share <= self._share + (TOLERANCE if self._wish.unit == "time" else 0.0)
+        if met:
+            self._log.skip(
+                self._name, f"the factors in it leave {share:.1%} of its {self._wish.unit} already"
+            )
+        return met
+
+    @property
+    def _share(self) -> float:
+        wish = self._wish
+        return wish.params or wish.macs or (1.0 / wish.speedup if wish.speedup else DEFAULT_MACS)
+
+    def _total(self, model: Model) -> float:
+        """Parameters or multiply-accumulates of a model; of the latter, those of its layers at least."""
+        if self._wish.unit == "params":
+            return model.stats().parameters
+        return cost.macs(model, self._shapes) or self._layer_macs(model)
+
+    def _layer_macs(self, model: Model) -> int:
+        found, known = layers_of(model, self._shapes, (), Log())
+        return sum(layer.macs for layer in (*found, *itertools.chain.from_iterable(known)))
+
+    def _choose(self, entries: Sequence[Entry], whole: Model) -> Picks:
+        """A candidate for each layer that gets one; says what keeps others whole."""
+        wish, why = self._wish, "the budget is met without it"
+        if not entries:
+            self._log.skip(self._name, "no layer has factors that save anything")
+            return []
+        if wish.energy is not None:
+            found = plan.by_energy(entries, 1.0 - wish.energy, wish.unit)
+            why = f"no factors that save keep {wish.energy:.1%} of its power"
+        elif wish.unit == "time":
+            found = self._in_time(entries, whole)
+        else:
+            found = self._in_size(entries, whole)
+        for entry, pick in zip(entries, found, strict=True):
+            if pick is None:
+                self._log.skip(entry.layer.name, f"left whole: {why}")
+        return [(entry, pick) for entry, pick in zip(entries, found, strict=True) if pick is not None]
+
+    def _in_size(self, entries: Sequence[Entry], whole: Model) -> list[Candidate | None]:
+        unit, total = self._wish.unit, self._total(whole)
+        fixed = self._total(self._model) - sum(entry.cost(unit) for entry in entries)
+        found, met = plan.chosen(entries, unit, self._share * total - fixed)
+        left = fixed + sum(
+            entry.cost(unit) * (pick.cost(unit) if pick else 1.0)
+            for entry, pick in zip(entries, found, strict=True)
+        )
+        self._log.facts["budget"] = f"{left / total:.1%} of {unit}, {self._share:.1%} wanted"
+        if not met:
+            why = f"budget out of reach: {left / total:.1%} of its {unit} is the least, not {self._share:.1%}"
+            self._log.skip(self._name, why)
+        return found
+
+    def _in_time(self, entries: Sequence[Entry], whole: Model) -> list[Candidate | None]:
+        """Candidates with which the whole model is as fast as asked for: a budget for layers, corrected."""
+        milliseconds, (_, now) = latency.compare([whole, self._model], self._sample, self._ctx.target)
+        budget = sum(entry.milliseconds for entry in entries) - milliseconds * (now - self._share)
+        found: list[Candidate | None] = []
+        ratio = now
+        for _ in range(CORRECTIONS):
+            found, met = plan.chosen(entries, "time", budget)
+            picks = [(entry, pick) for entry, pick in zip(entries, found, strict=True) if pick]
+            _, (_, ratio) = latency.compare([whole, self._shaped(picks)], self._sample, self._ctx.target)
+            if not met or abs(ratio - self._share) <= TOLERANCE:
+                break
+            budget -= (ratio - self._share) * milliseconds
+        self._log.facts["budget"] = f"{1 / ratio:.2f} times as fast, {1 / self._share:.2f} wanted"
+        if ratio > self._share + TOLERANCE:
+            why = f"budget out of reach: {1 / ratio:.2f} times as fast is the most that was measured"
+            self._log.skip(self._name, why)
+        return found
+
+    def _shaped(self, picks: Picks) -> Model:
+        """The model with factors of the right sizes; what is in them does not matter."""
+        return with_factors(
+            self._model,
+            [
+                (
+                    entry.layer,
+                    pick,
+                    Fitted([np.ones(shape) for shape in pick.scheme.shapes(entry.layer, pick.ranks)], None),
+                )
+                for entry, pick in picks
+            ],
+        )
+
+    # Rewriting
+
+    def _rewrite(self, picks: Picks, teacher: Model) -> None:
+        """Put factors in place, each fitted to what the ones before make."""
+        edit = Editor(self._model)
+        self._log.facts["layers"] = {entry.layer.name: pick.told for entry, pick in picks}
+        for index, (entry, pick) in enumerate(picks):
+            layer, name = entry.layer, entry.layer.name
+            fitted = self._fitted(layer, pick, teacher)
+            factors = pick.scheme.factors(layer, fitted.weights)
+            layer.form.install(edit, layer.node, factors, fitted.bias)
+            edit.commit()
+            self._log.change(name, pick.told, f"{pick.scheme.name} factors")
+            if self._ctx.progress:
+                self._ctx.progress("fitting", index + 1, len(picks))
+        if self._data is None:
+            self._log.facts["fitted"] = "to the weights: with calibration data, factors lose much less"
+
+    def _fitted(self, layer: Layer, pick: Candidate, teacher: Model) -> Fitted:
+        if self._data is None or not fit.observable(layer):
+            return fit.fit(layer, pick.scheme, pick.ranks)
+        seen = fit.against(self._model, teacher, self._data, layer, self._ctx.target)
+        return fit.fit_moved(layer, pick.scheme, pick.ranks, *seen)
+
+    def _repair(self, teacher: Model) -> None:
+        """Fit every layer that reads other inputs now to what it computed in the model as it was."""
+        assert self._data is not None
+        repaired = repair(
+            self._model, teacher, self._data, target=self._ctx.target, progress=self._ctx.progress
+        )
+        self._log.facts["repaired"] = len(repaired.changed)
+
+    def _judged(self, teacher: Model) -> Changes:
+        """What was done; nothing, if speed was asked for and the whole is not faster."""
+        _, ratios = latency.compare([teacher, self._model], self._sample, self._ctx.target)
+        self._log.facts["latency"] = ratios[1]
+        if ratios[1] >= 1.0:
+            slower = f"the whole model is not faster: it takes {ratios[1]:.2f} of its time"
+            self._log.skip(self._name, slower)
+            if self._wish.unit == "time":
+                self._model.graph = teacher.graph
+                return Changes((), self._log.done().skipped, self._log.facts)
+        return self._log.done()
+
+
+def _data(ctx: Context, model: Model) -> CalibrationData | None:
+    if ctx.data is None:
+        return None
+    data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
+    data.check(model.inputs())
+    return data.bind(model.inputs())
+
+
+def _sample(model: Model, ctx: Context) -> Mapping[str, Array]:
+    """Inputs of one run."""
+    if ctx.sample is not None:
+        return ctx.sample
+    if ctx.data is not None:
+        return dict(next(iter(ctx.data)))
+    return make_feeds(model.inputs(), batch=1, size=32)
+
+
+__all__ = ["Factorize"]

@@ -1,0 +1,91 @@
+"""Layers that are factors of one another already, by whatever made them.
+
+Two layers without anything between them are one linear map. Where the one layer that would do the same had
+more weights, they are its factors: they are left alone, and a budget counts what they saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from onnxslim.graph import Attribute, Node
+from onnxslim.model import Model
+from onnxslim.passes.factorize.layers import Layer, Sizes
+from onnxslim.rewrite import Editor
+
+# Two or more layers, each of which alone reads what the one before it makes.
+Chain: TypeAlias = tuple[Layer, ...]
+
+
+def find(layers: Iterable[Layer], outputs: frozenset[int]) -> list[Chain]:
+    """All chains of factors.
+
+    Args:
+        layers: of one graph.
+        outputs: ids of tensors that are outputs of the graph or of a body.
+    """
+    known = {id(layer.node): layer for layer in layers}
+    after = {key: follower for key, layer in known.items() if (follower := _follower(layer, known, outputs))}
+    inner = {id(follower.node) for follower in after.values()}
+    found = []
+    for key, layer in known.items():
+        if key in after and key not in inner:
+            members = [layer]
+            while id(members[-1].node) in after:
+                members.append(after[id(members[-1].node)])
+            found.append(tuple(members))
+    return found
+
+
+def _follower(layer: Layer, known: Mapping[int, Layer], outputs: frozenset[int]) -> Layer | None:
+    """The layer that is the second factor to this one, if there is one."""
+    result = layer.node.outputs[0]
+    readers: list[Node] = result.outputs
+    if len(readers) != 1 or id(result) in outputs or layer.node.input(2) is not None:
+        return None
+    reader = known.get(id(readers[0]))
+    if reader is None or reader.groups != layer.groups or len(reader.kernel) != len(layer.kernel):
+        return None
+    if not layer.kernel and (reader.node.op, reader.form.weight_index) != (
+        layer.node.op,
+        layer.form.weight_index,
+    ):
+        return None
+    if any(min(pair) > 1 for pair in zip(layer.kernel, reader.kernel, strict=True)):
+        return None
+    return reader if layer.weight.size + reader.weight.size < math.prod(_whole((layer, reader))) else None
+
+
+def _whole(chain: Chain) -> Sizes:
+    """Shape of the weight of the layer that does what a chain does."""
+    kernel = (max(sizes) for sizes in zip(*(layer.kernel for layer in chain), strict=True))
+    return (chain[0].groups, chain[0].inputs, chain[-1].outputs, *kernel)
+
+
+def undone(model: Model, chains: Sequence[Chain]) -> Model:
+    """A copy with each chain as one layer, to see what it costs: the weights of these layers are made up."""
+    copy = model.copy()
+    edit = Editor(copy)
+    made_by = {node.outputs[0].name: node for node in copy.graph.nodes if node.outputs}
+    for chain in chains:
+        first, last = (made_by[layer.output] for layer in (chain[0], chain[-1]))
+        data = first.inputs[1 - chain[0].form.weight_index]
+        weight = np.zeros(_whole(chain), chain[0].weight.dtype)
+        form = next((layer.form for layer in chain if layer.form.scatters), chain[-1].form)
+        form.restore(edit, last, data, weight, _joined([layer.node.attrs for layer in chain]))
+    edit.commit()
+    return copy
+
+
+def _joined(every: Sequence[Mapping[str, Attribute]]) -> dict[str, Attribute]:
+    """Attributes of the one layer; where a factor has nothing to say about an axis, it says 1, or 0."""
+    joined: dict[str, Attribute] = {}
+    for name, value in (item for attrs in every for item in attrs.items()):
+        if isinstance(value, tuple) and name in joined:
+            value = tuple(map(max, joined[name], value))
+        joined[name] = value
+    return joined

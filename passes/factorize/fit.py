@@ -1,0 +1,205 @@
+"""Factors fitted to data: what the layer has to compute on it, from moments of its inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import length_hint
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim.calibration.collect import Progress, Runner, tapped
+from onnxslim.calibration.data import CalibrationData, Feeds
+from onnxslim.calibration.gram import ROWS, Gram, Moments, batch_samples, observe, quota_for, sampled
+from onnxslim.calibration.layers import Layer as Observed
+from onnxslim.calibration.layers import layer_of
+from onnxslim.graph import Array
+from onnxslim.model import Model
+from onnxslim.passes.dead import remove_nodes
+from onnxslim.passes.factorize.layers import Layer
+from onnxslim.passes.factorize.schemes import Problem, Ranks, Scheme, merged, solve
+from onnxslim.runtime import Target
+
+# Bytes of moments of one layer beyond which they are not taken, and of all layers that are observed together.
+MAX_LAYER_BYTES, MAX_BYTES = 1 << 28, 1 << 29
+# How much weights are drawn to those there are, relative to the mean moment, when ranks are chosen, and what
+# is tried when factors are fitted.
+SHRINK = 1e-2
+SHRINKS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# One sample of so many is held out to choose by.
+HOLD = 4
+# Elements from which a weight alone is taken apart in float32.
+LARGE_WEIGHT = 1 << 24
+
+Weights: TypeAlias = Sequence[Array]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Weights of factors, float64, and the bias that goes with them; None keeps the one there is."""
+
+    weights: Weights
+    bias: Array | None
+
+
+def observable(layer: Layer) -> bool:
+    """Whether moments of what the layer reads can be taken, and kept in memory."""
+    return layer.form.gathers and _moment_bytes(layer) <= MAX_LAYER_BYTES
+
+
+def _moment_bytes(layer: Layer) -> int:
+    return 8 * layer.groups * layer.patch * (layer.patch + layer.outputs)
+
+
+def moments(
+    model: Model, data: CalibrationData, layers: Sequence[Layer], target: Target, progress: Progress | None
+) -> Iterator[tuple[Layer, Gram]]:
+    """Of what layers read and make in the model itself, in as few passes over the data as memory allows."""
+    for portion in _portions(layers):
+        found = observe(model, data, [layer.output for layer in portion], target=target, progress=progress)
+        for layer in portion:
+            yield layer, found.pop(layer.output)
+
+
+def _portions(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+    portion, held = list[Layer](), 0
+    for layer in layers:
+        size = _moment_bytes(layer)
+        if portion and held + size > MAX_BYTES:
+            yield portion
+            portion, held = [], 0
+        portion.append(layer)
+        held += size
+    if portion:
+        yield portion
+
+
+def against(
+    student: Model, teacher: Model, data: CalibrationData, layer: Layer, target: Target
+) -> tuple[Gram, Gram]:
+    """Moments of what a layer reads in one model and what it makes in another one.
+
+    Args:
+        student: holds the layer's node.
+        teacher: makes a tensor of the same name.
+        data: batches for both.
+        layer: see `observable`.
+        target: where to run.
+
+    Returns:
+        Of most samples, and of the quarter that is held out; of all of them twice where they are too few.
+    """
+    seen = layer_of(layer.node)
+    assert isinstance(seen, Observed)
+    ours = _cut(student, layer.node.inputs[0].name, target)
+    theirs = _cut(teacher, layer.output, target)
+    train, held, first, batches = Moments(), Moments(), 0, length_hint(data, 1)
+    left_out = 0
+    for feeds in data:
+        x, y = ours(feeds), theirs(feeds)
+        samples, rows = batch_samples(feeds), seen.count(x)
+        at = sampled(rows, samples, first, quota_for(ROWS, samples * batches))
+        out = _held_out(first, samples)[at * samples // rows]
+        left_out += int(out.sum())
+        for moments, part in ((train, at[~out]), (held, at[out])):
+            if part.size:
+                moments.update(seen.columns(x, part), seen.outputs(y, part))
+        first += samples
+    fitted_to = train.result()
+    return fitted_to, held.result() if left_out else fitted_to
+
+
+def _held_out(first: int, samples: int) -> NDArray[np.bool_]:
+    """Whether each of these samples is held out: every fourth, counted through all batches."""
+    out: NDArray[np.bool_] = np.arange(first, first + samples) % HOLD == HOLD - 1
+    return out
+
+
+def _cut(model: Model, name: str, target: Target) -> Callable[[Feeds], Array]:
+    """Computes one tensor, with no more of the model than that takes."""
+    if any(tensor.name == name for tensor in model.graph.inputs):
+        return lambda feeds: feeds[name]
+    part = tapped(model, [name])
+    part.graph.outputs[:] = [tensor for tensor in part.graph.outputs if tensor.name == name]
+    remove_nodes(part, list(part.nodes()))
+    runner = Runner(part, target)
+    return lambda feeds: np.asarray(runner.run(feeds, [name])[name])
+
+
+def problem_of(layer: Layer, gram: Gram | None) -> Problem:
+    """What factors of a layer have to come close to: what it makes of its own inputs, or its weight.
+
+    Args:
+        layer: whose weight it is about.
+        gram: moments of its inputs; None to come close to the weight.
+    """
+    weight = layer.weight.astype(np.float64 if layer.weight.size < LARGE_WEIGHT else np.float32)
+    if gram is None or not gram.gram.any():  # data that is always the same says nothing
+        return Problem(weight)
+    return Problem(weight, _drawn(layer, gram, SHRINK)[0])
+
+
+def _moved(layer: Layer, gram: Gram, shrink: float) -> Problem:
+    """The same where the outputs are not those of the inputs: the best weight is another one.
+
+    It is drawn to the weight there is, by as much as `shrink` times the mean moment, as if that much data of
+    independent inputs had been seen in addition, on which the layer is to stay what it is.
+    """
+    if not gram.gram.any():
+        return problem_of(layer, None)
+    metric, seen, drawn = _drawn(layer, gram, shrink)
+    wanted = seen.cross.swapaxes(1, 2) / layer.form.scale(layer.node) + drawn * layer.matrix()
+    found = np.stack([solve(each, right) for each, right in zip(metric, wanted, strict=True)])
+    back = found.reshape(layer.groups, layer.inputs, *layer.kernel, layer.outputs)
+    return Problem(np.moveaxis(back, -1, 2), metric)
+
+
+def _drawn(layer: Layer, gram: Gram, shrink: float) -> tuple[Array, Gram, float]:
+    """Moments with a multiple of the identity added, moments without, and that multiple.
+
+    They are around the means where a bias takes care of these, else around zero.
+    """
+    seen = gram if _biased(layer) else gram.raw()
+    drawn = shrink * float(np.einsum("gkk->", seen.gram)) / (layer.groups * layer.patch)
+    return seen.gram + drawn * np.eye(layer.patch), seen, drawn
+
+
+def fit(layer: Layer, scheme: Scheme, ranks: Ranks, gram: Gram | None = None) -> Fitted:
+    """Factors that come close to a layer on its own inputs; see `problem_of`."""
+    return _fitted(layer, scheme, ranks, problem_of(layer, gram), gram)
+
+
+def fit_moved(layer: Layer, scheme: Scheme, ranks: Ranks, train: Gram, held: Gram) -> Fitted:
+    """Factors that make the given outputs of the given inputs.
+
+    How much they are drawn to the layer's weight is what does best on the moments held out.
+    """
+    tried = {
+        shrink: _error(layer, _fitted(layer, scheme, ranks, _moved(layer, train, shrink), train), train, held)
+        for shrink in SHRINKS
+    }
+    gram = train.joined(held)
+    return _fitted(layer, scheme, ranks, _moved(layer, gram, min(tried, key=tried.__getitem__)), gram)
+
+
+def _error(layer: Layer, fitted: Fitted, train: Gram, held: Gram) -> float:
+    """Mean squared error of factors on what was held out, but for a constant."""
+    seen = held.around(train.x_mean, train.y_mean) if _biased(layer) else held.raw()
+    weight = merged(fitted.weights, layer.kernel) * layer.form.scale(layer.node)
+    explained = np.einsum("gok,gko->", seen.cross, weight)
+    return float(np.einsum("gko,gko->", weight, seen.gram @ weight) - 2.0 * explained)
+
+
+def _fitted(layer: Layer, scheme: Scheme, ranks: Ranks, problem: Problem, gram: Gram | None) -> Fitted:
+    weights = scheme.decompose(layer, problem, ranks).weights(ranks)
+    if gram is None or not _biased(layer):
+        return Fitted(weights, None)
+    reads = np.einsum("gk,gko->go", gram.x_mean, merged(weights, layer.kernel))
+    bias = gram.y_mean - reads * layer.form.scale(layer.node)
+    return Fitted(weights, bias.reshape(-1).astype(layer.weight.dtype))
+
+
+def _biased(layer: Layer) -> bool:
+    return layer.form.bias(layer.node, layer.groups * layer.outputs) is not None

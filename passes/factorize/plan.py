@@ -1,0 +1,231 @@
+"""Candidates for every layer, what they cost and lose, and which are chosen."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from onnxslim.calibration.gram import Gram
+from onnxslim.passes.factorize import ranks as knapsack
+from onnxslim.passes.factorize.fit import problem_of
+from onnxslim.passes.factorize.gate import Gate, label
+from onnxslim.passes.factorize.layers import Layer
+from onnxslim.passes.factorize.schemes import SCHEMES, Ranks, Scheme
+
+Proposal: TypeAlias = tuple[Scheme, Ranks]
+Unit: TypeAlias = Literal["macs", "params", "time"]
+
+# Ranks tried per layer and scheme.
+RANKS = 10
+# A candidate is dropped if another one loses no more and costs this much less.
+DOMINATED = 0.9
+# What loses no more than this is exact but for rounding.
+EXACT = 1e-9
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to factorize one layer.
+
+    Attributes:
+        scheme, ranks: which.
+        macs, params: relative to the layer's.
+        lost: share of the layer's power on the data, or of its weight's, that it does not explain.
+        time: relative to the layer's; NaN if it was not measured.
+        error: what it is expected to cost the outputs of the model, relative to their variance.
+    """
+
+    scheme: Scheme
+    ranks: Ranks
+    macs: float
+    params: float
+    lost: float
+    time: float = math.nan
+    error: float = math.nan
+
+    @property
+    def label(self) -> str:
+        """Names it among those of its layer."""
+        return label(self.scheme, self.ranks)
+
+    @property
+    def told(self) -> str:
+        """For reports."""
+        time = "" if math.isnan(self.time) else f", {self.time:.2f} of the time"
+        return f"{self.label}: {self.macs:.2f} of the MACs, {self.params:.2f} of the weights{time}"
+
+    def cost(self, unit: Unit) -> float:
+        """Relative to the layer's."""
+        return {"macs": self.macs, "params": self.params, "time": self.time}[unit]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A layer with its candidates.
+
+    Attributes:
+        layer: which.
+        candidates: those left to choose from.
+        milliseconds: the layer takes by itself; NaN if it was not measured.
+    """
+
+    layer: Layer
+    candidates: tuple[Candidate, ...]
+    milliseconds: float = math.nan
+
+    def cost(self, unit: Unit) -> float:
+        """Of the layer as it is."""
+        return {"macs": self.layer.macs, "params": self.layer.weight.size, "time": self.milliseconds}[unit]
+
+
+def proposals(
+    layer: Layer, schemes: Sequence[str], align: int, unit: Unit, most: float
+) -> Iterator[Proposal]:
+    """Schemes and ranks worth a look at one layer.
+
+    Args:
+        layer: to be factorized.
+        schemes: names of those allowed.
+        align: ranks of all groups together are multiples of it.
+        unit: what is to become less.
+        most: cost relative to the layer's above which there is no gain.
+    """
+    for name in schemes:
+        scheme = SCHEMES[name]
+        if scheme.refuses(layer) is None:
+            for ranks in _ranks(layer, scheme, align):
+                if _cost(layer, scheme, ranks, unit) <= most:
+                    yield scheme, ranks
+
+
+def _cost(layer: Layer, scheme: Scheme, ranks: Ranks, unit: Unit) -> float:
+    if unit == "params":
+        return scheme.parameters(layer, ranks) / layer.weight.size
+    return scheme.macs(layer, ranks) / layer.macs
+
+
+def _ranks(layer: Layer, scheme: Scheme, align: int) -> Iterator[Ranks]:
+    largest = scheme.largest(layer)
+    if len(largest) == 1:
+        yield from ((rank,) for rank in knapsack.steps(largest[0], align, layer.groups, RANKS))
+        return
+    # Both widths of Tucker-2 are the same share of the channels.
+    step = knapsack.step(align, layer.groups)
+    for share in np.linspace(1 / RANKS, 1.0, RANKS):
+        ranks = tuple(min(max(round(share * size / step), 1) * step, size) for size in largest)
+        yield ranks
+
+
+def candidates(layer: Layer, found: Sequence[Proposal], gram: Gram | None) -> list[Candidate]:
+    """What each of these costs and loses; one decomposition serves all ranks of a scheme."""
+    problem = problem_of(layer, gram)
+    result = []
+    for scheme, group in itertools.groupby(found, key=lambda pair: pair[0]):
+        every = list(dict.fromkeys(ranks for _, ranks in group))
+        most = tuple(max(column) for column in zip(*every, strict=True))
+        parts = scheme.decompose(layer, problem, most)
+        result += [
+            Candidate(
+                scheme,
+                ranks,
+                scheme.macs(layer, ranks) / layer.macs,
+                scheme.parameters(layer, ranks) / layer.weight.size,
+                parts.lost(ranks),
+            )
+            for ranks in every
+        ]
+    return result
+
+
+def undominated(found: Sequence[Candidate], unit: Unit) -> list[Candidate]:
+    """Without those that another one beats clearly, by a margin that measured time may well differ by."""
+    margin = 1.0 if unit == "params" else DOMINATED
+    costs = [candidate.cost("params" if unit == "params" else "macs") for candidate in found]
+    return [
+        each
+        for each, cost in zip(found, costs, strict=True)
+        if not any(
+            other.lost <= each.lost and (theirs < margin * cost)
+            for other, theirs in zip(found, costs, strict=True)
+        )
+    ]
+
+
+def timed(entry: Entry, gate: Gate) -> Entry:
+    """The entry with the time of the layer and of every candidate."""
+    timing = gate(entry.layer, [(each.scheme, each.ranks) for each in entry.candidates])
+    measured = tuple(replace(each, time=timing.ratios[each.label]) for each in entry.candidates)
+    return Entry(entry.layer, measured, timing.milliseconds)
+
+
+def expected(entry: Entry, points: Mapping[str, float]) -> Entry:
+    """The entry with the error of every candidate, from what a few of them were measured to cost.
+
+    Args:
+        entry: of which some candidates were measured.
+        points: their error, by label; without any, what is lost counts as it is.
+    """
+    curves = {scheme: _curve(of_kind, points) for scheme, of_kind in _by_scheme(entry).items()}
+    judged = []
+    for each in entry.candidates:
+        factor, exponent = curves[each.scheme.name]
+        judged.append(replace(each, error=factor * each.lost**exponent))
+    return replace(entry, candidates=tuple(judged))
+
+
+def _curve(found: Sequence[Candidate], points: Mapping[str, float]) -> tuple[float, float]:
+    known = [(each.lost, points[each.label]) for each in found if each.label in points]
+    return knapsack.curve(known) if known else (1.0, 1.0)
+
+
+def _by_scheme(entry: Entry) -> dict[str, list[Candidate]]:
+    """Candidates by scheme, those that lose least first."""
+    found: dict[str, list[Candidate]] = {}
+    for each in sorted(entry.candidates, key=lambda each: each.lost):
+        found.setdefault(each.scheme.name, []).append(each)
+    return found
+
+
+def probed(entry: Entry) -> list[Candidate]:
+    """The candidates to measure end to end: of each scheme the one that loses most, and one halfway down.
+
+    Schemes that lose as much of a layer do not lose the same directions of it.
+    """
+    found: dict[str, Candidate] = {}
+    for kind in _by_scheme(entry).values():
+        usable = [each for each in kind if each.lost > EXACT]
+        found.update((each.label, each) for each in (*usable[-1:], *usable[(len(usable) - 1) // 2 :][:1]))
+    return list(found.values())
+
+
+def chosen(entries: Sequence[Entry], unit: Unit, budget: float) -> tuple[list[Candidate | None], bool]:
+    """A candidate for each layer, or None to leave it whole, within a budget for all of them together.
+
+    Returns:
+        The choice, and whether it is within the budget.
+    """
+    costs = [
+        [entry.cost(unit), *(entry.cost(unit) * each.cost(unit) for each in entry.candidates)]
+        for entry in entries
+    ]
+    errors = [[0.0, *(each.error for each in entry.candidates)] for entry in entries]
+    found = knapsack.choose(costs, errors, budget)
+    picks = [
+        None if pick == 0 else entry.candidates[pick - 1]
+        for entry, pick in zip(entries, found.picks, strict=True)
+    ]
+    return picks, found.met
+
+
+def by_energy(entries: Sequence[Entry], lost: float, unit: Unit) -> list[Candidate | None]:
+    """For each layer the cheapest candidate that loses no more than this share, if there is one."""
+    found: list[Candidate | None] = []
+    for entry in entries:
+        usable = [each for each in entry.candidates if each.lost <= lost]
+        found.append(min(usable, key=lambda each: each.cost(unit), default=None))
+    return found

@@ -1,0 +1,219 @@
+"""Finds the layers of a model, their candidates, and what each candidate costs and loses."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from onnxslim import graph as ir
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.fidelity import Fidelity
+from onnxslim.calibration.gram import Gram
+from onnxslim.graph import Node
+from onnxslim.model import DEFAULT_DOMAINS, Model
+from onnxslim.ops import cost
+from onnxslim.ops.spec import sizes
+from onnxslim.passes.factorize import chains, fit, plan
+from onnxslim.passes.factorize.chains import Chain
+from onnxslim.passes.factorize.fit import Fitted
+from onnxslim.passes.factorize.gate import Gate
+from onnxslim.passes.factorize.layers import Layer, form_of, layer_of
+from onnxslim.passes.factorize.plan import Candidate, Entry, Unit
+from onnxslim.pipeline import Context, Log
+from onnxslim.rewrite import Editor
+
+# Samples on which factors of single layers are measured end to end.
+SAMPLES = 64
+# Batches from which on some of them are kept for that.
+FEW = 4
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to look for.
+
+    Attributes:
+        unit: what is to become less.
+        schemes: names of those allowed.
+        align: ranks are multiples of it.
+        min_gain: factors must be so many times as fast as their layer, unless `params` are.
+    """
+
+    unit: Unit
+    schemes: tuple[str, ...]
+    align: int
+    min_gain: float
+
+    @property
+    def most(self) -> float:
+        """Cost relative to the layer's above which there is no gain."""
+        return 1.0 - 1e-9 if self.unit == "params" else 1.0 / self.min_gain
+
+
+def layers_of(
+    model: Model, inputs: Mapping[str, tuple[int, ...]], exclude: Sequence[str], log: Log
+) -> tuple[list[Layer], list[Chain]]:
+    """The layers that can be factorized, in the order they run, and those that are factors already.
+
+    Args:
+        model: what they are from.
+        inputs: shapes of the inputs in one run.
+        exclude: globs on node names, or operator types, to leave out.
+        log: told of every layer that cannot be factorized, and why.
+    """
+    shapes = _shapes(model, inputs)
+    found: dict[int, Layer] = {}
+    for node in _candidates(model, log):
+        if any(fnmatchcase(node.name, each) or node.op == each for each in exclude):
+            log.skip(node.label, "excluded")
+            continue
+        layer = layer_of(node, shapes, model.opset)
+        if isinstance(layer, str):
+            log.skip(node.label, layer)
+        else:
+            found[id(node)] = layer
+    known = chains.find(found.values(), frozenset(ir.protected(model.graph)))
+    for member in (layer for chain in known for layer in chain):
+        log.skip(member.name, "it is a factor already")
+        del found[id(member.node)]
+    for layer in found.values():
+        if layer.depthwise:
+            log.skip(layer.name, "it is depthwise: its groups have one channel")
+    return [layer for layer in found.values() if not layer.depthwise], known
+
+
+def _candidates(model: Model, log: Log) -> Iterator[Node]:
+    """Nodes of the main graph that are layers, as far as the operator tells."""
+    own = model.functions
+    main = {id(node) for node in model.graph.nodes}
+    for node in model.nodes():
+        if node.domain not in DEFAULT_DOMAINS or ("", node.op) in own or form_of(node) is None:
+            continue
+        if id(node) in main:
+            yield node
+        else:
+            log.skip(node.label, "it is inside a branch or a loop")
+
+
+def _shapes(model: Model, inputs: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of the main graph in one run, as far as they are known."""
+    graph = cost.sized(model, inputs).graph
+    tensors = [*graph.inputs, *(tensor for node in graph.nodes for tensor in node.outputs)]
+    known = {tensor.name: sizes(tensor.shape) for tensor in tensors}
+    return {name: shape for name, shape in known.items() if shape is not None}
+
+
+class Search:
+    """Judges candidates.
+
+    Args:
+        model: what the layers are from.
+        wanted: what to look for.
+        ctx: target and progress.
+        gate: times candidates.
+        data: calibration data; None to judge by the weights alone.
+        log: told of layers without candidates.
+    """
+
+    def __init__(
+        self, model: Model, wanted: Wanted, ctx: Context, gate: Gate, data: CalibrationData | None, log: Log
+    ) -> None:
+        self._model = model
+        self._wanted = wanted
+        self._ctx = ctx
+        self._gate = gate
+        self._data, held = _parts(data)
+        self._log = log
+        self._fidelity = Fidelity(model, held, SAMPLES, ctx.target) if held else None
+        self.measured: list[dict[str, object]] = []
+
+    def __call__(self, layers: Sequence[Layer]) -> list[Entry]:
+        """Layers that have candidates, with what is known of these."""
+        found, usable = [], [layer for layer in layers if self._proposals(layer)]
+        for index, (layer, gram) in enumerate(self._observed(usable)):
+            entry = self._entry(layer, gram)
+            if entry is not None:
+                found.append(entry)
+            if self._ctx.progress:
+                self._ctx.progress("judging layers", index + 1, len(usable))
+        order = {id(layer): index for index, layer in enumerate(layers)}
+        return sorted(found, key=lambda entry: order[id(entry.layer)])
+
+    def _proposals(self, layer: Layer) -> list[plan.Proposal]:
+        wanted = self._wanted
+        found = list(plan.proposals(layer, wanted.schemes, wanted.align, wanted.unit, wanted.most))
+        if not found:
+            self._log.skip(layer.name, f"no rank that is a multiple of {wanted.align} saves enough")
+        return found
+
+    def _observed(self, layers: Sequence[Layer]) -> Iterator[tuple[Layer, Gram | None]]:
+        """Layers with moments of their data, where these can be had."""
+        seen = [layer for layer in layers if self._data is not None and fit.observable(layer)]
+        if self._data is not None:
+            yield from fit.moments(self._model, self._data, seen, self._ctx.target, self._ctx.progress)
+        others = {id(layer) for layer in seen}
+        yield from ((layer, None) for layer in layers if id(layer) not in others)
+
+    def _entry(self, layer: Layer, gram: Gram | None) -> Entry | None:
+        found = plan.candidates(layer, self._proposals(layer), gram)
+        entry = Entry(layer, tuple(plan.undominated(found, self._wanted.unit)))
+        if self._wanted.unit != "params":
+            entry = self._passed(plan.timed(entry, self._gate))
+        if not entry.candidates:
+            return None
+        return plan.expected(entry, self._measured(entry, gram))
+
+    def _passed(self, entry: Entry) -> Entry:
+        """Without the candidates that are not faster by enough."""
+        limit = 1.0 / self._wanted.min_gain
+        self.measured += [
+            {
+                "layer": entry.layer.name,
+                "factors": each.label,
+                "macs": each.macs,
+                "time": each.time,
+                "passed": each.time <= limit,
+            }
+            for each in entry.candidates
+        ]
+        passed = tuple(each for each in entry.candidates if each.time <= limit)
+        if not passed:
+            best = min(entry.candidates, key=lambda each: each.time)
+            self._log.skip(
+                entry.layer.name,
+                f"its fastest factors ({best.label}) take {best.time:.2f} of its time, more than {limit:.2f}",
+            )
+        return replace(entry, candidates=passed)
+
+    def _measured(self, entry: Entry, gram: Gram | None) -> dict[str, float]:
+        """Error of the model's outputs with single candidates in place, by label."""
+        if self._fidelity is None:
+            return {}
+        return {
+            each.label: self._fidelity(self._with(entry.layer, each, gram)) for each in plan.probed(entry)
+        }
+
+    def _with(self, layer: Layer, candidate: Candidate, gram: Gram | None) -> Model:
+        fitted = fit.fit(layer, candidate.scheme, candidate.ranks, gram)
+        return with_factors(self._model, [(layer, candidate, fitted)])
+
+
+def _parts(data: CalibrationData | None) -> tuple[CalibrationData | None, CalibrationData | None]:
+    """Data to fit factors to, and other data to measure them on where there are enough batches."""
+    if data is None or sum(1 for _ in itertools.islice(data, FEW)) < FEW:
+        return data, data
+    return data.holdout(0.25)
+
+
+def with_factors(model: Model, parts: Sequence[tuple[Layer, Candidate, Fitted]]) -> Model:
+    """A copy of the model with factors in place of layers."""
+    copy = model.copy()
+    made_by = {node.outputs[0].name: node for node in copy.graph.nodes if node.outputs}
+    edit = Editor(copy)
+    for layer, candidate, fitted in parts:
+        factors = candidate.scheme.factors(layer, fitted.weights)
+        layer.form.install(edit, made_by[layer.output], factors, fitted.bias)
+    edit.commit()
+    return copy

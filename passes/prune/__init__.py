@@ -1,0 +1,280 @@
+"""Structured pruning: whole channels, heads and hidden units go, in every tensor that has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from onnxslim.calibration.data import CalibrationData, Feeds
+from onnxslim.channels import Analysis, analyze
+from onnxslim.costs import Costs
+from onnxslim.errors import UsageError
+from onnxslim.graph import Constant
+from onnxslim.model import Model
+from onnxslim.ops import Role, spec_of
+from onnxslim.ops.channels.cut import Masks
+from onnxslim.passes.prune.budget import TOLERANCE, allocate, uniform
+from onnxslim.passes.prune.choose import Candidates, candidates, criterion_of, damages
+from onnxslim.passes.prune.compensate import compensate
+from onnxslim.passes.prune.cut import cut, prepare
+from onnxslim.passes.prune.exact import prove
+from onnxslim.passes.prune.importance import Importance
+from onnxslim.passes.prune.plan import PruningPlan
+from onnxslim.passes.repair import repair
+from onnxslim.pipeline import Changes, Context, Log, Pass, options
+
+__all__ = ["Prune", "PruningPlan"]
+
+Removed = dict[str, list[int]]
+
+
+@options
+class Prune(Pass):
+    """Remove whole channels, attention heads and hidden units, and let the rest make up for them.
+
+    What can go together is found on the graph. Which units go is chosen by what the layers that read them
+    would lose, and how many of each family by what the outputs lose, measured on calibration data. The
+    remaining weights are then fitted to what the original layers computed, without labels. Without data the
+    norms of weights decide, and nothing is repaired.
+    """
+
+    name: ClassVar[str] = "prune"
+
+    macs: float | None = Field(None, gt=0, le=1, description="multiply-accumulates to keep, of 1")
+    params: float | None = Field(None, gt=0, le=1, description="parameters to keep, of 1")
+    ratio: float | None = Field(None, ge=0, lt=1, description="share of the units of every family to remove")
+    importance: Importance = Field(
+        "auto", description="which units go first; auto is obs with calibration data and l2 without"
+    )
+    align: int = Field(8, ge=1, description="what is left of a layer is a multiple of so many channels")
+    max_ratio: float = Field(0.9, gt=0, lt=1, description="largest share of a family to remove")
+    exclude: tuple[str, ...] = Field((), description="globs on names of nodes or tensors to leave whole")
+    allow_outputs: bool = Field(False, description="let axes of the model's outputs shrink")
+    steps: int = Field(1, ge=1, description="rounds of choosing, cutting and repairing on the way")
+    repair: Literal["ridge", "bias", "none"] = Field(
+        "ridge", description="fit the remaining weights, or only biases, to the original's layers"
+    )
+    plan: str | None = Field(None, description="file of a plan to replay, instead of choosing")
+
+    @property
+    def keeps_shapes(self) -> bool:
+        """Outputs shrink only where that was asked for."""
+        return not self.allow_outputs
+
+    def run(self, model: Model, ctx: Context) -> Changes:
+        """Prune the model in place.
+
+        Raises:
+            UsageError: not exactly one of macs, params, ratio and plan is given, or the plan does not fit.
+            InvalidGraph: a cut is not what setting the same slices to zero is; names the family.
+        """
+        goals = [goal for goal in (self.macs, self.params, self.ratio, self.plan) if goal is not None]
+        if len(goals) != 1:
+            raise UsageError("pass 'prune' needs exactly one of macs, params, ratio and plan")
+        return _Run(self, model, ctx).run()
+
+
+class _Run:
+    """One run of the pass: the model as it shrinks, and what is left of its axes."""
+
+    def __init__(self, settings: Prune, model: Model, ctx: Context) -> None:
+        self._settings = settings
+        self._ctx = ctx
+        self._log = Log()
+        self._data = _data(ctx, model)
+        self._teacher = model.copy()
+        self._model = model
+        self._kept: dict[tuple[str, int], NDArray[np.intp]] = {}
+        self._errors: list[float] = []
+
+    def run(self) -> Changes:
+        """All steps."""
+        prepare(self._model)
+        first = self._analyze()
+        before = Costs(self._model, first)
+        self._whole = {"macs": before.macs({}), "params": before.parameters({})}
+        done = False
+        for step in range(1, self._settings.steps + 1):
+            analysis = first if step == 1 else self._analyze()
+            done = self._step(analysis, step / self._settings.steps) or done
+        if not done:
+            self._say_why(first)
+            return Changes((), self._log.done().skipped)
+        self._tell(first)
+        return self._log.done()
+
+    def _analyze(self) -> Analysis:
+        sizes = None
+        for feeds in self._samples():
+            sizes = {name: array.shape for name, array in feeds.items()}
+        return analyze(self._model, sizes=sizes, allow_outputs=self._settings.allow_outputs)
+
+    def _samples(self) -> list[Feeds]:
+        """The first batch, if there is one."""
+        return list(islice(self._data, 1)) if self._data is not None else []
+
+    def _step(self, analysis: Analysis, progress: float) -> bool:
+        """Choose, prove, cut and repair; False if there was nothing to remove."""
+        removed, found = self._chosen(analysis, progress)
+        if not removed:
+            return False
+        error = prove(self._model, analysis, removed, self._ctx.target, self._samples())
+        if error is not None:
+            self._errors.append(error)
+        masks = analysis.masks(removed)
+        if found is not None and self._settings.repair == "ridge":
+            compensate(self._model, analysis, masks, found.grams)
+        cut(self._model, analysis, removed)
+        self._remember(analysis, masks)
+        self._repair()
+        return True
+
+    def _chosen(self, analysis: Analysis, progress: float) -> tuple[Removed, Candidates | None]:
+        settings = self._settings
+        if settings.plan is not None:
+            return PruningPlan.load(settings.plan).removed(analysis), None
+        found = candidates(
+            self._model,
+            analysis,
+            criterion=criterion_of(settings.importance, self._data, self._log, self._model),
+            align=settings.align,
+            max_ratio=settings.max_ratio,
+            exclude=settings.exclude,
+            data=self._data,
+            ctx=self._ctx,
+            log=self._log,
+        )
+        return found.units(self._numbers(analysis, found, progress)), found
+
+    def _numbers(self, analysis: Analysis, found: Candidates, progress: float) -> dict[str, int]:
+        """Units to remove of each family, so that this step gets as far as it should."""
+        settings = self._settings
+        if settings.ratio is not None:
+            share = 1 - (1 - settings.ratio) ** (1 / settings.steps)
+            return uniform(found.families, found.limits, share)
+        costs = Costs(self._model, analysis)
+        cost, goal, whole = (
+            (costs.macs, settings.macs, self._whole["macs"])
+            if settings.macs is not None
+            else (costs.parameters, settings.params, self._whole["params"])
+        )
+        assert goal is not None
+        curves = damages(self._model, analysis, found, self._data, self._ctx)
+        gone = allocate(found.limits, curves, cost, whole * goal**progress)
+        reached = cost(gone) / whole if whole else 1.0
+        if progress == 1 and abs(reached - goal) > TOLERANCE:
+            self._log.skip(
+                self._model.graph.name or "model",
+                f"{reached:.3f} of the {'MACs' if settings.macs is not None else 'parameters'} are left "
+                f"instead of {goal:g}: " + _shortfall(reached, goal, settings),
+            )
+        return gone
+
+    def _remember(self, analysis: Analysis, masks: Masks) -> None:
+        """Note which slices of the original each axis still has."""
+        for key, kept in masks.items():
+            before = self._kept.get(key, np.arange(kept.size))
+            self._kept[key] = before[kept]
+
+    def _repair(self) -> None:
+        method = self._settings.repair
+        if method == "none":
+            return
+        if self._data is None:
+            self._log.skip(
+                self._model.graph.name or "model",
+                "weights are left as they are cut: repair needs calibration data",
+            )
+            return
+        kept: dict[str, dict[int, NDArray[np.intp]]] = {}
+        for (tensor, axis), indices in self._kept.items():
+            kept.setdefault(tensor, {})[axis] = indices
+        changes = repair(
+            self._model,
+            self._teacher,
+            self._data,
+            kept=kept,
+            method=method,
+            target=self._ctx.target,
+            progress=self._ctx.progress,
+        )
+        for change in changes.changed:
+            self._log.change(change.node, "refitted to what the original computes")
+        for skip in changes.skipped:
+            self._log.skip(skip.node, skip.reason)
+        self._log.facts["repairs"] = [
+            {"node": change.node, "action": change.action, "reason": change.reason}
+            for change in changes.changed
+        ]
+
+    def _removed(self, first: Analysis) -> Removed:
+        """What went in the end, in units of the model as it came in."""
+        removed: Removed = {}
+        for family in first.families:
+            member = next(each for each in family.members if each.constant)
+            kept = self._kept.get((member.tensor, member.axis))
+            if kept is not None:
+                left = set(member.units[kept].tolist())
+                gone = [unit for unit in range(family.size) if unit not in left]
+                if gone:
+                    removed[family.name] = gone
+        return removed
+
+    def _tell(self, first: Analysis) -> None:
+        removed = self._removed(first)
+        for family in first.families:
+            if family.name in removed:
+                gone = len(removed[family.name])
+                self._log.change(family.name, f"{gone} of {family.size} units removed", _note(family.crosses))
+        costs = Costs(self._model, self._analyze())
+        self._log.facts["macs"] = [self._whole["macs"], costs.macs({})]
+        self._log.facts["params"] = [self._whole["params"], costs.parameters({})]
+        self._log.facts["families"] = len(removed)
+        self._log.facts["plan"] = PruningPlan.of(first, removed).to_dict()
+        if self._errors:
+            self._log.facts["oracle"] = max(self._errors)
+
+    def _say_why(self, analysis: Analysis) -> None:
+        """Nothing was pruned: name what stands in the way of the first layers."""
+        if analysis.families:
+            return
+        told = 0
+        for node in self._model.graph.nodes:
+            weight = node.input(1)
+            if spec_of(node).role is Role.LINEAR and isinstance(weight, Constant) and told < 3:
+                for line in analysis.explain(weight.name):
+                    self._log.skip(node.label, line)
+                told += 1
+        if not told:
+            bodies = sorted({node.op for node in self._model.graph.nodes if node.bodies})
+            inside = f"; layers in bodies of {', '.join(bodies)} are left whole" if bodies else ""
+            name = self._model.graph.name or "model"
+            self._log.skip(name, f"no layer of the main graph has constant weights to cut{inside}")
+
+
+def _data(ctx: Context, model: Model) -> CalibrationData | None:
+    if ctx.data is None:
+        return None
+    data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
+    data.check(model.inputs())
+    return data
+
+
+def _note(crosses: Sequence[str]) -> str:
+    """What a family that is not exact goes through."""
+    if not crosses:
+        return ""
+    return f"changes the statistics of '{crosses[0]}'" + (
+        f" and {len(crosses) - 1} more" if len(crosses) > 1 else ""
+    )
+
+
+def _shortfall(reached: float, goal: float, settings: Prune) -> str:
+    if reached > goal:
+        return f"no family can lose more (align={settings.align}, max_ratio={settings.max_ratio:g})"
+    return f"one step of {settings.align} channels is larger than what was left to go"

@@ -1,0 +1,166 @@
+"""Which units go: an order within each family, and numbers across families."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from onnxslim.calibration.collect import Channels
+from onnxslim.calibration.covariance import covariances
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.fidelity import Fidelity
+from onnxslim.calibration.gram import Gram
+from onnxslim.channels import Analysis, Family
+from onnxslim.graph import Array, Constant
+from onnxslim.model import Model
+from onnxslim.passes.prune.budget import Limits, convex
+from onnxslim.passes.prune.compensate import compensate
+from onnxslim.passes.prune.cut import cut
+from onnxslim.passes.prune.importance import WITH_DATA, Ranking, rank
+from onnxslim.pipeline import Context, Log
+
+# Covariances of more channels than this would take gigabytes.
+MAX_CHANNELS = 4096
+# Shares of what may go of a family at which the damage to the outputs is measured, and samples to measure on.
+MEASURED = (0.25, 0.5, 0.75, 1.0)
+SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What could go.
+
+    Attributes:
+        families: that may lose units, by name.
+        limits: how many units each may lose.
+        rankings: in which order they would go.
+        grams: moments of what layers read of them; empty without data.
+    """
+
+    families: Mapping[str, Family]
+    limits: Mapping[str, Limits]
+    rankings: Mapping[str, Ranking]
+    grams: Mapping[Channels, Gram]
+
+    def units(self, gone: Mapping[str, int]) -> dict[str, list[int]]:
+        """The first units of each order."""
+        return {name: sorted(self.rankings[name].order[:count]) for name, count in gone.items() if count}
+
+
+def candidates(
+    model: Model,
+    analysis: Analysis,
+    *,
+    criterion: str,
+    align: int,
+    max_ratio: float,
+    exclude: Sequence[str],
+    data: CalibrationData | None,
+    ctx: Context,
+    log: Log,
+) -> Candidates:
+    """Order the units of all families that may lose some.
+
+    Args:
+        model: the analyzed model; not modified.
+        analysis: of the model.
+        criterion: one of `importance.Importance` but "auto".
+        align, max_ratio, exclude: options of the pass.
+        data: what moments are taken of; criteria that need none still use them to compensate.
+        ctx, log: of the pass.
+    """
+    families = {family.name: family for family in analysis.families if not _left_alone(family, exclude, log)}
+    limits = {name: Limits.of(family, align, max_ratio) for name, family in families.items()}
+    for name, limit in limits.items():
+        if len(limit.allowed) == 1:
+            family = families[name]
+            log.skip(name, f"{family.size} units of {family.width} channels leave no multiple of {align}")
+    families = {name: family for name, family in families.items() if len(limits[name].allowed) > 1}
+    grams = _grams(model, families.values(), data, ctx, log)
+    constants = values_of(model)
+    rankings = {name: rank(family, constants, grams, criterion) for name, family in families.items()}
+    return Candidates(families, {name: limits[name] for name in families}, rankings, grams)
+
+
+def _left_alone(family: Family, exclude: Sequence[str], log: Log) -> bool:
+    names = [member.tensor for member in family.members] + [each.node for each in family.consumers]
+    for glob in exclude:
+        if any(fnmatchcase(name, glob) for name in names):
+            log.skip(family.name, f"excluded by '{glob}'")
+            return True
+    return False
+
+
+def values_of(model: Model) -> dict[str, Array]:
+    """Values of the constants that nodes of the main graph read, by name."""
+    return {
+        tensor.name: tensor.values
+        for node in model.graph.nodes
+        for tensor in node.inputs
+        if isinstance(tensor, Constant)
+    }
+
+
+def _grams(
+    model: Model, families: Iterable[Family], data: CalibrationData | None, ctx: Context, log: Log
+) -> dict[Channels, Gram]:
+    if data is None:
+        return {}
+    axes: dict[Channels, None] = {}
+    for consumer in (each for family in families for each in family.consumers):
+        key = consumer.data.tensor, consumer.data.axis
+        if consumer.data.constant or key in axes:
+            continue
+        if consumer.data.units.size > MAX_CHANNELS:
+            log.skip(consumer.node, f"covariances of {consumer.data.units.size} channels are not taken")
+        else:
+            axes[key] = None
+    if not axes:
+        return {}
+    return covariances(model, data, list(axes), target=ctx.target, progress=ctx.progress)
+
+
+def damages(
+    model: Model, analysis: Analysis, found: Candidates, data: CalibrationData | None, ctx: Context
+) -> dict[str, dict[int, float]]:
+    """For each family the damage of every number of units that may go, as a convex curve.
+
+    With data it is measured: the family alone is cut, the rest of it compensates, and the outputs are
+    compared on a few samples. Without, it is what the criterion says.
+    """
+    judge = Fidelity(model, data, SAMPLES, ctx.target) if data is not None else None
+    curves = {}
+    for index, name in enumerate(found.families):
+        allowed = found.limits[name].allowed
+        if judge is None:
+            points = {count: found.rankings[name].damage[count] for count in allowed}
+        else:
+            places = sorted({allowed[round(share * (len(allowed) - 1))] for share in (0.0, *MEASURED)})
+            measured = [0.0] + [judge(_trial(model, analysis, found, {name: count})) for count in places[1:]]
+            curve = np.interp(allowed, places, np.maximum.accumulate(np.minimum(measured, 1e6)))
+            points = dict(zip(allowed, curve.tolist(), strict=True))
+        curves[name] = convex(points)
+        if ctx.progress:
+            ctx.progress("measuring", index + 1, len(found.families))
+    return curves
+
+
+def _trial(model: Model, analysis: Analysis, found: Candidates, gone: Mapping[str, int]) -> Model:
+    trial = model.copy()
+    removed = found.units(gone)
+    compensate(trial, analysis, analysis.masks(removed), found.grams)
+    cut(trial, analysis, removed)
+    return trial
+
+
+def criterion_of(importance: str, data: CalibrationData | None, log: Log, model: Model) -> str:
+    """The criterion that a choice of importance stands for."""
+    if importance == "auto":
+        return "obs" if data is not None else "l2"
+    if importance in WITH_DATA and data is None:
+        log.skip(model.graph.name or "model", f"importance '{importance}' needs calibration data: l2 is used")
+        return "l2"
+    return importance

@@ -1,0 +1,163 @@
+"""A pruning plan: which units of which family go. Data, to look at, keep, compare and replay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxslim.channels import Analysis, Family
+from onnxslim.errors import UsageError
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What goes of one family.
+
+    Attributes:
+        family: its name.
+        size: how many units it had.
+        members: axes of constants along which its units lay, as "tensor:axis".
+        position: its number among all families of the model.
+        removed: units that go, ascending.
+    """
+
+    family: str
+    size: int
+    members: tuple[str, ...]
+    position: int
+    removed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What goes of a model. A plan fits any model with the same families: another export or precision of it.
+
+    Attributes:
+        sizes: numbers of units of all families of the model it was made for, in the order of the graph.
+        entries: of the families that lose units.
+    """
+
+    sizes: tuple[int, ...]
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, analysis: Analysis, removed: Mapping[str, Sequence[int]]) -> PruningPlan:
+        """The plan that removes these units, by name of their family."""
+        entries = tuple(
+            Entry(family.name, family.size, members_of(family), position, tuple(sorted(removed[family.name])))
+            for position, family in enumerate(analysis.families)
+            if len(removed.get(family.name, ()))
+        )
+        return cls(tuple(family.size for family in analysis.families), entries)
+
+    def to_json(self) -> str:
+        """Readable JSON, the same for the same plan."""
+        entries = [
+            {
+                "family": each.family,
+                "size": each.size,
+                "position": each.position,
+                "members": list(each.members),
+                "removed": list(each.removed),
+            }
+            for each in self.entries
+        ]
+        lines = ",\n    ".join(json.dumps(entry) for entry in entries)
+        head = f'"version": {VERSION},\n  "sizes": {json.dumps(list(self.sizes))}'
+        return f'{{\n  {head},\n  "entries": [\n    {lines}\n  ]\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """The plan in JSON text.
+
+        Raises:
+            UsageError: it is not a plan; says why.
+        """
+        try:
+            data = json.loads(text)
+            if data["version"] != VERSION:
+                raise UsageError(f"the plan has version {data['version']}, not {VERSION}")
+            entries = tuple(
+                Entry(
+                    str(each["family"]),
+                    int(each["size"]),
+                    tuple(map(str, each["members"])),
+                    int(each["position"]),
+                    tuple(sorted(map(int, each["removed"]))),
+                )
+                for each in data["entries"]
+            )
+            return cls(tuple(map(int, data["sizes"])), entries)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"not a pruning plan: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """The plan in a file.
+
+        Raises:
+            UsageError: the file cannot be read, or is not a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the pruning plan '{path}': {error}") from error
+        return cls.from_json(text)
+
+    def removed(self, analysis: Analysis) -> dict[str, list[int]]:
+        """The units to remove from an analyzed model, by name of its families.
+
+        Families are found by the names of their tensors; where another exporter named them otherwise, by
+        their position, if the model has as many families of the same sizes in the same order.
+
+        Raises:
+            UsageError: a family is not there, or has another size.
+        """
+        found = {}
+        for entry in self.entries:
+            family = self._match(entry, analysis)
+            if family.size != entry.size or not all(0 <= unit < family.size for unit in entry.removed):
+                raise UsageError(
+                    f"the plan wants {entry.size} units in family '{entry.family}', which has {family.size}"
+                )
+            if len(entry.removed) >= family.size:
+                raise UsageError(f"the plan removes all units of '{entry.family}'")
+            found[family.name] = list(entry.removed)
+        return found
+
+    def _match(self, entry: Entry, analysis: Analysis) -> Family:
+        members = set(entry.members)
+        for family in analysis.families:
+            if members & set(members_of(family)):
+                return family
+        if self.sizes == tuple(family.size for family in analysis.families):
+            return analysis.families[entry.position]
+        raise UsageError(f"the model has no family like '{entry.family}' of the plan")
+
+    def difference(self, other: PruningPlan) -> list[str]:
+        """What two plans do differently, one line per family."""
+        mine, theirs = ({each.family: each for each in plan.entries} for plan in (self, other))
+        lines = []
+        for name in dict.fromkeys([*mine, *theirs]):
+            first, second = (
+                set(plan[name].removed) if name in plan else set[int]() for plan in (mine, theirs)
+            )
+            if first != second:
+                lines.append(
+                    f"{name}: {len(first)} units against {len(second)}, {len(first & second)} in common"
+                )
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return dict(json.loads(self.to_json()))
+
+
+def members_of(family: Family) -> tuple[str, ...]:
+    """The axes of constants along which a family lies."""
+    return tuple(f"{member.tensor}:{member.axis}" for member in family.members if member.constant)

@@ -1,0 +1,339 @@
+"""Quantized candidates of one model: calibrated once, built as often as a search wants."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from onnxslim.calibration import observers
+from onnxslim.calibration.collect import Channels, Statistics, collect, merge
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.gram import observe
+from onnxslim.calibration.layers import Layer, layer_of
+from onnxslim.calibration.observers import Distribution, Histogram, Range
+from onnxslim.graph import Array, Constant, Node, Tensor
+from onnxslim.model import Model
+from onnxslim.ops import Role, cost, spec_of
+from onnxslim.passes.quantize.insert import Inserter
+from onnxslim.passes.quantize.plan import Plan, Planner, exceeds
+from onnxslim.passes.quantize.rounding import Rounder
+from onnxslim.passes.quantize.storing import Storage, nearest
+from onnxslim.passes.quantize.weights import FOUR_BITS, QMAX, Encoder
+from onnxslim.pipeline import Context, Log
+
+Bits = Literal["int8", "int4"]
+Observer = Literal["minmax", "percentile", "kl", "mse"]
+ObserverChoice: TypeAlias = tuple[Observer, float]  # with the percentile, if it is one
+Group: TypeAlias = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every candidate; see the options of `Quantize`.
+
+    Attributes:
+        exclude: globs on node names, or operator types, that stay in floating point.
+        weights: their integer type; int4 has a scale for every few inputs where activations are not integers.
+        static: whether activations become integers; if not, weights only are stored as such.
+    """
+
+    exclude: tuple[str, ...] = ()
+    classifier: bool = False
+    bias_correction: bool = True
+    per_channel: bool = True
+    weights: Bits = "int8"
+    static: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one candidate differs in.
+
+    Attributes:
+        observer: how ranges are chosen, and the percentile if it is one.
+        special: the same for single tensors, by name, and those that share their scale.
+        kept: labels of nodes that stay in floating point, and why.
+        refused: labels of nodes whose weights stay in floating point as well, and why.
+        only: if given, labels of the only weighted nodes to quantize.
+        refined: whether weights are rounded for the least error of outputs; see `rounding`.
+    """
+
+    observer: ObserverChoice = ("mse", 0.0)
+    special: Mapping[str, ObserverChoice] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    only: frozenset[str] | None = None
+    refined: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A quantized model, the plan it was made after, and what was done to it."""
+
+    model: Model
+    plan: Plan
+    log: Log
+    groups: tuple[Group, ...]
+
+
+class Builder:
+    """Builds candidates of a prepared model, whose calibration data is gone through as rarely as possible.
+
+    Args:
+        model: prepared, with shapes inferred; never modified.
+        ctx: with `CalibrationData`.
+        settings: for all candidates.
+    """
+
+    def __init__(self, model: Model, ctx: Context, settings: Settings) -> None:
+        self.model = model
+        self.ctx = ctx
+        self._settings = settings
+        self._seen = Statistics({}, {})
+        limit = FOUR_BITS if settings.static and settings.weights == "int4" else QMAX
+        self._rounders: dict[str, Rounder] = {}
+        self._nearest, self._refined = Encoder(limit), Encoder(limit, self._rounders)
+
+    def __call__(self, recipe: Recipe) -> Candidate:
+        """Build one candidate.
+
+        Raises:
+            CalibrationError: the data does not fit the model.
+        """
+        twin, log = self.model.copy(), Log()
+        plan = self._plan(twin, recipe, log)
+        ranges = self._ranges(plan, recipe)
+        groups = tuple(dict.fromkeys(_names(group) for group in plan.scales.values()))
+        if plan.linear or plan.stored:
+            if recipe.refined:
+                self._observe(plan)
+            four = plan.stored if self._four_bits else []
+            plan.stored = [] if self._four_bits else plan.stored
+            self._insert(twin, plan, ranges, log, self._refined if recipe.refined else self._nearest)
+            plan.stored = plan.stored or four
+        self._store(twin, plan, recipe, log)
+        return Candidate(twin, plan, log, groups)
+
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates of weighted nodes on the first batch, by label, where shapes tell."""
+        feeds: Mapping[str, Array] = next(iter(self.ctx.data), {})
+        counts = cost.by_node(self.model, {name: array.shape for name, array in feeds.items()})
+        nodes = self.model.graph.nodes
+        return {node.label: count for node, count in zip(nodes, counts, strict=True) if count}
+
+    def announce(self, what: str, done: int, total: int) -> None:
+        """Tell the caller of the pass how far a long step is."""
+        if self.ctx.progress:
+            self.ctx.progress(what, done, total)
+
+    def _plan(self, model: Model, recipe: Recipe, log: Log) -> Plan:
+        """A plan whose tensors are all calibrated; made anew where one turns out to hold a mask."""
+        while True:
+            masked = {name for name, histogram in self._seen.histograms.items() if histogram.masked}
+            refuse = self._refusal(recipe)
+            planner = Planner(
+                model,
+                self.ctx.target.quantized,
+                log,
+                refuse=refuse,
+                kept=self._kept(recipe),
+                weights_only=not self._settings.static,
+                classifier=self._settings.classifier,
+                masked=masked,
+            )
+            plan = planner.plan()
+            if not self._calibrate(plan):
+                return plan
+
+    def _refusal(self, recipe: Recipe) -> Callable[[Node], str | None]:
+        """Why a node must not be quantized, whatever its operator."""
+
+        def refuse(node: Node) -> str | None:
+            globs = self._settings.exclude
+            if any(fnmatch.fnmatchcase(node.name, glob) or glob == node.op for glob in globs):
+                return "excluded"
+            if (
+                recipe.only is not None
+                and node.label not in recipe.only
+                and spec_of(node).role is Role.LINEAR
+            ):
+                return "another one is looked at"
+            return None
+
+        return refuse
+
+    @property
+    def _four_bits(self) -> bool:
+        """Whether weights alone are stored, in four bits."""
+        return not self._settings.static and self._settings.weights == "int4"
+
+    def _kept(self, recipe: Recipe) -> Mapping[str, str]:
+        """Nodes that compute in floating point: those of the recipe, or all of them."""
+        if self._settings.static:
+            return recipe.kept
+        return {node.label: WEIGHTS_ONLY for node in self.model.graph.nodes}
+
+    def without(self, recipe: Recipe, labels: Iterable[str], reason: str) -> Recipe:
+        """The recipe with these weighted nodes one step more exact."""
+        more = dict.fromkeys(labels, reason)
+        return replace(recipe, kept=more) if self._settings.static else replace(recipe, refused=more)
+
+    def absorb(self, data: CalibrationData) -> None:
+        """Take more data into the ranges: what was held out to choose among candidates."""
+        seen = self._seen
+        more = collect(
+            self.model,
+            data,
+            list(seen.histograms),
+            channels=list(seen.means),
+            target=self.ctx.target,
+            jobs=self.ctx.jobs,
+        )
+        seen.merge(more)
+
+    def _store(self, model: Model, plan: Plan, recipe: Recipe, log: Log) -> None:
+        """What takes less room in the file than it computes with."""
+        if self._settings.static and not self.ctx.target.quantized.weight_only:
+            return  # the target may not know what to do with them
+        storage = Storage(model, log)
+        storage.tables(self._refusal(recipe))
+        for node in plan.stored if self._four_bits else ():
+            rounder = self._rounders.get(node.inputs[1].name) if recipe.refined else None
+            storage.four_bits(node, rounder.four_bits if rounder else nearest)
+        if self._settings.static and recipe.only is None:
+            stored = {id(node) for node in plan.stored}
+            kept = [n for n in model.graph.nodes if n.label in recipe.kept and id(n) not in stored]
+            storage.halve([node for node in kept if spec_of(node).role is Role.LINEAR])
+        storage.finish()
+
+    def _calibrate(self, plan: Plan) -> bool:
+        """See to it that all tensors of a plan were observed; returns whether any had to be."""
+        missing = [name for name in plan.sources() if name not in self._seen.histograms]
+        channels = [key for key in self._channels(plan).values() if key not in self._seen.means]
+        if not missing:
+            return False
+        found = collect(
+            self.model,
+            self.ctx.data,
+            missing,
+            channels=list(dict.fromkeys(channels)),
+            target=self.ctx.target,
+            jobs=self.ctx.jobs,
+            progress=self.ctx.progress,
+        )
+        self._seen.histograms.update(found.histograms)
+        self._seen.means.update(found.means)
+        return True
+
+    def _channels(self, plan: Plan) -> dict[int, Channels]:
+        """For each node whose bias can be corrected, by id, the data whose channel means that takes."""
+        found: dict[int, Channels] = {}
+        for node in plan.linear if self._settings.bias_correction else ():
+            axis = spec_of(node).data_axis
+            if axis is not None and node.constant(2) is not None:
+                found[id(node)] = (node.inputs[0].name, axis(node))
+        return found
+
+    def _observe(self, plan: Plan) -> None:
+        """See what the layers of a plan see, once, and make ready to round their weights by it."""
+        labels = {plan.labels[id(node)] for node in (*plan.linear, *plan.stored)}
+        nodes = [node for node in self.model.graph.nodes if node.label in labels]
+        found = [layer for layer in map(layer_of, nodes) if isinstance(layer, Layer)]
+        new = [layer for layer in found if layer.node.inputs[1].name not in self._rounders]
+        linear = {plan.labels[id(node)] for node in plan.linear}
+        for rows, part in _portions([layer for layer in new if len(layer.node.inputs[1].outputs) == 1]):
+            names = [layer.node.outputs[0].name for layer in part]
+            grams = observe(self.model, self.ctx.data, names, rows=rows, target=self.ctx.target)
+            for layer, name in zip(part, names, strict=True):
+                node = layer.node
+                corrected = self._settings.bias_correction and node.label in linear and len(node.inputs) > 2
+                self._rounders[node.inputs[1].name] = Rounder(layer, grams[name], corrected)
+
+    def _insert(
+        self, model: Model, plan: Plan, ranges: Mapping[int, Range], log: Log, encoder: Encoder
+    ) -> None:
+        channels, seen = self._channels(plan), self._seen.means
+        means = {node: seen[key].result() for node, key in channels.items() if key in seen}
+        inserter = Inserter(model, plan, self.ctx.target.quantized, log, encoder)
+        inserter.apply(ranges, self._settings.per_channel, means)
+        log.facts["tightened"] = inserter.tightened
+        log.facts["corrected"] = inserter.corrected
+
+    def _ranges(self, plan: Plan, recipe: Recipe) -> dict[int, Range]:
+        """The range of each tensor of the plan; tensors on one scale get the same."""
+        known: dict[Group, Range] = {}
+
+        def of(sources: tuple[Tensor, ...]) -> Range:
+            group = _names(sources)
+            if group not in known:
+                parts = [_statistics(source, self._seen.histograms) for source in sources]
+                known[group] = self._choose(merge(parts), _special(group, recipe))
+            return known[group]
+
+        for key in list(plan.tensors):
+            # A Relu that the common range does not imply would stand in the way of the integer kernel.
+            if any(exceeds(source, of(plan.scales[key])) for source in plan.own[key]):
+                plan.scales[key] = plan.own[key]
+        return {key: of(plan.scales[key]) for key in plan.tensors}
+
+    def _choose(self, values: Distribution, observer: ObserverChoice) -> Range:
+        name, percent = observer
+        symmetric = self.ctx.target.quantized.symmetric
+        levels = 1 << 8 * self.ctx.target.quantized.activation.itemsize
+        if name == "minmax":
+            return observers.min_max(values, symmetric=symmetric)
+        if name == "percentile":
+            return observers.percentile(values, percent, symmetric=symmetric)
+        if name == "kl":
+            return observers.kl_divergence(values, symmetric=symmetric)
+        return observers.mse(values, levels, symmetric=symmetric)
+
+
+def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:
+    """Layers to observe together, as far as memory allows, and how many rows of what they see to take.
+
+    There are more rows than inputs, or the moments would be those of too few directions; but no more than
+    some thousand, which tell the codes of eight bits well enough.
+    """
+    waiting: dict[int, list[Layer]] = {}
+    sizes: Counter[int] = Counter()
+    for layer in layers:
+        groups, _, inputs = layer.matrix().shape
+        rows = 1 << max(2 * inputs - 1, ROWS if inputs > NARROW else ROWS // 4).bit_length()
+        if sizes[rows] + groups * inputs**2 > MAX_MOMENTS and waiting.get(rows):
+            yield rows, waiting.pop(rows)
+            sizes[rows] = 0
+        waiting.setdefault(rows, []).append(layer)
+        sizes[rows] += groups * inputs**2
+    yield from waiting.items()
+
+
+WEIGHTS_ONLY = "only weights are asked for, which it does not read as integers"
+# Rows for a layer's second moments, and for one with no more inputs than a depthwise convolution has.
+ROWS = 4095
+NARROW = 64
+# Elements of second moments held at a time: half a gigabyte.
+MAX_MOMENTS = 1 << 26
+
+
+def _special(group: Group, recipe: Recipe) -> ObserverChoice:
+    """How the range of tensors on one scale is chosen."""
+    return next((recipe.special[name] for name in group if name in recipe.special), recipe.observer)
+
+
+def _names(group: Sequence[Tensor]) -> Group:
+    return tuple(tensor.name for tensor in group)
+
+
+def _statistics(source: Tensor, seen: Mapping[str, Histogram]) -> Histogram:
+    """Of a calibrated tensor, or of a constant's own values."""
+    if isinstance(source, Constant):
+        histogram = Histogram()
+        histogram.update(np.asarray(source.values))
+        return histogram
+    return seen[source.name]

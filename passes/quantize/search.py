@@ -1,0 +1,205 @@
+"""Which of many candidates to take: everything is decided by what comes out of the network in the end.
+
+Errors of layers add up almost exactly (each is small and has little to do with the others), so that what
+every layer does on its own, measured once, tells beforehand which ones have to be kept for a wanted fidelity.
+Candidates chosen that way are measured as wholes before they are believed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.judge import Judge, Score
+from onnxslim.errors import LoadError
+from onnxslim.passes.quantize.build import Builder, Candidate, ObserverChoice, Recipe
+
+OBSERVERS: tuple[ObserverChoice, ...] = (
+    ("mse", 0.0),
+    ("minmax", 0.0),
+    ("percentile", 99.999),
+)
+# In dB: what keeps more is not worth a search.
+ENOUGH = 30.0
+# A simple candidate that comes before others has to be beaten by this much, in dB: the rest is chance.
+MARGIN = 0.2
+# Samples that rank layers; verification takes all there are.
+RANKING = 8
+# A candidate has to be that much faster than the one it replaces.
+FASTER = 0.97
+SLOWER = "it is faster in floating point"
+REASON = "in integers it would cost too much accuracy"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What quantizing one weighted node does to the outputs.
+
+    Attributes:
+        node, op: its label and operator.
+        noise: power of the noise by that of the signal, with this node alone in integers.
+        tensors: names of those whose ranges it depends on.
+        cost: multiply-accumulates of a sample, by the mean over all layers; 1 where shapes do not tell.
+    """
+
+    node: str
+    op: str
+    noise: float
+    cost: float
+    tensors: tuple[str, ...] = ()
+
+    @property
+    def sqnr(self) -> float:
+        """The same in dB."""
+        return -10.0 * math.log10(self.noise) if self.noise > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate that was measured."""
+
+    recipe: Recipe
+    candidate: Candidate
+    score: Score
+
+
+class Search:
+    """Looks for a good recipe.
+
+    Args:
+        build: makes candidates.
+        judge: measures them.
+    """
+
+    def __init__(self, build: Builder, judge: Judge) -> None:
+        self._build = build
+        self._judge = judge
+
+    def attempt(self, recipe: Recipe) -> Trial:
+        """Build and measure a candidate; one that does not run is as bad as can be."""
+        candidate = self._build(recipe)
+        try:
+            score = self._judge(candidate.model)
+        except LoadError:
+            score = Score(-math.inf, {}, None)
+        return Trial(recipe, candidate, score)
+
+    def observer(self, recipe: Recipe) -> Trial:
+        """The best way to choose ranges for all tensors; the first one if that is good enough."""
+        best = self.attempt(replace(recipe, observer=OBSERVERS[0]))
+        for choice in OBSERVERS[1:] if best.score.sqnr < ENOUGH else ():
+            trial = self.attempt(replace(recipe, observer=choice))
+            if trial.score.sqnr > best.score.sqnr + MARGIN:
+                best = trial
+        return best
+
+    def complete(self, trial: Trial, held: CalibrationData, goal: float) -> Trial:
+        """The same with ranges that the data held out so far has a part in, too, if that does no harm."""
+        self._build.absorb(held)
+        completed = self.attempt(trial.recipe)
+        return completed if completed.score.sqnr >= min(trial.score.sqnr, goal) else trial
+
+    def rounding(self, trial: Trial) -> Trial:
+        """The same with weights rounded by what their layers see, if that does better as a whole."""
+        refined = self.attempt(replace(trial.recipe, refined=True))
+        return refined if refined.score.sqnr > trial.score.sqnr + MARGIN else trial
+
+    def layers(self, trial: Trial) -> list[Layer]:
+        """What every weighted node of a candidate does on its own, the worst first."""
+        nodes = [node for node in self._build.model.graph.nodes if node.label in _labels(trial)]
+        macs = self._build.macs()
+        mean = sum(macs.get(node.label, 0) for node in nodes) / max(len(nodes), 1)
+        found = []
+        for index, node in enumerate(nodes):
+            alone = self._build(replace(trial.recipe, only=frozenset((node.label,))))
+            noise = self._judge(alone.model, RANKING).noise
+            cost = macs.get(node.label, mean) / mean if mean else 1.0
+            tensors = tuple(name for group in alone.groups for name in group)
+            found.append(Layer(node.label, node.op, noise, cost, tensors))
+            self._build.announce("measuring layers", index + 1, len(nodes))
+        return sorted(found, key=lambda layer: -layer.noise)
+
+    def ranges(self, trial: Trial, layers: Sequence[Layer]) -> Trial:
+        """The same with another way to choose the ranges of single layers, if that does better as a whole.
+
+        Tried on the layers that do more than half an average share of all noise.
+        """
+        other = OBSERVERS[1] if trial.recipe.observer != OBSERVERS[1] else OBSERVERS[0]
+        mean = sum(layer.noise for layer in layers) / max(len(layers), 1)
+        worst = [layer for layer in layers if layer.noise > 0.5 * mean]
+        gains: defaultdict[str, float] = defaultdict(float)
+        for index, layer in enumerate(worst):
+            special = dict.fromkeys(layer.tensors, other)
+            alone = self._build(replace(trial.recipe, special=special, only=frozenset((layer.node,))))
+            noise = self._judge(alone.model, RANKING).noise
+            for name in layer.tensors:
+                gains[name] += layer.noise - noise
+            self._build.announce("choosing ranges", index + 1, len(worst))
+        better = {name: other for name, gain in gains.items() if gain > 0}
+        found = self.attempt(replace(trial.recipe, special=better))
+        return found if found.score.sqnr > trial.score.sqnr + MARGIN else trial
+
+    def latency(self, trial: Trial) -> float:
+        """Time of a candidate relative to the float model's, on the first batch judged on."""
+        return self._judge.latencies([trial.candidate.model], 0.5)[0]
+
+    def fastest(self, trial: Trial, seconds: float = 6.0) -> Trial:
+        """The same with the smallest layers, as many as pays, left in floating point; timed in turn."""
+        macs = self._build.macs()
+        order = sorted(_labels(trial), key=lambda label: macs.get(label, 0))
+        trials = [trial]
+        for part in (0.25, 0.5, 0.75):
+            labels = {*order[: round(part * len(order))], *trial.recipe.kept}
+            trials.append(self.attempt(self._build.without(trial.recipe, labels, SLOWER)))
+        times = self._judge.latencies([each.candidate.model for each in trials], seconds)
+        quickest = min(range(len(trials)), key=lambda index: times[index])
+        return trials[quickest] if times[quickest] < FASTER * times[0] else trial
+
+    def keep(self, trial: Trial, layers: Sequence[Layer], goal: float) -> Trial:
+        """The candidate with the fewest multiply-accumulates kept out of integers that reaches a fidelity.
+
+        Layers are taken in the order of noise per cost. How many is predicted from the sum of what each does,
+        measured, and corrected until the number is known.
+
+        Args:
+            trial: everything in integers.
+            layers: of `layers`.
+            goal: SQNR in dB.
+
+        Returns:
+            The best candidate tried where none reaches it.
+        """
+        order = sorted(layers, key=lambda layer: -layer.noise / (1.0 + layer.cost))
+        best, lacking, enough = trial, 0, len(order) + 1
+        count = _needed(order, trial.score.noise, goal - trial.score.sqnr)
+        while enough - lacking > 1:
+            labels = [layer.node for layer in order[:count]]
+            found = self.attempt(self._build.without(trial.recipe, labels, REASON))
+            if found.score.sqnr >= goal:
+                best, enough = found, count
+            else:
+                lacking = count
+                best = max(best, found, key=lambda each: each.score.sqnr) if enough > len(order) else best
+            count = (lacking + enough) // 2
+            if enough > len(order):
+                count = lacking + _needed(order[lacking:], found.score.noise, goal - found.score.sqnr)
+        return best
+
+
+def _labels(trial: Trial) -> set[str]:
+    plan = trial.candidate.plan
+    return {plan.labels[id(node)] for node in plan.linear or plan.stored}
+
+
+def _needed(order: Sequence[Layer], noise: float, missing: float) -> int:
+    """How many layers, the first ones, have to go for `missing` dB: at least one, unless there is none."""
+    total = sum(layer.noise for layer in order)
+    left, wanted = 1.0, 10.0 ** (-missing / 10.0)
+    for count, layer in enumerate(order):
+        if left <= wanted and count:
+            return count
+        left -= layer.noise / max(total, noise)
+    return len(order)

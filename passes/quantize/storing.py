@@ -1,0 +1,160 @@
+"""Weights that are stored in fewer bits than they are computed with: tables, matrices, kept convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim import graph as ir
+from onnxslim.graph import Array, Constant, Namer, Node, Tensor, Variable
+from onnxslim.model import DEFAULT_DOMAINS, Model
+from onnxslim.ops import spec_of
+from onnxslim.passes.quantize.weights import FOUR_BITS, Weights
+from onnxslim.pipeline import Log
+
+# Tables below this many bytes are left alone.
+MIN_TABLE_BYTES = 1 << 16
+# Weights that share a scale in four bits; runtimes take powers of two from 16 on.
+BLOCK = 32
+
+Refusal = Callable[[Node], "str | None"]
+# From a matrix [inputs, outputs] and its scales [blocks, outputs] to integer codes of the matrix's shape.
+Rounding = Callable[[Weights, Weights], NDArray[np.float32]]
+
+
+class Storage:
+    """Rewrites how weights of one model are stored.
+
+    Args:
+        model: edited in place; `finish` puts the new nodes in.
+        log: what is done goes here.
+    """
+
+    def __init__(self, model: Model, log: Log) -> None:
+        self._graph = model.graph
+        self._log = log
+        self._name = Namer(model.graph)
+        self._outputs = {id(tensor) for tensor in model.graph.outputs}
+        self._new: list[Node] = []
+
+    def tables(self, refuse: Refusal) -> None:
+        """Embeddings: rows are looked up as int8 and those found are turned back, one scale per column."""
+        for node in self._graph.nodes:
+            table = node.input(0)
+            if not _is_table(node, table) or refuse(node) is not None:
+                continue
+            assert isinstance(table, Constant)
+            label = node.label
+            codes, scales = _by_column(table.values)
+            node.inputs[0] = self._constant(table, "quantized", codes)
+            self._drop(table)
+            self._dequantize_result(node, table, scales)
+            self._log.change(label, "looks up its table as int8", "quantize")
+
+    def halve(self, nodes: Iterable[Node]) -> None:
+        """Weights that stay in floating point: float16 in the file, float32 again when it is loaded."""
+        for node in nodes:
+            weight = node.input(1)
+            if not isinstance(weight, Constant) or not _halves_well(weight):
+                continue
+            half = self._constant(weight, "float16", weight.values.astype(np.float16))
+            restored = Variable(self._name(f"{weight.name}_float32"), np.dtype(np.float32), weight.shape)
+            self._add("Cast", restored.name, [half], restored, to=1)
+            node.inputs[1] = restored
+            self._drop(weight)
+            self._log.change(node.label, "stores its weight as float16", "quantize")
+
+    def four_bits(self, node: Node, rounding: Rounding) -> None:
+        """A matrix product's weight in int4, one scale for every `BLOCK` inputs of an output."""
+        weight, axis = node.inputs[1], spec_of(node).channel_axis
+        assert isinstance(weight, Constant)
+        assert axis is not None
+        matrix = weight.values if axis(node) == 1 else weight.values.T
+        scales = _block_scales(matrix)
+        codes = rounding(matrix, scales).astype(ml_dtypes.int4)
+        if node.op == "Gemm":
+            node.attrs["transB"] = 0
+        inputs: list[Tensor] = [
+            self._constant(weight, "int4", codes),
+            self._constant(weight, "scale", scales),
+        ]
+        restored = Variable(self._name(f"{weight.name}_dequantized"), np.dtype(np.float32), matrix.shape)
+        self._add("DequantizeLinear", restored.name, inputs, restored, axis=0, block_size=BLOCK)
+        node.inputs[1] = restored
+        self._drop(weight)
+        self._log.change(node.label, f"{node.op} stores its weight as int4", "quantize")
+
+    def finish(self) -> None:
+        """Put the new nodes into the graph."""
+        if self._new:
+            self._graph.nodes.extend(self._new)
+            ir.sort(self._graph)
+
+    def _dequantize_result(self, node: Node, table: Constant, scales: Array) -> None:
+        result = node.outputs[0]
+        found = Variable(self._name(f"{result.name}_quantized"), np.dtype(np.int8), result.shape)
+        node.outputs[0] = found
+        inputs: list[Tensor] = [found, self._constant(table, "scale", scales)]
+        self._add("DequantizeLinear", f"{result.name}_DequantizeLinear", inputs, result, axis=-1)
+
+    def _constant(self, like: Constant, what: str, values: Array) -> Constant:
+        return Constant(self._name(f"{like.name}_{what}"), values)
+
+    def _drop(self, weight: Constant) -> None:
+        if not weight.outputs and id(weight) not in self._outputs:
+            self._graph.initializers.pop(weight.name, None)
+
+    def _add(self, op: str, name: str, inputs: list[Tensor], output: Variable, **attrs: int) -> None:
+        self._new.append(Node(op, self._name(name), attrs, inputs, [output]))
+
+
+def nearest(matrix: Weights, scales: Weights) -> NDArray[np.float32]:
+    """The nearest four-bit codes."""
+    steps = np.repeat(scales, BLOCK, axis=0)[: len(matrix)]
+    return np.asarray(np.rint(matrix / steps).clip(-FOUR_BITS, FOUR_BITS), np.float32)
+
+
+def _block_scales(matrix: Weights) -> Weights:
+    """For each block of inputs and each output the scale of least squared error, float32."""
+    padded = np.pad(matrix, ((0, -len(matrix) % BLOCK), (0, 0)))
+    blocks = padded.reshape(-1, BLOCK, matrix.shape[1])
+    largest = np.abs(blocks).max(axis=1)
+    full = np.where(largest > 0, largest / FOUR_BITS, 1.0)
+    best, least = full, np.full(full.shape, np.inf)
+    for factor in np.linspace(0.7, 1.0, 13):
+        steps = (full * factor)[:, None]
+        error = np.square(np.rint(blocks / steps).clip(-FOUR_BITS, FOUR_BITS) * steps - blocks).sum(axis=1)
+        best = np.where(error < least, full * factor, best)
+        least = np.minimum(error, least)
+    return np.asarray(best, np.float32)
+
+
+def _by_column(table: Weights) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    largest = np.abs(table).max(axis=0)
+    scales = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
+    return np.rint(table / scales).astype(np.int8), scales
+
+
+def _is_table(node: Node, table: Tensor | None) -> bool:
+    return (
+        node.op == "Gather"
+        and node.domain in DEFAULT_DOMAINS
+        and node.attrs.get("axis", 0) == 0
+        and isinstance(table, Constant)
+        and len(table.shape) == 2
+        and table.dtype == np.float32
+        and table.nbytes >= MIN_TABLE_BYTES
+        and len(table.outputs) == 1
+        and bool(np.isfinite(table.values).all())
+    )
+
+
+def _halves_well(weight: Constant) -> bool:
+    """Whether float16 holds a weight to a thousandth of its largest value, and saving it is worth a node."""
+    if weight.dtype != np.float32 or weight.nbytes < 4096 or len(weight.outputs) != 1:
+        return False
+    largest = float(np.abs(weight.values).max(initial=0.0))
+    return 1e-4 < largest < 6e4

@@ -1,0 +1,278 @@
+"""Closed-form repair of a compressed model: every layer refitted, in turn, to what the original computes.
+
+A layer behind a cut, a factorization or a quantizer sees other inputs than it was trained on. Given its own
+inputs in the student and the output it should have, the best weights are those of a linear regression. Layers
+are taken in topological order, each on the inputs that the layers already repaired give it, so that errors do
+not add up (He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, for residual
+branches too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim import graph as ir
+from onnxslim.calibration.collect import Progress
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.gram import Moments, batch_samples, quota_for, sampled
+from onnxslim.calibration.layers import Floats, Positions, values_at
+from onnxslim.calibration.stages import Shelf, Staged, Stop, Values
+from onnxslim.errors import CalibrationError
+from onnxslim.model import Model
+from onnxslim.passes.repair.jobs import Job
+from onnxslim.passes.repair.plan import schedule, unchanged
+from onnxslim.passes.repair.solve import Fit, Method, fit
+from onnxslim.pipeline import Changes, Log
+from onnxslim.runtime import Target
+
+Kept: TypeAlias = Mapping[str, Mapping[int, NDArray[np.intp]]]
+
+# Bytes of tensors between two stages that stay in memory; the rest goes to temporary files.
+MEMORY = 1 << 30
+# Positions of a layer's output to look at: a number per input, between bounds.
+_ROWS_PER_INPUT = 48
+_MIN_ROWS, _MAX_ROWS = 1 << 14, 40_000
+# Elements of inputs to take out of a batch at a time.
+_ELEMENTS = 1 << 25
+_HELD = 0.25
+_FEW = 4  # samples that are not enough to hold some out; then every so many-th row is
+# Mean squared error, relative to the mean square of the original's output, that is rounding.
+_ROUNDING = 1e-10
+
+
+def repair(
+    student: Model,
+    teacher: Model,
+    data: CalibrationData,
+    *,
+    kept: Kept = MappingProxyType({}),
+    method: Method = "ridge",
+    target: Target | None = None,
+    progress: Progress | None = None,
+    layers: Collection[str] | None = None,
+    memory: int = MEMORY,
+) -> Changes:
+    """Refit the weights of a compressed model to the original's outputs, layer by layer.
+
+    Tensors of the two models correspond by name. Convolutions, transposed convolutions and matrix products
+    get new weights and biases; normalizations, and scales and shifts per channel, new values. A layer's goal
+    is its output before the activation, or, where that goes into a sum whose other operand is at hand, the
+    sum. How strongly weights are held to what they are is chosen for each layer on a quarter of the samples;
+    where the new weights are no better on these, the old ones stay.
+
+    Args:
+        student: edited in place.
+        teacher: the original; not modified.
+        data: batches of inputs, without labels.
+        kept: by name and axis of a teacher's tensor, the indices the student's tensor of that name still has;
+            tensors that are not in it have the same shape in both.
+        method: "ridge" for weights and biases, "bias" for the means of the outputs alone.
+        target: where to run; processors by default.
+        progress: called with ("repairing", layers done, layers in all).
+        layers: names of the output tensors of layers to refit; by default all those whose input is no longer
+            computed as in the teacher.
+        memory: bytes of intermediate tensors to keep in memory; more are put into temporary files.
+
+    Returns:
+        What was refitted, with the error on held-out samples before and after, and what was left alone.
+
+    Raises:
+        CalibrationError: the data is empty or does not fit the model.
+        UsageError: a name in `layers` is not that of a tensor the student computes.
+    """
+    log = Log()
+    ir.sort(student.graph)
+    clean = unchanged(student, teacher)
+    stages = schedule(student, teacher, clean, layers, log)
+    if any(stages):
+        with Shelf(memory) as shelf:
+            _Repair(student, teacher, kept, method, target, clean, stages, shelf, log).run(data, progress)
+    return log.done()
+
+
+@dataclass
+class _Sums:
+    """Moments of one job, for the samples to fit on and those held out."""
+
+    train: Moments = field(default_factory=Moments)
+    held: Moments = field(default_factory=Moments)
+    square: float = 0.0
+    unfit: str = ""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Tensors of both models for one batch.
+
+    Attributes:
+        teacher, student: by name.
+        first: number of samples in the batches before.
+        held: for each of its samples, whether it is held out.
+        samples: in all batches together.
+    """
+
+    teacher: Values
+    student: Values
+    first: int
+    held: NDArray[np.bool_]
+    samples: int
+
+    def positions(self, job: Job) -> tuple[Positions, Positions]:
+        """Positions of a job's goal to fit on, and those to check on."""
+        count = job.count(self.student)
+        at = sampled(count, self.held.size, self.first, quota_for(_rows(job), self.samples))
+        if self.samples > _FEW:
+            out = self.held[at * self.held.size // max(count, 1)]
+        else:
+            out = np.arange(at.size) % _FEW == 0
+        return at[~out], at[out]
+
+
+class _Repair:
+    """One call of `repair`: both models at the same stage, and the jobs there."""
+
+    def __init__(
+        self,
+        student: Model,
+        teacher: Model,
+        kept: Kept,
+        method: Method,
+        target: Target | None,
+        clean: set[str],
+        stages: Sequence[Sequence[Job]],
+        shelf: Shelf,
+        log: Log,
+    ) -> None:
+        self.student = student
+        self.kept = kept
+        self.method = method
+        self.stages = stages
+        self.shelf = shelf
+        self.log = log
+        given = clean & {tensor.name for node in teacher.graph.nodes for tensor in node.outputs}
+        self.copy = Staged(student, [_stop(jobs) for jobs in stages], shelf, given=given, target=target)
+        wanted = [
+            Stop([*_goals(jobs), *(name for name in self.copy.requests(stage) if name in given)])
+            for stage, jobs in enumerate(stages)
+        ]
+        self.original = Staged(teacher, wanted, shelf, target=target)
+
+    def run(self, data: CalibrationData, progress: Progress | None) -> None:
+        """Refit all jobs, stage by stage."""
+        batches = [
+            {name: self.shelf.put(array) for name, array in feeds.items()}
+            for feeds in data.bind(self.student.inputs())
+        ]
+        if not sum(map(batch_samples, batches)):
+            raise CalibrationError(f"{data.name}: there is no data")
+        done, total = 0, sum(map(len, self.stages))
+        for stage, jobs in enumerate(self.stages):
+            sums = [_Sums() for _ in jobs]
+            for batch in self._batches(stage, batches):
+                for job, each in zip(jobs, sums, strict=True):
+                    with np.errstate(invalid="ignore", over="ignore"):  # the moments tell
+                        self._observe(job, each, batch)
+            for job, each in zip(jobs, sums, strict=True):
+                self._refit(job, each)
+                done += 1
+                if progress:
+                    progress("repairing", done, total)
+
+    def _batches(self, stage: int, batches: Sequence[Values]) -> Iterator[_Batch]:
+        """Run both models up to a stage."""
+        counts = [batch_samples(feeds) for feeds in batches]
+        first, held = 0, _held_out(sum(counts))
+        for index, (feeds, samples) in enumerate(zip(batches, counts, strict=True)):
+            teacher = self.original.run(stage, index, feeds)
+            student = self.copy.run(stage, index, {**feeds, **teacher})
+            yield _Batch(teacher, student, first, held[first : first + samples], held.size)
+            first += samples
+
+    def _observe(self, job: Job, sums: _Sums, batch: _Batch) -> None:
+        for moments, at in zip((sums.train, sums.held), batch.positions(job), strict=True):
+            for part in np.array_split(at, -(-at.size * job.size // _ELEMENTS) or 1):
+                goal = self._goal(job, batch, part)
+                if isinstance(goal, str):
+                    sums.unfit = goal
+                    return
+                x, present = job.rows(batch.student, part)
+                sums.square += float(np.square(goal, dtype=np.float64).sum())
+                inputs = x if self.method == "ridge" else x[:, :0]
+                moments.update(inputs, goal.reshape(present.shape) - present)
+
+    def _goal(self, job: Job, batch: _Batch, at: Positions) -> Floats | str:
+        """The teacher's values at some positions, as far as the student still has their channels."""
+        value = batch.teacher[job.goal.tensor]
+        axis = job.axis % value.ndim if -job.axis <= value.ndim else 0
+        channels: NDArray[np.intp] | None = None
+        for each, indices in self.kept.get(job.goal.tensor, {}).items():
+            if each % value.ndim == axis:
+                channels = np.asarray(indices)
+            else:
+                value = value.take(indices, each)
+        size = value.shape[axis] if channels is None else channels.size
+        positions = value.size // max(value.shape[axis], 1)
+        if positions != job.count(batch.student) or size != job.goal.scale.size:
+            return f"the original's '{job.goal.tensor}' has another shape, {value.shape}"
+        found = values_at(value, axis, at)
+        return found if channels is None else found[channels]
+
+    def _refit(self, job: Job, sums: _Sums) -> None:
+        if sums.unfit:
+            self.log.skip(job.label, sums.unfit)
+            return
+        if self.method == "bias" and not job.takes_bias:
+            self.log.skip(job.label, "it has no bias")
+            return
+        found = self._fit(job, sums)
+        if isinstance(found, str):
+            self.log.skip(job.label, found)
+            return
+        problem = job.write(self.student.graph, found.weight, found.bias)
+        if problem:
+            self.log.skip(job.label, problem)
+            return
+        how = f"error on samples held out {found.before:.3g} -> {found.after:.3g}"
+        self.log.change(job.label, f"refitted to '{job.goal.tensor}'", how)
+
+    def _fit(self, job: Job, sums: _Sums) -> Fit | str:
+        try:
+            train, held = sums.train.result(), sums.held.result()
+        except CalibrationError as error:
+            return str(error)
+        found = fit(train, held, method=self.method, bias=job.takes_bias)
+        if found.before <= _ROUNDING * sums.square / (train.count + held.count):
+            return "it computes what the original does"
+        if not found.after < found.before:
+            return "other weights are no better on the samples held out"
+        return found
+
+
+def _stop(jobs: Sequence[Job]) -> Stop:
+    reads = dict.fromkeys(name for job in jobs for name in job.reads())
+    peeks = {id(node): node for job in jobs for node in job.peeks()}
+    return Stop(list(reads), list(peeks.values()))
+
+
+def _goals(jobs: Sequence[Job]) -> Iterator[str]:
+    yield from dict.fromkeys(job.goal.tensor for job in jobs)
+
+
+def _rows(job: Job) -> int:
+    return int(np.clip(_ROWS_PER_INPUT * job.width, _MIN_ROWS, _MAX_ROWS))
+
+
+def _held_out(samples: int) -> NDArray[np.bool_]:
+    """A random quarter of the samples, the same every time."""
+    held = np.zeros(samples, bool)
+    held[np.random.default_rng(0).permutation(samples)[: int(samples * _HELD)]] = True
+    return held
+
+
+__all__ = ["Kept", "repair"]

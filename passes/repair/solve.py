@@ -1,0 +1,100 @@
+"""The change of weights that brings a layer's output closest to another one, from second moments alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from onnxslim.calibration.gram import Doubles, Gram
+
+Method: TypeAlias = Literal["ridge", "bias"]
+
+# Strengths to choose from, in units of the mean square of an input.
+STRENGTHS = tuple(10.0**power for power in range(1, -8, -1))
+# A dead input has no variance of its own to scale the strength by.
+_FLOOR = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Change d W and shift d b of a layer y = W x + b.
+
+    Attributes:
+        weight: d W, shape (groups, outputs, inputs); None if W had best stay what it is.
+        bias: d b, shape (groups, outputs); zero if there is to be none.
+        strength: of the regularization; infinite where W stays.
+        before, after: mean squared error per row on the samples held out, of the present weights and of those
+            found on the other samples.
+    """
+
+    weight: Doubles | None
+    bias: Doubles
+    strength: float
+    before: float
+    after: float
+
+
+def fit(train: Gram, held: Gram, *, method: Method = "ridge", bias: bool = True) -> Fit:
+    """Regress what a layer's output lacks on its input, with a penalty on the change.
+
+    Minimises E|r - D x - d|^2 + s m |D|^2 over D and d, m the mean square of an input of the group. Shrinking
+    the change instead of the weights keeps what the data says nothing about. s is the strength with the least
+    error on the samples held out, which takes their moments alone; the weights then come from all samples.
+
+    Args:
+        train, held: moments of x and r = wanted - present output, of two disjoint sets of samples.
+        method: "bias" leaves W as it is.
+        bias: whether there is a d.
+    """
+    start, check = _centred(train, held, bias=bias)
+    before = float(held.around(held.x_mean, np.zeros_like(held.y_mean)).power.sum())
+    candidates = [(float(check.power.sum()), np.inf)]
+    if method == "ridge":
+        candidates.append(_downhill(lambda strength: _error(_solved(start, strength), check)))
+    after, strength = min(candidates)
+    whole = train.joined(held)
+    centred = whole if bias else whole.raw()
+    shift = centred.y_mean
+    weight = None if strength == np.inf else _solved(centred, strength)
+    if weight is not None:
+        shift = shift - (weight @ centred.x_mean[..., None])[..., 0]
+    return Fit(weight, shift if bias else np.zeros_like(shift), strength, before, after)
+
+
+def _downhill(error: Callable[[float], float]) -> tuple[float, float]:
+    """The least error and its strength, downhill from 1e-2: there is one valley as a rule."""
+    at, errors = len(STRENGTHS) // 3, dict[int, float]()
+    while True:
+        for index in (at - 1, at, at + 1):
+            if index not in errors and 0 <= index < len(STRENGTHS):
+                errors[index] = error(STRENGTHS[index])
+        best = min(errors, key=lambda index: (errors[index], index))
+        if best == at:
+            return errors[at], STRENGTHS[at]
+        at = best
+
+
+def _centred(train: Gram, held: Gram, *, bias: bool) -> tuple[Gram, Gram]:
+    """Both around the means of the first; around zero where no bias can take them up."""
+    if not bias:
+        return train.raw(), held.raw()
+    return train, held.around(train.x_mean, train.y_mean)
+
+
+def _solved(moments: Gram, strength: float) -> Doubles:
+    size = moments.gram.shape[-1]
+    if not size:
+        return np.zeros_like(moments.cross)
+    mean = np.trace(moments.gram, axis1=1, axis2=2) / size
+    ridge = strength * mean + _FLOOR * mean.mean() + np.finfo(np.float32).tiny
+    matrix = moments.gram + ridge[:, None, None] * np.eye(size)
+    return np.asarray(np.linalg.solve(matrix, moments.cross.swapaxes(1, 2)).swapaxes(1, 2))
+
+
+def _error(weight: Doubles, moments: Gram) -> float:
+    """Mean squared residual of a linear map, summed over outputs."""
+    explained = 2 * moments.cross - weight @ moments.gram
+    return float(moments.power.sum() - (weight * explained).sum())

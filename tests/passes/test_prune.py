@@ -1,0 +1,375 @@
+"""Pruning as a pass: goals, limits, plans, proof, and what is said when nothing can go."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.gram import Gram
+from onnxslim.channels import analyze
+from onnxslim.check import interface, relative_difference
+from onnxslim.errors import InvalidGraph, UsageError
+from onnxslim.graph import Array, Constant
+from onnxslim.labels import Block, Trace
+from onnxslim.model import Model
+from onnxslim.ops import REGISTRY, Channels
+from onnxslim.passes.prune import Prune, PruningPlan
+from onnxslim.passes.prune.budget import Limits, allocate, convex
+from onnxslim.passes.prune.cut import cut, prepare, zero
+from onnxslim.passes.prune.importance import rank
+from onnxslim.passes.quantize import Quantize
+from onnxslim.pipeline import Pipeline, Result
+from onnxslim.runtime import Session, Target
+from tests.helpers import parse
+
+CHAIN = """g (float[N,3,8,8] x) => (float[N,2,8,8] y)
+{ a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) c = Conv<pads=[1,1,1,1]>(r, v, d) q = Relu(c)
+  y = Conv(q, u) }"""
+
+
+def values(**shapes: tuple[int, ...]) -> dict[str, Array]:
+    random = np.random.default_rng(0)
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def chain(width: int = 32) -> Model:
+    return parse(
+        CHAIN,
+        values(w=(width, 3, 3, 3), b=(width,), v=(width, width, 3, 3), d=(width,), u=(2, width, 1, 1)),
+    )
+
+
+def data(samples: int = 32) -> CalibrationData:
+    x = np.random.default_rng(1).standard_normal((samples, 3, 8, 8)).astype(np.float32)
+    return CalibrationData([{"x": x[at : at + 8]} for at in range(0, samples, 8)])
+
+
+def prune(model: Model, batches: CalibrationData | None = None, **options: Any) -> Result:
+    return Pipeline(Prune(**options), on_error="raise")(model, data=batches)
+
+
+def weights(model: Model) -> dict[str, Constant]:
+    return {
+        tensor.name: tensor
+        for node in model.graph.nodes
+        for tensor in node.inputs
+        if isinstance(tensor, Constant)
+    }
+
+
+@pytest.mark.parametrize("goal", ["macs", "params"])
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.3])
+def test_a_budget_is_reached(goal: str, share: float) -> None:
+    asked: dict[str, Any] = {goal: share, "align": 2}
+    facts = prune(chain(64), **asked).report.steps[0].changes.facts
+    before, after = facts[goal]
+    assert share - 0.02 <= after / before <= share
+
+
+def test_the_interface_and_the_names_stay() -> None:
+    model = chain()
+    result = prune(model, ratio=0.5)
+    assert interface(result.model) == interface(model)
+    shapes = {tensor.name: tensor.shape for node in result.model.graph.nodes for tensor in node.inputs}
+    assert [shapes[name] for name in "wvd"] == [(16, 3, 3, 3), (16, 16, 3, 3), (16,)]
+
+
+def test_what_is_left_is_a_multiple_of_align_and_never_nothing() -> None:
+    result = prune(chain(24), ratio=0.9, align=8)
+    shapes = {tensor.name: tensor.shape for node in result.model.graph.nodes for tensor in node.inputs}
+    assert shapes["v"] == (8, 8, 3, 3)
+
+
+def test_excluded_layers_stay_whole_and_are_named() -> None:
+    result = prune(chain(), ratio=0.5, exclude=("v",))
+    assert not result.report.steps[0].changes
+    reasons = {skip.reason for skip in result.report.steps[0].changes.skipped}
+    assert "excluded by 'v'" in reasons
+
+
+def test_nothing_pruned_says_why() -> None:
+    model = parse("g (float[N,4] x) => (float[N,6] y) { a = MatMul(x, w) y = Softmax(a) }", values(w=(4, 6)))
+    step = prune(model, ratio=0.5).report.steps[0]
+    assert not step.changes
+    assert any("Softmax" in skip.reason for skip in step.changes.skipped)
+
+
+@pytest.mark.parametrize("goals", [{}, {"macs": 0.5, "ratio": 0.5}])
+def test_one_goal_is_wanted(goals: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="exactly one"):
+        prune(chain(), **goals)
+
+
+def test_repair_makes_up_for_what_went() -> None:
+    """Half of the channels are mixtures of the others: without them nothing is lost."""
+    model = chain(16)
+    random = np.random.default_rng(3)
+    named = weights(model)
+    # Channel 2i + 1 is a multiple of channel 2i, behind a Relu too.
+    for names in (("w", "b"), ("v", "d")):
+        factors = random.uniform(0.5, 2.0, 8)
+        for name in names:
+            twins = np.array(named[name].values)
+            twins[1::2] = twins[::2] * factors.reshape(8, *[1] * (twins.ndim - 1))
+            named[name].values = twins
+    raw = prune(model, data(), ratio=0.5, repair="none")
+    repaired = prune(model, data(), ratio=0.5)
+    lost, left = (relative_difference(model, each.model, Target.cpu()) or 0.0 for each in (raw, repaired))
+    assert left < 2e-3 < lost
+
+
+def test_without_data_the_report_says_that_nothing_was_repaired() -> None:
+    step = prune(chain(), ratio=0.5).report.steps[0]
+    assert any("repair needs calibration data" in skip.reason for skip in step.changes.skipped)
+
+
+def test_steps_reach_the_same_goal() -> None:
+    facts = prune(chain(64), data(), macs=0.4, steps=3, align=4).report.steps[0].changes.facts
+    assert 0.36 <= facts["macs"][1] / facts["macs"][0] <= 0.4
+
+
+def test_a_plan_can_be_replayed_on_other_names() -> None:
+    first = prune(chain(), ratio=0.5)
+    plan = PruningPlan.from_json(_json(first))
+    names = {"w": "kernel", "v": "second", "u": "head"}
+    other = parse(
+        CHAIN.replace("w,", "kernel,").replace("(r, v,", "(r, second,").replace("u)", "head)"),
+        {names.get(name, name): array for name, array in _values().items()},
+    )
+    prepare(other)
+    analysis = analyze(other)
+    small = other.copy()
+    cut(small, analysis, plan.removed(analysis))
+    difference = relative_difference(first.model, small, Target.cpu())
+    assert difference == 0.0
+
+
+def _values() -> dict[str, Array]:
+    return values(w=(32, 3, 3, 3), b=(32,), v=(32, 32, 3, 3), d=(32,), u=(2, 32, 1, 1))
+
+
+def _json(result: Result) -> str:
+    return json.dumps(result.report.steps[0].changes.facts["plan"])
+
+
+def test_a_plan_goes_through_json_and_tells_differences() -> None:
+    plan = PruningPlan.from_json(_json(prune(chain(), ratio=0.5)))
+    assert PruningPlan.from_json(plan.to_json()) == plan
+    other = PruningPlan.from_json(_json(prune(chain(), ratio=0.25)))
+    assert plan.difference(plan) == []
+    assert plan.difference(other)[0].startswith("w:0:0: 16 units against 8, 8 in common")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not a pruning plan"), ('{"version": 9}', "version 9"), ('{"version": 1}', "KeyError")],
+)
+def test_broken_plans_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        PruningPlan.from_json(text)
+
+
+def test_a_plan_for_another_network_is_refused() -> None:
+    plan = PruningPlan.from_json(_json(prune(chain(), ratio=0.5)))
+    with pytest.raises(UsageError, match="which has 64"):
+        plan.removed(analyze(chain(64)))
+
+
+def test_a_wrong_rule_is_found_out_and_the_family_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Relu that carries its slices on in the wrong order must not get past the proof."""
+
+    def reversed_labels(trace: Trace) -> None:
+        trace.emit(Block(block.axes, np.flip(block.labels)) for block in trace.blocks(0))
+
+    row = REGISTRY["", "Relu"]
+    monkeypatch.setitem(REGISTRY, ("", "Relu"), replace(row, channels=Channels(reversed_labels)))
+    with pytest.raises(InvalidGraph, match=r"cutting family .[wv]:0:0. is not"):
+        prune(chain(), ratio=0.5)
+    kept = Pipeline(Prune(ratio=0.5))(chain())
+    assert "cutting family" in kept.report.steps[0].error
+
+
+def test_allowed_outputs_may_shrink() -> None:
+    model = parse("g (float[N,4] x) => (float[N,16] y) { a = MatMul(x, w) y = Relu(a) }", values(w=(4, 16)))
+    result = prune(model, ratio=0.5, allow_outputs=True)
+    assert result.model.graph.outputs[0].shape == ("N", 8)
+    x = np.ones((2, 4), np.float32)
+    assert Session(result.model).run({"x": x})["y"].shape == (2, 8)
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "lamp", "energy", "thinet", "obs"])
+def test_every_criterion_gives_up_dead_channels_first(criterion: str) -> None:
+    model = chain(16)
+    named = weights(model)
+    dead = [3, 7, 8, 12]
+    for name in ("w", "b"):
+        quiet = np.array(named[name].values)
+        quiet[dead] *= 1e-6
+        named[name].values = quiet
+    weak = np.array(named["v"].values)
+    weak[:, dead] *= 1e-6
+    named["v"].values = weak
+    plan = PruningPlan.from_json(_json(prune(model, data(), ratio=0.25, align=4, importance=criterion)))
+    assert plan.entries[0].removed == tuple(dead)
+
+
+def test_fpgm_gives_up_what_lies_between_others_first() -> None:
+    model = chain(16)
+    named = weights(model)
+    for name, axis in (("w", 0), ("b", 0), ("v", 1)):
+        moved = np.moveaxis(np.array(named[name].values), axis, 0)
+        moved[5] = moved.mean(axis=0)
+        named[name].values = np.ascontiguousarray(np.moveaxis(moved, 0, axis))
+    plan = PruningPlan.from_json(_json(prune(model, ratio=0.0625, align=1, importance="fpgm")))
+    assert plan.entries[0].removed == (5,)
+
+
+@given(st.lists(st.floats(0, 10), min_size=2, max_size=8))
+def test_a_convex_curve_lies_below_and_has_rising_slopes(heights: list[float]) -> None:
+    points = dict(enumerate(heights))
+    hull = list(convex(points).values())
+    assert all(low <= high + 1e-9 for low, high in zip(hull, heights, strict=True))
+    slopes = np.diff(hull)
+    assert (np.diff(slopes) >= -1e-9).all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_allocation_is_close_to_the_best_there_is(draw: st.DataObject) -> None:
+    """Against all combinations: what the greedy choice leaves on the table is at most one step's damage."""
+    count, sizes = 3, draw.draw(st.lists(st.integers(2, 5), min_size=3, max_size=3))
+    limits = {str(i): Limits(tuple(range(sizes[i]))) for i in range(count)}
+    damage = {
+        name: convex({n: draw.draw(st.floats(0, 1)) * n for n in limit.allowed})
+        for name, limit in limits.items()
+    }
+    price = {name: draw.draw(st.integers(1, 9)) for name in limits}
+    whole = sum(price[name] * (len(limit.allowed)) for name, limit in limits.items())
+
+    def cost(gone: Mapping[str, int]) -> int:
+        return whole - sum(price[name] * n for name, n in gone.items())
+
+    goal = draw.draw(st.integers(sum(price.values()), whole))
+    found = allocate(limits, damage, cost, goal)
+    total = sum(damage[name][n] for name, n in found.items())
+    fitting = [
+        sum(damage[name][n] for name, n in zip(limits, choice, strict=True))
+        for choice in itertools.product(*(limit.allowed for limit in limits.values()))
+        if cost(dict(zip(limits, choice, strict=True))) <= goal
+    ]
+    steps = [np.diff([damage[name][n] for n in limits[name].allowed]).max(initial=0) for name in limits]
+    if fitting:
+        assert cost(found) <= goal
+        assert total <= min(fitting) + max(steps) + 1e-9
+
+
+def test_elimination_predicts_from_what_is_left() -> None:
+    """What reads a + b + (a + b) needs the sum only: both of its terms can go for nothing."""
+    model = parse(
+        "g (float[N,4] x) => (float[N,2] y) { a = MatMul(x, w) y = MatMul(a, u) }", values(w=(4, 3), u=(3, 2))
+    )
+    family = analyze(model).families[0]
+    x = np.random.default_rng(0).standard_normal((1000, 2))
+    rows = np.concatenate([x, x.sum(axis=1, keepdims=True)], axis=1)
+    gram = Gram(
+        np.cov(rows.T, bias=True)[None],
+        np.zeros((1, 0, 3)),
+        np.zeros((1, 0)),
+        rows.mean(axis=0)[None],
+        np.zeros((1, 0)),
+        1000,
+    )
+    constants = {"w": np.ones((4, 3), np.float32), "u": np.ones((3, 2), np.float32)}
+    ranking = rank(family, constants, {("a", 1): gram}, "obs")
+    assert ranking.damage[2] < 2e-3 < 0.9 < ranking.damage[3]
+    assert ranking.order[2] == 2
+
+
+_SHAPES = {
+    "conv": (8, 8, 1, 1),
+    "conv3": (8, 8, 3, 3),
+    "depthwise": (8, 1, 3, 3),
+    "grouped": (8, 4, 1, 1),
+}
+_OPS = (*_SHAPES, "relu", "norm", "gate", "residual", "concat", "split", "pool")
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.sampled_from(_OPS), min_size=2, max_size=9), st.integers(0, 1000))
+def test_random_networks_can_be_cut_exactly(kinds: list[str], seed: int) -> None:
+    model = random_network(kinds, seed)
+    prepare(model)
+    analysis = analyze(model)
+    random = np.random.default_rng(seed)
+    removed = {
+        family.name: sorted(random.permutation(family.size)[: int(random.integers(0, family.size))].tolist())
+        for family in analysis.families
+        if not family.crosses
+    }
+    small, zeroed = model.copy(), model.copy()
+    cut(small, analysis, removed)
+    zero(zeroed, analysis.masks(removed))
+    difference = relative_difference(zeroed, small, Target.cpu())
+    assert difference is not None
+    assert difference < 1e-5
+
+
+def random_network(kinds: list[str], seed: int) -> Model:
+    """Layers of these kinds in turn, over 8 channels and 6 x 6 positions."""
+    random = np.random.default_rng(seed)
+    lines = ["t0 = Conv(x, w0)"]
+    arrays = {"w0": random.standard_normal((8, 3, 1, 1)), "head": random.standard_normal((2, 8, 1, 1))}
+    for n, kind in enumerate(kinds, start=1):
+        t = f"t{n - 1}"
+        if kind in _SHAPES:
+            shape = _SHAPES[kind]
+            arrays[f"w{n}"] = random.standard_normal(shape)
+            pad = shape[-1] // 2
+            group = 8 // shape[1]
+            lines.append(f"t{n} = Conv<group={group}, pads=[{pad},{pad},{pad},{pad}]>({t}, w{n})")
+        elif kind == "relu":
+            lines.append(f"t{n} = Relu({t})")
+        elif kind == "norm":
+            arrays[f"w{n}"] = random.uniform(0.5, 1.0, 8)
+            lines.append(f"t{n} = BatchNormalization({t}, w{n}, w{n}, w{n}, w{n})")
+        elif kind == "gate":
+            lines.append(f"g{n} = GlobalAveragePool({t}) h{n} = Sigmoid(g{n}) t{n} = Mul({t}, h{n})")
+        elif kind == "residual":
+            arrays[f"w{n}"] = random.standard_normal((8, 8, 1, 1))
+            lines.append(f"r{n} = Conv({t}, w{n}) t{n} = Add({t}, r{n})")
+        elif kind == "concat":
+            arrays[f"w{n}"] = random.standard_normal((4, 8, 1, 1))
+            arrays[f"v{n}"] = random.standard_normal((8, 12, 1, 1))
+            lines.append(f"r{n} = Conv({t}, w{n}) c{n} = Concat<axis=1>({t}, r{n}) t{n} = Conv(c{n}, v{n})")
+        elif kind == "split":
+            arrays[f"s{n}"] = np.array([3, 5])
+            lines.append(f"p{n}, q{n} = Split<axis=1>({t}, s{n}) t{n} = Concat<axis=1>(q{n}, p{n})")
+        else:
+            lines.append(f"t{n} = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>({t})")
+    body = "\n".join([*lines, f"y = Conv(t{len(kinds)}, head)"])
+    constants = {
+        name: array if array.dtype.kind == "i" else array.astype(np.float32) for name, array in arrays.items()
+    }
+    return parse(f"g (float[N,3,6,6] x) => (float[N,2,6,6] y) {{ {body} }}", constants)
+
+
+def test_a_plan_that_is_not_there_is_named() -> None:
+    with pytest.raises(UsageError, match="cannot read the pruning plan '/nowhere/plan"):
+        prune(chain(), plan="/nowhere/plan.json")
+
+
+def test_a_quantized_model_can_be_pruned() -> None:
+    """Scales of weights go with their channels; rounding does not get in the way of the proof."""
+    quantized = Pipeline(Quantize(), on_error="raise")(chain(), data=data()).model
+    step = prune(quantized, ratio=0.5, repair="none").report.steps[0]
+    assert step.changes.facts["oracle"] < 1e-5
+    assert step.changes.facts["params"][1] < 0.4 * step.changes.facts["params"][0]

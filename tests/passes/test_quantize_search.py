@@ -1,0 +1,296 @@
+"""Quantize as a whole: what it keeps out of integers, how weights are stored, how codes are chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.judge import Judge
+from onnxslim.graph import Array, Constant
+from onnxslim.model import Model
+from onnxslim.passes.quantize import Quantize, rounding, weights
+from onnxslim.pipeline import Changes, Context
+from onnxslim.runtime import Session, Target, optimized_model
+from tests.helpers import ops, parse
+
+
+def _normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def _with(model: Model, **values: Array) -> Model:
+    for name, array in values.items():
+        model.graph.initializers[name].values = array
+    return model
+
+
+def _quantize(model: Model, data: list[dict[str, Array]], **options: Any) -> tuple[Model, Changes]:
+    twin = model.copy()
+    changes = Quantize(**options).run(twin, Context(target=Target.cpu(), data=CalibrationData(data)))
+    return twin, changes
+
+
+def _sqnr(before: Model, after: Model, feeds: dict[str, Array], optimize: str = "all") -> float:
+    expected, actual = Session(before).run(feeds)["y"], Session(after, optimize=optimize).run(feeds)["y"]
+    noise = float(np.square(expected - actual, dtype=np.float64).sum())
+    return float(10 * np.log10(np.square(expected, dtype=np.float64).sum() / max(noise, 1e-30)))
+
+
+def _constants(model: Model) -> list[Constant]:
+    return [tensor for node in model.graph.nodes for tensor in node.inputs if isinstance(tensor, Constant)]
+
+
+CHAIN = """g (float[N,8,6,6] x) => (float[N,8,6,6] y)
+<float[8,8,1,1] w1 = {0}, float[8] b1 = {0}, float[16,8,3,3] w2 = {0}, float[16] b2 = {0},
+ float[8,16,1,1] w3 = {0}, float[8] b3 = {0}>
+{ [first] a = Conv(x, w1, b1) ar = Relu(a)
+  [middle] b = Conv<pads=[1,1,1,1]>(ar, w2, b2) br = Relu(b)
+  [last] y = Conv(br, w3, b3) }"""
+
+
+@pytest.fixture
+def chain() -> Model:
+    return _with(
+        parse(CHAIN),
+        w1=_normal(8, 8, 1, 1),
+        b1=_normal(8, seed=1),
+        w2=_normal(16, 8, 3, 3, seed=2) * np.geomspace(0.01, 1, 16).astype(np.float32)[:, None, None, None],
+        b2=_normal(16, seed=3),
+        w3=_normal(8, 16, 1, 1, seed=4),
+        b3=_normal(8, seed=5),
+    )
+
+
+@pytest.fixture
+def batches() -> list[dict[str, Array]]:
+    return [{"x": _normal(4, 8, 6, 6, seed=seed)} for seed in range(8)]
+
+
+def test_a_convolution_left_in_float_between_integers_is_really_left_alone(
+    chain: Model, batches: list[dict[str, Array]]
+) -> None:
+    """ONNX Runtime quantizes float weights between a DQ and a Q itself, with one scale for all."""
+    result, _ = _quantize(chain, batches, exclude=("middle",))
+    ran = {node.name: node.op_type for node in optimized_model(result).graph.node}
+    assert ran["first"] == ran["last"] == "QLinearConv"
+    assert ran["middle"] in ("Conv", "FusedConv")
+    assert _sqnr(chain, result, batches[0]) == pytest.approx(
+        _sqnr(chain, result, batches[0], "none"), abs=0.5
+    )
+
+
+def _with_outlier(chain: Model) -> Model:
+    """One input channel of the middle layer is two hundred times the others, and hardly matters."""
+    b1, w2 = chain.graph.initializers["b1"].values.copy(), chain.graph.initializers["w2"].values.copy()
+    b1[0] += 800.0
+    w2[:, 0] *= 1e-3
+    return _with(chain, b1=b1, w2=w2)
+
+
+def test_the_layer_that_loses_most_is_kept_and_the_report_ranks_all(
+    chain: Model, batches: list[dict[str, Array]]
+) -> None:
+    model = _with_outlier(chain)
+    plain, _ = _quantize(model, batches, require_sqnr=0)
+    kept, changes = _quantize(model, batches, require_sqnr=25)
+    rows = changes.facts["layers"]
+    assert changes.facts["everything"] < 25 <= changes.facts["sqnr"]
+    assert [row["sqnr"] for row in rows] == sorted(row["sqnr"] for row in rows)
+    assert {row["node"] for row in rows} == {"first", "middle", "last"}
+    assert 0 < sum(row["kept"] for row in rows) < 3
+    fresh = {"x": _normal(16, 8, 6, 6, seed=99)}
+    assert _sqnr(model, kept, fresh) > max(_sqnr(model, plain, fresh), 23)
+
+
+def test_nothing_is_searched_where_enough_is_kept(chain: Model, batches: list[dict[str, Array]]) -> None:
+    _, changes = _quantize(chain, batches, require_sqnr=15)
+    assert "layers" not in changes.facts
+    _, changes = _quantize(chain, batches, require_sqnr=15, layers=True)
+    assert len(changes.facts["layers"]) == 3
+    assert not any(row["kept"] for row in changes.facts["layers"])
+
+
+# Weights only
+
+PRODUCTS = """g (int64[N,S] i) => (float[N,S,48] y)
+<float[3000,64] table = {0}, float[64,96] w1 = {0}, float[96] b1 = {0}, float[96,48] w2 = {0}>
+{ t = Gather(table, i) x = Tanh(t) [one] a = MatMul(x, w1) ab = Add(a, b1) ar = Relu(ab)
+  [two] y = MatMul(ar, w2) }"""
+
+
+@pytest.fixture
+def products() -> Model:
+    mixed = _normal(64, 64, seed=7) * np.geomspace(0.05, 1, 64).astype(np.float32)
+    return _with(
+        parse(PRODUCTS, opset=21),
+        table=_normal(3000, 64) @ mixed,
+        w1=_normal(64, 96, seed=1),
+        b1=_normal(96, seed=2),
+        w2=_normal(96, 48, seed=3),
+    )
+
+
+@pytest.fixture
+def sentences() -> list[dict[str, Array]]:
+    generator = np.random.default_rng(0)
+    return [{"i": generator.integers(0, 3000, (4, 12))} for _ in range(16)]
+
+
+@pytest.mark.parametrize(("bits", "size", "least"), [("int8", 0.3, 35.0), ("int4", 0.25, 15.0)])
+def test_weights_alone_are_stored_as_integers(
+    products: Model, sentences: list[dict[str, Array]], bits: str, size: float, least: float
+) -> None:
+    result, _ = _quantize(products, sentences, weights=bits, activations="none", require_sqnr=0)
+    assert result.nbytes() < size * products.nbytes()
+    assert "QuantizeLinear" not in ops(result)
+    assert _sqnr(products, result, sentences[0]) > least
+    assert [node.op_type for node in optimized_model(result).graph.node].count("MatMulNBits") == 2
+
+
+def test_four_bits_chosen_by_outputs_beat_the_nearest_ones(
+    products: Model, sentences: list[dict[str, Array]]
+) -> None:
+    fresh = {"i": np.random.default_rng(9).integers(0, 3000, (16, 12))}
+    found = {
+        algorithm: _sqnr(
+            products,
+            _quantize(
+                products, sentences, weights="int4", activations=None, algorithm=algorithm, require_sqnr=0
+            )[0],
+            fresh,
+        )
+        for algorithm in ("rtn", "cd")
+    }
+    assert found["cd"] > found["rtn"] + 2
+
+
+def test_weights_alone_need_no_data(products: Model) -> None:
+    twin = products.copy()
+    changes = Quantize(activations=None).run(twin, Context())
+    assert twin.nbytes() < 0.3 * products.nbytes()
+    assert {change.node for change in changes.changed} >= {"one", "two"}
+
+
+def test_four_bit_weights_run_in_integer_kernels(chain: Model, batches: list[dict[str, Array]]) -> None:
+    result, changes = _quantize(chain, batches, weights="int4", require_sqnr=0)
+    assert changes.facts["fused"] == {"Conv": 3}
+    stored = {constant.dtype.name for constant in _constants(result)}
+    assert "int4" in stored
+    assert _sqnr(chain, result, batches[0]) > 12
+    assert _sqnr(chain, result, batches[0]) == pytest.approx(
+        _sqnr(chain, result, batches[0], "none"), abs=1.0
+    )
+
+
+def test_four_bits_in_integer_kernels_gain_by_outputs_too(chain: Model) -> None:
+    mixed = _normal(3, 8, seed=5)
+    images = [np.einsum("ncij,cd->ndij", _normal(8, 3, 6, 6, seed=seed), mixed) for seed in range(9)]
+    *data, fresh = ({"x": image} for image in images)
+    found = {
+        algorithm: _sqnr(
+            chain, _quantize(chain, data, weights="int4", algorithm=algorithm, require_sqnr=0)[0], fresh
+        )
+        for algorithm in ("rtn", "cd")
+    }
+    assert found["cd"] > found["rtn"] + 1
+
+
+# The judge
+
+
+def test_parts_of_a_concat_are_judged_one_by_one() -> None:
+    model = parse("""g (float[N,2,4] x, float[N,3,4] z) => (float[N,4,5] y)
+        { c = Concat<axis=1>(x, z) y = Transpose<perm=[0,2,1]>(c) }""")
+    feeds = {"x": 100 * _normal(2, 2, 4), "z": _normal(2, 3, 4, seed=1)}
+    other = parse("""g (float[N,2,4] x, float[N,3,4] z) => (float[N,4,5] y)
+        <float[1] h = {0.5}> { zh = Mul(z, h) c = Concat<axis=1>(x, zh) y = Transpose<perm=[0,2,1]>(c) }""")
+    score = Judge(model, CalibrationData([feeds]), Target.cpu())(other)
+    assert score.parts["y[0:2]"] == np.inf
+    assert score.parts["y[2:5]"] == score.sqnr == pytest.approx(6.02, abs=0.01)
+
+
+# Rounding
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.sampled_from((1, 4)), st.integers(0, 1 << 30)
+)
+def test_refined_codes_lower_the_error_and_keep_their_limits(
+    groups: int, outputs: int, channels: int, positions: int, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    size = channels * positions
+    target = generator.standard_normal((groups, outputs, size)).astype(np.float32)
+    seen = generator.standard_normal((groups, size, 3 * size + 2)) * generator.uniform(0.1, 3, (size, 1))
+    gram = seen @ seen.swapaxes(1, 2) / seen.shape[2]
+    scales = np.abs(target).max(axis=2) / 127
+    codes = np.rint(target / scales[..., None]).clip(-64, 64).astype(np.float32)
+    neighbours = rounding.Neighbours(channels, positions)
+    better, steps = rounding.refine(target, codes, scales, gram, neighbours=neighbours)
+
+    def error(codes: Array, scales: Array) -> float:
+        off = codes * scales[..., None] - target
+        return float(np.einsum("gmk,gkl,gml->", off, rounding._damped(gram), off))
+
+    assert error(better, steps) <= error(codes, scales) * (1 + 1e-4)
+    assert np.array_equal(better, np.rint(better))
+    assert np.abs(better).max() <= weights.QMAX
+    table = better.reshape(groups * outputs, channels, positions).astype(np.int8)
+    assert not weights._saturates(table).any()
+
+
+# Targets
+
+
+@pytest.mark.parametrize(
+    ("layout", "activation", "bias", "symmetric"),
+    [
+        ("cpu", "uint8", "int32", False),
+        ("openvino", "uint8", "int32", False),
+        ("cuda", "int8", "float32", True),
+        ("tensorrt", "int8", "float32", True),
+        ("qnn", "uint16", "int32", False),
+    ],
+)
+def test_graphs_obey_the_layout_of_a_target(
+    chain: Model, batches: list[dict[str, Array]], layout: str, activation: str, bias: str, symmetric: bool
+) -> None:
+    result, _ = _quantize(chain, batches, layout=layout, require_sqnr=0)
+    pairs = [node for node in result.graph.nodes if node.op == "QuantizeLinear"]
+    zeros = [node.inputs[2] for node in pairs if isinstance(node.inputs[2], Constant)]
+    assert len(zeros) == len(pairs) > 0
+    assert {zero.dtype.name for zero in zeros} == {activation}
+    assert not symmetric or not any(zero.values.any() for zero in zeros)
+    convs = [node for node in result.graph.nodes if node.op == "Conv"]
+    for conv in convs:
+        maker, stored = conv.inputs[2].inputs, conv.inputs[2]
+        assert np.dtype((maker[0].inputs[0] if maker else stored).dtype).name == bias
+        assert conv.inputs[1].inputs[0].inputs[0].dtype == np.int8
+    assert _sqnr(chain, result, batches[0], "none") > 25
+
+
+def test_sixteen_bits_lose_less_than_eight(chain: Model, batches: list[dict[str, Array]]) -> None:
+    found = {
+        kind: _sqnr(
+            chain, _quantize(chain, batches, activations=kind, algorithm="rtn")[0], batches[0], "none"
+        )
+        for kind in ("uint8", "uint16")
+    }
+    assert found["uint16"] > found["uint8"]
+
+
+def test_latency_is_measured_and_may_be_what_decides(
+    chain: Model, batches: list[dict[str, Array]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Timing itself is made up: only what is done with it can be tested."""
+    monkeypatch.setattr(Judge, "latencies", lambda self, models, seconds: [1.0, 0.9, 0.8, 0.7][: len(models)])
+    _, changes = _quantize(chain, batches, optimize_for="latency", require_sqnr=0)
+    assert changes.facts["latency"] == 1.0
+    reasons = [skip.reason for skip in changes.skipped]
+    assert reasons.count("it is faster in floating point") == 2
