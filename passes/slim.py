@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from onnxslim import proto
 from onnxslim.errors import UsageError
 from onnxslim.model import Model
 from onnxslim.passes import eliminate, fuse
@@ -101,7 +102,9 @@ class Slim(Pass):
 
 def _size(model: Model) -> int:
     """Bytes of a model in a file; of a large one without the few it takes to say where a constant begins."""
-    return model.to_proto().ByteSize() if model.nbytes() < _COUNTED_BYTES else model.stats().bytes
+    if model.nbytes() >= _COUNTED_BYTES:
+        return model.stats().bytes
+    return model.to_proto_with(proto.encode_embedded).ByteSize()
 
 
 def _settle(parts: Sequence[Pass], model: Model, ctx: Context) -> Changes:
