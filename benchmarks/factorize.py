@@ -2,6 +2,7 @@
 
     python benchmarks/factorize.py budgets [NET ...]     75, 50 and 35 % of the MACs: plain, fitted, repaired
     python benchmarks/factorize.py schemes [NET ...]     every scheme alone and all of them, at 50 %
+    python benchmarks/factorize.py speed [NET ...]       ranks in blocks of 16, and a budget of time
     python benchmarks/factorize.py layers [NET ...]      share of MACs against share of time, layer by layer
     python benchmarks/factorize.py real [NAME ...]       real models; see models/zoo.py
 
@@ -101,6 +102,16 @@ def schemes(names: tuple[str, ...]) -> Iterator[str]:
             yield row(net, kinds[0], macs=0.5, schemes=kinds)
 
 
+def speed(names: tuple[str, ...]) -> Iterator[str]:
+    """Ranks in blocks of 16, and a budget of time instead of multiply-accumulates."""
+    yield from _head(
+        "net", "wanted", "MACs", "parameters", "accuracy, %", "SQNR dB", "times as fast", "CPU s"
+    )
+    for net in names or ("vgg",):
+        yield row(net, "50%, align=16", macs=0.5, align=16)
+        yield row(net, "speedup=2, align=16", speedup=2.0, align=16)
+
+
 def layers(names: tuple[str, ...]) -> Iterator[str]:
     """What the gate measured, and what was chosen."""
     yield from _head("net", "layer", "factors", "MACs", "time", "gate", "chosen")
@@ -153,7 +164,7 @@ def _head(*names: str) -> Iterator[str]:
     yield "|" + "---|" * len(names)
 
 
-PARTS = {"budgets": budgets, "schemes": schemes, "layers": layers, "real": real}
+PARTS = {"budgets": budgets, "schemes": schemes, "speed": speed, "layers": layers, "real": real}
 
 
 def main() -> None:

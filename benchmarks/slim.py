@@ -4,8 +4,9 @@
     python benchmarks/slim.py [--venvs FOLDER] [--tools TOOL ...] [MODEL ...]
 
 Every tool runs with its defaults in a virtual environment of its own, made in FOLDER on the first run: two of
-them have one import name. Models are those of the zoo, the Fashion-MNIST networks, and the light models that
-come with onnx, whose weights are ConstantOfShape nodes.
+them have one import name. Models are those of the zoo, the Fashion-MNIST networks, the untrained ones that
+`benchmarks/untrained.py` exports, and the light models that come with onnx, whose weights are ConstantOfShape
+nodes.
 
 A cell holds, in this order: nodes, those of nested graphs included, Constant nodes not; size of the file
 relative to the original's; CPU seconds of the call itself, in a fresh process, imports done, any checks the
@@ -101,7 +102,7 @@ class Cell:
 
 def models() -> dict[str, tuple[Path, Feeds]]:
     """File and inputs of every model that is there."""
-    return {**dict(_zoo()), **dict(_fashion()), **dict(_light())}
+    return {**dict(_zoo()), **dict(_fashion()), **dict(_untrained()), **dict(_light())}
 
 
 def _zoo() -> Iterator[tuple[str, tuple[Path, Feeds]]]:
@@ -119,6 +120,15 @@ def _fashion() -> Iterator[tuple[str, tuple[Path, Feeds]]]:
     image = np.load(folder / "test.npz")["image"][:1]
     for path in sorted(folder.glob("*.onnx")):
         yield f"fashion {path.stem}", (path, {"image": image})
+
+
+def _untrained() -> Iterator[tuple[str, tuple[Path, Feeds]]]:
+    from onnxslim.model import load
+    from onnxslim.models import zoo
+    from onnxslim.probe import make_feeds
+
+    for path in sorted((zoo.cache() / "untrained").glob("*.onnx")):
+        yield f"untrained {path.stem}", (path, make_feeds(load(path).inputs(), batch=1, size=16))
 
 
 def _light() -> Iterator[tuple[str, tuple[Path, Feeds]]]:
@@ -259,8 +269,10 @@ def main() -> None:
         cells = rows[name] = measure(*known[name], pythons)
         before = f"{cells['before'].nodes}, {cells['before'].size:.2f}"
         print(f"| {name} | {before} | {' | '.join(str(cells[tool]) for tool in pythons)} |", flush=True)
-    for title, light in (("trained models", False), ("light models", True)):
-        chosen = [cells for name, cells in rows.items() if name.startswith("light_") == light]
+    groups = {"untrained ": "untrained models", "light_": "light models", "": "trained models"}
+    kinds = {name: next(prefix for prefix in groups if name.startswith(prefix)) for name in rows}
+    for prefix, title in reversed(groups.items()):
+        chosen = [cells for name, cells in rows.items() if kinds[name] == prefix]
         print(totals(title, chosen, list(pythons)))
 
 

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -247,7 +248,7 @@ def export(name: str, exporter: str) -> None:
     target = folder() / f"{name}.{exporter}.onnx"
     temporary = target.with_suffix(f".{os.getpid()}")
     names = list(network.inputs)
-    given = {"input_names": names, "output_names": ["result"]}
+    given: dict[str, Any] = {"input_names": names, "output_names": ["result"]}
     if exporter == "dynamo":
         free = {axis: torch.export.Dim(label) for axis, label in network.axes.items()}
         given |= {"dynamic_shapes": (free,) * len(names)} if free else {}
@@ -255,14 +256,14 @@ def export(name: str, exporter: str) -> None:
             net, tuple(network.inputs.values()), temporary, dynamo=True, external_data=False, **given
         )
     else:
-        free = {**dict.fromkeys(names, network.axes), "result": {0: "batch"}} if network.axes else {}
+        axes = {**dict.fromkeys(names, network.axes), "result": {0: "batch"}} if network.axes else {}
         torch.onnx.export(
             net,
             tuple(network.inputs.values()),
             str(temporary),
             dynamo=False,
             opset_version=17,
-            dynamic_axes=free,
+            dynamic_axes=axes,
             **given,
         )
     os.replace(temporary, target)

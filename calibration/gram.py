@@ -27,7 +27,9 @@ Doubles = NDArray[np.float64]
 
 # Rows per layer; more than this changes the weights found from a few hundred images by less than their noise.
 ROWS = 1 << 15
-_BLOCK = 2048
+# Rows per product: as many as fit this number of elements, within bounds.
+_ELEMENTS = 1 << 23
+_LEAST, _BLOCK = 256, 2048
 _MANY = 512  # samples to reckon with where the source does not know how many it has
 
 
@@ -102,22 +104,23 @@ class Moments:
         if not x.shape[2]:
             return
         with np.errstate(invalid="ignore", over="ignore"):  # result() tells
-            if self._blocks is None or self._shift is None:
-                size = max(_BLOCK, x.shape[1])
-                self._blocks = (
-                    np.empty((*x.shape[:2], size), np.float32),
-                    np.empty((*y.shape[:2], size), np.float32),
-                )
-                self._shift = x.mean(axis=2, keepdims=True), y.mean(axis=2, keepdims=True)
-            start, size = 0, self._blocks[0].shape[2]
+            blocks, shifts = self._begin(x, y)
+            start, size = 0, blocks[0].shape[2]
             while start < x.shape[2]:
                 step = min(x.shape[2] - start, size - self._filled)
-                for each, block, shift in zip((x, y), self._blocks, self._shift, strict=True):
+                for each, block, shift in zip((x, y), blocks, shifts, strict=True):
                     part = each[..., start : start + step]
                     np.subtract(part, shift, out=block[..., self._filled : self._filled + step])
                 start, self._filled = start + step, self._filled + step
                 if self._filled == size:
                     self._flush()
+
+    def _begin(self, x: Floats, y: Floats) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats]]:
+        if self._blocks is None or self._shift is None:
+            size = int(np.clip(_ELEMENTS // max(x.shape[0] * x.shape[1], 1), _LEAST, _BLOCK))
+            self._blocks = _empty(x, size), _empty(y, size)
+            self._shift = x.mean(axis=2, keepdims=True), y.mean(axis=2, keepdims=True)
+        return self._blocks, self._shift
 
     def result(self) -> Gram:
         """The moments so far.
@@ -148,6 +151,10 @@ class Moments:
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
         self.count += self._filled
         self._filled = 0
+
+
+def _empty(like: Floats, size: int) -> Floats:
+    return np.empty((*like.shape[:2], size), np.float32)
 
 
 def _sums(x: Floats, y: Floats) -> list[Doubles]:

@@ -77,7 +77,7 @@ class Layer(ABC):
     def outputs(self, y: Array, at: Positions) -> Floats:
         """Values of a tensor of the output's shape: float32 (groups, outputs per group, positions)."""
         found = values_at(y, self.axis, at)
-        return found.reshape(self.groups, -1, at.size)
+        return found.reshape(self.groups, len(found) // self.groups, at.size)
 
 
 def values_at(y: Array, axis: int, at: Positions) -> Floats:
@@ -211,7 +211,7 @@ class Window(Layer):
         flat[:, :-1].reshape(channels, samples, size)[...] = x.reshape(samples, channels, size).swapaxes(0, 1)
         index = self._sources(x.shape[2:], at, samples * size)
         found = flat.take(index.reshape(-1), axis=1, mode="clip")
-        return found.reshape(self.groups, -1, at.size)
+        return found.reshape(self.groups, channels // self.groups * len(index), at.size)
 
     def _sources(self, sizes: Sequence[int], at: Positions, padding: int) -> Positions:
         """For each kernel position and output position, where in (samples, space) the input is read."""
@@ -221,8 +221,9 @@ class Window(Layer):
         for axis, position in enumerate(np.unravel_index(rest, out)):
             table = self._table(axis, out[axis], begins[axis])
             valid = (table >= 0) & (table < sizes[axis])
-            found = (found[:, None] * sizes[axis] + table[None, :, position]).reshape(-1, at.size)
-            inside = (inside[:, None] & valid[None, :, position]).reshape(-1, at.size)
+            taps = len(found) * len(table)
+            found = (found[:, None] * sizes[axis] + table[None, :, position]).reshape(taps, at.size)
+            inside = (inside[:, None] & valid[None, :, position]).reshape(taps, at.size)
         return np.where(inside, found, padding)
 
     def _table(self, axis: int, size: int, begin: int) -> Positions:

@@ -12,7 +12,7 @@ import onnx.checker
 
 from onnxslim import proto
 from onnxslim.errors import LoadError, OnnxSlimError
-from onnxslim.graph import MASK_MAGNITUDE, Array, Constant
+from onnxslim.graph import MASK_MAGNITUDE, Array, Constant, Node
 from onnxslim.model import Model
 from onnxslim.ops import cost, spec_of
 from onnxslim.ops.spec import sizes as spec_sizes
@@ -85,6 +85,7 @@ class Checker:
     def accept(self, model: Model) -> None:
         """Take a model that lossily differs from the original for what later lossless steps have to keep."""
         self._model = model
+        self._interface = interface(model)
         if self._runs:
             session = Session(model, self._target, once=True)
             self._expected = [session.run(feeds) for feeds in self.feeds]
@@ -161,12 +162,19 @@ def _affordable(model: Model, target: Target) -> Session:
     return Session(model, target, once=True)
 
 
+def _is_constant(node: Node) -> bool:
+    """Whether a node computes with constants alone, which ONNX Runtime does as it loads a model."""
+    if node.op in ("QuantizeLinear", "DequantizeLinear"):
+        return False
+    return bool(node.inputs) and all(isinstance(tensor, Constant) for tensor in node.inputs)
+
+
 def require_affordable(model: Model) -> None:
     """Raise LoadError if a tensor is certain to take more than `MAX_TENSOR_BYTES`, whatever is fed.
 
     A file of a few bytes can ask for terabytes; ONNX Runtime would try to get them, sometimes as it loads it.
     """
-    if not any(node.op in GROWING for node in model.nodes()):
+    if not any(node.op in GROWING or _is_constant(node) for node in model.nodes()):
         return
     for node in cost.sized(model).graph.nodes:
         for tensor in node.outputs:
@@ -293,16 +301,20 @@ def broken(reference: Any, actual: Any) -> str:
 
 
 def relative_difference(
-    first: Model, second: Model, target: Target, samples: Sequence[Mapping[str, Array]] = ()
+    first: Model,
+    second: Model,
+    target: Target,
+    samples: Sequence[Mapping[str, Array]] = (),
+    *,
+    optimize: str = "none",
 ) -> float | None:
     """Largest difference of an output, relative to its largest magnitude, over probe inputs.
-
-    Both models run as they are written, without ONNX Runtime's own optimizations.
 
     Args:
         first, second: models with one interface.
         target: where they run.
         samples: real inputs, preferred to made-up ones.
+        optimize: ONNX Runtime's own optimizations of the second; the first runs as it is written.
 
     Returns:
         None if no inputs are found on which the first runs.
@@ -310,7 +322,8 @@ def relative_difference(
     Raises:
         LoadError: ONNX Runtime refuses one of them.
     """
-    session, other = (Session(each, target, optimize="none", once=True) for each in (first, second))
+    session = Session(first, target, optimize="none", once=True)
+    other = Session(second, target, optimize=optimize, once=True)
     worst: float | None = None
     for run in probes(first, session, samples):
         actual = other.run(run.feeds)

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 
-from onnxslim import files, proto, shapes, utils
+from onnxslim import files, precision, proto, shapes, utils
 from onnxslim import graph as ir
 from onnxslim.check import difference
 from onnxslim.errors import UsageError, ValidationError
@@ -89,7 +89,9 @@ def slim(
             that has no counterpart here is logged as a warning.
         size_threshold: bytes by which constant folding may make the model larger; by default it may not. For
             OnnxSlim this is the size of a single result, and there is no limit by default.
-        dtype: not supported yet.
+        dtype: "fp16" converts the result to half precision, inputs and outputs too; "fp32" a model in half
+            precision to single precision. This alone may change outputs beyond rounding; the check
+            is that of the rewrites, before or after it.
         save_as_external_data: put the weights into a file beside `output_model`, however small they are.
         model_check_inputs: what to compare on, as "name:1,3,224,224" for random values of this shape or
             "name:file.npy". Other inputs and all by default are made up.
@@ -193,10 +195,8 @@ class Request:
 
     def __post_init__(self) -> None:
         """Refuse what can be refused without a model."""
-        if self.dtype is not None:
-            raise UsageError(
-                f"dtype '{self.dtype}': converting a model to another precision is not there yet"
-            )
+        if self.dtype not in (None, "fp16", "fp32"):
+            raise UsageError(f"there is no dtype '{self.dtype}'; known are: fp16, fp32")
         if self.size_threshold is not None and self.size_threshold < 0:
             raise UsageError(f"size_threshold {self.size_threshold}: a number of bytes is not negative")
         for name in self.skip_optimizations:
@@ -233,6 +233,8 @@ class Request:
 
     def edit(self, model: Model) -> Model:
         """The model with the shapes, inputs and outputs that were asked for; the one given stays as it is."""
+        if self.dtype == "fp32":
+            model = precision.to_single(model)
         if not (self.inputs or self.outputs or self.input_shapes):
             return model
         twin = model.copy()
@@ -270,7 +272,12 @@ class Request:
             require_same_outputs(original, result.model, feeds)
         for change in (change for step in result.report.steps for change in step.changes.changed):
             logger.debug("%s: %s %s", change.node, change.action, change.reason)
-        return replace(result, report=replace(result.report, notes=(*result.report.notes, *self.notes)))
+        notes = [*result.report.notes, *self.notes]
+        model = result.model
+        if self.dtype == "fp16":
+            model = precision.to_half(model)
+            notes.append("converted to half precision; what that changes in the outputs was not measured")
+        return replace(result, model=model, report=replace(result.report, notes=tuple(notes)))
 
 
 # -------------------------------------------------------------------------------- names of what to skip

@@ -134,14 +134,13 @@ def check_embedded(tensor: TensorProto) -> None:
     """Raise LoadError unless the bytes inside a tensor are as many as its type and shape take."""
     if any(dim < 0 for dim in tensor.dims):
         raise LoadError(f"tensor '{tensor.name}' has a negative size: {list(tensor.dims)}")
-    if not tensor.HasField("raw_data"):
-        return  # the fields of numbers are counted when they are decoded
     try:
         dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
     except KeyError:
         raise LoadError(f"tensor '{tensor.name}' is of unknown type {tensor.data_type}") from None
     needed = (math.prod(tensor.dims) * bit_width(dtype) + 7) // 8
-    if len(tensor.raw_data) != needed:
+    # The fields of numbers are counted when they are decoded.
+    if tensor.HasField("raw_data") and len(tensor.raw_data) != needed:
         raise LoadError(
             f"tensor '{tensor.name}' of {dtype} and shape {list(tensor.dims)} takes {needed} bytes, "
             f"but has {len(tensor.raw_data)}"

@@ -155,6 +155,12 @@ def _disagreements(model: Model, facts: Mapping[int, Fact]) -> Iterator[tuple[in
             actual = quirks.output_shape(node, source)
             if actual is not None and made.dtype is not None and not quirks.agree(actual, made.shape):
                 yield id(node.outputs[0]), actual
+        elif node.op in quirks.ZERO_IF_UNKNOWN:
+            found = {id(tensor): facts.get(id(tensor), unknown).shape for tensor in node.outputs}
+            if found[id(node.outputs[0])] is not None and any(0 in (shape or ()) for shape in found.values()):
+                for key, shape in found.items():
+                    if shape is not None:
+                        yield key, tuple(dim or None for dim in shape)
 
 
 def _declare(graph: GraphProto, name: str, fact: Fact | None, shape: Shape) -> None:

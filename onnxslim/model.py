@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ class Stats:
     bytes: int
 
 
+@contextmanager
+def _texts_read() -> Iterator[None]:
+    """protobuf reads texts that are not UTF-8, but does not write them."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise LoadError(f"a text in the model is not UTF-8: {error.object[:40]!r}") from error
+
+
 class Model:
     """An ONNX model as the passes see it.
 
@@ -69,6 +79,7 @@ class Model:
         self.opsets = {_domain(item.domain): item.version for item in shell.opset_import}
 
     @classmethod
+    @_texts_read()
     def from_proto(cls, model: onnx.ModelProto, folder: Path | None = None) -> Model:
         """The model in a protobuf, which is kept and must not be changed afterwards.
 
@@ -193,6 +204,7 @@ class Model:
             raise SaveError("the model is too large for one protobuf; save it to a file instead")
         return self.to_proto_with(proto.encode_embedded)
 
+    @_texts_read()
     def to_proto_with(self, encode: proto.Encode) -> onnx.ModelProto:
         """A ModelProto whose tensors are written by `encode`."""
         model = onnx.ModelProto()

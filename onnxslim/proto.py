@@ -105,6 +105,9 @@ def _import(proto: GraphProto, outer: Scope, ir_version: int, decode: Decode) ->
         return scope[name]
 
     for node, outputs in zip(proto.node, made, strict=True):
+        for text in (node.op_type, node.name, node.domain, *node.input, *node.output):
+            if not isinstance(text, str):  # protobuf gives out bytes where they are no UTF-8
+                raise LoadError(f"a name is not UTF-8: {text[:40]!r}")
         reader = f"node '{node.name or node.op_type}' ({node.op_type})"
         inputs = [lookup(name, reader) if name else ir.empty() for name in node.input]
         attrs = {item.name: _attribute(item, scope, ir_version, decode) for item in node.attribute}

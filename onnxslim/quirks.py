@@ -17,6 +17,8 @@ from onnxslim.model import DEFAULT_DOMAINS, constant_of
 Rule = Callable[[Node, tuple[Dim, ...]], "tuple[Dim, ...] | None"]
 # Ends of slices from here on stand for "as far as there is something".
 OPEN_END = 2**31 - 1
+# onnx's inference says 0 for sizes of their results that it does not know.
+ZERO_IF_UNKNOWN = frozenset(("Attention",))
 
 
 def output_shape(node: Node, shape: Shape) -> Shape:

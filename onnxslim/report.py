@@ -43,6 +43,8 @@ CAPTIONS = {
     "total": "of such operators in the model",
     "budget": "left",
     "layers": "factors",
+    "families": "families of units that became smaller",
+    "oracle": "largest relative difference to the same slices set to zero",
     "repaired": "layers fitted again to what they computed before",
     "latency": "time of one run, relative to that before",
     "nearest": "SQNR on samples held out, dB: all in integers, weights rounded to the nearest",
@@ -54,7 +56,15 @@ CAPTIONS = {
     "unfused": "quantized, but run in floating point all the same",
 }
 # Facts that fill a table of their own: in JSON only.
-TABLES = frozenset(("candidates",))
+TABLES = frozenset(
+    (
+        "plan",
+        "macs",
+        "params",
+        "repairs",
+        "candidates",
+    )
+)
 
 
 def text(report: Report) -> str:

@@ -36,6 +36,8 @@ OPENVINO = "OpenVINOExecutionProvider"
 REFERENCE = "onnx.reference"
 MAX_REFERENCE_BYTES = 100_000_000
 REFERENCE_OPSET = 21
+# From here on, a copy of the weights would cost more memory than it saves time in a run or two.
+LARGE_BYTES = 512 << 20
 
 
 @functools.cache
@@ -127,8 +129,8 @@ class Target:
         provider: ONNX Runtime's name of it.
         options: provider options.
         threads: threads per operator; 0 lets ONNX Runtime choose.
-        libraries: files of custom operators to load. They run as code of this process, so their names must come
-            from the caller, never from a model or a recipe.
+        libraries: files of custom operators to load. They run as code of this process, so their names must
+            come from the caller, never from a model or a recipe.
         quantized: how quantized models are laid out for it.
     """
 
@@ -206,11 +208,12 @@ class Target:
 
 
 def _register(options: Any, libraries: Sequence[str]) -> None:
-    for library in libraries:
-        try:
+    library = ""
+    try:
+        for library in libraries:
             options.register_custom_ops_library(library)
-        except Exception as error:  # onnxruntime raises a dozen unrelated types
-            raise UsageError(f"cannot load custom operators from '{library}': {_message(error)}") from error
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
+        raise UsageError(f"cannot load custom operators from '{library}': {_message(error)}") from error
 
 
 def layout(name: str) -> Quantized:
@@ -234,7 +237,7 @@ class Session:
         optimize: "all", "extended", "basic" or "none" of ONNX Runtime's own graph optimizations.
         optimized: if given, ONNX Runtime writes the graph it runs to this file.
         profile: if given, ONNX Runtime writes what ran where to a file in this folder; see `placement`.
-        once: whether it is for a run or two, for which it does not pay to copy weights into another layout.
+        once: whether it is for a run or two, for which large weights are not copied into another layout.
 
     Raises:
         LoadError: ONNX Runtime refuses the model; carries its message.
@@ -257,6 +260,7 @@ class Session:
             self.input_names, self.output_names = self._session.input_names, self._session.output_names
             return
         _require(self.target)
+        once = once and isinstance(model, Model) and model.nbytes() >= LARGE_BYTES
         options = _options(self.target, optimize, optimized, once)
         if profile is not None:
             options.enable_profiling = True
@@ -389,6 +393,19 @@ def optimized_model(model: Model, target: Target | None = None) -> onnx.ModelPro
         # "extended" fuses integer kernels but keeps plain operators where layout changes would hide them.
         Session(model, target, optimize="extended", optimized=path)
         return onnx.load_model(path, load_external_data=False)
+
+
+def half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a model in half precision, made by ONNX Runtime's tools."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    twin = onnx.ModelProto()
+    twin.CopyFrom(model)
+    with warnings.catch_warnings():
+        # It tells of every number it cuts.
+        warnings.simplefilter("ignore")
+        converted: onnx.ModelProto = convert_float_to_float16(twin)
+    return converted
 
 
 @dataclass(frozen=True)

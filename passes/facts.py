@@ -107,24 +107,26 @@ _COPYING = frozenset(
 _MAX_STEPS = 6
 
 
-def uniform(tensor: Tensor, steps: int = _MAX_STEPS) -> float | None:
-    """What every element of a tensor is, as a constant or copies of one make it; None if unknown."""
+def is_uniform(tensor: Tensor, wanted: float, steps: int = _MAX_STEPS) -> bool:
+    """Whether every element of a tensor is known to be this number, from a constant or copies of one."""
     values = constant_of(tensor)
     if values is not None:
-        if not values.size or not (values.dtype.kind in "iub" or values.dtype in FLOATS):
-            return None
-        first = float(values.flat[0])
-        return first if is_all(values, first) else None
+        return (values.dtype.kind in "iub" or values.dtype in FLOATS) and is_all(values, wanted)
     node = made_by(tensor, "ConstantOfShape", "Where", *_COPYING) if steps else None
     if node is None:
-        return None
+        return False
     if node.op == "ConstantOfShape":
         value = node.attrs.get("value")
-        return 0.0 if value is None else number(numpy_helper.to_array(value.t))
+        return wanted == (0 if value is None else number(numpy_helper.to_array(value.t)))
     if node.op == "Where":
-        taken = uniform(node.inputs[0], steps - 1)
-        return None if taken is None else uniform(node.inputs[1 if taken else 2], steps - 1)
-    return uniform(node.inputs[0], steps - 1)
+        taken = (index for index, flag in ((1, 1), (2, 0)) if is_uniform(node.inputs[0], flag, steps - 1))
+        return any(is_uniform(node.inputs[index], wanted, steps - 1) for index in taken)
+    return is_uniform(node.inputs[0], wanted, steps - 1)
+
+
+def plain_number(values: Array | None) -> float | None:
+    """The number in a scalar, or in a vector of one, which gives no tensor that has axes another shape."""
+    return number(values) if values is not None and values.ndim <= 1 else None
 
 
 def number(values: Array | None) -> float | None:

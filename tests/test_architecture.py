@@ -21,7 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("recipes",),
     ("compat", "demo"),
-    ("utils",),
+    ("utils", "precision"),
     ("terminal",),
     ("sources",),
     ("page",),

@@ -129,3 +129,15 @@ def test_what_only_optimizations_change_may_differ_a_little_more(
             checker(other, lossless=True)
     else:
         checker(other, lossless=True)
+
+
+def test_an_interface_that_was_accepted_is_the_one_to_keep() -> None:
+    checker = Checker(parse("g (float[N,4] x) => (float[N,4] y) { y = Relu(x) }"), Target.cpu())
+    narrower = parse(
+        "g (float[N,4] x) => (float[N,2] y) <int64[2] k = {0,1}> { r = Relu(x) y = Gather<axis=1>(r, k) }"
+    )
+    with pytest.raises(LoadError, match="inputs or outputs changed"):
+        checker(narrower, lossless=False)
+    checker(narrower, lossless=False, shapes=False)
+    checker.accept(narrower)
+    checker(narrower.copy(), lossless=True)

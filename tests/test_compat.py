@@ -145,7 +145,7 @@ def test_every_argument_of_theirs_is_there() -> None:
     [
         ({"input_shape": ["x:1,4"]}, "no argument 'input_shape'; did you mean 'input_shapes'?"),
         ({"zzz": 1}, "no argument 'zzz'; known are: output_model"),
-        ({"dtype": "fp16"}, "dtype 'fp16': converting a model to another precision is not there yet"),
+        ({"dtype": "int8"}, "there is no dtype 'int8'; known are: fp16, fp32"),
         ({"size_threshold": -1}, "size_threshold -1"),
         ({"skip_optimizations": ["constant_fold"]}, "did you mean 'constant_folding'?"),
         ({"skip_fusion_patterns": ["layer-aritmetic"]}, "did you mean 'layer-arithmetic'?"),
@@ -544,9 +544,9 @@ def test_command_line_fails_when_the_check_does(run: Run, wrong: None) -> None:
 
 
 def test_command_line_refuses_what_is_not_there(run: Run) -> None:
-    code, _, err = run("chain.onnx", "out.onnx", "--dtype", "fp16")
+    code, _, err = run("chain.onnx", "out.onnx", "--dtype", "int8")
     assert code == 2
-    assert "not there yet" in err
+    assert "known are: fp16, fp32" in err
     assert not Path("out.onnx").exists()
 
 
@@ -579,3 +579,42 @@ def test_two_owners_of_the_name_are_told_of(run: Run, monkeypatch: pytest.Monkey
     lines = [line for line in run("chain.onnx", "out.onnx")[2].splitlines() if "both install" in line]
     assert len(lines) == 1
     assert "onnx-slimkit and onnxslim both" in lines[0]
+
+
+def test_half_precision_and_back() -> None:
+    model = proto(
+        """g (float[N,4] x) => (float[N,3] y)
+        <float[4,3] w = {0,1,2,3,4,5,6,7,8,9,10,11}, float[3] b = {1,1,1}, float one = {1}>
+        { p = MatMul(x, w) q = Add(p, b) r = Cast<to=10>(q) s = Cast<to=1>(r) y = Add(s, one) }"""
+    )
+    half = onnxslim.slim(model, dtype="fp16")
+    assert {info.type.tensor_type.elem_type for info in (*half.graph.input, *half.graph.output)} == {10}
+    assert all(tensor.data_type == 10 for tensor in half.graph.initializer)
+    single = onnxslim.slim(half, dtype="fp32")
+    assert {info.type.tensor_type.elem_type for info in (*single.graph.input, *single.graph.output)} == {1}
+    assert "Cast" not in ops(single)
+    expected = X["x"] @ np.arange(12).reshape(4, 3) + 2
+    for made, kind in ((half, np.float16), (single, np.float32)):
+        actual = Session(made).run({"x": X["x"].astype(kind)})["y"]
+        assert actual.dtype == kind
+        assert np.allclose(actual, expected, rtol=1e-3)
+    assert model.graph.input[0].type.tensor_type.elem_type == 1
+
+
+def test_equal_nodes_and_equal_weights_are_skipped_one_by_one() -> None:
+    model = proto(
+        """g (float[4] x) => (float[4] y) <float[4] a = {1,2,3,4}, float[4] b = {1,2,3,4}>
+        { p = Exp(x) q = Exp(x) r = Mul(p, a) s = Pow(q, b) y = Add(r, s) }"""
+    )
+    neither, nodes, weights = (
+        onnxslim.slim(model, skip_optimizations=skipped)
+        for skipped in ([], ["subexpression_elimination"], ["weight_tying"])
+    )
+    assert (ops(neither)["Exp"], len(neither.graph.initializer)) == (1, 1)
+    assert (ops(nodes)["Exp"], len(nodes.graph.initializer)) == (2, 1)
+    assert (ops(weights)["Exp"], len(weights.graph.initializer)) == (1, 2)
+
+
+def test_the_pattern_of_gemms_leaves_convolutions_alone() -> None:
+    model = _convolution("BatchNormalization")
+    assert ops(onnxslim.slim(model, skip_fusion_patterns=["FusionGemm"]))["BatchNormalization"] == 0

@@ -12,9 +12,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from onnxslim import terms
-from onnxslim.dims import Dims
+from onnxslim.dims import Dims, dims_of
 from onnxslim.errors import LoadError
-from onnxslim.graph import Tensor
+from onnxslim.graph import Constant, Tensor
 from onnxslim.model import Model
 from onnxslim.runtime import Session
 from onnxslim.terms import Term
@@ -274,3 +274,54 @@ def test_broadcast_is_what_broadcasting_gives(parts: list[Term], sizes: dict[str
     result = terms.broadcast(parts)
     if result is not None:
         assert evaluated(result, sizes) == expected
+
+
+def test_one_sweep_goes_through_a_deep_stack() -> None:
+    body = " ".join(
+        f"a{i} = Reshape(x{i}, split) b{i} = Transpose<perm=[0,2,1,3]>(a{i}) c{i} = Softmax(b{i}) "
+        f"d{i} = Transpose<perm=[0,2,1,3]>(c{i}) e{i} = Reshape(d{i}, join) f{i} = Relu(e{i}) "
+        f"u{i} = Unsqueeze(f{i}, one) v{i} = Squeeze(u{i}, one) x{i + 1} = Add(v{i}, x{i})"
+        for i in range(30)
+    )
+    model = parse(
+        "g (float[N,6,8] x0) => (float[A,B,C] x30) "
+        f"<int64[4] split = {{-1,6,2,4}}, int64[3] join = {{-1,6,8}}, int64[1] one = {{1}}> {{ {body} }}"
+    )
+    dims = Dims(model)
+    assert dims.shape(tensor_of(model, "x30")) == ("N", 6, 8)
+    assert dims.shape(tensor_of(model, "c29")) == ("N", 2, 6, 4)
+
+
+def _reshaped() -> Model:
+    return parse(
+        "g (float[N,6] x) => (float[A,B,C] y) <int64[3] s = {-1,2,3}> { a = Reshape(x, s) y = Relu(a) }"
+    )
+
+
+def test_sizes_are_kept_as_long_as_nothing_changes() -> None:
+    model = _reshaped()
+    first = dims_of(model)
+    assert dims_of(model) is first
+    assert dims_of(model.copy()) is not first
+
+
+@pytest.mark.parametrize("change", ["values", "input", "attribute", "operator", "shape", "opset"])
+def test_sizes_are_found_anew_after_any_change(change: str) -> None:
+    model = _reshaped()
+    before = dims_of(model)
+    reshape, relu = model.graph.nodes
+    if change == "values":
+        constant = reshape.inputs[1]
+        assert isinstance(constant, Constant)
+        constant.values = np.array([-1, 3, 2])
+    elif change == "input":
+        reshape.inputs[1] = Constant("t", np.array([-1, 1, 6]))
+    elif change == "attribute":
+        reshape.attrs["allowzero"] = 1
+    elif change == "operator":
+        relu.op = "Exp"
+    elif change == "shape":
+        model.graph.inputs[0].shape = ("M", 12)
+    else:
+        model.opsets[""] = 18
+    assert dims_of(model) is not before

@@ -20,6 +20,7 @@ EXAMPLES = {
     "custom_operator.py": "with a row: 48 MACs, 2 nodes after dedupe",
     "custom_pass.py": "changed /Div: multiplies instead of dividing",
     "ort_reader.py": "in integers: 12 Conv",
+    "ultralytics_hook.py": "nodes, metadata {'stride': '32', 'task': 'classify'}",
     "chain.py": "accuracy 93.60 %",
 }
 # Names that stand for files of a newcomer.

@@ -100,7 +100,7 @@ def test_the_page_has_everything(made: tuple[Model, Model, Document]) -> None:
         "Where the bytes are",
         "By layer",
         "Recipe",
-        "observer: mse",
+        "- quantize:",
         f"source_sha256 {result.metadata['onnxslim.source_sha256']}",
         "Original against itself on cpu",
     ):
@@ -348,4 +348,20 @@ def test_a_report_without_steps_or_figures_is_a_page_too() -> None:
     model = parse("g (float[N] x) => (float[N] y) { y = Relu(x) }")
     empty: Verdict | None = None
     html = document(model, model, Pipeline()(model).report, empty).to_html()
-    assert "Passes" in html
+    assert "<h2>Before and after" in html
+    assert "Passes" not in html
+
+
+def test_validate_keeps_reports_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, factor in (("a", 1.0), ("b", 1.1)):
+        text = f"g (float[N,2] x) => (float[N,2] y) <float[2] w = {{1, {factor}}}> {{ y = Mul(x, w) }}"
+        parse(text).save(tmp_path / f"{name}.onnx")
+    np.savez(tmp_path / "data.npz", x=np.ones((4, 2), np.float32))
+    words = ["validate", str(tmp_path / "a.onnx"), str(tmp_path / "b.onnx"), "--rounds", "0"]
+    words += ["--data", str(tmp_path / "data.npz")]
+    assert cli.main([*words, "--report", str(tmp_path / "r.html"), "--require", "sqnr=90"]) == 4
+    html = (tmp_path / "r.html").read_text("utf-8")
+    assert "a.onnx" in html
+    assert "Signal-to-noise ratio, layer by layer" in html
+    assert cli.main([*words, "--report", str(tmp_path / "b.onnx")]) == 2
+    assert "would overwrite a model" in capsys.readouterr().err

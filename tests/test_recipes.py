@@ -169,7 +169,7 @@ def test_hashes_of_models_with_data_files_and_of_models_in_memory(folder: Path) 
         ("passes: [slim]\npases: 1", "there is no key 'pases'; did you mean 'passes'?"),
         ("passes: [slim, quantise]", r"passes\[1\]: there is no pass 'quantise'; did you mean 'quantize'?"),
         ("passes: [{quantize: {observr: kl}}]", "has no option 'observr'; did you mean 'observer'?"),
-        ("passes: [{quantize: {observer: kll}}]", "option 'observer': input should be 'minmax'"),
+        ("passes: [{quantize: {observer: kll}}]", "option 'observer': input should be "),
         ("passes: [{quantize: 3}]", "the options of 'quantize' are"),
         ("passes: [{slim: , quantize: }]", "expected a name, or"),
         ("passes: [{slim: {skip: [fusee]}}]", "there is no part or rule 'fusee'"),

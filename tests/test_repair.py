@@ -228,17 +228,26 @@ def test_two_branches_of_a_sum_take_turns() -> None:
     assert changes.changed[0].action == "refitted to 'a'"
 
 
-def test_means_alone() -> None:
-    teacher = parse(
-        "g (float[N,6] x) => (float[N,5] y) { h = Add(x, u) z = Gemm(h, w, b) y = Relu(z) }",
-        {"u": np.zeros(6, np.float32), "w": random(6, 5), "b": random(5)},
-    )
+BIASES = {
+    "bias": "z = Gemm(h, w, b)",
+    "beta": "z = Gemm<beta=0.5>(h, w, b)",
+    "unused beta": "z = Gemm<beta=0.5>(h, w)",
+    "one value": "z = Gemm<beta=0.5>(h, w, o)",
+    "scaled sum": "k = MatMul(h, w) i = Add(b, k) z = Mul(i, s)",
+    "batch norm": "k = Gemm(h, w, b) z = BatchNormalization(k, s, b, b, s)",
+}
+
+
+@pytest.mark.parametrize("kind", BIASES)
+def test_means_alone(kind: str) -> None:
+    text = f"g (float[N,6] x) => (float[N,5] y) {{ h = Add(x, u) {BIASES[kind]} y = Relu(z) }}"
+    constants = {"w": random(6, 5), "b": random(5), "o": random(1), "s": np.abs(random(5)) + 0.5}
+    teacher = parse(text, {"u": np.zeros(6, np.float32), **constants})
     student = replaced(teacher, u=random(6))
-    changes = repair(student, teacher, batches(50, 6), method="bias", layers=["z"])
-    np.testing.assert_array_equal(values(student, "w"), values(teacher, "w"))
-    expected = values(teacher, "b") - random(6) @ values(teacher, "w")
-    np.testing.assert_allclose(values(student, "b"), expected, atol=1e-4)
+    changes = restored(student, teacher, {"x": random(50, 6)}, method="bias", layers=["z"])
     assert len(changes.changed) == 1
+    for name in "ws":
+        np.testing.assert_array_equal(values(student, name), constants[name])
 
 
 def test_no_bias_to_correct_is_told() -> None:
@@ -273,21 +282,63 @@ def test_the_error_on_rows_held_out_is_what_it_says_and_the_least(
     assert found.after <= fit(train.result(), held.result(), method="bias", bias=bias).after
 
 
-@given(st.integers(0, 99))
-def test_weights_stay_where_others_are_no_better(seed: int) -> None:
+@given(st.integers(12, 40), st.integers(8, 40), st.booleans(), st.integers(0, 99))
+def test_weights_come_from_all_rows(count: int, more: int, bias: bool, seed: int) -> None:
+    x = random(1, 4, count + more, seed=seed)
+    r = x[:, 1:3] + random(1, 2, count + more, seed=seed + 100) * np.float32(0.1) + np.float32(bias)
+    train, held = Moments(), Moments()
+    train.update(x[..., :count], r[..., :count])
+    held.update(x[..., count:], r[..., count:])
+    found = fit(train.result(), held.result(), bias=bias)
+    assert found.weight is not None
+    dx, dr = (each - each.mean(axis=2, keepdims=True) * bias for each in (x, r))
+    gram = dx @ dx.swapaxes(1, 2)
+    ridge = found.strength * np.trace(gram[0]) / 4 * np.eye(4)
+    np.testing.assert_allclose(found.weight, dr @ dx.swapaxes(1, 2) @ np.linalg.inv(gram + ridge), atol=1e-3)
+    shift = (r.mean(axis=2) - (found.weight @ x.mean(axis=2)[..., None])[..., 0]) * bias
+    np.testing.assert_allclose(found.bias, shift, atol=1e-4)
+
+
+def test_what_the_data_says_nothing_about_stays() -> None:
+    """One channel of the input is constant: its weights and the bias could be traded for each other."""
+    text = "g (float[N,3,H,W] x) => (float y) { h = Mul(x, u) z = Conv<group=3>(h, w, b) y = Relu(z) }"
+    constants = {"w": random(3, 1, 2, 2), "b": random(3)}
+    teacher = parse(text, {"u": np.ones((3, 1, 1), np.float32), **constants})
+    student = replaced(teacher, u=np.array([0.5, 3, 2], np.float32).reshape(3, 1, 1))
+    x = random(9, 3, 6, 6)
+    x[:, 1] = 0.3
+    repair(student, teacher, CalibrationData([{"x": x[:4]}, {"x": x[4:]}]))
+    assert error(student, teacher, {"x": x}) < 1e-4
+    np.testing.assert_allclose(values(student, "w")[1], constants["w"][1], atol=1e-5)
+    np.testing.assert_allclose(values(student, "w")[2] * 2, constants["w"][2], atol=1e-4)
+
+
+def test_an_input_that_hardly_varies_gets_no_large_weight() -> None:
+    x, r = random(2, 3, 400), random(2, 1, 400)
+    x[1] *= np.float32(1e-10)
+    moments = Moments()
+    moments.update(x, r)
+    found = fit(moments.result(), moments.result())
+    assert found.weight is not None
+    assert np.abs(found.weight[1]).max() < 1
+
+
+def test_weights_stay_where_others_are_no_better() -> None:
     text = "g (float[N,30] x) => (float[N,5] y) { h = Relu(x) n = Neg(h) y = MatMul(h, w) }"
     teacher = parse(text, {"w": random(30, 5) * np.float32(1e-3)})
-    student = teacher.copy()
-    student.graph.nodes[0].op = "Sin"  # nothing that a few samples of noise could tell
-    present = student.copy()
-    data = CalibrationData([{"x": random(8, 30, seed=seed)}])
-    changes = repair(student, teacher, data)
-    if not changes:
-        assert changes.skipped[0].reason == "other weights are no better on the samples held out"
-        np.testing.assert_array_equal(values(student, "w"), values(present, "w"))
-    else:
-        before, after = map(float, changes.changed[0].reason.split("out ")[1].split(" -> "))
-        assert after <= before  # as printed
+    stayed = 0
+    for seed in range(12):  # so few samples, of noise, that some tell nothing
+        student = teacher.copy()
+        student.graph.nodes[0].op = "Sin"
+        changes = repair(student, teacher, CalibrationData([{"x": random(8, 30, seed=seed)}]))
+        if changes:
+            before, after = map(float, changes.changed[0].reason.split("out ")[1].split(" -> "))
+            assert after <= before  # as printed
+        else:
+            stayed += 1
+            assert changes.skipped[0].reason == "other weights are no better on the samples held out"
+            np.testing.assert_array_equal(values(student, "w"), values(teacher, "w"))
+    assert stayed
 
 
 # ---------------------------------------------------------------------------- which layers, and which not
@@ -375,6 +426,22 @@ def test_what_cannot_be_refitted_says_why(body: str, reason: str) -> None:
     assert [skip.reason for skip in changes.skipped] == [reason]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "r = Relu(h) y = Add(r, m)",
+        "r = Reshape(h, q) n = GroupNormalization<num_groups=2>(r, g, g) y = Flatten(n)",
+    ],
+)
+def test_masks_and_scales_of_groups_are_no_channels(body: str) -> None:
+    text = f"g (float[N,4] x) => (float[N,4] y) {{ h = MatMul(x, v) {body} }}"
+    mask = np.array([0, 0, -1e4, 0], np.float32)
+    constants = {"m": mask, "g": np.ones(2, np.float32), "q": np.array([-1, 4, 1])}
+    teacher = parse(text, {"v": mixing(4), **constants}, opset=18)
+    changes = repair(replaced(teacher, v=mixing(4) @ mixing(4)), teacher, batches(9, 4))
+    assert changes == Changes()
+
+
 def test_other_shapes_than_told_are_named() -> None:
     text = "g (float[N,4] x) => (float[N,K] y) { h = MatMul(x, v) z = MatMul(h, w) y = Relu(z) }"
     teacher = parse(text, {"v": mixing(4), "w": random(4, 6)})
@@ -416,6 +483,19 @@ def test_bodies_of_control_flow_are_left_alone_and_what_they_read_is_there() -> 
     told = [(skip.node, skip.reason) for skip in changes.skipped]
     assert told == [("Gemm→p", "it is in the body of a control-flow node")]
     np.testing.assert_array_equal(values(student, "z"), values(teacher, "z"))
+
+
+def test_layers_behind_a_body_wait_for_what_it_reads() -> None:
+    text = """g (float[N,4] x, bool c) => (float[N,4] y)
+    { h = MatMul(x, v) a = MatMul(h, w) k = If(c) <
+        then_branch = t () => (float[N,4] p) { p = Relu(a) },
+        else_branch = e () => (float[N,4] q) { q = Neg(a) } >
+      y = MatMul(k, u) }"""
+    teacher = parse(text, {"v": mixing(4), "w": random(4, 4), "u": random(4, 4, seed=2)})
+    student = replaced(teacher, v=mixing(4) @ mixing(4))
+    data = [{"x": random(20, 4, seed=i), "c": np.array(i % 2 == 0)} for i in range(6)]
+    changes = restored(student, teacher, data[0], data=CalibrationData(data))
+    assert [change.node for change in changes.changed] == ["MatMul→a"]
 
 
 def test_half_precision_is_fitted_in_single() -> None:

@@ -158,3 +158,16 @@ def test_transposed_convolutions(attributes: str) -> None:
     weight = np.ones((2, 3, 3), np.float32)
     text = f"g (float[1,2,7] x) => (float[] y) {{ y = ConvTranspose<{attributes}>(x, w) }}"
     assert_true(parse(text, {"w": weight}))
+
+
+def test_sizes_of_attention_that_inference_does_not_know_are_not_zero() -> None:
+    model = parse(
+        """g (float[B,Q,24] q, float[B,K,24] k, float[B,K,V] v) => (float[A,C,D] y, int64[3] s)
+        { y = Attention<q_num_heads=3, kv_num_heads=3>(q, k, v) s = Shape(y) }""",
+        opset=23,
+        ir_version=10,
+    )
+    made = shapes.deduce(model)[id(model.graph.outputs[0])]
+    assert made.shape is not None
+    assert 0 not in made.shape
+    assert made.shape[:2] == ("B", "Q")

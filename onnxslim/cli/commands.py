@@ -10,7 +10,7 @@ import typer
 
 from onnxslim import passes, terminal
 from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
-from onnxslim.cli.running import process, warn_of_made_up_inputs
+from onnxslim.cli.running import process, require_report, warn_of_made_up_inputs
 from onnxslim.cli.words import CustomOps, DataWords, Debug, Job, Json, Quiet, expanded, limits
 from onnxslim.errors import UsageError
 
@@ -76,7 +76,9 @@ def _slim(
     no_shape_infer: Annotated[
         bool, typer.Option("--no-shape-infer", help="do not infer new output shapes for --input-shapes")
     ] = False,
-    dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="not supported yet")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="precision to convert to: fp16, fp32")
+    ] = None,
     save_as_external_data: Annotated[
         bool, typer.Option("--save-as-external-data", help="the same as --external-data")
     ] = False,
@@ -116,7 +118,9 @@ def _slim(
 
 @app.command("inspect")
 def _inspect(
-    models: Annotated[list[Path], typer.Argument(metavar="IN…", help="the models, shown side by side")],
+    models: Annotated[
+        list[Path], typer.Argument(metavar="IN…", readable=False, help="the models, shown side by side")
+    ],
     dump_to_disk: Annotated[
         bool,
         typer.Option("--dump-to-disk", help="also write the nodes of IN.onnx to IN.onnx_model_info.csv here"),
@@ -209,7 +213,9 @@ def _run(
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.yaml", help="a recipe; may also simply come first, before IN"),
+        typer.Option(
+            metavar="FILE.yaml", readable=False, help="a recipe; may also simply come first, before IN"
+        ),
     ] = None,
 ) -> None:
     """Run one pass after the other, or a recipe.
@@ -227,8 +233,8 @@ def _run(
 @expanded
 def _validate(
     data: DataWords,
-    first: Annotated[Path, typer.Argument(metavar="A", help="the original")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="what was made of it")],
+    first: Annotated[Path, typer.Argument(metavar="A", readable=False, help="the original")],
+    second: Annotated[Path, typer.Argument(metavar="B", readable=False, help="what was made of it")],
     provider: Annotated[
         list[str] | None,
         typer.Option(
@@ -237,6 +243,10 @@ def _validate(
     ] = None,
     require: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="fail unless met; as --check of `run`")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="save a report: FILE.html for people, FILE.json for programs"),
     ] = None,
     rounds: Annotated[int, typer.Option(min=0, help="calls to time; 0 measures no latency")] = 30,
     threads: Annotated[
@@ -252,6 +262,7 @@ def _validate(
     Compares outputs, accuracy, latency and size, on every execution provider.
     """
     required = limits(require)
+    require_report(report, {path.resolve(): "a model" for path in (first, second)})
     from onnxslim.model import load
     from onnxslim.runtime import Target
     from onnxslim.validation import validate
@@ -278,6 +289,12 @@ def _validate(
         terminal.show_json(verdict)
     else:
         terminal.show(verdict, quiet)
+    if report is not None:
+        from onnxslim import page
+        from onnxslim.pipeline import Report
+
+        feeds = opened.data if opened else None
+        page.document(model, result, Report(), verdict, data=feeds).save(report)
     verdict.require(**required)
 
 

@@ -67,10 +67,12 @@ def save_plan(result: Result, path: Path) -> None:
         UsageError: nothing was pruned.
         SaveError: the file cannot be written.
     """
+    from onnxslim.passes.prune import PruningPlan
+
     plans = [step.changes.facts["plan"] for step in result.report.steps if "plan" in step.changes.facts]
     if not plans:
         raise UsageError("--save-plan: nothing was pruned, so there is no plan")
     try:
-        path.write_text(json.dumps(plans[-1], indent=1) + "\n", encoding="utf-8")
+        path.write_text(PruningPlan.from_json(json.dumps(plans[-1])).to_json(), encoding="utf-8")
     except OSError as error:
         raise SaveError(f"cannot write the plan to '{path}': {error.strerror or error}") from error

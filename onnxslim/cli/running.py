@@ -182,14 +182,25 @@ def _require_places(job: Job, recipe: Path | None) -> None:
         for path, what in ((job.source, "the model"), (job.output, "the model"), (recipe, "the recipe"))
         if path is not None
     }
-    for option, path in (("--report", job.report), ("--save-recipe", job.save_recipe)):
-        if path is not None and path.resolve() in taken:
-            raise UsageError(f"{option} {path} would overwrite {taken[path.resolve()]}")
-    if job.report is not None and job.report.suffix not in REPORTS:
-        raise UsageError(f"--report {job.report}: a report is an .html or a .json file")
-    for path in (job.output, job.report, job.save_recipe):
+    if job.save_recipe is not None and job.save_recipe.resolve() in taken:
+        raise UsageError(
+            f"--save-recipe {job.save_recipe} would overwrite {taken[job.save_recipe.resolve()]}"
+        )
+    require_report(job.report, taken)
+    for path in (job.output, job.save_recipe):
         if path is not None:
             _require_writable(path)
+
+
+def require_report(path: Path | None, taken: Mapping[Path, str]) -> None:
+    """Fail early if a report could not be written, or would replace one of these files, called so."""
+    if path is None:
+        return
+    if path.resolve() in taken:
+        raise UsageError(f"--report {path} would overwrite {taken[path.resolve()]}")
+    if path.suffix not in REPORTS:
+        raise UsageError(f"--report {path}: a report is an .html or a .json file")
+    _require_writable(path)
 
 
 def _require_in_recipe(asked: Request) -> None:

@@ -107,7 +107,7 @@ def _numbers(text: str, name: str) -> tuple[float, ...]:
 class Job:
     """The options of every command that makes a model out of a model."""
 
-    source: Annotated[Path, typer.Argument(metavar="IN", help="the model")]
+    source: Annotated[Path, typer.Argument(metavar="IN", readable=False, help="the model")]
     output: Annotated[
         Path | None,
         typer.Argument(

@@ -15,6 +15,9 @@ from onnxslim.rewrite import Editor, Rule
 
 Order: TypeAlias = tuple[int, ...]
 
+# Inputs of a Concat that others were merged into.
+MAX_JOINED = 256
+
 
 def order(node: Node, edit: Editor) -> Order | None:
     """The input axis that each output axis of a Transpose comes from."""
@@ -170,7 +173,13 @@ class ConcatConcat(Rule[tuple[Node, list[Node]]]):
 
     def check(self, match: tuple[Node, list[Node]], edit: Editor) -> str | None:
         node, inner = match
-        return None if self._alike(node, inner, edit) else "the axes differ, or may"
+        alike = self._alike(node, inner, edit)
+        if not alike:
+            return "the axes differ, or may"
+        # A chain of Concat(x, x) would double the list of inputs at every step.
+        sizes = {id(each.outputs[0]): len(each.inputs) for each in alike}
+        joined = sum(sizes.get(id(tensor), 1) for tensor in node.inputs)
+        return f"it would read more than {MAX_JOINED} tensors" if joined > MAX_JOINED else None
 
     def rewrite(self, match: tuple[Node, list[Node]], edit: Editor) -> str:
         node, inner = match

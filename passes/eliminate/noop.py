@@ -202,7 +202,7 @@ class Unit(Bypass):
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
         unit = 0 if node.op in ("Add", "Sub") else 1
         for index in (1, 0) if node.op in ("Add", "Mul") else (1,):
-            if facts.uniform(node.inputs[index]) == unit:
+            if facts.is_uniform(node.inputs[index], unit):
                 return node, node.inputs[1 - index]
         return None
 

@@ -237,16 +237,16 @@ class _Work:
     def _rewrite(self, picks: Picks, teacher: Model) -> None:
         """Put factors in place, each fitted to what the ones before make."""
         edit = Editor(self._model)
+        self._log.facts["layers"] = {entry.layer.name: pick.told for entry, pick in picks}
         for index, (entry, pick) in enumerate(picks):
-            layer = entry.layer
+            layer, name = entry.layer, entry.layer.name
             fitted = self._fitted(layer, pick, teacher)
             factors = pick.scheme.factors(layer, fitted.weights)
             layer.form.install(edit, layer.node, factors, fitted.bias)
             edit.commit()
-            self._log.change(layer.name, pick.told, f"{pick.scheme.name} factors")
+            self._log.change(name, pick.told, f"{pick.scheme.name} factors")
             if self._ctx.progress:
                 self._ctx.progress("fitting", index + 1, len(picks))
-        self._log.facts["layers"] = {entry.layer.name: pick.told for entry, pick in picks}
         if self._data is None:
             self._log.facts["fitted"] = "to the weights: with calibration data, factors lose much less"
 

@@ -89,23 +89,26 @@ def against(
         target: where to run.
 
     Returns:
-        Of most positions, and of a random quarter that is held out.
+        Of most samples, and of the quarter that is held out; of all of them twice where they are too few.
     """
     seen = layer_of(layer.node)
     assert isinstance(seen, Observed)
     ours = _cut(student, layer.node.inputs[0].name, target)
     theirs = _cut(teacher, layer.output, target)
     train, held, first, batches = Moments(), Moments(), 0, length_hint(data, 1)
+    left_out = 0
     for feeds in data:
         x, y = ours(feeds), theirs(feeds)
         samples, rows = batch_samples(feeds), seen.count(x)
         at = sampled(rows, samples, first, quota_for(ROWS, samples * batches))
         out = _held_out(first, samples)[at * samples // rows]
+        left_out += int(out.sum())
         for moments, part in ((train, at[~out]), (held, at[out])):
             if part.size:
                 moments.update(seen.columns(x, part), seen.outputs(y, part))
         first += samples
-    return train.result(), held.result()
+    fitted_to = train.result()
+    return fitted_to, held.result() if left_out else fitted_to
 
 
 def _held_out(first: int, samples: int) -> NDArray[np.bool_]:
@@ -133,7 +136,9 @@ def problem_of(layer: Layer, gram: Gram | None) -> Problem:
         gram: moments of its inputs; None to come close to the weight.
     """
     weight = layer.weight.astype(np.float64 if layer.weight.size < LARGE_WEIGHT else np.float32)
-    return Problem(weight) if gram is None else Problem(weight, _drawn(layer, gram, SHRINK)[0])
+    if gram is None or not gram.gram.any():  # data that is always the same says nothing
+        return Problem(weight)
+    return Problem(weight, _drawn(layer, gram, SHRINK)[0])
 
 
 def _moved(layer: Layer, gram: Gram, shrink: float) -> Problem:
@@ -142,6 +147,8 @@ def _moved(layer: Layer, gram: Gram, shrink: float) -> Problem:
     It is drawn to the weight there is, by as much as `shrink` times the mean moment, as if that much data of
     independent inputs had been seen in addition, on which the layer is to stay what it is.
     """
+    if not gram.gram.any():
+        return problem_of(layer, None)
     metric, seen, drawn = _drawn(layer, gram, shrink)
     wanted = seen.cross.swapaxes(1, 2) / layer.form.scale(layer.node) + drawn * layer.matrix()
     found = np.stack([solve(each, right) for each, right in zip(metric, wanted, strict=True)])
@@ -149,13 +156,13 @@ def _moved(layer: Layer, gram: Gram, shrink: float) -> Problem:
     return Problem(np.moveaxis(back, -1, 2), metric)
 
 
-def _drawn(layer: Layer, gram: Gram, shrink: float) -> tuple[Array, Gram, Array]:
-    """Moments with a multiple of the identity added, without, and that multiple for each group.
+def _drawn(layer: Layer, gram: Gram, shrink: float) -> tuple[Array, Gram, float]:
+    """Moments with a multiple of the identity added, moments without, and that multiple.
 
     They are around the means where a bias takes care of these, else around zero.
     """
     seen = gram if _biased(layer) else gram.raw()
-    drawn = shrink * np.einsum("gkk->g", seen.gram)[:, None, None] / layer.patch
+    drawn = shrink * float(np.einsum("gkk->", seen.gram)) / (layer.groups * layer.patch)
     return seen.gram + drawn * np.eye(layer.patch), seen, drawn
 
 

@@ -87,6 +87,11 @@ class Layer:
         return int(self.weight.shape[2])
 
     @property
+    def depthwise(self) -> bool:
+        """Whether a group has one channel on either side, and nothing in between can be smaller."""
+        return self.groups > 1 and min(self.inputs, self.outputs) == 1
+
+    @property
     def patch(self) -> int:
         """Values that one result sums over."""
         return self.inputs * math.prod(self.kernel)
@@ -203,7 +208,6 @@ class TransposedConvolution(Convolution):
 
     op = "ConvTranspose"
     scatters = True
-    gathers = False
 
     def read(self, node: Node, weight: Array) -> Array:
         """Inputs are grouped."""
@@ -313,8 +317,6 @@ def layer_of(node: Node, shapes: Mapping[str, Sizes], opset: int) -> Layer | str
     if reason:
         return reason
     weight = form.read(node, stored)
-    if weight.shape[0] > 1 and min(weight.shape[1:3]) == 1:
-        return "it is depthwise: its groups have one channel"
     data = shapes.get(node.inputs[1 - form.weight_index].name)
     result = shapes.get(node.outputs[0].name)
     if data is None or result is None or 0 in data:

@@ -24,6 +24,8 @@ Unit: TypeAlias = Literal["macs", "params", "time"]
 RANKS = 10
 # A candidate is dropped if another one loses no more and costs this much less.
 DOMINATED = 0.9
+# What loses no more than this is exact but for rounding.
+EXACT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -194,11 +196,11 @@ def probed(entry: Entry) -> list[Candidate]:
 
     Schemes that lose as much of a layer do not lose the same directions of it.
     """
-    found: list[Candidate] = []
+    found: dict[str, Candidate] = {}
     for kind in _by_scheme(entry).values():
-        usable = [each for each in kind if each.lost > 1e-9]
-        found += {each.label: each for each in (usable[-1:] + usable[(len(usable) - 1) // 2 :][:1])}.values()
-    return found
+        usable = [each for each in kind if each.lost > EXACT]
+        found.update((each.label, each) for each in (*usable[-1:], *usable[(len(usable) - 1) // 2 :][:1]))
+    return list(found.values())
 
 
 def chosen(entries: Sequence[Entry], unit: Unit, budget: float) -> tuple[list[Candidate | None], bool]:

@@ -326,9 +326,10 @@ class PairDecomposition(Decomposition):
     def lost(self, ranks: Ranks) -> float:
         """From the lengths of the directions left out, or of what least squares leaves."""
         if not self._exact:
-            return 1.0 - self.problem.lifted(self._first(ranks[0])).power() / self.problem.power()
-        kept = sum(float(part.power[: ranks[0]].sum()) for part in self.parts)
-        return max(1.0 - kept / self.problem.power(), 0.0)
+            kept = self.problem.lifted(self._first(ranks[0])).power()
+        else:
+            kept = sum(float(part.power[: ranks[0]].sum()) for part in self.parts)
+        return max(1.0 - kept / (self.problem.power() + _NOTHING), 0.0)
 
     def _first(self, rank: int) -> Array:
         groups, inputs = self.problem.weight.shape[:2]

@@ -78,7 +78,10 @@ def layers_of(
     for member in (layer for chain in known for layer in chain):
         log.skip(member.name, "it is a factor already")
         del found[id(member.node)]
-    return list(found.values()), known
+    for layer in found.values():
+        if layer.depthwise:
+            log.skip(layer.name, "it is depthwise: its groups have one channel")
+    return [layer for layer in found.values() if not layer.depthwise], known
 
 
 def _candidates(model: Model, log: Log) -> Iterator[Node]:

@@ -211,7 +211,7 @@ class ScaleBehindViews(Rule[Behind]):
         if isinstance(match.folded, str):
             return match.folded
         if match.added is not None and self._scaled(match) is None:
-            return "the constant between does not fit its type"
+            return "the constant between is shared, or does not fit its type"
         return facts.stuck((match.node, _data(match.node)), edit)
 
     def rewrite(self, match: Behind, edit: Editor) -> str:
@@ -226,8 +226,11 @@ class ScaleBehindViews(Rule[Behind]):
         return f"moved {op} into {name}"
 
     def _scaled(self, match: Behind) -> Array | None:
+        assert match.added is not None
         assert not isinstance(match.factors, str)
-        _, values = match.summand
+        side, values = match.summand
+        if len(match.added.inputs[side].outputs) > 1 and values.nbytes > facts.MAX_COPY_BYTES:
+            return None
         return facts.rounded(values.astype(np.float64) * match.factors["outputs"][0], values.dtype)
 
 

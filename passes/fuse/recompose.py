@@ -213,10 +213,10 @@ def _quotient(node: Node, edit: Editor) -> Quotient | None:
     root = facts.made_by(below[0], "Sqrt")
     shifted = facts.made_by(root.inputs[0], "Add") if root else None
     for side in (0, 1) if root and shifted else ():
-        epsilon = facts.number(facts.constant(shifted, 1 - side)) if shifted else None
+        epsilon = facts.plain_number(facts.constant(shifted, 1 - side)) if shifted else None
         mean = facts.made_by(shifted.inputs[side], "ReduceMean") if shifted else None
         square = facts.made_by(mean.inputs[0], "Pow", "Mul") if mean else None
-        if root and shifted and mean and square and epsilon and _squares(square, others[0]):
+        if root and shifted and mean and square and _squares(square, others[0]) and epsilon and epsilon > 0:
             nodes = (*inner, root, shifted, mean, square)
             return Quotient(others[0], scales[0], mean, epsilon, nodes)
     return None
@@ -236,7 +236,7 @@ def _terms(node: Node, edit: Editor) -> tuple[list[Tensor], list[Tensor], list[N
             maker = facts.made_by(tensor, "Mul", "Div", "Reciprocal")
             if maker is not None and edit.sole_consumer(tensor) is current and len(inner) < 4:
                 pending.append(maker)
-            elif facts.number(constant_of(tensor)) != 1:
+            elif facts.plain_number(constant_of(tensor)) != 1:
                 above.append(tensor)
     return above, below, inner
 
@@ -245,7 +245,7 @@ def _squares(node: Node, data: Tensor) -> bool:
     """Whether a Pow or Mul makes the square of a tensor."""
     if node.inputs[0] is not data:
         return False
-    return node.inputs[1] is data if node.op == "Mul" else facts.number(facts.constant(node, 1)) == 2
+    return node.inputs[1] is data if node.op == "Mul" else facts.plain_number(facts.constant(node, 1)) == 2
 
 
 def _centred(found: Quotient) -> tuple[Tensor, tuple[Node, Node]] | None:

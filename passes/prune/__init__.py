@@ -203,7 +203,14 @@ class _Run:
             target=self._ctx.target,
             progress=self._ctx.progress,
         )
-        self._log.add(changes)
+        for change in changes.changed:
+            self._log.change(change.node, "refitted to what the original computes")
+        for skip in changes.skipped:
+            self._log.skip(skip.node, skip.reason)
+        self._log.facts["repairs"] = [
+            {"node": change.node, "action": change.action, "reason": change.reason}
+            for change in changes.changed
+        ]
 
     def _removed(self, first: Analysis) -> Removed:
         """What went in the end, in units of the model as it came in."""
@@ -244,7 +251,10 @@ class _Run:
                     self._log.skip(node.label, line)
                 told += 1
         if not told:
-            self._log.skip(self._model.graph.name or "model", "no layer has constant weights to cut")
+            bodies = sorted({node.op for node in self._model.graph.nodes if node.bodies})
+            inside = f"; layers in bodies of {', '.join(bodies)} are left whole" if bodies else ""
+            name = self._model.graph.name or "model"
+            self._log.skip(name, f"no layer of the main graph has constant weights to cut{inside}")
 
 
 def _data(ctx: Context, model: Model) -> CalibrationData | None:

@@ -84,21 +84,42 @@ def _touches(node: Node, changed: set[str]) -> bool:
 
 def zero(model: Model, masks: Masks) -> None:
     """Set to zero what layers would read of the slices that a cut removes: the model the cut has to equal."""
-    weights = {
-        id(tensor)
-        for node in model.graph.nodes
-        if spec_of(node).role is Role.LINEAR or node.op in _SUMMING
-        for tensor in node.inputs
-    }
+    weights = _weights(model)
     for constant, axis, kept in _masked(model, masks):
-        if id(constant) in weights and constant.dtype.kind in "fV":
-            constant.values = _zeroed(constant.values, axis, ~kept)
+        if id(constant) in weights:
+            constant.values = _zeroed(constant.values, axis, ~kept, weights[id(constant)])
 
 
-def _zeroed(values: Array, axis: int, gone: Array) -> Array:
-    zeroed = np.array(values)
-    np.moveaxis(zeroed, axis, 0)[gone] = 0
-    return zeroed
+def _weights(model: Model) -> dict[int, Array]:
+    """What stands for zero in each constant that a layer weights its data with, by its id."""
+    found: dict[int, Array] = {}
+    for node in model.graph.nodes:
+        if spec_of(node).role is not Role.LINEAR and node.op not in _SUMMING:
+            continue
+        for tensor in node.inputs:
+            maker = tensor.inputs[0] if tensor.inputs else None
+            if isinstance(tensor, Constant) and tensor.dtype.kind in "fV":
+                found[id(tensor)] = np.zeros((), tensor.dtype)
+            elif maker is not None and maker.op == "DequantizeLinear":
+                found[id(maker.inputs[0])] = _code_of_zero(maker)
+    return found
+
+
+def _code_of_zero(node: Node) -> Array:
+    """The zero point, as long as its axis is long and 1 elsewhere."""
+    values, point = node.inputs[0], node.constant(2)
+    rank = len(values.shape or ())
+    if point is None or point.ndim != 1 or point.size == 1:
+        return np.asarray(0 if point is None else point.reshape(-1)[0])
+    shape = [1] * rank
+    shape[node.attrs.get("axis", 1) % rank] = point.size
+    return point.reshape(shape)
+
+
+def _zeroed(values: Array, axis: int, gone: Array, code: Array) -> Array:
+    shape = [1] * values.ndim
+    shape[axis] = gone.size
+    return np.where(gone.reshape(shape), code, values).astype(values.dtype)
 
 
 def _shapes(model: Model, analysis: Analysis) -> Sizes:

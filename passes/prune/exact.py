@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from onnxslim import graph as ir
 from onnxslim.channels import Analysis
 from onnxslim.check import relative_difference
 from onnxslim.errors import InvalidGraph
@@ -17,8 +18,11 @@ from onnxslim.model import Model
 from onnxslim.passes.prune.cut import cut, zero
 from onnxslim.runtime import Target
 
-# Largest difference, relative to the largest magnitude of an output, that rounding explains.
+# Largest difference, relative to the largest magnitude of an output, that rounding explains. Where an output
+# is the small rest of large numbers, rounding explains more: as much as some times what it does to the zeroed
+# model when ONNX Runtime's optimizations only change the order of its sums.
 EXACT = 1e-5
+ROUNDING_FACTOR = 4.0
 
 Samples = Sequence[Mapping[str, Array]]
 
@@ -51,6 +55,10 @@ def prove(
     }
     found = _difference(model, analysis, exact, target, samples) if exact else None
     if found is not None and found > EXACT:
+        zeroed = _zeroed(model, analysis, exact)
+        rounding = relative_difference(zeroed, zeroed, target, samples, optimize="all") or 0.0
+        if found <= ROUNDING_FACTOR * rounding:
+            return found
         worst = {name: _difference(model, analysis, {name: exact[name]}, target, samples) for name in exact}
         blamed = max(worst, key=lambda name: worst[name] or 0.0)
         raise InvalidGraph(
@@ -65,7 +73,22 @@ def prove(
 def _difference(
     model: Model, analysis: Analysis, removed: Mapping[str, Sequence[int]], target: Target, samples: Samples
 ) -> float | None:
-    small, zeroed = model.copy(), model.copy()
+    small, zeroed = model.copy(), _zeroed(model, analysis, removed)
     cut(small, analysis, removed)
-    zero(zeroed, analysis.masks(removed))
+    _unround(small)
     return relative_difference(zeroed, small, target, samples)
+
+
+def _zeroed(model: Model, analysis: Analysis, removed: Mapping[str, Sequence[int]]) -> Model:
+    zeroed = model.copy()
+    zero(zeroed, analysis.masks(removed))
+    _unround(zeroed)
+    return zeroed
+
+
+def _unround(model: Model) -> None:
+    """Bypass pairs of QuantizeLinear and DequantizeLinear, which round a last bit up to a whole step."""
+    for node in model.graph.nodes:
+        maker = ir.producer(node.input(0))
+        if node.op == "DequantizeLinear" and maker is not None and maker.op == "QuantizeLinear":
+            ir.replace_uses(node.outputs[0], maker.inputs[0])

@@ -24,7 +24,6 @@ from onnxslim.calibration.gram import Moments, batch_samples, quota_for, sampled
 from onnxslim.calibration.layers import Floats, Positions, values_at
 from onnxslim.calibration.stages import Shelf, Staged, Stop, Values
 from onnxslim.errors import CalibrationError
-from onnxslim.graph import Array
 from onnxslim.model import Model
 from onnxslim.passes.repair.jobs import Job
 from onnxslim.passes.repair.plan import schedule, unchanged
@@ -39,7 +38,10 @@ MEMORY = 1 << 30
 # Positions of a layer's output to look at: a number per input, between bounds.
 _ROWS_PER_INPUT = 48
 _MIN_ROWS, _MAX_ROWS = 1 << 14, 40_000
+# Elements of inputs to take out of a batch at a time.
+_ELEMENTS = 1 << 25
 _HELD = 0.25
+_FEW = 4  # samples that are not enough to hold some out; then every so many-th row is
 # Mean squared error, relative to the mean square of the original's output, that is rounding.
 _ROUNDING = 1e-10
 
@@ -104,7 +106,37 @@ class _Sums:
     unfit: str = ""
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Tensors of both models for one batch.
+
+    Attributes:
+        teacher, student: by name.
+        first: number of samples in the batches before.
+        held: for each of its samples, whether it is held out.
+        samples: in all batches together.
+    """
+
+    teacher: Values
+    student: Values
+    first: int
+    held: NDArray[np.bool_]
+    samples: int
+
+    def positions(self, job: Job) -> tuple[Positions, Positions]:
+        """Positions of a job's goal to fit on, and those to check on."""
+        count = job.count(self.student)
+        at = sampled(count, self.held.size, self.first, quota_for(_rows(job), self.samples))
+        if self.samples > _FEW:
+            out = self.held[at * self.held.size // max(count, 1)]
+        else:
+            out = np.arange(at.size) % _FEW == 0
+        return at[~out], at[out]
+
+
 class _Repair:
+    """One call of `repair`: both models at the same stage, and the jobs there."""
+
     def __init__(
         self,
         student: Model,
@@ -124,68 +156,59 @@ class _Repair:
         self.shelf = shelf
         self.log = log
         given = clean & {tensor.name for node in teacher.graph.nodes for tensor in node.outputs}
-        stops = [_stop(jobs) for jobs in stages]
-        self.copy = Staged(student, stops, shelf, given=given, target=target)
-        goals = [Stop([*_goals(jobs), *self._shared(stage, given)]) for stage, jobs in enumerate(stages)]
-        self.original = Staged(teacher, goals, shelf, target=target)
-
-    def _shared(self, stage: int, given: set[str]) -> list[str]:
-        return [name for name in self.copy.requests(stage) if name in given]
+        self.copy = Staged(student, [_stop(jobs) for jobs in stages], shelf, given=given, target=target)
+        wanted = [
+            Stop([*_goals(jobs), *(name for name in self.copy.requests(stage) if name in given)])
+            for stage, jobs in enumerate(stages)
+        ]
+        self.original = Staged(teacher, wanted, shelf, target=target)
 
     def run(self, data: CalibrationData, progress: Progress | None) -> None:
+        """Refit all jobs, stage by stage."""
         batches = [
             {name: self.shelf.put(array) for name, array in feeds.items()}
             for feeds in data.bind(self.student.inputs())
         ]
-        counts = [batch_samples(feeds) for feeds in batches]
-        if not sum(counts):
+        if not sum(map(batch_samples, batches)):
             raise CalibrationError(f"{data.name}: there is no data")
         done, total = 0, sum(map(len, self.stages))
         for stage, jobs in enumerate(self.stages):
-            for job, sums in zip(jobs, self._observed(stage, batches, counts), strict=True):
-                self._refit(job, sums)
+            sums = [_Sums() for _ in jobs]
+            for batch in self._batches(stage, batches):
+                for job, each in zip(jobs, sums, strict=True):
+                    with np.errstate(invalid="ignore", over="ignore"):  # the moments tell
+                        self._observe(job, each, batch)
+            for job, each in zip(jobs, sums, strict=True):
+                self._refit(job, each)
                 done += 1
                 if progress:
                     progress("repairing", done, total)
 
-    def _observed(self, stage: int, batches: Sequence[Values], counts: Sequence[int]) -> list[_Sums]:
-        """Run both models up to the jobs of a stage."""
-        jobs, first, held = self.stages[stage], 0, _held_out(sum(counts))
-        sums = [_Sums() for _ in jobs]
-        for batch, (feeds, samples) in enumerate(zip(batches, counts, strict=True)):
-            wanted = self.original.run(stage, batch, feeds)
-            values = self.copy.run(stage, batch, {**feeds, **wanted})
-            for job, each in zip(jobs, sums, strict=True):
-                share = held[first : first + samples]
-                with np.errstate(invalid="ignore", over="ignore"):  # the moments tell
-                    self._observe(job, each, wanted, values, first, share, held.size)
+    def _batches(self, stage: int, batches: Sequence[Values]) -> Iterator[_Batch]:
+        """Run both models up to a stage."""
+        counts = [batch_samples(feeds) for feeds in batches]
+        first, held = 0, _held_out(sum(counts))
+        for index, (feeds, samples) in enumerate(zip(batches, counts, strict=True)):
+            teacher = self.original.run(stage, index, feeds)
+            student = self.copy.run(stage, index, {**feeds, **teacher})
+            yield _Batch(teacher, student, first, held[first : first + samples], held.size)
             first += samples
-        return sums
 
-    def _observe(
-        self, job: Job, sums: _Sums, wanted: Values, values: Values, first: int, held: Array, samples: int
-    ) -> None:
-        if sums.unfit:
-            return
-        count = job.count(values)
-        at = sampled(count, len(held), first, quota_for(_rows(job), samples))
-        out = held[at * len(held) // max(count, 1)] if samples > 3 else np.arange(at.size) % 4 == 3
-        at = np.concatenate([at[~out], at[out]])
-        goal = self._goal(job, wanted[job.goal.tensor], count, at)
-        if isinstance(goal, str):
-            sums.unfit = goal
-            return
-        x, present = job.rows(values, at)
-        sums.square += float(np.square(goal, dtype=np.float64).sum())
-        rest = goal.reshape(present.shape) - present
-        if self.method == "bias":
-            x = x[:, :0]
-        cut = at.size - int(out.sum())
-        sums.train.update(x[..., :cut], rest[..., :cut])
-        sums.held.update(x[..., cut:], rest[..., cut:])
+    def _observe(self, job: Job, sums: _Sums, batch: _Batch) -> None:
+        for moments, at in zip((sums.train, sums.held), batch.positions(job), strict=True):
+            for part in np.array_split(at, -(-at.size * job.size // _ELEMENTS) or 1):
+                goal = self._goal(job, batch, part)
+                if isinstance(goal, str):
+                    sums.unfit = goal
+                    return
+                x, present = job.rows(batch.student, part)
+                sums.square += float(np.square(goal, dtype=np.float64).sum())
+                inputs = x if self.method == "ridge" else x[:, :0]
+                moments.update(inputs, goal.reshape(present.shape) - present)
 
-    def _goal(self, job: Job, value: Array, count: int, at: Positions) -> Floats | str:
+    def _goal(self, job: Job, batch: _Batch, at: Positions) -> Floats | str:
         """The teacher's values at some positions, as far as the student still has their channels."""
+        value = batch.teacher[job.goal.tensor]
         axis = job.axis % value.ndim if -job.axis <= value.ndim else 0
         channels: NDArray[np.intp] | None = None
         for each, indices in self.kept.get(job.goal.tensor, {}).items():
@@ -194,7 +217,8 @@ class _Repair:
             else:
                 value = value.take(indices, each)
         size = value.shape[axis] if channels is None else channels.size
-        if value.size // max(value.shape[axis], 1) != count or size != job.goal.scale.size:
+        positions = value.size // max(value.shape[axis], 1)
+        if positions != job.count(batch.student) or size != job.goal.scale.size:
             return f"the original's '{job.goal.tensor}' has another shape, {value.shape}"
         found = values_at(value, axis, at)
         return found if channels is None else found[channels]

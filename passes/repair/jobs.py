@@ -77,6 +77,11 @@ class Job(ABC):
         """Inputs per group."""
 
     @property
+    def size(self) -> int:
+        """Inputs of all groups."""
+        return self.goal.scale.size * self.width
+
+    @property
     def takes_bias(self) -> bool:
         """Whether a shift can be stored."""
         return self.goal.slot is not None
@@ -124,6 +129,11 @@ class Linear(Job):
     def width(self) -> int:
         """See `Job`."""
         return int(self._matrix.shape[2])
+
+    @property
+    def size(self) -> int:
+        """See `Job`."""
+        return int(self._matrix.shape[0]) * self.width
 
     def reads(self) -> list[str]:
         """See `Job`."""
@@ -285,8 +295,7 @@ def _followed(goal: Goal, reader: Node, tensor: Variable, axis: int) -> Goal | N
     operand = reader.inputs[index]
     constant = constant_of(operand)
     if constant is None:
-        summed = reader.op == "Add" and operand is not tensor
-        return replace(goal, tensor=name, other=operand.name, nodes=nodes) if summed else None
+        return replace(goal, tensor=name, other=operand.name, nodes=nodes) if reader.op == "Add" else None
     values = per_channel(constant, axis, size)
     if values is None:
         return None

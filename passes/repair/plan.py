@@ -74,19 +74,15 @@ def unchanged(student: Model, teacher: Model) -> set[str]:
 
 
 def _alike(node: Node, twin: Node, same: set[str]) -> bool:
-    if node.bodies or (node.op, node.domain) != (twin.op, twin.domain):
+    if (node.op, node.domain) != (twin.op, twin.domain):
         return False
     if [out.name for out in node.outputs] != [out.name for out in twin.outputs]:
         return False
     if node.attrs.keys() != twin.attrs.keys() or len(node.inputs) != len(twin.inputs):
         return False
-    if not all(_equal(value, twin.attrs[name]) for name, value in node.attrs.items()):
+    if not all(bool(value == twin.attrs[name]) for name, value in node.attrs.items()):
         return False
     return all(_same_tensor(a, b, same) for a, b in zip(node.inputs, twin.inputs, strict=True))
-
-
-def _equal(one: object, other: object) -> bool:
-    return one is other or bool(one == other)
 
 
 def _same_tensor(one: Tensor, other: Tensor, same: set[str]) -> bool:

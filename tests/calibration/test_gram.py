@@ -42,6 +42,8 @@ def agrees(text: str, data: Array, weight: Array) -> None:
     )
     some = at[::3]
     np.testing.assert_array_equal(found.columns(data, some), found.columns(data, at)[..., some])
+    none = found.columns(data, at[:0])
+    assert none.shape == (*found.columns(data, at).shape[:2], 0)
     np.testing.assert_allclose(found.restored(found.matrix()), weight, rtol=1e-6)
 
 

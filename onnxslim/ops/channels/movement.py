@@ -345,7 +345,6 @@ def tile(trace: Trace) -> None:
 
 def pad(trace: Trace) -> None:
     """Padded axes stay as they are."""
-    trace.ignore(1, 2, 3)
     before, made = trace.shape(0), trace.made()
     pads = trace.node.constant(1) if "pads" not in trace.node.attrs else np.array(trace.node.attrs["pads"])
     partial = trace.has(3)  # pads only for the axes listed
@@ -364,7 +363,7 @@ def _is_unlisted(trace: Trace, axis: int) -> bool:
 
 def resize(trace: Trace) -> None:
     """Axes that keep their size keep their slices; the others are interpolated."""
-    trace.ignore(*range(1, len(trace.node.inputs)))
+    trace.ignore(3)
     before, made = trace.shape(0), trace.made()
     for axis in range(len(before)):
         if before[axis] != made[axis] or "axes" in trace.node.attrs:
@@ -377,7 +376,6 @@ def resize(trace: Trace) -> None:
 
 def upsample(trace: Trace) -> None:
     """The forerunner of Resize, with scales only."""
-    trace.ignore(1)
     before, made = trace.shape(0), trace.made()
     for axis in range(len(before)):
         if before[axis] != made[axis]:

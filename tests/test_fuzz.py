@@ -1,0 +1,68 @@
+"""Models and pipelines nobody thought of: a few always, more for as long as `nox -s fuzz` is given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
+# The numbers of the cases; others every day, so that the search goes on.
+TODAY = int(time.time()) // 86_400 * 1_000_000
+MEMORY = 8 << 30
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory and time are Linux's")
+
+
+def limited() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+def tried(kind: str, first: int, count: int, folder: Path) -> Counter[str]:
+    """Run cases in a process of their own; returns how often each ending occurred."""
+    for name in ("in", "out"):
+        (folder / name).mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.fuzz", kind, str(first), str(count), str(folder)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        preexec_fn=limited,
+        check=False,
+    )
+    last = "\n".join(done.stdout.splitlines()[-3:])
+    assert done.returncode == 0, f"{kind} died with {done.returncode} at\n{last}\n{done.stderr[-3000:]}"
+    endings = [line.strip().split(":")[0] for line in done.stdout.splitlines() if line.startswith("  ")]
+    return Counter(endings)
+
+
+def test_damaged_models_end_in_a_result_or_an_error_of_ours(tmp_path: Path) -> None:
+    endings = tried("models", 0, 60, tmp_path)
+    assert endings["saved"] >= 5, "some damage is harmless"
+    assert endings["LoadError"] >= 5
+
+
+@pytest.mark.fuzz
+def test_more_damaged_models(tmp_path: Path) -> None:
+    end, number = time.monotonic() + SECONDS / 2, TODAY
+    while time.monotonic() < end:
+        tried("models", number, 50, tmp_path)
+        number += 50
+
+
+@pytest.mark.fuzz
+def test_random_pipelines(tmp_path: Path) -> None:
+    end, number = time.monotonic() + SECONDS / 2, TODAY
+    while time.monotonic() < end:
+        tried("pipelines", number, 1, tmp_path)
+        number += 1
