@@ -163,7 +163,7 @@ class Quantize(Pass):
         if trial.score.sqnr < self.require_sqnr or self.layers:
             layers = search.layers(trial)
             if trial.score.sqnr < self.require_sqnr and self._static and self.observer == "auto":
-                trial = search.ranges(trial, layers)
+                trial, layers = search.ranges(trial, layers)
             if trial.score.sqnr < self.require_sqnr:
                 trial = search.keep(trial, layers, self.require_sqnr)
             log.facts["layers"] = [_row(layer, trial) for layer in layers]

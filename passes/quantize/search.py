@@ -122,25 +122,33 @@ class Search:
             self._build.announce("measuring layers", index + 1, len(nodes))
         return sorted(found, key=lambda layer: -layer.noise)
 
-    def ranges(self, trial: Trial, layers: Sequence[Layer]) -> Trial:
+    def ranges(self, trial: Trial, layers: Sequence[Layer]) -> tuple[Trial, list[Layer]]:
         """The same with another way to choose the ranges of single layers, if that does better as a whole.
 
-        Tried on the layers that do more than half an average share of all noise.
+        Tried on the layers that do more than half an average share of all noise. With what layers do then.
         """
         other = OBSERVERS[1] if trial.recipe.observer != OBSERVERS[1] else OBSERVERS[0]
         mean = sum(layer.noise for layer in layers) / max(len(layers), 1)
         worst = [layer for layer in layers if layer.noise > 0.5 * mean]
         gains: defaultdict[str, float] = defaultdict(float)
+        noises: dict[str, float] = {}
         for index, layer in enumerate(worst):
             special = dict.fromkeys(layer.tensors, other)
             alone = self._build(replace(trial.recipe, special=special, only=frozenset((layer.node,))))
             noise = self._judge(alone.model, RANKING).noise
+            noises[layer.node] = noise
             for name in layer.tensors:
                 gains[name] += layer.noise - noise
             self._build.announce("choosing ranges", index + 1, len(worst))
         better = {name: other for name, gain in gains.items() if gain > 0}
         found = self.attempt(replace(trial.recipe, special=better))
-        return found if found.score.sqnr > trial.score.sqnr + MARGIN else trial
+        if found.score.sqnr <= trial.score.sqnr + MARGIN:
+            return trial, list(layers)
+        changed = {layer.node for layer in worst if better.keys() >= set(layer.tensors)}
+        quieter = [
+            replace(each, noise=noises[each.node]) if each.node in changed else each for each in layers
+        ]
+        return found, sorted(quieter, key=lambda layer: -layer.noise)
 
     def latency(self, trial: Trial) -> float:
         """Time of a candidate relative to the float model's, on the first batch judged on."""
