@@ -107,7 +107,7 @@ def speed(names: tuple[str, ...]) -> Iterator[str]:
     yield from _head(
         "net", "wanted", "MACs", "parameters", "accuracy, %", "SQNR dB", "times as fast", "CPU s"
     )
-    for net in names or ("vgg",):
+    for net in names or ("vgg", "resnet"):
         yield row(net, "50%, align=16", macs=0.5, align=16)
         yield row(net, "speedup=2, align=16", speedup=2.0, align=16)
 

@@ -61,28 +61,35 @@ class Slim(Pass):
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Run the parts in turn until each has left the model as it is."""
-        size = model.stats().bytes
-        if "inline" not in self.skip and next(calls(model), None) is not None:
-            twin = model.copy()
-            changes = self._run(twin, ctx, size)
-            if twin.stats().bytes <= size + self.max_growth:
-                model.become(twin)
-                return changes
-            log = Log()
-            log.add(replace(self, skip=(*self.skip, "inline"))._run(model, ctx, size))
-            log.skip(model.graph.name, "functions stay: the model would be larger without them")
-            return log.done()
-        return self._run(model, ctx, size)
+        limit = _size(model) + self.max_growth
+        for left_out in self._ways(model):
+            twin, log = model.copy(), Log()
+            log.add(replace(self, skip=(*self.skip, *left_out))._run(twin, ctx, limit))
+            for name in left_out:
+                log.skip(name, "left out: the model would be larger for it")
+            if _size(twin) <= limit:
+                break
+        changes = log.done()
+        if changes:
+            model.become(twin)
+        return changes
 
-    def _run(self, model: Model, ctx: Context, size: int) -> Changes:
-        """Run the parts, and spend on constants what that has saved of the size."""
+    def _ways(self, model: Model) -> list[tuple[str, ...]]:
+        """What to leave out, one after the other until the model does not grow."""
+        ways: list[tuple[str, ...]] = [(), _GROWING]
+        if "inline" not in self.skip and next(calls(model), None) is not None:
+            ways += [(Inline.name,), (Inline.name, *_GROWING)]
+        return ways
+
+    def _run(self, model: Model, ctx: Context, limit: int) -> Changes:
+        """Run the parts, and spend on constants what that has saved."""
         changes = _settle(self.parts(), model, ctx)
-        saved = size - model.stats().bytes if any(TOO_LARGE in skip.reason for skip in changes.skipped) else 0
-        if saved > 0:
+        left = limit - _size(model) if any(TOO_LARGE in skip.reason for skip in changes.skipped) else 0
+        if left > self.max_growth:
             twin = model.copy()
-            more = Fold(max_growth=self.max_growth + saved).run(twin, ctx)
+            more = Fold(max_growth=left).run(twin, ctx)
             rest = _settle(self.parts(), twin, ctx)
-            if more and twin.stats().bytes <= size + self.max_growth:
+            if more and _size(twin) <= limit:
                 model.become(twin)
                 log = Log()
                 for each in (changes, more):
@@ -90,6 +97,11 @@ class Slim(Pass):
                 log.add(rest)
                 return log.done()
         return changes
+
+
+def _size(model: Model) -> int:
+    """Bytes of a model in a file; of a large one without the few it takes to say where a constant begins."""
+    return model.to_proto().ByteSize() if model.nbytes() < _COUNTED_BYTES else model.stats().bytes
 
 
 def _settle(parts: Sequence[Pass], model: Model, ctx: Context) -> Changes:
@@ -108,6 +120,10 @@ def _settle(parts: Sequence[Pass], model: Model, ctx: Context) -> Changes:
     return log.done()
 
 
+# Up to this many bytes of constants, a model is written to see how large it is.
+_COUNTED_BYTES = 1 << 20
+# Rules whose result may take more space than what it replaces.
+_GROWING = ("transpose-view",)
 _PARTS = frozenset(part.name for part in (Inline, Fold, Eliminate, Fuse, Dedupe, Dead))
 _ELIMINATE = frozenset(rule.name for rule in eliminate.RULES)
 _DEDUPE = frozenset(("equal-constants", "equal-nodes"))

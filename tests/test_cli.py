@@ -545,9 +545,7 @@ def test_prune_tells_families_and_replays_a_plan(tmp_path: Path, capsys: pytest.
     first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
     assert cli.main(["prune", str(source), str(first), "--ratio", "0.25", "--save-plan", str(plan)]) == 0
     assert cli.main(["prune", str(source), str(second), "--plan", str(plan)]) == 0
-    # Their metadata tells that they were made in two ways.
-    made = [load(path).with_metadata({"onnxslim.recipe_sha256": ""}) for path in (first, second)]
-    assert made[0].to_proto() == made[1].to_proto()
+    assert onnx.load(first).graph == onnx.load(second).graph
 
 
 def test_prune_without_a_goal_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

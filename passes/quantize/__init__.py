@@ -147,7 +147,7 @@ class Quantize(Pass):
 
     def _search(self, model: Model, ctx: Context, log: Log) -> Trial:
         """The candidate to take, and in the log how it was found."""
-        fit, held = _split(ctx.data)
+        fit, held, share = _split(ctx.data)
         build = Builder(model, replace(ctx, data=fit), self._settings())
         search = Search(build, Judge(model, held, ctx.target))
         if not self._static:
@@ -169,7 +169,7 @@ class Quantize(Pass):
             log.facts["layers"] = [_row(layer, trial) for layer in layers]
         if self.optimize_for == "latency" and self._static:
             trial = search.fastest(trial)
-        if held is not fit:
+        if share > FEW or (share and trial.score.sqnr < ENOUGH):
             trial = search.complete(trial, held, self.require_sqnr)
         log.facts["sqnr"] = trial.score.sqnr
         log.facts["latency"] = search.latency(trial)
@@ -178,18 +178,26 @@ class Quantize(Pass):
         return trial
 
 
-def _split(data: CalibrationData) -> tuple[CalibrationData, CalibrationData]:
-    """Data to calibrate on and data to judge on, `SAMPLES` samples or half of all; the same for one batch."""
+def _split(data: CalibrationData) -> tuple[CalibrationData, CalibrationData, float]:
+    """Data to calibrate on, data to judge on, `SAMPLES` samples or half of all, and the share of these.
+
+    A single batch serves for both, and nothing is held out then.
+    """
     try:
         batches = len(data)
     except TypeError:
         batches = sum(1 for _ in data)
     if batches < 2:
-        return data, data
+        return data, data, 0.0
     wanted = max(math.ceil(SAMPLES / batch_samples(next(iter(data)))), 1)
-    return data.holdout(min(wanted / batches, 0.5), seed=0)
+    share = min(wanted / batches, 0.5)
+    return *data.holdout(share, seed=0), share
 
 
 def _row(layer: Layer, trial: Trial) -> dict[str, object]:
-    kept = layer.node in trial.recipe.kept
+    kept = layer.node in trial.recipe.kept or layer.node in trial.recipe.refused
     return {"node": layer.node, "op": layer.op, "sqnr": round(layer.sqnr, 2), "kept": kept}
+
+
+# With no more of the data held out than this, ranges are as good without it.
+FEW = 1 / 3

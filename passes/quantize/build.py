@@ -303,22 +303,25 @@ def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:
     waiting: dict[int, list[Layer]] = {}
     sizes: Counter[int] = Counter()
     for layer in layers:
-        groups, _, inputs = layer.matrix().shape
+        groups, outputs, inputs = layer.matrix().shape
         rows = 1 << max(2 * inputs - 1, ROWS if inputs > NARROW else ROWS // 4).bit_length()
-        if sizes[rows] + groups * inputs**2 > MAX_MOMENTS and waiting.get(rows):
+        # Sums in double precision, and the rows that wait to be summed up.
+        size = groups * (inputs + outputs) * (8 * inputs + 4 * min(rows, WAITING))
+        if sizes[rows] + size > MAX_BYTES and waiting.get(rows):
             yield rows, waiting.pop(rows)
             sizes[rows] = 0
         waiting.setdefault(rows, []).append(layer)
-        sizes[rows] += groups * inputs**2
+        sizes[rows] += size
     yield from waiting.items()
 
 
 WEIGHTS_ONLY = "only weights are asked for, which it does not read as integers"
-# Rows for a layer's second moments, and for one with no more inputs than a depthwise convolution has.
+# Rows for a layer's second moments; a quarter for one with no more inputs than a depthwise convolution has.
 ROWS = 4095
 NARROW = 64
-# Elements of second moments held at a time: half a gigabyte.
-MAX_MOMENTS = 1 << 26
+# About how many rows are summed up at a time, and how much memory all of it may take at a time.
+WAITING = 2048
+MAX_BYTES = 256 << 20
 
 
 def _special(group: Group, recipe: Recipe) -> ObserverChoice:

@@ -147,6 +147,14 @@ def test_a_pipeline_accepts_it() -> None:
     assert step.after.nodes < step.before.nodes / 2
 
 
+def test_a_rule_that_makes_the_file_larger_is_left_out() -> None:
+    model = parse("g (float[2,1,1,3] x) => (float[1,2,1,3] y) { y = Transpose<perm = [1,0,2,3]>(x) }")
+    result, changes = apply(Slim(), model)
+    assert ops(result) == {"Transpose": 1}
+    assert "transpose-view" in {skip.node for skip in changes.skipped}
+    assert ops(apply(Slim(max_growth=100), model)[0]) == {"Reshape": 1}
+
+
 @pytest.mark.parametrize("path", LIGHT, ids=lambda path: path.stem.removeprefix("light_"))
 def test_models_whose_weights_are_computed_do_not_grow(path: Path) -> None:
     model = load(path)
@@ -218,20 +226,23 @@ def test_ifs_in_ifs_need_no_recursion() -> None:
         same_outputs(model, result, feeds_for(model) | {"c": np.array(flag)})
 
 
-# Peak memory of slimming a file and saving the result, in megabytes; a process of its own, to see only that.
+# Peak memory of slimming a file and saving the result, in kilobytes; a process of its own, to see only that.
+# getrusage would count what the process was before it became this one.
 PEAK = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from onnxslim.model import load
 from onnxslim.passes.slim import Slim
 from onnxslim.pipeline import Context
 model = load(sys.argv[1])
 assert Slim().run(model, Context())
 model.save(sys.argv[2])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from Linux's /proc")
 def test_weights_of_2_5_gigabytes_take_little_memory(tmp_path: Path) -> None:
     side, count = 8192, 10
     size = side * side * 4
@@ -260,4 +271,4 @@ def test_weights_of_2_5_gigabytes_take_little_memory(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", PEAK, str(source), str(tmp_path / "out" / "model.onnx")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert int(done.stdout) < 2 * size / 2**20 + 500
+    assert int(done.stdout) < 2 * size / 2**10 + 500_000
