@@ -27,6 +27,7 @@ from onnxslim.model import Model
 from onnxslim.pipeline import Report, Step
 from onnxslim.report import (
     CAPTIONS,
+    TABLES,
     arrow,
     clean,
     count,
@@ -277,7 +278,11 @@ def _output(row: OutputRow) -> Sequence[str]:
 
 
 def _step(step: Step) -> dict[str, Any]:
-    facts = [f"{CAPTIONS.get(name, name)}: {fact(value)}" for name, value in step.changes.facts.items()]
+    facts = [
+        f"{CAPTIONS.get(f'{step.kind}.{name}', CAPTIONS.get(name, name))}: {fact(value)}"
+        for name, value in step.changes.facts.items()
+        if name not in TABLES
+    ]
     skipped: dict[str, list[str]] = {}
     for skip in step.changes.skipped:
         skipped.setdefault(skip.reason, []).append(skip.node)

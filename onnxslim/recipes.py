@@ -104,7 +104,7 @@ class Recipe:
         known = [item.name for item in fields(cls)]
         _require_known(document, known, "")
         given = dict(document)
-        given["passes"] = tuple(_passes(document.get("passes")))
+        given["passes"] = tuple(_passes(document.get("passes"), folder))
         if given.get("data") is not None:
             given["data"] = _data(given["data"], folder)
         if "target" in given and not isinstance(given["target"], str):
@@ -119,9 +119,10 @@ class Recipe:
             OSError: it cannot be written.
         """
         file = Path(path)
-        document: dict[str, Any] = {"passes": [_written(each) for each in self.passes]}
+        folder = file.absolute().parent
+        document: dict[str, Any] = {"passes": [_written(each, folder) for each in self.passes]}
         if self.data is not None:
-            document["data"] = self._data_written(file.absolute().parent)
+            document["data"] = self._data_written(folder)
         for name, default in (("target", "cpu"), ("seed", 0), ("on_error", "revert"), ("check", {})):
             if getattr(self, name) != default:
                 document[name] = getattr(self, name)
@@ -132,13 +133,7 @@ class Recipe:
         assert self.data is not None
         if self.data.is_function:
             raise UsageError(f"a recipe cannot hold data that is code ('{self.data.path}'); leave it out")
-        try:
-            inside = Path(self.data.path).resolve().relative_to(folder.resolve())
-        except ValueError:
-            raise UsageError(
-                f"a recipe can only name data in its own folder, '{folder}', not '{self.data.path}'"
-            ) from None
-        settings = {**_given(self.data), "path": inside.as_posix()}
+        settings = {**_given(self.data), "path": _relative(self.data.path, folder)}
         return settings if len(settings) > 1 else settings["path"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,8 +146,9 @@ class Recipe:
 
     @property
     def sha256(self) -> str:
-        """Hash of all settings, defaults included, but not of where the data lies."""
+        """Hash of all settings, defaults included, and of files passes read, but not of where they lie."""
         document = self.to_dict()
+        document["passes"] = [{each.name: {**_all(each), **_contents(each)}} for each in self.passes]
         if document["data"]:
             document["data"]["path"] = None
         text = json.dumps(document, sort_keys=True, separators=(",", ":"))
@@ -324,7 +320,7 @@ def _at(node: yaml.Node, problem: str) -> UsageError:
     return UsageError(f"line {node.start_mark.line + 1}: {problem}")
 
 
-def _passes(given: Any) -> Iterator[Pass]:
+def _passes(given: Any, folder: Path) -> Iterator[Pass]:
     if not isinstance(given, list):
         raise UsageError("'passes' is a list of names, or of `name: {option: value}`")
     for index, item in enumerate(given):
@@ -337,7 +333,9 @@ def _passes(given: Any) -> Iterator[Pass]:
         if not isinstance(settings or {}, dict):
             raise UsageError(f"{where}: the options of '{name}' are `option: value`, not {settings!r}")
         try:
-            yield passes.create(name, settings or {})
+            made = passes.create(name, settings or {})
+            inside = {key: _inside(str(path), folder) for key, path in _files(made).items()}
+            yield passes.create(name, {**(settings or {}), **inside}) if inside else made
         except OnnxSlimError as error:
             raise UsageError(f"{where}: {error}") from None
 
@@ -357,9 +355,9 @@ def _inside(path: str, folder: Path) -> Path:
     rooted = "\0" in path or windows.drive or windows.root or posix.is_absolute()
     found = folder if rooted else (folder / path).resolve()
     if rooted or ".." in (*windows.parts, *posix.parts) or not found.is_relative_to(folder.resolve()):
-        raise UsageError(f"data: '{path}' leaves the folder of the recipe")
+        raise UsageError(f"'{path}' leaves the folder of the recipe")
     if not found.exists():
-        raise UsageError(f"data: there is no '{path}' in the folder of the recipe")
+        raise UsageError(f"there is no '{path}' in the folder of the recipe")
     return found
 
 
@@ -397,6 +395,26 @@ def _given(value: Any) -> dict[str, Any]:
     return kept
 
 
-def _written(each: Pass) -> Any:
+def _files(each: Pass) -> dict[str, Path]:
+    """The options of a pass that are files."""
+    return {key: value for key, value in vars(each).items() if isinstance(value, Path)}
+
+
+def _contents(each: Pass) -> dict[str, str]:
+    """Hashes of the files that a pass reads."""
+    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in _files(each).items()}
+
+
+def _relative(path: str | Path, folder: Path) -> str:
+    try:
+        return Path(path).resolve().relative_to(folder.resolve()).as_posix()
+    except ValueError:
+        raise UsageError(
+            f"a recipe can only name files in its own folder, '{folder}', not '{path}'"
+        ) from None
+
+
+def _written(each: Pass, folder: Path) -> Any:
     settings = _given(each)
+    settings.update({key: _relative(path, folder) for key, path in _files(each).items()})
     return {each.name: settings} if settings else each.name

@@ -220,7 +220,7 @@ def _type_text(annotation: Any) -> str:
     if origin in (tuple, list, frozenset):
         return f"{_type_text(arguments[0])},…"
     name = getattr(annotation, "__name__", str(annotation))
-    return {"str": "text", "bool": "yes|no"}.get(name, name)
+    return {"str": "text", "bool": "yes|no", "Path": "file"}.get(name, name)
 
 
 def _shown(value: Any) -> str:

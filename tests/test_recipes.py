@@ -278,6 +278,8 @@ def _variants(name: str) -> list[Any]:
     """The pass with each option in turn that a simple text sets to something else."""
     found = []
     for option in passes.options_of(passes.get(name)):
+        if option.type == "file":
+            continue
         for value in ("yes", "no", "7", "0.25", *option.type.split("|")):
             try:
                 made = passes.create(name, {option.name: value})
@@ -287,13 +289,28 @@ def _variants(name: str) -> list[Any]:
     return found
 
 
+def test_files_of_passes_stay_in_the_folder_and_are_hashed(folder: Path) -> None:
+    (folder / "plan.json").write_text("{}")
+    (folder / "r.yaml").write_text("passes: [{prune: {plan: plan.json}}]")
+    recipe = Recipe.load(folder / "r.yaml")
+    assert recipe.passes[0] == passes.create("prune", {"plan": str(folder / "plan.json")})
+    recipe.save(folder / "s.yaml")
+    assert yaml.safe_load((folder / "s.yaml").read_text()) == {"passes": [{"prune": {"plan": "plan.json"}}]}
+    before = recipe.sha256
+    (folder / "plan.json").write_text("{ }")
+    assert recipe.sha256 != before
+    (folder / "r.yaml").write_text("passes: [{prune: {plan: ../plan.json}}]")
+    with pytest.raises(UsageError, match=r"passes\[0\]: '../plan.json' leaves the folder"):
+        Recipe.load(folder / "r.yaml")
+
+
 def test_recipes_only_name_data_in_their_own_folder(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     recipe = Recipe(passes=(Slim(),), data=Data(path=str(folder / "data" / "x.npz")))
     recipe.save(folder / "r.yaml")
     assert (folder / "r.yaml").read_text() == "passes:\n- slim\ndata: data/x.npz\n"
-    with pytest.raises(UsageError, match="only name data in its own folder"):
+    with pytest.raises(UsageError, match="only name files in its own folder"):
         recipe.save(tmp_path_factory.mktemp("other") / "r.yaml")
     with pytest.raises(UsageError, match="data that is code"):
         Recipe(passes=(Slim(),), data=Data(path="module:function")).save(folder / "s.yaml")

@@ -78,8 +78,8 @@ def test_facts_are_listed() -> None:
 
 def test_long_facts_are_cut_short() -> None:
     plan = {"families": [{"name": f"family{i}", "removed": list(range(30))} for i in range(30)]}
-    lines = shown(Changes((Change("n", "a"),), (), {"plan": plan})).splitlines()
-    (line,) = [line for line in lines if "plan: " in line]
+    lines = shown(Changes((Change("n", "a"),), (), {"long": plan})).splitlines()
+    (line,) = [line for line in lines if "long: " in line]
     assert len(line) < 450
     assert line.endswith("… (see the JSON report)")
 

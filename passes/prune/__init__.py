@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -59,7 +60,7 @@ class Prune(Pass):
     repair: Literal["ridge", "bias", "none"] = Field(
         "ridge", description="fit the remaining weights, or only biases, to the original's layers"
     )
-    plan: str | None = Field(None, description="file of a plan to replay, instead of choosing")
+    plan: Path | None = Field(None, description="file of a plan to replay, instead of choosing")
 
     @property
     def keeps_shapes(self) -> bool:
