@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from onnxslim.calibration.data import CalibrationData, Feeds
 from onnxslim.calibration.gram import batch_samples
 from onnxslim.model import Model
 from onnxslim.runtime import Target
+
+# With fewer batches none can be spared.
+FEW = 4
 
 
 class Fidelity:
@@ -63,3 +67,10 @@ def _share(wanted: Sequence[Any], found: Sequence[Any]) -> float | None:
     noise = np.concatenate([got.ravel() for got in found], dtype=np.float64) - whole
     power = float(np.square(whole - whole.mean()).sum()) if whole.size else 0.0
     return float(np.square(noise).sum()) / power if power else None
+
+
+def parts(data: CalibrationData | None) -> tuple[CalibrationData | None, CalibrationData | None]:
+    """Data to choose and fit by, and other data to measure the outcome on where there are enough batches."""
+    if data is None or sum(1 for _ in islice(data, FEW)) < FEW:
+        return data, data
+    return data.holdout(0.25)

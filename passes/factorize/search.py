@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from onnxslim import graph as ir
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.fidelity import Fidelity
+from onnxslim.calibration.fidelity import Fidelity, parts
 from onnxslim.calibration.gram import Gram
 from onnxslim.graph import Node
 from onnxslim.model import DEFAULT_DOMAINS, Model
@@ -26,8 +25,6 @@ from onnxslim.rewrite import Editor
 
 # Samples on which factors of single layers are measured end to end.
 SAMPLES = 64
-# Batches from which on some of them are kept for that.
-FEW = 4
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ class Search:
         self._wanted = wanted
         self._ctx = ctx
         self._gate = gate
-        self._data, held = _parts(data)
+        self._data, held = parts(data)
         self._log = log
         self._fidelity = Fidelity(model, held, SAMPLES, ctx.target) if held else None
         self.measured: list[dict[str, object]] = []
@@ -198,13 +195,6 @@ class Search:
     def _with(self, layer: Layer, candidate: Candidate, gram: Gram | None) -> Model:
         fitted = fit.fit(layer, candidate.scheme, candidate.ranks, gram)
         return with_factors(self._model, [(layer, candidate, fitted)])
-
-
-def _parts(data: CalibrationData | None) -> tuple[CalibrationData | None, CalibrationData | None]:
-    """Data to fit factors to, and other data to measure them on where there are enough batches."""
-    if data is None or sum(1 for _ in itertools.islice(data, FEW)) < FEW:
-        return data, data
-    return data.holdout(0.25)
 
 
 def with_factors(model: Model, parts: Sequence[tuple[Layer, Candidate, Fitted]]) -> Model:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData, Feeds
+from onnxslim.calibration.fidelity import parts
 from onnxslim.channels import Analysis, analyze
 from onnxslim.costs import Costs
 from onnxslim.errors import UsageError
@@ -88,6 +89,7 @@ class _Run:
         self._ctx = ctx
         self._log = Log()
         self._data = _data(ctx, model)
+        self._parts = parts(self._data)
         self._teacher = model.copy()
         self._model = model
         self._kept: dict[tuple[str, int], NDArray[np.intp]] = {}
@@ -146,7 +148,7 @@ class _Run:
             align=settings.align,
             max_ratio=settings.max_ratio,
             exclude=settings.exclude,
-            data=self._data,
+            data=self._parts[0],
             ctx=self._ctx,
             log=self._log,
         )
@@ -165,7 +167,7 @@ class _Run:
             else (costs.parameters, settings.params, self._whole["params"])
         )
         assert goal is not None
-        curves = damages(self._model, analysis, found, self._data, self._ctx)
+        curves = damages(self._model, analysis, found, self._parts[1], self._ctx)
         gone = allocate(found.limits, curves, cost, whole * goal**progress)
         reached = cost(gone) / whole if whole else 1.0
         if progress == 1 and abs(reached - goal) > TOLERANCE:

@@ -129,7 +129,8 @@ def damages(
     """For each family the damage of every number of units that may go, as a convex curve.
 
     With data it is measured: the family alone is cut, the rest of it compensates, and the outputs are
-    compared on a few samples. Without, it is what the criterion says.
+    compared on a few samples, which should be others than those the moments were taken of. Without, it is
+    what the criterion says.
     """
     judge = Fidelity(model, data, SAMPLES, ctx.target) if data is not None else None
     curves = {}
