@@ -129,6 +129,9 @@ def mutate(message: Message, random: np.random.Generator) -> None:
             continue
         if items is not None:
             change_list(items, random, plain=field.message_type is None)
+        elif field.enum_type is not None:
+            numbers = [each.number for each in field.enum_type.values]
+            setattr(message, field.name, int(random.choice(numbers)))
         elif field.message_type is None and not isinstance(value, bytes):
             setattr(message, field.name, other(value, random))
         else:
