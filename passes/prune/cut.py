@@ -90,18 +90,24 @@ def zero(model: Model, masks: Masks) -> None:
             constant.values = _zeroed(constant.values, axis, ~kept, weights[id(constant)])
 
 
+# Between a constant and the layer it weights: what leaves zeros zeros, wherever they go.
+_KEEPS_ZEROS = ("Cast", "Concat", "Identity", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze")
+
+
 def _weights(model: Model) -> dict[int, Array]:
     """What stands for zero in each constant that a layer weights its data with, by its id."""
     found: dict[int, Array] = {}
-    for node in model.graph.nodes:
-        if spec_of(node).role is not Role.LINEAR and node.op not in _SUMMING:
-            continue
-        for tensor in node.inputs:
-            maker = tensor.inputs[0] if tensor.inputs else None
-            if isinstance(tensor, Constant) and tensor.dtype.kind in "fV":
-                found[id(tensor)] = np.zeros((), tensor.dtype)
-            elif maker is not None and maker.op == "DequantizeLinear":
-                found[id(maker.inputs[0])] = _code_of_zero(maker)
+    layers = (n for n in model.graph.nodes if spec_of(n).role is Role.LINEAR or n.op in _SUMMING)
+    pending = [tensor for node in layers for tensor in node.inputs]
+    while pending:
+        tensor = pending.pop()
+        maker = tensor.inputs[0] if tensor.inputs else None
+        if isinstance(tensor, Constant) and tensor.dtype.kind in "fV":
+            found[id(tensor)] = np.zeros((), tensor.dtype)
+        elif maker is not None and maker.op == "DequantizeLinear":
+            found[id(maker.inputs[0])] = _code_of_zero(maker)
+        elif maker is not None and maker.op in _KEEPS_ZEROS:
+            pending.extend(maker.inputs)
     return found
 
 

@@ -22,6 +22,7 @@ from onnxslim.graph import Array, Constant
 from onnxslim.labels import Block, Trace
 from onnxslim.model import Model
 from onnxslim.ops import REGISTRY, Channels
+from onnxslim.passes.half import Half
 from onnxslim.passes.prune import Prune, PruningPlan
 from onnxslim.passes.prune.budget import Limits, allocate, convex
 from onnxslim.passes.prune.cut import cut, prepare, zero
@@ -371,5 +372,12 @@ def test_a_quantized_model_can_be_pruned() -> None:
     """Scales of weights go with their channels; rounding does not get in the way of the proof."""
     quantized = Pipeline(Quantize(), on_error="raise")(chain(), data=data()).model
     step = prune(quantized, ratio=0.5, repair="none").report.steps[0]
+    assert step.changes.facts["oracle"] < 1e-5
+    assert step.changes.facts["params"][1] < 0.4 * step.changes.facts["params"][0]
+
+
+def test_weights_stored_in_half_precision_can_be_pruned() -> None:
+    stored = Pipeline(Half(weights_only=True), on_error="raise")(chain()).model
+    step = prune(stored, ratio=0.5, repair="none").report.steps[0]
     assert step.changes.facts["oracle"] < 1e-5
     assert step.changes.facts["params"][1] < 0.4 * step.changes.facts["params"][0]

@@ -1,0 +1,38 @@
+"""Look at what can be pruned, prune, keep the plan, and replay it on the model in half precision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnxslim
+from onnxslim import CalibrationData, Pipeline
+from onnxslim.passes import Half, Prune, Slim
+from onnxslim.passes.prune import PruningPlan
+
+FASHION = Path(onnxslim.__file__).parent / "models" / "fashion"
+
+
+def main() -> None:
+    """Everything on the bundled MobileNet."""
+    model = Pipeline(Slim())(onnxslim.load(FASHION / "mobilenet.onnx")).model
+    analysis = onnxslim.analyze(model)
+    for family in analysis.families[:3]:
+        print(
+            f"{family.name}: {family.size} units, read by {', '.join(each.node for each in family.consumers)}"
+        )
+    print(analysis.explain("head.weight")[0])
+
+    data = CalibrationData.from_npz(FASHION / "calibration.npz", batch_size=64)
+    result = Pipeline(Prune(macs=0.75))(model, data=data)
+    facts = result.report.steps[0].changes.facts
+    print(f"{facts['macs'][1] / facts['macs'][0]:.2f} of the MACs, proof within {facts['oracle']:.0e}")
+
+    plan = PruningPlan.from_json(json.dumps(facts["plan"]))
+    half = Pipeline(Half(weights_only=True))(model).model
+    families = onnxslim.analyze(half)
+    print(f"the plan fits the half-precision model: {len(plan.removed(families))} families")
+
+
+if __name__ == "__main__":
+    main()
