@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import json
 import os
 import resource
 import shutil
@@ -46,20 +47,29 @@ class Done:
     seconds: float
 
 
+# A process counts the memory of the one it was forked from as its own: between the tests and the command
+# stands a small one, which waits for it and tells what it took.
+LAUNCH = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+with open(sys.argv[1], "w") as file:
+    json.dump([os.waitstatus_to_exitcode(status), usage.ru_maxrss, usage.ru_utime + usage.ru_stime], file)
+"""
+
+
 def onnxslim(*words: str | Path, cwd: Path, limit: Callable[[], None] | None = None) -> Done:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "error", "-m", "onnxslim", *map(str, words)]
+    launch = [sys.executable, "-I", "-S", "-c", LAUNCH, ".told", *command]
     with open(cwd / ".out", "w+") as out, open(cwd / ".err", "w+") as err:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=err, cwd=cwd, env=environment, preexec_fn=limit
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        subprocess.run(launch, stdout=out, stderr=err, cwd=cwd, env=environment, preexec_fn=limit, check=True)
         out.seek(0)
         err.seek(0)
-        seconds = usage.ru_utime + usage.ru_stime  # of the processor, so that a busy machine does not count
-        done = Done(process.returncode, out.read(), err.read(), usage.ru_maxrss * 1024, seconds)
-    for name in (".out", ".err"):
+        # Seconds of the processor, so that a busy machine does not count.
+        code, kilobytes, seconds = json.loads((cwd / ".told").read_text())
+        done = Done(code, out.read(), err.read(), kilobytes * 1024, seconds)
+    for name in (".out", ".err", ".told"):
         (cwd / name).unlink()
     assert "Traceback" not in done.err
     return done

@@ -48,7 +48,7 @@ def _feeds(model: Model, fill: float | None = None) -> dict[str, Array]:
     for item in model.inputs():
         shape = tuple(dim if isinstance(dim, int) else 1 for dim in item.shape or ())
         assert item.dtype is not None
-        if item.dtype.kind == "i":
+        if item.dtype.kind in "iub":
             feeds[item.name] = np.zeros(shape, item.dtype)
         elif fill is None:
             feeds[item.name] = random.permutation(int(np.prod(shape))).reshape(shape).astype(np.float32) - 7
