@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
+from onnxslim.graph import Node
 from onnxslim.ops.channels import attention
-from onnxslim.ops.spec import Channels, OpSpec, register
+from onnxslim.ops.spec import Channels, OpSpec, register, sizes
+
+
+def _einsum_macs(node: Node) -> int | None:
+    """One product for every combination of the letters; of three or more operands, multiplied at once."""
+    terms, _ = attention.parse(node.attrs["equation"])
+    lengths: dict[str, int] = {}
+    for term, tensor in zip(terms, node.inputs, strict=True):
+        shape = sizes(tensor.shape)
+        if shape is None or len(shape) != len(term):  # an ellipsis stands for any number of axes
+            return None
+        for letter, length in zip(term, shape, strict=True):
+            lengths[letter] = max(lengths.get(letter, 1), length)
+    return math.prod(lengths.values())
+
 
 register(
     OpSpec(
@@ -22,6 +39,7 @@ g (float[N,3,8] x, float[N,3,1] c, float[N,3,1] s) => (float[N,3,8] y)
     ),
     OpSpec(
         "Einsum",
+        macs=_einsum_macs,
         channels=Channels(attention.einsum),
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,3,4] x, float[4,5] w) => (float[N,3,5] y)

@@ -17,9 +17,6 @@ from onnxslim.ops.channels.sizes import TARGETS, Sizes
 from onnxslim.passes.fold import Fold
 from onnxslim.pipeline import Context
 
-# Weights of operators that sum over an axis without being LINEAR for quantization.
-_SUMMING = ("LSTM", "GRU", "RNN", "Einsum")
-
 
 def prepare(model: Model) -> None:
     """Fold what is constant, which shapes often depend on, and undo sharing that would tie layers."""
@@ -90,14 +87,16 @@ def zero(model: Model, masks: Masks) -> None:
             constant.values = _zeroed(constant.values, axis, ~kept, weights[id(constant)])
 
 
-# Between a constant and the layer it weights: what leaves zeros zeros, wherever they go.
-_KEEPS_ZEROS = ("Cast", "Concat", "Identity", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze")
+def _keeps_zeros(node: Node) -> bool:
+    """Whether zeros of what it reads are zeros of what it makes, wherever they go."""
+    spec = spec_of(node)
+    return spec.role is Role.MOVE or spec.copies or spec.joins or node.op == "Cast"
 
 
 def _weights(model: Model) -> dict[int, Array]:
     """What stands for zero in each constant that a layer weights its data with, by its id."""
     found: dict[int, Array] = {}
-    layers = (n for n in model.graph.nodes if spec_of(n).role is Role.LINEAR or n.op in _SUMMING)
+    layers = (node for node in model.graph.nodes if spec_of(node).macs is not None)
     pending = [tensor for node in layers for tensor in node.inputs]
     while pending:
         tensor = pending.pop()
@@ -106,7 +105,7 @@ def _weights(model: Model) -> dict[int, Array]:
             found[id(tensor)] = np.zeros((), tensor.dtype)
         elif maker is not None and maker.op == "DequantizeLinear":
             found[id(maker.inputs[0])] = _code_of_zero(maker)
-        elif maker is not None and maker.op in _KEEPS_ZEROS:
+        elif maker is not None and _keeps_zeros(maker):
             pending.extend(maker.inputs)
     return found
 
