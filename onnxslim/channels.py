@@ -28,8 +28,10 @@ from onnxslim.model import Model
 from onnxslim.ops import spec_of
 from onnxslim.probe import FREE_SIZES
 
-# Size of a free batch axis while tracing; a prime that no layer has by chance.
-BATCH = 5
+# Sizes for a free batch axis while tracing: the first that the model has nowhere else.
+BATCHES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+# Longer vectors of integers are not sizes.
+MAX_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -201,9 +203,22 @@ def _is_free(model: Model, given: Mapping[str, Shape]) -> bool:
     )
 
 
+def _size_of_batch(model: Model) -> int:
+    """A size that no constant has or, as an element of a vector of sizes, writes."""
+    taken: set[int] = set()
+    for node in model.graph.nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, Constant):
+                taken.update(tensor.shape)
+                if tensor.dtype.kind == "i" and tensor.size <= MAX_RANK:
+                    taken.update(tensor.values.reshape(-1).tolist())
+    return next((size for size in BATCHES if size not in taken), BATCHES[0])
+
+
 def _deduced(model: Model, given: Mapping[str, Shape], size: int, uneven: bool) -> dict[str, Shape]:
     sized = model.copy()
     free: dict[object, int] = {}
+    size_of_batch = _size_of_batch(sized)
     batch = {tensor.shape[0] for tensor in sized.graph.inputs if tensor.shape} - {None}
     for tensor in sized.graph.inputs:
         tensor.shape = given.get(tensor.name, tensor.shape)
@@ -214,7 +229,9 @@ def _deduced(model: Model, given: Mapping[str, Shape], size: int, uneven: bool) 
             if not isinstance(dim, int):
                 factor = 1 + len(free) % 3 if uneven else 1
                 is_batch = axis == 0 or dim in batch
-                dim = BATCH if is_batch else free.setdefault(dim or (tensor.name, axis), size * factor)
+                dim = (
+                    size_of_batch if is_batch else free.setdefault(dim or (tensor.name, axis), size * factor)
+                )
             chosen.append(dim)
         tensor.shape = tuple(chosen)
     facts = shapes.deduce(sized)
@@ -360,7 +377,8 @@ class _Traced:
             if family is not None:
                 lines.append(f"{what}: {family.size} units of family '{family.name}'")
             elif self._roots[PINNED] in place.roots:
-                lines.append(f"{what} is pinned: {' <- '.join(self._chain(place))}")
+                chain = self._chain(place) or ["it runs along data alone"]
+                lines.append(f"{what} is pinned: {' <- '.join(chain)}")
             else:
                 lines.append(f"{what} has no weights of its own, or a single unit")
         return lines

@@ -19,6 +19,8 @@ from onnxslim.pipeline import Context
 
 # Weights of operators that sum over an axis without being LINEAR for quantization.
 _SUMMING = ("LSTM", "GRU", "RNN", "Einsum")
+# Operators between a constant and the layer that weights its data with it.
+_MOVING = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 
 def prepare(model: Model) -> None:
@@ -40,7 +42,7 @@ def unshare(model: Model) -> None:
         for index, tensor in enumerate(node.inputs):
             if id(tensor) in seen and _is_vector(tensor):
                 node.inputs[index] = Constant(free(tensor.name), tensor.values)
-            elif id(tensor) in seen and TARGETS.get(node.op) == index and tensor.inputs:
+            elif id(tensor) in seen and TARGETS.get(node.op) == index and _is_only_output(tensor):
                 nodes.append(_twin(tensor.inputs[0], tensor, free))
                 node.inputs[index] = nodes[-1].outputs[0]
             seen.add(id(tensor))
@@ -50,6 +52,10 @@ def unshare(model: Model) -> None:
 
 def _is_vector(tensor: Tensor) -> TypeGuard[Constant]:
     return isinstance(tensor, Constant) and sum(size > 1 for size in tensor.shape) == 1
+
+
+def _is_only_output(tensor: Tensor) -> bool:
+    return bool(tensor.inputs) and len(tensor.inputs[0].outputs) == 1
 
 
 def _twin(node: Node, tensor: Tensor, free: Namer) -> Node:
@@ -96,13 +102,20 @@ def _weights(model: Model) -> dict[int, Array]:
     for node in model.graph.nodes:
         if spec_of(node).role is not Role.LINEAR and node.op not in _SUMMING:
             continue
-        for tensor in node.inputs:
+        for tensor in map(_moved_from, node.inputs):
             maker = tensor.inputs[0] if tensor.inputs else None
             if isinstance(tensor, Constant) and tensor.dtype.kind in "fV":
                 found[id(tensor)] = np.zeros((), tensor.dtype)
             elif maker is not None and maker.op == "DequantizeLinear":
                 found[id(maker.inputs[0])] = _code_of_zero(maker)
     return found
+
+
+def _moved_from(tensor: Tensor) -> Tensor:
+    """What a weight was before it was transposed or reshaped, which leaves zeros what they are."""
+    while tensor.inputs and tensor.inputs[0].op in _MOVING:
+        tensor = tensor.inputs[0].inputs[0]
+    return tensor
 
 
 def _code_of_zero(node: Node) -> Array:
