@@ -185,13 +185,25 @@ def _sized(model: Model, given: Mapping[str, Shape]) -> dict[str, Shape]:
     """Shapes of the tensors of the main graph that are certain, at the first sizes that tell all."""
     best: dict[str, Shape] = {}
     wanted = sum(1 for node in model.graph.nodes for tensor in node.outputs if tensor.name)
-    for size, uneven in product(FREE_SIZES, (True, False)):
-        found = _deduced(model, given, size, uneven)
-        if len(found) > len(best):
-            best = found
-        if len(found) >= wanted + len(model.graph.inputs) or not _is_free(model, given):
-            break
+    for fixed in (_without_batch(model, given), given):
+        for size, uneven in product(FREE_SIZES, (True, False)):
+            found = _deduced(model, fixed, size, uneven)
+            if len(found) > len(best):
+                best = found
+            if len(found) >= wanted + len(model.graph.inputs):
+                return best
+            if not _is_free(model, given):
+                break
     return best
+
+
+def _without_batch(model: Model, given: Mapping[str, Shape]) -> Mapping[str, tuple[int | None, ...]]:
+    """Given shapes without their first sizes where those are one free batch: a batch of one hides much."""
+    inputs = model.graph.inputs
+    free = [each.name for each in inputs if each.shape and not isinstance(each.shape[0], int)]
+    if len({given[name][:1] for name in free if name in given}) != 1:
+        return given
+    return {name: (None, *shape[1:]) if name in free else shape for name, shape in given.items()}
 
 
 def _is_free(model: Model, given: Mapping[str, Shape]) -> bool:
@@ -215,7 +227,9 @@ def _size_of_batch(model: Model) -> int:
     return next((size for size in BATCHES if size not in taken), BATCHES[0])
 
 
-def _deduced(model: Model, given: Mapping[str, Shape], size: int, uneven: bool) -> dict[str, Shape]:
+def _deduced(
+    model: Model, given: Mapping[str, tuple[int | None, ...]], size: int, uneven: bool
+) -> dict[str, Shape]:
     sized = model.copy()
     free: dict[object, int] = {}
     size_of_batch = _size_of_batch(sized)

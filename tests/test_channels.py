@@ -304,3 +304,10 @@ def test_shapes_from_a_split_are_shared_by_layers() -> None:
     twin = model.copy()
     prepare(twin)
     same_outputs(model, twin)
+
+
+def test_data_of_batch_one_does_not_hide_that_the_batch_is_moved() -> None:
+    text = """g (float[N,16] x) => (float[3,K] y)
+    { a = MatMul(x, w) r = Relu(a) b = Reshape(r, s) y = MatMul(u, b) }"""
+    model = parse(text, constants(w=(16, 16), u=(3, 16)) | {"s": np.array([16, -1], np.int64)})
+    assert analyze(model, sizes={"x": (1, 16)}).families == ()
