@@ -28,8 +28,10 @@ from onnxslim.model import Model
 from onnxslim.ops import spec_of
 from onnxslim.probe import FREE_SIZES
 
-# Size of a free batch axis while tracing; a prime that no layer has by chance.
-BATCH = 5
+# Sizes for a free batch axis while tracing: the first that the model has nowhere else.
+BATCHES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+# Longer vectors of integers are not sizes.
+MAX_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -183,13 +185,25 @@ def _sized(model: Model, given: Mapping[str, Shape]) -> dict[str, Shape]:
     """Shapes of the tensors of the main graph that are certain, at the first sizes that tell all."""
     best: dict[str, Shape] = {}
     wanted = sum(1 for node in model.graph.nodes for tensor in node.outputs if tensor.name)
-    for size, uneven in product(FREE_SIZES, (True, False)):
-        found = _deduced(model, given, size, uneven)
-        if len(found) > len(best):
-            best = found
-        if len(found) >= wanted + len(model.graph.inputs) or not _is_free(model, given):
-            break
+    for fixed in (_without_batch(model, given), given):
+        for size, uneven in product(FREE_SIZES, (True, False)):
+            found = _deduced(model, fixed, size, uneven)
+            if len(found) > len(best):
+                best = found
+            if len(found) >= wanted + len(model.graph.inputs):
+                return best
+            if not _is_free(model, given):
+                break
     return best
+
+
+def _without_batch(model: Model, given: Mapping[str, Shape]) -> Mapping[str, tuple[int | None, ...]]:
+    """Given shapes without their first sizes where those are one free batch: a batch of one hides much."""
+    inputs = model.graph.inputs
+    free = [each.name for each in inputs if each.shape and not isinstance(each.shape[0], int)]
+    if len({given[name][:1] for name in free if name in given}) != 1:
+        return given
+    return {name: (None, *shape[1:]) if name in free else shape for name, shape in given.items()}
 
 
 def _is_free(model: Model, given: Mapping[str, Shape]) -> bool:
@@ -201,9 +215,24 @@ def _is_free(model: Model, given: Mapping[str, Shape]) -> bool:
     )
 
 
-def _deduced(model: Model, given: Mapping[str, Shape], size: int, uneven: bool) -> dict[str, Shape]:
+def _size_of_batch(model: Model) -> int:
+    """A size that no constant has or, as an element of a vector of sizes, writes."""
+    taken: set[int] = set()
+    for node in model.graph.nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, Constant):
+                taken.update(tensor.shape)
+                if tensor.dtype.kind == "i" and tensor.size <= MAX_RANK:
+                    taken.update(tensor.values.reshape(-1).tolist())
+    return next((size for size in BATCHES if size not in taken), BATCHES[0])
+
+
+def _deduced(
+    model: Model, given: Mapping[str, tuple[int | None, ...]], size: int, uneven: bool
+) -> dict[str, Shape]:
     sized = model.copy()
     free: dict[object, int] = {}
+    size_of_batch = _size_of_batch(sized)
     batch = {tensor.shape[0] for tensor in sized.graph.inputs if tensor.shape} - {None}
     for tensor in sized.graph.inputs:
         tensor.shape = given.get(tensor.name, tensor.shape)
@@ -214,7 +243,9 @@ def _deduced(model: Model, given: Mapping[str, Shape], size: int, uneven: bool) 
             if not isinstance(dim, int):
                 factor = 1 + len(free) % 3 if uneven else 1
                 is_batch = axis == 0 or dim in batch
-                dim = BATCH if is_batch else free.setdefault(dim or (tensor.name, axis), size * factor)
+                dim = (
+                    size_of_batch if is_batch else free.setdefault(dim or (tensor.name, axis), size * factor)
+                )
             chosen.append(dim)
         tensor.shape = tuple(chosen)
     facts = shapes.deduce(sized)
@@ -360,7 +391,8 @@ class _Traced:
             if family is not None:
                 lines.append(f"{what}: {family.size} units of family '{family.name}'")
             elif self._roots[PINNED] in place.roots:
-                lines.append(f"{what} is pinned: {' <- '.join(self._chain(place))}")
+                chain = self._chain(place) or ["it runs along data alone"]
+                lines.append(f"{what} is pinned: {' <- '.join(chain)}")
             else:
                 lines.append(f"{what} has no weights of its own, or a single unit")
         return lines

@@ -14,7 +14,7 @@ from onnxslim.graph import Array
 from onnxslim.model import Model
 from onnxslim.passes.prune.cut import cut, prepare, zero
 from onnxslim.runtime import Target
-from tests.helpers import parse
+from tests.helpers import parse, same_outputs
 
 EXACT = 1e-5
 
@@ -233,3 +233,81 @@ def test_fifty_thousand_labels_take_seconds() -> None:
     text = "g (float[N,4] x) => (float[N,2] y) { a = MatMul(x, w) b = Relu(a) y = MatMul(b, u) }"
     _, analysis = analyzed(text, constants(w=(4, 50_000), u=(50_000, 2)))
     assert families(analysis) == {"w:1 u:0": 50_000}
+
+
+@pytest.mark.parametrize(
+    ("text", "shapes", "found"),
+    [
+        (
+            "g (float[N,3,4,8] x) => (float[N,2,4] y) { a = Conv(x, w) m = MatMul(a, v) y = Conv(m, u) }",
+            {"w": (6, 3, 1, 1), "v": (8,), "u": (2, 6, 1)},
+            {"w:0 u:1": 6},
+        ),
+        (
+            "g (float[N,3,4,8] x) => (float[N,2,8] y) { a = Conv(x, w) m = MatMul(v, a) y = Conv(m, u) }",
+            {"w": (6, 3, 1, 1), "v": (4,), "u": (2, 6, 1)},
+            {"w:0 u:1": 6},
+        ),
+    ],
+)
+def test_batch_axes_of_a_product_with_a_vector(
+    text: str, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, int]
+) -> None:
+    model, analysis = analyzed(text, constants(**shapes))
+    assert families(analysis) == found
+    prove(model, analysis)
+
+
+@pytest.mark.parametrize(
+    ("body", "statistics"),
+    [
+        ("b, m, n = BatchNormalization<training_mode=1>(a, s, t, k, l)", "float[6] m"),
+        ("b, m = LayerNormalization(a, e)", "float[N,6,1] m"),
+    ],
+)
+def test_statistics_that_are_an_output_stay(body: str, statistics: str) -> None:
+    text = f"g (float[N,3,8] x) => (float[N,2,8] y, {statistics}) {{ a = Conv(x, w) {body} y = Conv(b, u) }}"
+    values = constants(w=(6, 3, 1), s=(6,), t=(6,), k=(6,), l=(6,), e=(8,), u=(2, 6, 1))
+    _, analysis = analyzed(text, values)
+    assert analysis.families == ()
+    assert any("'m' is an output of the model" in line for line in analysis.explain("w"))
+
+
+def test_a_batch_is_not_mistaken_for_a_size_of_the_model() -> None:
+    """At a batch of five this Reshape would seem to move nothing."""
+    text = """g (float[N,5] x) => (float[K] y)
+    { a = MatMul(x, w) b = Reshape(a, s) y = ReduceSum<keepdims=0>(b, one) }"""
+    values = constants(w=(5, 5)) | {"s": np.array([5, -1], np.int64), "one": np.array([1], np.int64)}
+    _, analysis = analyzed(text, values)
+    assert analysis.families == ()
+
+
+def test_an_axis_without_weights_says_so() -> None:
+    text = "g (float[N,4] x) => (float[N,2] y) { a = MatMul(x, w) y = MatMul(a, u) }"
+    _, analysis = analyzed(text, constants(w=(4, 6), u=(6, 2)))
+    assert analysis.explain("a")[0].endswith("is pinned: it runs along data alone")
+
+
+def test_a_transposed_table_that_is_also_summed_with_is_zeroed_where_it_is_read() -> None:
+    text = """g (int64[N,5] i) => (float[N,5,9] y)
+    { e = Gather(t, i) h = MatMul(e, w) s = Add(e, h) k = Transpose<perm=[1,0]>(t) y = MatMul(s, k) }"""
+    model, analysis = analyzed(text, constants(t=(9, 6), w=(6, 6)))
+    assert families(analysis) == {"t:1 w:0 w:1": 6}
+    prove(model, analysis)
+
+
+def test_shapes_from_a_split_are_shared_by_layers() -> None:
+    text = """g (float[N,3,8] x) => (float[N,6,8] y)
+    { a = Conv(x, w) p = Shape(x) q = Shape(a) k = Concat<axis=0>(p, q) h, t = Split<axis=0>(k, l)
+      b = Reshape(a, t) c = Relu(b) y = Reshape(c, t) }"""
+    model = parse(text, constants(w=(6, 3, 1)) | {"l": np.array([3, 3], np.int64)})
+    twin = model.copy()
+    prepare(twin)
+    same_outputs(model, twin)
+
+
+def test_data_of_batch_one_does_not_hide_that_the_batch_is_moved() -> None:
+    text = """g (float[N,16] x) => (float[3,K] y)
+    { a = MatMul(x, w) r = Relu(a) b = Reshape(r, s) y = MatMul(u, b) }"""
+    model = parse(text, constants(w=(16, 16), u=(3, 16)) | {"s": np.array([16, -1], np.int64)})
+    assert analyze(model, sizes={"x": (1, 16)}).families == ()

@@ -37,7 +37,7 @@ def unshare(model: Model) -> None:
         for index, tensor in enumerate(node.inputs):
             if id(tensor) in seen and _is_vector(tensor):
                 node.inputs[index] = Constant(free(tensor.name), tensor.values)
-            elif id(tensor) in seen and TARGETS.get(node.op) == index and tensor.inputs:
+            elif id(tensor) in seen and TARGETS.get(node.op) == index and _is_only_output(tensor):
                 nodes.append(_twin(tensor.inputs[0], tensor, free))
                 node.inputs[index] = nodes[-1].outputs[0]
             seen.add(id(tensor))
@@ -47,6 +47,10 @@ def unshare(model: Model) -> None:
 
 def _is_vector(tensor: Tensor) -> TypeGuard[Constant]:
     return isinstance(tensor, Constant) and sum(size > 1 for size in tensor.shape) == 1
+
+
+def _is_only_output(tensor: Tensor) -> bool:
+    return bool(tensor.inputs) and len(tensor.inputs[0].outputs) == 1
 
 
 def _twin(node: Node, tensor: Tensor, free: Namer) -> Node:
@@ -98,8 +102,12 @@ def _weights(model: Model) -> dict[int, Array]:
     found: dict[int, Array] = {}
     layers = (node for node in model.graph.nodes if spec_of(node).macs is not None)
     pending = [tensor for node in layers for tensor in node.inputs]
+    seen: set[int] = set()
     while pending:
         tensor = pending.pop()
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
         maker = tensor.inputs[0] if tensor.inputs else None
         if isinstance(tensor, Constant) and tensor.dtype.kind in "fV":
             found[id(tensor)] = np.zeros((), tensor.dtype)

@@ -135,7 +135,8 @@ class PruningPlan:
         for family in analysis.families:
             if members & set(members_of(family)):
                 return family
-        if self.sizes == tuple(family.size for family in analysis.families):
+        known = range(len(analysis.families))
+        if self.sizes == tuple(family.size for family in analysis.families) and entry.position in known:
             return analysis.families[entry.position]
         raise UsageError(f"the model has no family like '{entry.family}' of the plan")
 

@@ -381,3 +381,11 @@ def test_weights_stored_in_half_precision_can_be_pruned() -> None:
     step = prune(stored, ratio=0.5, repair="none").report.steps[0]
     assert step.changes.facts["oracle"] < 1e-5
     assert step.changes.facts["params"][1] < 0.4 * step.changes.facts["params"][0]
+
+
+def test_a_plan_with_a_position_that_is_not_there_is_refused() -> None:
+    analysis = analyze(chain())
+    plan = PruningPlan.of(analysis, {analysis.families[0].name: [0]})
+    entry = replace(plan.entries[0], members=("other:0",), position=99)
+    with pytest.raises(UsageError, match="no family like"):
+        replace(plan, entries=(entry,)).removed(analysis)

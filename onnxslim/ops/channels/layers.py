@@ -121,8 +121,10 @@ def _batch(trace: Trace, second: int) -> None:
         found[rank - (2 if right > 1 else 1)] = trace.labels(0, left - 2)
     if right > 1:
         found[rank - 1] = trace.labels(second, right - 1)
-    for axis in range(rank - (left > 1) - (right > 1)):
-        sides = ((0, axis - (rank - left)), (second, axis - (rank - right)))
+    batch = rank - (left > 1) - (right > 1)
+    for axis in range(batch):
+        # Batch axes are aligned at their end, wherever the result has the axes that are multiplied along.
+        sides = ((0, axis - batch + left - 2), (second, axis - batch + right - 2))
         wide = [(index, at) for index, at in sides if at >= 0 and trace.shape(index)[at] > 1]
         labels = [trace.labels(index, at) for index, at in wide]
         if labels:
@@ -145,6 +147,8 @@ def batch_norm(trace: Trace) -> None:
     for index in range(1, 5):
         trace.tie_axis(index, 0, channels)
     trace.emit(trace.blocks(0))
+    for index in range(1, len(trace.node.outputs)):
+        trace.emit([Block((0,), channels)], index)
 
 
 def instance_norm(trace: Trace) -> None:
@@ -193,6 +197,8 @@ def layer_norm(trace: Trace) -> None:
     for axis in normalized:
         trace.inexact(trace.labels(0, axis))
     trace.emit(trace.blocks(0))
+    for index in range(1, len(trace.node.outputs)):
+        trace.emit([block for block in trace.blocks(0) if max(block.axes) < first], index)
 
 
 def _leave_block(trace: Trace, index: int, axis: int, inside: range) -> None:
