@@ -102,9 +102,10 @@ class _Run:
         before = Costs(self._model, first)
         self._whole = {"macs": before.macs({}), "params": before.parameters({})}
         done = False
-        for step in range(1, self._settings.steps + 1):
+        steps = self._settings.steps if self._settings.plan is None else 1  # a plan tells all at once
+        for step in range(1, steps + 1):
             analysis = first if step == 1 else self._analyze()
-            done = self._step(analysis, step / self._settings.steps) or done
+            done = self._step(analysis, step / steps) or done
         if not done:
             self._say_why(first)
             return Changes((), self._log.done().skipped)

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -389,3 +390,11 @@ def test_a_plan_with_a_position_that_is_not_there_is_refused() -> None:
     entry = replace(plan.entries[0], members=("other:0",), position=99)
     with pytest.raises(UsageError, match="no family like"):
         replace(plan, entries=(entry,)).removed(analysis)
+
+
+def test_a_plan_is_replayed_once_whatever_the_steps(tmp_path: Path) -> None:
+    analysis = analyze(chain())
+    path = tmp_path / "plan.json"
+    path.write_text(PruningPlan.of(analysis, {analysis.families[0].name: [0, 5]}).to_json())
+    facts = prune(chain(), plan=path, steps=3).report.steps[0].changes.facts
+    assert [entry["removed"] for entry in facts["plan"]["entries"]] == [[0, 5]]
