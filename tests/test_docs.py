@@ -22,6 +22,7 @@ EXAMPLES = {
     "ort_reader.py": "in integers: 12 Conv",
     "ultralytics_hook.py": "nodes, metadata {'stride': '32', 'task': 'classify'}",
     "chain.py": "accuracy 93.60 %",
+    "pruning.py": "the plan fits the half-precision model: ",
 }
 # Names that stand for files of a newcomer.
 PLACEHOLDERS = ("passes/name.py", "tests/passes/test_name.py")

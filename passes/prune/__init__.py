@@ -246,6 +246,8 @@ class _Run:
     def _say_why(self, analysis: Analysis) -> None:
         """Nothing was pruned: name what stands in the way of the first layers."""
         if analysis.families:
+            if not self._log.done().skipped:
+                self._log.skip(self._model.graph.name or "model", "the goal is met as it is")
             return
         told = 0
         for node in self._model.graph.nodes:

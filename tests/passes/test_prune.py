@@ -398,3 +398,9 @@ def test_a_plan_is_replayed_once_whatever_the_steps(tmp_path: Path) -> None:
     path.write_text(PruningPlan.of(analysis, {analysis.families[0].name: [0, 5]}).to_json())
     facts = prune(chain(), plan=path, steps=3).report.steps[0].changes.facts
     assert [entry["removed"] for entry in facts["plan"]["entries"]] == [[0, 5]]
+
+
+def test_a_goal_that_is_met_says_so() -> None:
+    step = prune(chain(), macs=1.0).report.steps[0]
+    assert not step.changes
+    assert [skip.reason for skip in step.changes.skipped] == ["the goal is met as it is"]
