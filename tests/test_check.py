@@ -153,16 +153,17 @@ def test_rounding_of_gates_does_not_hide_an_error() -> None:
     assert not _refuses(model, "w", model.graph.initializers["w"].values * np.float32(1 + 1e-6))
 
 
-def test_a_wrong_rank_declared_for_an_output_stays_and_does_no_harm() -> None:
+def test_a_wrong_shape_declared_for_an_output_stays_and_does_no_harm() -> None:
     """onnx.checker sees it only once the shape is folded."""
     model = parse(
-        """g (float[1,N,4] x, int64[1] i, int64[1] one, int64[1] f) => (float[N,M] y)
-        { s = Shape(x) n = Gather(s, i) d = ReduceProd(n) t = Concat<axis=0>(d, one, f) y = Reshape(x, t) }""",
+        """g (float[1,N,4] x, int64[1] i, int64[1] one, int64[1] f) => (float[N,1,5] y)
+        { s = Shape(x) n = Gather(s, i) d = ReduceProd(n)
+          t = Concat<axis=0>(d, one, f) y = Reshape(x, t) }""",
         {"i": np.array([1]), "one": np.array([1]), "f": np.array([4])},
     )
     result = Pipeline(Slim(), on_error="raise")(model)
     assert ops(result.model) == {"Reshape": 1}
-    assert result.model.graph.outputs[0].shape == ("N", "M")
+    assert result.model.graph.outputs[0].shape == ("N", 1, 5)
     assert "left as it is" in result.report.notes[0]
 
 
