@@ -643,7 +643,10 @@ def _sample_count(arrays: Feeds, name: str) -> int:
     samples, *others = set(counts.values())
     if others or samples is None:
         listed = ", ".join(f"{key}: {'a scalar' if n is None else n}" for key, n in counts.items())
-        raise CalibrationError(f"{name}: the first axis of every array must count the samples, got {listed}")
+        raise CalibrationError(
+            f"{name}: the first axis of every array must count the samples, got {listed}; "
+            "inputs without samples, such as states, can be given as a folder of .npz files of one batch each"
+        )
     if not samples:
         raise CalibrationError(f"{name}: no samples")
     return samples
