@@ -210,7 +210,7 @@ def require_affordable(model: Model) -> None:
     """
     if not any(node.op in GROWING or _is_constant(node) for node in model.nodes()):
         return
-    for node in cost.sized(model).graph.nodes:
+    for node in cost.sized(model).nodes():
         for tensor in node.outputs:
             sizes = spec_sizes(tensor.shape)
             if sizes is not None and tensor.dtype is not None:
