@@ -9,7 +9,7 @@ from pydantic import Field
 from onnxslim import rewrite
 from onnxslim.model import Model
 from onnxslim.passes import facts
-from onnxslim.passes.fuse import activation, after, before, product, recompose
+from onnxslim.passes.fuse import activation, after, before, gate, product, recompose
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.rewrite import Rule
 
@@ -17,6 +17,7 @@ RULES: tuple[Rule[Any], ...] = (
     *after.RULES,
     *before.RULES,
     *product.RULES,
+    *gate.RULES,
     *activation.RULES,
     *recompose.RULES,
 )
