@@ -9,12 +9,15 @@ node reads as it is.
 
 Everything: all that is stored may exceed the constants and the nodes that it makes unnecessary by a given
 number of bytes. What counts as large is lowered until that is so.
+
+What is left of that number is then spent where it removes most nodes per byte, on results in a narrower type
+as well, if that holds them exactly: a Cast is left of their nodes then.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from onnxslim.graph import Constant, Node, Tensor, Variable
@@ -29,23 +32,46 @@ class Plan:
         removed: nodes nothing needs any more then.
         refused: nodes that stay because their results are too large, with the bytes of these.
         growth: bytes by which all this makes the model larger; negative if it gets smaller.
+        narrowed: ids of the tensors that are stored in a narrower type.
+        kept: nodes that stay, refused ones and those that feed them.
     """
 
     stored: tuple[Variable, ...]
     removed: tuple[Node, ...]
     refused: tuple[tuple[Node, int], ...]
     growth: int
+    narrowed: frozenset[int] = frozenset()
+    kept: tuple[Node, ...] = ()
+
+    @property
+    def gain(self) -> int:
+        """Nodes the model has less."""
+        return len(self.removed) - len(self.narrowed)
 
 
-# A tensor is large from this many bytes on, unless that lets the model grow.
+# A tensor is large from this many bytes on.
 LARGE_BYTES = 1024
 # A tensor is never large up to this many bytes: the node that makes it takes as much.
 TINY_BYTES = 64
 # Bytes of a stored tensor besides its name and values: type, dimensions, field headers.
 HEADER_BYTES = 16
+# Bytes of a Cast besides two names.
+CAST_BYTES = 40
+# Results that are considered for spending what is left.
+MAX_TRIALS = 128
+
+Sizes = Callable[[Tensor], int]
+# What is stored although the accounts refuse it: nodes by id, and the bytes of their results in a narrower type.
+Bought = Mapping[int, "int | None"]
 
 
-def plan(nodes: Sequence[Node], nbytes: Callable[[Tensor], int], fixed: set[int], max_growth: int) -> Plan:
+def plan(
+    nodes: Sequence[Node],
+    nbytes: Sizes,
+    fixed: set[int],
+    max_growth: int,
+    narrow: Callable[[Tensor], int | None] = lambda _: None,
+) -> Plan:
     """Store as much as the budget allows.
 
     Args:
@@ -53,23 +79,56 @@ def plan(nodes: Sequence[Node], nbytes: Callable[[Tensor], int], fixed: set[int]
         nbytes: size of a tensor, made or constant.
         fixed: ids of the tensors that are outputs of a graph.
         max_growth: bytes by which the model may become larger.
+        narrow: size of a tensor in a narrower type that holds it exactly; None if there is none, or its values
+            are not known.
     """
-    small = max(LARGE_BYTES, max_growth)
-    while True:
-        account = _Account(nodes, nbytes, fixed, small)
+    small = LARGE_BYTES
+
+    def settle(bought: Bought) -> Plan:
+        account = _Account(nodes, nbytes, fixed, small, bought)
         while account.refuse():
             pass
-        found = account.plan()
+        return account.plan()
+
+    while True:
+        found = settle({})
         if found.growth <= max_growth or small <= TINY_BYTES:
-            return found
+            break
         small //= 2
+    return _spend(found, settle, narrow, max_growth) if max_growth > found.growth else found
+
+
+def _spend(
+    base: Plan, settle: Callable[[Bought], Plan], narrow: Callable[[Tensor], int | None], limit: int
+) -> Plan:
+    """Buy results that remove most nodes per byte first, narrower ones before whole ones."""
+    everything = settle({id(node): None for node in base.kept})
+    if everything.growth <= limit:
+        return everything
+    offers: list[tuple[float, Node, int | None]] = []
+    for node in base.kept[:MAX_TRIALS]:
+        sizes = [None, narrow(node.outputs[0])] if len(node.outputs) == 1 else [None]
+        for size in sizes if sizes[-1] is not None else [None]:
+            trial = settle({id(node): size})
+            gain, cost = trial.gain - base.gain, trial.growth - base.growth
+            if gain > 0:
+                offers.append((cost / gain, node, size))
+    found, bought = base, dict[int, "int | None"]()
+    for _, node, size in sorted(offers, key=lambda offer: offer[0]):
+        if bought.get(id(node), 0) is None:
+            continue
+        trial = settle({**bought, id(node): size})
+        if trial.growth <= limit and trial.gain > found.gain:
+            found, bought = trial, {**bought, id(node): size}
+    return found
 
 
 class _Account:
     def __init__(
-        self, nodes: Sequence[Node], nbytes: Callable[[Tensor], int], fixed: set[int], small: int
+        self, nodes: Sequence[Node], nbytes: Sizes, fixed: set[int], small: int, bought: Bought
     ) -> None:
         self._nodes, self._nbytes, self._fixed, self._small = nodes, nbytes, fixed, small
+        self._bought = bought
         self._inside = {id(node) for node in nodes}
         self._group = _groups(nodes, self._connects)
         self._refused: dict[int, tuple[Node, int]] = {}
@@ -85,10 +144,23 @@ class _Account:
         """The result, once `refuse` has nothing more to refuse."""
         removed = tuple(node for node in self._nodes if id(node) not in self._kept)
         stored = tuple(reversed(self._stored))
-        cost = sum(self._written(tensor) for tensor in stored)
+        cost = sum(self._price(tensor) for tensor in stored)
         freed = sum(node.proto.ByteSize() for node in removed if node.proto is not None)
         freed += sum(self._written(constant) for constant in self._freed(0))
-        return Plan(stored, removed, tuple(self._refused.values()), cost - freed)
+        narrowed = frozenset(id(tensor) for tensor in stored if self._narrower(tensor) is not None)
+        refused = tuple(self._refused[id(node)] for node in self._nodes if id(node) in self._refused)
+        kept = tuple(node for node in self._nodes if id(node) in self._kept)
+        return Plan(stored, removed, refused, cost - freed, narrowed, kept)
+
+    def _narrower(self, tensor: Tensor) -> int | None:
+        return self._bought.get(id(tensor.inputs[0]))
+
+    def _price(self, tensor: Tensor) -> int:
+        """Bytes of a stored result, and of the Cast behind it."""
+        size = self._narrower(tensor)
+        if size is None:
+            return self._written(tensor)
+        return size + HEADER_BYTES + CAST_BYTES + 3 * len(tensor.name)
 
     def _written(self, tensor: Tensor) -> int:
         """Bytes of a constant in a model file."""
@@ -101,7 +173,7 @@ class _Account:
         worst: dict[int, Variable] = {}
         for tensor in self._stored:
             size, group = self._nbytes(tensor), self._group[id(tensor.inputs[0])]
-            if size > self._small:
+            if size > self._small and id(tensor.inputs[0]) not in self._bought:
                 cost[group] += size
                 if group not in worst or size > self._nbytes(worst[group]):
                     worst[group] = tensor
@@ -123,12 +195,12 @@ class _Account:
             needed = [tensor for tensor in node.outputs if self._is_needed(tensor)]
             limit = max(self._small, self._credit[self._group[id(node)]])
             largest = max((self._nbytes(tensor) for tensor in needed), default=0)
-            if largest > limit:
+            if largest > limit and id(node) not in self._bought:
                 self._refuse(node, largest)
-            if id(node) in self._refused:
-                self._kept.add(id(node))
-            else:
+            if id(node) not in self._refused:
                 stored.extend(reversed(needed))
+            elif needed:
+                self._kept.add(id(node))
         return stored
 
     def _is_needed(self, tensor: Tensor) -> bool:

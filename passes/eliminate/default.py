@@ -12,6 +12,10 @@ from onnxslim.passes import facts
 from onnxslim.rewrite import Editor, Rule
 
 
+_COPYING = ("Expand", "Tile", "Slice", "Split", "Reshape", "Squeeze", "Unsqueeze", "Transpose")
+_MAX_STEPS = 6
+
+
 class ZeroState(Rule[tuple[Node, tuple[int, ...]]]):
     """An RNN, GRU or LSTM starts from zeros if nobody says otherwise."""
 
@@ -36,14 +40,18 @@ class ZeroState(Rule[tuple[Node, tuple[int, ...]]]):
 
 
 def _is_zero(tensor: Tensor) -> bool:
-    """Whether all elements are known to be +0."""
+    """Whether all elements are known to be +0, from a constant or copies of elements of one."""
     values = constant_of(tensor)
-    maker = facts.made_by(tensor, "ConstantOfShape", "Expand")
-    if values is None and maker is not None and maker.op == "Expand":
-        return _is_zero(maker.inputs[0])
-    if values is None and maker is not None:
-        value = maker.attrs.get("value")
-        values = np.zeros(1) if value is None else numpy_helper.to_array(value.t)
+    for _ in range(_MAX_STEPS):
+        maker = facts.made_by(tensor, "ConstantOfShape", *_COPYING)
+        if maker is None:
+            break
+        if maker.op == "ConstantOfShape":
+            value = maker.attrs.get("value")
+            values = np.zeros(1, np.float32) if value is None else numpy_helper.to_array(value.t)
+            break
+        tensor = maker.inputs[0]
+        values = constant_of(tensor)
     return values is not None and _all_zero(values)
 
 
