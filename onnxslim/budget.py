@@ -57,11 +57,14 @@ TINY_BYTES = 64
 HEADER_BYTES = 16
 # Bytes of a Cast besides two names.
 CAST_BYTES = 40
-# Results that are considered for spending what is left.
-MAX_TRIALS = 128
+# Results that are considered for spending what is left, nodes that one may remove, and how often what is
+# left over is tried on the next best.
+MAX_OFFERS = 4096
+MAX_CONE = 64
+MAX_TRIALS = 16
 
 Sizes = Callable[[Tensor], int]
-# What is stored although the accounts refuse it: nodes by id, and the bytes of their results in a narrower type.
+# What is stored although the accounts refuse it: nodes by id, with the bytes of narrower results.
 Bought = Mapping[int, "int | None"]
 
 
@@ -79,48 +82,63 @@ def plan(
         nbytes: size of a tensor, made or constant.
         fixed: ids of the tensors that are outputs of a graph.
         max_growth: bytes by which the model may become larger.
-        narrow: size of a tensor in a narrower type that holds it exactly; None if there is none, or its values
-            are not known.
+        narrow: size of a tensor in a narrower type that holds it exactly; None if there is none or it is not
+            known.
     """
     small = LARGE_BYTES
 
-    def settle(bought: Bought) -> Plan:
+    def settle(bought: Bought) -> _Account:
         account = _Account(nodes, nbytes, fixed, small, bought)
         while account.refuse():
             pass
-        return account.plan()
+        return account
 
     while True:
-        found = settle({})
+        account = settle({})
+        found = account.plan()
         if found.growth <= max_growth or small <= TINY_BYTES:
             break
         small //= 2
-    return _spend(found, settle, narrow, max_growth) if max_growth > found.growth else found
+    if found.growth >= max_growth or not found.kept:
+        return found
+    return _spend(account.offers(narrow), found, lambda bought: settle(bought).plan(), max_growth)
 
 
-def _spend(
-    base: Plan, settle: Callable[[Bought], Plan], narrow: Callable[[Tensor], int | None], limit: int
-) -> Plan:
-    """Buy results that remove most nodes per byte first, narrower ones before whole ones."""
-    everything = settle({id(node): None for node in base.kept})
-    if everything.growth <= limit:
-        return everything
-    offers: list[tuple[float, Node, int | None]] = []
-    for node in base.kept[:MAX_TRIALS]:
-        sizes = [None, narrow(node.outputs[0])] if len(node.outputs) == 1 else [None]
-        for size in sizes if sizes[-1] is not None else [None]:
-            trial = settle({id(node): size})
-            gain, cost = trial.gain - base.gain, trial.growth - base.growth
-            if gain > 0:
-                offers.append((cost / gain, node, size))
-    found, bought = base, dict[int, "int | None"]()
-    for _, node, size in sorted(offers, key=lambda offer: offer[0]):
-        if bought.get(id(node), 0) is None:
-            continue
-        trial = settle({**bought, id(node): size})
-        if trial.growth <= limit and trial.gain > found.gain:
-            found, bought = trial, {**bought, id(node): size}
+def _spend(offers: list[_Offer], base: Plan, settle: Callable[[Bought], Plan], limit: int) -> Plan:
+    """Buy results that remove most nodes per byte first, as many as the limit allows, and some of the next."""
+    offers.sort(key=lambda offer: offer.cost / offer.gain)
+    found, least, most = base, 0, len(offers)
+    while least < most:
+        middle = (least + most + 1) // 2
+        trial = settle({offer.node: offer.narrow for offer in offers[:middle]})
+        if trial.growth <= limit:
+            found, least = trial, middle
+        else:
+            most = middle - 1
+    bought = {offer.node: offer.narrow for offer in offers[:least]}
+    for offer in offers[least : least + MAX_TRIALS]:
+        if found.growth + offer.cost <= limit:
+            trial = settle({**bought, offer.node: offer.narrow})
+            if trial.growth <= limit and trial.gain > found.gain:
+                found, bought = trial, {**bought, offer.node: offer.narrow}
     return found
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """A result that could be stored.
+
+    Attributes:
+        node: its maker's id.
+        narrow: bytes of its values in a narrower type; None to store them as they are.
+        gain: nodes the model has less then, at least.
+        cost: bytes it has more then, at the most.
+    """
+
+    node: int
+    narrow: int | None
+    gain: int
+    cost: int
 
 
 class _Account:
@@ -145,12 +163,44 @@ class _Account:
         removed = tuple(node for node in self._nodes if id(node) not in self._kept)
         stored = tuple(reversed(self._stored))
         cost = sum(self._price(tensor) for tensor in stored)
-        freed = sum(node.proto.ByteSize() for node in removed if node.proto is not None)
+        freed = sum(map(_declared, removed))
         freed += sum(self._written(constant) for constant in self._freed(0))
         narrowed = frozenset(id(tensor) for tensor in stored if self._narrower(tensor) is not None)
         refused = tuple(self._refused[id(node)] for node in self._nodes if id(node) in self._refused)
         kept = tuple(node for node in self._nodes if id(node) in self._kept)
         return Plan(stored, removed, refused, cost - freed, narrowed, kept)
+
+    def offers(self, narrow: Callable[[Tensor], int | None]) -> list[_Offer]:
+        """What storing the results of each node that stays would cost and bring."""
+        found: list[_Offer] = []
+        for node in [node for node in self._nodes if id(node) in self._kept][:MAX_OFFERS]:
+            gain, freed = self._cone(node)
+            needed = [tensor for tensor in node.outputs if self._is_needed(tensor)]
+            found.append(_Offer(id(node), None, gain, sum(map(self._written, needed)) - freed))
+            size = narrow(needed[0]) if len(needed) == 1 else None
+            if size is not None and gain > 1:
+                price = size + _cast_bytes(needed[0])
+                found.append(_Offer(id(node), size, gain - 1, price - freed))
+        return found
+
+    def _cone(self, node: Node) -> tuple[int, int]:
+        """How many nodes, and bytes of nodes and constants, only serve this node, itself included."""
+        cone, counted = {id(node)}, set[int]()
+        freed, pending = _declared(node), [node]
+        while pending and len(cone) < MAX_CONE:
+            for tensor in pending.pop().inputs:
+                others = [reader for reader in tensor.outputs if id(reader) not in cone]
+                if id(tensor) in counted or id(tensor) in self._fixed or any(map(self._stays, others)):
+                    continue
+                maker = tensor.inputs[0] if tensor.inputs else None
+                if maker is None or id(maker) not in self._kept:
+                    counted.add(id(tensor))
+                    freed += self._written(tensor)
+                elif id(maker) not in cone and len(maker.outputs) == 1:
+                    cone.add(id(maker))
+                    freed += _declared(maker)
+                    pending.append(maker)
+        return len(cone), freed
 
     def _narrower(self, tensor: Tensor) -> int | None:
         return self._bought.get(id(tensor.inputs[0]))
@@ -160,7 +210,7 @@ class _Account:
         size = self._narrower(tensor)
         if size is None:
             return self._written(tensor)
-        return size + HEADER_BYTES + CAST_BYTES + 3 * len(tensor.name)
+        return size + _cast_bytes(tensor)
 
     def _written(self, tensor: Tensor) -> int:
         """Bytes of a constant in a model file."""
@@ -226,6 +276,16 @@ class _Account:
                     seen.add(id(tensor))
                     if id(tensor) not in self._fixed and not any(map(self._stays, tensor.outputs)):
                         yield tensor
+
+
+def _declared(node: Node) -> int:
+    """Bytes of a node in a model file."""
+    return node.proto.ByteSize() if node.proto is not None else 0
+
+
+def _cast_bytes(tensor: Tensor) -> int:
+    """Bytes of a Cast, and of the constant before it besides its values."""
+    return CAST_BYTES + HEADER_BYTES + 3 * len(tensor.name)
 
 
 def _groups(nodes: Iterable[Node], connects: Callable[[Tensor], bool]) -> dict[int, int]:

@@ -11,7 +11,6 @@ from onnxslim.model import constant_of
 from onnxslim.passes import facts
 from onnxslim.rewrite import Editor, Rule
 
-
 _COPYING = ("Expand", "Tile", "Slice", "Split", "Reshape", "Squeeze", "Unsqueeze", "Transpose")
 _MAX_STEPS = 6
 

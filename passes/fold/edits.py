@@ -17,7 +17,6 @@ from onnxslim.model import DEFAULT_DOMAINS, Model
 from onnxslim.passes import dead
 from onnxslim.pipeline import Log
 
-
 _NONE: Mapping[int, Array | None] = MappingProxyType({})
 
 
@@ -58,7 +57,7 @@ class Edits:
     def _store(
         self, node: Node, values: Mapping[int, Array], narrowed: Mapping[int, Array | None], graph: Graph
     ) -> Iterator[Node]:
-        """Store the outputs of a node; yields the Cast of a narrower one and the Constant of a graph's output."""
+        """Store the outputs of a node; yields the Cast of a narrower one, and the Constant of an output."""
         self.log.change(node.label, "computed ahead of time", node.op)
         outputs = list(node.outputs)
         self.forget_inputs(node)
@@ -73,9 +72,7 @@ class Edits:
             else:
                 self.substitute(tensor, Constant(tensor.name, np.asarray(values[id(tensor)])), graph)
 
-    def _cast(
-        self, name: str, narrow: Array, dtype: np.dtype[Any], tensor: Variable, graph: Graph
-    ) -> Node:
+    def _cast(self, name: str, narrow: Array, dtype: np.dtype[Any], tensor: Variable, graph: Graph) -> Node:
         constant = Constant(self.fresh(f"{tensor.name}_narrow"), narrow)
         self.declare(constant, graph)
         return Node("Cast", name, {"to": proto.elem_type_of(dtype)}, [constant], [tensor])

@@ -85,7 +85,8 @@ class Values:
         """Results of nodes that stay and could be stored in a narrower type, as far as their size tells."""
         results = (tensor for node in plan.kept for tensor in node.outputs)
         limit = self._max_growth * _NARROWING
-        return {id(each) for each in results if each.name and self._nbytes(each) <= limit} - self._values.keys()
+        wanted = {id(each) for each in results if each.name and self._nbytes(each) <= limit}
+        return wanted - self._values.keys()
 
     def _narrow(self, tensor: Tensor) -> int | None:
         """Bytes of a result in the narrower type it fits into, if any."""

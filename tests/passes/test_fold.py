@@ -412,6 +412,7 @@ def test_growth_is_a_matter_of_the_option() -> None:
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         Fold(max_growth=-1)
 
+
 GRIDS = """g (float[N,2048] x, float[N,512] z) => (float[N,2048] y, float[N,512] w) {
     a = Expand(one, large) f = Abs(a) b = Neg(f) c = Exp(b) y = Add(x, c)
     d = Expand(third, small) e = Sqrt(d) w = Add(z, e) }"""
