@@ -105,7 +105,7 @@ def plan(
 
 
 def _spend(offers: list[_Offer], base: Plan, settle: Callable[[Bought], Plan], limit: int) -> Plan:
-    """Buy results that remove most nodes per byte first, as many as the limit allows, and some of the next."""
+    """Buy results that remove most nodes per byte first, as many as the limit allows, and some more."""
     offers.sort(key=lambda offer: offer.cost / offer.gain)
     found, least, most = base, 0, len(offers)
     while least < most:
