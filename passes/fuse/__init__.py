@@ -38,5 +38,5 @@ class Fuse(Pass):
     def run(self, model: Model, ctx: Context) -> Changes:
         """Apply the rules everywhere, bodies of If, Loop and Scan included, until none fires."""
         log = Log()
-        rewrite.apply(facts.selected(RULES, self.skip), model, log)
+        rewrite.apply(facts.selected(RULES, self.skip), model, log, lossless=True)
         return log.done()
