@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -11,8 +10,7 @@ from pydantic import Field
 
 from onnxslim import shapes
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.gram import batch_samples
-from onnxslim.calibration.judge import SAMPLES, Judge
+from onnxslim.calibration.judge import Judge, split
 from onnxslim.errors import CalibrationError
 from onnxslim.model import Model
 from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Recipe, Settings
@@ -147,7 +145,7 @@ class Quantize(Pass):
 
     def _search(self, model: Model, ctx: Context, log: Log) -> Trial:
         """The candidate to take, and in the log how it was found."""
-        fit, held, share = _split(ctx.data)
+        fit, held, share = split(ctx.data)
         build = Builder(model, replace(ctx, data=fit), self._settings())
         search = Search(build, Judge(model, held, ctx.target))
         if not self._static:
@@ -176,22 +174,6 @@ class Quantize(Pass):
         log.facts["parts"] = dict(trial.score.parts)
         log.facts["observer"] = trial.recipe.observer[0]
         return trial
-
-
-def _split(data: CalibrationData) -> tuple[CalibrationData, CalibrationData, float]:
-    """Data to calibrate on, data to judge on, `SAMPLES` samples or half of all, and the share of these.
-
-    A single batch serves for both, and nothing is held out then.
-    """
-    try:
-        batches = len(data)
-    except TypeError:
-        batches = sum(1 for _ in data)
-    if batches < 2:
-        return data, data, 0.0
-    wanted = max(math.ceil(SAMPLES / batch_samples(next(iter(data)))), 1)
-    share = min(wanted / batches, 0.5)
-    return *data.holdout(share, seed=0), share
 
 
 def _row(layer: Layer, trial: Trial) -> dict[str, object]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.judge import Judge, Score
+from onnxslim.calibration.judge import FAILED, Judge, Score
 from onnxslim.errors import LoadError
 from onnxslim.passes.quantize.build import Builder, Candidate, ObserverChoice, Recipe
 
@@ -84,7 +84,7 @@ class Search:
         try:
             score = self._judge(candidate.model)
         except LoadError:
-            score = Score(-math.inf, {}, None)
+            score = FAILED
         return Trial(recipe, candidate, score)
 
     def observer(self, recipe: Recipe) -> Trial:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxslim.calibration import judge
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.judge import Judge
 from onnxslim.graph import Array, Constant
@@ -212,6 +213,37 @@ def test_parts_of_a_concat_are_judged_one_by_one() -> None:
     score = Judge(model, CalibrationData([feeds]), Target.cpu())(other)
     assert score.parts["y[0:2]"] == np.inf
     assert score.parts["y[2:5]"] == score.sqnr == pytest.approx(6.02, abs=0.01)
+
+
+def test_error_is_the_share_of_the_variance_and_integers_count_only_alone() -> None:
+    """A large mean hides noise from the SQNR, not from the error; a class found is not a quantity."""
+    model = parse("""g (float[N,8] x) => (float[N,8] y, int64[N,1] c)
+        <float h = {100}> { y = Add(x, h) c = ArgMax<axis=1>(y) }""")
+    other = parse("""g (float[N,8] x) => (float[N,8] y, int64[N,1] c)
+        <float h = {100}, float s = {0.5}, int64 z = {0}>
+        { xs = Mul(x, s) y = Add(xs, h) a = ArgMax<axis=1>(y) c = Mul(a, z) }""")
+    data = CalibrationData([{"x": _normal(64, 8, seed=seed)} for seed in range(4)])
+    score = Judge(model, data, Target.cpu(), 256)(other)
+    assert score.parts.keys() == {"y"}
+    assert score.error == pytest.approx(0.25, rel=0.01)
+    assert score.sqnr == pytest.approx(46, abs=0.2)
+    assert score.agreement == 1.0
+    assert Judge(model, data, Target.cpu())(model).error == 0.0
+
+
+@pytest.mark.parametrize(
+    ("batches", "most", "held"), [(1, 0.5, 0), (2, 0.5, 1), (3, 0.25, 0), (4, 0.25, 1), (40, 0.25, 4)]
+)
+def test_no_more_is_held_out_than_needed(batches: int, most: float, held: int) -> None:
+    data = [{"x": np.full((4, 1), index, np.float32)} for index in range(batches)]
+    parts = judge.split(CalibrationData.from_callable(lambda: data), 16, most)
+    assert parts.share == pytest.approx(held / batches)
+    seen = [[int(feeds["x"][0, 0]) for feeds in part] for part in (parts.fit, parts.held)]
+    if held:
+        assert sorted(seen[0] + seen[1]) == list(range(batches))
+        assert len(seen[1]) == held
+    else:
+        assert seen[0] == seen[1] == list(range(batches))
 
 
 # Rounding
