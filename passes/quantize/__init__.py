@@ -15,6 +15,7 @@ from onnxslim.errors import CalibrationError
 from onnxslim.model import Model
 from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Recipe, Settings
 from onnxslim.passes.quantize.fused import fused
+from onnxslim.passes.quantize.goal import Goal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
 from onnxslim.passes.quantize.search import ENOUGH, Layer, Search, Trial
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
@@ -34,8 +35,9 @@ class Quantize(Pass):
     target with a range chosen on calibration data, biases int32. Operators that gain nothing stay in floating
     point, and the report names them.
 
-    Part of the data is held out. If the outputs lose more than `require_sqnr` allows on it, every layer
-    is measured on its own, and the fewest that have to are kept out of integers.
+    Part of the data is held out. If the outputs lose more than `require_sqnr` allows on it, or the metric
+    drops by more than `max_drop`, every layer is measured on its own, and the fewest that have to are kept
+    out of integers.
     """
 
     name: ClassVar[str] = "quantize"
@@ -65,10 +67,16 @@ class Quantize(Pass):
         True, description="adjust biases so that rounding the weights leaves the mean of every channel alone"
     )
     per_channel: bool = Field(True, description="one weight scale per output channel")
-    require_sqnr: float = Field(
-        25.0,
+    require_sqnr: float | None = Field(
+        None,
         description="signal to noise, in dB, that the outputs are to keep on samples held out; layers that "
-        "cost too much of it stay in float (0: none does)",
+        "cost too much of it stay in float (0: none does). By default 25, or 0 where max_drop is given",
+    )
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        description="how much less than before the metric of the result may be: as few layers as that takes "
+        "stay in float. The metric is `metric=` of the pipeline, or `--metric`, or accuracy on labels",
     )
     algorithm: Algorithm = Field(
         "auto",
@@ -108,7 +116,8 @@ class Quantize(Pass):
         log.add(candidate.log.done())
         plan = candidate.plan
         if not plan.linear and not plan.stored:
-            log.skip(model.graph.name or "model", "no operator with weights can run in integers")
+            kept = any(row["kept"] for row in log.facts.get("layers", ()))
+            log.skip(model.graph.name or "model", NOTHING_LEFT if kept else NOTHING_FOUND)
             return Changes((), log.done().skipped)
         model.graph = candidate.model.graph
         if ctx.target.provider == CPU and self.layout in ("target", "cpu"):
@@ -132,6 +141,8 @@ class Quantize(Pass):
 
     def _candidate(self, model: Model, ctx: Context, log: Log) -> Candidate:
         """The result, found by a search if there is data to judge by."""
+        if ctx.data is None and self.max_drop is not None:
+            raise CalibrationError("pass 'quantize' with max_drop needs calibration data to rank layers on")
         if ctx.data is None:
             return Builder(model, ctx, self._settings())(Recipe())
         data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
@@ -148,6 +159,7 @@ class Quantize(Pass):
         fit, held, share = split(ctx.data)
         build = Builder(model, replace(ctx, data=fit), self._settings())
         search = Search(build, Judge(model, held, ctx.target))
+        goal = Goal(self.require_sqnr, self.max_drop, model, ctx)
         if not self._static:
             trial = search.attempt(Recipe())
         elif self.observer == "auto":
@@ -158,18 +170,22 @@ class Quantize(Pass):
         if self.algorithm == "cd" or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH):
             trial = search.rounding(trial)
         log.facts["everything"] = trial.score.sqnr
-        if trial.score.sqnr < self.require_sqnr or self.layers:
+        if self.layers or not goal.met(trial):
             layers = search.layers(trial)
-            if trial.score.sqnr < self.require_sqnr and self._static and self.observer == "auto":
+            if not goal.met(trial) and self._static and self.observer == "auto":
                 trial, layers = search.ranges(trial, layers)
-            if trial.score.sqnr < self.require_sqnr:
-                trial = search.keep(trial, layers, self.require_sqnr)
+            if not goal.met(trial):
+                trial = search.keep(trial, layers, goal)
             log.facts["layers"] = [_row(layer, trial) for layer in layers]
         if self.optimize_for == "latency" and self._static:
             trial = search.fastest(trial)
         if share > FEW or (share and trial.score.sqnr < ENOUGH):
-            trial = search.complete(trial, held, self.require_sqnr)
+            trial = search.complete(trial, held, goal)
+        if not goal.met(trial):
+            log.skip(model.graph.name or "model", goal.shortfall(trial))
         log.facts["sqnr"] = trial.score.sqnr
+        if goal.before is not None:
+            log.facts["metric"] = [goal.before, goal.value(trial.candidate.model)]
         log.facts["latency"] = search.latency(trial)
         log.facts["parts"] = dict(trial.score.parts)
         log.facts["observer"] = trial.recipe.observer[0]
@@ -181,5 +197,7 @@ def _row(layer: Layer, trial: Trial) -> dict[str, object]:
     return {"node": layer.node, "op": layer.op, "sqnr": round(layer.sqnr, 2), "kept": kept}
 
 
+NOTHING_FOUND = "no operator with weights can run in integers"
+NOTHING_LEFT = "every layer would have to stay in floating point to keep as much as is asked for"
 # With no more of the data held out than this, ranges are as good without it.
 FEW = 1 / 3
