@@ -11,9 +11,9 @@ from pydantic import Field
 from onnxslim import shapes
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.judge import Judge, split
-from onnxslim.errors import CalibrationError
+from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.model import Model
-from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Recipe, Settings
+from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Kind, Recipe, Settings
 from onnxslim.passes.quantize.fused import fused
 from onnxslim.passes.quantize.goal import Goal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
@@ -22,7 +22,7 @@ from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.runtime import CPU, Target, layout
 
 ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
-Activations = Literal["auto", "uint8", "int8", "uint16", "none"] | None
+Activations = Literal["auto", "uint8", "int8", "uint16", "dynamic", "none"] | None
 Layout = Literal["target", "cpu", "openvino", "cuda", "tensorrt", "qnn"]
 Algorithm = Literal["auto", "rtn", "cd"]
 
@@ -50,8 +50,9 @@ class Quantize(Pass):
     )
     activations: Activations = Field(
         "auto",
-        description="integer type of activations: that of the target, another one, or none: then only "
-        "weights of matrix products and embeddings are stored as integers",
+        description="integer type of activations: that of the target, or another one; dynamic: only matrix "
+        "products by constants run in integers, and ranges of their data are those of every single input, "
+        "without calibration; none: weights of matrix products and embeddings are stored as integers",
     )
     observer: ObserverName = Field(
         "auto",
@@ -102,10 +103,16 @@ class Quantize(Pass):
         Raises:
             CalibrationError: there is no calibration data, or it does not fit the model.
             PassError: the model's opset is too old and cannot be raised.
+            UsageError: options contradict each other.
         """
         if ctx.data is None and self._static:
             raise CalibrationError(
                 "pass 'quantize' needs calibration data: pass data=, or --data on the command line"
+            )
+        if self.activations == "dynamic" and self.weights == "int4":
+            raise UsageError(
+                "pass 'quantize': int4 weights go with activations=none, where ONNX Runtime turns data into "
+                "integers as it comes as well"
             )
         log = Log()
         ctx = replace(ctx, target=self._target(ctx.target))
@@ -127,7 +134,7 @@ class Quantize(Pass):
 
     @property
     def _static(self) -> bool:
-        return self.activations not in (None, "none")
+        return self.activations not in (None, "none", "dynamic")
 
     def _target(self, target: Target) -> Target:
         """The target with the wanted layout and type of activations."""
@@ -150,8 +157,9 @@ class Quantize(Pass):
         return self._search(model, replace(ctx, data=data), log).candidate
 
     def _settings(self) -> Settings:
+        kind: Kind = "static" if self._static else "dynamic" if self.activations == "dynamic" else "none"
         return Settings(
-            self.exclude, self.classifier, self.bias_correction, self.per_channel, self.weights, self._static
+            self.exclude, self.classifier, self.bias_correction, self.per_channel, self.weights, kind
         )
 
     def _search(self, model: Model, ctx: Context, log: Log) -> Trial:
