@@ -15,6 +15,12 @@ def _conv_macs(node: Node) -> int | None:
     return None if output is None or weight is None else math.prod(output) * math.prod(weight[1:])
 
 
+def _integer_conv_macs(node: Node) -> int | None:
+    """The same of QLinearConv, whose weight comes after scale and zero point of its data."""
+    output, weight = sizes(node.outputs[0].shape), sizes(node.inputs[3].shape)
+    return None if output is None or weight is None else math.prod(output) * math.prod(weight[1:])
+
+
 def _conv_transpose_macs(node: Node) -> int | None:
     """Input elements times weights per input channel."""
     data, weight = sizes(node.inputs[0].shape), sizes(node.inputs[1].shape)
@@ -160,18 +166,21 @@ register(
     OpSpec(
         "ConvInteger",
         channels=Channels(layers.integer_convolution, layers.cut_convolution),
+        macs=_conv_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (int32[N,3,3,3] y) { y = ConvInteger(x, w) }""",
     ),
     OpSpec(
         "MatMulInteger",
         channels=Channels(layers.integer_matmul),
+        macs=_matmul_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (uint8[N,5,4] x, uint8[4,3] w) => (int32[N,5,3] y) { y = MatMulInteger(x, w) }""",
     ),
     OpSpec(
         "QLinearConv",
         channels=Channels(layers.integer_convolution, layers.cut_integer_convolution),
+        macs=_integer_conv_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (uint8[N,3,3,3] y)
 <float s = {0.5}, uint8 z = {0}, float t = {9.0}, float[3] p = {0.5, 0.25, 0.125}, uint8[3] q = {0, 0, 0}>
@@ -180,6 +189,7 @@ g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (uint8[N,3,3,3] y)
     OpSpec(
         "QLinearMatMul",
         channels=Channels(layers.integer_matmul),
+        macs=_matmul_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (uint8[N,5,4] x, uint8[4,3] w) => (uint8[N,5,3] y)
 <float s = {0.5}, uint8 z = {0}, float t = {9.0}> { y = QLinearMatMul(x, s, z, w, s, z, t, z) }""",
