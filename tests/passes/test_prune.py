@@ -368,9 +368,9 @@ def _tame(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
 
     def tame(array: np.ndarray) -> np.ndarray:
-        if array.dtype.kind == "i":
-            return array
-        return (array / np.sqrt(array[0].size if array.ndim == 4 else 1)).astype(np.float32)
+        fan_in = array[0].size if array.ndim == 4 else 1
+        scaled: np.ndarray = (array / np.sqrt(fan_in)).astype(np.float32)
+        return array if array.dtype.kind == "i" else scaled
 
     return {name: tame(array) for name, array in arrays.items()}
 
