@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,8 +17,9 @@ import numpy as np
 from pydantic import Field
 
 from onnxslim.calibration.data import IMAGES, CalibrationData, listed
-from onnxslim.errors import CalibrationError
+from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.graph import Array
+from onnxslim.metric import Metric, accuracy
 from onnxslim.model import InputSpec, Model
 from onnxslim.pipeline import options
 
@@ -146,24 +148,57 @@ class Batches:
     labels: Array | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def metric(self) -> Metric | None:
+        """Accuracy on the labels; None where there are none."""
+        return None if self.labels is None else accuracy(self.data, self.labels)
+
 
 def called(name: str) -> CalibrationData:
-    """Batches from what `module:function` returns or is; modules in the working folder are found too.
-
-    This runs code, so the name must come from the caller and never from a file.
+    """Batches from what `module:function` returns or is.
 
     Raises:
         CalibrationError: there is no such function, or it fails.
     """
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), attribute)
-        return CalibrationData.of(found, name=name)
+        with _working_folder():
+            return CalibrationData.of(_imported(name), name=name)
     except CalibrationError:
         raise
     except Exception as error:
         raise CalibrationError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def metric(name: str) -> Metric:
+    """The metric that `module:function` is.
+
+    Raises:
+        UsageError: there is no such function.
+    """
+    if FUNCTION.fullmatch(name) is None:
+        raise UsageError(f"metric '{name}' is not of the form module:function")
+    try:
+        with _working_folder():
+            found = _imported(name)
+    except Exception as error:
+        raise UsageError(f"metric '{name}': {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise UsageError(f"metric '{name}' is no function, but a {type(found).__name__}")
+    return found  # type: ignore[no-any-return]
+
+
+def _imported(name: str) -> Any:
+    """What `module:name` names. This runs code, so the name must come from the caller, never from a file."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@contextmanager
+def _working_folder() -> Iterator[None]:
+    """Modules in the working folder are found too."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
     finally:
         sys.path.remove(os.getcwd())
 

@@ -36,7 +36,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("costs",),
     ("channels", "check", "evaluate"),
     ("probe",),
-    ("latency",),
+    ("latency", "metric"),
     ("runtime",),
     ("ops.cost",),
     ("ops",),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData, Feeds
-from onnxslim.calibration.fidelity import parts
+from onnxslim.calibration.judge import split
 from onnxslim.channels import Analysis, analyze
 from onnxslim.costs import Costs
 from onnxslim.errors import UsageError
@@ -21,7 +21,7 @@ from onnxslim.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Masks
 from onnxslim.passes.prune.budget import TOLERANCE, allocate, uniform
-from onnxslim.passes.prune.choose import Candidates, candidates, criterion_of, damages
+from onnxslim.passes.prune.choose import SAMPLES, Candidates, candidates, criterion_of, damages
 from onnxslim.passes.prune.compensate import compensate
 from onnxslim.passes.prune.cut import cut, prepare
 from onnxslim.passes.prune.exact import prove
@@ -89,7 +89,7 @@ class _Run:
         self._ctx = ctx
         self._log = Log()
         self._data = _data(ctx, model)
-        self._parts = parts(self._data)
+        self._split = split(self._data, SAMPLES, 0.25) if self._data is not None else None
         self._teacher = model.copy()
         self._model = model
         self._kept: dict[tuple[str, int], NDArray[np.intp]] = {}
@@ -149,7 +149,7 @@ class _Run:
             align=settings.align,
             max_ratio=settings.max_ratio,
             exclude=settings.exclude,
-            data=self._parts[0],
+            data=self._split.fit if self._split else None,
             ctx=self._ctx,
             log=self._log,
         )
@@ -168,7 +168,7 @@ class _Run:
             else (costs.parameters, settings.params, self._whole["params"])
         )
         assert goal is not None
-        curves = damages(self._model, analysis, found, self._parts[1], self._ctx)
+        curves = damages(self._model, analysis, found, self._split.held if self._split else None, self._ctx)
         gone = allocate(found.limits, curves, cost, whole * goal**progress)
         reached = cost(gone) / whole if whole else 1.0
         if progress == 1 and abs(reached - goal) > TOLERANCE:

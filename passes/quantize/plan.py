@@ -30,6 +30,7 @@ class Plan:
     Attributes:
         linear: weighted operators with an integer kernel, in order.
         stored: weighted operators that stay in floating point and only store their weight as integers.
+        last: ids of those of them that are the last matrix product before an output.
         followers: operators that run in integers between them, in order.
         tensors: tensors that get a Q/DQ pair, by id, in order of appearance.
         scales: for each of them, the tensors whose values set its range (more than one if they share).
@@ -40,6 +41,7 @@ class Plan:
 
     linear: list[Node] = field(default_factory=list)
     stored: list[Node] = field(default_factory=list)
+    last: set[int] = field(default_factory=set)
     followers: list[Node] = field(default_factory=list)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     scales: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -49,7 +51,8 @@ class Plan:
     @property
     def integer(self) -> set[int]:
         """Ids of all nodes that run in integers."""
-        return {id(node) for node in (*self.linear, *self.followers)}
+        dynamic = [node for node in self.stored if node.op == "MatMulInteger"]
+        return {id(node) for node in (*self.linear, *self.followers, *dynamic)}
 
     def sources(self) -> list[str]:
         """Names of the tensors to calibrate: those whose values set a range, constants left out."""
@@ -103,6 +106,7 @@ class Planner:
         plan = Plan()
         plan.linear = [node for node in self._nodes if self._is_linear(node)]
         plan.stored = [node for node in self._nodes if self._is_stored(node)]
+        plan.last = self._tail
         available = self._required(plan.linear)
         candidates = self._forward(available, plan.linear)
         plan.followers = self._wanted(candidates, plan.linear)
@@ -185,7 +189,7 @@ class Planner:
         if bias is not None and not isinstance(bias, Constant):
             return "its bias is computed, not stored"
         if id(node) in self._tail:
-            return "the final classifier stays in floating point (option `classifier`)"
+            return LAST
         return None
 
     def _is_stored(self, node: Node) -> bool:
@@ -403,5 +407,6 @@ def _holds_zero(clamp: Node) -> bool:
     return found is not None and found[0] <= 0.0 <= found[1]
 
 
+LAST = "the final classifier stays in floating point (option `classifier`)"
 # Below this, scales and names take what the integers save.
 MIN_STORED_BYTES = 4096

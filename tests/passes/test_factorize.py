@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from onnxslim import cli, latency
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.fidelity import Fidelity
+from onnxslim.calibration.judge import Judge
 from onnxslim.errors import UsageError
 from onnxslim.graph import Array
 from onnxslim.latency import Bench
@@ -538,12 +538,12 @@ def test_budgets_in_size_are_kept(net: Model, clock: dict[str, float], unit: str
 
 
 def test_data_is_worth_more_than_weights_alone(net: Model, clock: dict[str, float]) -> None:
-    error = Fidelity(net, CalibrationData([{"x": _normal(64, 8, 10, 10, seed=99)}]), 64, Target.cpu(1))
+    judge = Judge(net, CalibrationData([{"x": _normal(64, 8, 10, 10, seed=99)}]), Target.cpu(1))
     fitted, _ = _factorize(net, _data(12, 8), macs=0.4)
     plain, changes = _factorize(net, macs=0.4)
     assert "calibration" in changes.facts["fitted"]
-    assert error(net) == 0.0
-    assert error(fitted) < 0.5 * error(plain)
+    assert judge(net).error == 0.0
+    assert judge(fitted).error < 0.5 * judge(plain).error
 
 
 def test_speed_is_reached_by_measuring_the_whole(net: Model, clock: dict[str, float]) -> None:
