@@ -17,7 +17,7 @@ from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Kind, Recip
 from onnxslim.passes.quantize.fused import fused
 from onnxslim.passes.quantize.goal import Goal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
-from onnxslim.passes.quantize.search import ENOUGH, Layer, Search, Trial
+from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Layer, Search, Trial
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.runtime import CPU, Target, layout
 
@@ -83,6 +83,11 @@ class Quantize(Pass):
         "auto",
         description="how weights are rounded: to the nearest code (rtn), for the least error of a layer's "
         "outputs by coordinate descent (cd), or the better of both where it matters",
+    )
+    equalization: bool = Field(
+        True,
+        description="scale channels, in what makes and reads them, to make even use of the ranges of "
+        "activations, where the outputs get better by it",
     )
     optimize_for: Literal["accuracy", "latency"] = Field(
         "accuracy",
@@ -175,6 +180,9 @@ class Quantize(Pass):
         else:
             trial = search.attempt(Recipe((self.observer, self.percentile)))
         log.facts["nearest"] = trial.score.sqnr
+        if self.equalization and self._static and trial.score.sqnr < ENOUGH:
+            choices = OBSERVERS if self.observer == "auto" else (trial.recipe.observer,)
+            search, trial = search.equalized(trial, choices, log)
         if self.algorithm == "cd" or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH):
             trial = search.rounding(trial)
         log.facts["everything"] = trial.score.sqnr
