@@ -183,6 +183,8 @@ class Planner:
             return "its weight is computed, not stored"
         if reason := self._unfit_values(weight):
             return reason
+        if id(weight) in self._captured or any(reader.bodies for reader in weight.outputs):
+            return "a body reads its weight too, in floating point: it would be stored twice"
         if isinstance(node.inputs[0], Constant):
             return "its data is a constant"
         bias = node.input(2)

@@ -28,6 +28,8 @@ OBSERVERS: tuple[ObserverChoice, ...] = (
 ENOUGH = 30.0
 # A simple candidate that comes before others has to be beaten by this much, in dB: the rest is chance.
 MARGIN = 0.2
+# What ranges of all data may cost, in dB, on the part of it held out before: they are worth it on what is unseen.
+HARMLESS = 1.0
 # Samples that rank layers; verification takes all there are.
 RANKING = 8
 # A candidate has to be that much faster than the one it replaces.
@@ -118,8 +120,8 @@ class Search:
         """The same with ranges that the data held out so far has a part in, too, if that does no harm."""
         self._build.absorb(held)
         completed = self.attempt(trial.recipe)
-        harmless = goal.met(completed) or (completed.score.sqnr >= trial.score.sqnr and not goal.met(trial))
-        return completed if harmless else trial
+        harmless = completed.score.sqnr >= trial.score.sqnr - HARMLESS
+        return completed if harmless and (goal.met(completed) or not goal.met(trial)) else trial
 
     def rounding(self, trial: Trial) -> Trial:
         """The same with weights rounded by what their layers see, if that does better as a whole."""
