@@ -95,6 +95,13 @@ class _Bounds(Observer):
         self.neginf = 0
         self.masked = 0
 
+    @property
+    def irregular(self) -> str:
+        """What keeps the range from telling all, in words; empty if it holds every value."""
+        if self.nan or self.posinf or self.neginf:
+            return "NaN or infinite values"
+        return "mask values" if self.masked else ""
+
     def update(self, array: Array) -> None:
         """Take in every element of an array of any shape and real dtype."""
         for block in _blocks(np.asarray(array)):

@@ -173,7 +173,8 @@ class Builder:
     def _plan(self, model: Model, recipe: Recipe, log: Log) -> Plan:
         """A plan whose tensors are all calibrated; made anew where one turns out to hold a mask."""
         while True:
-            masked = {name for name, histogram in self._seen.histograms.items() if histogram.masked}
+            seen = self._seen.histograms.items()
+            irregular = {name: histogram.irregular for name, histogram in seen if histogram.irregular}
             refuse = self._refusal(recipe)
             planner = Planner(
                 model,
@@ -183,7 +184,7 @@ class Builder:
                 kept=self._kept(recipe),
                 weights_only=not self._settings.static,
                 classifier=self._settings.classifier,
-                masked=masked,
+                irregular=irregular,
             )
             plan = planner.plan()
             if not self._calibrate(plan):

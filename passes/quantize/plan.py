@@ -72,7 +72,7 @@ class Planner:
             runs a matrix product as fast that way, its weight is stored as integers all the same.
         weights_only: whether that is all that is wanted.
         classifier: whether the last matrix product before an output is quantized too.
-        masked: names of tensors that hold mask values, which no integer range should cover.
+        irregular: of tensors whose values no integer range should cover, by name, what they hold.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Planner:
         kept: Mapping[str, str] | None = None,
         weights_only: bool = False,
         classifier: bool = False,
-        masked: Collection[str] = (),
+        irregular: Mapping[str, str] | None = None,
     ) -> None:
         self._nodes = model.graph.nodes
         self._rules = rules
@@ -96,7 +96,7 @@ class Planner:
         # What a body reads stays what it is: the plan does not look inside.
         self._captured = {id(t) for node in self._nodes if node.bodies for t in captures(node)}
         self._log = log
-        self._masked = masked
+        self._irregular = irregular or {}
         self._sealed = {id(self._result(node)) for node in self._nodes if _is_misread(node)}
         self._seal_moved()
         self._tail = set[int]() if classifier else self._classifiers()
@@ -165,8 +165,9 @@ class Planner:
             return f"its data is not float32 but {', '.join(sorted(str(t) for t in types))}"
         if any(isinstance(tensor, Constant) and is_mask(tensor.values) for tensor in data):
             return "a constant it reads holds infinities or mask values"
-        if any(tensor.name in self._masked for tensor in (*data, self._result(node), *node.outputs)):
-            return "its data holds mask values"
+        for tensor in (*data, self._result(node), *node.outputs):
+            if tensor.name in self._irregular:
+                return f"its data holds {self._irregular[tensor.name]}"
         return None
 
     def _is_quantized(self, node: Node) -> bool:
