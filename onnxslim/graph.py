@@ -10,8 +10,8 @@ graphsurgeon links nodes and tensors both ways, which is what a rewrite needs. T
 
 from __future__ import annotations
 
-import math
 import heapq
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
