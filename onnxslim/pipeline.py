@@ -144,7 +144,7 @@ class Pass:
         return ()
 
     def fits(self, before: Model, after: Model) -> bool:
-        """Whether the result of some of the parts may be as large as it is; the pass as a whole sees to that."""
+        """Whether what some of the parts make may be as large as it is."""
         return True
 
     def describe(self) -> str:
