@@ -69,10 +69,11 @@ class Dims:
         shapes: dict[int, tuple[Dim, ...]] = {}
         for node in model.graph.nodes:
             made = {id(tensor): facts.get(id(tensor)) for tensor in node.outputs if tensor.name}
-            if not node.bodies and all(map(self._is_settled, made, made.values())):
-                shapes.update(
-                    (key, fact.shape) for key, fact in made.items() if fact and fact.shape is not None
-                )
+            if node.bodies or not all(map(self._is_settled, made, made.values())):
+                continue
+            for key, fact in made.items():
+                if fact is not None and fact.shape is not None:
+                    shapes[key] = fact.shape
         return shapes
 
     def _is_settled(self, key: int, fact: Fact | None) -> bool:

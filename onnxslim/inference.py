@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -221,12 +221,19 @@ def _forget(graph: GraphProto) -> None:
 
 def _name_axes(graph: GraphProto) -> Iterator[str]:
     """Give axes that have neither size nor symbol a symbol of their own; yields all symbols."""
-    for info in graph.input:
-        for axis, dim in enumerate(info.type.tensor_type.shape.dim):
-            if not dim.dim_param and not (dim.HasField("dim_value") and dim.dim_value >= 0):
-                dim.dim_param = f"{info.name}[{axis}]"
-            if dim.dim_param:
-                yield dim.dim_param
+    axes = [(f"{info.name}[{axis}]", dim) for info in graph.input for axis, dim in enumerate(_dims(info))]
+    taken = {dim.dim_param for _, dim in axes}
+    for name, dim in axes:
+        if not dim.dim_param and not (dim.HasField("dim_value") and dim.dim_value >= 0):
+            while name in taken:
+                name += "'"
+            dim.dim_param = name
+        if dim.dim_param:
+            yield dim.dim_param
+
+
+def _dims(info: onnx.ValueInfoProto) -> Iterable[onnx.TensorShapeProto.Dimension]:
+    return info.type.tensor_type.shape.dim
 
 
 def _vector_elements(graph: GraphProto) -> int:

@@ -146,6 +146,10 @@ class Pass:
         """
         return ()
 
+    def fits(self, before: Model, after: Model) -> bool:
+        """Whether what some of the parts make may be as large as it is."""
+        return True
+
     def describe(self) -> str:
         """The pass with the options that differ from their defaults, as in a recipe."""
         given = {name: getattr(self, name) for name in _defaults(type(self))}
@@ -355,8 +359,8 @@ def _check(each: Pass, candidate: Model, changes: Changes, checker: Checker) -> 
 def _piecewise(
     each: Pass, model: Model, ctx: Context, checker: Checker, why: str
 ) -> tuple[Model, Changes, str]:
-    """Run a pass part by part and drop the parts that break the model."""
-    log, broken = Log(), dict[str, str]()
+    """Run a pass part by part and drop the parts that break the model, or make it too large."""
+    log, broken, start = Log(), dict[str, str](), model
     for _ in range(MAX_ROUNDS):
         progressed = False
         for part in _parts(each, broken):
@@ -364,6 +368,9 @@ def _piecewise(
             try:
                 changes = _run(part, candidate, ctx)
                 if not changes:
+                    continue
+                if not each.fits(start, candidate):
+                    log.skip(part.name, "left out: the model would be larger for it")
                     continue
                 _check(part, candidate, changes, checker)
             except PassError as error:

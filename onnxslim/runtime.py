@@ -418,19 +418,6 @@ def optimized_model(model: Model, target: Target | None = None) -> onnx.ModelPro
         return onnx.load_model(path, load_external_data=False)
 
 
-def half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of a model in half precision, made by ONNX Runtime's tools."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    twin = onnx.ModelProto()
-    twin.CopyFrom(model)
-    with warnings.catch_warnings():
-        # It tells of every number it cuts.
-        warnings.simplefilter("ignore")
-        converted: onnx.ModelProto = convert_float_to_float16(twin)
-    return converted
-
-
 @dataclass(frozen=True)
 class Latency:
     """Times of one call, in milliseconds."""

@@ -57,6 +57,10 @@ class Slim(Pass):
         )
         return tuple(part for part in every if part.name not in self.skip)
 
+    def fits(self, before: Model, after: Model) -> bool:
+        """Whether the model has not grown by more than it may."""
+        return _size(after) <= _size(before) + self.max_growth
+
     def _skipped(self, rules: frozenset[str]) -> tuple[str, ...]:
         return tuple(name for name in self.skip if name in rules)
 

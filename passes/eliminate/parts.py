@@ -64,6 +64,9 @@ class SlicesSplit(Rule[Parts]):
     def check(self, match: Parts, edit: Editor) -> str | None:
         if not match.complete:
             return "there are parts that nothing takes, or twice"
+        after = [edit.sole_consumer(each.outputs[0]) for each in match.slices]
+        if any(each is not None and each.op == "Slice" for each in after):
+            return "a part is cut further, which one Slice does"
         dtype = edit.dtype(match.source)
         if dtype is None or dtype.kind == "c" or (dtype == ml_dtypes.bfloat16 and edit.opset < 13):
             return "ONNX Runtime does not split its type, or the type is not known"
