@@ -173,11 +173,21 @@ def _pairs(codes: Codes) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
     return inner, across if codes.shape[1] % 2 else across[:, :0]
 
 
-def _saturates(codes: Codes) -> NDArray[np.bool_]:
-    """Which channels have a pair of one sign that adds up to more than `MAX_PAIR`."""
+def _saturates(codes: Codes, limit: int = MAX_PAIR) -> NDArray[np.bool_]:
+    """Which channels have a pair of one sign that adds up to more than a limit."""
     inner, across = _pairs(codes)
-    risky = (np.abs(inner) > MAX_PAIR).any(axis=(1, 2)) | (np.abs(across) > MAX_PAIR).any(axis=1)
+    risky = (np.abs(inner) > limit).any(axis=(1, 2)) | (np.abs(across) > limit).any(axis=1)
     return np.asarray(risky)
+
+
+def saturates(codes: Codes, axis: int, pair_axis: int, top: int) -> bool:
+    """Whether sums of two neighbouring products with codes of up to `top` may leave 16 bits.
+
+    See `encode` for the axes.
+    """
+    moved = np.moveaxis(codes, (axis, pair_axis), (0, 1))
+    limit = MAX_PAIR * 255 // max(top, 1)
+    return bool(_saturates(moved.reshape(*moved.shape[:2], -1), limit).any())
 
 
 def _limit_pairs(codes: Codes) -> Codes:
