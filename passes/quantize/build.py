@@ -302,7 +302,7 @@ class Builder:
         channels, seen = self._channels(plan), self._seen.means
         means = {node: seen[key].result() for node, key in channels.items() if key in seen}
         inserter = Inserter(model, plan, self.ctx.target.quantized, log, encoder)
-        inserter.apply(ranges, self._settings.per_channel, means, self._grids(plan))
+        inserter.apply(ranges, self._settings.per_channel, means, self._grids(plan), self._trained.constants)
         log.facts["tightened"] = inserter.tightened
         log.facts["corrected"] = inserter.corrected
 

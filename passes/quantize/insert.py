@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -71,6 +71,7 @@ class Inserter:
         per_channel: bool,
         means: Mapping[int, Array] | None = None,
         known: Mapping[int, Known] | None = None,
+        stored: Collection[str] = (),
     ) -> None:
         """Insert all pairs.
 
@@ -79,6 +80,7 @@ class Inserter:
             per_channel: one weight scale per output channel.
             means: of each channel of the data of a weighted node, by the id of the node; corrects its bias.
             known: scale and zero point of tensors that have them already, by id.
+            stored: names of constants that will be dequantized ones.
         """
         self._means = means or {}
         self._known = known or {}
@@ -96,7 +98,7 @@ class Inserter:
             self._store_weight(node, per_channel)
         self._shield_outputs()
         self._graph.nodes.extend(self._new)
-        self._shield_floats()
+        self._shield_floats(stored)
         self._drop_replaced()
         ir.sort(self._graph)
 
@@ -172,7 +174,7 @@ class Inserter:
                     ir.replace_uses(source, inner)
                     self._add("Identity", f"{source.name}_Identity", [inner], source)  # type: ignore[arg-type]
 
-    def _shield_floats(self) -> None:
+    def _shield_floats(self, stored: Collection[str]) -> None:
         """Keep ONNX Runtime from quantizing the weights of nodes that are to stay in floating point.
 
         It does so, with one scale for all of a weight, between a DQ with a single scale and a Q. A DQ with
@@ -182,6 +184,8 @@ class Inserter:
         for node in self._graph.nodes:
             channels, maker = _summed_channels(node), ir.producer(node.inputs[0]) if node.inputs else None
             if not channels or maker is None or maker.op != "DequantizeLinear" or not _reaches_q(node):
+                continue
+            if node.inputs[1].name in stored:
                 continue
             codes, scale, zero_point = maker.inputs[0], maker.input(1), maker.input(2)
             axis = spec_of(node).data_axis

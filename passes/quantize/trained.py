@@ -137,9 +137,10 @@ class Trained:
     def restore(self, model: Model, taken: Collection[str]) -> None:
         """Put back Q/DQ of all tensors but some, and DQ of constants that are still read."""
         name, new = Namer(model.graph), list[Node]()
+        outputs = {id(tensor) for tensor in model.graph.outputs}
         for tensor in _variables(model):
-            if tensor.name in self.tensors and tensor.name not in taken and tensor.outputs:
-                new.extend(_pair(tensor, self.tensors[tensor.name], name))
+            if tensor.name in self.tensors and tensor.name not in taken:
+                new.extend(_pair(tensor, self.tensors[tensor.name], name, id(tensor) in outputs))
         for constant in _constants(model):
             if constant.name in self.constants:
                 new.append(_dequantized(constant, self.constants[constant.name], name))
@@ -187,13 +188,14 @@ def strip(model: Model) -> Trained:
         if grid is None:
             continue
         readers = _pairs(node, grid, outputs) if node.op == PAIR[0] else [node]
-        if not readers or any(id(reader.outputs[0]) in outputs for reader in readers):
+        shown = [reader for reader in readers if id(reader.outputs[0]) in outputs]
+        if not readers or (shown and not (len(readers) == 1 and _is_only_shown(node, outputs))):
             continue
         source = _origin(node.inputs[0])
         if isinstance(source, Constant):
             done = _strip_constant(model, node, source, grid, readers, found)
         else:
-            done = node.op == PAIR[0] and _strip_tensor(node, grid, readers, found)
+            done = node.op == PAIR[0] and _strip_tensor(node, grid, readers, bool(shown), found)
         if done:
             for each in {id(node): node, **{id(reader): reader for reader in readers}}.values():
                 read.update({id(tensor): tensor for tensor in each.inputs})
@@ -204,15 +206,30 @@ def strip(model: Model) -> Trained:
     return found
 
 
-def _strip_tensor(node: Node, grid: Grid, readers: list[Node], found: Trained) -> bool:
+def _strip_tensor(node: Node, grid: Grid, readers: list[Node], shown: bool, found: Trained) -> bool:
+    """Take out a pair; where what comes out of it is an output of the model, its maker makes that instead."""
     tensor = node.inputs[0]
-    known = found.tensors.get(tensor.name)
+    result = readers[0].outputs[0]
+    known = found.tensors.get(result.name if shown else tensor.name)
     if grid.scale.ndim or grid.zero_point.dtype not in BYTES or (known and not known.same(grid)):
         return False
+    if shown:
+        maker = tensor.inputs[0]
+        place = next(index for index, made in enumerate(maker.outputs) if made is tensor)
+        readers[0].outputs.clear()
+        maker.outputs[place] = result
+        found.tensors[result.name] = grid
+        return True
     found.tensors[tensor.name] = grid
     for reader in readers:
         ir.replace_uses(reader.outputs[0], tensor)
     return True
+
+
+def _is_only_shown(node: Node, outputs: Collection[int]) -> bool:
+    """Whether nothing but a Q reads a tensor that is computed."""
+    tensor = node.inputs[0]
+    return bool(tensor.inputs) and len(tensor.outputs) == 1 and id(tensor) not in outputs
 
 
 def _strip_constant(
@@ -253,8 +270,10 @@ def _grid(node: Node) -> Grid | None:
         zero = np.zeros(scale.shape, kind)
     if node.attrs.get("block_size", 0) or zero.dtype not in (*BYTES, np.dtype(np.int32)):
         return None
-    shape = () if scale.size == 1 else scale.shape
-    return Grid(scale.reshape(shape), zero.reshape(shape), int(node.attrs.get("axis", 1)))
+    axis = int(node.attrs.get("axis", 1))
+    if scale.size and (scale == scale.flat[0]).all() and (zero == zero.flat[0]).all():
+        return Grid(scale.reshape(-1)[0].reshape(()), zero.reshape(-1)[0].reshape(()), axis)
+    return Grid(scale, zero, axis)
 
 
 def _values(tensor: Tensor | None) -> Array | None:
@@ -330,16 +349,23 @@ def _constants(model: Model) -> list[Constant]:
     return list(found.values())
 
 
-def _pair(tensor: Variable, grid: Grid, name: Namer) -> list[Node]:
+def _pair(tensor: Variable, grid: Grid, name: Namer, shown: bool) -> list[Node]:
+    """Q and DQ behind a tensor; before it, under its name, where it is an output of the model."""
     codes = Variable(name(f"{tensor.name}_quantized"), grid.zero_point.dtype, tensor.shape)
-    result = Variable(name(f"{tensor.name}_dequantized"), np.dtype(np.float32), tensor.shape)
+    other = Variable(name(f"{tensor.name}_dequantized"), np.dtype(np.float32), tensor.shape)
     parameters: list[Tensor] = [
         Constant(name(f"{tensor.name}_scale"), grid.scale),
         Constant(name(f"{tensor.name}_zero_point"), grid.zero_point),
     ]
-    ir.replace_uses(tensor, result)
+    source, result = tensor, other
+    if shown:
+        maker = tensor.inputs[0]
+        maker.outputs[next(index for index, made in enumerate(maker.outputs) if made is tensor)] = other
+        source, result = other, tensor
+    else:
+        ir.replace_uses(tensor, other)
     return [
-        Node(PAIR[0], name(f"{tensor.name}_QuantizeLinear"), None, [tensor, *parameters], [codes]),
+        Node(PAIR[0], name(f"{tensor.name}_QuantizeLinear"), None, [source, *parameters], [codes]),
         Node(PAIR[1], name(f"{tensor.name}_DequantizeLinear"), None, [codes, *parameters], [result]),
     ]
 
