@@ -240,10 +240,7 @@ def split(data: CalibrationData, samples: int = SAMPLES, most: float = 0.5) -> S
 
     Where that part would be less than a batch, all data serve for both.
     """
-    try:
-        batches = len(data)
-    except TypeError:
-        batches = sum(1 for _ in data)
+    batches = data.count()
     if batches * most < 1:
         return Split(data, data, 0.0)
     wanted = math.ceil(samples / max(batch_samples(next(iter(data))), 1))

@@ -165,7 +165,7 @@ class Step:
 
     Attributes:
         macs_before, macs_after: multiply-accumulates of one sample of the size that was checked; None if a
-            shape is unknown.
+            shape is unknown, or if they were not counted.
         error: why the step, or a part of it, was reverted; empty if all of it was kept.
         kind: name of the pass, without its options.
     """
@@ -218,11 +218,15 @@ class Pipeline:
     Args:
         passes: in order.
         on_error: "revert" undoes a pass that fails, says so in the report and goes on; "raise" stops.
+        count: count multiply-accumulates for the report, which takes a good part of the time of a fast pass.
     """
 
-    def __init__(self, *passes: Pass, on_error: Literal["revert", "raise"] = "revert") -> None:
+    def __init__(
+        self, *passes: Pass, on_error: Literal["revert", "raise"] = "revert", count: bool = True
+    ) -> None:
         self.passes = passes
         self.on_error = on_error
+        self.count = count
 
     def __call__(
         self,
@@ -256,7 +260,7 @@ class Pipeline:
         sample = checker.feeds[-1] if checker.feeds else None
         ctx = Context(target, data, model, seed, jobs, progress, sample, metric)
         shapes = sample_shapes(model, checker.feeds[0]) if checker.feeds else None
-        stats, macs = model.stats(), cost.macs(model, shapes)
+        stats, macs = model.stats(), self._macs(model, shapes)
         steps: list[Step] = []
         for each in self.passes:
             _announce(ctx, each, 0)
@@ -267,12 +271,15 @@ class Pipeline:
             if outcome is not model:
                 if not each.lossless:
                     checker.accept(outcome)
-                model, stats, macs = outcome, outcome.stats(), cost.macs(outcome, shapes)
+                model, stats, macs = outcome, outcome.stats(), self._macs(outcome, shapes)
             steps.append(
                 Step(each.describe(), seconds, before, stats, macs_before, macs, changes, error, each.name)
             )
             _announce(ctx, each, 1)
         return Result(model, Report(tuple(steps), tuple(checker.notes)))
+
+    def _macs(self, model: Model, shapes: Shapes | None) -> int | None:
+        return cost.macs(model, shapes) if self.count else None
 
     def _attempt(
         self, each: Pass, model: Model, ctx: Context, checker: Checker, steps: Sequence[Step]

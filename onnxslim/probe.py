@@ -15,6 +15,7 @@ from onnxslim.errors import LoadError
 from onnxslim.graph import Array, Constant, Dim, Node
 from onnxslim.model import InputSpec, Model
 from onnxslim.runtime import Session
+from onnxslim.watch import Exceeded, Limits
 
 BATCHES = (2, 3)
 # Sizes tried for the free axes other than the batch, until the model runs: sequences, images, sound.
@@ -25,6 +26,8 @@ MAX_ID = 99
 # Inputs that take more are not made up; long ones may become tables of every pair of their elements.
 MAX_BYTES = 1 << 30
 MAX_LONG_BYTES = 1 << 20
+# What a model with loops may take on made-up inputs: nothing else says how often they go round.
+LIMITS = Limits(seconds=5, bytes=512 << 20)
 
 Feeds = dict[str, Array]
 
@@ -52,18 +55,23 @@ def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]
         working = _working(session, [dict(samples[0]), *_single(model.inputs(), samples[0])])
         if working:
             return working
+    limits = LIMITS if any(node.op in ("Loop", "Scan") for node in model.nodes()) else None
     for candidates in _candidates(model.inputs()):
-        working = _working(session, [feeds for feeds in candidates if scans_something(model, feeds, session)])
+        safe = [feeds for feeds in candidates if _scans_something(model, feeds, session)]
+        try:
+            working = _working(session, safe, limits)
+        except Exceeded:
+            return []
         if working:
             return working
     return []
 
 
-def _working(session: Session, candidates: Sequence[Feeds]) -> list[Run]:
-    return [run for run in (_run(session, feeds) for feeds in candidates) if run is not None]
+def _working(session: Session, candidates: Sequence[Feeds], limits: Limits | None = None) -> list[Run]:
+    return [run for run in (_run(session, feeds, limits) for feeds in candidates) if run is not None]
 
 
-def scans_something(model: Model, feeds: Feeds, session: Session) -> bool:
+def _scans_something(model: Model, feeds: Feeds, session: Session) -> bool:
     """Whether every Scan has something to go over; ONNX Runtime divides by its length, and the process dies.
 
     Where that cannot be told (a Scan in a body or a function, one of opset 8), it is taken to have nothing.
@@ -139,9 +147,11 @@ def _single(specs: Sequence[InputSpec], feeds: Mapping[str, Array]) -> list[Feed
     return [{name: array[:1] for name, array in feeds.items()}]
 
 
-def _run(session: Session, feeds: Feeds) -> Run | None:
+def _run(session: Session, feeds: Feeds, limits: Limits | None) -> Run | None:
     try:
-        return Run(feeds, session.run(feeds))
+        return Run(feeds, session.run(feeds, limits=limits))
+    except Exceeded:
+        raise
     except LoadError:
         return None
 

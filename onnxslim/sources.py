@@ -30,6 +30,9 @@ LABEL_KEYS = ("label", "labels")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
+# Samples per batch where neither the user nor the model says how many.
+BATCH_SIZE = 8
+
 
 @options
 class Data:
@@ -46,7 +49,9 @@ class Data:
         "a folder of .npy (one per input, or one per batch), of .npz batches, of images, or of "
         "test_data_set_N/input_M.pb"
     )
-    batch_size: int = Field(8, ge=1, description="samples per batch, where a file does not set it")
+    batch_size: int | None = Field(
+        None, ge=1, description="samples per batch, where a file does not set it [default: the model's, or 8]"
+    )
     labels_key: str | None = Field(
         None, description="array of the .npz or .npy folder that holds the class of every sample"
     )
@@ -79,14 +84,22 @@ class Data:
         if path.is_dir():
             return self._folder(path, specs)
         if path.suffix == ".npy":
-            return Batches(CalibrationData.from_npy(path, self.batch_size))
+            return Batches(CalibrationData.from_npy(path, self._batch_for(specs)))
         if path.suffix == ".npz":
             return self._npz(path, specs)
         raise CalibrationError(f"{path}: expected an .npz or .npy file, or a folder")
 
+    def _batch_for(self, specs: Sequence[InputSpec]) -> int:
+        """The batch that was asked for, or else the one all inputs are fixed to."""
+        if self.batch_size is not None:
+            return self.batch_size
+        fixed = {spec.shape[0] if spec.shape else None for spec in specs if spec.required}
+        only = fixed.pop() if len(fixed) == 1 else None
+        return only if isinstance(only, int) and only > 0 else BATCH_SIZE
+
     def _npz(self, path: Path, specs: Sequence[InputSpec]) -> Batches:
         others = _arrays_but(path, {spec.name for spec in specs})
-        data = CalibrationData.from_npz(path, self.batch_size, exclude=others)
+        data = CalibrationData.from_npz(path, self._batch_for(specs), exclude=others)
         key = self._labels_among(others, path)
         return Batches(data, None if key is None else _npz(path, lambda archive: archive[key]))
 
@@ -96,7 +109,7 @@ class Data:
         if inputs:
             key = self._labels_among(set(arrays) - set(inputs), path)
             labels = None if key is None else _npy(arrays[key])
-            return Batches(CalibrationData.from_npy(inputs, self.batch_size), labels)
+            return Batches(CalibrationData.from_npy(inputs, self._batch_for(specs)), labels)
         if listed(path, tuple(IMAGES)):
             return self._images(path, specs)
         return Batches(CalibrationData.from_dir(path))
@@ -115,7 +128,7 @@ class Data:
             if item.name.startswith("image_") and getattr(self, item.name) is not None
         }
         settings, guessed = _image_settings(path, specs, given)
-        data = CalibrationData.from_images(path, batch_size=self.batch_size, **settings)
+        data = CalibrationData.from_images(path, batch_size=self._batch_for(specs), **settings)
         note = f"{path}: images are fed to '{settings['input']}' as {_told(settings)}"
         if guessed:
             note += f"; guessed: {', '.join(guessed)} (see --image-{guessed[0]})"

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from onnxslim import proto
+from onnxslim import proto, shapes
 from onnxslim.errors import UsageError
 from onnxslim.model import Model
 from onnxslim.passes import eliminate, fuse
@@ -89,6 +89,7 @@ class Slim(Pass):
         if left > self.max_growth:
             twin = model.copy()
             more = Fold(max_growth=left).run(twin, ctx)
+            shapes.keep(twin)
             rest = _settle(self.parts(), twin, ctx)
             if more and _size(twin) <= limit:
                 model.become(twin)
@@ -113,6 +114,7 @@ def _settle(parts: Sequence[Pass], model: Model, ctx: Context) -> Changes:
     idle = 0
     for part in chain.from_iterable(repeat(parts, MAX_ROUNDS)):
         last[part.name] = changes = part.run(model, ctx)
+        shapes.keep(model)
         log.add(Changes(changes.changed, (), changes.facts))
         idle = 0 if changes else idle + 1
         if idle == len(parts):

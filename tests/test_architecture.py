@@ -38,6 +38,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("probe",),
     ("latency", "metric"),
     ("runtime",),
+    ("watch",),
     ("ops.cost",),
     ("ops",),
     ("labels",),

@@ -45,7 +45,10 @@ class DataWords:
         ),
     ] = None
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="samples per batch, where a file does not set it [default: 8]")
+        int | None,
+        typer.Option(
+            min=1, help="samples per batch, where a file does not set it [default: the model's, or 8]"
+        ),
     ] = None
     labels_key: Annotated[
         str | None,

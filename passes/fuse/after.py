@@ -11,6 +11,7 @@ import numpy as np
 
 from onnxslim.graph import Array, Node, Tensor
 from onnxslim.passes import facts
+from onnxslim.passes.fuse import uniform
 from onnxslim.passes.fuse.layer import LAYERS, Folded, Layer, fold, layer, per_channel, store, training
 from onnxslim.rewrite import Editor, Rule
 
@@ -89,7 +90,7 @@ def normalization(node: Node, edit: Editor, channels: int) -> dict[str, Array] |
     problem = training(node, edit)
     if problem:
         return problem
-    values = [facts.constant(node, index) for index in (1, 2, 3, 4)]
+    values = [uniform.value(node, index, edit) for index in (1, 2, 3, 4)]
     scale, shift, mean, variance = (
         None if value is None or value.shape != (channels,) else value.astype(np.float64) for value in values
     )
@@ -116,7 +117,7 @@ class ArithmeticAfter(After):
 
     def pattern(self, node: Node, edit: Editor) -> Place | None:
         for side in (1,) if node.op == "Div" else (1, 0):
-            values = facts.constant(node, side)
+            values = uniform.value(node, side, edit)
             found = None if values is None else _layer_before(node, 1 - side, edit)
             if found is not None and found.node.op in self.layers and values is not None:
                 return Place(node, found, edit, self._factors(node, side, values, found))

@@ -17,7 +17,7 @@ from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Kind, Recip
 from onnxslim.passes.quantize.fused import fused
 from onnxslim.passes.quantize.goal import Goal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
-from onnxslim.passes.quantize.search import ENOUGH, Layer, Search, Trial
+from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Layer, Search, Trial
 from onnxslim.passes.quantize.trained import Trained, strip
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.runtime import CPU, Target, layout
@@ -84,6 +84,11 @@ class Quantize(Pass):
         "auto",
         description="how weights are rounded: to the nearest code (rtn), for the least error of a layer's "
         "outputs by coordinate descent (cd), or the better of both where it matters",
+    )
+    equalization: bool = Field(
+        True,
+        description="scale channels, in what makes and reads them, to make even use of the ranges of "
+        "activations, where the outputs get better by it",
     )
     optimize_for: Literal["accuracy", "latency"] = Field(
         "accuracy",
@@ -169,7 +174,7 @@ class Quantize(Pass):
         judge = Judge(original, held, ctx.target, optimize="none" if trained else "all")
         search = Search(build, judge)
         goal = Goal(self.require_sqnr, self.max_drop, original, ctx)
-        trial = self._search(search, goal, log)
+        search, trial = self._search(search, goal, log)
         if share > FEW or (share and trial.score.sqnr < ENOUGH):
             trial = search.complete(trial, held, goal)
         self._tell(trial, search, goal, log)
@@ -181,8 +186,8 @@ class Quantize(Pass):
             self.exclude, self.classifier, self.bias_correction, self.per_channel, self.weights, kind
         )
 
-    def _search(self, search: Search, goal: Goal, log: Log) -> Trial:
-        """The candidate to take, and in the log how it was found."""
+    def _search(self, search: Search, goal: Goal, log: Log) -> tuple[Search, Trial]:
+        """The candidate to take, and where to search on; in the log how it was found."""
         if not self._static:
             trial = search.attempt(Recipe())
         elif self.observer == "auto":
@@ -190,6 +195,9 @@ class Quantize(Pass):
         else:
             trial = search.attempt(Recipe((self.observer, self.percentile)))
         log.facts["nearest"] = trial.score.sqnr
+        if self.equalization and self._static and trial.score.sqnr < ENOUGH:
+            choices = OBSERVERS if self.observer == "auto" else (trial.recipe.observer,)
+            search, trial = search.equalized(trial, choices, log)
         if self.algorithm == "cd" or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH):
             trial = search.rounding(trial)
         log.facts["everything"] = trial.score.sqnr
@@ -202,7 +210,7 @@ class Quantize(Pass):
             log.facts["layers"] = [_row(layer, trial) for layer in layers]
         if self.optimize_for == "latency" and self._static:
             trial = search.fastest(trial)
-        return trial
+        return search, trial
 
     @staticmethod
     def _tell(trial: Trial, search: Search, goal: Goal, log: Log) -> None:

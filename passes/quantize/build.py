@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from onnxslim import shapes
 from onnxslim.calibration import observers
 from onnxslim.calibration.collect import Channels, Statistics, collect, merge
 from onnxslim.calibration.data import CalibrationData
@@ -20,6 +21,7 @@ from onnxslim.graph import Array, Constant, Node, Tensor
 from onnxslim.model import Model
 from onnxslim.ops import Role, cost, spec_of
 from onnxslim.passes.quantize import dynamic
+from onnxslim.passes.quantize.equalize import equalize
 from onnxslim.passes.quantize.insert import Inserter
 from onnxslim.passes.quantize.plan import LAST, Plan, Planner, exceeds
 from onnxslim.passes.quantize.rounding import Rounder
@@ -161,6 +163,20 @@ class Builder:
         counts = cost.by_node(self.model, {name: array.shape for name, array in feeds.items()})
         nodes = self.model.graph.nodes
         return {node.label: count for node, count in zip(nodes, counts, strict=True) if count}
+
+    def equalized(self, plan: Plan, log: Log) -> Builder | None:
+        """Of the same model with its channels scaled for a plan of it; None where that changes nothing.
+
+        Scales and codes from training fit the channels as they are.
+        """
+        if self._trained:
+            return None
+        twin = self.model.copy()
+        levels = (1 << 8 * self.ctx.target.quantized.activation.itemsize) - 1, 2 * self._nearest.limit
+        if not equalize(twin, plan, self.ctx.data, levels, log, self.ctx.target):
+            return None
+        shapes.infer(twin)
+        return Builder(twin, self.ctx, self._settings)
 
     def announce(self, what: str, done: int, total: int) -> None:
         """Tell the caller of the pass how far a long step is."""

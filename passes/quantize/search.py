@@ -17,6 +17,7 @@ from onnxslim.calibration.judge import FAILED, Judge, Score
 from onnxslim.errors import LoadError
 from onnxslim.passes.quantize.build import Builder, Candidate, ObserverChoice, Recipe
 from onnxslim.passes.quantize.goal import Goal
+from onnxslim.pipeline import Log
 
 OBSERVERS: tuple[ObserverChoice, ...] = (
     ("mse", 0.0),
@@ -96,6 +97,22 @@ class Search:
             if trial.score.sqnr > best.score.sqnr + MARGIN:
                 best = trial
         return best
+
+    def equalized(self, trial: Trial, choices: Sequence[ObserverChoice], log: Log) -> tuple[Search, Trial]:
+        """The same of a model whose channels were scaled, if that does better, and where to search on."""
+        done = Log()
+        build = self._build.equalized(trial.candidate.plan, done)
+        if build is None:
+            return self, trial
+        search = Search(build, self._judge)
+        found = max(
+            (search.attempt(replace(trial.recipe, observer=choice)) for choice in choices),
+            key=lambda each: each.score.sqnr,
+        )
+        if found.score.sqnr <= trial.score.sqnr + MARGIN:
+            return self, trial
+        log.add(done.done())
+        return search, found
 
     def complete(self, trial: Trial, held: CalibrationData, goal: Goal) -> Trial:
         """The same with ranges that the data held out so far has a part in, too, if that does no harm."""

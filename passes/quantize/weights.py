@@ -222,16 +222,24 @@ def _tighten(table: Weights, scales: Scales, *, together: bool = False) -> tuple
     best_codes = np.zeros(table.shape, np.int8)
     best_scales = scales.copy()
     least = np.full(len(table), np.inf)
+    left, failed = np.arange(len(table)), np.zeros(len(table), int)
     for factor in _FACTORS:
-        trial = scales * np.float32(factor)
-        codes = _limit_pairs(_round(table, trial))
+        rows = table if len(left) == len(table) else table[left]
+        trial = scales[left] * np.float32(factor)
+        codes = _limit_pairs(_round(rows, trial))
         error = codes * trial[:, None, None]
-        error -= table
+        error -= rows
         squared = np.einsum("cpr,cpr->c", error, error)
         if together:
             squared[:] = squared.sum()
-        better = squared < least
-        best_codes[better], best_scales[better], least[better] = codes[better], trial[better], squared[better]
+        better = squared < least[left]
+        chosen = left[better]
+        best_codes[chosen], best_scales[chosen], least[chosen] = codes[better], trial[better], squared[better]
+        # Rounding loses more with every step, saturation less: what gets worse twice has passed its best.
+        failed[left] = np.where(better, 0, failed[left] + 1)
+        left = left[failed[left] < 2]
+        if not len(left):
+            break
     return best_codes, best_scales
 
 
