@@ -74,12 +74,21 @@ class Judge:
         data: samples to judge on.
         target: where candidates run.
         samples: how many to use: whole batches from the beginning, until there are as many.
+        optimize: how far ONNX Runtime may optimize the original; see `Session`.
     """
 
-    def __init__(self, model: Model, data: CalibrationData, target: Target, samples: int = SAMPLES) -> None:
+    def __init__(
+        self,
+        model: Model,
+        data: CalibrationData,
+        target: Target,
+        samples: int = SAMPLES,
+        *,
+        optimize: str = "all",
+    ) -> None:
         self._target = target
         self._model = model
-        session = Session(model, target)
+        session = Session(model, target, optimize=optimize)
         self._feeds: list[Mapping[str, Array]] = []
         self._expected: list[Mapping[str, Any]] = []
         seen = size = 0
@@ -231,10 +240,7 @@ def split(data: CalibrationData, samples: int = SAMPLES, most: float = 0.5) -> S
 
     Where that part would be less than a batch, all data serve for both.
     """
-    try:
-        batches = len(data)
-    except TypeError:
-        batches = sum(1 for _ in data)
+    batches = data.count()
     if batches * most < 1:
         return Split(data, data, 0.0)
     wanted = math.ceil(samples / max(batch_samples(next(iter(data))), 1))

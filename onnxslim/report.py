@@ -52,6 +52,7 @@ CAPTIONS = {
     "everything": "the same, weights rounded and ranges chosen by the outputs",
     "sqnr": "the same of the result",
     "parts": "the same by output, or part of one",
+    "trained": "tensors and constants that were in integers already, and keep their scales",
     "metric": "metric, before and after",
     "observer": "way to choose ranges",
     "quantize.layers": "what single layers alone leave of the signal, the worst first",

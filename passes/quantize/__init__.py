@@ -18,6 +18,7 @@ from onnxslim.passes.quantize.fused import fused
 from onnxslim.passes.quantize.goal import Goal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
 from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Layer, Search, Trial
+from onnxslim.passes.quantize.trained import Trained, strip
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.runtime import CPU, Target, layout
 
@@ -123,8 +124,13 @@ class Quantize(Pass):
         ctx = replace(ctx, target=self._target(ctx.target))
         wide = self.weights == "int4" or ctx.target.quantized.activation.itemsize > 1
         prepare(model, ctx.target.quantized, log, WIDE_OPSET if wide else MIN_OPSET)
+        trained = strip(model)
         shapes.infer(model)
-        candidate = self._candidate(model, ctx, log)
+        original = model.copy()
+        if trained:
+            trained.restore(original, ())
+            log.facts["trained"] = [len(trained.tensors), len(trained.constants)]
+        candidate = self._candidate(model, trained, original, ctx, log)
         log.add(candidate.log.done())
         plan = candidate.plan
         if not plan.linear and not plan.stored:
@@ -151,15 +157,28 @@ class Quantize(Pass):
         rules = replace(target.quantized, activation=kind, symmetric=kind.kind == "i")
         return replace(target, quantized=rules)
 
-    def _candidate(self, model: Model, ctx: Context, log: Log) -> Candidate:
+    def _candidate(
+        self, model: Model, trained: Trained, original: Model, ctx: Context, log: Log
+    ) -> Candidate:
         """The result, found by a search if there is data to judge by."""
         if ctx.data is None and self.max_drop is not None:
             raise CalibrationError("pass 'quantize' with max_drop needs calibration data to rank layers on")
         if ctx.data is None:
-            return Builder(model, ctx, self._settings())(Recipe())
+            return Builder(model, ctx, self._settings(), trained)(Recipe())
         data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
         data.check(model.inputs())
-        return self._search(model, replace(ctx, data=data), log).candidate
+        ctx = replace(ctx, data=data)
+        fit, held, share = split(data)
+        build = Builder(model, replace(ctx, data=fit), self._settings(), trained)
+        # What runs in integers may saturate where what it was trained with did not.
+        judge = Judge(original, held, ctx.target, optimize="none" if trained else "all")
+        search = Search(build, judge)
+        goal = Goal(self.require_sqnr, self.max_drop, original, ctx)
+        search, trial = self._search(search, goal, log)
+        if share > FEW or (share and trial.score.sqnr < ENOUGH):
+            trial = search.complete(trial, held, goal)
+        self._tell(trial, search, goal, log)
+        return trial.candidate
 
     def _settings(self) -> Settings:
         kind: Kind = "static" if self._static else "dynamic" if self.activations == "dynamic" else "none"
@@ -167,12 +186,8 @@ class Quantize(Pass):
             self.exclude, self.classifier, self.bias_correction, self.per_channel, self.weights, kind
         )
 
-    def _search(self, model: Model, ctx: Context, log: Log) -> Trial:
-        """The candidate to take, and in the log how it was found."""
-        fit, held, share = split(ctx.data)
-        build = Builder(model, replace(ctx, data=fit), self._settings())
-        search = Search(build, Judge(model, held, ctx.target))
-        goal = Goal(self.require_sqnr, self.max_drop, model, ctx)
+    def _search(self, search: Search, goal: Goal, log: Log) -> tuple[Search, Trial]:
+        """The candidate to take, and where to search on; in the log how it was found."""
         if not self._static:
             trial = search.attempt(Recipe())
         elif self.observer == "auto":
@@ -195,17 +210,19 @@ class Quantize(Pass):
             log.facts["layers"] = [_row(layer, trial) for layer in layers]
         if self.optimize_for == "latency" and self._static:
             trial = search.fastest(trial)
-        if share > FEW or (share and trial.score.sqnr < ENOUGH):
-            trial = search.complete(trial, held, goal)
+        return search, trial
+
+    @staticmethod
+    def _tell(trial: Trial, search: Search, goal: Goal, log: Log) -> None:
+        """Figures of the candidate that was taken."""
         if not goal.met(trial):
-            log.skip(model.graph.name or "model", goal.shortfall(trial))
+            log.skip("model", goal.shortfall(trial))
         log.facts["sqnr"] = trial.score.sqnr
         if goal.before is not None:
             log.facts["metric"] = [goal.before, goal.value(trial.candidate.model)]
         log.facts["latency"] = search.latency(trial)
         log.facts["parts"] = dict(trial.score.parts)
         log.facts["observer"] = trial.recipe.observer[0]
-        return trial
 
 
 def _row(layer: Layer, trial: Trial) -> dict[str, object]:

@@ -26,6 +26,7 @@ from onnxslim.passes.quantize.insert import Inserter
 from onnxslim.passes.quantize.plan import LAST, Plan, Planner, exceeds
 from onnxslim.passes.quantize.rounding import Rounder
 from onnxslim.passes.quantize.storing import Storage, nearest
+from onnxslim.passes.quantize.trained import KeptEncoder, Known, Trained
 from onnxslim.passes.quantize.weights import FOUR_BITS, QMAX, Encoder
 from onnxslim.pipeline import Context, Log
 
@@ -98,16 +99,21 @@ class Builder:
         model: prepared, with shapes inferred; never modified.
         ctx: with `CalibrationData`.
         settings: for all candidates.
+        trained: what was quantized in the model already, and was taken out of it.
     """
 
-    def __init__(self, model: Model, ctx: Context, settings: Settings) -> None:
+    def __init__(
+        self, model: Model, ctx: Context, settings: Settings, trained: Trained | None = None
+    ) -> None:
         self.model = model
+        self._trained = trained or Trained()
         self.ctx = ctx
         self._settings = settings
         self._seen = Statistics({}, {})
         limit = FOUR_BITS if settings.static and settings.weights == "int4" else QMAX
         self._rounders: dict[str, Rounder] = {}
-        self._nearest, self._refined = Encoder(limit), Encoder(limit, self._rounders)
+        self._nearest, self._refined = KeptEncoder(limit), KeptEncoder(limit, self._rounders)
+        self._nearest.trained = self._refined.trained = self._trained
 
     def __call__(self, recipe: Recipe) -> Candidate:
         """Build one candidate.
@@ -127,6 +133,8 @@ class Builder:
             self._insert(twin, replace(plan, stored=stored), ranges, log, encoder)
         if self._settings.activations == "dynamic":
             self._run_dynamically(twin, others, log, encoder)
+        if self._trained:
+            self._trained.restore(twin, {tensor.name for tensor in plan.tensors.values()})
         self._store(twin, plan, recipe, others if self._four_bits else [], log)
         return Candidate(twin, plan, log, groups)
 
@@ -157,7 +165,12 @@ class Builder:
         return {node.label: count for node, count in zip(nodes, counts, strict=True) if count}
 
     def equalized(self, plan: Plan, log: Log) -> Builder | None:
-        """Of the same model with its channels scaled for a plan of it; None where that changes nothing."""
+        """Of the same model with its channels scaled for a plan of it; None where that changes nothing.
+
+        Scales and codes from training fit the channels as they are.
+        """
+        if self._trained:
+            return None
         twin = self.model.copy()
         levels = (1 << 8 * self.ctx.target.quantized.activation.itemsize) - 1, 2 * self._nearest.limit
         if not equalize(twin, plan, self.ctx.data, levels, log, self.ctx.target):
@@ -185,6 +198,7 @@ class Builder:
                 weights_only=not self._settings.static,
                 classifier=self._settings.classifier,
                 irregular=irregular,
+                trained=self._trained.covers,
             )
             plan = planner.plan()
             if not self._calibrate(plan):
@@ -305,7 +319,7 @@ class Builder:
         channels, seen = self._channels(plan), self._seen.means
         means = {node: seen[key].result() for node, key in channels.items() if key in seen}
         inserter = Inserter(model, plan, self.ctx.target.quantized, log, encoder)
-        inserter.apply(ranges, self._settings.per_channel, means)
+        inserter.apply(ranges, self._settings.per_channel, means, self._grids(plan), self._trained.constants)
         log.facts["tightened"] = inserter.tightened
         log.facts["corrected"] = inserter.corrected
 
@@ -325,6 +339,18 @@ class Builder:
             if any(exceeds(source, of(plan.scales[key])) for source in plan.own[key]):
                 plan.scales[key] = plan.own[key]
         return {key: of(plan.scales[key]) for key in plan.tensors}
+
+    def _grids(self, plan: Plan) -> dict[int, Known]:
+        """Scales and zero points that are known already: of a tensor, or of one that shares its scale."""
+        rules, seen = self.ctx.target.quantized, self._seen.histograms
+        own = {
+            key: grid
+            for key, tensor in plan.tensors.items()
+            if (grid := self._trained.known(tensor, rules, seen.get(tensor.name))) is not None
+        }
+        groups = {_names(plan.scales[key]): grid for key, grid in reversed(own.items())}
+        shared = {key: groups[names] for key in plan.tensors if (names := _names(plan.scales[key])) in groups}
+        return {**shared, **own}
 
     def _choose(self, values: Distribution, observer: ObserverChoice) -> Range:
         name, percent = observer

@@ -73,6 +73,7 @@ class Planner:
         weights_only: whether that is all that is wanted.
         classifier: whether the last matrix product before an output is quantized too.
         irregular: of tensors whose values no integer range should cover, by name, what they hold.
+        trained: whether a weighted node was trained to run in integers.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Planner:
         weights_only: bool = False,
         classifier: bool = False,
         irregular: Mapping[str, str] | None = None,
+        trained: Callable[[Node], bool] = lambda node: False,
     ) -> None:
         self._nodes = model.graph.nodes
         self._rules = rules
@@ -97,6 +99,7 @@ class Planner:
         self._captured = {id(t) for node in self._nodes if node.bodies for t in captures(node)}
         self._log = log
         self._irregular = irregular or {}
+        self._trained = trained
         self._sealed = {id(self._result(node)) for node in self._nodes if _is_misread(node)}
         self._seal_moved()
         self._tail = set[int]() if classifier else self._classifiers()
@@ -233,10 +236,14 @@ class Planner:
 
     def _narrow(self, node: Node, spec: OpSpec) -> str | None:
         """Why a convolution over very few channels is left alone."""
-        if spec.input_channels is None or (spec.channelwise and spec.channelwise(node)):
+        if (
+            spec.input_channels is None
+            or (spec.channelwise and spec.channelwise(node))
+            or self._trained(node)
+        ):
             return None
         channels = spec.input_channels(node)
-        if channels >= self._rules.min_channels:
+        if channels >= self._rules.min_channels or self._trained(node):
             return None
         return f"it has few input channels ({channels}) and is faster in floating point"
 
@@ -249,7 +256,7 @@ class Planner:
             if not any(id(tensor) in reached for tensor in node.outputs):
                 continue
             if spec.role is Role.LINEAR:
-                if spec.classifies:
+                if spec.classifies and not self._trained(node):
                     found.add(id(node))
             elif spec.role is not Role.FLOAT or spec.keeps_order:
                 reached.update(id(tensor) for tensor in node.inputs if isinstance(tensor, Variable))
