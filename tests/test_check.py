@@ -141,3 +141,11 @@ def test_an_interface_that_was_accepted_is_the_one_to_keep() -> None:
     checker(narrower, lossless=False, shapes=False)
     checker.accept(narrower)
     checker(narrower.copy(), lossless=True)
+
+
+def test_probabilities_in_maps_may_differ_by_rounding() -> None:
+    expected = [{0: 0.25, 1: 0.75}, {0: 1e-9, 1: 1.0}]
+    assert not difference(expected, [{0: 0.25000003, 1: 0.75}, {0: 2e-9, 1: 1.0}])
+    assert "differs by" in difference(expected, [{0: 0.25, 1: 0.75}, {0: 0.1, 1: 0.9}])
+    assert "keys" in difference(expected, [{0: 0.25, 2: 0.75}, {0: 1e-9, 1: 1.0}])
+    assert "elements" in difference(expected, [{0: 0.25, 1: 0.75}, {1: 1.0}])
