@@ -4,10 +4,10 @@
 
 Wheels are downloaded, not installed, and their models of 8 kB and more kept in the zoo's cache. A cell holds
 nodes, size of the file relative to the original's and the largest difference of an output relative to its
-largest magnitude, as in `benchmarks/slim.py`, on made-up inputs; "wrong shape" is that of an
-output. The last two columns are ours: parameters left by `Prune(ratio=0.3)`, with the largest difference to the same
-slices set to zero, and by `Factorize(params=0.7)`, both without data. "–" means that nothing was changed, for a
-reason the report gives.
+largest magnitude, as in `benchmarks/slim.py`, on made-up inputs ("wrong shape" is an output's). The last two
+columns are ours: parameters left by `Prune(ratio=0.3)`, with the largest difference to the same slices set to
+zero, and by `Factorize(params=0.7)`, both without data. "–" means that nothing was changed, for a reason the
+report gives.
 """
 
 from __future__ import annotations
