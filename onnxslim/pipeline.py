@@ -14,6 +14,7 @@ from typing_extensions import dataclass_transform
 
 from onnxslim.check import Checker
 from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, OnnxSlimError, PassError
+from onnxslim.formats import plain
 from onnxslim.graph import Array
 from onnxslim.metric import Metric
 from onnxslim.model import Model, Stats
@@ -199,8 +200,6 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: NaN is None, infinities are the strings "inf" and "-inf"."""
-        from onnxslim.report import plain
-
         return dict(plain(self))
 
 

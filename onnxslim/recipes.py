@@ -27,12 +27,12 @@ from pydantic import ValidationError as Invalid
 from onnxslim import passes
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.errors import OnnxSlimError, UsageError
+from onnxslim.formats import plain
 from onnxslim.graph import Array, Constant
 from onnxslim.metric import Metric
 from onnxslim.model import Model, load
 from onnxslim.pipeline import Pass, Pipeline, Progress, Report, Result, options
 from onnxslim.proto import encode_embedded
-from onnxslim.report import plain
 from onnxslim.runtime import Target
 from onnxslim.sources import Batches, Data
 from onnxslim.validation import Source, validate

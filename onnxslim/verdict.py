@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from onnxslim.errors import UsageError, ValidationError
+from onnxslim.formats import plain
 from onnxslim.runtime import Latency
 
 
@@ -107,8 +108,6 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: NaN is None, infinities are the strings "inf" and "-inf"."""
-        from onnxslim.report import plain
-
         return dict(plain(self))
 
     def require(self, **limits: float | None) -> Verdict:

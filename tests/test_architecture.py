@@ -55,7 +55,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("budget",),
     ("graph",),
     ("terms",),
-    ("errors", "version"),
+    ("errors", "formats", "version"),
 )
 # Packages whose modules build on each other.
 FAMILIES = ("passes", "calibration", "ops", "cli")

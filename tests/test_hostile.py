@@ -693,23 +693,28 @@ def batches():
 """
 
 
-def test_control_c_while_calibrating_leaves_nothing(big: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_control_c_while_calibrating_leaves_nothing(big: Path, jobs: int) -> None:
     (big / "slow_data.py").write_text(SLOW)
+    temporary = big / "temporary"
+    temporary.mkdir()
     before = listing(big)
     words = ["quantize", "m.onnx", "out.onnx", "--data", "slow_data:batches", "--classifier"]
+    words += ["--jobs", str(jobs)]
     process = subprocess.Popen(
         [sys.executable, "-B", "-m", "onnxslim", *words],
         cwd=big,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        start_new_session=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "reading\n"
-    time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
+    time.sleep(1.0 if jobs == 1 else 5.0)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: everybody gets it
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "onnxslim: interrupted"

@@ -169,7 +169,7 @@ def _tell(job: Job, told: Document) -> None:
 
 
 def _save(job: Job, recipe: Recipe, model: Model, result: Result, told: Document) -> None:
-    from onnxslim.report import size
+    from onnxslim.formats import size
 
     if job.save_recipe is not None:
         recipe.save(job.save_recipe)

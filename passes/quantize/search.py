@@ -28,7 +28,7 @@ OBSERVERS: tuple[ObserverChoice, ...] = (
 ENOUGH = 30.0
 # A simple candidate that comes before others has to be beaten by this much, in dB: the rest is chance.
 MARGIN = 0.2
-# What ranges of all data may cost, in dB, on the part of it held out before: they are worth it on what is unseen.
+# What ranges of all data may cost, in dB, on the part held out before: they are worth it on what is unseen.
 HARMLESS = 1.0
 # Samples that rank layers; verification takes all there are.
 RANKING = 8

@@ -167,7 +167,7 @@ def test_weights_in_constant_nodes_are_quantized() -> None:
     values = ",".join(f"{value:.3f}" for value in _normal(16))
     model = parse(
         f"""g (float[N,4] x, bool c) => (float[N,4] y) {{ k = Constant<value=float[4,4] {{{values}}}>()
-        a = MatMul(x, k) y = If (c) < then_branch = t () => (float[N,4] p) {{ p = MatMul(a, k) }},
+        a = MatMul(x, k) y = If (c) < then_branch = t () => (float[N,4] p) {{ p = Abs(a) }},
                                       else_branch = e () => (float[N,4] q) {{ q = Neg(a) }}> }}"""
     )
     feeds = {"x": _normal(8, 4), "c": np.array(True)}
