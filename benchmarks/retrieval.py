@@ -27,7 +27,7 @@ from onnxslim.runtime import Session, Target
 
 MODEL = "minilm.dynamo"
 TOKENS = 128
-PAIRS = 1000
+PAIRS = 500
 Run = Callable[[Mapping[str, Array]], Mapping[str, Any]]
 
 
