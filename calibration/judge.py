@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.data import CalibrationData, Feeds
 from onnxslim.calibration.gram import batch_samples
 from onnxslim.graph import MASK_MAGNITUDE, Array, Dim, Tensor, producer
 from onnxslim.model import Model
@@ -75,6 +76,7 @@ class Judge:
         target: where candidates run.
         samples: how many to use: whole batches from the beginning, until there are as many.
         optimize: how far ONNX Runtime may optimize the original; see `Session`.
+        clear: in dB; a candidate that has kept that much of half of the samples is not run on the others.
     """
 
     def __init__(
@@ -85,22 +87,30 @@ class Judge:
         samples: int = SAMPLES,
         *,
         optimize: str = "all",
+        clear: float = math.inf,
     ) -> None:
         self._target = target
         self._model = model
-        session = Session(model, target, optimize=optimize)
+        self._optimize = optimize
+        self._clear = clear
+        self._half = samples // 2
+        self._left = _limited(data.bind(model.inputs()), samples)
+        self._size = 0
         self._feeds: list[Mapping[str, Array]] = []
         self._expected: list[Mapping[str, Any]] = []
-        seen = size = 0
-        for feeds in data.bind(model.inputs()):
+        self._extend(samples if clear == math.inf else self._half)
+        self._parts = self._looked_at()
+
+    def _extend(self, samples: float) -> None:
+        """Run the original on more batches, of that many samples at least."""
+        session: Session | None = None
+        while samples > 0 and self._size < MAX_BYTES and (feeds := next(self._left, None)) is not None:
+            session = session or Session(self._model, self._target, optimize=self._optimize)
             found = session.run(feeds)
             self._feeds.append(feeds)
             self._expected.append(found)
-            seen += batch_samples(feeds)
-            size += sum(np.asarray(array).nbytes for array in (*feeds.values(), *found.values()))
-            if seen >= samples or size >= MAX_BYTES:
-                break
-        self._parts = self._looked_at()
+            self._size += sum(np.asarray(array).nbytes for array in (*feeds.values(), *found.values()))
+            samples -= batch_samples(feeds)
 
     def _looked_at(self) -> list[_Part]:
         """All parts in floating point; of models that have none, all."""
@@ -118,10 +128,17 @@ class Judge:
         session = Session(model, self._target)
         sums = np.zeros((len(self._parts), len(_Sums._fields)))
         same: list[bool] = []
+        seen = 0
         for feeds, expected in self._batches(samples):
             found = session.run(feeds)
             sums += np.array([_sums(part.of(expected), part.of(found)) for part in self._parts])
             same.extend(_decisions(expected, found))
+            seen += batch_samples(feeds)
+            if seen >= self._half and self._score(sums, same).sqnr >= self._clear:
+                break
+        return self._score(sums, same)
+
+    def _score(self, sums: NDArray[np.float64], same: Sequence[bool]) -> Score:
         rows = [(part.name, _Sums(*row)) for part, row in zip(self._parts, sums.tolist(), strict=True)]
         heard = [row.sqnr for _, row in rows if row.signal > 0]
         errors = [row.noise / row.variation for _, row in rows if row.variation > 0]
@@ -139,15 +156,27 @@ class Judge:
         """
         single = self._target.with_threads(1)
         sessions = [Session(model, single) for model in (self._model, *models)]
-        return latencies(sessions, self._feeds[0], rounds=20, seconds=seconds)[1][1:]
+        return latencies(sessions, self._feeds[0], rounds=20, least=3, seconds=seconds)[1][1:]
 
     def _batches(self, samples: int | None) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Any]]]:
-        seen = 0
-        for feeds, expected in zip(self._feeds, self._expected, strict=True):
-            if samples is not None and seen >= samples:
+        seen = index = 0
+        while samples is None or seen < samples:
+            if index == len(self._feeds):
+                self._extend(math.inf)
+            if index == len(self._feeds):
                 return
-            seen += batch_samples(feeds)
-            yield feeds, expected
+            seen += batch_samples(self._feeds[index])
+            yield self._feeds[index], self._expected[index]
+            index += 1
+
+
+def _limited(data: Iterable[Feeds], samples: int) -> Iterator[Feeds]:
+    """Whole batches from the beginning, until there are as many samples."""
+    for feeds in data:
+        yield feeds
+        samples -= batch_samples(feeds)
+        if samples <= 0:
+            return
 
 
 class _Sums(NamedTuple):

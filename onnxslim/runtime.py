@@ -431,6 +431,7 @@ def latencies(
     feeds: Mapping[str, Array],
     *,
     rounds: int = 30,
+    least: int = 5,
     seconds: float = 5.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[Latency], list[float]]:
@@ -440,6 +441,7 @@ def latencies(
         sessions: what to compare.
         feeds: inputs of each.
         rounds: turns at the most, after two to warm up.
+        least: turns at the least, however long they take.
         seconds: budget for all turns.
         clock: what a run is timed with, in seconds.
 
@@ -451,7 +453,7 @@ def latencies(
         session.run(feeds)
     times: list[list[float]] = []
     end = time.perf_counter() + seconds
-    while len(times) < rounds and (len(times) < 5 or time.perf_counter() < end):
+    while len(times) < rounds and (len(times) < least or time.perf_counter() < end):
         turn = []
         for session in sessions:
             start = clock()

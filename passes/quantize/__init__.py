@@ -171,7 +171,7 @@ class Quantize(Pass):
         fit, held, share = split(data)
         build = Builder(model, replace(ctx, data=fit), self._settings(), trained)
         # What runs in integers may saturate where what it was trained with did not.
-        judge = Judge(original, held, ctx.target, optimize="none" if trained else "all")
+        judge = Judge(original, held, ctx.target, optimize="none" if trained else "all", clear=CLEAR)
         search = Search(build, judge)
         goal = Goal(self.require_sqnr, self.max_drop, original, ctx)
         search, trial = self._search(search, goal, log)
@@ -230,6 +230,8 @@ def _row(layer: Layer, trial: Trial) -> dict[str, object]:
     return {"node": layer.node, "op": layer.op, "sqnr": round(layer.sqnr, 2), "kept": kept}
 
 
+# In dB: what keeps that much of a few samples need not be looked at any longer.
+CLEAR = ENOUGH + 5.0
 NOTHING_FOUND = "no operator with weights can run in integers"
 NOTHING_LEFT = "every layer would have to stay in floating point to keep as much as is asked for"
 # With no more of the data held out than this, ranges are as good without it.
