@@ -396,6 +396,20 @@ def _tame(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: tame(array) for name, array in arrays.items()}
 
 
+def test_constants_that_a_cut_leaves_equal_are_shared_again() -> None:
+    model = parse(
+        """g (float[N,3,6,6] x) => (float[N,8,6,6] y)
+        { p = Mul(x, k) q = Mul(p, k) a = Conv(q, w) r = Relu(a) y = Conv(r, v) }""",
+        values(k=(3, 1, 1), w=(16, 3, 1, 1), v=(8, 16, 1, 1)),
+    )
+    result = prune(model, ratio=0.5)
+    assert {name: c.shape for name, c in result.model.graph.initializers.items()} == {
+        "k": (3, 1, 1),
+        "w": (8, 3, 1, 1),
+        "v": (8, 8, 1, 1),
+    }
+
+
 def test_a_plan_that_is_not_there_is_named() -> None:
     with pytest.raises(UsageError, match="cannot read the pruning plan '/nowhere/plan"):
         prune(chain(), plan="/nowhere/plan.json")
