@@ -9,23 +9,25 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxslim import shapes
 from onnxslim.calibration import observers
 from onnxslim.calibration.collect import Channels, Statistics, collect, merge
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.gram import observe
+from onnxslim.calibration.gram import Gram, observe
 from onnxslim.calibration.layers import Layer, layer_of
 from onnxslim.calibration.observers import Distribution, Histogram, Range
 from onnxslim.graph import Array, Constant, Node, Tensor
 from onnxslim.model import Model
 from onnxslim.ops import Role, cost, spec_of
 from onnxslim.passes.quantize.equalize import equalize
-from onnxslim.passes.quantize.insert import Inserter
+from onnxslim.passes.quantize.insert import Inserter, pair_axis_of
 from onnxslim.passes.quantize.plan import Plan, Planner, exceeds
-from onnxslim.passes.quantize.rounding import Rounder
-from onnxslim.passes.quantize.storing import Storage, nearest
-from onnxslim.passes.quantize.weights import FOUR_BITS, QMAX, Encoder
+from onnxslim.passes.quantize.rounding import Rounder, as_matrix
+from onnxslim.passes.quantize.sequential import Sequential
+from onnxslim.passes.quantize.storing import BLOCK, Blocks, Rounding, Storage, nearest
+from onnxslim.passes.quantize.weights import FOUR_BITS, QMAX, Encoded, Encoder, encode
 from onnxslim.pipeline import Context, Log
 
 Bits = Literal["int8", "int4"]
@@ -99,6 +101,7 @@ class Builder:
         self._seen = Statistics({}, {})
         limit = FOUR_BITS if settings.static and settings.weights == "int4" else QMAX
         self._rounders: dict[str, Rounder] = {}
+        self._blocks: Mapping[str, Blocks] = {}
         self._nearest, self._refined = Encoder(limit), Encoder(limit, self._rounders)
 
     def __call__(self, recipe: Recipe) -> Candidate:
@@ -136,6 +139,44 @@ class Builder:
             return None
         shapes.infer(twin)
         return Builder(twin, self.ctx, self._settings)
+
+    def sequential(self, recipe: Recipe) -> Builder | None:
+        """Of the model with its weights fitted and rounded in turn, for a recipe; None if there are none to round."""
+        student, log = self.model.copy(), Log()
+        plan = self._plan(student, recipe, log)
+        nodes = plan.linear or plan.stored
+        names = [node.outputs[0].name for node in nodes if len(node.inputs[1].outputs) == 1]
+        if not names or not self._settings.per_channel:
+            return None
+        if self._settings.static:
+            inserter = Inserter(student, plan, self.ctx.target.quantized, log, self._nearest)
+            inserter.apply(self._ranges(plan, recipe), True, activations_only=True)
+        known = {tensor.name for node in self.model.graph.nodes for tensor in node.outputs}
+        names = [node.outputs[0].name for node in nodes if node.outputs[0].name in known]
+        work = Sequential(student, self._code)
+        work.run(self.model, names, self.ctx.data, self.ctx)
+        twin = work.refitted(self.model)
+        shapes.infer(twin)
+        build = Builder(twin, self.ctx, self._settings)
+        build._seen = self._seen
+        build._refined, build._blocks = Encoder(self._nearest.limit, known=work.codes), work.blocks
+        return build
+
+    def _code(
+        self, layer: Layer, wanted: NDArray[np.float32], gram: Gram, corrected: bool
+    ) -> tuple[Encoded | Blocks, NDArray[np.float32]]:
+        """Integers of a layer's weights by what it sees, and the matrix they stand for."""
+        rounder = Rounder(layer, gram, corrected, wanted)
+        if self._four_bits:
+            codes, scales = rounder.four_bits(wanted[0].T)
+            return (codes, scales), (codes * np.repeat(scales, BLOCK, axis=0)[: len(codes)]).T[None]
+        spec, limit = spec_of(layer.node), self._nearest.limit
+        assert spec.channel_axis is not None
+        pair_axis = pair_axis_of(layer.node, self.ctx.target.quantized) if self._settings.static else None
+        weight = layer.restored(wanted).astype(np.float32)
+        start = encode(weight, spec.channel_axis(layer.node), per_channel=True, pair_axis=pair_axis, limit=limit)
+        found = rounder(start, pair_axis, limit, None)
+        return found, as_matrix(layer, found.codes) * found.scales.reshape(*wanted.shape[:2], 1)
 
     def announce(self, what: str, done: int, total: int) -> None:
         """Tell the caller of the pass how far a long step is."""
@@ -214,13 +255,19 @@ class Builder:
         storage = Storage(model, log)
         storage.tables(self._refusal(recipe))
         for node in plan.stored if self._four_bits else ():
-            rounder = self._rounders.get(node.inputs[1].name) if recipe.refined else None
-            storage.four_bits(node, rounder.four_bits if rounder else nearest)
+            storage.four_bits(node, self._rounding(node.inputs[1].name, recipe))
         if self._settings.static and recipe.only is None:
             stored = {id(node) for node in plan.stored}
             kept = [n for n in model.graph.nodes if n.label in recipe.kept and id(n) not in stored]
             storage.halve([node for node in kept if spec_of(node).role is Role.LINEAR])
         storage.finish()
+
+    def _rounding(self, weight: str, recipe: Recipe) -> Rounding:
+        """How the blocks of a weight are rounded."""
+        if recipe.refined and weight in self._blocks:
+            return lambda matrix: self._blocks[weight]
+        rounder = self._rounders.get(weight) if recipe.refined else None
+        return rounder.four_bits if rounder else nearest
 
     def _calibrate(self, plan: Plan) -> bool:
         """See to it that all tensors of a plan were observed; returns whether any had to be."""

@@ -63,7 +63,12 @@ class Inserter:
         self.corrected = 0
 
     def apply(
-        self, ranges: Mapping[int, Range], per_channel: bool, means: Mapping[int, Array] | None = None
+        self,
+        ranges: Mapping[int, Range],
+        per_channel: bool,
+        means: Mapping[int, Array] | None = None,
+        *,
+        activations_only: bool = False,
     ) -> None:
         """Insert all pairs.
 
@@ -71,16 +76,18 @@ class Inserter:
             ranges: of each tensor of the plan, by id; tensors that share a scale have equal ones.
             per_channel: one weight scale per output channel.
             means: of each channel of the data of a weighted node, by the id of the node; corrects its bias.
+            activations_only: leave weights, and the Relu and Clip that ranges imply, as they are.
         """
         self._means = means or {}
         scales = self._scales(ranges)
-        self._fold_clamps(scales)
+        if not activations_only:
+            self._fold_clamps(scales)
         dequantized = {key: self._pair(tensor, scales[key]) for key, tensor in self._plan.tensors.items()}
         for node in (*self._plan.linear, *self._plan.followers):
             self._rewire(node, dequantized)
-        for node in self._plan.linear:
+        for node in () if activations_only else self._plan.linear:
             self._quantize_weight(node, per_channel)
-        for node in self._plan.stored:
+        for node in () if activations_only else self._plan.stored:
             self._store_weight(node, per_channel)
         self._shield_outputs()
         self._graph.nodes.extend(self._new)
@@ -345,7 +352,7 @@ class Inserter:
         known = self._weights.get((id(weight), axis))
         if known is not None and (least is None or bool((known[1].scales >= least).all())):
             return known
-        pair_axis = self._pair_axis(node, weight, axis)
+        pair_axis = pair_axis_of(node, self._rules)
         encoded = self._encode(weight, axis, per_channel=per_channel, pair_axis=pair_axis, least=least)
         if encoded.tightened:
             self.tightened[self._plan.labels[id(node)]] = encoded.tightened
@@ -354,16 +361,6 @@ class Inserter:
             self._pack(result)
         self._weights[id(weight), axis] = result, encoded
         return result, encoded
-
-    def _pair_axis(self, node: Node, weight: Constant, axis: int) -> int | None:
-        """The weight's axis along which kernels add products in pairs, where their sums could saturate.
-
-        It is that of the input channels, the only other one of a matrix and the first other of a convolution.
-        """
-        channelwise = spec_of(node).channelwise
-        if not self._rules.saturates or (channelwise and channelwise(node)):
-            return None  # depthwise kernels widen before they multiply
-        return next(i for i in range(len(weight.shape)) if i != axis)
 
     def _encoded_bias(
         self, tensor: Tensor, bias: Array, steps: weights.Scales, activation: np.float32
@@ -410,6 +407,17 @@ class Inserter:
         attrs: Mapping[str, int] | None = None,
     ) -> None:
         self._new.append(Node(op, self._name(name), attrs, inputs, [output]))
+
+
+def pair_axis_of(node: Node, rules: Quantized) -> int | None:
+    """The weight's axis along which kernels add products in pairs, where their sums could saturate.
+
+    It is that of the input channels, the only other one of a matrix and the first other of a convolution.
+    """
+    spec = spec_of(node)
+    if not rules.saturates or spec.channel_axis is None or (spec.channelwise and spec.channelwise(node)):
+        return None  # depthwise kernels widen before they multiply
+    return 1 if spec.channel_axis(node) == 0 else 0
 
 
 def _summed_channels(node: Node) -> int:
