@@ -82,6 +82,11 @@ class Quantize(Pass):
         description="scale channels, in what makes and reads them, to make even use of the ranges of "
         "activations, where the outputs get better by it",
     )
+    sequential: bool = Field(
+        True,
+        description="fit weights, before they are rounded, to the inputs that the layers before make of "
+        "integers, where the outputs get better by it",
+    )
     optimize_for: Literal["accuracy", "latency"] = Field(
         "accuracy",
         description="latency: leave the smallest layers in float where that is measured to be faster",
@@ -166,7 +171,7 @@ class Quantize(Pass):
             choices = OBSERVERS if self.observer == "auto" else (trial.recipe.observer,)
             search, trial = search.equalized(trial, choices, log)
         if self.algorithm == "cd" or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH):
-            trial = search.rounding(trial)
+            search, trial = search.rounding(trial, self.sequential)
         log.facts["everything"] = trial.score.sqnr
         if trial.score.sqnr < self.require_sqnr or self.layers:
             layers = search.layers(trial)

@@ -35,7 +35,8 @@ ROUNDED = 0.4
 # A Mul has to lower the noise that it is there for by this factor.
 WORTH = 2.0
 # Channels are not made larger by more than this: what calibration did not see may still come.
-_LARGEST = 16.0
+LARGEST = 16.0
+# Positions of a tensor below which its channels' ranges are chance.
 FEWEST = 128
 
 
@@ -152,7 +153,9 @@ class _Equalizer:
         readers = [Mixer(mixer.layer, labels.labels, np.zeros(0, np.intp)) for mixer in mixers]
         if any(reader.layer.matrix().shape[0] * reader.layer.matrix().shape[2] % size for reader in readers):
             return False
-        problem = _Problem(members, [(name, labels, self._seen[name])], readers_of(readers, self._seen), self._levels)
+        problem = _Problem(
+            members, [(name, labels, self._seen[name])], readers_of(readers, self._seen), self._levels
+        )
         scales, gain = _best(problem)
         if gain < WORTH:
             return False
@@ -234,7 +237,7 @@ class _Problem:
             at, inside = self._at(labelled.labels)
             span = np.maximum(seen.high, -seen.low)[inside]
             np.maximum.at(found, at, span / max(seen.high.max(), -seen.low.min(), 1e-30))
-        return np.maximum(found, max(found.max(initial=0.0), 1e-30) / _LARGEST)
+        return np.maximum(found, max(found.max(initial=0.0), 1e-30) / LARGEST)
 
     def _at(self, labels: Array) -> tuple[Array, Array]:
         at = self._place[labels]
@@ -296,7 +299,7 @@ class _Problem:
                 at, inside = self._at(reads)
                 size = largest.max(axis=1).reshape(-1)
                 np.maximum.at(found, at, size[inside] / max(size.max(), 1e-30))
-        return np.maximum(found, max(found.max(), 1e-30) / _LARGEST)
+        return np.maximum(found, max(found.max(), 1e-30) / LARGEST)
 
 
 def _best(problem: _Problem) -> tuple[Doubles, float]:

@@ -29,6 +29,9 @@ Floats = NDArray[np.float32]
 # Added to the diagonal, in parts of its mean: directions that the data hardly shows are not let loose.
 DAMPING = 0.01
 SWEEPS = 4
+# With no more inputs than this, many starts are tried, with these parts of a scale.
+FEW = 64
+STARTS = tuple(np.linspace(0.65, 1.05, 9))
 _BLOCK = 64
 
 
@@ -64,16 +67,19 @@ class Rounder:
         saturates = pair_axis is not None and 2 * limit > MAX_PAIR
         channels = encoded.codes.shape[pair_axis] if saturates and pair_axis is not None else 0
         neighbours = Neighbours(channels, target.shape[2] // channels) if channels else None
-        start = codes, encoded.scales.reshape(target.shape[:2])
+        lower = 0.0 if least is None else least.reshape(target.shape[:2])
         best, scales = refine(
             target,
-            *start,
+            codes,
+            encoded.scales.reshape(target.shape[:2]),
             self._moments(),
             limit=limit,
             neighbours=neighbours,
-            least=0.0 if least is None else least.reshape(target.shape[:2]),
+            least=lower,
             count=self.gram.count,
         )
+        if target.shape[2] <= FEW and neighbours is None:
+            best, scales = self._best_of_many(target, best, scales, limit, lower)
         lost = np.einsum("gmk,gk->gm", target - best * scales[..., None], self.gram.x_mean)
         return replace(
             encoded,
@@ -81,6 +87,28 @@ class Rounder:
             scales=scales.reshape(encoded.scales.shape),
             lost=lost.reshape(-1) if self.corrected else None,
         )
+
+    def _best_of_many(
+        self, target: Floats, codes: Floats, scales: Floats, limit: int, least: Floats | float
+    ) -> tuple[Floats, Floats]:
+        """Codes from many starts, the best for each output: with few inputs, chance counts for much."""
+        moments, first = self._moments(), scales
+        curvature = _damped(moments, self.gram.count)
+        lowest = _losses(target, codes, scales, curvature)
+        for factor in STARTS:
+            tried = np.maximum(first * np.float32(factor), least).astype(np.float32)
+            start = np.rint(target / tried[..., None]).clip(-limit, limit).astype(np.float32)
+            found = refine(target, start, tried, moments, limit=limit, least=least, count=self.gram.count)
+            loss = _losses(target, *found, curvature)
+            better = loss < lowest
+            codes, scales = np.where(better[..., None], found[0], codes), np.where(better, found[1], scales)
+            lowest = np.minimum(loss, lowest)
+        return codes, scales
+
+
+def _losses(target: Floats, codes: Floats, scales: Floats, curvature: Floats) -> Floats:
+    error = codes * scales[..., None] - target
+    return np.asarray(((error @ curvature) * error).sum(axis=2))
 
 
 def round_blocks(matrix: Floats, gram: Doubles, count: int = 0) -> Blocks:

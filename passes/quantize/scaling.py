@@ -248,7 +248,9 @@ def _mixes(trace: _Trace, node: Node) -> bool:
 def _normalizes(trace: _Trace, node: Node) -> bool:
     """What it reads is fixed; what it makes it scales itself."""
     trace.fix(node.inputs[0])
-    last = node.attrs.get("axis", -1) == -1 or not node.op.endswith(("LayerNormalization", "RMSNormalization"))
+    last = node.attrs.get("axis", -1) == -1 or not node.op.endswith(
+        ("LayerNormalization", "RMSNormalization")
+    )
     axis = -1 if node.op.endswith(("LayerNormalization", "RMSNormalization")) else _second(node.inputs[0])
     scale = node.constant(1)
     grouped = node.op == "GroupNormalization" and scale is not None and node.attrs["num_groups"] == scale.size
@@ -430,7 +432,9 @@ def _floats(tensor: Tensor | None) -> bool:
     """Whether it is not there, or a constant in single precision."""
     if tensor is None or not tensor.name:
         return True
-    return isinstance(tensor, Constant) and tensor.dtype == np.float32 and bool(np.isfinite(tensor.values).all())
+    return (
+        isinstance(tensor, Constant) and tensor.dtype == np.float32 and bool(np.isfinite(tensor.values).all())
+    )
 
 
 def _second(tensor: Tensor) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.judge import Judge, Score
 from onnxslim.errors import LoadError
+from onnxslim.graph import Constant, Node
 from onnxslim.passes.quantize.build import Builder, Candidate, ObserverChoice, Recipe
 from onnxslim.pipeline import Log
 
@@ -43,7 +44,7 @@ class Layer:
         node, op: its label and operator.
         noise: power of the noise by that of the signal, with this node alone in integers.
         tensors: names of those whose ranges it depends on.
-        cost: multiply-accumulates of a sample, by the mean over all layers; 1 where shapes do not tell.
+        cost: mean of its shares of multiply-accumulates and of weights, 1 for an average layer.
     """
 
     node: str
@@ -119,21 +120,36 @@ class Search:
         completed = self.attempt(trial.recipe)
         return completed if completed.score.sqnr >= min(trial.score.sqnr, goal) else trial
 
-    def rounding(self, trial: Trial) -> Trial:
-        """The same with weights rounded by what their layers see, if that does better as a whole."""
+    def rounding(self, trial: Trial, fitted: bool) -> tuple[Search, Trial]:
+        """The same with weights rounded by what their layers see, if that does better as a whole.
+
+        Args:
+            trial: with nearest codes.
+            fitted: whether to fit the weights to the quantized inputs of their layers, too.
+
+        Returns:
+            Where to search on, too.
+        """
         refined = self.attempt(replace(trial.recipe, refined=True))
-        return refined if refined.score.sqnr > trial.score.sqnr + MARGIN else trial
+        best = refined if refined.score.sqnr > trial.score.sqnr + MARGIN else trial
+        build = self._build.sequential(trial.recipe) if fitted else None
+        if build is None:
+            return self, best
+        search = Search(build, self._judge)
+        found = search.attempt(refined.recipe)
+        return (search, found) if found.score.sqnr > best.score.sqnr + MARGIN else (self, best)
 
     def layers(self, trial: Trial) -> list[Layer]:
         """What every weighted node of a candidate does on its own, the worst first."""
         nodes = [node for node in self._build.model.graph.nodes if node.label in _labels(trial)]
         macs = self._build.macs()
         mean = sum(macs.get(node.label, 0) for node in nodes) / max(len(nodes), 1)
+        size = sum(map(_size, nodes)) / max(len(nodes), 1)
         found = []
         for index, node in enumerate(nodes):
             alone = self._build(replace(trial.recipe, only=frozenset((node.label,))))
             noise = self._judge(alone.model, RANKING).noise
-            cost = macs.get(node.label, mean) / mean if mean else 1.0
+            cost = 0.5 * (macs.get(node.label, mean) / mean if mean else 1.0) + 0.5 * _size(node) / size
             tensors = tuple(name for group in alone.groups for name in group)
             found.append(Layer(node.label, node.op, noise, cost, tensors))
             self._build.announce("measuring layers", index + 1, len(nodes))
@@ -212,6 +228,12 @@ class Search:
             if enough > len(order):
                 count = lacking + _needed(order[lacking:], found.score.noise, goal - found.score.sqnr)
         return best
+
+
+def _size(node: Node) -> int:
+    """Bytes of a node's weight."""
+    weight = node.inputs[1]
+    return weight.nbytes if isinstance(weight, Constant) else 0
 
 
 def _labels(trial: Trial) -> set[str]:

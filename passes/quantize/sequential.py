@@ -73,7 +73,10 @@ class Sequential:
         change = 0.0 if fitted is None or fitted.weight is None else fitted.weight / scale
         wanted = np.asarray(matrix + change, np.float32)
         name = job.node.inputs[1].name
-        if not np.isfinite(wanted).all() or (found := self._coder(job.layer, wanted, gram, job.takes_bias)) is None:
+        if (
+            not np.isfinite(wanted).all()
+            or (found := self._coder(job.layer, wanted, gram, job.takes_bias)) is None
+        ):
             return fitted
         encoded, restored = found
         shift = np.zeros(scale.shape[:2]) if fitted is None else fitted.bias

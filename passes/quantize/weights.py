@@ -102,7 +102,7 @@ class Encoder:
     ) -> None:
         self.limit = limit
         self._better = {} if better is None else better
-        self._given = {} if known is None else known
+        self.given = {} if known is None else known
         self._known: dict[tuple[Any, ...], Encoded] = {}
 
     def __call__(
@@ -123,7 +123,7 @@ class Encoder:
     def _of(
         self, weight: Constant, axis: int, per_channel: bool, pair_axis: int | None, least: Scales | None
     ) -> Encoded:
-        given = self._given.get(weight.name)
+        given = self.given.get(weight.name)
         if given is not None and per_channel and (least is None or bool((given.scales >= least).all())):
             return given
         key = (weight.name, axis, per_channel, pair_axis, None if least is None else least.tobytes())
