@@ -14,7 +14,9 @@ from typing_extensions import dataclass_transform
 
 from onnxslim.check import Checker
 from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, OnnxSlimError, PassError
+from onnxslim.formats import plain
 from onnxslim.graph import Array
+from onnxslim.metric import Metric
 from onnxslim.model import Model, Stats
 from onnxslim.ops import cost
 from onnxslim.runtime import Target
@@ -105,6 +107,7 @@ class Context:
         progress: called with (what, done, total) by long steps.
         sample: inputs of one run, real ones where there are data, to count and time on; None if the model
             does not run on any.
+        metric: how good a model is, for passes that are to keep that; None if nobody said.
     """
 
     target: Target = field(default_factory=Target.cpu)
@@ -114,6 +117,7 @@ class Context:
     jobs: int = 1
     progress: Progress | None = None
     sample: Mapping[str, Array] | None = None
+    metric: Metric | None = None
 
 
 class Pass:
@@ -196,8 +200,6 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: NaN is None, infinities are the strings "inf" and "-inf"."""
-        from onnxslim.report import plain
-
         return dict(plain(self))
 
 
@@ -238,6 +240,7 @@ class Pipeline:
         seed: int = 0,
         jobs: int = 1,
         progress: Progress | None = None,
+        metric: Metric | None = None,
     ) -> Result:
         """Run every pass on a copy of the model.
 
@@ -249,6 +252,7 @@ class Pipeline:
             jobs: processes that may work in parallel.
             progress: called with (what, done, total): with the name of each pass before and after it, and by
                 long steps; the total is None where it is not known.
+            metric: runs a model on data of its own and says how good it is, more is better; for `max_drop`.
 
         Raises:
             PassError: with on_error="raise", when a pass fails or breaks the model.
@@ -257,7 +261,7 @@ class Pipeline:
         target = target or Target.cpu()
         checker = Checker(model, target, _samples(data))
         sample = checker.feeds[-1] if checker.feeds else None
-        ctx = Context(target, data, model, seed, jobs, progress, sample)
+        ctx = Context(target, data, model, seed, jobs, progress, sample, metric)
         shapes = sample_shapes(model, checker.feeds[0]) if checker.feeds else None
         stats, macs = model.stats(), self._macs(model, shapes)
         steps: list[Step] = []

@@ -118,7 +118,7 @@ def _largest(tensor: Tensor, seen: Mapping[str, Histogram]) -> float:
     histogram = seen.get(tensor.name)
     if histogram is None:
         return 0.0
-    return np.inf if histogram.masked else max(-histogram.low, histogram.high, 0.0)
+    return np.inf if histogram.irregular else max(-histogram.low, histogram.high, 0.0)
 
 
 def _takes(node: Node, opset: int, kind: np.dtype[Any]) -> bool:

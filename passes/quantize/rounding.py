@@ -49,7 +49,7 @@ class Rounder:
         steps = np.repeat(scales, BLOCK, axis=0)[: len(matrix)].T[None]
         start = nearest(matrix, scales).T[None]
         wanted = np.ascontiguousarray(matrix.T)[None]
-        codes, _ = refine(wanted, start, steps, self._moments(), limit=FOUR_BITS)
+        codes, _ = refine(wanted, start, steps, self._moments(), limit=FOUR_BITS, count=self.gram.count)
         restored: Floats = np.ascontiguousarray(codes[0].T)
         return restored
 
@@ -75,6 +75,7 @@ class Rounder:
             limit=limit,
             neighbours=neighbours,
             least=0.0 if least is None else least.reshape(target.shape[:2]),
+            count=self.gram.count,
         )
         lost = np.einsum("gmk,gk->gm", target - best * scales[..., None], self.gram.x_mean)
         return replace(
@@ -94,6 +95,7 @@ def refine(
     limit: int = QMAX,
     neighbours: Neighbours | None = None,
     least: Floats | float = 0.0,
+    count: int = 0,
 ) -> tuple[Floats, Floats]:
     """Better codes than the given ones, and better scales where there is one for each output.
 
@@ -105,11 +107,12 @@ def refine(
         limit: largest magnitude of a code.
         neighbours: which codes must not add up to more than `weights.MAX_PAIR`, if any.
         least: what scales must not fall below, of each output.
+        count: rows that the covariance was taken from; 0 if it is exact.
 
     Returns:
         codes and scales of the same shapes.
     """
-    curvature = _damped(gram)
+    curvature = _damped(gram, count)
     codes = codes.copy()
     shared = scales.ndim == 2
     steps = np.ascontiguousarray(np.broadcast_to(scales[..., None] if shared else scales, target.shape))
@@ -124,11 +127,22 @@ def refine(
     return codes, scales
 
 
-def _damped(gram: Doubles) -> Floats:
+def _damped(gram: Doubles, count: int = 0) -> Floats:
+    """A covariance that few rows do not make certain of what they happened to show.
+
+    Off the diagonal it shrinks the more, the fewer rows there are for each input; on it, nothing is let go.
+
+    Args:
+        gram: covariance of inputs, float64 (groups, inputs, inputs).
+        count: rows it was taken from; 0 if it is exact.
+    """
     size = gram.shape[-1]
-    mean = np.trace(gram, axis1=1, axis2=2) / size
-    damping = np.where(mean > 0, DAMPING * mean, 1.0)
-    return (gram + damping[:, None, None] * np.eye(size)).astype(np.float32)
+    diagonal = np.einsum("gkk->gk", gram)
+    mean = diagonal.mean(axis=1, keepdims=True)
+    shrunk = gram * (count / (count + size) if count else 1.0)
+    index = np.arange(size)
+    shrunk[:, index, index] = diagonal + np.where(mean > 0, DAMPING * mean, 1.0)
+    return shrunk.astype(np.float32)
 
 
 def _sweep(
