@@ -134,8 +134,7 @@ class Quantize(Pass):
         log.add(candidate.log.done())
         plan = candidate.plan
         if not plan.linear and not plan.stored:
-            kept = any(row["kept"] for row in log.facts.get("layers", ()))
-            log.skip(model.graph.name or "model", NOTHING_LEFT if kept else NOTHING_FOUND)
+            log.skip(model.graph.name or "model", _nothing(model, log))
             return Changes((), log.done().skipped)
         model.graph = candidate.model.graph
         if ctx.target.provider == CPU and self.layout in ("target", "cpu"):
@@ -223,6 +222,17 @@ class Quantize(Pass):
         log.facts["latency"] = search.latency(trial)
         log.facts["parts"] = dict(trial.score.parts)
         log.facts["observer"] = trial.recipe.observer[0]
+
+
+def _nothing(model: Model, log: Log) -> str:
+    """Why nothing was quantized."""
+    if any(row["kept"] for row in log.facts.get("layers", ())):
+        return NOTHING_LEFT
+    kinds = {tensor.dtype for tensor in model.constants() if isinstance(tensor.dtype, np.dtype)}
+    other = [kind.name for kind in kinds if kind.kind == "f" and kind != np.float32]
+    if other and np.dtype(np.float32) not in kinds:
+        return f"{NOTHING_FOUND}: its weights are {other[0]}; 'onnxslim slim --dtype fp32' makes them float32"
+    return NOTHING_FOUND
 
 
 def _row(layer: Layer, trial: Trial) -> dict[str, object]:
