@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -124,6 +125,9 @@ class Quantize(Pass):
         ctx = replace(ctx, target=self._target(ctx.target))
         wide = self.weights == "int4" or ctx.target.quantized.activation.itemsize > 1
         prepare(model, ctx.target.quantized, log, WIDE_OPSET if wide else MIN_OPSET)
+        for glob in self.exclude:
+            if not any(fnmatchcase(node.name, glob) or node.op == glob for node in model.graph.nodes):
+                log.skip(glob, "nothing is excluded by it: no node has such a name or operator")
         trained = strip(model)
         shapes.infer(model)
         original = model.copy()
