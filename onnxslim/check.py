@@ -319,6 +319,14 @@ def _nested(reference: Any, actual: Any, factor: float) -> str:
         return "" if reference == actual else "differs"
     if len(reference) != len(actual):
         return f"has {len(actual)} elements instead of {len(reference)}"
+    if isinstance(reference, Mapping) and reference.keys() != actual.keys():
+        return "has other keys"
+    if isinstance(reference, Mapping) and all(isinstance(value, float) for value in reference.values()):
+        # What classifiers make of probabilities, in single precision.
+        first, second = (
+            np.array([each[key] for key in reference], np.float32) for each in (reference, actual)
+        )
+        return difference(first, second, factor)
     keys = reference if isinstance(reference, Mapping) else range(len(reference))
     problems = (difference(reference[key], actual[key], factor) for key in keys)
     return next((problem for problem in problems if problem), "")

@@ -400,7 +400,8 @@ def _is_as_read(node: Node, origin: NodeProto) -> bool:
         return False
     imported = node.imported
     for name, value in node.attrs.items():
-        if isinstance(value, Graph) or imported.get(name) is not value:
+        # A tensor may have been embedded when it was read.
+        if isinstance(value, (Graph, AttributeProto)) or imported.get(name) is not value:
             return False
     return [tensor.name for tensor in node.inputs] == list(origin.input) and [
         tensor.name for tensor in node.outputs

@@ -197,3 +197,11 @@ def test_a_scan_is_never_run_over_nothing(start: int, found: bool) -> None:
         },
     )
     assert bool(probes(model, Session(model))) == found
+
+
+def test_probabilities_in_maps_may_differ_by_rounding() -> None:
+    expected = [{0: 0.25, 1: 0.75}, {0: 1e-9, 1: 1.0}]
+    assert not difference(expected, [{0: 0.25000003, 1: 0.75}, {0: 2e-9, 1: 1.0}])
+    assert "differs by" in difference(expected, [{0: 0.25, 1: 0.75}, {0: 0.1, 1: 0.9}])
+    assert "keys" in difference(expected, [{0: 0.25, 2: 0.75}, {0: 1e-9, 1: 1.0}])
+    assert "elements" in difference(expected, [{0: 0.25, 1: 0.75}, {1: 1.0}])

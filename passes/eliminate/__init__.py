@@ -9,7 +9,7 @@ from pydantic import Field
 from onnxslim import rewrite
 from onnxslim.model import Model
 from onnxslim.passes import facts
-from onnxslim.passes.eliminate import arithmetic, control, default, movement, noop, parts, view
+from onnxslim.passes.eliminate import arithmetic, around, control, default, movement, noop, parts, view
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.rewrite import Rule
 
@@ -18,6 +18,7 @@ RULES: tuple[Rule[Any], ...] = (
     *noop.RULES,
     *view.RULES,
     *movement.RULES,
+    *around.RULES,
     *parts.RULES,
     *arithmetic.RULES,
     *default.RULES,

@@ -60,18 +60,18 @@ def layers_of(
         exclude: globs on node names, or operator types, to leave out.
         log: told of every layer that cannot be factorized, and why.
     """
-    shapes = _shapes(model, inputs)
+    shapes, fixed = _shapes(model, inputs), frozenset(ir.protected(model.graph))
     found: dict[int, Layer] = {}
     for node in _candidates(model, log):
         if any(fnmatchcase(node.name, each) or node.op == each for each in exclude):
             log.skip(node.label, "excluded")
             continue
-        layer = layer_of(node, shapes, model.opset)
+        layer = layer_of(node, shapes, model.opset, fixed)
         if isinstance(layer, str):
             log.skip(node.label, layer)
         else:
             found[id(node)] = layer
-    known = chains.find(found.values(), frozenset(ir.protected(model.graph)))
+    known = chains.find(found.values(), fixed)
     for member in (layer for chain in known for layer in chain):
         log.skip(member.name, "it is a factor already")
         del found[id(member.node)]

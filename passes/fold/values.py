@@ -83,10 +83,14 @@ class Values:
 
     def _to_be_priced(self, plan: budget.Plan) -> set[int]:
         """Results of nodes that stay and could be stored in a narrower type, as far as their size tells."""
-        results = (tensor for node in plan.kept for tensor in node.outputs)
-        limit = self._max_growth * _NARROWING
-        wanted = {id(each) for each in results if each.name and self._nbytes(each) <= limit}
-        return wanted - self._values.keys()
+        results = {id(tensor): tensor for node in plan.kept for tensor in node.outputs if tensor.name}
+        sizes = sorted((self._nbytes(tensor), key) for key, tensor in results.items())
+        limit, total = self._max_growth * _NARROWING, np.cumsum([size for size, _ in sizes])
+        return {
+            key
+            for (size, key), together in zip(sizes, total, strict=True)
+            if size <= limit and together <= WORKING_BYTES and key not in self._values
+        }
 
     def _narrow(self, tensor: Tensor) -> int | None:
         """Bytes of a result in the narrower type it fits into, if any."""

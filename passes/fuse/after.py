@@ -156,6 +156,40 @@ class MatMulArithmetic(ArithmeticAfter):
     layers = ("MatMul",)
 
 
+class TransposedArithmetic(ArithmeticAfter):
+    """Likewise behind a Transpose of a convolution, as in models that keep their channels last."""
+
+    name = "transposed-arithmetic"
+    layers = ("Conv", "ConvTranspose")
+
+    def pattern(self, node: Node, edit: Editor) -> Place | None:
+        for side in (1,) if node.op == "Div" else (1, 0):
+            values = facts.constant(node, side)
+            moved = facts.made_by(node.inputs[1 - side], "Transpose") if values is not None else None
+            if values is None or moved is None or edit.sole_consumer(moved.outputs[0]) is not node:
+                continue
+            found = _layer_before(moved, 0, edit)
+            perm = moved.attrs.get("perm")
+            if found is not None and found.node.op in self.layers and perm and values.ndim <= len(perm):
+                wide = values.reshape((1,) * (len(perm) - values.ndim) + values.shape)
+                return Place(
+                    node, found, edit, self._factors(node, side, wide.transpose(np.argsort(perm)), found)
+                )
+        return None
+
+    def check(self, match: Place, edit: Editor) -> str | None:
+        if isinstance(match.folded, str):
+            return match.folded
+        return facts.stuck((match.node, _data(match.node)), edit)
+
+    def rewrite(self, match: Place, edit: Editor) -> str:
+        assert isinstance(match.folded, Folded)
+        name, op, source = match.layer.node.label, match.node.op, _data(match.node)
+        store(match.layer, edit, match.folded)
+        edit.bypass(match.node, source)
+        return f"moved {op} into {name}"
+
+
 @dataclass(frozen=True)
 class Behind(Place):
     """A layer, views of what it makes, and a node that multiplies the last of them by a number.
@@ -236,10 +270,17 @@ class ScaleBehindViews(Rule[Behind]):
 
 
 def _data(node: Node) -> Tensor:
-    """What a node multiplies by a constant."""
+    """What a node combines with a constant."""
     return node.inputs[0 if facts.constant(node, 1) is not None else 1]
 
 
 _VIEWS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 
-RULES = (BatchNormAfter(), ConvArithmetic(), GemmArithmetic(), MatMulArithmetic(), ScaleBehindViews())
+RULES = (
+    BatchNormAfter(),
+    ConvArithmetic(),
+    TransposedArithmetic(),
+    GemmArithmetic(),
+    MatMulArithmetic(),
+    ScaleBehindViews(),
+)

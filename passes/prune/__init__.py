@@ -23,7 +23,7 @@ from onnxslim.ops.channels.cut import Masks
 from onnxslim.passes.prune.budget import TOLERANCE, allocate, uniform
 from onnxslim.passes.prune.choose import SAMPLES, Candidates, candidates, criterion_of, damages
 from onnxslim.passes.prune.compensate import compensate
-from onnxslim.passes.prune.cut import cut, prepare
+from onnxslim.passes.prune.cut import cut, prepare, reshare
 from onnxslim.passes.prune.exact import prove
 from onnxslim.passes.prune.importance import Importance
 from onnxslim.passes.prune.plan import PruningPlan
@@ -97,7 +97,7 @@ class _Run:
 
     def run(self) -> Changes:
         """All steps."""
-        prepare(self._model)
+        twins = prepare(self._model)
         first = self._analyze()
         before = Costs(self._model, first)
         self._whole = {"macs": before.macs({}), "params": before.parameters({})}
@@ -110,6 +110,7 @@ class _Run:
             self._say_why(first)
             return Changes((), self._log.done().skipped)
         self._tell(first)
+        reshare(self._model, twins)
         return self._log.done()
 
     def _analyze(self) -> Analysis:

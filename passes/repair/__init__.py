@@ -213,8 +213,8 @@ class _Repair:
                 sums.square += float(np.square(goal, dtype=np.float64).sum())
                 inputs, goal = x if self.method == "ridge" else x[:, :0], goal.reshape(present.shape)
                 moments.update(inputs, goal - present)
-                if inputs.size and job.goal.tensor in self.chains:
-                    rows.append(Rows(*map(self.shelf.put, (x, goal, present))))
+                if part.size and job.goal.tensor in self.chains:
+                    rows.append(Rows(*map(self.shelf.put, (inputs, goal, present))))
 
     def _goal(self, job: Job, batch: _Batch, at: Positions) -> Floats | str:
         """The teacher's values at some positions, as far as the student still has their channels."""
@@ -259,7 +259,8 @@ class _Repair:
         found = fit(train, held, method=self.method, bias=job.takes_bias)
         if found.before <= _ROUNDING * sums.square / (train.count + held.count):
             return "it computes what the original does"
-        function = self._function(job, sums) if found.weight is not None else None
+        whole = found.weight is not None or self.method == "bias"
+        function = self._function(job, sums) if whole else None
         if function is not None:
             fitted_on, checked_on = sums.rows
             found = refined(found, (train, fitted_on), (held, checked_on), function, bias=job.takes_bias)

@@ -108,7 +108,8 @@ def tabulated(model: Model, chain: Chain, least: float, most: float) -> Table | 
     span = (most - least) * _MARGIN or 1.0
     at = np.linspace(least - span, most + span, _PLACES).astype(np.float32)
     try:
-        found = evaluate(model, chain.nodes, [(chain.end, at.dtype)], {id(chain.start): at})[id(chain.end)]
+        known = {id(chain.start): at}
+        found = evaluate(model, chain.nodes, [(chain.end, at.dtype)], known)[id(chain.end)].reshape(-1)
     except OnnxSlimError:  # it is in half precision, or in integers
         return None
     if found.shape != at.shape or not np.isfinite(found).all():

@@ -72,8 +72,9 @@ def refined(
     """Go on from the best linear fit, as far as samples held out want it.
 
     Args:
-        linear: found by `solve.fit`, with a weight.
-        train, held: moments of x and of wanted - present output, and the rows they are of.
+        linear: found by `solve.fit`.
+        train, held: moments of x and of wanted - present output, and the rows they are of; without
+            inputs, the shift alone is fitted.
         function: what the outputs go through.
         bias: whether there is a shift.
 
@@ -94,7 +95,8 @@ def refined(
     steps = _steps(whole, (*train[1], *held[1]), function, linear.strength, bias)
     change = next(islice(steps, best - 1, None))
     shift = change.shift - (change.weight @ _center(whole, bias)[..., None])[..., 0]
-    return Fit(change.weight, shift, linear.strength, errors[0], errors[best])
+    weight = change.weight if change.weight.size else None
+    return Fit(weight, shift, linear.strength, errors[0], errors[best])
 
 
 def _center(moments: Gram, bias: bool) -> Doubles:
@@ -106,8 +108,9 @@ def _steps(
 ) -> Iterator[_Change]:
     """The ridge regression, and up to STEPS steps from there."""
     moments = moments if bias else moments.raw()
-    mean, penalty = _center(moments, bias), ridge(moments, strength)
-    inverse = np.linalg.inv(moments.gram + penalty * np.eye(moments.gram.shape[-1]))
+    inputs = moments.gram.shape[-1]
+    mean, penalty = _center(moments, bias), ridge(moments, strength) if inputs else np.zeros((1, 1, 1))
+    inverse = np.linalg.inv(moments.gram + penalty * np.eye(inputs))
     now = last = _Change(solved(moments, strength), moments.y_mean if bias else np.zeros_like(moments.y_mean))
     yield now
     for step in range(STEPS):

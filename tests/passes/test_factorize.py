@@ -318,6 +318,38 @@ def test_factors_lose_on_the_data_what_they_are_said_to(
     assert share == pytest.approx(lost, rel=0.05, abs=2e-3)
 
 
+BEHIND = {
+    "vector": ("y = Add(z, b)", "", True),
+    "other order": ("y = Add(c, z)", "", True),
+    "output": ("y = Add(z, b)", ", float[N,6] z", False),
+    "two readers": ("r = Relu(z) a = Add(z, b) y = Add(a, r)", "", False),
+    "one value": ("y = Add(z, o)", "", False),
+}
+
+
+@pytest.mark.parametrize("kind", BEHIND)
+def test_a_bias_that_is_added_behind_a_product_is_fitted_with_it(kind: str) -> None:
+    body, outputs, moves = BEHIND[kind]
+    constants = {"w": _normal(4, 6), "b": _normal(6), "c": _normal(1, 6), "o": _normal(1)}
+    text = f"g (float[N,4] x) => (float[N,6] y{outputs}) {{ z = MatMul(x, w) {body} }}"
+    model = parse(text, constants)
+    (layer,), _ = layers_of(model, {"x": (8, 4)}, (), Log())
+    x = _normal(64, 4) + 3.0
+    (_, gram), *_ = fit.moments(model, CalibrationData([{"x": x}]), [layer], Target.cpu(1), None)
+    found = fit.fit(layer, SCHEMES["svd"], (2,), gram)
+    assert (found.bias is not None) == moves
+    edit, before = Editor(model), run(model, {"x": x})
+    layer.form.install(edit, layer.node, SCHEMES["svd"].factors(layer, found.weights), found.bias)
+    edit.commit()
+    lost = (run(model, {"x": x})["y"] - before["y"]).mean(axis=0)
+    assert np.abs(lost).max() < 1e-4 if moves else np.abs(lost).max() > 0.01
+    if moves:
+        scattered = before["y"] - before["y"].mean(axis=0)
+        left = np.square(run(model, {"x": x})["y"] - before["y"]).sum() / np.square(scattered).sum()
+        lost_at = SCHEMES["svd"].decompose(layer, fit.problem_of(layer, gram), (2,)).lost((2,))
+        assert left == pytest.approx(lost_at, rel=0.05, abs=2e-3)
+
+
 @settings(max_examples=20)
 @given(st.sampled_from(SEVERAL), st.integers(0, 99))
 def test_balancing_leaves_the_product_alone(scheme: str, seed: int) -> None:
