@@ -108,6 +108,14 @@ model, _ = onnxsim.simplify(onnx.load(source))
 onnx.save(onnxsim.quantize_static(model, feeds), target)
 """,
     ),
+    "AMD Quark 0.13, A8W8": Tool(
+        ("amd-quark==0.13", "torch==2.13.0"),
+        ORT
+        + """
+from quark.onnx import A8W8_QCONFIG, ModelQuantizer
+ModelQuantizer(A8W8_QCONFIG).quantize_model(source, target, Reader())
+""",
+    ),
     "NNCF 3.4": Tool(
         ("nncf==3.4.0", "onnx<1.24"),
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -129,6 +130,9 @@ class Quantize(Pass):
         ctx = replace(ctx, target=self._target(ctx.target))
         wide = self.weights == "int4" or ctx.target.quantized.activation.itemsize > 1
         prepare(model, ctx.target.quantized, log, WIDE_OPSET if wide else MIN_OPSET)
+        for glob in self.exclude:
+            if not any(fnmatchcase(node.name, glob) or node.op == glob for node in model.graph.nodes):
+                log.skip(glob, "nothing is excluded by it: no node has such a name or operator")
         trained = strip(model)
         shapes.infer(model)
         original = model.copy()
@@ -139,8 +143,7 @@ class Quantize(Pass):
         log.add(candidate.log.done())
         plan = candidate.plan
         if not plan.linear and not plan.stored:
-            kept = any(row["kept"] for row in log.facts.get("layers", ()))
-            log.skip(model.graph.name or "model", NOTHING_LEFT if kept else NOTHING_FOUND)
+            log.skip(model.graph.name or "model", _nothing(model, log))
             return Changes((), log.done().skipped)
         model.graph = candidate.model.graph
         if ctx.target.provider == CPU and self.layout in ("target", "cpu"):
@@ -247,6 +250,17 @@ class Quantize(Pass):
         log.facts["latency"] = search.latency(trial)
         log.facts["parts"] = dict(trial.score.parts)
         log.facts["observer"] = trial.recipe.observer[0]
+
+
+def _nothing(model: Model, log: Log) -> str:
+    """Why nothing was quantized."""
+    if any(row["kept"] for row in log.facts.get("layers", ())):
+        return NOTHING_LEFT
+    kinds = {tensor.dtype for tensor in model.constants() if isinstance(tensor.dtype, np.dtype)}
+    other = [kind.name for kind in kinds if kind.kind == "f" and kind != np.float32]
+    if other and np.dtype(np.float32) not in kinds:
+        return f"{NOTHING_FOUND}: its weights are {other[0]}; 'onnxslim slim --dtype fp32' makes them float32"
+    return NOTHING_FOUND
 
 
 def _row(layer: Layer, trial: Trial) -> dict[str, object]:

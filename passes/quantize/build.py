@@ -256,6 +256,7 @@ class Builder:
                 refuse=refuse,
                 kept=self._kept(recipe),
                 weights_only=not self._settings.static,
+                sharing=self._settings.activations == "dynamic",
                 classifier=self._settings.classifier,
                 irregular=irregular,
                 trained=self._trained.covers,

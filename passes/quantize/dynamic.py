@@ -53,6 +53,7 @@ class Dynamic:
         self._log = log
         self._name = Namer(model.graph)
         self._data: dict[int, tuple[Variable, Variable, Variable]] = {}
+        self._weights: dict[tuple[int, int, float], tuple[Constant, Constant]] = {}
         self._new: list[Node] = []
         self.tightened: dict[str, int] = {}
 
@@ -85,18 +86,21 @@ class Dynamic:
 
     def _matrix(self, node: Node, weight: Constant) -> tuple[Constant, Constant]:
         """Integers of a weight, [inputs, outputs], and their scales, which take in a Gemm's alpha."""
-        axis = spec_of(node).channel_axis
+        axis, alpha = spec_of(node).channel_axis, np.float32(node.attrs.get("alpha", 1.0))
         assert axis is not None
+        key = id(weight), axis(node), float(alpha)
+        if key in self._weights:
+            return self._weights[key]
         pair_axis = 1 - axis(node) if self._rules.saturates else None
         encoded = self._encode(weight, axis(node), per_channel=self._per_channel, pair_axis=pair_axis)
         if encoded.tightened:
             self.tightened[node.label] = encoded.tightened
         codes = encoded.codes if axis(node) == 1 else np.ascontiguousarray(encoded.codes.T)
-        scales = encoded.scales * np.float32(node.attrs.get("alpha", 1.0))
-        return (
+        self._weights[key] = (
             Constant(self._name(f"{weight.name}_quantized"), codes),
-            Constant(self._name(f"{weight.name}_scale"), np.asarray(scales, np.float32)),
+            Constant(self._name(f"{weight.name}_scale"), np.asarray(encoded.scales * alpha, np.float32)),
         )
+        return self._weights[key]
 
     def _quantized(self, data: Tensor) -> tuple[Variable, Variable, Variable]:
         """Codes, scale and zero point of some data, computed once for all that read it."""

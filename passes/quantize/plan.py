@@ -71,6 +71,7 @@ class Planner:
         kept: labels of nodes that would lose too much in integers, with what to say of them; where a target
             runs a matrix product as fast that way, its weight is stored as integers all the same.
         weights_only: whether that is all that is wanted.
+        sharing: whether a weight that several nodes read may be stored so.
         classifier: whether the last matrix product before an output is quantized too.
         irregular: of tensors whose values no integer range should cover, by name, what they hold.
         trained: whether a weighted node was trained to run in integers.
@@ -85,6 +86,7 @@ class Planner:
         refuse: Callable[[Node], str | None] = lambda node: None,
         kept: Mapping[str, str] | None = None,
         weights_only: bool = False,
+        sharing: bool = False,
         classifier: bool = False,
         irregular: Mapping[str, str] | None = None,
         trained: Callable[[Node], bool] = lambda node: False,
@@ -94,6 +96,7 @@ class Planner:
         self._refuse = refuse
         self._kept = kept or {}
         self._weights_only = weights_only
+        self._sharing = sharing
         self._outputs = {id(tensor) for tensor in model.graph.outputs}
         # What a body reads stays what it is: the plan does not look inside.
         self._captured = {id(t) for node in self._nodes if node.bodies for t in captures(node)}
@@ -141,8 +144,12 @@ class Planner:
         spec = _standard(node)
         if spec is None or spec.role is not Role.LINEAR:
             return False
+        if self._weights_only:
+            if reason := self._unstored(node):
+                self._log.skip(node.label, reason)
+            return False
         reason = self._unfit(node) or self._unfit_weight(node) or self._narrow(node, spec)
-        if reason and not (self._weights_only and self._is_stored(node)):
+        if reason:
             self._log.skip(node.label, reason)
         return reason is None
 
@@ -199,15 +206,24 @@ class Planner:
         return None
 
     def _is_stored(self, node: Node) -> bool:
-        """Whether the weight of a classifier left in floating point is worth storing as integers."""
-        weight = node.inputs[1] if id(node) in self._tail or self._stores(node) else None
-        return (
-            isinstance(weight, Constant)
-            and weight.nbytes >= MIN_STORED_BYTES
-            and len(weight.outputs) == 1
-            and self._refuse(node) is None
-            and self._unfit_values(weight) is None
-        )
+        """Whether the weight of a matrix product left in floating point is worth storing as integers."""
+        wanted = id(node) in self._tail or self._stores(node)
+        return wanted and self._unstored(node) is None
+
+    def _unstored(self, node: Node) -> str | None:
+        """Why a weight is not stored as integers where its node stays in floating point."""
+        if reason := self._refuse(node):
+            return reason
+        weight = node.inputs[1]
+        if not isinstance(weight, Constant):
+            return "its weight is computed, not stored"
+        if id(node) not in self._tail and not self._stores(node):
+            return self._kept.get(node.label)
+        if weight.nbytes < MIN_STORED_BYTES:
+            return f"its weight takes less than {MIN_STORED_BYTES} bytes"
+        if len(weight.outputs) > 1 and not self._sharing:
+            return "other nodes read its weight too"
+        return self._unfit_values(weight)
 
     def _stores(self, node: Node) -> bool:
         """Whether a matrix product kept out of integers reads its weight as integers and loses no time by it.

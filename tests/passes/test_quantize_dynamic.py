@@ -146,6 +146,39 @@ def test_with_data_the_worst_products_keep_their_data_in_float() -> None:
     assert changes.facts["fused"] == {"MatMul": 1}
 
 
+def test_what_several_products_read_is_stored_once() -> None:
+    model = _filled("""g (float[N,48] x) => (float[N,48] y) <float[48,48] w = {0}, float h = {0.1}>
+        { [a] a = MatMul(x, w) r = Relu(a) s = Mul(r, h) [b] b = MatMul(s, w) y = Neg(b) }""")
+    result, changes = _dynamic(model, classifier=True)
+    assert changes.facts["fused"] == {"MatMul": 2}
+    products = [node for node in result.graph.nodes if node.op == "MatMulInteger"]
+    assert products[0].inputs[1] is products[1].inputs[1]
+    assert "w" not in result.graph.initializers
+    assert _sqnr(model, result, {"x": _normal(9, 48)}) > 28
+
+
+def test_reasons_tell_what_stands_in_the_way() -> None:
+    model = _filled("""g (float[N,32] x, float[32,48] v) => (float[N,48] y)
+        <float[32,32] c = {0}, float[32,8] small = {0}, float[8,32] back = {0}>
+        { [given] a = MatMul(x, v) [one] b = MatMul(x, small) [two] d = MatMul(b, back)
+          [big] e = MatMul(d, c) f = Relu(e) [last] g = MatMul(f, v) h = Add(a, g) y = Neg(h) }""")
+    _, changes = _dynamic(model, classifier=True)
+    reasons = {skip.node: skip.reason for skip in changes.skipped}
+    assert reasons["given"] == reasons["last"] == "its weight is computed, not stored"
+    assert reasons["one"] == reasons["two"] == "its weight takes less than 4096 bytes"
+    assert {change.node for change in changes.changed} == {"big"}
+
+
+@pytest.mark.parametrize("kind", ["float16", "double"])
+def test_models_in_other_precision_are_told_what_to_do(kind: str) -> None:
+    model = parse(f"g ({kind}[N,64] x) => ({kind}[N,64] y) <{kind}[64,64] w = {{0}}> {{ y = MatMul(x, w) }}")
+    dtype = np.float16 if kind == "float16" else np.float64
+    model.graph.initializers["w"].values = np.ones((64, 64), dtype)
+    _, changes = _dynamic(model, classifier=True)
+    assert not changes
+    assert any("--dtype fp32" in skip.reason for skip in changes.skipped)
+
+
 def test_four_bits_are_refused() -> None:
     with pytest.raises(UsageError, match="activations=none"):
         _dynamic(_filled(BLOCK), weights="int4")
