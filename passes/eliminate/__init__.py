@@ -9,7 +9,7 @@ from pydantic import Field
 from onnxslim import rewrite
 from onnxslim.model import Model
 from onnxslim.passes import facts
-from onnxslim.passes.eliminate import arithmetic, control, movement, noop, view
+from onnxslim.passes.eliminate import arithmetic, control, movement, noop, selection, view
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.rewrite import Rule
 
@@ -19,6 +19,7 @@ RULES: tuple[Rule[Any], ...] = (
     *view.RULES,
     *movement.RULES,
     *arithmetic.RULES,
+    *selection.RULES,
 )
 
 
