@@ -464,9 +464,9 @@ def rows_of(count: int, groups: int, seed: int) -> tuple[list[Rows], list[Gram]]
     parts, found = [], []
     for index in range(2):
         x, present = random(groups, 4, count, seed=seed + index), random(groups, 2, count, seed=seed + index)
-        wanted = (
-            present + 0.5 * x[:, :2] - 0.3 * x[:, 2:] + 0.5 + 0.3 * random(groups, 2, count, seed=seed + 7)
-        )
+        noise = random(groups, 2, count, seed=seed + 7)
+        change: Array = 0.5 * x[:, :2] - 0.3 * x[:, 2:] + 0.5 + 0.3 * noise
+        wanted = (present + change).astype(np.float32)
         parts.append(Rows(x, wanted, present))
         moments = Moments()
         moments.update(x, wanted - present)
