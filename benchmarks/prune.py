@@ -17,8 +17,8 @@ objects, or outputs have other shapes or are not finite). A cell holds parameter
 seconds of the call, latency relative to the original's and, for ours, the oracle's relative error.
 
 accuracy: the three Fashion-MNIST networks at 75, 50 and 35 % of their MACs, on 2000 test images, no training.
-The peers' ratio is the one of a grid whose MACs come nearest. MACs are relative to those of the file as it is,
-of which Slim alone saves a sixth in vit. Ours repairs with 512 unlabelled images.
+The peers' ratio is the one of a grid whose MACs come nearest. MACs are relative to those of the file as it
+is, of which Slim alone saves a sixth in vit. Ours repairs with 512 unlabelled images.
 
 real: exported models at 80 % of their MACs: how far outputs are from the original's with and without repair,
 on 64 inputs that were not used for calibration.
