@@ -70,8 +70,9 @@ def repair(
     Tensors of the two models correspond by name. Convolutions, transposed convolutions and matrix products
     get new weights and biases; normalizations, and scales and shifts per channel, new values. A layer's goal
     is its output before the activation, or, where that goes into a sum whose other operand is at hand, the
-    sum. How strongly weights are held to what they are is chosen for each layer on a quarter of the samples;
-    where the new weights are no better on these, the old ones stay.
+    sum; where an activation follows, the error behind it is what counts. How strongly weights are held to
+    what they are is chosen for each layer on a quarter of the samples; where the new weights are no better on
+    these, the old ones stay.
 
     Args:
         student: edited in place.
