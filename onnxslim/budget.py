@@ -10,8 +10,8 @@ node reads as it is.
 Everything: all that is stored may exceed the constants and the nodes that it makes unnecessary by a given
 number of bytes. What counts as large is lowered until that is so.
 
-What is left of that number is then spent where it removes most nodes per byte, on results in a narrower type
-as well, if that holds them exactly: a Cast is left of their nodes then.
+What is left of that number, if it is not zero, is then spent where it removes most nodes per byte, on results
+in a narrower type as well, if that holds them exactly: a Cast is left of their nodes then.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def plan(
         if found.growth <= max_growth or small <= TINY_BYTES:
             break
         small //= 2
-    if found.growth >= max_growth or not found.kept:
+    if not max_growth or found.growth >= max_growth or not found.kept:
         return found
     return _spend(account.offers(narrow), found, lambda bought: settle(bought).plan(), max_growth)
 

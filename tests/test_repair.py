@@ -435,7 +435,7 @@ def test_behind_a_straight_line_the_fit_is_the_ridge_regression(
     linear = fit(moments[0], moments[1], bias=bias)
     assume(linear.weight is not None and abs(slope) > 0.1)
     at = np.linspace(-50, 50, 101, dtype=np.float32)
-    line = Table(-50.0, 1.0, np.float32(slope) * at, np.full(100, slope, np.float32))
+    line = Table.of(at, np.float32(slope) * at)
     found = refined(linear, (moments[0], [parts[0]]), (moments[1], [parts[1]]), line, bias=bias)
     assert found.weight is not None
     assert linear.weight is not None
@@ -452,7 +452,7 @@ def test_no_step_is_kept_that_samples_held_out_do_not_want(
     linear = fit(moments[0], moments[1], bias=bias)
     assume(linear.weight is not None)
     at = np.linspace(-20, 20, 4001, dtype=np.float32)
-    relu = Table(-20.0, 0.01, np.maximum(at, 0), (at[:-1] >= 0).astype(np.float32))
+    relu = Table.of(at, np.maximum(at, 0))
     found = refined(linear, (moments[0], [parts[0]]), (moments[1], [parts[1]]), relu, bias=bias)
     wanted, present = (np.maximum(each, 0) for each in parts[1][1:])
     assert found.before == pytest.approx(np.square(wanted - present).sum(axis=(0, 1)).mean(), rel=1e-3)
@@ -464,9 +464,9 @@ def rows_of(count: int, groups: int, seed: int) -> tuple[list[Rows], list[Gram]]
     parts, found = [], []
     for index in range(2):
         x, present = random(groups, 4, count, seed=seed + index), random(groups, 2, count, seed=seed + index)
-        wanted = (
-            present + 0.5 * x[:, :2] - 0.3 * x[:, 2:] + 0.5 + 0.3 * random(groups, 2, count, seed=seed + 7)
-        )
+        noise = random(groups, 2, count, seed=seed + 7)
+        change: Array = 0.5 * x[:, :2] - 0.3 * x[:, 2:] + 0.5 + 0.3 * noise
+        wanted = (present + change).astype(np.float32)
         parts.append(Rows(x, wanted, present))
         moments = Moments()
         moments.update(x, wanted - present)

@@ -9,7 +9,17 @@ from pydantic import Field
 from onnxslim import rewrite
 from onnxslim.model import Model
 from onnxslim.passes import facts
-from onnxslim.passes.eliminate import arithmetic, around, control, default, movement, noop, parts, view
+from onnxslim.passes.eliminate import (
+    arithmetic,
+    around,
+    control,
+    default,
+    movement,
+    noop,
+    parts,
+    selection,
+    view,
+)
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.rewrite import Rule
 
@@ -22,6 +32,7 @@ RULES: tuple[Rule[Any], ...] = (
     *parts.RULES,
     *arithmetic.RULES,
     *default.RULES,
+    *selection.RULES,
 )
 
 

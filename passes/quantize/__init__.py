@@ -91,6 +91,11 @@ class Quantize(Pass):
         description="scale channels, in what makes and reads them, to make even use of the ranges of "
         "activations, where the outputs get better by it",
     )
+    sequential: bool = Field(
+        True,
+        description="fit weights, before they are rounded, to the inputs that the layers before make of "
+        "integers, where the outputs get better by it",
+    )
     optimize_for: Literal["accuracy", "latency"] = Field(
         "accuracy",
         description="latency: leave the smallest layers in float where that is measured to be faster",
@@ -175,9 +180,9 @@ class Quantize(Pass):
         build = Builder(model, replace(ctx, data=fit), self._settings(), trained)
         # What runs in integers may saturate where what it was trained with did not.
         judge = Judge(original, held, ctx.target, optimize="none" if trained else "all", clear=CLEAR)
-        search = Search(build, judge)
+        search = Search(judge)
         goal = Goal(self.require_sqnr, self.max_drop, original, ctx)
-        search, trial = self._search(search, goal, log)
+        trial = self._search(search, build, goal, log)
         if share > FEW or (share and trial.score.sqnr < ENOUGH):
             trial = search.complete(trial, held, goal)
         self._tell(trial, search, goal, log)
@@ -189,31 +194,50 @@ class Quantize(Pass):
             self.exclude, self.classifier, self.bias_correction, self.per_channel, self.weights, kind
         )
 
-    def _search(self, search: Search, goal: Goal, log: Log) -> tuple[Search, Trial]:
-        """The candidate to take, and where to search on; in the log how it was found."""
+    def _search(self, search: Search, build: Builder, goal: Goal, log: Log) -> Trial:
+        """The candidate to take; in the log how it was found."""
         if not self._static:
-            trial = search.attempt(Recipe())
+            trial = search.attempt(Recipe(), build)
         elif self.observer == "auto":
-            trial = search.observer(Recipe())
+            trial = search.observer(Recipe(), build)
         else:
-            trial = search.attempt(Recipe((self.observer, self.percentile)))
+            trial = search.attempt(Recipe((self.observer, self.percentile)), build)
         log.facts["nearest"] = trial.score.sqnr
         if self.equalization and self._static and trial.score.sqnr < ENOUGH:
             choices = OBSERVERS if self.observer == "auto" else (trial.recipe.observer,)
-            search, trial = search.equalized(trial, choices, log)
-        if self.algorithm == "cd" or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH):
+            trial = search.equalized(trial, choices, log)
+        if self._rounds(trial):
             trial = search.rounding(trial)
-        log.facts["everything"] = trial.score.sqnr
-        if self.layers or not goal.met(trial):
-            layers = search.layers(trial)
-            if not goal.met(trial) and self._static and self.observer == "auto":
+        fitted = search.fitted(trial) if self.sequential and self._rounds(trial) else trial
+        log.facts["everything"] = fitted.score.sqnr
+        if self.layers or not goal.met(fitted):
+            fitted = self._without_worst(search, trial, fitted, goal, log)
+        return search.fastest(fitted) if self.optimize_for == "latency" and self._static else fitted
+
+    def _rounds(self, trial: Trial) -> bool:
+        """Whether to look for better codes than a candidate has."""
+        return self.algorithm == "cd" or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH)
+
+    def _without_worst(self, search: Search, trial: Trial, fitted: Trial, goal: Goal, log: Log) -> Trial:
+        """The candidate with the fewest layers out of integers that keeps enough, and what each layer does.
+
+        Args:
+            search: of candidates.
+            trial: everything in integers, weights as they are.
+            fitted: the same with weights fitted to quantized inputs, or itself if that was not better.
+            goal: what is to be kept.
+            log: the layers go there.
+        """
+        layers = search.layers(trial)
+        best = fitted
+        if not goal.met(fitted):
+            gain = fitted.score.sqnr - trial.score.sqnr
+            if self._static and self.observer == "auto":
                 trial, layers = search.ranges(trial, layers)
-            if not goal.met(trial):
-                trial = search.keep(trial, layers, goal)
-            log.facts["layers"] = [_row(layer, trial) for layer in layers]
-        if self.optimize_for == "latency" and self._static:
-            trial = search.fastest(trial)
-        return search, trial
+            kept = search.keep(trial, layers, goal, gain)
+            best = kept if goal.met(kept) else max(fitted, kept, key=lambda each: each.score.sqnr)
+        log.facts["layers"] = [_row(layer, best) for layer in layers]
+        return best
 
     @staticmethod
     def _tell(trial: Trial, search: Search, goal: Goal, log: Log) -> None:

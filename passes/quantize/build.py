@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxslim import shapes
 from onnxslim.calibration import observers
 from onnxslim.calibration.collect import Channels, Statistics, collect, merge
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.gram import observe
+from onnxslim.calibration.gram import Gram, observe
 from onnxslim.calibration.layers import Layer, layer_of
 from onnxslim.calibration.observers import Distribution, Histogram, Range
-from onnxslim.graph import Array, Constant, Node, Tensor
+from onnxslim.graph import Array, Constant, Node, Tensor, producer
 from onnxslim.model import Model
 from onnxslim.ops import Role, cost, spec_of
 from onnxslim.passes.quantize import dynamic
 from onnxslim.passes.quantize.equalize import equalize
-from onnxslim.passes.quantize.insert import Inserter
+from onnxslim.passes.quantize.insert import Inserter, pair_axis_of
 from onnxslim.passes.quantize.plan import LAST, Plan, Planner, exceeds
-from onnxslim.passes.quantize.rounding import Rounder
-from onnxslim.passes.quantize.storing import Storage, nearest
+from onnxslim.passes.quantize.rounding import Rounder, as_matrix
+from onnxslim.passes.quantize.sequential import Sequential
+from onnxslim.passes.quantize.storing import BLOCK, Blocks, Rounding, Storage, nearest
 from onnxslim.passes.quantize.trained import KeptEncoder, Known, Trained
-from onnxslim.passes.quantize.weights import FOUR_BITS, QMAX, Encoder
+from onnxslim.passes.quantize.weights import FOUR_BITS, QMAX, Encoded, Encoder, encode, least_scales
 from onnxslim.pipeline import Context, Log
 
 Bits = Literal["int8", "int4"]
@@ -112,6 +115,7 @@ class Builder:
         self._seen = Statistics({}, {})
         limit = FOUR_BITS if settings.static and settings.weights == "int4" else QMAX
         self._rounders: dict[str, Rounder] = {}
+        self._blocks: Mapping[str, Blocks] = {}
         self._nearest, self._refined = KeptEncoder(limit), KeptEncoder(limit, self._rounders)
         self._nearest.trained = self._refined.trained = self._trained
 
@@ -177,6 +181,62 @@ class Builder:
             return None
         shapes.infer(twin)
         return Builder(twin, self.ctx, self._settings)
+
+    def sequential(self, recipe: Recipe) -> Builder | None:
+        """Of the model with its weights fitted and rounded in turn, for a recipe; None if there are none.
+
+        Codes from training stay what they are.
+        """
+        if self._trained:
+            return None
+        student, log = self.model.copy(), Log()
+        plan = self._plan(student, recipe, log)
+        known = {tensor.name for node in self.model.graph.nodes for tensor in node.outputs}
+        layers = [
+            node.outputs[0] for node in (*plan.linear, *plan.stored) if len(node.inputs[1].outputs) == 1
+        ]
+        stored = {node.inputs[1].name for node in plan.stored}
+        if self._settings.static:
+            inserter = Inserter(student, plan, self.ctx.target.quantized, log, self._nearest)
+            inserter.apply(self._ranges(plan, recipe), True, activations_only=True)
+        names = [tensor.name for tensor in layers if tensor.name in known]
+        if not names or not self._settings.per_channel:
+            return None
+        work = Sequential(student, partial(self._code, stored))
+        work.run(self.model, names, self.ctx.data, self.ctx)
+        twin = work.refitted(self.model)
+        shapes.infer(twin)
+        build = Builder(twin, self.ctx, self._settings)
+        build._seen = self._seen
+        build._blocks = work.blocks
+        build._refined = KeptEncoder(self._nearest.limit, build._rounders, work.codes)
+        return build
+
+    def _code(
+        self, stored: Collection[str], layer: Layer, wanted: NDArray[np.float32], gram: Gram, corrected: bool
+    ) -> tuple[Encoded | Blocks, NDArray[np.float32]]:
+        """Integers of a layer's weights by what it sees, and the matrix they stand for."""
+        rounder = Rounder(layer, gram, corrected, wanted)
+        if self._four_bits:
+            codes, scales = rounder.four_bits(wanted[0].T)
+            return (codes, scales), (codes * np.repeat(scales, BLOCK, axis=0)[: len(codes)]).T[None]
+        spec, limit = spec_of(layer.node), self._nearest.limit
+        assert spec.channel_axis is not None
+        kept = layer.node.inputs[1].name in stored
+        pair_axis = None if kept else pair_axis_of(layer.node, self.ctx.target.quantized)
+        weight = layer.restored(wanted).astype(np.float32)
+        axis, least = spec.channel_axis(layer.node), None if kept else self._least(layer.node)
+        start = encode(weight, axis, per_channel=True, pair_axis=pair_axis, least=least, limit=limit)
+        found = rounder(start, pair_axis, limit, least)
+        return found, as_matrix(layer, found.codes) * found.scales.reshape(*wanted.shape[:2], 1)
+
+    def _least(self, node: Node) -> NDArray[np.float32] | None:
+        """Scales below which the bias of a node behind a DQ would not fit, with room for what it becomes."""
+        bias, pair = node.constant(2), producer(node.inputs[0])
+        scale = pair.constant(1) if pair is not None else None
+        if bias is None or scale is None or not self.ctx.target.quantized.integer_bias:
+            return None
+        return np.asarray(ROOM * least_scales(bias.reshape(-1), np.float32(scale.max())), np.float32)
 
     def announce(self, what: str, done: int, total: int) -> None:
         """Tell the caller of the pass how far a long step is."""
@@ -263,13 +323,19 @@ class Builder:
         storage = Storage(model, log)
         storage.tables(self._refusal(recipe))
         for node in four_bits:
-            rounder = self._rounders.get(node.inputs[1].name) if recipe.refined else None
-            storage.four_bits(node, rounder.four_bits if rounder else nearest)
+            storage.four_bits(node, self._rounding(node.inputs[1].name, recipe))
         if self._settings.static and recipe.only is None:
             stored = {id(node) for node in plan.stored}
             kept = [n for n in model.graph.nodes if n.label in recipe.kept and id(n) not in stored]
             storage.halve([node for node in kept if spec_of(node).role is Role.LINEAR])
         storage.finish()
+
+    def _rounding(self, weight: str, recipe: Recipe) -> Rounding:
+        """How the blocks of a weight are rounded."""
+        if recipe.refined and weight in self._blocks:
+            return lambda matrix: self._blocks[weight]
+        rounder = self._rounders.get(weight) if recipe.refined else None
+        return rounder.four_bits if rounder else nearest
 
     def _calibrate(self, plan: Plan) -> bool:
         """See to it that all tensors of a plan were observed; returns whether any had to be."""
@@ -304,7 +370,8 @@ class Builder:
         labels = {plan.labels[id(node)] for node in (*plan.linear, *plan.stored)}
         nodes = [node for node in self.model.graph.nodes if node.label in labels]
         found = [layer for layer in map(layer_of, nodes) if isinstance(layer, Layer)]
-        new = [layer for layer in found if layer.node.inputs[1].name not in self._rounders]
+        done = {*self._rounders, *self._blocks, *self._refined.given}
+        new = [layer for layer in found if layer.node.inputs[1].name not in done]
         linear = {plan.labels[id(node)] for node in plan.linear}
         for rows, part in _portions([layer for layer in new if len(layer.node.inputs[1].outputs) == 1]):
             names = [layer.node.outputs[0].name for layer in part]
@@ -389,6 +456,8 @@ def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:
 
 AS_THEY_COME = "without ranges, only matrix products by constants run in integers"
 WEIGHTS_ONLY = "only weights are asked for, which it does not read as integers"
+# By how much a bias may grow while its layer is fitted.
+ROOM = 4.0
 # Rows for a layer's second moments; a quarter for one with no more inputs than a depthwise convolution has.
 ROWS = 4095
 NARROW = 64

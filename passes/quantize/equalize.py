@@ -35,7 +35,8 @@ ROUNDED = 0.4
 # A Mul has to lower the noise that it is there for by this factor.
 WORTH = 2.0
 # Channels are not made larger by more than this: what calibration did not see may still come.
-_LARGEST = 16.0
+LARGEST = 16.0
+# Positions of a tensor below which its channels' ranges are chance.
 FEWEST = 128
 
 
@@ -236,14 +237,15 @@ class _Problem:
             at, inside = self._at(labelled.labels)
             span = np.maximum(seen.high, -seen.low)[inside]
             np.maximum.at(found, at, span / max(seen.high.max(), -seen.low.min(), 1e-30))
-        return np.maximum(found, max(found.max(initial=0.0), 1e-30) / _LARGEST)
+        least: Doubles = np.maximum(found, max(found.max(initial=0.0), 1e-30) / LARGEST)
+        return least
 
     def _at(self, labels: Array) -> tuple[Array, Array]:
         at = self._place[labels]
         return at[at >= 0], at >= 0
 
     def _column(self, mixer: Mixer, square: Doubles) -> tuple[Doubles, Doubles, Doubles, Array]:
-        """Power and largest weight of each row and input channel of a layer, in parts of its output's power."""
+        """Power and largest weight of each row and input channel of a layer, in parts of its output."""
         matrix = mixer.layer.matrix().astype(np.float64)
         groups, rows, _ = matrix.shape
         assert mixer.reads is not None
@@ -298,7 +300,8 @@ class _Problem:
                 at, inside = self._at(reads)
                 size = largest.max(axis=1).reshape(-1)
                 np.maximum.at(found, at, size[inside] / max(size.max(), 1e-30))
-        return np.maximum(found, max(found.max(), 1e-30) / _LARGEST)
+        least: Doubles = np.maximum(found, max(found.max(), 1e-30) / LARGEST)
+        return least
 
 
 def _best(problem: _Problem) -> tuple[Doubles, float]:

@@ -72,6 +72,8 @@ class Inserter:
         means: Mapping[int, Array] | None = None,
         known: Mapping[int, Known] | None = None,
         stored: Collection[str] = (),
+        *,
+        activations_only: bool = False,
     ) -> None:
         """Insert all pairs.
 
@@ -81,20 +83,22 @@ class Inserter:
             means: of each channel of the data of a weighted node, by the id of the node; corrects its bias.
             known: scale and zero point of tensors that have them already, by id.
             stored: names of constants that will be dequantized ones.
+            activations_only: leave weights, and the Relu and Clip that ranges imply, as they are.
         """
         self._means = means or {}
         self._known = known or {}
         scales = self._scales(ranges)
-        self._fold_clamps(scales)
+        if not activations_only:
+            self._fold_clamps(scales)
         dequantized = {key: self._pair(tensor, scales[key]) for key, tensor in self._plan.tensors.items()}
         self._tops = {
             id(result): self._known[key].top for key, result in dequantized.items() if key in self._known
         }
         for node in (*self._plan.linear, *self._plan.followers):
             self._rewire(node, dequantized)
-        for node in self._plan.linear:
+        for node in () if activations_only else self._plan.linear:
             self._quantize_weight(node, per_channel)
-        for node in self._plan.stored:
+        for node in () if activations_only else self._plan.stored:
             self._store_weight(node, per_channel)
         self._shield_outputs()
         self._graph.nodes.extend(self._new)
@@ -366,7 +370,7 @@ class Inserter:
         known = self._weights.get((id(weight), axis))
         if known is not None and (least is None or bool((known[1].scales >= least).all())):
             return known
-        pair_axis = self._pair_axis(node, weight, axis)
+        pair_axis = pair_axis_of(node, self._rules)
         encoded = self._encode(weight, axis, per_channel=per_channel, pair_axis=pair_axis, least=least)
         if encoded.tightened:
             self.tightened[self._plan.labels[id(node)]] = encoded.tightened
@@ -387,16 +391,6 @@ class Inserter:
             return encoded.codes, encoded.scales, 0
         self._log.change(self._plan.labels[id(node)], "weight stored as uint8", "its codes could saturate")
         return (encoded.codes.astype(np.int16) + 128).astype(np.uint8), encoded.scales, 128
-
-    def _pair_axis(self, node: Node, weight: Constant, axis: int) -> int | None:
-        """The weight's axis along which kernels add products in pairs, where their sums could saturate.
-
-        It is that of the input channels, the only other one of a matrix and the first other of a convolution.
-        """
-        channelwise = spec_of(node).channelwise
-        if not self._rules.saturates or (channelwise and channelwise(node)):
-            return None  # depthwise kernels widen before they multiply
-        return next(i for i in range(len(weight.shape)) if i != axis)
 
     def _encoded_bias(
         self, tensor: Tensor, bias: Array, steps: weights.Scales, activation: np.float32
@@ -443,6 +437,17 @@ class Inserter:
         attrs: Mapping[str, int] | None = None,
     ) -> None:
         self._new.append(Node(op, self._name(name), attrs, inputs, [output]))
+
+
+def pair_axis_of(node: Node, rules: Quantized) -> int | None:
+    """The weight's axis along which kernels add products in pairs, where their sums could saturate.
+
+    It is that of the input channels, the only other one of a matrix and the first other of a convolution.
+    """
+    spec = spec_of(node)
+    if not rules.saturates or spec.channel_axis is None or (spec.channelwise and spec.channelwise(node)):
+        return None  # depthwise kernels widen before they multiply
+    return 1 if spec.channel_axis(node) == 0 else 0
 
 
 def _summed_channels(node: Node) -> int:

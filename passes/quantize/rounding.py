@@ -10,15 +10,17 @@ GPTQ; Frantar et al., "GPTQ", ICLR 2023, and Nair and Suggala, "CDQuant", 2024.)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim.calibration.gram import Gram
 from onnxslim.calibration.layers import Layer
-from onnxslim.passes.quantize.storing import BLOCK, nearest
+from onnxslim.passes.quantize.storing import BLOCK, Blocks, nearest
 from onnxslim.passes.quantize.weights import FOUR_BITS, MAX_PAIR, QMAX, Encoded
 
 Doubles = NDArray[np.float64]
@@ -27,6 +29,9 @@ Floats = NDArray[np.float32]
 # Added to the diagonal, in parts of its mean: directions that the data hardly shows are not let loose.
 DAMPING = 0.01
 SWEEPS = 4
+# With no more inputs than this, many starts are tried, with these parts of a scale.
+FEW = 64
+STARTS = tuple(np.linspace(0.65, 1.05, 9))
 _BLOCK = 64
 
 
@@ -38,45 +43,43 @@ class Rounder:
         layer: whose weight it is; alpha of a Gemm is 1.
         gram: moments of what it sees.
         corrected: whether a bias takes in what the integers do to the mean.
+        target: weights to come close to, as `Layer.matrix`, if not the layer's own.
     """
 
     layer: Layer
     gram: Gram
     corrected: bool
+    target: Floats | None = None
 
-    def four_bits(self, matrix: Floats, scales: Floats) -> Floats:
-        """Four-bit codes of the same matrix, [inputs, outputs]; see `storing.Rounding`."""
-        steps = np.repeat(scales, BLOCK, axis=0)[: len(matrix)].T[None]
-        start = nearest(matrix, scales).T[None]
-        wanted = np.ascontiguousarray(matrix.T)[None]
-        codes, _ = refine(wanted, start, steps, self._moments(), limit=FOUR_BITS, count=self.gram.count)
-        restored: Floats = np.ascontiguousarray(codes[0].T)
-        return restored
+    def four_bits(self, matrix: Floats) -> Blocks:
+        """Four-bit codes of a matrix [inputs, outputs], and their scales; see `storing.Rounding`."""
+        return round_blocks(matrix, self._moments()[0], self.gram.count)
 
     def _moments(self) -> Doubles:
         return self.gram.gram if self.corrected else self.gram.raw().gram
 
     def __call__(self, encoded: Encoded, pair_axis: int | None, limit: int, least: Floats | None) -> Encoded:
         """Better integers than these, under the same limits; arguments are those of `weights.encode`."""
-        target = self.layer.matrix()
+        target = self.layer.matrix() if self.target is None else self.target
         if encoded.scales.size != target.shape[0] * target.shape[1]:
             return encoded
-        place = self.layer.restored(np.arange(target.size).reshape(target.shape)).ravel().astype(np.intp)
-        codes = np.empty(target.size, np.float32)
-        codes[place] = encoded.codes.ravel()
+        codes = as_matrix(self.layer, encoded.codes)
         saturates = pair_axis is not None and 2 * limit > MAX_PAIR
         channels = encoded.codes.shape[pair_axis] if saturates and pair_axis is not None else 0
         neighbours = Neighbours(channels, target.shape[2] // channels) if channels else None
-        start = codes.reshape(target.shape), encoded.scales.reshape(target.shape[:2])
+        lower = 0.0 if least is None else least.reshape(target.shape[:2])
         best, scales = refine(
             target,
-            *start,
+            codes,
+            encoded.scales.reshape(target.shape[:2]),
             self._moments(),
             limit=limit,
             neighbours=neighbours,
-            least=0.0 if least is None else least.reshape(target.shape[:2]),
+            least=lower,
             count=self.gram.count,
         )
+        if target.shape[2] <= FEW and neighbours is None:
+            best, scales = self._best_of_many(target, best, scales, limit, lower)
         lost = np.einsum("gmk,gk->gm", target - best * scales[..., None], self.gram.x_mean)
         return replace(
             encoded,
@@ -84,6 +87,88 @@ class Rounder:
             scales=scales.reshape(encoded.scales.shape),
             lost=lost.reshape(-1) if self.corrected else None,
         )
+
+    def _best_of_many(
+        self, target: Floats, codes: Floats, scales: Floats, limit: int, least: Floats | float
+    ) -> tuple[Floats, Floats]:
+        """Codes from many starts, the best for each output: with few inputs, chance counts for much."""
+        moments, first = self._moments(), scales
+        curvature = _damped(moments, self.gram.count)
+        lowest = _losses(target, codes, scales, curvature)
+        for factor in STARTS:
+            tried = np.maximum(first * np.float32(factor), least).astype(np.float32)
+            start = np.rint(target / tried[..., None]).clip(-limit, limit).astype(np.float32)
+            found = refine(target, start, tried, moments, limit=limit, least=least, count=self.gram.count)
+            loss = _losses(target, *found, curvature)
+            better = loss < lowest
+            codes, scales = np.where(better[..., None], found[0], codes), np.where(better, found[1], scales)
+            lowest = np.minimum(loss, lowest)
+        return codes, scales
+
+
+def _losses(target: Floats, codes: Floats, scales: Floats, curvature: Floats) -> Floats:
+    error = codes * scales[..., None] - target
+    return np.asarray(((error @ curvature) * error).sum(axis=2))
+
+
+def round_blocks(matrix: Floats, gram: Doubles, count: int = 0) -> Blocks:
+    """Codes and scales of blocks, in turn, until the error of the outputs stays.
+
+    Args:
+        matrix: weights wanted, [inputs, outputs].
+        gram: covariance of the inputs, float64.
+        count: rows that it was taken from; 0 if it is exact.
+
+    Returns:
+        codes [inputs, outputs] and scales [blocks, outputs].
+    """
+    start, scales = nearest(matrix, np.diagonal(gram))
+    curvature = _damped(gram[None], count)
+    wanted, codes = np.ascontiguousarray(matrix.T)[None], np.ascontiguousarray(start.T)[None]
+    for again in (True, True, False):
+        steps = np.ascontiguousarray(np.repeat(scales, BLOCK, axis=0)[: len(matrix)].T)[None]
+        codes = _descend(wanted, codes, steps, curvature, FOUR_BITS)
+        if again:
+            scales = _refitted_blocks(wanted[0], codes[0], scales, curvature[0])
+    return np.ascontiguousarray(codes[0].T), scales
+
+
+def _descend(target: Floats, codes: Floats, steps: Floats, curvature: Floats, limit: int) -> Floats:
+    codes = codes.copy()
+    for _ in range(SWEEPS):
+        residual = np.asarray((codes * steps - target) @ curvature, np.float32)
+        if not _sweep(codes, steps, residual, curvature, limit, None):
+            break
+    return codes
+
+
+def _refitted_blocks(target: Floats, codes: Floats, scales: Floats, curvature: Floats) -> Floats:
+    """Scales of least error for codes (outputs, inputs): least squares, an unknown per block of an output."""
+    outputs, inputs = codes.shape
+    starts = np.arange(0, inputs, BLOCK)
+    found = scales.T.copy()
+    normal = np.empty((outputs, starts.size, starts.size), np.float64)
+    for block, start in enumerate(starts):
+        part = slice(start, start + BLOCK)
+        pulled = (codes[:, part] @ curvature[part]) * codes
+        normal[:, block] = np.add.reduceat(pulled, starts, axis=1)
+    goal = np.add.reduceat((target @ curvature) * codes, starts, axis=1)
+    diagonal = np.einsum("obb->ob", normal)
+    # Held to what they are by a hundredth: a block of zeros says nothing about its scale.
+    held = 0.01 * diagonal + 1e-6 * diagonal.mean() + 1e-30
+    lacking = goal - np.einsum("obc,oc->ob", normal, found)
+    np.einsum("obb->ob", normal)[...] += held
+    found += np.linalg.solve(normal, lacking[..., None])[..., 0].astype(np.float32)
+    return np.asarray(np.where(found > 0.5 * scales.T, found, scales.T).T, np.float32)
+
+
+def as_matrix(layer: Layer, values: NDArray[Any]) -> Floats:
+    """A weight of the operator's own layout as `Layer.matrix`; alpha of a Gemm is 1."""
+    shape = layer.matrix().shape
+    place = layer.restored(np.arange(math.prod(shape)).reshape(shape)).ravel().astype(np.intp)
+    matrix = np.empty(place.size, np.float32)
+    matrix[place] = values.ravel()
+    return matrix.reshape(shape)
 
 
 def refine(

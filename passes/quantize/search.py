@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.judge import FAILED, Judge, Score
 from onnxslim.errors import LoadError
+from onnxslim.graph import Constant, Node
 from onnxslim.passes.quantize.build import Builder, Candidate, ObserverChoice, Recipe
 from onnxslim.passes.quantize.goal import Goal
 from onnxslim.pipeline import Log
@@ -46,7 +47,7 @@ class Layer:
         node, op: its label and operator.
         noise: power of the noise by that of the signal, with this node alone in integers.
         tensors: names of those whose ranges it depends on.
-        cost: multiply-accumulates of a sample, by the mean over all layers; 1 where shapes do not tell.
+        cost: mean of its shares of multiply-accumulates and of weights, 1 for an average layer.
     """
 
     node: str
@@ -63,9 +64,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate that was measured."""
+    """A candidate that was measured.
+
+    Attributes:
+        recipe: of the candidate.
+        build: what made it.
+        candidate: it.
+        score: what it keeps of the outputs.
+    """
 
     recipe: Recipe
+    build: Builder
     candidate: Candidate
     score: Score
 
@@ -74,73 +83,75 @@ class Search:
     """Looks for a good recipe.
 
     Args:
-        build: makes candidates.
-        judge: measures them.
+        judge: measures candidates.
     """
 
-    def __init__(self, build: Builder, judge: Judge) -> None:
-        self._build = build
+    def __init__(self, judge: Judge) -> None:
         self._judge = judge
 
-    def attempt(self, recipe: Recipe) -> Trial:
+    def attempt(self, recipe: Recipe, build: Builder) -> Trial:
         """Build and measure a candidate; one that does not run is as bad as can be."""
-        candidate = self._build(recipe)
+        candidate = build(recipe)
         try:
             score = self._judge(candidate.model)
         except LoadError:
             score = FAILED
-        return Trial(recipe, candidate, score)
+        return Trial(recipe, build, candidate, score)
 
-    def observer(self, recipe: Recipe) -> Trial:
+    def observer(self, recipe: Recipe, build: Builder) -> Trial:
         """The best way to choose ranges for all tensors; the first one if that is good enough."""
-        best = self.attempt(replace(recipe, observer=OBSERVERS[0]))
+        best = self.attempt(replace(recipe, observer=OBSERVERS[0]), build)
         for choice in OBSERVERS[1:] if best.score.sqnr < ENOUGH else ():
-            trial = self.attempt(replace(recipe, observer=choice))
-            if trial.score.sqnr > best.score.sqnr + MARGIN:
-                best = trial
+            best = _better(best, self.attempt(replace(recipe, observer=choice), build))
         return best
 
-    def equalized(self, trial: Trial, choices: Sequence[ObserverChoice], log: Log) -> tuple[Search, Trial]:
-        """The same of a model whose channels were scaled, if that does better, and where to search on."""
+    def equalized(self, trial: Trial, choices: Sequence[ObserverChoice], log: Log) -> Trial:
+        """The same of a model whose channels were scaled, if that does better."""
         done = Log()
-        build = self._build.equalized(trial.candidate.plan, done)
+        build = trial.build.equalized(trial.candidate.plan, done)
         if build is None:
-            return self, trial
-        search = Search(build, self._judge)
+            return trial
         found = max(
-            (search.attempt(replace(trial.recipe, observer=choice)) for choice in choices),
+            (self.attempt(replace(trial.recipe, observer=choice), build) for choice in choices),
             key=lambda each: each.score.sqnr,
         )
-        if found.score.sqnr <= trial.score.sqnr + MARGIN:
-            return self, trial
-        log.add(done.done())
-        return search, found
+        best = _better(trial, found)
+        if best is found:
+            log.add(done.done())
+        return best
 
     def complete(self, trial: Trial, held: CalibrationData, goal: Goal) -> Trial:
         """The same with ranges that the data held out so far has a part in, too, if that does no harm."""
-        self._build.absorb(held)
-        completed = self.attempt(trial.recipe)
+        trial.build.absorb(held)
+        completed = self.attempt(trial.recipe, trial.build)
         harmless = completed.score.sqnr >= trial.score.sqnr - HARMLESS
         return completed if harmless and (goal.met(completed) or not goal.met(trial)) else trial
 
     def rounding(self, trial: Trial) -> Trial:
         """The same with weights rounded by what their layers see, if that does better as a whole."""
-        refined = self.attempt(replace(trial.recipe, refined=True))
-        return refined if refined.score.sqnr > trial.score.sqnr + MARGIN else trial
+        return _better(trial, self.attempt(replace(trial.recipe, refined=True), trial.build))
+
+    def fitted(self, trial: Trial) -> Trial:
+        """The same with weights fitted to the quantized inputs of their layers, if that does better."""
+        build = trial.build.sequential(trial.recipe)
+        if build is None:
+            return trial
+        return _better(trial, self.attempt(replace(trial.recipe, refined=True), build))
 
     def layers(self, trial: Trial) -> list[Layer]:
         """What every weighted node of a candidate does on its own, the worst first."""
-        nodes = [node for node in self._build.model.graph.nodes if node.label in _labels(trial)]
-        macs = self._build.macs()
+        nodes = [node for node in trial.build.model.graph.nodes if node.label in _labels(trial)]
+        macs = trial.build.macs()
         mean = sum(macs.get(node.label, 0) for node in nodes) / max(len(nodes), 1)
+        size = sum(map(_size, nodes)) / max(len(nodes), 1)
         found = []
         for index, node in enumerate(nodes):
-            alone = self._build(replace(trial.recipe, only=frozenset((node.label,))))
+            alone = trial.build(replace(trial.recipe, only=frozenset((node.label,))))
             noise = self._judge(alone.model, RANKING).noise
-            cost = macs.get(node.label, mean) / mean if mean else 1.0
+            cost = 0.5 * (macs.get(node.label, mean) / mean if mean else 1.0) + 0.5 * _size(node) / size
             tensors = tuple(name for group in alone.groups for name in group)
             found.append(Layer(node.label, node.op, noise, cost, tensors))
-            self._build.announce("measuring layers", index + 1, len(nodes))
+            trial.build.announce("measuring layers", index + 1, len(nodes))
         return sorted(found, key=lambda layer: -layer.noise)
 
     def ranges(self, trial: Trial, layers: Sequence[Layer]) -> tuple[Trial, list[Layer]]:
@@ -155,14 +166,14 @@ class Search:
         noises: dict[str, float] = {}
         for index, layer in enumerate(worst):
             special = dict.fromkeys(layer.tensors, other)
-            alone = self._build(replace(trial.recipe, special=special, only=frozenset((layer.node,))))
+            alone = trial.build(replace(trial.recipe, special=special, only=frozenset((layer.node,))))
             noise = self._judge(alone.model, RANKING).noise
             noises[layer.node] = noise
             for name in layer.tensors:
                 gains[name] += layer.noise - noise
-            self._build.announce("choosing ranges", index + 1, len(worst))
+            trial.build.announce("choosing ranges", index + 1, len(worst))
         better = {name: other for name, gain in gains.items() if gain > 0}
-        found = self.attempt(replace(trial.recipe, special=better))
+        found = self.attempt(replace(trial.recipe, special=better), trial.build)
         if found.score.sqnr <= trial.score.sqnr + MARGIN:
             return trial, list(layers)
         changed = {layer.node for layer in worst if better.keys() >= set(layer.tensors)}
@@ -177,17 +188,17 @@ class Search:
 
     def fastest(self, trial: Trial, seconds: float = 6.0) -> Trial:
         """The same with the smallest layers, as many as pays, left in floating point; timed in turn."""
-        macs = self._build.macs()
+        macs = trial.build.macs()
         order = sorted(_labels(trial), key=lambda label: macs.get(label, 0))
         trials = [trial]
         for part in (0.25, 0.5, 0.75):
             labels = {*order[: round(part * len(order))], *trial.recipe.kept}
-            trials.append(self.attempt(self._build.without(trial.recipe, labels, SLOWER)))
+            trials.append(self.attempt(trial.build.without(trial.recipe, labels, SLOWER), trial.build))
         times = self._judge.latencies([each.candidate.model for each in trials], seconds)
         quickest = min(range(len(trials)), key=lambda index: times[index])
         return trials[quickest] if times[quickest] < FASTER * times[0] else trial
 
-    def keep(self, trial: Trial, layers: Sequence[Layer], goal: Goal) -> Trial:
+    def keep(self, trial: Trial, layers: Sequence[Layer], goal: Goal, gain: float = 0.0) -> Trial:
         """The candidate with the fewest multiply-accumulates kept out of integers that reaches a goal.
 
         Layers are taken in the order of noise per cost. How many is predicted from the sum of what each does,
@@ -197,6 +208,7 @@ class Search:
             trial: everything in integers.
             layers: of `layers`.
             goal: what is to be kept.
+            gain: what fitting weights to quantized inputs has brought, in dB; tried where it may decide.
 
         Returns:
             The best candidate tried where none reaches it.
@@ -206,7 +218,9 @@ class Search:
         count = _needed(order, trial.score.noise, goal.missing(trial))
         while enough - lacking > 1:
             labels = [layer.node for layer in order[:count]]
-            found = self.attempt(self._build.without(trial.recipe, labels, REASON))
+            found = self.attempt(trial.build.without(trial.recipe, labels, REASON), trial.build)
+            if not goal.met(found) and goal.missing(found) <= gain:
+                found = self.fitted(found)
             if goal.met(found):
                 best, enough = found, count
             else:
@@ -216,6 +230,17 @@ class Search:
             if enough > len(order):
                 count = lacking + _needed(order[lacking:], found.score.noise, goal.missing(found))
         return best
+
+
+def _size(node: Node) -> int:
+    """Bytes of a node's weight."""
+    weight = node.inputs[1]
+    return weight.nbytes if isinstance(weight, Constant) else 0
+
+
+def _better(first: Trial, second: Trial) -> Trial:
+    """The second if it keeps clearly more than the first, the simpler one."""
+    return second if second.score.sqnr > first.score.sqnr + MARGIN else first
 
 
 def _labels(trial: Trial) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -21,8 +22,9 @@ MIN_TABLE_BYTES = 1 << 16
 BLOCK = 32
 
 Refusal = Callable[[Node], "str | None"]
-# From a matrix [inputs, outputs] and its scales [blocks, outputs] to integer codes of the matrix's shape.
-Rounding = Callable[[Weights, Weights], NDArray[np.float32]]
+# Integer codes of a matrix [inputs, outputs] and their scales [blocks, outputs].
+Blocks: TypeAlias = tuple[NDArray[np.float32], Weights]
+Rounding = Callable[[Weights], Blocks]
 
 
 class Storage:
@@ -73,8 +75,8 @@ class Storage:
         assert isinstance(weight, Constant)
         assert axis is not None
         matrix = weight.values if axis(node) == 1 else weight.values.T
-        scales = _block_scales(matrix)
-        codes = rounding(matrix, scales).astype(ml_dtypes.int4)
+        rounded, scales = rounding(matrix)
+        codes = rounded.astype(ml_dtypes.int4)
         if node.op == "Gemm":
             node.attrs["transB"] = 0
         inputs: list[Tensor] = [
@@ -111,24 +113,33 @@ class Storage:
         self._new.append(Node(op, self._name(name), attrs, inputs, [output]))
 
 
-def nearest(matrix: Weights, scales: Weights) -> NDArray[np.float32]:
-    """The nearest four-bit codes."""
+def nearest(matrix: Weights, heard: NDArray[np.float64] | None = None) -> Blocks:
+    """The nearest four-bit codes, with scales of least squared error.
+
+    Args:
+        matrix: [inputs, outputs].
+        heard: how much errors of each input's weights count; all the same by default.
+    """
+    weight = np.ones(len(matrix)) if heard is None else heard + 0.01 * heard.mean() + 1e-30
+    scales = _block_scales(matrix, weight)
     steps = np.repeat(scales, BLOCK, axis=0)[: len(matrix)]
-    return np.asarray(np.rint(matrix / steps).clip(-FOUR_BITS, FOUR_BITS), np.float32)
+    return np.asarray(np.rint(matrix / steps).clip(-FOUR_BITS, FOUR_BITS), np.float32), scales
 
 
-def _block_scales(matrix: Weights) -> Weights:
+def _block_scales(matrix: Weights, weight: NDArray[np.float64]) -> Weights:
     """For each block of inputs and each output the scale of least squared error, float32."""
     padded = np.pad(matrix, ((0, -len(matrix) % BLOCK), (0, 0)))
     blocks = padded.reshape(-1, BLOCK, matrix.shape[1])
+    counts = np.pad(weight, (0, -len(matrix) % BLOCK)).reshape(-1, BLOCK, 1)
     largest = np.abs(blocks).max(axis=1)
     full = np.where(largest > 0, largest / FOUR_BITS, 1.0)
     best, least = full, np.full(full.shape, np.inf)
     for factor in np.linspace(0.7, 1.0, 13):
         steps = (full * factor)[:, None]
-        error = np.square(np.rint(blocks / steps).clip(-FOUR_BITS, FOUR_BITS) * steps - blocks).sum(axis=1)
-        best = np.where(error < least, full * factor, best)
-        least = np.minimum(error, least)
+        error = np.rint(blocks / steps).clip(-FOUR_BITS, FOUR_BITS) * steps - blocks
+        squared = (counts * np.square(error)).sum(axis=1)
+        best = np.where(squared < least, full * factor, best)
+        least = np.minimum(squared, least)
     return np.asarray(best, np.float32)
 
 

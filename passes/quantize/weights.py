@@ -91,15 +91,18 @@ class Encoder:
         limit: largest magnitude of a code.
         better: by name of a constant, what makes better integers of these; it is given them, `pair_axis`, the
             limit and the least scales.
+        known: by name of a constant, integers of it that are known already.
     """
 
     def __init__(
         self,
         limit: int = QMAX,
         better: Mapping[str, Callable[[Encoded, int | None, int, Scales | None], Encoded]] | None = None,
+        known: Mapping[str, Encoded] | None = None,
     ) -> None:
         self.limit = limit
         self._better = {} if better is None else better
+        self.given = {} if known is None else known
         self._known: dict[tuple[Any, ...], Encoded] = {}
 
     def __call__(
@@ -120,6 +123,9 @@ class Encoder:
     def _of(
         self, weight: Constant, axis: int, per_channel: bool, pair_axis: int | None, least: Scales | None
     ) -> Encoded:
+        given = self.given.get(weight.name)
+        if given is not None and per_channel and (least is None or bool((given.scales >= least).all())):
+            return given
         key = (weight.name, axis, per_channel, pair_axis, None if least is None else least.tobytes())
         if key not in self._known:
             found = encode(

@@ -9,7 +9,7 @@ branches too).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnxslim import graph as ir
 from onnxslim.calibration.collect import Progress
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.gram import Moments, batch_samples, quota_for, sampled
+from onnxslim.calibration.gram import Gram, Moments, batch_samples, quota_for, sampled
 from onnxslim.calibration.layers import Floats, Positions, values_at
 from onnxslim.calibration.stages import Shelf, Staged, Stop, Values
 from onnxslim.errors import CalibrationError
@@ -34,6 +34,9 @@ from onnxslim.passes.repair.solve import Fit, Method, fit
 from onnxslim.pipeline import Changes, Log
 from onnxslim.runtime import Target
 
+# From a job, what the regression found for it (None: nothing better) and the moments of all rows, to what is
+# to be written.
+Finish: TypeAlias = Callable[[Job, "Fit | None", Gram], "Fit | None"]
 Kept: TypeAlias = Mapping[str, Mapping[int, NDArray[np.intp]]]
 
 # Bytes of tensors between two stages that stay in memory; the rest goes to temporary files.
@@ -60,14 +63,16 @@ def repair(
     progress: Progress | None = None,
     layers: Collection[str] | None = None,
     memory: int = MEMORY,
+    finish: Finish | None = None,
 ) -> Changes:
     """Refit the weights of a compressed model to the original's outputs, layer by layer.
 
     Tensors of the two models correspond by name. Convolutions, transposed convolutions and matrix products
     get new weights and biases; normalizations, and scales and shifts per channel, new values. A layer's goal
     is its output before the activation, or, where that goes into a sum whose other operand is at hand, the
-    sum. How strongly weights are held to what they are is chosen for each layer on a quarter of the samples;
-    where the new weights are no better on these, the old ones stay.
+    sum; where an activation follows, the error behind it is what counts. How strongly weights are held to
+    what they are is chosen for each layer on a quarter of the samples; where the new weights are no better on
+    these, the old ones stay.
 
     Args:
         student: edited in place.
@@ -81,6 +86,8 @@ def repair(
         layers: names of the output tensors of layers to refit; by default all those whose input is no longer
             computed as in the teacher.
         memory: bytes of intermediate tensors to keep in memory; more are put into temporary files.
+        finish: has the last word on what is written, such as weights that are rounded; layers then need not
+            have got other inputs.
 
     Returns:
         What was refitted, with the error on held-out samples before and after, and what was left alone.
@@ -92,10 +99,14 @@ def repair(
     log = Log()
     ir.sort(student.graph)
     clean = unchanged(student, teacher)
+    if finish:  # it may change what is the same so far
+        clean &= {tensor.name for tensor in student.graph.inputs}
     stages = schedule(student, teacher, clean, layers, log)
     if any(stages):
         with Shelf(memory) as shelf:
-            _Repair(student, teacher, kept, method, target, clean, stages, shelf, log).run(data, progress)
+            _Repair(student, teacher, kept, method, target, clean, stages, shelf, log, finish).run(
+                data, progress
+            )
     return log.done()
 
 
@@ -152,8 +163,10 @@ class _Repair:
         stages: Sequence[Sequence[Job]],
         shelf: Shelf,
         log: Log,
+        finish: Finish | None,
     ) -> None:
         self.student = student
+        self.finish = finish
         self.kept = kept
         self.method = method
         self.stages = stages
@@ -240,7 +253,7 @@ class _Repair:
         if self.method == "bias" and not job.takes_bias:
             self.log.skip(job.label, "it has no bias")
             return
-        found = self._fit(job, sums)
+        found = self._finished(job, sums) if self.finish else self._fit(job, sums)
         if isinstance(found, str):
             self.log.skip(job.label, found)
             return
@@ -250,6 +263,15 @@ class _Repair:
             return
         how = f"error on samples held out {found.before:.3g} -> {found.after:.3g}"
         self.log.change(job.label, f"refitted to '{job.goal.tensor}'", how)
+
+    def _finished(self, job: Job, sums: _Sums) -> Fit | str:
+        try:
+            whole = sums.train.result().joined(sums.held.result())
+        except CalibrationError as error:
+            return str(error)
+        fitted = self._fit(job, sums)
+        assert self.finish is not None
+        return self.finish(job, fitted if isinstance(fitted, Fit) else None, whole) or "it is left as it is"
 
     def _fit(self, job: Job, sums: _Sums) -> Fit | str:
         try:
@@ -306,4 +328,4 @@ def _held_out(samples: int) -> NDArray[np.bool_]:
     return held
 
 
-__all__ = ["Kept", "repair"]
+__all__ = ["Finish", "Kept", "repair"]

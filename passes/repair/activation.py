@@ -75,24 +75,33 @@ def _is_scalar(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A function at equal distances, linear in between.
+    """A function of straight pieces of equal length.
 
     Attributes:
-        first, step: where the values are.
-        values, slopes: of the function, and of the pieces between the values.
+        first, step: where the first piece begins, and the length of one.
+        offsets, slopes: of each piece; its values are offset + slope * x.
     """
 
     first: float
     step: float
-    values: Floats
+    offsets: Floats
     slopes: Floats
+
+    @classmethod
+    def of(cls, at: Floats, values: Floats) -> Table:
+        """Through values at equal distances."""
+        step = float(at[-1] - at[0]) / (at.size - 1)
+        slopes = np.diff(values) / np.float32(step)
+        return cls(float(at[0]), step, values[:-1] - slopes * at[:-1], slopes)
 
     def __call__(self, x: Floats) -> tuple[Floats, Floats]:
         """Values and slopes; the outermost pieces go on forever."""
-        places = (x - np.float32(self.first)) / np.float32(self.step)
-        index = np.clip(places, 0, len(self.slopes) - 1).astype(np.intp)
-        slope = self.slopes[index]
-        return self.values[index] + (places - index) * np.float32(self.step) * slope, slope
+        index = ((x - np.float32(self.first)) * np.float32(1 / self.step)).astype(np.int32)
+        np.clip(index, 0, len(self.slopes) - 1, out=index)
+        slopes = self.slopes.take(index)
+        found = slopes * x
+        found += self.offsets.take(index)
+        return found, slopes
 
     @property
     def steepest(self) -> float:
@@ -114,8 +123,5 @@ def tabulated(model: Model, chain: Chain, least: float, most: float) -> Table | 
         return None
     if found.shape != at.shape or not np.isfinite(found).all():
         return None
-    step = float(at[-1] - at[0]) / (_PLACES - 1)
-    slopes = np.diff(found) / np.float32(step)
-    if np.ptp(slopes) <= 1e-3 * np.abs(slopes).max():
-        return None
-    return Table(float(at[0]), step, found, slopes)
+    table = Table.of(at, found)
+    return None if np.ptp(table.slopes) <= 1e-3 * table.steepest else table

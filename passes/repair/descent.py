@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 
     Attributes:
         x: inputs, shape (groups, inputs, positions).
-        wanted, present: shape (groups, outputs, positions).
+        wanted, present: before the activation, shape (groups, outputs, positions).
     """
 
     x: Floats
@@ -82,9 +82,10 @@ def refined(
         The change of least error behind the function, which `before` and `after` are of: none, the linear one
         or one after some steps, which are then repeated on all rows.
     """
-    errors = [_error(held[1], function, None, train[0].x_mean)]
-    for change in _steps(train[0], train[1], function, linear.strength, bias):
-        errors.append(_error(held[1], function, change, _center(train[0], bias)))
+    fitted_on, checked_on = ([_behind(rows, function) for rows in part] for _, part in (train, held))
+    errors = [_error(checked_on, function, None, train[0].x_mean)]
+    for change in _steps(train[0], fitted_on, function, linear.strength, bias):
+        errors.append(_error(checked_on, function, change, _center(train[0], bias)))
         if len(errors) - 1 - int(np.argmin(errors)) >= _PATIENCE and len(errors) > _PATIENCE + 1:
             break
     best = int(np.argmin(errors))
@@ -92,11 +93,16 @@ def refined(
     if best < 2:
         return found
     whole = train[0].joined(held[0])
-    steps = _steps(whole, (*train[1], *held[1]), function, linear.strength, bias)
+    steps = _steps(whole, (*fitted_on, *checked_on), function, linear.strength, bias)
     change = next(islice(steps, best - 1, None))
     shift = change.shift - (change.weight @ _center(whole, bias)[..., None])[..., 0]
     weight = change.weight if change.weight.size else None
     return Fit(weight, shift, linear.strength, errors[0], errors[best])
+
+
+def _behind(rows: Rows, function: Table) -> Rows:
+    """With what is wanted behind the activation."""
+    return rows._replace(wanted=function(rows.wanted)[0])
 
 
 def _center(moments: Gram, bias: bool) -> Doubles:
@@ -133,7 +139,7 @@ def _gradient(
     cross, total = np.zeros(change.weight.shape), np.zeros(change.shift.shape)
     for rows in parts:
         made, slope = function(change(rows, mean))
-        residual = slope * (function(rows.wanted)[0] - made)
+        residual = slope * (rows.wanted - made)
         cross += residual @ rows.x.swapaxes(1, 2)
         total += residual.sum(axis=2, dtype=np.float64)
     scale = 1.0 / (count * function.steepest**2)
@@ -145,6 +151,6 @@ def _error(parts: Sequence[Rows], function: Table, change: _Change | None, mean:
     total, count = 0.0, 0
     for rows in parts:
         made = rows.present if change is None else change(rows, mean)
-        total += float(np.square(function(rows.wanted)[0] - function(made)[0], dtype=np.float64).sum())
+        total += float(np.square(rows.wanted - function(made)[0], dtype=np.float64).sum())
         count += rows.x.shape[2]
     return total / count

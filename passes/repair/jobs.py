@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -259,6 +259,9 @@ def goals(layer: Layer, graph: Graph) -> Iterator[Goal]:
     yield goal
     while id(tensor) not in fixed and len(tensor.outputs) == 1 and id(tensor.outputs[0]) in inner:
         reader = tensor.outputs[0]
+        if _is_rounded(reader, tensor, fixed):
+            tensor = reader.outputs[0].outputs[0].outputs[0]
+            continue
         following = _followed(goal, reader, tensor, layer.axis)
         if following is None:
             return
@@ -266,6 +269,16 @@ def goals(layer: Layer, graph: Graph) -> Iterator[Goal]:
         yield goal
         if goal.other:
             return
+
+
+def _is_rounded(reader: Node, tensor: Variable, fixed: Collection[int]) -> bool:
+    """Whether a tensor goes to integers and straight back, as far as all of its readers are concerned."""
+    if reader.op != "QuantizeLinear" or reader.inputs[0] is not tensor:
+        return False
+    codes = reader.outputs[0]
+    if id(codes) in fixed or len(codes.outputs) != 1 or codes.outputs[0].op != "DequantizeLinear":
+        return False
+    return constant_of(reader.input(1)) is not None and codes.outputs[0].inputs[0] is codes
 
 
 def _own_goal(layer: Layer) -> Goal | None:

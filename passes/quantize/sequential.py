@@ -1,0 +1,118 @@
+"""Weights fitted to quantized inputs, and rounded, in the order in which layers run.
+
+Each layer gets the inputs that the layers already quantized give it, and is to make of them what the float
+model makes: first by regression (`repair`), then in integers, by what it really sees. So what rounding and
+clipping did before it is taken back as far as that is linear, instead of adding up (Frantar et al., "Optimal
+Brain Compression", NeurIPS 2022, section 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.gram import Gram
+from onnxslim.calibration.layers import Layer
+from onnxslim.graph import Array, Constant, Node
+from onnxslim.model import Model
+from onnxslim.passes.quantize.storing import Blocks
+from onnxslim.passes.quantize.weights import Encoded
+from onnxslim.passes.repair import repair
+from onnxslim.passes.repair.jobs import Job, Linear
+from onnxslim.passes.repair.solve import Fit
+from onnxslim.pipeline import Context
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+# From a layer, wanted weights as its matrix, moments of what it sees, and whether a bias takes in the mean of
+# the error, to integers and the matrix they stand for; None where it is left in floating point.
+Coder: TypeAlias = Callable[[Layer, Floats, Gram, bool], "tuple[Encoded | Blocks, Floats] | None"]
+
+
+class Sequential:
+    """Fits and rounds the layers of one model in turn.
+
+    Args:
+        student: what the quantized model will be, but for its weights; edited.
+        coder: rounds the weights of one layer.
+
+    Attributes:
+        codes: by name of the weight, integers of it.
+        blocks: the same where they have a scale for every few inputs.
+        wanted: by name of the weight, what they are of, in the operator's own layout.
+    """
+
+    def __init__(self, student: Model, coder: Coder) -> None:
+        self._student = student
+        self._coder = coder
+        self.codes: dict[str, Encoded] = {}
+        self.blocks: dict[str, Blocks] = {}
+        self.wanted: dict[str, Array] = {}
+
+    def run(self, teacher: Model, layers: list[str], data: CalibrationData, ctx: Context) -> None:
+        """Go through the layers with these output tensors."""
+        repair(
+            self._student,
+            teacher,
+            data,
+            layers=layers,
+            target=ctx.target,
+            progress=ctx.progress,
+            finish=self._finish,
+        )
+
+    def _finish(self, job: Job, fitted: Fit | None, gram: Gram) -> Fit | None:
+        assert isinstance(job, Linear)
+        matrix = job.layer.matrix()
+        scale = job.goal.scale.reshape(*matrix.shape[:2], 1)
+        change = 0.0 if fitted is None or fitted.weight is None else fitted.weight / scale
+        wanted = np.asarray(matrix + change, np.float32)
+        name = job.node.inputs[1].name
+        if (
+            not np.isfinite(wanted).all()
+            or (found := self._coder(job.layer, wanted, gram, job.takes_bias)) is None
+        ):
+            return fitted
+        encoded, restored = found
+        shift = np.zeros(scale.shape[:2]) if fitted is None else fitted.bias
+        if job.takes_bias:
+            shift = shift + scale[..., 0] * np.einsum("gmk,gk->gm", wanted - restored, gram.x_mean)
+        if isinstance(encoded, Encoded):
+            self.codes[name] = replace(encoded, lost=np.zeros(matrix.shape[0] * matrix.shape[1]))
+        else:
+            self.blocks[name] = encoded
+        self.wanted[name] = job.layer.restored(wanted)
+        before = 0.0 if fitted is None else fitted.before
+        after = 0.0 if fitted is None else fitted.after
+        return Fit(np.asarray((restored - matrix) * scale, np.float64), shift, 0.0, before, after)
+
+    def refitted(self, model: Model) -> Model:
+        """A copy of the float model with the weights wanted, and the biases of the student."""
+        twin = model.copy()
+        students = {node.label: node for node in self._student.graph.nodes}
+        for node in twin.graph.nodes:
+            student = students.get(node.label)
+            if student is not None and student.op == node.op:
+                self._copy(node, student)
+        return twin
+
+    def _copy(self, node: Node, student: Node) -> None:
+        for index, tensor in enumerate(student.inputs):
+            if not isinstance(tensor, Constant):
+                continue
+            present = node.input(index)
+            values = self.wanted.get(tensor.name, tensor.values)
+            if present is None:
+                node.inputs.append(Constant(tensor.name, values))
+            elif isinstance(present, Constant) and present.values is not values:
+                if len(present.outputs) == 1:
+                    present.values = values
+                elif not np.array_equal(present.values, values):
+                    node.inputs[index] = Constant(tensor.name, values)
+        if "beta" in node.attrs and "beta" not in student.attrs:
+            del node.attrs["beta"]
