@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # In dB: what is to be kept where nobody said what is.
 SQNR = 25.0
 # In dB: by how much noise goes down at a time where it is the metric that drops too much.
-STEP = 3.0
+STEP = 1.0
 
 
 class Goal:
