@@ -25,7 +25,7 @@ from onnxslim.runtime import CPU, Target, layout
 ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
 Activations = Literal["auto", "uint8", "int8", "uint16", "none"] | None
 Layout = Literal["target", "cpu", "openvino", "cuda", "tensorrt", "qnn"]
-Algorithm = Literal["auto", "rtn", "cd"]
+Algorithm = Literal["auto", "rtn", "cd", "gptq"]
 
 
 @options
@@ -75,7 +75,8 @@ class Quantize(Pass):
     algorithm: Algorithm = Field(
         "auto",
         description="how weights are rounded: to the nearest code (rtn), for the least error of a layer's "
-        "outputs by coordinate descent (cd), or the better of both where it matters",
+        "outputs by coordinate descent (cd), the same from what GPTQ finds (gptq), or by descent where that "
+        "matters and helps (auto)",
     )
     equalization: bool = Field(
         True,
@@ -152,7 +153,13 @@ class Quantize(Pass):
 
     def _settings(self) -> Settings:
         return Settings(
-            self.exclude, self.classifier, self.bias_correction, self.per_channel, self.weights, self._static
+            self.exclude,
+            self.classifier,
+            self.bias_correction,
+            self.per_channel,
+            self.weights,
+            self._static,
+            self.algorithm == "gptq",
         )
 
     def _search(self, model: Model, ctx: Context, log: Log) -> Trial:
@@ -170,7 +177,7 @@ class Quantize(Pass):
         if self.equalization and self._static and trial.score.sqnr < ENOUGH:
             choices = OBSERVERS if self.observer == "auto" else (trial.recipe.observer,)
             search, trial = search.equalized(trial, choices, log)
-        if self.algorithm == "cd" or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH):
+        if self.algorithm in ("cd", "gptq") or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH):
             search, trial = search.rounding(trial, self.sequential)
         log.facts["everything"] = trial.score.sqnr
         if trial.score.sqnr < self.require_sqnr or self.layers:

@@ -45,6 +45,7 @@ class Settings:
         exclude: globs on node names, or operator types, that stay in floating point.
         weights: their integer type; int4 has a scale for every few inputs where activations are not integers.
         static: whether activations become integers; if not, weights only are stored as such.
+        gptq: whether coordinate descent starts from what GPTQ finds instead of the nearest codes.
     """
 
     exclude: tuple[str, ...] = ()
@@ -53,6 +54,7 @@ class Settings:
     per_channel: bool = True
     weights: Bits = "int8"
     static: bool = True
+    gptq: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Builder:
         return Builder(twin, self.ctx, self._settings)
 
     def sequential(self, recipe: Recipe) -> Builder | None:
-        """Of the model with its weights fitted and rounded in turn, for a recipe; None if there are none to round."""
+        """Of the model with its weights fitted and rounded in turn, for a recipe; None if there are none."""
         student, log = self.model.copy(), Log()
         plan = self._plan(student, recipe, log)
         known = {tensor.name for node in self.model.graph.nodes for tensor in node.outputs}
@@ -170,7 +172,7 @@ class Builder:
         self, stored: Collection[str], layer: Layer, wanted: NDArray[np.float32], gram: Gram, corrected: bool
     ) -> tuple[Encoded | Blocks, NDArray[np.float32]]:
         """Integers of a layer's weights by what it sees, and the matrix they stand for."""
-        rounder = Rounder(layer, gram, corrected, wanted)
+        rounder = Rounder(layer, gram, corrected, wanted, self._settings.gptq)
         if self._four_bits:
             codes, scales = rounder.four_bits(wanted[0].T)
             return (codes, scales), (codes * np.repeat(scales, BLOCK, axis=0)[: len(codes)]).T[None]
@@ -325,7 +327,9 @@ class Builder:
             for layer, name in zip(part, names, strict=True):
                 node = layer.node
                 corrected = self._settings.bias_correction and node.label in linear and len(node.inputs) > 2
-                self._rounders[node.inputs[1].name] = Rounder(layer, grams[name], corrected)
+                self._rounders[node.inputs[1].name] = Rounder(
+                    layer, grams[name], corrected, gptq=self._settings.gptq
+                )
 
     def _insert(
         self, model: Model, plan: Plan, ranges: Mapping[int, Range], log: Log, encoder: Encoder

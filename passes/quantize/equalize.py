@@ -237,14 +237,15 @@ class _Problem:
             at, inside = self._at(labelled.labels)
             span = np.maximum(seen.high, -seen.low)[inside]
             np.maximum.at(found, at, span / max(seen.high.max(), -seen.low.min(), 1e-30))
-        return np.maximum(found, max(found.max(initial=0.0), 1e-30) / LARGEST)
+        floor = max(float(found.max(initial=0.0)), 1e-30) / LARGEST
+        return np.asarray(np.maximum(found, floor))
 
     def _at(self, labels: Array) -> tuple[Array, Array]:
         at = self._place[labels]
         return at[at >= 0], at >= 0
 
     def _column(self, mixer: Mixer, square: Doubles) -> tuple[Doubles, Doubles, Doubles, Array]:
-        """Of a layer: power and largest weight of each row and input channel, in parts of its output's power."""
+        """Of a layer: power of each input channel, largest weights, in parts of its output's power."""
         matrix = mixer.layer.matrix().astype(np.float64)
         groups, rows, _ = matrix.shape
         assert mixer.reads is not None
@@ -299,7 +300,7 @@ class _Problem:
                 at, inside = self._at(reads)
                 size = largest.max(axis=1).reshape(-1)
                 np.maximum.at(found, at, size[inside] / max(size.max(), 1e-30))
-        return np.maximum(found, max(found.max(), 1e-30) / LARGEST)
+        return np.asarray(np.maximum(found, max(float(found.max()), 1e-30) / LARGEST))
 
 
 def _best(problem: _Problem) -> tuple[Doubles, float]:
