@@ -251,6 +251,10 @@ class Builder:
         more = dict.fromkeys(labels, reason)
         return replace(recipe, kept=more) if self._settings.static else replace(recipe, refused=more)
 
+    def held_back(self, recipe: Recipe) -> Mapping[str, str]:
+        """The weighted nodes that `without` made more exact."""
+        return recipe.kept if self._settings.static else recipe.refused
+
     def absorb(self, data: CalibrationData) -> None:
         """Take more data into the ranges: what was held out to choose among candidates."""
         seen = self._seen

@@ -32,6 +32,8 @@ MARGIN = 0.2
 RANKING = 8
 # A candidate has to be that much faster than the one it replaces.
 FASTER = 0.97
+# Of the layers kept out of integers, how many of the largest are tried in integers again.
+SPARED = 8
 SLOWER = "it is faster in floating point"
 REASON = "in integers it would cost too much accuracy"
 
@@ -227,6 +229,18 @@ class Search:
             count = (lacking + enough) // 2
             if enough > len(order):
                 count = lacking + _needed(order[lacking:], found.score.noise, goal - found.score.sqnr)
+        return self._spared(best, goal)
+
+    def _spared(self, trial: Trial, goal: float) -> Trial:
+        """The same with the largest of the kept layers back in integers, where the goal allows it."""
+        best = trial
+        sizes = {node.label: _size(node) for node in self._build.model.graph.nodes if len(node.inputs) > 1}
+        kept = self._build.held_back(trial.recipe)
+        for label in sorted(kept, key=lambda each: -sizes.get(each, 0))[:SPARED]:
+            left = [each for each in self._build.held_back(best.recipe) if each != label]
+            if best.score.sqnr > goal:
+                found = self.attempt(self._build.without(best.recipe, left, REASON))
+                best = found if found.score.sqnr >= goal else best
         return best
 
 
