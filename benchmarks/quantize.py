@@ -6,8 +6,9 @@
 Every tool runs in a virtual environment of its own, made in FOLDER on the first run. 32 calibration samples
 and 64 others, from photographs, sentences and files (see models/inputs.py). A cell holds, in
 this order: SQNR of the outputs in dB, as ONNX Runtime runs the file; share of samples with the same largest
-output, for classifiers; size of the file and latency (one sample, one thread, all tools in turn) relative to
-the float model; CPU seconds and peak MB of the process that quantizes, imports included.
+output, for classifiers, or how well a search by embeddings finds what it should (benchmarks/retrieval.py);
+size of the file and latency (one sample, one thread, all tools in turn) relative to the float model; CPU
+seconds and peak MB of the process that quantizes, imports included.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import common
+from benchmarks import common, retrieval
 from benchmarks.real import agreement, sqnr
 
 MODELS = ("efficientnet_lite0.dynamo", "ppocr_det", "minilm.dynamo", "magika")
@@ -66,6 +67,15 @@ from onnxslim.passes import Quantize, Slim
 Pipeline(Slim(), Quantize())(onnxslim.load(source), data=CalibrationData(feeds)).save(target)
 """,
     ),
+    "onnxslim, dynamic": Tool(
+        ("-e", str(common.ROOT)),
+        """
+import onnxslim
+from onnxslim import Pipeline
+from onnxslim.passes import Quantize, Slim
+Pipeline(Slim(), Quantize(activations="dynamic"))(onnxslim.load(source)).save(target)
+""",
+    ),
     "ONNX Runtime, defaults": Tool(("onnx==1.23.2",), ORT + "quantize_static(source, target, Reader())"),
     "ONNX Runtime, best practice": Tool(
         ("onnx==1.23.2", "sympy"),
@@ -80,6 +90,15 @@ except Exception:
 quantize_static(prepared, target, Reader(), per_channel=True, activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8)
 """,
+    ),
+    "ONNX Runtime, dynamic": Tool(
+        ("onnx==1.23.2",),
+        "from onnxruntime.quantization import quantize_dynamic\nquantize_dynamic(source, target)",
+    ),
+    "ONNX Runtime, dynamic per channel": Tool(
+        ("onnx==1.23.2",),
+        "from onnxruntime.quantization import quantize_dynamic\n"
+        "quantize_dynamic(source, target, per_channel=True)",
     ),
     "onnxsim 0.8.1": Tool(
         ("onnxsim==0.8.1",),
@@ -159,6 +178,8 @@ def measured(name: str, source: Path, made: dict[str, tuple[Path, Cell]]) -> dic
 
     target, feeds = Target.cpu(threads=1), zoo.inputs(name, 64, seed=1)
     original = Session(source, target)
+    if name.startswith("minilm"):
+        print(f"{name}: float: {retrieval.measure(original.run)}", file=sys.stderr, flush=True)
     expected = [original.run(batch) for batch in feeds]
     cells = {tool: cell for tool, (_, cell) in made.items()}
     sessions: dict[str, Session] = {}
@@ -173,9 +194,10 @@ def measured(name: str, source: Path, made: dict[str, tuple[Path, Cell]]) -> dic
             cells[tool] = Cell(problem=f"does not run: {str(error)[:50]}")
             continue
         size = path.stat().st_size / source.stat().st_size
-        cells[tool] = replace(
-            cell, fidelity=sqnr(expected, found), agreement=agreement(name, expected, found), size=size
-        )
+        same = agreement(name, expected, found)
+        if name.startswith("minilm"):
+            same = str(retrieval.measure(sessions[tool].run))
+        cells[tool] = replace(cell, fidelity=sqnr(expected, found), agreement=same, size=size)
     _, ratios = latencies([original, *sessions.values()], feeds[0], rounds=40, seconds=30)
     return {
         tool: replace(cell, latency=dict(zip(sessions, ratios[1:], strict=True)).get(tool, math.nan))

@@ -173,7 +173,7 @@ def measure(source: Path, feeds: Feeds, pythons: Mapping[str, Path]) -> dict[str
     from onnxslim.runtime import Session, Target, latencies
 
     expected = Session(source, optimize="none").run(feeds)
-    cells = {"before": Cell(nodes=_nodes(source), size=source.stat().st_size / 1e6)}
+    cells = {"before": Cell(nodes=nodes(source), size=source.stat().st_size / 1e6)}
     target = Target.cpu(threads=1)
     sessions = {"before": Session(source, target)}
     with tempfile.TemporaryDirectory() as folder:
@@ -185,20 +185,21 @@ def measure(source: Path, feeds: Feeds, pythons: Mapping[str, Path]) -> dict[str
                 cells[name] = Cell(problem=seconds)
                 continue
             try:
-                worst = _difference(expected, Session(made, optimize="none").run(feeds))
+                worst = difference(expected, Session(made, optimize="none").run(feeds))
                 sessions[name] = Session(made, target)
             except LoadError as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 cells[name] = Cell(problem="does not run")
                 continue
-            cells[name] = Cell(_nodes(made), made.stat().st_size / source.stat().st_size, seconds, worst)
+            cells[name] = Cell(nodes(made), made.stat().st_size / source.stat().st_size, seconds, worst)
         _, ratios = latencies(list(sessions.values()), feeds, rounds=100, seconds=10)
     for name, ratio in zip(sessions, ratios, strict=True):
         cells[name] = replace(cells[name], latency=ratio)
     return cells
 
 
-def _nodes(path: Path) -> int:
+def nodes(path: Path) -> int:
+    """Nodes of a model, those of nested graphs included, Constant nodes not."""
     pending = [onnx.load_model(path, load_external_data=False).graph]
     count = 0
     while pending:
@@ -208,7 +209,7 @@ def _nodes(path: Path) -> int:
     return count
 
 
-def _difference(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> float:
+def difference(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> float:
     """Largest difference of any output relative to its largest magnitude; infinite for other shapes."""
     if list(expected) != list(actual):
         return math.inf

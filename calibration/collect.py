@@ -95,15 +95,17 @@ def collect(
         progress: called with ("calibrating", batches done, batches in all).
 
     Raises:
-        CalibrationError: the data does not fit the model, is empty, or makes a tensor NaN or infinite.
+        CalibrationError: the data does not fit the model, is empty, or holds NaN or infinities. Tensors in
+            between may: what was seen of them says so (`irregular`).
     """
     data = data.bind(model.inputs())
     if jobs == 1:
         found = _observe(model, data, Statistics.empty(tensors, channels), target, progress)
     else:
         found = _in_parallel(model, data, Statistics.empty(tensors, channels), target or Target.cpu(), jobs)
+    inputs = {spec.name for spec in model.inputs()}
     for name, histogram in found.histograms.items():
-        _require_usable(name, histogram)
+        _require_usable(name, histogram, name in inputs)
     return found
 
 
@@ -201,13 +203,11 @@ def _shard(path: Path, data: CalibrationData, seen: Statistics, target: Target) 
     return _observe(load(path), data, seen, target)
 
 
-def _require_usable(name: str, seen: Histogram) -> None:
-    if seen.nan or seen.posinf or seen.neginf:
-        raise CalibrationError(
-            f"tensor '{name}' becomes NaN ({seen.nan} values) or infinite ({seen.posinf + seen.neginf}) "
-            "on the calibration data; check the data, or exclude the node that makes it"
-        )
-    if not seen.count and not seen.masked:
+def _require_usable(name: str, seen: Histogram, is_input: bool) -> None:
+    if is_input and (seen.nan or seen.posinf or seen.neginf):
+        counts = f"{seen.nan} NaN and {seen.posinf + seen.neginf} infinite values"
+        raise CalibrationError(f"input '{name}' of the calibration data holds {counts}")
+    if not seen.count and not seen.irregular:
         raise CalibrationError(f"no sample of the calibration data reached tensor '{name}'")
 
 
@@ -225,4 +225,4 @@ def is_mask(values: Array) -> bool:
         return False
     histogram = Histogram()
     histogram.update(np.asarray(values))
-    return bool(histogram.nan or histogram.posinf or histogram.neginf or histogram.masked)
+    return bool(histogram.irregular)

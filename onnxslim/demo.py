@@ -15,11 +15,12 @@ from rich.console import Console
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.errors import SaveError
+from onnxslim.formats import count, decibels, percent, quotient, size
 from onnxslim.model import load
 from onnxslim.passes.quantize import Quantize
 from onnxslim.passes.slim import Slim
 from onnxslim.pipeline import Pipeline, Progress, Report
-from onnxslim.report import count, decibels, lines, percent, quotient, size, table
+from onnxslim.report import lines, table
 from onnxslim.runtime import Target
 from onnxslim.validation import validate
 from onnxslim.verdict import ProviderVerdict, Verdict

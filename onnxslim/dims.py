@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from operator import is_
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
@@ -28,12 +28,16 @@ class Dims:
     Holds for the model as it is when this is made; what is known of new constants is looked up. One thing is
     not considered: a size that is zero in some run means "copy" to a Reshape, of a tensor that is not empty.
 
+    Args:
+        model: not modified.
+        before: what is still true of the tensors it knows, for a start.
+
     Attributes:
         opset: of the model.
         facts: types and shapes by id of the tensor.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, before: Dims | None = None) -> None:
         self.opset = model.opset
         self.facts: dict[int, Fact] = {}
         self._values: dict[int, Vector | None] = {}
@@ -44,11 +48,39 @@ class Dims:
         self._kept = [list(ir.tensors(graph)) for graph in model.graphs()]
         inference = Inference(model)
         self._symbols = inference.symbols
+        # Tensors whose shapes inference does not find by itself.
+        self._stated: set[int] = set()
+        if before is not None:
+            self._meaning.update(before._meaning)
+            self._stated.update(before._stated)
+            inference.state(self._carried(model, before.facts), before.facts)
         for _ in range(MAX_ROUNDS):
             self.facts = inference.facts()
             if not self._sweep():
                 break
+            self._stated.update(self._better)
             inference.state({key: self._named(shape) for key, shape in self._better.items()}, self.facts)
+
+    def _carried(self, model: Model, facts: Mapping[int, Fact]) -> dict[int, tuple[Dim, ...]]:
+        """Shapes that need no second inference.
+
+        Inference goes on looking at integers, whose values may steer others, unless it never did.
+        """
+        shapes: dict[int, tuple[Dim, ...]] = {}
+        for node in model.graph.nodes:
+            made = {id(tensor): facts.get(id(tensor)) for tensor in node.outputs if tensor.name}
+            if node.bodies or not all(map(self._is_settled, made, made.values())):
+                continue
+            for key, fact in made.items():
+                if fact is not None and fact.shape is not None:
+                    shapes[key] = fact.shape
+        return shapes
+
+    def _is_settled(self, key: int, fact: Fact | None) -> bool:
+        if fact is None or fact.dtype is None or fact.shape is None:
+            return False
+        steering = fact.dtype.kind in "iu" and key not in self._stated
+        return not steering and all(map(self._is_known, fact.shape))
 
     def dtype(self, tensor: Tensor) -> np.dtype[Any] | None:
         """Type of a tensor's elements, if it is certain."""
@@ -137,6 +169,7 @@ class Dims:
 
 
 _latest: WeakKeyDictionary[Model, tuple[list[object], Dims]] = WeakKeyDictionary()
+_still_true: WeakSet[Model] = WeakSet()
 
 
 def dims_of(model: Model) -> Dims:
@@ -144,9 +177,16 @@ def dims_of(model: Model) -> Dims:
     state = list(_state(model))
     known = _latest.get(model)
     if known is None or len(known[0]) != len(state) or not all(map(is_, known[0], state)):
+        before = known[1] if known is not None and model in _still_true else None
         # Once it is in use, another thread may replace it, but not change it.
-        known = _latest[model] = state, Dims(model)
+        known = _latest[model] = state, Dims(model, before)
+    _still_true.discard(model)
     return known[1]
+
+
+def keep(model: Model) -> None:
+    """State that the edits since `dims_of` left each tensor that is still there with its type and sizes."""
+    _still_true.add(model)
 
 
 def _state(model: Model) -> Iterator[object]:

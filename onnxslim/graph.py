@@ -11,6 +11,7 @@ graphsurgeon links nodes and tensors both ways, which is what a rewrite needs. T
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -131,7 +132,7 @@ class Constant(gs.Constant):
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -234,7 +235,11 @@ def walk(graph: Graph) -> Iterator[Graph]:
         current = pending.pop()
         yield current
         for node in reversed(current.nodes):
-            pending.extend(reversed(node.bodies))
+            # This runs for every node, over and over; hardly any has a body.
+            for value in node.attrs.values():
+                if isinstance(value, Graph):
+                    pending.extend(reversed(node.bodies))
+                    break
 
 
 def all_nodes(graph: Graph) -> Iterator[Node]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.shape_inference
-from onnx import AttributeProto, GraphProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, TensorProto
 
 from onnxslim import proto, quirks
 from onnxslim.graph import Constant, Dim, Graph, Node, Shape
@@ -55,11 +56,19 @@ class Inference:
         self._bare.opset_import.add(domain=_OPAQUE, version=1)
         _forget(self._bare.graph)
         self.symbols = set(_name_axes(self._bare.graph))
+        # What was stated, by id of the tensor.
+        self._stated: dict[int, Fact] = {}
+        # Whether values may be propagated; None as long as that is not known.
+        self._propagate: bool | None = None
 
     def facts(self) -> dict[int, Fact]:
         """What follows, by id of the tensor."""
         for attempt in count():
-            facts = _facts(self._model, run(self._bare) or self._bare)
+            if self._propagate is None:
+                plain = _infer(self._bare, propagate=False)
+                self._propagate = plain is not None and _may_propagate(plain)
+            inferred = _infer(self._bare, propagate=self._propagate) or self._bare
+            facts = _facts(self._model, inferred, self._stated)
             wrong = dict(_disagreements(self._model, facts))
             if not wrong:
                 break
@@ -76,22 +85,42 @@ class Inference:
             facts: what was found so far, for the types.
         """
         for graph, found in side_by_side(self._model.graph, self._bare.graph):
+            declared = {info.name: info for info in (*found.value_info, *found.output)}
             for node, made in zip(graph.nodes, found.node, strict=True):
                 if node.outputs and id(node.outputs[0]) in shapes:
+                    if any(_is_long(facts.get(id(tensor))) for tensor in node.outputs):
+                        self._propagate = None
                     made.domain = _OPAQUE
                     for tensor in node.outputs:
-                        _declare(found, tensor.name, facts.get(id(tensor)), shapes.get(id(tensor)))
+                        info = declared.get(tensor.name) or found.value_info.add(name=tensor.name)
+                        fact = facts.get(id(tensor), Fact(None, None))
+                        if fact.dtype is not None:
+                            self._stated[id(tensor)] = Fact(fact.dtype, shapes.get(id(tensor)))
+                            _declare(info, fact.dtype, shapes.get(id(tensor)))
 
 
 def run(model: onnx.ModelProto) -> onnx.ModelProto | None:
     """The model with shapes inferred; None if inference fails."""
+    plain = _infer(model, propagate=False)
+    return _infer(model, propagate=True) if plain is not None and _may_propagate(plain) else plain
+
+
+def _infer(model: onnx.ModelProto, *, propagate: bool) -> onnx.ModelProto | None:
     try:
-        plain = onnx.shape_inference.infer_shapes(model)
-        if _vector_elements(plain.graph) > MAX_PROPAGATED_ELEMENTS:
-            return plain
-        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+        return onnx.shape_inference.infer_shapes(model, data_prop=propagate)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return None
+
+
+def _may_propagate(model: onnx.ModelProto) -> bool:
+    return _vector_elements(model.graph) <= MAX_PROPAGATED_ELEMENTS
+
+
+def _is_long(fact: Fact | None) -> bool:
+    """Whether values of a tensor of integers would take much memory."""
+    if fact is None or fact.dtype is None or fact.dtype.kind not in "iu":
+        return False
+    return math.prod(dim for dim in fact.shape or () if isinstance(dim, int)) > MAX_STEERING_ELEMENTS
 
 
 def skeleton(model: Model) -> onnx.ModelProto:
@@ -134,12 +163,14 @@ def _bodies(node: Node, made: onnx.NodeProto) -> Iterator[tuple[Graph, GraphProt
         yield from ((value, graphs[name]) for name, value in node.attrs.items() if isinstance(value, Graph))
 
 
-def _facts(model: Model, inferred: onnx.ModelProto) -> dict[int, Fact]:
+def _facts(model: Model, inferred: onnx.ModelProto, stated: Mapping[int, Fact]) -> dict[int, Fact]:
     facts: dict[int, Fact] = {}
     for graph, found in side_by_side(model.graph, inferred.graph):
         infos = {info.name: info for info in (*found.input, *found.value_info, *found.output)}
         for tensor in (*graph.inputs, *(made for node in graph.nodes for made in node.outputs)):
-            if tensor.name in infos:
+            if id(tensor) in stated:
+                facts[id(tensor)] = stated[id(tensor)]
+            elif tensor.name in infos:
                 kind = infos[tensor.name].type
                 facts[id(tensor)] = Fact(proto.dtype_of(kind.tensor_type.elem_type), proto.shape_of(kind))
     return facts
@@ -163,12 +194,17 @@ def _disagreements(model: Model, facts: Mapping[int, Fact]) -> Iterator[tuple[in
                         yield key, tuple(dim or None for dim in shape)
 
 
-def _declare(graph: GraphProto, name: str, fact: Fact | None, shape: Shape) -> None:
-    if fact is None or fact.dtype is None:
-        return
-    declared = next((info for info in (*graph.output, *graph.value_info) if info.name == name), None)
-    info = declared if declared is not None else graph.value_info.add(name=name)
-    info.type.CopyFrom(helper.make_tensor_type_proto(proto.elem_type_of(fact.dtype), shape))
+def _declare(info: onnx.ValueInfoProto, dtype: np.dtype[Any], shape: Shape) -> None:
+    kind = info.type.tensor_type
+    kind.Clear()
+    kind.elem_type = proto.elem_type_of(dtype)
+    for dim in shape if shape is not None else ():
+        if isinstance(dim, int):
+            kind.shape.dim.add(dim_value=dim)
+        else:
+            kind.shape.dim.add(dim_param=dim or "")
+    if shape == ():
+        kind.shape.SetInParent()
 
 
 def _forget(graph: GraphProto) -> None:
@@ -185,12 +221,19 @@ def _forget(graph: GraphProto) -> None:
 
 def _name_axes(graph: GraphProto) -> Iterator[str]:
     """Give axes that have neither size nor symbol a symbol of their own; yields all symbols."""
-    for info in graph.input:
-        for axis, dim in enumerate(info.type.tensor_type.shape.dim):
-            if not dim.dim_param and not (dim.HasField("dim_value") and dim.dim_value >= 0):
-                dim.dim_param = f"{info.name}[{axis}]"
-            if dim.dim_param:
-                yield dim.dim_param
+    axes = [(f"{info.name}[{axis}]", dim) for info in graph.input for axis, dim in enumerate(_dims(info))]
+    taken = {dim.dim_param for _, dim in axes}
+    for name, dim in axes:
+        if not dim.dim_param and not (dim.HasField("dim_value") and dim.dim_value >= 0):
+            while name in taken:
+                name += "'"
+            dim.dim_param = name
+        if dim.dim_param:
+            yield dim.dim_param
+
+
+def _dims(info: onnx.ValueInfoProto) -> Iterable[onnx.TensorShapeProto.Dimension]:
+    return info.type.tensor_type.shape.dim
 
 
 def _vector_elements(graph: GraphProto) -> int:

@@ -18,6 +18,8 @@ from onnxslim.ops import cost, spec_of
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
 
 ENCODING = ("QuantizeLinear", "DequantizeLinear")
+# Operators on integers, and which of their inputs is the weight.
+INTEGER = {"ConvInteger": 1, "MatMulInteger": 1, "QLinearConv": 3, "QLinearMatMul": 3}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Coverage:
     """How far a model is quantized.
 
     Attributes:
-        quantized: operators with weights of which data and weight both come from DQ.
+        quantized: operators with weights of which data and weight both come from DQ, or are integers.
         weights_only: those of which only the weight does.
         total: operators with weights.
         macs: fraction of the multiply-accumulates in the quantized ones; None if a shape is unknown.
@@ -232,7 +234,8 @@ def _coverage(sized: Model) -> Coverage:
 
 def _has_weight(node: Node) -> bool:
     """Whether it multiplies by something that is in the model."""
-    return spec_of(node).macs is not None and any(_is_stored(tensor) for tensor in node.inputs[1:2])
+    place = INTEGER.get(node.op, 1)
+    return spec_of(node).macs is not None and any(_is_stored(tensor) for tensor in node.inputs[place:][:1])
 
 
 def _is_stored(tensor: Tensor) -> bool:
@@ -241,6 +244,8 @@ def _is_stored(tensor: Tensor) -> bool:
 
 
 def _kind(node: Node) -> str:
+    if node.op in INTEGER:
+        return "quantized"
     decoded = [
         (maker := _maker(tensor)) is not None and maker.op == ENCODING[1] for tensor in node.inputs[:2]
     ]

@@ -212,7 +212,8 @@ class Model:
         if model.ir_version != self.ir_version:
             model.ir_version = self.ir_version
         self._write_opsets(model)
-        model.graph.CopyFrom(proto.export_graph(self.graph, self.ir_version, encode))
+        model.graph.SetInParent()
+        proto.export_graph(self.graph, model.graph, self.ir_version, encode)
         return model
 
     def _write_opsets(self, model: onnx.ModelProto) -> None:

@@ -23,25 +23,10 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from onnxslim.analysis import Analysis, Distribution, Layer, Share, analyse
 from onnxslim.errors import SaveError, UsageError
+from onnxslim.formats import arrow, clean, count, decibels, fact, figure, percent, quotient, size, to_json
 from onnxslim.model import Model
 from onnxslim.pipeline import Report, Step
-from onnxslim.report import (
-    CAPTIONS,
-    TABLES,
-    arrow,
-    clean,
-    count,
-    decibels,
-    fact,
-    figure,
-    grouped_changes,
-    outcome,
-    percent,
-    provider_lines,
-    quotient,
-    size,
-    to_json,
-)
+from onnxslim.report import CAPTIONS, TABLES, grouped_changes, outcome, provider_lines
 from onnxslim.verdict import OutputRow, Verdict
 from onnxslim.version import version
 

@@ -14,7 +14,9 @@ from typing_extensions import dataclass_transform
 
 from onnxslim.check import Checker
 from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, OnnxSlimError, PassError
+from onnxslim.formats import plain
 from onnxslim.graph import Array
+from onnxslim.metric import Metric
 from onnxslim.model import Model, Stats
 from onnxslim.ops import cost
 from onnxslim.runtime import Target
@@ -105,6 +107,7 @@ class Context:
         progress: called with (what, done, total) by long steps.
         sample: inputs of one run, real ones where there are data, to count and time on; None if the model
             does not run on any.
+        metric: how good a model is, for passes that are to keep that; None if nobody said.
     """
 
     target: Target = field(default_factory=Target.cpu)
@@ -114,6 +117,7 @@ class Context:
     jobs: int = 1
     progress: Progress | None = None
     sample: Mapping[str, Array] | None = None
+    metric: Metric | None = None
 
 
 class Pass:
@@ -143,6 +147,10 @@ class Pass:
         """
         return ()
 
+    def fits(self, before: Model, after: Model) -> bool:
+        """Whether what some of the parts make may be as large as it is."""
+        return True
+
     def describe(self) -> str:
         """The pass with the options that differ from their defaults, as in a recipe."""
         given = {name: getattr(self, name) for name in _defaults(type(self))}
@@ -162,7 +170,7 @@ class Step:
 
     Attributes:
         macs_before, macs_after: multiply-accumulates of one sample of the size that was checked; None if a
-            shape is unknown.
+            shape is unknown, or if they were not counted.
         error: why the step, or a part of it, was reverted; empty if all of it was kept.
         kind: name of the pass, without its options.
     """
@@ -192,8 +200,6 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: NaN is None, infinities are the strings "inf" and "-inf"."""
-        from onnxslim.report import plain
-
         return dict(plain(self))
 
 
@@ -215,11 +221,15 @@ class Pipeline:
     Args:
         passes: in order.
         on_error: "revert" undoes a pass that fails, says so in the report and goes on; "raise" stops.
+        count: count multiply-accumulates for the report, which takes a good part of the time of a fast pass.
     """
 
-    def __init__(self, *passes: Pass, on_error: Literal["revert", "raise"] = "revert") -> None:
+    def __init__(
+        self, *passes: Pass, on_error: Literal["revert", "raise"] = "revert", count: bool = True
+    ) -> None:
         self.passes = passes
         self.on_error = on_error
+        self.count = count
 
     def __call__(
         self,
@@ -230,6 +240,7 @@ class Pipeline:
         seed: int = 0,
         jobs: int = 1,
         progress: Progress | None = None,
+        metric: Metric | None = None,
     ) -> Result:
         """Run every pass on a copy of the model.
 
@@ -241,6 +252,7 @@ class Pipeline:
             jobs: processes that may work in parallel.
             progress: called with (what, done, total): with the name of each pass before and after it, and by
                 long steps; the total is None where it is not known.
+            metric: runs a model on data of its own and says how good it is, more is better; for `max_drop`.
 
         Raises:
             PassError: with on_error="raise", when a pass fails or breaks the model.
@@ -249,9 +261,9 @@ class Pipeline:
         target = target or Target.cpu()
         checker = Checker(model, target, _samples(data))
         sample = checker.feeds[-1] if checker.feeds else None
-        ctx = Context(target, data, model, seed, jobs, progress, sample)
+        ctx = Context(target, data, model, seed, jobs, progress, sample, metric)
         shapes = sample_shapes(model, checker.feeds[0]) if checker.feeds else None
-        stats, macs = model.stats(), cost.macs(model, shapes)
+        stats, macs = model.stats(), self._macs(model, shapes)
         steps: list[Step] = []
         for each in self.passes:
             _announce(ctx, each, 0)
@@ -262,12 +274,15 @@ class Pipeline:
             if outcome is not model:
                 if not each.lossless:
                     checker.accept(outcome)
-                model, stats, macs = outcome, outcome.stats(), cost.macs(outcome, shapes)
+                model, stats, macs = outcome, outcome.stats(), self._macs(outcome, shapes)
             steps.append(
                 Step(each.describe(), seconds, before, stats, macs_before, macs, changes, error, each.name)
             )
             _announce(ctx, each, 1)
         return Result(model, Report(tuple(steps), tuple(checker.notes)))
+
+    def _macs(self, model: Model, shapes: Shapes | None) -> int | None:
+        return cost.macs(model, shapes) if self.count else None
 
     def _attempt(
         self, each: Pass, model: Model, ctx: Context, checker: Checker, steps: Sequence[Step]
@@ -343,8 +358,8 @@ def _check(each: Pass, candidate: Model, changes: Changes, checker: Checker) -> 
 def _piecewise(
     each: Pass, model: Model, ctx: Context, checker: Checker, why: str
 ) -> tuple[Model, Changes, str]:
-    """Run a pass part by part and drop the parts that break the model."""
-    log, broken = Log(), dict[str, str]()
+    """Run a pass part by part and drop the parts that break the model, or make it too large."""
+    log, broken, start = Log(), dict[str, str](), model
     for _ in range(MAX_ROUNDS):
         progressed = False
         for part in _parts(each, broken):
@@ -352,6 +367,9 @@ def _piecewise(
             try:
                 changes = _run(part, candidate, ctx)
                 if not changes:
+                    continue
+                if not each.fits(start, candidate):
+                    log.skip(part.name, "left out: the model would be larger for it")
                     continue
                 _check(part, candidate, changes, checker)
             except PassError as error:

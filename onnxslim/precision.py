@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 from onnx import AttributeProto, TensorProto, numpy_helper
 
-from onnxslim import runtime
+from onnxslim import graph as ir
 from onnxslim.errors import LoadError, UsageError
-from onnxslim.graph import Array, Constant, Node, Variable
+from onnxslim.graph import Array, Constant, Graph, Namer, Node, Tensor, Variable
 from onnxslim.model import Model
+from onnxslim.passes.dead import Dead
+from onnxslim.passes.eliminate import Eliminate
+from onnxslim.passes.half import Half
+from onnxslim.pipeline import Context
 from onnxslim.runtime import Session
 
 _HALF, _SINGLE = np.dtype(np.float16), np.dtype(np.float32)
@@ -17,21 +21,51 @@ _TYPE_ATTRIBUTES = ("to", "dtype")
 
 
 def to_half(model: Model) -> Model:
-    """The model in half precision, inputs and outputs too, by the converter that comes with ONNX Runtime.
+    """A copy of the model in half precision, inputs and outputs too.
 
-    Operators that have no kernel in half precision stay as they are, between Casts. Numbers that are too
-    large or too small are cut to what half precision holds.
+    `onnxslim.passes.Half` does it, all values of inner tensors being taken to fit. What it leaves in single
+    precision, such as bodies and numbers that are too large, stays so, between Casts.
 
     Raises:
         UsageError: ONNX Runtime does not load the result.
-        SaveError: the model is too large for one protobuf.
     """
-    converted = Model.from_proto(runtime.half(model.to_proto()))
+    twin = model.copy()
+    Half().run(twin, Context())
+    _narrow_interface(twin)
+    for step in (Eliminate(), Dead()):
+        step.run(twin, Context())
     try:
-        Session(converted, once=True)
+        Session(twin, once=True)
     except LoadError as error:
         raise UsageError(f"dtype 'fp16' does not work for this model: {error}") from error
-    return converted
+    return twin
+
+
+def _narrow_interface(model: Model) -> None:
+    """Take and give half precision where it was single precision; Casts to what the model computes in."""
+    graph, name = model.graph, Namer(model.graph)
+    graph.defaults = {key: Constant(key, _narrow(value)) for key, value in graph.defaults.items()}
+    for tensor in graph.inputs:
+        if tensor.dtype == _SINGLE:
+            wide = Variable(name(f"{tensor.name}_float32"), _SINGLE, tensor.shape)
+            ir.replace_uses(tensor, wide)
+            tensor.dtype = _HALF
+            cast = Node("Cast", name(f"{tensor.name}_Cast"), {"to": int(TensorProto.FLOAT)}, [tensor], [wide])
+            graph.nodes.insert(0, cast)
+    for index, output in enumerate(graph.outputs):
+        if output.dtype == _SINGLE and not any(output is tensor for tensor in graph.outputs[:index]):
+            _narrow_output(graph, output, name)
+
+
+def _narrow_output(graph: Graph, output: Tensor, name: Namer) -> None:
+    """Give an output, which keeps its name, the type of half precision."""
+    narrow = Variable(output.name, _HALF, output.shape)
+    graph.outputs[:] = [narrow if tensor is output else tensor for tensor in graph.outputs]
+    if isinstance(output, Constant):
+        graph.initializers.pop(output.name, None)
+    output.name = name(f"{output.name}_float32")
+    cast = Node("Cast", name(f"{narrow.name}_Cast"), {"to": int(TensorProto.FLOAT16)}, [output], [narrow])
+    graph.nodes.append(cast)
 
 
 def to_single(model: Model) -> Model:
@@ -57,6 +91,10 @@ def to_single(model: Model) -> Model:
         for node in graph.nodes:
             _widen(node)
     return twin
+
+
+def _narrow(constant: Constant) -> Array:
+    return constant.values.astype(_HALF) if constant.dtype == _SINGLE else constant.values
 
 
 def _wide(constant: Constant) -> Array:

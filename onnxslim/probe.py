@@ -10,18 +10,24 @@ from typing import Any
 
 import numpy as np
 
+from onnxslim import graph as ir
 from onnxslim.errors import LoadError
-from onnxslim.graph import Array, Dim
+from onnxslim.graph import Array, Constant, Dim, Node
 from onnxslim.model import InputSpec, Model
 from onnxslim.runtime import Session
+from onnxslim.watch import Exceeded, Limits
 
 BATCHES = (2, 3)
-# Sizes tried for the free axes other than the batch, until the model runs: sequences first, images last.
+# Sizes tried for the free axes other than the batch, until the model runs: sequences, images, sound.
 FREE_SIZES = (8, 32, 64, 1, 224, 100)
+LONG_SIZES = (4000,)
 # Numbers of words to try where a model takes more than zeros and ones.
 MAX_ID = 99
-# Inputs that take more are not made up.
+# Inputs that take more are not made up; long ones may become tables of every pair of their elements.
 MAX_BYTES = 1 << 30
+MAX_LONG_BYTES = 1 << 20
+# What a model with loops may take on made-up inputs: nothing else says how often they go round.
+LIMITS = Limits(seconds=5, bytes=512 << 20)
 
 Feeds = dict[str, Array]
 
@@ -45,16 +51,67 @@ def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]
     Returns:
         Nothing at all if it runs on none of the inputs tried.
     """
-    for candidates in _candidates(model.inputs(), samples):
-        working = [run for run in (_run(session, feeds) for feeds in candidates) if run is not None]
+    if samples:
+        working = _working(session, [dict(samples[0]), *_single(model.inputs(), samples[0])])
+        if working:
+            return working
+    limits = LIMITS if any(node.op in ("Loop", "Scan") for node in model.nodes()) else None
+    for candidates in _candidates(model.inputs()):
+        safe = [feeds for feeds in candidates if _scans_something(model, feeds, session)]
+        try:
+            working = _working(session, safe, limits)
+        except Exceeded:
+            return []
         if working:
             return working
     return []
 
 
-def _candidates(specs: Sequence[InputSpec], samples: Sequence[Mapping[str, Array]]) -> Iterator[list[Feeds]]:
-    if samples:
-        yield [dict(samples[0]), *_single(specs, samples[0])]
+def _working(session: Session, candidates: Sequence[Feeds], limits: Limits | None = None) -> list[Run]:
+    return [run for run in (_run(session, feeds, limits) for feeds in candidates) if run is not None]
+
+
+def _scans_something(model: Model, feeds: Feeds, session: Session) -> bool:
+    """Whether every Scan has something to go over; ONNX Runtime divides by its length, and the process dies.
+
+    Where that cannot be told (a Scan in a body or a function, one of opset 8), it is taken to have nothing.
+    """
+    names = {node.op for graph in model.graphs() if graph is not model.graph for node in graph.nodes}
+    names |= {node.op_type for function in model.shell.functions for node in function.node}
+    if "Scan" in names:
+        return False
+    copy = model.copy()
+    ir.sort(copy.graph)
+    nodes = list(copy.graph.nodes)
+    for index, node in enumerate(nodes):
+        if node.op == "Scan" and not _has_length(node, copy, nodes[:index], feeds, session):
+            return False
+    return True
+
+
+def _has_length(scan: Node, model: Model, before: list[Node], feeds: Feeds, session: Session) -> bool:
+    """Run what comes before a Scan, for the sizes it goes over."""
+    if model.opsets[""] < 9:
+        return False
+    count = scan.attrs["num_scan_inputs"]
+    axes = scan.attrs.get("scan_input_axes", [0] * count)
+    scanned = scan.inputs[-count:]
+    computed = list({id(tensor): tensor for tensor in scanned if ir.producer(tensor) is not None}.values())
+    model.graph.nodes, model.graph.outputs = before, computed
+    values = dict(feeds)
+    try:
+        if computed:
+            values.update(Session(model, session.target, once=True).run(feeds))
+    except LoadError:
+        return False
+    sizes = (
+        (tensor.shape if isinstance(tensor, Constant) else values[tensor.name].shape)[axis]
+        for tensor, axis in zip(scanned, axes, strict=True)
+    )
+    return all(sizes)
+
+
+def _candidates(specs: Sequence[InputSpec]) -> Iterator[list[Feeds]]:
     if sum(map(_least_bytes, specs)) > MAX_BYTES:
         return
     for size, uneven in itertools.product(FREE_SIZES, (True, False)):
@@ -63,11 +120,16 @@ def _candidates(specs: Sequence[InputSpec], samples: Sequence[Mapping[str, Array
             plain.append(make_feeds(specs, batch=BATCHES[0], size=size, ids=MAX_ID, uneven=uneven))
         yield plain
     yield [make_feeds(specs, batch=1, size=size) for size in FREE_SIZES]
+    for size in LONG_SIZES:
+        if sum(_least_bytes(spec, size) for spec in specs) <= MAX_LONG_BYTES:
+            yield [make_feeds(specs, batch=batch, size=size, seed=batch) for batch in (*BATCHES, 1)]
 
 
-def _least_bytes(spec: InputSpec) -> int:
-    """What an input takes if its free axes have size 1."""
-    sizes = (dim for dim in spec.shape or () if isinstance(dim, int))
+def _least_bytes(spec: InputSpec, size: int = 1) -> int:
+    """What an input takes if its free axes after the first have this size."""
+    sizes = (
+        dim if isinstance(dim, int) else size if axis else 1 for axis, dim in enumerate(spec.shape or ())
+    )
     return math.prod(sizes) * (spec.dtype.itemsize if spec.dtype is not None else 0)
 
 
@@ -85,9 +147,11 @@ def _single(specs: Sequence[InputSpec], feeds: Mapping[str, Array]) -> list[Feed
     return [{name: array[:1] for name, array in feeds.items()}]
 
 
-def _run(session: Session, feeds: Feeds) -> Run | None:
+def _run(session: Session, feeds: Feeds, limits: Limits | None) -> Run | None:
     try:
-        return Run(feeds, session.run(feeds))
+        return Run(feeds, session.run(feeds, limits=limits))
+    except Exceeded:
+        raise
     except LoadError:
         return None
 

@@ -63,6 +63,11 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
 def fields_but(proto: Message, *left_out: str) -> Message:
     """A copy of a protobuf message without some of its fields, which are never copied even in passing."""
     made = type(proto)()
+    _copy_fields(proto, made, left_out)
+    return made
+
+
+def _copy_fields(proto: Message, made: Message, left_out: tuple[str, ...]) -> None:
     for field, value in proto.ListFields():
         if field.name in left_out:
             continue
@@ -70,7 +75,6 @@ def fields_but(proto: Message, *left_out: str) -> Message:
             getattr(made, field.name).MergeFrom(value)
         else:
             setattr(made, field.name, value)
-    return made
 
 
 # --------------------------------------------------------------------------------------------- import
@@ -243,20 +247,22 @@ def _text(value: bytes) -> str | bytes:
 # --------------------------------------------------------------------------------------------- export
 
 
-def export_graph(graph: Graph, ir_version: int, encode: Encode) -> GraphProto:
-    """The GraphProto of an editable graph.
+def export_graph(graph: Graph, into: GraphProto, ir_version: int, encode: Encode) -> None:
+    """Write an editable graph.
 
     Args:
         graph: the graph; not modified.
+        into: an empty GraphProto, as large ones take long to copy.
         ir_version: of the model to be written.
         encode: TensorProto of a constant, embedded or pointing to a data file.
     """
-    return _export(graph, set(), ir_version, encode)
+    _export(graph, into, set(), ir_version, encode)
 
 
-def _export(graph: Graph, outer: set[int], ir_version: int, encode: Encode) -> GraphProto:
+def _export(graph: Graph, proto: GraphProto, outer: set[int], ir_version: int, encode: Encode) -> None:
     origin = graph.proto if graph.proto is not None else GraphProto()
-    proto = fields_but(origin, "node", "initializer", "sparse_initializer", "input", "output", "value_info")
+    parts = ("node", "initializer", "sparse_initializer", "input", "output", "value_info")
+    _copy_fields(origin, proto, parts)
     if proto.name != graph.name:
         proto.name = graph.name
     constants = list(graph.initializers.values())
@@ -270,7 +276,6 @@ def _export(graph: Graph, outer: set[int], ir_version: int, encode: Encode) -> G
     proto.input.extend(_inputs([*graph.inputs, *listed], origin))
     proto.output.extend(_outputs(graph, origin))
     proto.value_info.extend(_value_infos(graph, constants, origin))
-    return proto
 
 
 def _in_order(constants: list[Constant], origin: Iterable[TensorProto]) -> list[Constant]:
@@ -362,6 +367,8 @@ def encode_embedded(constant: Constant) -> TensorProto:
 
 
 def _node(node: Node, known: set[int], ir_version: int, encode: Encode) -> NodeProto:
+    if node.proto is not None and _is_as_read(node, node.proto):
+        return node.proto
     origin = node.proto if node.proto is not None else NodeProto()
     proto = fields_but(origin, "input", "output", "attribute")
     originals = {item.name: item for item in origin.attribute}
@@ -373,7 +380,8 @@ def _node(node: Node, known: set[int], ir_version: int, encode: Encode) -> NodeP
     for name, value in node.attrs.items():
         if isinstance(value, Graph):
             item = fields_but(originals.get(name, AttributeProto(name=name, type=AttributeProto.GRAPH)), "g")
-            item.g.CopyFrom(_export(value, known, ir_version, encode))
+            item.g.SetInParent()
+            _export(value, item.g, known, ir_version, encode)
             proto.attribute.append(item)
         elif isinstance(value, AttributeProto):
             proto.attribute.append(value)
@@ -382,6 +390,22 @@ def _node(node: Node, known: set[int], ir_version: int, encode: Encode) -> NodeP
         else:
             proto.attribute.append(helper.make_attribute(name, value))
     return proto
+
+
+def _is_as_read(node: Node, origin: NodeProto) -> bool:
+    """Whether a node without bodies is still what its declaration says."""
+    if (node.op, node.name, node.domain or "") != (origin.op_type, origin.name, origin.domain):
+        return False
+    if [item.name for item in origin.attribute] != list(node.attrs):
+        return False
+    imported = node.imported
+    for name, value in node.attrs.items():
+        # A tensor may have been embedded when it was read.
+        if isinstance(value, (Graph, AttributeProto)) or imported.get(name) is not value:
+            return False
+    return [tensor.name for tensor in node.inputs] == list(origin.input) and [
+        tensor.name for tensor in node.outputs
+    ] == list(origin.output)
 
 
 def _value_info(tensor: Tensor) -> ValueInfoProto:

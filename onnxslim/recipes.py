@@ -27,13 +27,14 @@ from pydantic import ValidationError as Invalid
 from onnxslim import passes
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.errors import OnnxSlimError, UsageError
+from onnxslim.formats import plain
 from onnxslim.graph import Array, Constant
+from onnxslim.metric import Metric
 from onnxslim.model import Model, load
 from onnxslim.pipeline import Pass, Pipeline, Progress, Report, Result, options
 from onnxslim.proto import encode_embedded
-from onnxslim.report import plain
 from onnxslim.runtime import Target
-from onnxslim.sources import Data
+from onnxslim.sources import Batches, Data
 from onnxslim.validation import Source, validate
 from onnxslim.verdict import Verdict, check_limits
 from onnxslim.version import version
@@ -162,6 +163,7 @@ class Recipe:
         libraries: Sequence[str] = (),
         jobs: int = 1,
         progress: Progress | None = None,
+        metric: Metric | None = None,
     ) -> Result:
         """Run the passes; a model they changed tells in its metadata which recipe was run on which file.
 
@@ -170,7 +172,7 @@ class Recipe:
             data: calibration batches.
             libraries: files of custom operators that the model needs to run; see `Target`.
             jobs: processes that may work in parallel; the result does not depend on their number.
-            progress: see `Pipeline`.
+            progress, metric: see `Pipeline`.
 
         Raises:
             PassError, CalibrationError: see `Pipeline`.
@@ -178,7 +180,9 @@ class Recipe:
         origin = source_sha256(model)
         pipeline = Pipeline(*self.passes, on_error=self.on_error)
         target = Target.named(self.target).with_libraries(libraries)
-        result = pipeline(model, data=data, target=target, seed=self.seed, jobs=jobs, progress=progress)
+        result = pipeline(
+            model, data=data, target=target, seed=self.seed, jobs=jobs, progress=progress, metric=metric
+        )
         if result.model is model:
             return result
         stamps = {"version": version(), "recipe_sha256": self.sha256, "source_sha256": origin}
@@ -194,6 +198,7 @@ class Recipe:
         libraries: Sequence[str] = (),
         jobs: int = 1,
         progress: Progress | None = None,
+        metric: Metric | None = None,
     ) -> Outcome:
         """Run the passes and hold the result to what `check` says.
 
@@ -204,17 +209,25 @@ class Recipe:
             libraries: files of custom operators that the model needs to run; see `Target`.
             jobs: processes that may work in parallel.
             progress: called with (what, done, total).
+            metric: see `Pipeline`; accuracy if there are labels and it is not given.
 
         Raises:
             ValidationError: the result does not meet what the recipe asks for.
             OnnxSlimError: whatever else went wrong.
         """
         original = load(model)
-        batches = None if data is None else CalibrationData.of(data)
-        if batches is None and self.data is not None:
+        opened = Batches(CalibrationData.of(data), labels) if data is not None else None
+        if opened is None and self.data is not None:
             opened = self.data.read(original)
-            batches, labels = opened.data, opened.labels
-        result = self.rewrite(original, batches, libraries=libraries, jobs=jobs, progress=progress)
+        batches, labels = (opened.data, opened.labels) if opened else (None, None)
+        result = self.rewrite(
+            original,
+            batches,
+            libraries=libraries,
+            jobs=jobs,
+            progress=progress,
+            metric=metric or (opened.metric if opened else None),
+        )
         if not self.check:
             return Outcome(result.model, result.report)
         verdict = validate(
@@ -223,6 +236,7 @@ class Recipe:
             batches,
             [Target.named(self.target).with_libraries(libraries)],
             labels=labels,
+            metric=metric,
             rounds=30 if "latency" in self.check else 0,
             progress=progress,
         )

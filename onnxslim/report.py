@@ -1,25 +1,32 @@
-"""Reports and verdicts as text for people and as plain data for JSON.
+"""Reports and verdicts as text for people.
 
-Names and messages come from model files: whatever could steer a terminal is shown escaped, and nothing of
-them is ever read as markup.
+What comes from model files is shown escaped, and nothing of it is ever read as markup.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import json
-import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 from rich import box
 from rich.console import Console
-from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
+
+from onnxslim.formats import (
+    SHOWN_NAMES,
+    arrow,
+    clean,
+    count,
+    decibels,
+    fact,
+    figure,
+    names,
+    percent,
+    quotient,
+    size,
+)
 
 if TYPE_CHECKING:
     from onnxslim.inspection import Coverage, Difference, Inspection
@@ -28,12 +35,7 @@ if TYPE_CHECKING:
     from onnxslim.verdict import OutputRow, ProviderVerdict, Verdict
 
 WIDTH = 110
-SHOWN_NAMES = 3
 SHOWN_GROUPS = 20
-SHOWN_FACTS = 8
-SHOWN_CHARACTERS = 400
-
-# ---------------------------------------------------------------------------------------- text for people
 
 
 # What the facts of passes are called in the text; JSON has them under their own names.
@@ -52,6 +54,8 @@ CAPTIONS = {
     "everything": "the same, weights rounded and ranges chosen by the outputs",
     "sqnr": "the same of the result",
     "parts": "the same by output, or part of one",
+    "trained": "tensors and constants that were in integers already, and keep their scales",
+    "metric": "metric, before and after",
     "observer": "way to choose ranges",
     "quantize.layers": "what single layers alone leave of the signal, the worst first",
     "unfused": "quantized, but run in floating point all the same",
@@ -193,8 +197,8 @@ def _free(found: Mapping[str, Sequence[str]]) -> str:
 def _difference(found: Difference) -> Iterator[str]:
     if not found:
         yield "the same nodes and constants, by name"
-    for what, names in (("only in the first", found.removed), ("only in the second", found.added)):
-        yield from _limited_list(what, names)
+    for what, single in (("only in the first", found.removed), ("only in the second", found.added)):
+        yield from _limited_list(what, single)
     for what, changes in (("changed", found.changed), ("of another type or shape", found.constants)):
         yield from _limited_list(what, [f"{name}: {change}" for name, change in changes.items()])
 
@@ -324,78 +328,6 @@ def _limited(lines: Sequence[str]) -> Iterator[str]:
         yield f"  and {len(lines) - SHOWN_GROUPS} more kinds, see the JSON report"
 
 
-def names(nodes: Sequence[str]) -> str:
-    """The first few names, quoted."""
-    shown = ", ".join(f"'{node}'" for node in nodes[:SHOWN_NAMES])
-    return shown + (", …" if len(nodes) > SHOWN_NAMES else "")
-
-
-def fact(value: Any) -> str:
-    """A figure a pass reports, cut short where it is long; the JSON report has all of it."""
-    text = _fact(value)
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " … (see the JSON report)"
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, Mapping) and {"node", "sqnr", "kept"} <= value.keys():
-        return f"{value['node']} {value['sqnr']:.1f} dB{' (kept in float)' if value['kept'] else ''}"
-    if isinstance(value, Mapping):
-        parts = [f"{key} {_fact(item)}" for key, item in value.items()]
-    elif isinstance(value, list | tuple | set | frozenset):
-        parts = [_fact(item) for item in value]
-    else:
-        return str(value)
-    more = f", and {len(parts) - SHOWN_FACTS} more" if len(parts) > SHOWN_FACTS else ""
-    return (", ".join(parts[:SHOWN_FACTS]) or "none") + more
-
-
-def clean(value: str) -> str:
-    """Text that is safe to show on a terminal: everything that does not print is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in value)
-
-
-def count(value: int | None) -> str:
-    """A number of things: exact below ten thousand, else to four digits."""
-    if value is None or value < 10_000:
-        return "?" if value is None else str(value)
-    power = min((len(str(value)) - 1) // 3, 4)
-    return f"{value / 1000**power:.4g} {' kMGT'[power]}"
-
-
-def size(value: int | None) -> str:
-    """Bytes in decimal units, as file managers show them."""
-    return "?" if value is None else decimal(value)
-
-
-def percent(value: float | None) -> str:
-    """A fraction, in percent; empty if there is none."""
-    return "" if value is None else f"{100 * value:.2f} %"
-
-
-def decibels(value: float | None) -> str:
-    """A signal-to-noise ratio; "exact" where there is no noise."""
-    if value is None:
-        return ""
-    return "exact" if value == math.inf else f"{value:.1f}"
-
-
-def figure(value: float | None, form: str) -> str:
-    """A number in this format; empty if there is none."""
-    return "" if value is None else format(value, form)
-
-
-def quotient(value: float | None, reference: float | None) -> str:
-    """How many times as large; empty if that is not known."""
-    return "" if value is None or not reference else f"{value / reference:.3f}"
-
-
-def arrow(before: str, after: str) -> str:
-    """What something was and became; once if that is the same."""
-    return after if before == after else f"{before} → {after}"
-
-
 class Grid(Table):
     """A table that shows its cells as they are: nothing in them is read as markup or steers the terminal."""
 
@@ -430,31 +362,3 @@ def _captured(show: Any) -> str:
     stream = io.StringIO()
     show(Console(file=stream, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
-
-
-# ----------------------------------------------------------------------------------------- data for JSON
-
-
-def plain(value: Any) -> Any:
-    """Data that every JSON reader takes: NaN is null, infinities are the strings "inf" and "-inf"."""
-    if isinstance(value, float | np.floating):
-        number = float(value)
-        return number if math.isfinite(number) else None if math.isnan(number) else str(number)
-    if value is None or isinstance(value, str | int):
-        return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple | set | frozenset):
-        return [
-            plain(item) for item in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)
-        ]
-    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
-
-
-def to_json(value: Any) -> str:
-    """JSON text of a report, a verdict, or anything made of plain data."""
-    return json.dumps(plain(value), indent=2, allow_nan=False)

@@ -311,8 +311,16 @@ class Rule(ABC, Generic[M]):
         """Edit the graph; returns what was done, for the report."""
 
 
-def apply(rules: Sequence[Rule[Any]], model: Model, log: Log) -> bool:
-    """Apply rules everywhere, bodies included, until none fires; True if any did."""
+def apply(rules: Sequence[Rule[Any]], model: Model, log: Log, *, lossless: bool = False) -> bool:
+    """Apply rules everywhere, bodies included, until none fires; True if any did.
+
+    Args:
+        rules: tried in this order at each node.
+        model: edited in place.
+        log: what was done and what was not.
+        lossless: whether every tensor that a rule leaves has its shape afterwards, so that not all of them
+            need to be inferred anew.
+    """
     table: dict[str, list[Rule[Any]]] = {}
     # A function of the model's own goes before the standard operator of its name.
     redefined = {function.name for function in model.shell.functions if function.domain in DEFAULT_DOMAINS}
@@ -325,6 +333,8 @@ def apply(rules: Sequence[Rule[Any]], model: Model, log: Log) -> bool:
         edit = Editor(model)
         fired = sum(_visit(graph, table, edit, log) for graph in list(model.graphs()))
         edit.commit()
+        if lossless:
+            shapes.keep(model)
         if not fired:
             break
         changed = True

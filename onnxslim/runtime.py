@@ -29,6 +29,7 @@ from onnxslim import files
 from onnxslim.errors import LoadError, TargetError, UsageError
 from onnxslim.graph import Array
 from onnxslim.model import Model, load
+from onnxslim.watch import Exceeded, Limits, Watch
 
 CPU = "CPUExecutionProvider"
 OPENVINO = "OpenVINOExecutionProvider"
@@ -281,21 +282,43 @@ class Session:
         self.input_names = tuple(item.name for item in self._session.get_inputs())
         self.output_names = tuple(item.name for item in self._session.get_outputs())
 
-    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Any]:
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None, limits: Limits | None = None
+    ) -> dict[str, Any]:
         """Outputs by name.
 
         Args:
             feeds: one array per model input.
             outputs: names of those wanted; None means all.
+            limits: what the run may take; not of the reference evaluator, which cannot be stopped.
 
         Raises:
             LoadError: ONNX Runtime fails on these inputs; carries its message.
+            Exceeded: the run was stopped because it took more than it may.
         """
         names = list(self.output_names if outputs is None else outputs)
         if not names:
             return {}  # onnxruntime would take an empty list for all of them
+        if limits is not None and self.target.provider != REFERENCE:
+            return self._limited(names, feeds, limits)
+        return self._run(names, feeds)
+
+    def _limited(self, names: list[str], feeds: Mapping[str, Array], limits: Limits) -> dict[str, Any]:
+        options = onnxruntime().RunOptions()
+        watch = Watch(limits, lambda: setattr(options, "terminate", True))
         try:
-            return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+            with watch:
+                return self._run(names, feeds, options)
+        except LoadError as error:
+            if watch.exceeded:
+                raise Exceeded(
+                    f"ONNX Runtime was stopped: the run took more than {watch.exceeded}"
+                ) from error
+            raise
+
+    def _run(self, names: list[str], feeds: Mapping[str, Array], *options: Any) -> dict[str, Any]:
+        try:
+            return dict(zip(names, self._session.run(names, dict(feeds), *options), strict=True))
         except Exception as error:
             judge = REFERENCE if self.target.provider == REFERENCE else "ONNX Runtime"
             raise LoadError(f"{judge} fails to run the model: {_message(error)}") from error
@@ -395,19 +418,6 @@ def optimized_model(model: Model, target: Target | None = None) -> onnx.ModelPro
         return onnx.load_model(path, load_external_data=False)
 
 
-def half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of a model in half precision, made by ONNX Runtime's tools."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    twin = onnx.ModelProto()
-    twin.CopyFrom(model)
-    with warnings.catch_warnings():
-        # It tells of every number it cuts.
-        warnings.simplefilter("ignore")
-        converted: onnx.ModelProto = convert_float_to_float16(twin)
-    return converted
-
-
 @dataclass(frozen=True)
 class Latency:
     """Times of one call, in milliseconds."""
@@ -421,6 +431,7 @@ def latencies(
     feeds: Mapping[str, Array],
     *,
     rounds: int = 30,
+    least: int = 5,
     seconds: float = 5.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[Latency], list[float]]:
@@ -430,6 +441,7 @@ def latencies(
         sessions: what to compare.
         feeds: inputs of each.
         rounds: turns at the most, after two to warm up.
+        least: turns at the least, however long they take.
         seconds: budget for all turns.
         clock: what a run is timed with, in seconds.
 
@@ -441,7 +453,7 @@ def latencies(
         session.run(feeds)
     times: list[list[float]] = []
     end = time.perf_counter() + seconds
-    while len(times) < rounds and (len(times) < 5 or time.perf_counter() < end):
+    while len(times) < rounds and (len(times) < least or time.perf_counter() < end):
         turn = []
         for session in sessions:
             start = clock()

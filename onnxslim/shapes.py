@@ -6,12 +6,12 @@ import onnx
 from onnx import GraphProto
 
 from onnxslim import inference, proto
-from onnxslim.dims import dims_of
+from onnxslim.dims import dims_of, keep
 from onnxslim.graph import Graph, Variable
 from onnxslim.inference import Fact
 from onnxslim.model import Model
 
-__all__ = ["Fact", "deduce", "infer"]
+__all__ = ["Fact", "deduce", "infer", "keep"]
 
 
 def infer(model: Model, *, outputs: bool = False) -> None:

@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,8 +17,9 @@ import numpy as np
 from pydantic import Field
 
 from onnxslim.calibration.data import IMAGES, CalibrationData, listed
-from onnxslim.errors import CalibrationError
+from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.graph import Array
+from onnxslim.metric import Metric, accuracy
 from onnxslim.model import InputSpec, Model
 from onnxslim.pipeline import options
 
@@ -27,6 +29,9 @@ LABEL_KEYS = ("label", "labels")
 # Of the training set of ImageNet, which most image classifiers were trained with.
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+# Samples per batch where neither the user nor the model says how many.
+BATCH_SIZE = 8
 
 
 @options
@@ -44,7 +49,9 @@ class Data:
         "a folder of .npy (one per input, or one per batch), of .npz batches, of images, or of "
         "test_data_set_N/input_M.pb"
     )
-    batch_size: int = Field(8, ge=1, description="samples per batch, where a file does not set it")
+    batch_size: int | None = Field(
+        None, ge=1, description="samples per batch, where a file does not set it [default: the model's, or 8]"
+    )
     labels_key: str | None = Field(
         None, description="array of the .npz or .npy folder that holds the class of every sample"
     )
@@ -77,14 +84,22 @@ class Data:
         if path.is_dir():
             return self._folder(path, specs)
         if path.suffix == ".npy":
-            return Batches(CalibrationData.from_npy(path, self.batch_size))
+            return Batches(CalibrationData.from_npy(path, self._batch_for(specs)))
         if path.suffix == ".npz":
             return self._npz(path, specs)
         raise CalibrationError(f"{path}: expected an .npz or .npy file, or a folder")
 
+    def _batch_for(self, specs: Sequence[InputSpec]) -> int:
+        """The batch that was asked for, or else the one all inputs are fixed to."""
+        if self.batch_size is not None:
+            return self.batch_size
+        fixed = {spec.shape[0] if spec.shape else None for spec in specs if spec.required}
+        only = fixed.pop() if len(fixed) == 1 else None
+        return only if isinstance(only, int) and only > 0 else BATCH_SIZE
+
     def _npz(self, path: Path, specs: Sequence[InputSpec]) -> Batches:
         others = _arrays_but(path, {spec.name for spec in specs})
-        data = CalibrationData.from_npz(path, self.batch_size, exclude=others)
+        data = CalibrationData.from_npz(path, self._batch_for(specs), exclude=others)
         key = self._labels_among(others, path)
         return Batches(data, None if key is None else _npz(path, lambda archive: archive[key]))
 
@@ -94,7 +109,7 @@ class Data:
         if inputs:
             key = self._labels_among(set(arrays) - set(inputs), path)
             labels = None if key is None else _npy(arrays[key])
-            return Batches(CalibrationData.from_npy(inputs, self.batch_size), labels)
+            return Batches(CalibrationData.from_npy(inputs, self._batch_for(specs)), labels)
         if listed(path, tuple(IMAGES)):
             return self._images(path, specs)
         return Batches(CalibrationData.from_dir(path))
@@ -113,7 +128,7 @@ class Data:
             if item.name.startswith("image_") and getattr(self, item.name) is not None
         }
         settings, guessed = _image_settings(path, specs, given)
-        data = CalibrationData.from_images(path, batch_size=self.batch_size, **settings)
+        data = CalibrationData.from_images(path, batch_size=self._batch_for(specs), **settings)
         note = f"{path}: images are fed to '{settings['input']}' as {_told(settings)}"
         if guessed:
             note += f"; guessed: {', '.join(guessed)} (see --image-{guessed[0]})"
@@ -133,24 +148,57 @@ class Batches:
     labels: Array | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def metric(self) -> Metric | None:
+        """Accuracy on the labels; None where there are none."""
+        return None if self.labels is None else accuracy(self.data, self.labels)
+
 
 def called(name: str) -> CalibrationData:
-    """Batches from what `module:function` returns or is; modules in the working folder are found too.
-
-    This runs code, so the name must come from the caller and never from a file.
+    """Batches from what `module:function` returns or is.
 
     Raises:
         CalibrationError: there is no such function, or it fails.
     """
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), attribute)
-        return CalibrationData.of(found, name=name)
+        with _working_folder():
+            return CalibrationData.of(_imported(name), name=name)
     except CalibrationError:
         raise
     except Exception as error:
         raise CalibrationError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def metric(name: str) -> Metric:
+    """The metric that `module:function` is.
+
+    Raises:
+        UsageError: there is no such function.
+    """
+    if FUNCTION.fullmatch(name) is None:
+        raise UsageError(f"metric '{name}' is not of the form module:function")
+    try:
+        with _working_folder():
+            found = _imported(name)
+    except Exception as error:
+        raise UsageError(f"metric '{name}': {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise UsageError(f"metric '{name}' is no function, but a {type(found).__name__}")
+    return found  # type: ignore[no-any-return]
+
+
+def _imported(name: str) -> Any:
+    """What `module:name` names. This runs code, so the name must come from the caller, never from a file."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@contextmanager
+def _working_folder() -> Iterator[None]:
+    """Modules in the working folder are found too."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
     finally:
         sys.path.remove(os.getcwd())
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def log(line: str) -> None:
     """Print a message in one line on the standard error, made safe for a terminal."""
-    from onnxslim.report import clean
+    from onnxslim.formats import clean
 
     print(f"onnxslim: {clean(' '.join(line.split()))}", file=sys.stderr)
 
@@ -42,7 +42,7 @@ def show(shown: Report | Verdict, quiet: bool) -> None:
 
 def show_json(value: object) -> None:
     """Print a value as JSON."""
-    from onnxslim.report import to_json
+    from onnxslim.formats import to_json
 
     print(to_json(value))
 

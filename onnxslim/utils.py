@@ -15,9 +15,10 @@ import onnx
 from rich.console import Console
 
 from onnxslim import shapes
+from onnxslim.formats import clean, size
 from onnxslim.graph import Tensor
 from onnxslim.model import Model, load
-from onnxslim.report import WIDTH, clean, size, table
+from onnxslim.report import WIDTH, table
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
 

@@ -20,6 +20,7 @@ from onnxslim import check
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.errors import CalibrationError, LoadError, UsageError, ValidationError
 from onnxslim.graph import Array
+from onnxslim.metric import Metric, measure
 from onnxslim.model import Model, load
 from onnxslim.ops import cost
 from onnxslim.pipeline import Progress, sample_shapes
@@ -28,7 +29,6 @@ from onnxslim.runtime import CPU, REFERENCE, Latency, Session, Target, latencies
 from onnxslim.verdict import Figures, OutputRow, Pair, ProviderVerdict, Verdict
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
-Metric: TypeAlias = Callable[[Mapping[str, Array], Mapping[str, Any]], float]
 T = TypeVar("T")
 
 BLOCK = 1 << 20
@@ -56,7 +56,8 @@ def validate(
         data: batches of inputs; made up from the declared shapes if None, which says little.
         targets: where to run; every execution provider there is by default.
         labels: the class of every sample, shape (samples,), in the order of the data.
-        metric: called with the inputs and outputs of a batch; averaged over samples, for both models.
+        metric: called with a function from inputs to outputs, both dicts by name, once for each model; it
+            runs that on data of its own and returns how good the model is, more is better.
         rounds: interleaved calls to time on the first batch; 0 measures no latency.
         seconds: budget for timing, per provider.
         progress: called with ("validating", batches done, batches in all).
@@ -189,12 +190,11 @@ class _Runner:
         self.sessions = (Session(first, target), _second(lambda: Session(second, target)))
         self.notes: list[str] = []
         self.opening: Feeds = {}
-        self._metric = metric
         self._rows = {name: _Row(name) for name in self.sessions[0].output_names}
         self._drift = {name: _Row(name) for name in self.sessions[0].output_names}
         self._samples = 0
         self._correct = [0, 0]
-        self._scores = [0.0, 0.0]
+        self._metric = metric
         self._labelled = self._compared = False
 
     def update(
@@ -218,7 +218,8 @@ class _Runner:
                 if problem := check.difference(reference[name], original[name]):
                     self._strays.setdefault(name, problem)
         self._samples += size
-        self._score(feeds, size, labels, (original, result))
+        if labels is not None:
+            self._score(labels, (original, result))
         return original if reference is None else reference
 
     def _place(self, first: Feeds, second: Feeds) -> None:
@@ -247,13 +248,10 @@ class _Runner:
                 f"{self.target.name}: outputs {listed} of the first model differ from run to run"
             )
 
-    def _score(self, feeds: Feeds, size: int, labels: Array | None, outputs: Sequence[check.Outputs]) -> None:
+    def _score(self, labels: Array, outputs: Sequence[check.Outputs]) -> None:
+        self._labelled = True
         for index, values in enumerate(outputs):
-            if self._metric is not None:
-                self._scores[index] += float(self._metric(feeds, values)) * size
-            if labels is not None:
-                self._labelled = True
-                self._correct[index] += self._hits(values, labels)
+            self._correct[index] += self._hits(values, labels)
 
     def _hits(self, values: check.Outputs, labels: Array) -> int:
         name = self.classifier()
@@ -264,6 +262,13 @@ class _Runner:
                 f"output '{name}' has {len(values[name])} rows for a batch of {len(labels)} samples"
             )
         return int((values[name].argmax(axis=1) == labels).sum())
+
+    def _measured(self) -> Pair | None:
+        metric, (first, second) = self._metric, self._models
+        if metric is None:
+            return None
+        after = _second(lambda: measure(metric, second, self.target))
+        return Pair(measure(metric, first, self.target), after)
 
     def classifier(self) -> str | None:
         """The first output of shape (batch, classes)."""
@@ -288,7 +293,7 @@ class _Runner:
             outputs=tuple(row.result() for row in self._rows.values()),
             original=tuple(row.result() for row in self._drift.values()) if self._compared else (),
             accuracy=Pair(*(n / self._samples for n in self._correct)) if self._labelled else None,
-            metric=Pair(*(s / self._samples for s in self._scores)) if self._metric else None,
+            metric=self._measured(),
             latency=latency,
             ratio=ratio,
             placed=self._placed,

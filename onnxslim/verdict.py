@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from onnxslim.errors import UsageError, ValidationError
+from onnxslim.formats import plain
 from onnxslim.runtime import Latency
 
 
@@ -61,7 +62,7 @@ class ProviderVerdict:
         outputs: the second model against the first, both on this provider.
         original: the first model here against itself on the reference provider; empty on that one.
         accuracy: fraction of samples whose top class is the label.
-        metric: mean over samples of the caller's own metric.
+        metric: the caller's own.
         latency: of one call on the first batch, first and second model.
         ratio: median over interleaved calls of the second model's time divided by the first one's.
         placed: operators each provider of ONNX Runtime really runs, first and second model; only for targets
@@ -107,8 +108,6 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: NaN is None, infinities are the strings "inf" and "-inf"."""
-        from onnxslim.report import plain
-
         return dict(plain(self))
 
     def require(self, **limits: float | None) -> Verdict:
@@ -120,6 +119,7 @@ class Verdict:
             cosine: at least this cosine similarity.
             max_abs: at most this absolute difference.
             max_accuracy_drop: at most this loss of accuracy, as a fraction; needs labels.
+            max_metric_drop: the caller's own metric may be this much less at most.
             latency: at most this ratio of the second model's time to the first one's.
 
         Returns:
@@ -180,6 +180,11 @@ def _accuracy_drop(provider: ProviderVerdict) -> Iterator[tuple[str, float]]:
         yield "the result", provider.accuracy.before - provider.accuracy.after
 
 
+def _metric_drop(provider: ProviderVerdict) -> Iterator[tuple[str, float]]:
+    if provider.metric is not None:
+        yield "the result", provider.metric.before - provider.metric.after
+
+
 def _latency_ratio(provider: ProviderVerdict) -> Iterator[tuple[str, float]]:
     if provider.ratio is not None:
         yield "the result", provider.ratio
@@ -192,6 +197,7 @@ LIMITS: Mapping[str, Limit] = {
     "cosine": Limit("cosine similarity", _each_output("cosine"), True, _NO_FLOATS),
     "max_abs": Limit("max abs difference", _each_output("max_abs"), False, _NO_FLOATS),
     "max_accuracy_drop": Limit("accuracy drop", _accuracy_drop, False, "no labels were given"),
+    "max_metric_drop": Limit("metric drop", _metric_drop, False, "no metric was given"),
     "latency": Limit("latency ratio", _latency_ratio, False, "it was switched off"),
 }
 

@@ -149,7 +149,7 @@ def _merge_nodes(model: Model, log: Log) -> None:
         gone: set[int] = set()
         for node in graph.nodes:
             hidden = not shadowed.isdisjoint(tensor.name for tensor in node.outputs)
-            key = _key(node) if _is_pure(node, own) and not hidden else None
+            key = signature(node) if _is_pure(node, own) and not hidden else None
             keep = first.setdefault(key, node) if key is not None else node
             if keep is node or _both_fixed(keep, node, fixed):
                 continue
@@ -164,7 +164,7 @@ def _is_pure(node: Node, own: frozenset[tuple[str, str]]) -> bool:
     return spec_of(node).pure and (domain, node.op) not in own and not node.bodies and bool(node.outputs)
 
 
-def _key(node: Node) -> tuple[Any, ...] | None:
+def signature(node: Node) -> tuple[Any, ...] | None:
     """What two nodes must have in common to compute the same; None if that cannot be told."""
     attrs = tuple((name, _value_key(node.attrs[name])) for name in sorted(node.attrs))
     if any(value is None for _, value in attrs):

@@ -100,6 +100,8 @@ def _unfit(node: Node, opset: int, kind: np.dtype[Any], seen: Mapping[str, Histo
     ]
     if all(tensor.dtype != SINGLE for tensor in touched):
         return "it has nothing in single precision"
+    if "dtype" in node.attrs or isinstance(node.attrs.get("value"), onnx.AttributeProto):
+        return "an attribute of it states its type"
     if not _takes(node, opset, kind):
         return f"{node.op} does not take {kind.name}"
     most = LARGEST[kind.name] / HEADROOM
@@ -116,7 +118,7 @@ def _largest(tensor: Tensor, seen: Mapping[str, Histogram]) -> float:
     histogram = seen.get(tensor.name)
     if histogram is None:
         return 0.0
-    return np.inf if histogram.masked else max(-histogram.low, histogram.high, 0.0)
+    return np.inf if histogram.irregular else max(-histogram.low, histogram.high, 0.0)
 
 
 def _takes(node: Node, opset: int, kind: np.dtype[Any]) -> bool:
@@ -154,6 +156,8 @@ class _Converter:
         half = {id(node) for node in chosen}
         for node in chosen:
             label = node.label
+            if node.op == "Cast" and node.attrs.get("to") == onnx.TensorProto.FLOAT:
+                node.attrs["to"] = int(onnx.helper.np_dtype_to_tensor_dtype(self._kind))
             for index, tensor in enumerate(node.outputs):
                 if tensor.dtype == SINGLE and tensor.name:
                     node.outputs[index] = self._made(tensor, half)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from onnxslim import proto
+from onnxslim import proto, shapes
 from onnxslim.errors import UsageError
 from onnxslim.model import Model
 from onnxslim.passes import eliminate, fuse
@@ -57,6 +57,10 @@ class Slim(Pass):
         )
         return tuple(part for part in every if part.name not in self.skip)
 
+    def fits(self, before: Model, after: Model) -> bool:
+        """Whether the model has not grown by more than it may."""
+        return _size(after) <= _size(before) + self.max_growth
+
     def _skipped(self, rules: frozenset[str]) -> tuple[str, ...]:
         return tuple(name for name in self.skip if name in rules)
 
@@ -89,6 +93,7 @@ class Slim(Pass):
         if left > self.max_growth:
             twin = model.copy()
             more = Fold(max_growth=left).run(twin, ctx)
+            shapes.keep(twin)
             rest = _settle(self.parts(), twin, ctx)
             if more and _size(twin) <= limit:
                 model.become(twin)
@@ -113,6 +118,7 @@ def _settle(parts: Sequence[Pass], model: Model, ctx: Context) -> Changes:
     idle = 0
     for part in chain.from_iterable(repeat(parts, MAX_ROUNDS)):
         last[part.name] = changes = part.run(model, ctx)
+        shapes.keep(model)
         log.add(Changes(changes.changed, (), changes.facts))
         idle = 0 if changes else idle + 1
         if idle == len(parts):

@@ -36,8 +36,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("costs",),
     ("channels", "check", "evaluate"),
     ("probe",),
-    ("latency",),
+    ("latency", "metric"),
     ("runtime",),
+    ("watch",),
     ("ops.cost",),
     ("ops",),
     ("labels",),
@@ -54,7 +55,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("budget",),
     ("graph",),
     ("terms",),
-    ("errors", "version"),
+    ("errors", "formats", "version"),
 )
 # Packages whose modules build on each other.
 FAMILIES = ("passes", "calibration", "ops", "cli")

@@ -15,7 +15,7 @@ from onnxslim.graph import Array
 from onnxslim.model import Model, load
 from onnxslim.passes.slim import Slim
 from onnxslim.pipeline import Pipeline
-from onnxslim.probe import Feeds
+from onnxslim.probe import Feeds, probes
 from onnxslim.runtime import Session, Target
 from tests.helpers import ops, parse
 
@@ -131,6 +131,42 @@ def test_what_only_optimizations_change_may_differ_a_little_more(
         checker(other, lossless=True)
 
 
+def test_outputs_of_saturated_gates_may_differ_by_their_rounding() -> None:
+    """BatchNormalization folds into Conv, and all that shows is how ONNX Runtime rounds Sigmoid."""
+    scale, mean = np.full(4, 0.37, np.float32), np.full(4, 0.11, np.float32)
+    bias = np.full(4, -14.0, np.float32)
+    model = parse(
+        """g (float[N,3,6,6] x, float[4,3,3,3] w, float[4] s, float[4] b, float[4] m) => (float[N,4,4,4] y)
+        { a = Conv(x, w) c = BatchNormalization(a, s, b, m, s) y = Sigmoid(c) }""",
+        {"w": _normal(4, 3, 3, 3), "s": scale, "b": bias, "m": mean},
+    )
+    step = Pipeline(Slim(), on_error="raise")(model).report.steps[0]
+    assert step.after.nodes == 2
+
+
+def test_rounding_of_gates_does_not_hide_an_error() -> None:
+    model = parse(
+        "g (float[N,8] x, float[8,8] w, float[8] b) => (float[N,8] y) { a = Gemm(x, w, b) y = Sigmoid(a) }",
+        {"w": _normal(8, 8), "b": np.full(8, -14.0, np.float32)},
+    )
+    assert _refuses(model, "b", np.full(8, -13.0, np.float32))
+    assert not _refuses(model, "w", model.graph.initializers["w"].values * np.float32(1 + 1e-6))
+
+
+def test_a_wrong_shape_declared_for_an_output_stays_and_does_no_harm() -> None:
+    """onnx.checker sees it only once the shape is folded."""
+    model = parse(
+        """g (float[1,N,4] x, int64[1] i, int64[1] one, int64[1] f) => (float[N,1,5] y)
+        { s = Shape(x) n = Gather(s, i) d = ReduceProd(n)
+          t = Concat<axis=0>(d, one, f) y = Reshape(x, t) }""",
+        {"i": np.array([1]), "one": np.array([1]), "f": np.array([4])},
+    )
+    result = Pipeline(Slim(), on_error="raise")(model)
+    assert ops(result.model) == {"Reshape": 1}
+    assert result.model.graph.outputs[0].shape == ("N", 1, 5)
+    assert "left as it is" in result.report.notes[0]
+
+
 def test_an_interface_that_was_accepted_is_the_one_to_keep() -> None:
     checker = Checker(parse("g (float[N,4] x) => (float[N,4] y) { y = Relu(x) }"), Target.cpu())
     narrower = parse(
@@ -141,3 +177,31 @@ def test_an_interface_that_was_accepted_is_the_one_to_keep() -> None:
     checker(narrower, lossless=False, shapes=False)
     checker.accept(narrower)
     checker(narrower.copy(), lossless=True)
+
+
+@pytest.mark.parametrize(("start", "found"), [(160, True), (10_000, False)])
+def test_a_scan_is_never_run_over_nothing(start: int, found: bool) -> None:
+    """ONNX Runtime divides by the number of steps, and the process dies."""
+    model = parse(
+        """g (float[1,N] x, float[1] z, int64[1] f, int64[1] e, int64[1] a) => (float[1] last, float[1,M] y) {
+            tail = Slice(x, f, e, a)
+            last, y = Scan<num_scan_inputs=1, scan_input_axes=[1], scan_output_axes=[1],
+                body=b (float[1] s, float[1] t) => (float[1] u, float[1] v) { u = Add(s, t) v = Identity(u) }
+            >(z, tail)
+        }""",
+        {
+            "z": np.zeros(1, np.float32),
+            "f": np.array([start]),
+            "e": np.array([100_000]),
+            "a": np.array([1]),
+        },
+    )
+    assert bool(probes(model, Session(model))) == found
+
+
+def test_probabilities_in_maps_may_differ_by_rounding() -> None:
+    expected = [{0: 0.25, 1: 0.75}, {0: 1e-9, 1: 1.0}]
+    assert not difference(expected, [{0: 0.25000003, 1: 0.75}, {0: 2e-9, 1: 1.0}])
+    assert "differs by" in difference(expected, [{0: 0.25, 1: 0.75}, {0: 0.1, 1: 0.9}])
+    assert "keys" in difference(expected, [{0: 0.25, 2: 0.75}, {0: 1e-9, 1: 1.0}])
+    assert "elements" in difference(expected, [{0: 0.25, 1: 0.75}, {1: 1.0}])

@@ -23,6 +23,7 @@ from onnxslim.errors import PassError
 from onnxslim.graph import Constant
 from onnxslim.model import Model, load
 from onnxslim.pipeline import Change, Changes, Context, Pass, options
+from onnxslim.runtime import Session
 from tests.helpers import parse
 
 ROOT = Path(__file__).parent.parent
@@ -388,6 +389,56 @@ def test_bad_data(run: Run, folder: Path, data: str, message: str) -> None:
     np.savez(folder / "wide.npz", x=np.zeros((8, 5), np.float32))
     np.savez(folder / "object.npz", x=np.array([{}], object))
     assert message in error(run("run", "in.onnx", "-p", "scale", "--data", data), 5)
+
+
+def _classifier(folder: Path) -> None:
+    """Two matrix products, `net.onnx`, and what it says of some inputs as their labels, `net.npz`."""
+    model = parse("""g (float[N,16] x) => (float[N,8] y) <float[16,16] w = {0}, float[16,8] v = {0}>
+        { a = MatMul(x, w) r = Relu(a) y = MatMul(r, v) }""")
+    random = np.random.default_rng(0)
+    for name in ("w", "v"):
+        constant = model.graph.initializers[name]
+        constant.values = random.standard_normal(constant.shape).astype(np.float32)
+    model.save(folder / "net.onnx")
+    x = random.standard_normal((64, 16)).astype(np.float32)
+    labels = Session(model).run({"x": x})["y"].argmax(1)
+    np.savez(folder / "net.npz", x=x, label=labels)
+
+
+METRIC = """
+import numpy as np
+def score(run):
+    return float(run({"x": np.ones((2, 4), np.float32)})["y"].mean())
+number = 5
+"""
+
+
+def test_a_metric_named_on_the_command_line(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    Path("a_metric_of_mine.py").write_text(METRIC, encoding="utf-8")
+    words = ("run", "in.onnx", "-p", "scale:by=0.5", "--metric", "a_metric_of_mine:score")
+    assert "metric 1 → 0.5" in run(*words, "--check", "max_metric_drop=0.6")[1]
+    strict = run(*words, "--data", "data.npz", "--check", "max_metric_drop=0.4")
+    assert "metric drop 0.5, required is at most 0.4" in error(strict, 4)
+    assert "metric 1 → 1" in run("validate", "in.onnx", "in.onnx", *words[-2:])[1]
+    for name, problem in {
+        "a_metric_of_mine:number": "is no function, but a int",
+        "a_metric_of_mine:nothing": "AttributeError",
+        "nowhere_at_all:score": "ModuleNotFoundError",
+        "score": "not of the form module:function",
+    }.items():
+        assert problem in error(run("slim", "in.onnx", "--metric", name), 2)
+
+
+def test_accuracy_on_labels_is_the_metric_where_none_is_given(run: Run, folder: Path) -> None:
+    _classifier(folder)
+    words = ("quantize", "net.onnx", "net.int8.onnx", "--max-drop", "0.05", "--classifier")
+    told = json.loads(run(*words, "--data", "net.npz", "--json")[1])
+    before, after = told["report"]["steps"][0]["changes"]["facts"]["metric"]
+    assert before == 1.0
+    assert 0.95 <= after <= 1.0
+    np.savez(folder / "bare.npz", x=np.zeros((8, 16), np.float32))
+    assert "max_drop needs a metric" in error(run(*words, "--data", "bare.npz"), 2)
 
 
 def test_labels_of_another_name(run: Run, folder: Path) -> None:

@@ -24,7 +24,7 @@ from onnxslim.passes import eliminate
 from onnxslim.pipeline import Changes, Context, Log
 from onnxslim.runtime import Session
 from onnxslim.utils import print_model_info_as_table, summarize_model
-from tests.helpers import parse
+from tests.helpers import feeds_for, parse
 
 # Two products of which the second adds a bias, with operators to drop before and between them.
 CHAIN = """g (float[N,4] x) => (float[N,2] y)
@@ -599,6 +599,35 @@ def test_half_precision_and_back() -> None:
         assert actual.dtype == kind
         assert np.allclose(actual, expected, rtol=1e-3)
     assert model.graph.input[0].type.tensor_type.elem_type == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("g (float[N,4] x) => (float[N,4] x) { z = Neg(x) }", {}),
+        ("g (float[N,4] x) => (float[N,4] y, float[N,4] z) { y = Neg(x) z = Exp(y) }", {"Neg": 1, "Exp": 1}),
+        ("g (float[N,4] x) => (float[N,4] y) <float big = {1e9}> { a = Neg(x) y = Min(a, big) }", {"Min": 1}),
+        ("g (float[N,4] x, bool c) => (float[A,B] y) { y = If(c)<then_branch = t () => (float[N,4] u)"
+         "{ u = Neg(x) }, else_branch = e () => (float[N,4] v) { v = Abs(x) }> }", {"If": 1}),
+        ("g (float[N,4] x, int64[N,4] i) => (int64[N,4] j, float[N,4] y) { j = Neg(i) y = Identity(x) }", {}),
+    ],
+)  # fmt: skip
+def test_half_precision_of_odd_interfaces(text: str, left: dict[str, int]) -> None:
+    model = proto(text)
+    made = onnxslim.slim(model, dtype="fp16")
+    kinds = {1: 10}
+    for before, after in ((model.graph.input, made.graph.input), (model.graph.output, made.graph.output)):
+        types = [(item.name, item.type.tensor_type.elem_type) for item in before]
+        wanted = [(name, kinds.get(kind, kind)) for name, kind in types]
+        assert [(item.name, item.type.tensor_type.elem_type) for item in after] == wanted
+    assert left.items() <= ops(made).items()
+    feeds = feeds_for(load(model), batch=2)
+    expected = Session(model).run(feeds)
+    halves = {
+        key: value.astype(np.float16) if value.dtype == np.float32 else value for key, value in feeds.items()
+    }
+    for key, value in Session(made).run(halves).items():
+        assert np.allclose(value, expected[key], rtol=1e-2, atol=1e-2)
 
 
 def test_equal_nodes_and_equal_weights_are_skipped_one_by_one() -> None:

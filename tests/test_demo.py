@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from onnxslim import cli, demo
+from onnxslim.formats import to_json
 from onnxslim.model import load
-from onnxslim.report import to_json
 from onnxslim.runtime import Session
 
 FASHION = Path(__file__).parent.parent / "models" / "fashion"

@@ -265,6 +265,30 @@ BOMBS = {
         [weight(np.ones(1 << 10, np.float32), "c0")],
     ),
 }
+# What is small in a file but not in bodies: ones that fill memory, and loops that never end or double.
+BODIES = {
+    "ConstantOfShape in a branch, 4.8 GB": (
+        """y = If(c) <then_branch = t () => (float a) { k = ConstantOfShape(s) a = ReduceSum<keepdims=0>(k) },
+        else_branch = e () => (float b) { b = ReduceSum<keepdims=0>(x) }>""",
+        {"s": np.array([1_200_000_000])},
+    ),
+    "a loop that never ends": (
+        """z = Loop(m, , x) <body = b (int64 i, bool c1, float[N] p) => (bool c2, float[N] q)
+        { c2 = Identity(c1) q = Cos(p) }> y = ReduceSum<keepdims=0>(z)""",
+        {"m": np.array(1 << 40)},
+    ),
+    "a loop over constants that never ends": (
+        """z = Loop(m, , w) <body = b (int64 i, bool c1, float[1] p) => (bool c2, float[1] q)
+        { c2 = Identity(c1) q = Cos(p) }> s = Add(x, z) y = ReduceSum<keepdims=0>(s)""",
+        {"m": np.array(1 << 40), "w": np.ones(1, np.float32)},
+    ),
+    "a loop that doubles": (
+        """z = Loop(m, , w) <body = b (int64 i, bool c1, float[P] p) => (bool c2, float[Q] q)
+        { c2 = Identity(c1) q = Concat<axis=0>(p, p) }> s = ReduceSum<keepdims=0>(z)
+        t = ReduceSum<keepdims=0>(x) y = Add(s, t)""",
+        {"m": np.array(40), "w": np.ones(1024, np.float32)},
+    ),
+}
 
 
 @pytest.mark.slow
@@ -280,6 +304,19 @@ def test_bombs_are_neither_folded_nor_run(tmp_path: Path, kind: str) -> None:
         assert each.rss < MAX_RSS
         assert each.seconds < MAX_SECONDS
         assert each.code in (0, 3, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BODIES)
+def test_bombs_in_bodies_are_stopped(tmp_path: Path, kind: str) -> None:
+    body, constants = BODIES[kind]
+    parse(f"g (float[N] x, bool c) => (float y) {{ {body} }}", constants).save(tmp_path / "in.onnx")
+    for words in (("slim", "in.onnx", "out.onnx"), ("validate", "in.onnx", "in.onnx")):
+        done = onnxslim(*words, cwd=tmp_path)
+        assert done.rss < MAX_RSS
+        assert done.seconds < MAX_SECONDS
+        assert done.code in (0, 3, 5)
+    assert (tmp_path / "out.onnx").exists()
 
 
 def test_inputs_that_nobody_could_feed_are_not_made_up(tmp_path: Path) -> None:
@@ -656,23 +693,28 @@ def batches():
 """
 
 
-def test_control_c_while_calibrating_leaves_nothing(big: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_control_c_while_calibrating_leaves_nothing(big: Path, jobs: int) -> None:
     (big / "slow_data.py").write_text(SLOW)
+    temporary = big / "temporary"
+    temporary.mkdir()
     before = listing(big)
     words = ["quantize", "m.onnx", "out.onnx", "--data", "slow_data:batches", "--classifier"]
+    words += ["--jobs", str(jobs)]
     process = subprocess.Popen(
         [sys.executable, "-B", "-m", "onnxslim", *words],
         cwd=big,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        start_new_session=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "reading\n"
-    time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
+    time.sleep(1.0 if jobs == 1 else 5.0)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: everybody gets it
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "onnxslim: interrupted"

@@ -89,6 +89,17 @@ def test_weights_alone_may_be_quantized() -> None:
     assert inspect(parse("g (float[N] x) => (float[N] y) { y = Relu(x) }")).coverage == Coverage(0, 0, 0, 0.0)
 
 
+def test_operators_on_integers_count() -> None:
+    text = """g (float[4,8] x, uint8[1,2,5,5] q, int8[8,3] w, uint8[3,2,3,3] v) =>
+        (int32[4,3] y, uint8[1,3,3,3] z) <float s = {0.5}, uint8 o = {0}>
+        { c, a, p = DynamicQuantizeLinear(x)  y = MatMulInteger(c, w, p)
+          z = QLinearConv(q, s, o, v, s, o, s, o) }"""
+    weights = {"w": np.ones((8, 3), np.int8), "v": np.ones((3, 2, 3, 3), np.uint8)}
+    found = inspect(parse(text, weights))
+    assert found.coverage == Coverage(2, 0, 2, 1.0)
+    assert found.macs == 4 * 3 * 8 + 27 * 18
+
+
 # ------------------------------------------------------------------------------------------ difference
 
 

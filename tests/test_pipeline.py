@@ -10,6 +10,7 @@ import pytest
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.errors import CalibrationError, InvalidGraph, PassError
 from onnxslim.model import Model
+from onnxslim.passes.fuse import Fuse
 from onnxslim.passes.quantize import Quantize
 from onnxslim.passes.slim import Slim
 from onnxslim.pipeline import Changes, Context, Log, Pass, Pipeline, options
@@ -130,6 +131,23 @@ def test_of_a_pass_with_parts_what_is_right_is_kept(model: Model) -> None:
     assert ops(result.model) == {"MatMul": 2, "Relu": 1, "Tanh": 1}
     assert "wrong" in step.error
     assert any("reverted" in skip.reason for skip in step.changes.skipped)
+
+
+def test_parts_run_one_by_one_do_not_let_the_file_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = " ".join(f"t{i} = Cos(t{i - 1})" for i in range(1, 40))
+    calls = " ".join(f"x{i} = com.example.F(x{i - 1})" for i in range(1, 9))
+    head = '<ir_version: 8, opset_import: ["" : 17, "com.example" : 1]>'
+    function = f'<domain: "com.example", opset_import: ["" : 17]> F (t0) => (t39) {{ {body} }}'
+    graph = f"g (float[N] x0) => (float[N] y) {{ a = Identity(x0) b = Tanh(a) {calls} y = Add(b, x8) }}"
+    model = parse(f"{head}\n{graph}\n{function}")
+    monkeypatch.setattr(Fuse, "run", Wrong.run)
+    monkeypatch.setattr(Fuse, "old", "Tanh", raising=False)
+    monkeypatch.setattr(Fuse, "new", "Sin", raising=False)
+    result = Pipeline(Slim())(model)
+    assert result.model.stats().bytes <= model.stats().bytes
+    assert "fuse" in result.report.steps[0].error
+    assert "Identity" not in ops(result.model)
+    assert any("larger" in skip.reason for skip in result.report.steps[0].changes.skipped)
 
 
 def test_the_input_is_never_touched(model: Model) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from onnxslim.errors import CalibrationError, PassError
+from onnxslim.formats import clean, count, plain, size, to_json
 from onnxslim.model import Model, Stats
 from onnxslim.pipeline import (
     Change,
@@ -28,7 +29,7 @@ from onnxslim.pipeline import (
     Step,
     options,
 )
-from onnxslim.report import CAPTIONS, clean, count, outcome, plain, size, text, to_json
+from onnxslim.report import CAPTIONS, outcome, text
 from onnxslim.verdict import Figures, OutputRow, ProviderVerdict, Verdict
 from tests.helpers import parse
 

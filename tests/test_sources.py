@@ -36,6 +36,18 @@ def fails(text: str) -> Any:
     return pytest.raises(CalibrationError, match=text)
 
 
+@pytest.mark.parametrize(("batch", "sizes"), [("N", [8, 2]), ("1", [1] * 10), ("5", [5, 5])])
+def test_batches_are_as_large_as_the_model_wants_them(tmp_path: Path, batch: str, sizes: list[int]) -> None:
+    model = parse(f"g (float[{batch},2] x) => (float[{batch},2] y) {{ y = Relu(x) }}")
+    np.save(tmp_path / "a.npy", SAMPLES)
+    np.savez(tmp_path / "a.npz", x=SAMPLES)
+    for name in ("a.npy", "a.npz"):
+        found = read(tmp_path / name, model)
+        assert [len(feeds["x"]) for feeds in found.data] == sizes
+    with fails("use batches of 1"):
+        read(tmp_path / "a.npz", parse("g (float[1,2] x) => (float[1,2] y) { y = Relu(x) }"), batch_size=4)
+
+
 def test_one_array_for_the_only_input(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", SAMPLES)
     found = read(tmp_path / "a.npy", batch_size=4)

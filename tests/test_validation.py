@@ -19,6 +19,7 @@ import onnxslim.validation
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.errors import CalibrationError, TargetError, UsageError, ValidationError
 from onnxslim.graph import Array
+from onnxslim.metric import Metric, Run
 from onnxslim.model import Model
 from onnxslim.runtime import Target
 from onnxslim.validation import validate
@@ -170,12 +171,33 @@ def test_labels_need_a_classifier() -> None:
         compare(total, total, batches(X), labels=np.zeros(10, int))
 
 
-def test_own_metric_is_averaged_over_samples() -> None:
-    found = compare(A, B, batches(X), metric=lambda feeds, outputs: float(outputs["y"][:, 3].mean()))
+def _third(run: Run) -> float:
+    return float(run({"x": X})["y"][:, 3].mean())
+
+
+def test_own_metric_runs_both_models() -> None:
+    found = compare(A, B, batches(X[:2]), metric=_third)
     metric = found.providers[0].metric
     assert metric is not None
     assert metric.before == pytest.approx(float(X[:, 3].mean()), rel=1e-5)
     assert metric.after == pytest.approx(1.5 * float(X[:, 3].mean()), rel=1e-5)
+    drop = metric.before - metric.after
+    found.require(max_metric_drop=drop + 1e-3)
+    with pytest.raises(ValidationError, match="metric drop"):
+        found.require(max_metric_drop=drop - 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (lambda run: float("nan"), "not a number"),
+        (lambda run: run({"x": X})["nothing"], "KeyError: 'nothing'"),
+        (lambda run: "much", "could not convert"),
+    ],
+)
+def test_a_metric_that_fails_is_the_callers(metric: Metric, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        compare(A, B, batches(X), metric=metric)
 
 
 def test_latency_is_measured_unless_switched_off() -> None:

@@ -10,8 +10,8 @@ import typer
 
 from onnxslim import passes, terminal
 from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
-from onnxslim.cli.running import process, require_report, warn_of_made_up_inputs
-from onnxslim.cli.words import CustomOps, DataWords, Debug, Job, Json, Quiet, expanded, limits
+from onnxslim.cli.running import named_metric, process, require_report, warn_of_made_up_inputs
+from onnxslim.cli.words import CustomOps, DataWords, Debug, Job, Json, MetricName, Quiet, expanded, limits
 from onnxslim.errors import UsageError
 
 app = typer.Typer(
@@ -254,6 +254,7 @@ def _validate(
     threads: Annotated[
         int, typer.Option(min=0, help="threads per operator; 0 leaves it to ONNX Runtime")
     ] = 0,
+    metric: MetricName = None,
     custom_ops: CustomOps = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -283,6 +284,7 @@ def _validate(
             opened.data if opened else None,
             targets,
             labels=opened.labels if opened else None,
+            metric=named_metric(metric),
             rounds=rounds,
             progress=progress,
         )

@@ -14,6 +14,7 @@ from onnxslim.errors import OnnxSlimError, SaveError, UsageError
 
 if TYPE_CHECKING:
     from onnxslim.compat import Request
+    from onnxslim.metric import Metric
     from onnxslim.model import Model
     from onnxslim.page import Document
     from onnxslim.pipeline import Pass, Progress, Report, Result
@@ -52,11 +53,12 @@ def process(
         terminal.log(f"warning: {note}")
     model = asked.edit(model) if asked else model
     opened = wanted.data.read(model) if wanted.data else None
+    metric = named_metric(job.metric)
     for note in opened.notes if opened else ():
         terminal.note(note, job.quiet)
     with terminal.progress(job.quiet) as progress:
-        result = _rewritten(job, wanted, model, opened, asked, progress)
-        verdict = _verdict(job, wanted, model, result, opened, progress)
+        result = _rewritten(job, wanted, model, opened, metric, asked, progress)
+        verdict = _verdict(job, wanted, model, result, opened, metric, progress)
     _warn_of_idle_passes(result.report, job.quiet)
     told = _document(job, wanted, model, result, opened, verdict)
     _tell(job, told)
@@ -81,6 +83,7 @@ def _rewritten(
     recipe: Recipe,
     model: Model,
     opened: Batches | None,
+    metric: Metric | None,
     asked: Request | None,
     progress: Progress | None,
 ) -> Result:
@@ -92,6 +95,7 @@ def _rewritten(
         libraries=job.custom_ops or (),
         jobs=job.jobs,
         progress=progress,
+        metric=metric or (opened.metric if opened else None),
     )
     return asked.finish(model, result, feeds) if asked else result
 
@@ -102,6 +106,7 @@ def _verdict(
     model: Model,
     result: Result,
     opened: Batches | None,
+    metric: Metric | None,
     progress: Progress | None,
 ) -> Verdict | None:
     """Figures for the requirements, and for a report; where only a report wants them, they may be missing."""
@@ -117,6 +122,7 @@ def _verdict(
             opened.data if opened else None,
             [Target.named(recipe.target).with_libraries(job.custom_ops or ())],
             labels=opened.labels if opened else None,
+            metric=metric,
             rounds=30 if job.report or "latency" in recipe.check else 0,
             progress=progress,
         )
@@ -125,6 +131,13 @@ def _verdict(
             raise
         terminal.log(f"warning: the report has no comparison of the models: {error}")
         return None
+
+
+def named_metric(name: str | None) -> Metric | None:
+    """What --metric names."""
+    from onnxslim import sources
+
+    return None if name is None else sources.metric(name)
 
 
 def _document(
@@ -156,7 +169,7 @@ def _tell(job: Job, told: Document) -> None:
 
 
 def _save(job: Job, recipe: Recipe, model: Model, result: Result, told: Document) -> None:
-    from onnxslim.report import size
+    from onnxslim.formats import size
 
     if job.save_recipe is not None:
         recipe.save(job.save_recipe)

@@ -21,6 +21,14 @@ CustomOps = Annotated[
     list[str] | None,
     typer.Option(metavar="LIBRARY", help="file of custom operators to load and run; may be repeated"),
 ]
+MetricName = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        metavar="MODULE:FUNCTION",
+        help="how good a model is, more is better: called with a function from inputs to outputs, by name",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="print the traceback of an error")]
 
 
@@ -37,7 +45,10 @@ class DataWords:
         ),
     ] = None
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="samples per batch, where a file does not set it [default: 8]")
+        int | None,
+        typer.Option(
+            min=1, help="samples per batch, where a file does not set it [default: the model's, or 8]"
+        ),
     ] = None
     labels_key: Annotated[
         str | None,
@@ -119,9 +130,10 @@ class Job:
         typer.Option(
             metavar="NAME=VALUE",
             help="what the result has to meet or it is not saved: sqnr (dB), top1, cosine, max_abs, "
-            "max_accuracy_drop, latency (ratio); may be repeated",
+            "max_accuracy_drop, max_metric_drop, latency (ratio); may be repeated",
         ),
     ] = None
+    metric: MetricName = None
     on_error: Annotated[
         Literal["revert", "raise"] | None,
         typer.Option(help="what to do with a pass that breaks the model [default: revert]"),

@@ -22,7 +22,7 @@ def sized(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> 
         if given is not None:
             tensor.shape = tuple(dim if isinstance(dim, int) else 1 for dim in given)
     facts = shapes.deduce(copy)
-    for made in (tensor for node in copy.graph.nodes for tensor in node.outputs):
+    for made in (tensor for node in copy.nodes() for tensor in node.outputs):
         fact = facts.get(id(made))
         made.shape, made.dtype = (fact.shape, fact.dtype) if fact else (None, None)
     return copy

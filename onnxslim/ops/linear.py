@@ -9,10 +9,10 @@ from onnxslim.ops.channels import layers, recurrent
 from onnxslim.ops.spec import Channels, OpSpec, Role, register, sizes
 
 
-def _conv_macs(node: Node) -> int | None:
-    """Output elements times weights per output channel."""
-    output, weight = sizes(node.outputs[0].shape), sizes(node.inputs[1].shape)
-    return None if output is None or weight is None else math.prod(output) * math.prod(weight[1:])
+def _conv_macs(node: Node, weight: int = 1) -> int | None:
+    """Output elements times weights per output channel; `weight` is the position of that input."""
+    output, kernel = sizes(node.outputs[0].shape), sizes(node.inputs[weight].shape)
+    return None if output is None or kernel is None else math.prod(output) * math.prod(kernel[1:])
 
 
 def _conv_transpose_macs(node: Node) -> int | None:
@@ -160,18 +160,21 @@ register(
     OpSpec(
         "ConvInteger",
         channels=Channels(layers.integer_convolution, layers.cut_convolution),
+        macs=_conv_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (int32[N,3,3,3] y) { y = ConvInteger(x, w) }""",
     ),
     OpSpec(
         "MatMulInteger",
         channels=Channels(layers.integer_matmul),
+        macs=_matmul_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (uint8[N,5,4] x, uint8[4,3] w) => (int32[N,5,3] y) { y = MatMulInteger(x, w) }""",
     ),
     OpSpec(
         "QLinearConv",
         channels=Channels(layers.integer_convolution, layers.cut_integer_convolution),
+        macs=lambda node: _conv_macs(node, weight=3),
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (uint8[N,3,3,3] y)
 <float s = {0.5}, uint8 z = {0}, float t = {9.0}, float[3] p = {0.5, 0.25, 0.125}, uint8[3] q = {0, 0, 0}>
@@ -180,6 +183,7 @@ g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (uint8[N,3,3,3] y)
     OpSpec(
         "QLinearMatMul",
         channels=Channels(layers.integer_matmul),
+        macs=_matmul_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (uint8[N,5,4] x, uint8[4,3] w) => (uint8[N,5,3] y)
 <float s = {0.5}, uint8 z = {0}, float t = {9.0}> { y = QLinearMatMul(x, s, z, w, s, z, t, z) }""",

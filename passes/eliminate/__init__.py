@@ -9,7 +9,7 @@ from pydantic import Field
 from onnxslim import rewrite
 from onnxslim.model import Model
 from onnxslim.passes import facts
-from onnxslim.passes.eliminate import arithmetic, control, movement, noop, view
+from onnxslim.passes.eliminate import arithmetic, around, control, default, movement, noop, parts, view
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.rewrite import Rule
 
@@ -18,7 +18,10 @@ RULES: tuple[Rule[Any], ...] = (
     *noop.RULES,
     *view.RULES,
     *movement.RULES,
+    *around.RULES,
+    *parts.RULES,
     *arithmetic.RULES,
+    *default.RULES,
 )
 
 
@@ -37,5 +40,5 @@ class Eliminate(Pass):
     def run(self, model: Model, ctx: Context) -> Changes:
         """Apply the rules everywhere, bodies of If, Loop and Scan included, until none fires."""
         log = Log()
-        rewrite.apply(facts.selected(RULES, self.skip), model, log)
+        rewrite.apply(facts.selected(RULES, self.skip), model, log, lossless=True)
         return log.done()

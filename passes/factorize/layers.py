@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
 from onnxslim.graph import Array, Attribute, Constant, Node, Tensor
-from onnxslim.model import constant_of
+from onnxslim.model import DEFAULT_DOMAINS, constant_of
 from onnxslim.passes.facts import FLOATS
 from onnxslim.rewrite import Editor
 
@@ -222,11 +222,16 @@ class Product(Form):
     """Gemm and MatMul with a constant matrix on one side.
 
     A constant on the left is transposed, so that in the common layout data always comes from the left.
+
+    Args:
+        weight_index: the input that is the weight.
+        followed: whether the node's result is read by an Add of one constant per column, and by nothing else.
     """
 
-    def __init__(self, weight_index: int) -> None:
+    def __init__(self, weight_index: int, followed: bool = False) -> None:
         self.weight_index = weight_index
         self.gathers = weight_index == 1
+        self._followed = followed
 
     def read(self, node: Node, weight: Array) -> Array:
         """Transposed as far as the operator says so and the side demands."""
@@ -238,7 +243,12 @@ class Product(Form):
         return (), (), math.prod(data) // inputs
 
     def bias(self, node: Node, outputs: int) -> Array | None:
-        """Of a Gemm with data on the left, its third input if that is one value per column."""
+        """Of a Gemm with data on the left, its third input if that is one value per column.
+
+        A MatMul adds nothing itself, but what the Add behind it adds can change.
+        """
+        if self._followed:
+            return np.zeros(outputs)
         if node.op != "Gemm" or self.weight_index == 0:
             return None
         if node.input(2) is None:
@@ -255,6 +265,9 @@ class Product(Form):
 
     def install(self, edit: Editor, node: Node, factors: Sequence[Factor], bias: Array | None) -> None:
         """Two products; the one next to the data transposes it and scales, the other adds."""
+        if self._followed and bias is not None:
+            _add_behind(edit, node, bias)
+            bias = None
         stem, data = _stem(node), node.inputs[1 - self.weight_index]
         weights = [self._written(factor.weight[0]) for factor in factors]
         first, second = (_constant(edit, node, weight, n) for n, weight in enumerate(weights, 1))
@@ -286,8 +299,13 @@ class Product(Form):
         return np.ascontiguousarray(weight if self.weight_index else weight.T)
 
 
-def form_of(node: Node) -> Form | None:
-    """How this node reads its weight; None if it is no layer."""
+def form_of(node: Node, fixed: Collection[int] = ()) -> Form | None:
+    """How this node reads its weight; None if it is no layer.
+
+    Args:
+        node: in the default domain.
+        fixed: ids of the tensors whose values must stay.
+    """
     if node.op == "Conv":
         return Convolution()
     if node.op == "ConvTranspose":
@@ -295,18 +313,43 @@ def form_of(node: Node) -> Form | None:
     if node.op not in ("Gemm", "MatMul"):
         return None
     left = constant_of(node.inputs[1]) is None and constant_of(node.inputs[0]) is not None
-    return Product(0 if left else 1)
+    behind = None if left or node.op == "Gemm" or id(node.outputs[0]) in fixed else _adder(node)
+    return Product(0 if left else 1, behind is not None)
 
 
-def layer_of(node: Node, shapes: Mapping[str, Sizes], opset: int) -> Layer | str:
+def _adder(node: Node) -> tuple[Node, int] | None:
+    """The Add of one constant per column that alone reads a product, and which of its inputs that is."""
+    result = node.outputs[0]
+    reader = result.outputs[0] if len(result.outputs) == 1 else None
+    if reader is None or reader.op != "Add" or reader.domain not in DEFAULT_DOMAINS:
+        return None
+    index = 1 if reader.inputs[0] is result else 0
+    values, weight = constant_of(reader.inputs[index]), constant_of(node.inputs[1])
+    if values is None or weight is None or values.ndim == 0 or values.shape[-1] != weight.shape[-1]:
+        return None
+    return (reader, index) if values.size == values.shape[-1] else None
+
+
+def _add_behind(edit: Editor, node: Node, bias: Array) -> None:
+    """Add to what is added to a node's result."""
+    found = _adder(node)
+    assert found is not None
+    add, index = found
+    old = constant_of(add.inputs[index])
+    assert old is not None
+    edit.set_values(add, index, (old + bias.reshape(old.shape)).astype(old.dtype))
+
+
+def layer_of(node: Node, shapes: Mapping[str, Sizes], opset: int, fixed: Collection[int] = ()) -> Layer | str:
     """The layer at a node that has a form, or why it cannot be factorized.
 
     Args:
         node: of the main graph.
         shapes: of the tensors in one run, by name.
         opset: of the model.
+        fixed: ids of the tensors whose values must stay, such as outputs of the model.
     """
-    form = form_of(node)
+    form = form_of(node, fixed)
     assert form is not None
     stored = constant_of(node.inputs[form.weight_index])
     if stored is None:

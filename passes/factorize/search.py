@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 
 from onnxslim import graph as ir
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.fidelity import Fidelity, parts
 from onnxslim.calibration.gram import Gram
+from onnxslim.calibration.judge import Judge, split
 from onnxslim.graph import Node
 from onnxslim.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import cost
@@ -60,18 +60,18 @@ def layers_of(
         exclude: globs on node names, or operator types, to leave out.
         log: told of every layer that cannot be factorized, and why.
     """
-    shapes = _shapes(model, inputs)
+    shapes, fixed = _shapes(model, inputs), frozenset(ir.protected(model.graph))
     found: dict[int, Layer] = {}
     for node in _candidates(model, log):
         if any(fnmatchcase(node.name, each) or node.op == each for each in exclude):
             log.skip(node.label, "excluded")
             continue
-        layer = layer_of(node, shapes, model.opset)
+        layer = layer_of(node, shapes, model.opset, fixed)
         if isinstance(layer, str):
             log.skip(node.label, layer)
         else:
             found[id(node)] = layer
-    known = chains.find(found.values(), frozenset(ir.protected(model.graph)))
+    known = chains.find(found.values(), fixed)
     for member in (layer for chain in known for layer in chain):
         log.skip(member.name, "it is a factor already")
         del found[id(member.node)]
@@ -121,9 +121,10 @@ class Search:
         self._wanted = wanted
         self._ctx = ctx
         self._gate = gate
-        self._data, held = parts(data)
+        parts = split(data, SAMPLES, 0.25) if data is not None else None
+        self._data = parts.fit if parts else None
+        self._judge = Judge(model, parts.held, ctx.target, SAMPLES) if parts else None
         self._log = log
-        self._fidelity = Fidelity(model, held, SAMPLES, ctx.target) if held else None
         self.measured: list[dict[str, object]] = []
 
     def __call__(self, layers: Sequence[Layer]) -> list[Entry]:
@@ -186,10 +187,10 @@ class Search:
 
     def _measured(self, entry: Entry, gram: Gram | None) -> dict[str, float]:
         """Error of the model's outputs with single candidates in place, by label."""
-        if self._fidelity is None:
+        if self._judge is None:
             return {}
         return {
-            each.label: self._fidelity(self._with(entry.layer, each, gram)) for each in plan.probed(entry)
+            each.label: self._judge(self._with(entry.layer, each, gram)).error for each in plan.probed(entry)
         }
 
     def _with(self, layer: Layer, candidate: Candidate, gram: Gram | None) -> Model:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from onnxslim.dims import dims_of
+from onnxslim.dims import dims_of, keep
 from onnxslim.model import Model
 from onnxslim.passes.fold.edits import Edits
 from onnxslim.passes.fold.literals import lower_constants, make_scalars
@@ -47,6 +47,7 @@ class Fold(Pass):
             folded = [fold_sizes(edits, dims), settle_targets(edits, dims), values.fold(dims)]
             if not any([*folded, share_sizes(edits, dims)]):
                 break
+            keep(model)
         edits.clean_up()
         for node, reason in values.notes():
             log.skip(node.label, reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from onnxslim.graph import Array, Constant, Graph, Namer, Node, Variable
 from onnxslim.model import DEFAULT_DOMAINS, Model
 from onnxslim.passes import dead
 from onnxslim.pipeline import Log
+
+_NONE: Mapping[int, Array | None] = MappingProxyType({})
 
 
 class Edits:
@@ -38,29 +41,41 @@ class Edits:
         """Whether a tensor can be replaced by values; early Constant nodes, for outputs, only hold floats."""
         return id(tensor) not in self.fixed or dtype in self._storable
 
-    def replace(self, nodes: Iterable[Node], values: Mapping[int, Array]) -> None:
-        """Put values, by id of the tensor, in the place of nodes."""
+    def replace(
+        self, nodes: Iterable[Node], values: Mapping[int, Array], narrowed: Mapping[int, Array | None] = _NONE
+    ) -> None:
+        """Put values, by id of the tensor, in the place of nodes; some in a narrower type, with a Cast."""
         gone = {id(node) for node in nodes}
         for graph in self.model.graphs():
             if gone.isdisjoint(id(node) for node in graph.nodes):
                 continue
             kept: list[Node] = []
             for node in graph.nodes:
-                kept.extend(self._store(node, values, graph) if id(node) in gone else [node])
+                kept.extend(self._store(node, values, narrowed, graph) if id(node) in gone else [node])
             graph.nodes[:] = kept
 
-    def _store(self, node: Node, values: Mapping[int, Array], graph: Graph) -> Iterator[Node]:
-        """Store the outputs of a node; an output of the graph gets a Constant node, which is returned."""
+    def _store(
+        self, node: Node, values: Mapping[int, Array], narrowed: Mapping[int, Array | None], graph: Graph
+    ) -> Iterator[Node]:
+        """Store the outputs of a node; yields the Cast of a narrower one, and the Constant of an output."""
         self.log.change(node.label, "computed ahead of time", node.op)
         outputs = list(node.outputs)
         self.forget_inputs(node)
         for tensor in outputs:
             if id(tensor) not in values:
                 continue
-            if id(tensor) in self.fixed:
+            narrow = narrowed.get(id(tensor))
+            if narrow is not None:
+                yield self._cast(node.name, narrow, values[id(tensor)].dtype, tensor, graph)
+            elif id(tensor) in self.fixed:
                 yield Node("Constant", node.name, {"value": _attribute(values[id(tensor)])}, [], [tensor])
             else:
                 self.substitute(tensor, Constant(tensor.name, np.asarray(values[id(tensor)])), graph)
+
+    def _cast(self, name: str, narrow: Array, dtype: np.dtype[Any], tensor: Variable, graph: Graph) -> Node:
+        constant = Constant(self.fresh(f"{tensor.name}_narrow"), narrow)
+        self.declare(constant, graph)
+        return Node("Cast", name, {"to": proto.elem_type_of(dtype)}, [constant], [tensor])
 
     def forget_inputs(self, node: Node) -> None:
         """Unlink a node and remember what it read."""

@@ -28,6 +28,16 @@ _BYTES_PER_INPUT = {"NonZero": 64, "Compress": 16, "Unique": 16}
 # Bytes of a string in memory, besides its characters.
 _STRING_BYTES = 32
 _DIVISIONS = frozenset(("Div", "Mod"))
+# Types that take less space and are understood everywhere, by type; bool takes zeros and ones.
+_NARROWER = {
+    np.dtype(np.float64): (np.bool_, np.float16, np.float32),
+    np.dtype(np.float32): (np.bool_, np.float16),
+    np.dtype(np.int64): (np.bool_, np.int32),
+}
+# At best so many bytes become one.
+_NARROWING = 8
+# Before, Cast named types with words.
+_CAST_SINCE = 6
 
 
 class Values:
@@ -53,18 +63,40 @@ class Values:
     def fold(self, dims: Dims) -> bool:
         """Replace nodes by their values; True if any was."""
         self._dims, self._values = dims, self._literals()
+        priced: set[int] = set()
         while True:
             nodes = self._candidates()
-            plan = budget.plan(nodes, self._nbytes, self._edits.fixed, self._max_growth)
+            plan = budget.plan(nodes, self._nbytes, self._edits.fixed, self._max_growth, self._narrow)
             missing = {id(tensor) for tensor in plan.stored if id(tensor) not in self._values}
+            missing = missing or self._to_be_priced(plan) - priced
             if not missing:
                 break
+            priced |= missing
             self._compute(nodes, missing)
         for node, size in plan.refused:
             self._note(node, f"storing its result of {size} bytes {TOO_LARGE}")
-        self._edits.replace(plan.removed, {id(tensor): self._values[id(tensor)] for tensor in plan.stored})
+        self._max_growth -= max(plan.growth, 0)
+        values = {id(tensor): self._values[id(tensor)] for tensor in plan.stored}
+        self._edits.replace(plan.removed, values, {key: narrower(values[key]) for key in plan.narrowed})
         self._values = {}
         return bool(plan.removed)
+
+    def _to_be_priced(self, plan: budget.Plan) -> set[int]:
+        """Results of nodes that stay and could be stored in a narrower type, as far as their size tells."""
+        results = {id(tensor): tensor for node in plan.kept for tensor in node.outputs if tensor.name}
+        sizes = sorted((self._nbytes(tensor), key) for key, tensor in results.items())
+        limit, total = self._max_growth * _NARROWING, np.cumsum([size for size, _ in sizes])
+        return {
+            key
+            for (size, key), together in zip(sizes, total, strict=True)
+            if size <= limit and together <= WORKING_BYTES and key not in self._values
+        }
+
+    def _narrow(self, tensor: Tensor) -> int | None:
+        """Bytes of a result in the narrower type it fits into, if any."""
+        values = self._values.get(id(tensor))
+        narrow = None if values is None or self._edits.model.opset < _CAST_SINCE else narrower(values)
+        return None if narrow is None else narrow.nbytes
 
     def _note(self, node: Node, reason: str) -> None:
         self._notes[id(node)] = (node, reason)
@@ -215,6 +247,16 @@ def _cone(nodes: Sequence[Node], wanted: set[int]) -> list[Node]:
 
 def _reads(node: Node) -> list[Tensor]:
     return [tensor for tensor in node.inputs if tensor.name]
+
+
+def narrower(values: Array) -> Array | None:
+    """The same values in a type that takes less space, if there is one that holds every bit of them."""
+    with np.errstate(all="ignore"):
+        for dtype in _NARROWER.get(values.dtype, ()):
+            narrow = values.astype(dtype)
+            if narrow.astype(values.dtype).tobytes() == values.tobytes():
+                return narrow
+    return None
 
 
 def _stored_bytes(values: Array) -> int:

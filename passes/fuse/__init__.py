@@ -9,7 +9,7 @@ from pydantic import Field
 from onnxslim import rewrite
 from onnxslim.model import Model
 from onnxslim.passes import facts
-from onnxslim.passes.fuse import activation, after, before, product, recompose
+from onnxslim.passes.fuse import activation, after, before, gate, product, recompose
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.rewrite import Rule
 
@@ -17,6 +17,7 @@ RULES: tuple[Rule[Any], ...] = (
     *after.RULES,
     *before.RULES,
     *product.RULES,
+    *gate.RULES,
     *activation.RULES,
     *recompose.RULES,
 )
@@ -37,5 +38,5 @@ class Fuse(Pass):
     def run(self, model: Model, ctx: Context) -> Changes:
         """Apply the rules everywhere, bodies of If, Loop and Scan included, until none fires."""
         log = Log()
-        rewrite.apply(facts.selected(RULES, self.skip), model, log)
+        rewrite.apply(facts.selected(RULES, self.skip), model, log, lossless=True)
         return log.done()

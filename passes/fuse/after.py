@@ -11,6 +11,7 @@ import numpy as np
 
 from onnxslim.graph import Array, Node, Tensor
 from onnxslim.passes import facts
+from onnxslim.passes.fuse import uniform
 from onnxslim.passes.fuse.layer import LAYERS, Folded, Layer, fold, layer, per_channel, store, training
 from onnxslim.rewrite import Editor, Rule
 
@@ -89,7 +90,7 @@ def normalization(node: Node, edit: Editor, channels: int) -> dict[str, Array] |
     problem = training(node, edit)
     if problem:
         return problem
-    values = [facts.constant(node, index) for index in (1, 2, 3, 4)]
+    values = [uniform.value(node, index, edit) for index in (1, 2, 3, 4)]
     scale, shift, mean, variance = (
         None if value is None or value.shape != (channels,) else value.astype(np.float64) for value in values
     )
@@ -116,7 +117,7 @@ class ArithmeticAfter(After):
 
     def pattern(self, node: Node, edit: Editor) -> Place | None:
         for side in (1,) if node.op == "Div" else (1, 0):
-            values = facts.constant(node, side)
+            values = uniform.value(node, side, edit)
             found = None if values is None else _layer_before(node, 1 - side, edit)
             if found is not None and found.node.op in self.layers and values is not None:
                 return Place(node, found, edit, self._factors(node, side, values, found))
@@ -153,6 +154,40 @@ class MatMulArithmetic(ArithmeticAfter):
 
     name = "matmul-arithmetic"
     layers = ("MatMul",)
+
+
+class TransposedArithmetic(ArithmeticAfter):
+    """Likewise behind a Transpose of a convolution, as in models that keep their channels last."""
+
+    name = "transposed-arithmetic"
+    layers = ("Conv", "ConvTranspose")
+
+    def pattern(self, node: Node, edit: Editor) -> Place | None:
+        for side in (1,) if node.op == "Div" else (1, 0):
+            values = facts.constant(node, side)
+            moved = facts.made_by(node.inputs[1 - side], "Transpose") if values is not None else None
+            if values is None or moved is None or edit.sole_consumer(moved.outputs[0]) is not node:
+                continue
+            found = _layer_before(moved, 0, edit)
+            perm = moved.attrs.get("perm")
+            if found is not None and found.node.op in self.layers and perm and values.ndim <= len(perm):
+                wide = values.reshape((1,) * (len(perm) - values.ndim) + values.shape)
+                return Place(
+                    node, found, edit, self._factors(node, side, wide.transpose(np.argsort(perm)), found)
+                )
+        return None
+
+    def check(self, match: Place, edit: Editor) -> str | None:
+        if isinstance(match.folded, str):
+            return match.folded
+        return facts.stuck((match.node, _data(match.node)), edit)
+
+    def rewrite(self, match: Place, edit: Editor) -> str:
+        assert isinstance(match.folded, Folded)
+        name, op, source = match.layer.node.label, match.node.op, _data(match.node)
+        store(match.layer, edit, match.folded)
+        edit.bypass(match.node, source)
+        return f"moved {op} into {name}"
 
 
 @dataclass(frozen=True)
@@ -235,10 +270,17 @@ class ScaleBehindViews(Rule[Behind]):
 
 
 def _data(node: Node) -> Tensor:
-    """What a node multiplies by a constant."""
+    """What a node combines with a constant."""
     return node.inputs[0 if facts.constant(node, 1) is not None else 1]
 
 
 _VIEWS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 
-RULES = (BatchNormAfter(), ConvArithmetic(), GemmArithmetic(), MatMulArithmetic(), ScaleBehindViews())
+RULES = (
+    BatchNormAfter(),
+    ConvArithmetic(),
+    TransposedArithmetic(),
+    GemmArithmetic(),
+    MatMulArithmetic(),
+    ScaleBehindViews(),
+)

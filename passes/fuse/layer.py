@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 
 from onnxslim.graph import Array, Constant, Node
-from onnxslim.model import constant_of
 from onnxslim.passes import facts
+from onnxslim.passes.fuse import uniform
 from onnxslim.rewrite import Editor
 
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -25,7 +25,7 @@ class Layer:
 
     Attributes:
         node: the operator.
-        weight: its second input.
+        weight: its second input; of a ConstantOfShape, a uniform array.
         groups: of a convolution; 1 for products.
         rank: number of axes of its output; None if unknown.
     """
@@ -98,7 +98,7 @@ def layer(node: Node | None, edit: Editor) -> Layer | None:
         return None
     tensor = node.inputs[1]
     stored = tensor.proto if isinstance(tensor, Constant) else None
-    weight = None if isinstance(stored, onnx.SparseTensorProto) else constant_of(tensor)
+    weight = None if isinstance(stored, onnx.SparseTensorProto) else uniform.values(tensor, edit)
     if weight is None or weight.dtype not in facts.FLOATS:
         return None
     if node.op == "BatchNormalization":
@@ -130,7 +130,7 @@ def _product_rank(node: Node, weight: Array, edit: Editor) -> int | None:
     return max(data, weight.ndim) if data > 1 else weight.ndim - 1
 
 
-def bias(found: Layer) -> Array | None:
+def bias(found: Layer, edit: Editor) -> Array | None:
     """What the layer adds per output channel, in double precision.
 
     None if that is computed, or is no single value per channel.
@@ -138,7 +138,7 @@ def bias(found: Layer) -> Array | None:
     node = found.node
     if not _has_bias(node):
         return np.zeros(found.outputs)
-    values = facts.constant(node, 2)
+    values = uniform.value(node, 2, edit)
     if values is None:
         return None
     if node.op != "Gemm":
@@ -182,20 +182,26 @@ def fold(
     weight, added = None, None
     with np.errstate(all="ignore"):
         if not (outputs is None and shift is None and input_shift is None):
-            added = _new_bias(found, outputs, shift, input_shift)
+            added = _new_bias(found, edit, outputs, shift, input_shift)
             if added is None:
                 return "its bias is computed, or is not one value per channel"
         if not (outputs is None and inputs is None):
-            weight = found.weight.astype(np.float64)
-            weight = weight if inputs is None else weight * found.along_inputs(inputs)
-            weight = weight if outputs is None else weight * found.along_outputs(outputs)
+            factors = [] if inputs is None else [found.along_inputs(inputs)]
+            factors += [] if outputs is None else [found.along_outputs(outputs)]
+            weight = uniform.scaled(found.weight, *factors)
+            if weight is None:
+                return "its weight repeats one number, and would have to be written out"
     return _fitting(found, edit, weight, added)
 
 
 def _new_bias(
-    found: Layer, outputs: Array | None, shift: Array | None, input_shift: Array | None
+    found: Layer,
+    edit: Editor,
+    outputs: Array | None,
+    shift: Array | None,
+    input_shift: Array | None,
 ) -> Array | None:
-    added = bias(found)
+    added = bias(found, edit)
     if added is None:
         return None
     added = added if input_shift is None else added + found.sum_over_inputs(input_shift)
@@ -214,7 +220,7 @@ def _fitting(found: Layer, edit: Editor, weight: Array | None, added: Array | No
         return "the weight is shared"
     dtype = found.weight.dtype
     folded = Folded(
-        None if weight is None else facts.rounded(weight, dtype),
+        None if weight is None else uniform.rounded(weight, dtype),
         None if added is None else facts.rounded(added, dtype),
     )
     if (folded.weight is None) != (weight is None) or (folded.bias is None) != (added is None):
@@ -225,6 +231,8 @@ def _fitting(found: Layer, edit: Editor, weight: Array | None, added: Array | No
 def _may_replace(found: Layer, edit: Editor) -> bool:
     """Whether other values for this layer alone do not make the model much larger."""
     tensor = found.node.inputs[1]
+    if uniform.is_uniform(found.weight):
+        return True
     return edit.sole_consumer(tensor) is found.node or found.weight.nbytes <= facts.MAX_COPY_BYTES
 
 
@@ -237,19 +245,29 @@ def store(found: Layer, edit: Editor, folded: Folded) -> Node:
     """Give a layer its new values; a MatMul with a bias becomes a Gemm. Returns the layer's node."""
     node = found.node
     if folded.weight is not None:
-        edit.set_values(node, 1, folded.weight)
+        _set(found, edit, 1, folded.weight)
     if folded.bias is None:
         return node
     if node.op == "Gemm":
         node.attrs.pop("beta", None)
-    if _has_bias(node):
-        edit.set_values(node, 2, folded.bias)
-        return node
-    added = edit.constant(_bias_name(node.inputs[1].name), folded.bias)
     if node.op == "MatMul":
+        added = edit.constant(_bias_name(node.inputs[1].name), folded.bias)
         return edit.replace_node(node, "Gemm", [*node.inputs, added])
-    edit.set_input(node, 2, added)
+    _set(found, edit, 2, folded.bias)
     return node
+
+
+def _set(found: Layer, edit: Editor, index: int, values: Array) -> None:
+    """Store a weight or bias the way the weight is stored: as one number, if it was, or in full."""
+    node = found.node
+    tensor = node.input(index)
+    name = tensor.name if tensor is not None else _bias_name(node.inputs[1].name)
+    if uniform.is_uniform(found.weight) and values.size > 1 and (values == values.flat[0]).all():
+        uniform.put(edit, node, index, np.broadcast_to(values.flat[0], values.shape), name)
+    elif tensor is not None:
+        edit.set_values(node, index, values)
+    else:
+        edit.set_input(node, index, edit.constant(name, values))
 
 
 def _bias_name(weight: str) -> str:

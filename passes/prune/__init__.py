@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData, Feeds
-from onnxslim.calibration.fidelity import parts
+from onnxslim.calibration.judge import split
 from onnxslim.channels import Analysis, analyze
 from onnxslim.costs import Costs
 from onnxslim.errors import UsageError
@@ -21,9 +21,9 @@ from onnxslim.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Masks
 from onnxslim.passes.prune.budget import TOLERANCE, allocate, uniform
-from onnxslim.passes.prune.choose import Candidates, candidates, criterion_of, damages
+from onnxslim.passes.prune.choose import SAMPLES, Candidates, candidates, criterion_of, damages
 from onnxslim.passes.prune.compensate import compensate
-from onnxslim.passes.prune.cut import cut, prepare
+from onnxslim.passes.prune.cut import cut, prepare, reshare
 from onnxslim.passes.prune.exact import prove
 from onnxslim.passes.prune.importance import Importance
 from onnxslim.passes.prune.plan import PruningPlan
@@ -89,7 +89,7 @@ class _Run:
         self._ctx = ctx
         self._log = Log()
         self._data = _data(ctx, model)
-        self._parts = parts(self._data)
+        self._split = split(self._data, SAMPLES, 0.25) if self._data is not None else None
         self._teacher = model.copy()
         self._model = model
         self._kept: dict[tuple[str, int], NDArray[np.intp]] = {}
@@ -97,7 +97,7 @@ class _Run:
 
     def run(self) -> Changes:
         """All steps."""
-        prepare(self._model)
+        twins = prepare(self._model)
         first = self._analyze()
         before = Costs(self._model, first)
         self._whole = {"macs": before.macs({}), "params": before.parameters({})}
@@ -110,6 +110,7 @@ class _Run:
             self._say_why(first)
             return Changes((), self._log.done().skipped)
         self._tell(first)
+        reshare(self._model, twins)
         return self._log.done()
 
     def _analyze(self) -> Analysis:
@@ -149,7 +150,7 @@ class _Run:
             align=settings.align,
             max_ratio=settings.max_ratio,
             exclude=settings.exclude,
-            data=self._parts[0],
+            data=self._split.fit if self._split else None,
             ctx=self._ctx,
             log=self._log,
         )
@@ -168,7 +169,7 @@ class _Run:
             else (costs.parameters, settings.params, self._whole["params"])
         )
         assert goal is not None
-        curves = damages(self._model, analysis, found, self._parts[1], self._ctx)
+        curves = damages(self._model, analysis, found, self._split.held if self._split else None, self._ctx)
         gone = allocate(found.limits, curves, cost, whole * goal**progress)
         reached = cost(gone) / whole if whole else 1.0
         if progress == 1 and abs(reached - goal) > TOLERANCE:

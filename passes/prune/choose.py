@@ -11,8 +11,8 @@ import numpy as np
 from onnxslim.calibration.collect import Channels
 from onnxslim.calibration.covariance import covariances
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.fidelity import Fidelity
 from onnxslim.calibration.gram import Gram
+from onnxslim.calibration.judge import Judge
 from onnxslim.channels import Analysis, Family
 from onnxslim.graph import Array, Constant
 from onnxslim.model import Model
@@ -132,7 +132,7 @@ def damages(
     compared on a few samples, which should be others than those the moments were taken of. Without, it is
     what the criterion says.
     """
-    judge = Fidelity(model, data, SAMPLES, ctx.target) if data is not None else None
+    judge = Judge(model, data, ctx.target, SAMPLES) if data is not None else None
     curves = {}
     for index, name in enumerate(found.families):
         allowed = found.limits[name].allowed
@@ -140,7 +140,8 @@ def damages(
             points = {count: found.rankings[name].damage[count] for count in allowed}
         else:
             places = sorted({allowed[round(share * (len(allowed) - 1))] for share in (0.0, *MEASURED)})
-            measured = [0.0] + [judge(_trial(model, analysis, found, {name: count})) for count in places[1:]]
+            trials = (_trial(model, analysis, found, {name: count}) for count in places[1:])
+            measured = [0.0, *(judge(trial).error for trial in trials)]
             curve = np.interp(allowed, places, np.maximum.accumulate(np.minimum(measured, 1e6)))
             points = dict(zip(allowed, curve.tolist(), strict=True))
         curves[name] = convex(points)

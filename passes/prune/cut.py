@@ -3,46 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeGuard
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 
 from onnxslim import shapes
 from onnxslim.channels import Analysis
-from onnxslim.graph import Array, Constant, Namer, Node, Tensor, Variable
+from onnxslim.graph import (
+    Array,
+    Constant,
+    Namer,
+    Node,
+    Tensor,
+    Variable,
+    detach,
+    producer,
+    replace_uses,
+    sweep,
+)
 from onnxslim.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Cut, Masks
 from onnxslim.ops.channels.sizes import TARGETS, Sizes
+from onnxslim.passes.dedupe import signature
 from onnxslim.passes.fold import Fold
 from onnxslim.pipeline import Context
 
+Twins: TypeAlias = list[tuple[Tensor, Tensor]]
 
-def prepare(model: Model) -> None:
+
+def prepare(model: Model) -> Twins:
     """Fold what is constant, which shapes often depend on, and undo sharing that would tie layers."""
     Fold().run(model, Context())
-    unshare(model)
+    return unshare(model)
 
 
-def unshare(model: Model) -> None:
+def unshare(model: Model) -> Twins:
     """Give every reader of a vector its own copy, of a constant as well as of computed sizes.
 
     Simplifiers merge equal biases and equal shapes of layers that have nothing else in common; a cut must not
     tie those layers. Shared matrices are meant to be shared (tied embeddings) and stay so.
+
+    Returns:
+        Tensors with their copies, for `reshare`.
     """
     free = Namer(model.graph)
+    twins: Twins = []
     seen: set[int] = {id(tensor) for tensor in model.graph.outputs}
     nodes: list[Node] = []
     for node in model.graph.nodes:
         for index, tensor in enumerate(node.inputs):
             if id(tensor) in seen and _is_vector(tensor):
                 node.inputs[index] = Constant(free(tensor.name), tensor.values)
+                twins.append((tensor, node.inputs[index]))
             elif id(tensor) in seen and TARGETS.get(node.op) == index and _is_only_output(tensor):
                 nodes.append(_twin(tensor.inputs[0], tensor, free))
                 node.inputs[index] = nodes[-1].outputs[0]
+                twins.append((tensor, node.inputs[index]))
             seen.add(id(tensor))
         nodes.append(node)
     model.graph.nodes[:] = nodes
+    return twins
+
+
+def reshare(model: Model, twins: Twins) -> None:
+    """Put together again what is still equal, so that a model does not grow by what was not cut apart."""
+    gone: set[int] = set()
+    for tensor, twin in twins:
+        if tensor.outputs and twin.outputs and _is_same(tensor, twin):
+            replace_uses(twin, tensor)
+            for node in twin.inputs:
+                gone.add(id(node))
+                detach(node)
+    sweep(model.graph, gone)
+
+
+def _is_same(tensor: Tensor, twin: Tensor) -> bool:
+    if isinstance(tensor, Constant) and isinstance(twin, Constant):
+        return tensor.shape == twin.shape and bool(np.array_equal(tensor.values, twin.values))
+    maker, other = producer(tensor), producer(twin)
+    return maker is not None and other is not None and signature(maker) == signature(other) is not None
 
 
 def _is_vector(tensor: Tensor) -> TypeGuard[Constant]:

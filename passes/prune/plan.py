@@ -6,12 +6,44 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from onnxslim.channels import Analysis, Family
 from onnxslim.errors import UsageError
 
 VERSION = 1
+
+
+def _distinct(units: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(units)) < len(units):
+        raise ValueError("a unit is named twice")
+    return tuple(sorted(units))
+
+
+_Count = Annotated[int, Field(ge=0)]
+_STRICT = ConfigDict(strict=True, extra="forbid")
+
+
+class _Entry(BaseModel):
+    """An `Entry` as it is written."""
+
+    model_config = _STRICT
+    family: str
+    size: _Count
+    position: _Count
+    members: tuple[str, ...]
+    removed: Annotated[tuple[_Count, ...], AfterValidator(_distinct)]
+
+
+class _File(BaseModel):
+    """A `PruningPlan` as it is written."""
+
+    model_config = _STRICT
+    version: int
+    sizes: tuple[_Count, ...]
+    entries: tuple[_Entry, ...]
 
 
 @dataclass(frozen=True)
@@ -79,22 +111,14 @@ class PruningPlan:
             UsageError: it is not a plan; says why.
         """
         try:
-            data = json.loads(text)
-            if data["version"] != VERSION:
-                raise UsageError(f"the plan has version {data['version']}, not {VERSION}")
-            entries = tuple(
-                Entry(
-                    str(each["family"]),
-                    int(each["size"]),
-                    tuple(map(str, each["members"])),
-                    int(each["position"]),
-                    tuple(sorted(map(int, each["removed"]))),
-                )
-                for each in data["entries"]
-            )
-            return cls(tuple(map(int, data["sizes"])), entries)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"not a pruning plan: {type(error).__name__}: {error}") from error
+            data = _File.model_validate_json(text)
+        except ValidationError as error:
+            found = error.errors(include_url=False)[0]
+            where = ".".join(map(str, found["loc"])) or "text"
+            raise UsageError(f"not a pruning plan: {where}: {found['msg']}") from error
+        if data.version != VERSION:
+            raise UsageError(f"the plan has version {data.version}, not {VERSION}")
+        return cls(data.sizes, tuple(Entry(**each.model_dump()) for each in data.entries))
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:

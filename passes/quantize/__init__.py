@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -11,19 +10,20 @@ from pydantic import Field
 
 from onnxslim import shapes
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.gram import batch_samples
-from onnxslim.calibration.judge import SAMPLES, Judge
-from onnxslim.errors import CalibrationError
+from onnxslim.calibration.judge import Judge, split
+from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.model import Model
-from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Recipe, Settings
+from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Kind, Recipe, Settings
 from onnxslim.passes.quantize.fused import fused
+from onnxslim.passes.quantize.goal import Goal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
 from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Layer, Search, Trial
+from onnxslim.passes.quantize.trained import Trained, strip
 from onnxslim.pipeline import Changes, Context, Log, Pass, options
 from onnxslim.runtime import CPU, Target, layout
 
 ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
-Activations = Literal["auto", "uint8", "int8", "uint16", "none"] | None
+Activations = Literal["auto", "uint8", "int8", "uint16", "dynamic", "none"] | None
 Layout = Literal["target", "cpu", "openvino", "cuda", "tensorrt", "qnn"]
 Algorithm = Literal["auto", "rtn", "cd", "gptq"]
 
@@ -36,8 +36,9 @@ class Quantize(Pass):
     target with a range chosen on calibration data, biases int32. Operators that gain nothing stay in floating
     point, and the report names them.
 
-    Part of the data is held out. If the outputs lose more than `require_sqnr` allows on it, every layer
-    is measured on its own, and the fewest that have to are kept out of integers.
+    Part of the data is held out. If the outputs lose more than `require_sqnr` allows on it, or the metric
+    drops by more than `max_drop`, every layer is measured on its own, and the fewest that have to are kept
+    out of integers.
     """
 
     name: ClassVar[str] = "quantize"
@@ -50,8 +51,9 @@ class Quantize(Pass):
     )
     activations: Activations = Field(
         "auto",
-        description="integer type of activations: that of the target, another one, or none: then only "
-        "weights of matrix products and embeddings are stored as integers",
+        description="integer type of activations: that of the target, or another one; dynamic: only matrix "
+        "products by constants run in integers, and ranges of their data are those of every single input, "
+        "without calibration; none: weights of matrix products and embeddings are stored as integers",
     )
     observer: ObserverName = Field(
         "auto",
@@ -67,10 +69,16 @@ class Quantize(Pass):
         True, description="adjust biases so that rounding the weights leaves the mean of every channel alone"
     )
     per_channel: bool = Field(True, description="one weight scale per output channel")
-    require_sqnr: float = Field(
-        25.0,
+    require_sqnr: float | None = Field(
+        None,
         description="signal to noise, in dB, that the outputs are to keep on samples held out; layers that "
-        "cost too much of it stay in float (0: none does)",
+        "cost too much of it stay in float (0: none does). By default 25, or 0 where max_drop is given",
+    )
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        description="how much less than before the metric of the result may be: as few layers as that takes "
+        "stay in float. The metric is `metric=` of the pipeline, or `--metric`, or accuracy on labels",
     )
     algorithm: Algorithm = Field(
         "auto",
@@ -107,21 +115,33 @@ class Quantize(Pass):
         Raises:
             CalibrationError: there is no calibration data, or it does not fit the model.
             PassError: the model's opset is too old and cannot be raised.
+            UsageError: options contradict each other.
         """
         if ctx.data is None and self._static:
             raise CalibrationError(
                 "pass 'quantize' needs calibration data: pass data=, or --data on the command line"
             )
+        if self.activations == "dynamic" and self.weights == "int4":
+            raise UsageError(
+                "pass 'quantize': int4 weights go with activations=none, where ONNX Runtime turns data into "
+                "integers as it comes as well"
+            )
         log = Log()
         ctx = replace(ctx, target=self._target(ctx.target))
         wide = self.weights == "int4" or ctx.target.quantized.activation.itemsize > 1
         prepare(model, ctx.target.quantized, log, WIDE_OPSET if wide else MIN_OPSET)
+        trained = strip(model)
         shapes.infer(model)
-        candidate = self._candidate(model, ctx, log)
+        original = model.copy()
+        if trained:
+            trained.restore(original, ())
+            log.facts["trained"] = [len(trained.tensors), len(trained.constants)]
+        candidate = self._candidate(model, trained, original, ctx, log)
         log.add(candidate.log.done())
         plan = candidate.plan
         if not plan.linear and not plan.stored:
-            log.skip(model.graph.name or "model", "no operator with weights can run in integers")
+            kept = any(row["kept"] for row in log.facts.get("layers", ()))
+            log.skip(model.graph.name or "model", NOTHING_LEFT if kept else NOTHING_FOUND)
             return Changes((), log.done().skipped)
         model.graph = candidate.model.graph
         if ctx.target.provider == CPU and self.layout in ("target", "cpu"):
@@ -131,7 +151,7 @@ class Quantize(Pass):
 
     @property
     def _static(self) -> bool:
-        return self.activations not in (None, "none")
+        return self.activations not in (None, "none", "dynamic")
 
     def _target(self, target: Target) -> Target:
         """The target with the wanted layout and type of activations."""
@@ -143,30 +163,43 @@ class Quantize(Pass):
         rules = replace(target.quantized, activation=kind, symmetric=kind.kind == "i")
         return replace(target, quantized=rules)
 
-    def _candidate(self, model: Model, ctx: Context, log: Log) -> Candidate:
+    def _candidate(
+        self, model: Model, trained: Trained, original: Model, ctx: Context, log: Log
+    ) -> Candidate:
         """The result, found by a search if there is data to judge by."""
+        if ctx.data is None and self.max_drop is not None:
+            raise CalibrationError("pass 'quantize' with max_drop needs calibration data to rank layers on")
         if ctx.data is None:
-            return Builder(model, ctx, self._settings())(Recipe())
+            return Builder(model, ctx, self._settings(), trained)(Recipe())
         data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
         data.check(model.inputs())
-        return self._search(model, replace(ctx, data=data), log).candidate
+        ctx = replace(ctx, data=data)
+        fit, held, share = split(data)
+        build = Builder(model, replace(ctx, data=fit), self._settings(), trained)
+        # What runs in integers may saturate where what it was trained with did not.
+        judge = Judge(original, held, ctx.target, optimize="none" if trained else "all", clear=CLEAR)
+        search = Search(build, judge)
+        goal = Goal(self.require_sqnr, self.max_drop, original, ctx)
+        search, trial = self._search(search, goal, log)
+        if share > FEW or (share and trial.score.sqnr < ENOUGH):
+            trial = search.complete(trial, held, goal)
+        self._tell(trial, search, goal, log)
+        return trial.candidate
 
     def _settings(self) -> Settings:
+        kind: Kind = "static" if self._static else "dynamic" if self.activations == "dynamic" else "none"
         return Settings(
             self.exclude,
             self.classifier,
             self.bias_correction,
             self.per_channel,
             self.weights,
-            self._static,
+            kind,
             self.algorithm == "gptq",
         )
 
-    def _search(self, model: Model, ctx: Context, log: Log) -> Trial:
-        """The candidate to take, and in the log how it was found."""
-        fit, held, share = _split(ctx.data)
-        build = Builder(model, replace(ctx, data=fit), self._settings())
-        search = Search(build, Judge(model, held, ctx.target))
+    def _search(self, search: Search, goal: Goal, log: Log) -> tuple[Search, Trial]:
+        """The candidate to take, and where to search on; in the log how it was found."""
         if not self._static:
             trial = search.attempt(Recipe())
         elif self.observer == "auto":
@@ -180,38 +213,28 @@ class Quantize(Pass):
         if self.algorithm in ("cd", "gptq") or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH):
             search, trial = search.rounding(trial, self.sequential)
         log.facts["everything"] = trial.score.sqnr
-        if trial.score.sqnr < self.require_sqnr or self.layers:
+        if self.layers or not goal.met(trial):
             layers = search.layers(trial)
-            if trial.score.sqnr < self.require_sqnr and self._static and self.observer == "auto":
+            if not goal.met(trial) and self._static and self.observer == "auto":
                 trial, layers = search.ranges(trial, layers)
-            if trial.score.sqnr < self.require_sqnr:
-                trial = search.keep(trial, layers, self.require_sqnr)
+            if not goal.met(trial):
+                trial = search.keep(trial, layers, goal)
             log.facts["layers"] = [_row(layer, trial) for layer in layers]
         if self.optimize_for == "latency" and self._static:
             trial = search.fastest(trial)
-        if share > FEW or (share and trial.score.sqnr < ENOUGH):
-            trial = search.complete(trial, held, self.require_sqnr)
+        return search, trial
+
+    @staticmethod
+    def _tell(trial: Trial, search: Search, goal: Goal, log: Log) -> None:
+        """Figures of the candidate that was taken."""
+        if not goal.met(trial):
+            log.skip("model", goal.shortfall(trial))
         log.facts["sqnr"] = trial.score.sqnr
+        if goal.before is not None:
+            log.facts["metric"] = [goal.before, goal.value(trial.candidate.model)]
         log.facts["latency"] = search.latency(trial)
         log.facts["parts"] = dict(trial.score.parts)
         log.facts["observer"] = trial.recipe.observer[0]
-        return trial
-
-
-def _split(data: CalibrationData) -> tuple[CalibrationData, CalibrationData, float]:
-    """Data to calibrate on, data to judge on, `SAMPLES` samples or half of all, and the share of these.
-
-    A single batch serves for both, and nothing is held out then.
-    """
-    try:
-        batches = len(data)
-    except TypeError:
-        batches = sum(1 for _ in data)
-    if batches < 2:
-        return data, data, 0.0
-    wanted = max(math.ceil(SAMPLES / batch_samples(next(iter(data)))), 1)
-    share = min(wanted / batches, 0.5)
-    return *data.holdout(share, seed=0), share
 
 
 def _row(layer: Layer, trial: Trial) -> dict[str, object]:
@@ -219,5 +242,9 @@ def _row(layer: Layer, trial: Trial) -> dict[str, object]:
     return {"node": layer.node, "op": layer.op, "sqnr": round(layer.sqnr, 2), "kept": kept}
 
 
+# In dB: what keeps that much of a few samples need not be looked at any longer.
+CLEAR = ENOUGH + 5.0
+NOTHING_FOUND = "no operator with weights can run in integers"
+NOTHING_LEFT = "every layer would have to stay in floating point to keep as much as is asked for"
 # With no more of the data held out than this, ranges are as good without it.
 FEW = 1 / 3

@@ -22,16 +22,19 @@ from onnxslim.calibration.observers import Distribution, Histogram, Range
 from onnxslim.graph import Array, Constant, Node, Tensor, producer
 from onnxslim.model import Model
 from onnxslim.ops import Role, cost, spec_of
+from onnxslim.passes.quantize import dynamic
 from onnxslim.passes.quantize.equalize import equalize
 from onnxslim.passes.quantize.insert import Inserter, pair_axis_of
-from onnxslim.passes.quantize.plan import Plan, Planner, exceeds
+from onnxslim.passes.quantize.plan import LAST, Plan, Planner, exceeds
 from onnxslim.passes.quantize.rounding import Rounder, as_matrix
 from onnxslim.passes.quantize.sequential import Sequential
 from onnxslim.passes.quantize.storing import BLOCK, Blocks, Rounding, Storage, nearest
+from onnxslim.passes.quantize.trained import KeptEncoder, Known, Trained
 from onnxslim.passes.quantize.weights import FOUR_BITS, QMAX, Encoded, Encoder, encode, least_scales
 from onnxslim.pipeline import Context, Log
 
 Bits = Literal["int8", "int4"]
+Kind = Literal["static", "dynamic", "none"]
 Observer = Literal["minmax", "percentile", "kl", "mse"]
 ObserverChoice: TypeAlias = tuple[Observer, float]  # with the percentile, if it is one
 Group: TypeAlias = tuple[str, ...]
@@ -44,7 +47,8 @@ class Settings:
     Attributes:
         exclude: globs on node names, or operator types, that stay in floating point.
         weights: their integer type; int4 has a scale for every few inputs where activations are not integers.
-        static: whether activations become integers; if not, weights only are stored as such.
+        activations: whether they become integers on ranges known beforehand ("static"), as they come
+            ("dynamic"), or not at all ("none"): then weights only are stored as such.
         gptq: whether coordinate descent starts from what GPTQ finds instead of the nearest codes.
     """
 
@@ -53,8 +57,13 @@ class Settings:
     bias_correction: bool = True
     per_channel: bool = True
     weights: Bits = "int8"
-    static: bool = True
+    activations: Kind = "static"
     gptq: bool = False
+
+    @property
+    def static(self) -> bool:
+        """Whether ranges have to be calibrated."""
+        return self.activations == "static"
 
 
 @dataclass(frozen=True)
@@ -95,17 +104,22 @@ class Builder:
         model: prepared, with shapes inferred; never modified.
         ctx: with `CalibrationData`.
         settings: for all candidates.
+        trained: what was quantized in the model already, and was taken out of it.
     """
 
-    def __init__(self, model: Model, ctx: Context, settings: Settings) -> None:
+    def __init__(
+        self, model: Model, ctx: Context, settings: Settings, trained: Trained | None = None
+    ) -> None:
         self.model = model
+        self._trained = trained or Trained()
         self.ctx = ctx
         self._settings = settings
         self._seen = Statistics({}, {})
         limit = FOUR_BITS if settings.static and settings.weights == "int4" else QMAX
         self._rounders: dict[str, Rounder] = {}
         self._blocks: Mapping[str, Blocks] = {}
-        self._nearest, self._refined = Encoder(limit), Encoder(limit, self._rounders)
+        self._nearest, self._refined = KeptEncoder(limit), KeptEncoder(limit, self._rounders)
+        self._nearest.trained = self._refined.trained = self._trained
 
     def __call__(self, recipe: Recipe) -> Candidate:
         """Build one candidate.
@@ -117,15 +131,37 @@ class Builder:
         plan = self._plan(twin, recipe, log)
         ranges = self._ranges(plan, recipe)
         groups = tuple(dict.fromkeys(_names(group) for group in plan.scales.values()))
-        if plan.linear or plan.stored:
-            if recipe.refined:
-                self._observe(plan)
-            four = plan.stored if self._four_bits else []
-            plan.stored = [] if self._four_bits else plan.stored
-            self._insert(twin, plan, ranges, log, self._refined if recipe.refined else self._nearest)
-            plan.stored = plan.stored or four
-        self._store(twin, plan, recipe, log)
+        stored, others = self._parted(plan, recipe, log)
+        encoder = self._refined if recipe.refined else self._nearest
+        if recipe.refined:
+            self._observe(plan)
+        if plan.linear or stored:
+            self._insert(twin, replace(plan, stored=stored), ranges, log, encoder)
+        if self._settings.activations == "dynamic":
+            self._run_dynamically(twin, others, log, encoder)
+        if self._trained:
+            self._trained.restore(twin, {tensor.name for tensor in plan.tensors.values()})
+        self._store(twin, plan, recipe, others if self._four_bits else [], log)
         return Candidate(twin, plan, log, groups)
+
+    def _parted(self, plan: Plan, recipe: Recipe, log: Log) -> tuple[list[Node], list[Node]]:
+        """Nodes that store their weight as int8, and those that run dynamically or store it in four bits."""
+        if not self._four_bits and self._settings.activations != "dynamic":
+            return plan.stored, []
+        parts: tuple[list[Node], list[Node]] = [], []
+        for node in plan.stored:
+            reason = recipe.kept.get(node.label)
+            if not self._four_bits:
+                reason = reason or (LAST if id(node) in plan.last else None) or dynamic.unfit(node)
+            parts[reason is None].append(node)
+            if reason:
+                log.skip(node.label, reason)
+        return parts
+
+    def _run_dynamically(self, model: Model, nodes: Sequence[Node], log: Log, encoder: Encoder) -> None:
+        writer = dynamic.Dynamic(model, self.ctx.target.quantized, encoder, self._settings.per_channel, log)
+        writer.apply(nodes)
+        log.facts["tightened"] = writer.tightened
 
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates of weighted nodes on the first batch, by label, where shapes tell."""
@@ -135,7 +171,12 @@ class Builder:
         return {node.label: count for node, count in zip(nodes, counts, strict=True) if count}
 
     def equalized(self, plan: Plan, log: Log) -> Builder | None:
-        """Of the same model with its channels scaled for a plan of it; None where that changes nothing."""
+        """Of the same model with its channels scaled for a plan of it; None where that changes nothing.
+
+        Scales and codes from training fit the channels as they are.
+        """
+        if self._trained:
+            return None
         twin = self.model.copy()
         levels = (1 << 8 * self.ctx.target.quantized.activation.itemsize) - 1, 2 * self._nearest.limit
         if not equalize(twin, plan, self.ctx.data, levels, log, self.ctx.target):
@@ -145,6 +186,8 @@ class Builder:
 
     def sequential(self, recipe: Recipe) -> Builder | None:
         """Of the model with its weights fitted and rounded in turn, for a recipe; None if there are none."""
+        if self._trained or self._settings.activations == "dynamic":
+            return None
         student, log = self.model.copy(), Log()
         plan = self._plan(student, recipe, log)
         known = {tensor.name for node in self.model.graph.nodes for tensor in node.outputs}
@@ -165,7 +208,7 @@ class Builder:
         build = Builder(twin, self.ctx, self._settings)
         build._seen = self._seen
         build._blocks = work.blocks
-        build._refined = Encoder(self._nearest.limit, build._rounders, work.codes)
+        build._refined = KeptEncoder(self._nearest.limit, build._rounders, work.codes)
         return build
 
     def _code(
@@ -202,7 +245,8 @@ class Builder:
     def _plan(self, model: Model, recipe: Recipe, log: Log) -> Plan:
         """A plan whose tensors are all calibrated; made anew where one turns out to hold a mask."""
         while True:
-            masked = {name for name, histogram in self._seen.histograms.items() if histogram.masked}
+            seen = self._seen.histograms.items()
+            irregular = {name: histogram.irregular for name, histogram in seen if histogram.irregular}
             refuse = self._refusal(recipe)
             planner = Planner(
                 model,
@@ -212,7 +256,8 @@ class Builder:
                 kept=self._kept(recipe),
                 weights_only=not self._settings.static,
                 classifier=self._settings.classifier,
-                masked=masked,
+                irregular=irregular,
+                trained=self._trained.covers,
             )
             plan = planner.plan()
             if not self._calibrate(plan):
@@ -225,6 +270,8 @@ class Builder:
             globs = self._settings.exclude
             if any(fnmatch.fnmatchcase(node.name, glob) or glob == node.op for glob in globs):
                 return "excluded"
+            if reason := recipe.refused.get(node.label):
+                return reason
             if (
                 recipe.only is not None
                 and node.label not in recipe.only
@@ -244,16 +291,20 @@ class Builder:
         """Nodes that compute in floating point: those of the recipe, or all of them."""
         if self._settings.static:
             return recipe.kept
-        return {node.label: WEIGHTS_ONLY for node in self.model.graph.nodes}
+        reason = WEIGHTS_ONLY if self._settings.activations == "none" else AS_THEY_COME
+        return {node.label: reason for node in self.model.graph.nodes}
 
     def without(self, recipe: Recipe, labels: Iterable[str], reason: str) -> Recipe:
         """The recipe with these weighted nodes one step more exact."""
         more = dict.fromkeys(labels, reason)
-        return replace(recipe, kept=more) if self._settings.static else replace(recipe, refused=more)
+        if self._settings.activations == "none" and not self._four_bits:
+            return replace(recipe, refused=more)
+        return replace(recipe, kept=more)
 
     def held_back(self, recipe: Recipe) -> Mapping[str, str]:
         """The weighted nodes that `without` made more exact."""
-        return recipe.kept if self._settings.static else recipe.refused
+        weights_only = self._settings.activations == "none" and not self._four_bits
+        return recipe.refused if weights_only else recipe.kept
 
     def absorb(self, data: CalibrationData) -> None:
         """Take more data into the ranges: what was held out to choose among candidates."""
@@ -268,13 +319,13 @@ class Builder:
         )
         seen.merge(more)
 
-    def _store(self, model: Model, plan: Plan, recipe: Recipe, log: Log) -> None:
+    def _store(self, model: Model, plan: Plan, recipe: Recipe, four_bits: Sequence[Node], log: Log) -> None:
         """What takes less room in the file than it computes with."""
         if self._settings.static and not self.ctx.target.quantized.weight_only:
             return  # the target may not know what to do with them
         storage = Storage(model, log)
         storage.tables(self._refusal(recipe))
-        for node in plan.stored if self._four_bits else ():
+        for node in four_bits:
             storage.four_bits(node, self._rounding(node.inputs[1].name, recipe))
         if self._settings.static and recipe.only is None:
             stored = {id(node) for node in plan.stored}
@@ -341,7 +392,7 @@ class Builder:
         channels, seen = self._channels(plan), self._seen.means
         means = {node: seen[key].result() for node, key in channels.items() if key in seen}
         inserter = Inserter(model, plan, self.ctx.target.quantized, log, encoder)
-        inserter.apply(ranges, self._settings.per_channel, means)
+        inserter.apply(ranges, self._settings.per_channel, means, self._grids(plan), self._trained.constants)
         log.facts["tightened"] = inserter.tightened
         log.facts["corrected"] = inserter.corrected
 
@@ -361,6 +412,18 @@ class Builder:
             if any(exceeds(source, of(plan.scales[key])) for source in plan.own[key]):
                 plan.scales[key] = plan.own[key]
         return {key: of(plan.scales[key]) for key in plan.tensors}
+
+    def _grids(self, plan: Plan) -> dict[int, Known]:
+        """Scales and zero points that are known already: of a tensor, or of one that shares its scale."""
+        rules, seen = self.ctx.target.quantized, self._seen.histograms
+        own = {
+            key: grid
+            for key, tensor in plan.tensors.items()
+            if (grid := self._trained.known(tensor, rules, seen.get(tensor.name))) is not None
+        }
+        groups = {_names(plan.scales[key]): grid for key, grid in reversed(own.items())}
+        shared = {key: groups[names] for key in plan.tensors if (names := _names(plan.scales[key])) in groups}
+        return {**shared, **own}
 
     def _choose(self, values: Distribution, observer: ObserverChoice) -> Range:
         name, percent = observer
@@ -396,6 +459,7 @@ def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:
     yield from waiting.items()
 
 
+AS_THEY_COME = "without ranges, only matrix products by constants run in integers"
 WEIGHTS_ONLY = "only weights are asked for, which it does not read as integers"
 # By how much a bias may grow while its layer is fitted.
 ROOM = 4.0

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from onnxslim.graph import Node
 from onnxslim.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.runtime import Target, optimized_model
@@ -26,7 +27,7 @@ def fused(model: Model, integer: Mapping[int, str], target: Target) -> dict[str,
     named = model.copy()
     for node, twin in zip(model.graph.nodes, named.graph.nodes, strict=True):
         twin.name = integer.get(id(node), node.label)
-    countable = [node for node in named.graph.nodes if spec_of(node).role in (Role.LINEAR, Role.KERNEL)]
+    countable = [node for node in named.graph.nodes if _may_be_integer(node)]
     ran = {node.name: node.op_type for node in optimized_model(named, target).graph.node}
     wanted = set(integer.values())
     # A fused node keeps its name and changes its type; "FusedConv" and its like are floating point.
@@ -36,9 +37,17 @@ def fused(model: Model, integer: Mapping[int, str], target: Target) -> dict[str,
         if node.name in wanted and ran.get(node.name) in (node.op, f"Fused{node.op}")
     ]
     lost = set(unfused)
-    done = Counter(node.op for node in countable if node.name in wanted and node.name not in lost)
+    done = Counter(_kind(node) for node in countable if node.name in wanted and node.name not in lost)
     return {
         "fused": dict(done),
-        "total": {op: count for op, count in Counter(node.op for node in countable).items() if done[op]},
+        "total": {op: count for op, count in Counter(map(_kind, countable)).items() if done[op]},
         "unfused": tuple(unfused),
     }
+
+
+def _may_be_integer(node: Node) -> bool:
+    return node.op == "MatMulInteger" or spec_of(node).role in (Role.LINEAR, Role.KERNEL)
+
+
+def _kind(node: Node) -> str:
+    return "MatMul" if node.op == "MatMulInteger" else node.op

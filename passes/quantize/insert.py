@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -15,6 +15,7 @@ from onnxslim.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.passes.quantize import weights
 from onnxslim.passes.quantize.plan import Plan, is_movable
+from onnxslim.passes.quantize.trained import Known
 from onnxslim.pipeline import Log
 from onnxslim.runtime import Quantized
 
@@ -59,6 +60,8 @@ class Inserter:
         self._new: list[Node] = []
         self._replaced: set[int] = set()
         self._means: Mapping[int, Array] = {}
+        self._known: Mapping[int, Known] = {}
+        self._tops: dict[int, int] = {}
         self.tightened: dict[str, int] = {}
         self.corrected = 0
 
@@ -67,6 +70,8 @@ class Inserter:
         ranges: Mapping[int, Range],
         per_channel: bool,
         means: Mapping[int, Array] | None = None,
+        known: Mapping[int, Known] | None = None,
+        stored: Collection[str] = (),
         *,
         activations_only: bool = False,
     ) -> None:
@@ -76,13 +81,19 @@ class Inserter:
             ranges: of each tensor of the plan, by id; tensors that share a scale have equal ones.
             per_channel: one weight scale per output channel.
             means: of each channel of the data of a weighted node, by the id of the node; corrects its bias.
+            known: scale and zero point of tensors that have them already, by id.
+            stored: names of constants that will be dequantized ones.
             activations_only: leave weights, and the Relu and Clip that ranges imply, as they are.
         """
         self._means = means or {}
+        self._known = known or {}
         scales = self._scales(ranges)
         if not activations_only:
             self._fold_clamps(scales)
         dequantized = {key: self._pair(tensor, scales[key]) for key, tensor in self._plan.tensors.items()}
+        self._tops = {
+            id(result): self._known[key].top for key, result in dequantized.items() if key in self._known
+        }
         for node in (*self._plan.linear, *self._plan.followers):
             self._rewire(node, dequantized)
         for node in () if activations_only else self._plan.linear:
@@ -91,7 +102,7 @@ class Inserter:
             self._store_weight(node, per_channel)
         self._shield_outputs()
         self._graph.nodes.extend(self._new)
-        self._shield_floats()
+        self._shield_floats(stored)
         self._drop_replaced()
         ir.sort(self._graph)
 
@@ -105,16 +116,21 @@ class Inserter:
     # Activations
 
     def _scales(self, ranges: Mapping[int, Range]) -> dict[int, Scale]:
-        made: dict[tuple[int, ...], Scale] = {}
+        made: dict[tuple[object, ...], Scale] = {}
         found: dict[int, Scale] = {}
         info = np.iinfo(self._rules.activation)
         # A symmetric type leaves its lowest code unused, so that negation stays possible.
         low = info.min + 1 if self._rules.symmetric and info.min < 0 else info.min
         for key, tensor in self._plan.tensors.items():
-            group = tuple(id(source) for source in self._plan.scales[key])
+            known = self._known.get(key)
+            group = (*(id(source) for source in self._plan.scales[key]), known)
             if group not in made:
-                scale, zero = affine_parameters(
-                    ranges[key], qmin=low, qmax=info.max, symmetric=self._rules.symmetric
+                scale, zero = (
+                    known[:2]
+                    if known
+                    else affine_parameters(
+                        ranges[key], qmin=low, qmax=info.max, symmetric=self._rules.symmetric
+                    )
                 )
                 made[group] = Scale(
                     Constant(self._name(f"{tensor.name}_scale"), np.asarray(scale, np.float32)),
@@ -162,7 +178,7 @@ class Inserter:
                     ir.replace_uses(source, inner)
                     self._add("Identity", f"{source.name}_Identity", [inner], source)  # type: ignore[arg-type]
 
-    def _shield_floats(self) -> None:
+    def _shield_floats(self, stored: Collection[str]) -> None:
         """Keep ONNX Runtime from quantizing the weights of nodes that are to stay in floating point.
 
         It does so, with one scale for all of a weight, between a DQ with a single scale and a Q. A DQ with
@@ -172,6 +188,8 @@ class Inserter:
         for node in self._graph.nodes:
             channels, maker = _summed_channels(node), ir.producer(node.inputs[0]) if node.inputs else None
             if not channels or maker is None or maker.op != "DequantizeLinear" or not _reaches_q(node):
+                continue
+            if node.inputs[1].name in stored:
                 continue
             codes, scale, zero_point = maker.inputs[0], maker.input(1), maker.input(2)
             axis = spec_of(node).data_axis
@@ -257,7 +275,7 @@ class Inserter:
         info = np.iinfo(self._rules.activation)
         step = np.float32(beta / info.max)
         right = self._dequantized(
-            Variable(f"{node.outputs[0].name}_beta"), np.array(info.max, info.dtype), np.array(step), 0
+            Variable(f"{node.outputs[0].name}_beta"), np.array(info.max, info.dtype), np.array(step), None, 0
         )
         node.op, node.attrs = "Add", {}
         node.inputs = [left, right]
@@ -330,7 +348,7 @@ class Inserter:
         assert axis is not None
         self._replaced.add(id(weight))
         encoded = self._encode(weight, axis(node), per_channel=per_channel)
-        node.inputs[1] = self._dequantized(weight, encoded.codes, encoded.scales, axis(node), zero_point=True)
+        node.inputs[1] = self._dequantized(weight, encoded.codes, encoded.scales, 0, axis(node))
         self._log.change(self._plan.labels[id(node)], f"{node.op} stores its weight as int8", "quantize")
 
     def _activation_scale(self, node: Node) -> np.float32:
@@ -356,32 +374,44 @@ class Inserter:
         encoded = self._encode(weight, axis, per_channel=per_channel, pair_axis=pair_axis, least=least)
         if encoded.tightened:
             self.tightened[self._plan.labels[id(node)]] = encoded.tightened
-        result = self._dequantized(weight, encoded.codes, encoded.scales, axis, zero_point=True)
+        result = self._dequantized(weight, *self._unsaturated(node, encoded, axis, pair_axis), axis)
         if self._encode.limit == weights.FOUR_BITS:
             self._pack(result)
         self._weights[id(weight), axis] = result, encoded
         return result, encoded
 
+    def _unsaturated(
+        self, node: Node, encoded: weights.Encoded, axis: int, pair_axis: int | None
+    ) -> tuple[Array, Array, int]:
+        """Codes, scales and zero point of a weight. Codes that must stay as they are may saturate as int8;
+        kernels for uint8 widen first.
+        """
+        top = self._tops.get(id(node.inputs[0]), 255)
+        if pair_axis is None or not weights.saturates(encoded.codes, axis, pair_axis, top):
+            return encoded.codes, encoded.scales, 0
+        self._log.change(self._plan.labels[id(node)], "weight stored as uint8", "its codes could saturate")
+        return (encoded.codes.astype(np.int16) + 128).astype(np.uint8), encoded.scales, 128
+
     def _encoded_bias(
         self, tensor: Tensor, bias: Array, steps: weights.Scales, activation: np.float32
     ) -> Variable:
         codes, sizes = weights.encode_bias(bias.reshape(-1), steps, activation)
-        return self._dequantized(tensor, codes, sizes, 0)
+        return self._dequantized(tensor, codes, sizes, None, 0)
 
     def _dequantized(
-        self, like: Tensor, codes: Array, scales: Array, axis: int, *, zero_point: bool = False
+        self, like: Tensor, codes: Array, scales: Array, zero: int | None, axis: int
     ) -> Variable:
         """Stored integers and the DQ that turns them back.
 
-        Their zero point is zero, which is what DQ assumes without one; of weights ONNX Runtime asks for it.
+        Without a zero point DQ assumes zero; of weights ONNX Runtime asks for it all the same.
         """
         result = Variable(self._name(f"{like.name}_dequantized"), np.dtype(np.float32), codes.shape)
         inputs: list[Tensor] = [
             Constant(self._name(f"{like.name}_quantized"), codes),
             Constant(self._name(f"{like.name}_scale"), scales),
         ]
-        if zero_point:
-            zeros = np.zeros(scales.shape, codes.dtype)
+        if zero is not None:
+            zeros = np.full(scales.shape, zero, codes.dtype)
             inputs.append(Constant(self._name(f"{like.name}_zero_point"), zeros))
         attrs = {"axis": axis} if scales.ndim else {}
         self._add("DequantizeLinear", f"{like.name}_DequantizeLinear", inputs, result, attrs)

@@ -30,6 +30,7 @@ class Plan:
     Attributes:
         linear: weighted operators with an integer kernel, in order.
         stored: weighted operators that stay in floating point and only store their weight as integers.
+        last: ids of those of them that are the last matrix product before an output.
         followers: operators that run in integers between them, in order.
         tensors: tensors that get a Q/DQ pair, by id, in order of appearance.
         scales: for each of them, the tensors whose values set its range (more than one if they share).
@@ -40,6 +41,7 @@ class Plan:
 
     linear: list[Node] = field(default_factory=list)
     stored: list[Node] = field(default_factory=list)
+    last: set[int] = field(default_factory=set)
     followers: list[Node] = field(default_factory=list)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     scales: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -49,7 +51,8 @@ class Plan:
     @property
     def integer(self) -> set[int]:
         """Ids of all nodes that run in integers."""
-        return {id(node) for node in (*self.linear, *self.followers)}
+        dynamic = [node for node in self.stored if node.op == "MatMulInteger"]
+        return {id(node) for node in (*self.linear, *self.followers, *dynamic)}
 
     def sources(self) -> list[str]:
         """Names of the tensors to calibrate: those whose values set a range, constants left out."""
@@ -69,7 +72,8 @@ class Planner:
             runs a matrix product as fast that way, its weight is stored as integers all the same.
         weights_only: whether that is all that is wanted.
         classifier: whether the last matrix product before an output is quantized too.
-        masked: names of tensors that hold mask values, which no integer range should cover.
+        irregular: of tensors whose values no integer range should cover, by name, what they hold.
+        trained: whether a weighted node was trained to run in integers.
     """
 
     def __init__(
@@ -82,7 +86,8 @@ class Planner:
         kept: Mapping[str, str] | None = None,
         weights_only: bool = False,
         classifier: bool = False,
-        masked: Collection[str] = (),
+        irregular: Mapping[str, str] | None = None,
+        trained: Callable[[Node], bool] = lambda node: False,
     ) -> None:
         self._nodes = model.graph.nodes
         self._rules = rules
@@ -93,7 +98,8 @@ class Planner:
         # What a body reads stays what it is: the plan does not look inside.
         self._captured = {id(t) for node in self._nodes if node.bodies for t in captures(node)}
         self._log = log
-        self._masked = masked
+        self._irregular = irregular or {}
+        self._trained = trained
         self._sealed = {id(self._result(node)) for node in self._nodes if _is_misread(node)}
         self._seal_moved()
         self._tail = set[int]() if classifier else self._classifiers()
@@ -103,6 +109,7 @@ class Planner:
         plan = Plan()
         plan.linear = [node for node in self._nodes if self._is_linear(node)]
         plan.stored = [node for node in self._nodes if self._is_stored(node)]
+        plan.last = self._tail
         available = self._required(plan.linear)
         candidates = self._forward(available, plan.linear)
         plan.followers = self._wanted(candidates, plan.linear)
@@ -161,8 +168,9 @@ class Planner:
             return f"its data is not float32 but {', '.join(sorted(str(t) for t in types))}"
         if any(isinstance(tensor, Constant) and is_mask(tensor.values) for tensor in data):
             return "a constant it reads holds infinities or mask values"
-        if any(tensor.name in self._masked for tensor in (*data, self._result(node), *node.outputs)):
-            return "its data holds mask values"
+        for tensor in (*data, self._result(node), *node.outputs):
+            if tensor.name in self._irregular:
+                return f"its data holds {self._irregular[tensor.name]}"
         return None
 
     def _is_quantized(self, node: Node) -> bool:
@@ -179,13 +187,15 @@ class Planner:
             return "its weight is computed, not stored"
         if reason := self._unfit_values(weight):
             return reason
+        if id(weight) in self._captured or any(reader.bodies for reader in weight.outputs):
+            return "a body reads its weight too, in floating point: it would be stored twice"
         if isinstance(node.inputs[0], Constant):
             return "its data is a constant"
         bias = node.input(2)
         if bias is not None and not isinstance(bias, Constant):
             return "its bias is computed, not stored"
         if id(node) in self._tail:
-            return "the final classifier stays in floating point (option `classifier`)"
+            return LAST
         return None
 
     def _is_stored(self, node: Node) -> bool:
@@ -226,10 +236,14 @@ class Planner:
 
     def _narrow(self, node: Node, spec: OpSpec) -> str | None:
         """Why a convolution over very few channels is left alone."""
-        if spec.input_channels is None or (spec.channelwise and spec.channelwise(node)):
+        if (
+            spec.input_channels is None
+            or (spec.channelwise and spec.channelwise(node))
+            or self._trained(node)
+        ):
             return None
         channels = spec.input_channels(node)
-        if channels >= self._rules.min_channels:
+        if channels >= self._rules.min_channels or self._trained(node):
             return None
         return f"it has few input channels ({channels}) and is faster in floating point"
 
@@ -242,7 +256,7 @@ class Planner:
             if not any(id(tensor) in reached for tensor in node.outputs):
                 continue
             if spec.role is Role.LINEAR:
-                if spec.classifies:
+                if spec.classifies and not self._trained(node):
                     found.add(id(node))
             elif spec.role is not Role.FLOAT or spec.keeps_order:
                 reached.update(id(tensor) for tensor in node.inputs if isinstance(tensor, Variable))
@@ -403,5 +417,6 @@ def _holds_zero(clamp: Node) -> bool:
     return found is not None and found[0] <= 0.0 <= found[1]
 
 
+LAST = "the final classifier stays in floating point (option `classifier`)"
 # Below this, scales and names take what the integers save.
 MIN_STORED_BYTES = 4096

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.judge import Judge, Score
+from onnxslim.calibration.judge import FAILED, Judge, Score
 from onnxslim.errors import LoadError
 from onnxslim.graph import Constant, Node
 from onnxslim.passes.quantize.build import Builder, Candidate, ObserverChoice, Recipe
+from onnxslim.passes.quantize.goal import Goal
 from onnxslim.pipeline import Log
 
 OBSERVERS: tuple[ObserverChoice, ...] = (
@@ -28,6 +29,8 @@ OBSERVERS: tuple[ObserverChoice, ...] = (
 ENOUGH = 30.0
 # A simple candidate that comes before others has to be beaten by this much, in dB: the rest is chance.
 MARGIN = 0.2
+# What ranges of all data may cost, in dB, on the part held out before: they are worth it on what is unseen.
+HARMLESS = 1.0
 # Samples that rank layers; verification takes all there are.
 RANKING = 8
 # A candidate has to be that much faster than the one it replaces.
@@ -88,7 +91,7 @@ class Search:
         try:
             score = self._judge(candidate.model)
         except LoadError:
-            score = Score(-math.inf, {}, None)
+            score = FAILED
         return Trial(recipe, candidate, score)
 
     def observer(self, recipe: Recipe) -> Trial:
@@ -116,11 +119,12 @@ class Search:
         log.add(done.done())
         return search, found
 
-    def complete(self, trial: Trial, held: CalibrationData, goal: float) -> Trial:
+    def complete(self, trial: Trial, held: CalibrationData, goal: Goal) -> Trial:
         """The same with ranges that the data held out so far has a part in, too, if that does no harm."""
         self._build.absorb(held)
         completed = self.attempt(trial.recipe)
-        return completed if completed.score.sqnr >= min(trial.score.sqnr, goal) else trial
+        harmless = completed.score.sqnr >= trial.score.sqnr - HARMLESS
+        return completed if harmless and (goal.met(completed) or not goal.met(trial)) else trial
 
     def rounding(self, trial: Trial, fitted: bool) -> tuple[Search, Trial]:
         """The same with weights rounded by what their layers see, if that does better as a whole.
@@ -201,8 +205,8 @@ class Search:
         quickest = min(range(len(trials)), key=lambda index: times[index])
         return trials[quickest] if times[quickest] < FASTER * times[0] else trial
 
-    def keep(self, trial: Trial, layers: Sequence[Layer], goal: float) -> Trial:
-        """The candidate with the fewest multiply-accumulates kept out of integers that reaches a fidelity.
+    def keep(self, trial: Trial, layers: Sequence[Layer], goal: Goal) -> Trial:
+        """The candidate with the fewest multiply-accumulates kept out of integers that reaches a goal.
 
         Layers are taken in the order of noise per cost. How many is predicted from the sum of what each does,
         measured, and corrected until the number is known.
@@ -210,37 +214,36 @@ class Search:
         Args:
             trial: everything in integers.
             layers: of `layers`.
-            goal: SQNR in dB.
+            goal: what is to be kept.
 
         Returns:
             The best candidate tried where none reaches it.
         """
         order = sorted(layers, key=lambda layer: -layer.noise / (1.0 + layer.cost))
         best, lacking, enough = trial, 0, len(order) + 1
-        count = _needed(order, trial.score.noise, goal - trial.score.sqnr)
+        count = _needed(order, trial.score.noise, goal.missing(trial))
         while enough - lacking > 1:
             labels = [layer.node for layer in order[:count]]
             found = self.attempt(self._build.without(trial.recipe, labels, REASON))
-            if found.score.sqnr >= goal:
+            if goal.met(found):
                 best, enough = found, count
             else:
                 lacking = count
                 best = max(best, found, key=lambda each: each.score.sqnr) if enough > len(order) else best
             count = (lacking + enough) // 2
             if enough > len(order):
-                count = lacking + _needed(order[lacking:], found.score.noise, goal - found.score.sqnr)
-        return self._spared(best, goal)
+                count = lacking + _needed(order[lacking:], found.score.noise, goal.missing(found))
+        return self._spared(best, goal) if goal.met(best) else best
 
-    def _spared(self, trial: Trial, goal: float) -> Trial:
+    def _spared(self, trial: Trial, goal: Goal) -> Trial:
         """The same with the largest of the kept layers back in integers, where the goal allows it."""
         best = trial
         sizes = {node.label: _size(node) for node in self._build.model.graph.nodes if len(node.inputs) > 1}
         kept = self._build.held_back(trial.recipe)
         for label in sorted(kept, key=lambda each: -sizes.get(each, 0))[:SPARED]:
             left = [each for each in self._build.held_back(best.recipe) if each != label]
-            if best.score.sqnr > goal:
-                found = self.attempt(self._build.without(best.recipe, left, REASON))
-                best = found if found.score.sqnr >= goal else best
+            found = self.attempt(self._build.without(best.recipe, left, REASON))
+            best = found if goal.met(found) else best
         return best
 
 

@@ -179,11 +179,21 @@ def _pairs(codes: Codes) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
     return inner, across if codes.shape[1] % 2 else across[:, :0]
 
 
-def _saturates(codes: Codes) -> NDArray[np.bool_]:
-    """Which channels have a pair of one sign that adds up to more than `MAX_PAIR`."""
+def _saturates(codes: Codes, limit: int = MAX_PAIR) -> NDArray[np.bool_]:
+    """Which channels have a pair of one sign that adds up to more than a limit."""
     inner, across = _pairs(codes)
-    risky = (np.abs(inner) > MAX_PAIR).any(axis=(1, 2)) | (np.abs(across) > MAX_PAIR).any(axis=1)
+    risky = (np.abs(inner) > limit).any(axis=(1, 2)) | (np.abs(across) > limit).any(axis=1)
     return np.asarray(risky)
+
+
+def saturates(codes: Codes, axis: int, pair_axis: int, top: int) -> bool:
+    """Whether sums of two neighbouring products with codes of up to `top` may leave 16 bits.
+
+    See `encode` for the axes.
+    """
+    moved = np.moveaxis(codes, (axis, pair_axis), (0, 1))
+    limit = MAX_PAIR * 255 // max(top, 1)
+    return bool(_saturates(moved.reshape(*moved.shape[:2], -1), limit).any())
 
 
 def _limit_pairs(codes: Codes) -> Codes:
@@ -218,16 +228,24 @@ def _tighten(table: Weights, scales: Scales, *, together: bool = False) -> tuple
     best_codes = np.zeros(table.shape, np.int8)
     best_scales = scales.copy()
     least = np.full(len(table), np.inf)
+    left, failed = np.arange(len(table)), np.zeros(len(table), int)
     for factor in _FACTORS:
-        trial = scales * np.float32(factor)
-        codes = _limit_pairs(_round(table, trial))
+        rows = table if len(left) == len(table) else table[left]
+        trial = scales[left] * np.float32(factor)
+        codes = _limit_pairs(_round(rows, trial))
         error = codes * trial[:, None, None]
-        error -= table
+        error -= rows
         squared = np.einsum("cpr,cpr->c", error, error)
         if together:
             squared[:] = squared.sum()
-        better = squared < least
-        best_codes[better], best_scales[better], least[better] = codes[better], trial[better], squared[better]
+        better = squared < least[left]
+        chosen = left[better]
+        best_codes[chosen], best_scales[chosen], least[chosen] = codes[better], trial[better], squared[better]
+        # Rounding loses more with every step, saturation less: what gets worse twice has passed its best.
+        failed[left] = np.where(better, 0, failed[left] + 1)
+        left = left[failed[left] < 2]
+        if not len(left):
+            break
     return best_codes, best_scales
 
 

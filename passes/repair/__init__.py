@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -25,6 +26,8 @@ from onnxslim.calibration.layers import Floats, Positions, values_at
 from onnxslim.calibration.stages import Shelf, Staged, Stop, Values
 from onnxslim.errors import CalibrationError
 from onnxslim.model import Model
+from onnxslim.passes.repair.activation import Chain, Table, behind, tabulated
+from onnxslim.passes.repair.descent import Rows, refined
 from onnxslim.passes.repair.jobs import Job
 from onnxslim.passes.repair.plan import schedule, unchanged
 from onnxslim.passes.repair.solve import Fit, Method, fit
@@ -108,12 +111,13 @@ def repair(
 
 @dataclass
 class _Sums:
-    """Moments of one job, for the samples to fit on and those held out."""
+    """Moments of one job, for the samples to fit on and those held out; where needed, their rows too."""
 
     train: Moments = field(default_factory=Moments)
     held: Moments = field(default_factory=Moments)
     square: float = 0.0
     unfit: str = ""
+    rows: tuple[list[Rows], list[Rows]] = field(default_factory=lambda: ([], []))
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,7 @@ class _Repair:
         self.stages = stages
         self.shelf = shelf
         self.log = log
+        self.chains = _chains(student.graph, [job.goal.tensor for jobs in stages for job in jobs])
         given = clean & {tensor.name for node in teacher.graph.nodes for tensor in node.outputs}
         self.copy = Staged(student, [_stop(jobs) for jobs in stages], shelf, given=given, target=target)
         wanted = [
@@ -192,6 +197,8 @@ class _Repair:
                         self._observe(job, each, batch)
             for job, each in zip(jobs, sums, strict=True):
                 self._refit(job, each)
+                for array in (array for rows in chain(*each.rows) for array in rows):
+                    self.shelf.drop(array)
                 done += 1
                 if progress:
                     progress("repairing", done, total)
@@ -207,7 +214,8 @@ class _Repair:
             first += samples
 
     def _observe(self, job: Job, sums: _Sums, batch: _Batch) -> None:
-        for moments, at in zip((sums.train, sums.held), batch.positions(job), strict=True):
+        seen = zip((sums.train, sums.held), sums.rows, batch.positions(job), strict=True)
+        for moments, rows, at in seen:
             for part in np.array_split(at, -(-at.size * job.size // _ELEMENTS) or 1):
                 goal = self._goal(job, batch, part)
                 if isinstance(goal, str):
@@ -215,8 +223,10 @@ class _Repair:
                     return
                 x, present = job.rows(batch.student, part)
                 sums.square += float(np.square(goal, dtype=np.float64).sum())
-                inputs = x if self.method == "ridge" else x[:, :0]
-                moments.update(inputs, goal.reshape(present.shape) - present)
+                inputs, goal = x if self.method == "ridge" else x[:, :0], goal.reshape(present.shape)
+                moments.update(inputs, goal - present)
+                if part.size and job.goal.tensor in self.chains:
+                    rows.append(Rows(*map(self.shelf.put, (inputs, goal, present))))
 
     def _goal(self, job: Job, batch: _Batch, at: Positions) -> Floats | str:
         """The teacher's values at some positions, as far as the student still has their channels."""
@@ -270,9 +280,23 @@ class _Repair:
         found = fit(train, held, method=self.method, bias=job.takes_bias)
         if found.before <= _ROUNDING * sums.square / (train.count + held.count):
             return "it computes what the original does"
+        whole = found.weight is not None or self.method == "bias"
+        function = self._function(job, sums) if whole else None
+        if function is not None:
+            fitted_on, checked_on = sums.rows
+            found = refined(found, (train, fitted_on), (held, checked_on), function, bias=job.takes_bias)
         if not found.after < found.before:
             return "other weights are no better on the samples held out"
         return found
+
+    def _function(self, job: Job, sums: _Sums) -> Table | None:
+        """What the goal is seen through."""
+        nodes = self.chains.get(job.goal.tensor)
+        seen = [rows.wanted for rows in chain(*sums.rows)]
+        if nodes is None or not seen:
+            return None
+        least, most = min(float(each.min()) for each in seen), max(float(each.max()) for each in seen)
+        return tabulated(self.student, nodes, least, most)
 
 
 def _stop(jobs: Sequence[Job]) -> Stop:
@@ -283,6 +307,13 @@ def _stop(jobs: Sequence[Job]) -> Stop:
 
 def _goals(jobs: Sequence[Job]) -> Iterator[str]:
     yield from dict.fromkeys(job.goal.tensor for job in jobs)
+
+
+def _chains(graph: ir.Graph, goals: Collection[str]) -> dict[str, Chain]:
+    """By name of a tensor, the activation behind it if there is one."""
+    made = {tensor.name: tensor for node in graph.nodes for tensor in node.outputs}
+    found = {name: behind(graph, made[name]) for name in goals}
+    return {name: chain for name, chain in found.items() if chain is not None}
 
 
 def _rows(job: Job) -> int:

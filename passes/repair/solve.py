@@ -53,12 +53,12 @@ def fit(train: Gram, held: Gram, *, method: Method = "ridge", bias: bool = True)
     before = float(held.around(held.x_mean, np.zeros_like(held.y_mean)).power.sum())
     candidates = [(float(check.power.sum()), np.inf)]
     if method == "ridge":
-        candidates.append(_downhill(lambda strength: _error(_solved(start, strength), check)))
+        candidates.append(_downhill(lambda strength: _error(solved(start, strength), check)))
     after, strength = min(candidates)
     whole = train.joined(held)
     centred = whole if bias else whole.raw()
     shift = centred.y_mean
-    weight = None if strength == np.inf else _solved(centred, strength)
+    weight = None if strength == np.inf else solved(centred, strength)
     if weight is not None:
         shift = shift - (weight @ centred.x_mean[..., None])[..., 0]
     return Fit(weight, shift if bias else np.zeros_like(shift), strength, before, after)
@@ -84,13 +84,17 @@ def _centred(train: Gram, held: Gram, *, bias: bool) -> tuple[Gram, Gram]:
     return train, held.around(train.x_mean, train.y_mean)
 
 
-def _solved(moments: Gram, strength: float) -> Doubles:
-    size = moments.gram.shape[-1]
-    if not size:
+def ridge(moments: Gram, strength: float) -> Doubles:
+    """What a strength adds to the diagonal of each group's moments, shape (groups, 1, 1)."""
+    mean = np.trace(moments.gram, axis1=1, axis2=2) / moments.gram.shape[-1]
+    return np.asarray(strength * mean + _FLOOR * mean.mean() + np.finfo(np.float32).tiny)[:, None, None]
+
+
+def solved(moments: Gram, strength: float) -> Doubles:
+    """The ridge regression on moments that are centred as they should be."""
+    if not moments.gram.shape[-1]:
         return np.zeros_like(moments.cross)
-    mean = np.trace(moments.gram, axis1=1, axis2=2) / size
-    ridge = strength * mean + _FLOOR * mean.mean() + np.finfo(np.float32).tiny
-    matrix = moments.gram + ridge[:, None, None] * np.eye(size)
+    matrix = moments.gram + ridge(moments, strength) * np.eye(moments.gram.shape[-1])
     return np.asarray(np.linalg.solve(matrix, moments.cross.swapaxes(1, 2)).swapaxes(1, 2))
 
 

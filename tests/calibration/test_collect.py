@@ -109,11 +109,13 @@ def test_progress_is_reported(model: Model) -> None:
     assert calls == [("calibrating", 1, 2), ("calibrating", 2, 2)]
 
 
-def test_nan_in_an_activation_names_the_tensor() -> None:
+def test_nan_in_the_data_is_named_and_nan_in_an_activation_is_told() -> None:
     model = parse("g (float[N] x) => (float[N] y) { a = Log(x) y = Relu(a) }")
-    data = CalibrationData([{"x": np.array([-1.0, 2.0], np.float32)}])
-    with pytest.raises(CalibrationError, match=r"tensor 'a' becomes NaN \(1 values\)"):
-        collect(model, data, ["a"])
+    data = CalibrationData([{"x": np.array([-1.0, 0.0, 2.0], np.float32)}])
+    assert collect(model, data, ["a"]).histograms["a"].irregular == "NaN or infinite values"
+    data = CalibrationData([{"x": np.array([np.nan, 2.0], np.float32)}])
+    with pytest.raises(CalibrationError, match="input 'x' of the calibration data holds 1 NaN"):
+        collect(model, data, ["x", "a"])
 
 
 def test_a_tensor_no_sample_reached_is_named(model: Model) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from onnxslim import cli, latency
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.fidelity import Fidelity
+from onnxslim.calibration.judge import Judge
 from onnxslim.errors import UsageError
 from onnxslim.graph import Array
 from onnxslim.latency import Bench
@@ -318,6 +318,38 @@ def test_factors_lose_on_the_data_what_they_are_said_to(
     assert share == pytest.approx(lost, rel=0.05, abs=2e-3)
 
 
+BEHIND = {
+    "vector": ("y = Add(z, b)", "", True),
+    "other order": ("y = Add(c, z)", "", True),
+    "output": ("y = Add(z, b)", ", float[N,6] z", False),
+    "two readers": ("r = Relu(z) a = Add(z, b) y = Add(a, r)", "", False),
+    "one value": ("y = Add(z, o)", "", False),
+}
+
+
+@pytest.mark.parametrize("kind", BEHIND)
+def test_a_bias_that_is_added_behind_a_product_is_fitted_with_it(kind: str) -> None:
+    body, outputs, moves = BEHIND[kind]
+    constants = {"w": _normal(4, 6), "b": _normal(6), "c": _normal(1, 6), "o": _normal(1)}
+    text = f"g (float[N,4] x) => (float[N,6] y{outputs}) {{ z = MatMul(x, w) {body} }}"
+    model = parse(text, constants)
+    (layer,), _ = layers_of(model, {"x": (8, 4)}, (), Log())
+    x = _normal(64, 4) + 3.0
+    (_, gram), *_ = fit.moments(model, CalibrationData([{"x": x}]), [layer], Target.cpu(1), None)
+    found = fit.fit(layer, SCHEMES["svd"], (2,), gram)
+    assert (found.bias is not None) == moves
+    edit, before = Editor(model), run(model, {"x": x})
+    layer.form.install(edit, layer.node, SCHEMES["svd"].factors(layer, found.weights), found.bias)
+    edit.commit()
+    lost = (run(model, {"x": x})["y"] - before["y"]).mean(axis=0)
+    assert np.abs(lost).max() < 1e-4 if moves else np.abs(lost).max() > 0.01
+    if moves:
+        scattered = before["y"] - before["y"].mean(axis=0)
+        left = np.square(run(model, {"x": x})["y"] - before["y"]).sum() / np.square(scattered).sum()
+        lost_at = SCHEMES["svd"].decompose(layer, fit.problem_of(layer, gram), (2,)).lost((2,))
+        assert left == pytest.approx(lost_at, rel=0.05, abs=2e-3)
+
+
 @settings(max_examples=20)
 @given(st.sampled_from(SEVERAL), st.integers(0, 99))
 def test_balancing_leaves_the_product_alone(scheme: str, seed: int) -> None:
@@ -538,12 +570,12 @@ def test_budgets_in_size_are_kept(net: Model, clock: dict[str, float], unit: str
 
 
 def test_data_is_worth_more_than_weights_alone(net: Model, clock: dict[str, float]) -> None:
-    error = Fidelity(net, CalibrationData([{"x": _normal(64, 8, 10, 10, seed=99)}]), 64, Target.cpu(1))
+    judge = Judge(net, CalibrationData([{"x": _normal(64, 8, 10, 10, seed=99)}]), Target.cpu(1))
     fitted, _ = _factorize(net, _data(12, 8), macs=0.4)
     plain, changes = _factorize(net, macs=0.4)
     assert "calibration" in changes.facts["fitted"]
-    assert error(net) == 0.0
-    assert error(fitted) < 0.5 * error(plain)
+    assert judge(net).error == 0.0
+    assert judge(fitted).error < 0.5 * judge(plain).error
 
 
 def test_speed_is_reached_by_measuring_the_whole(net: Model, clock: dict[str, float]) -> None:

@@ -18,7 +18,7 @@ from onnxslim.errors import LoadError
 from onnxslim.graph import Constant
 from onnxslim.model import Model, load
 from onnxslim.passes.fold import Fold
-from onnxslim.passes.fold.values import WORKING_BYTES
+from onnxslim.passes.fold.values import WORKING_BYTES, narrower
 from onnxslim.pipeline import Changes
 from tests.helpers import apply, feeds_for, ops, parse, run, same_outputs
 
@@ -411,6 +411,53 @@ def test_growth_is_a_matter_of_the_option() -> None:
     assert ops(result) == {"Add": 1}
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         Fold(max_growth=-1)
+
+
+GRIDS = """g (float[N,2048] x, float[N,512] z) => (float[N,2048] y, float[N,512] w) {
+    a = Expand(one, large) f = Abs(a) b = Neg(f) c = Exp(b) y = Add(x, c)
+    d = Expand(third, small) e = Sqrt(d) w = Add(z, e) }"""
+
+
+def test_what_is_left_is_spent_where_it_removes_most_nodes() -> None:
+    constants = {"one": np.zeros(1, np.float32), "third": np.full(1, 1 / 3, np.float32)}
+    constants |= {"large": np.array([2048]), "small": np.array([512])}
+    model = parse(GRIDS, constants)
+    left = [ops(apply(Fold(max_growth=growth), model)[0]) for growth in (1500, 3500, 6000, 12000)]
+    # Ones take a quarter of the space as flags; a third takes all of it.
+    assert left[0] == {"Add": 2, "Expand": 2, "Abs": 1, "Neg": 1, "Exp": 1, "Sqrt": 1}
+    assert left[1] == {"Add": 2, "Cast": 1, "Expand": 1, "Sqrt": 1}
+    assert left[2] == {"Add": 2, "Cast": 1}
+    assert left[3] == {"Add": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        (np.array([0, 1, 1], np.float32), np.bool_),
+        (np.array([-0.0, 1, 1], np.float32), np.float16),
+        (np.array([0.5, -65504, np.inf, 2**-24], np.float32), np.float16),
+        (np.array([0.1], np.float32), None),
+        (np.array([65520], np.float32), None),
+        (np.array([0.1], np.float32).astype(np.float64), np.float32),
+        (np.array([0.1], np.float64), None),
+        (np.array([-(2**31), 2**31 - 1]), np.int32),
+        (np.array([2**31]), None),
+        (np.array([3], np.int32), None),
+        (np.array(["a"], np.object_), None),
+    ],
+)
+def test_a_narrower_type_holds_every_bit(values: Any, dtype: Any) -> None:
+    narrow = narrower(values)
+    assert (None if narrow is None else narrow.dtype) == dtype
+
+
+def test_a_narrower_result_is_the_same() -> None:
+    constants = {"one": np.zeros(1, np.float32), "third": np.full(1, 1 / 3, np.float32)}
+    model = parse(GRIDS, constants | {"large": np.array([2048]), "small": np.array([512])})
+    result, _ = apply(Fold(max_growth=6000), model)
+    same_outputs(model, result, feeds_for(model, batch=2))
+    assert result.stats().bytes - model.stats().bytes <= 6000
+    assert not apply(Fold(), result)[1]
 
 
 FORMS = {

@@ -82,3 +82,20 @@ def test_weights_alone_halve_the_file_and_run_at_full_speed(
 def test_the_pipeline_accepts_it(net: Model, feeds: dict[str, Array]) -> None:
     result = Pipeline(Half(), on_error="raise")(net, data=CalibrationData([feeds]))
     assert result.report.steps[0].changes
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Cast<to = 1>(i) b = Neg(x) y = Mul(a, b)",
+        "s = Shape(x) a = ConstantOfShape<value = float[1] {2}>(s) b = Neg(x) y = Mul(a, b)",
+        "a = EyeLike<dtype = 1>(i) b = MatMul(x, a) c = Neg(b) y = Cast<to = 1>(c)",
+    ],
+)
+def test_operators_that_state_their_type(body: str) -> None:
+    model = parse(f"g (float[4,4] x, int64[4,4] i) => (float[4,4] y) {{ {body} }}")
+    feeds: dict[str, Array] = {"x": np.eye(4, dtype=np.float32), "i": np.ones((4, 4), np.int64)}
+    result = Pipeline(Half())(model)
+    assert result.report.steps[0].changes
+    assert not result.report.steps[0].error
+    assert _error(model, result.model, feeds) < 1e-3

@@ -171,13 +171,34 @@ def test_a_plan_goes_through_json_and_tells_differences() -> None:
     assert plan.difference(other)[0].startswith("w:0:0: 16 units against 8, 8 in common")
 
 
+def plan_text(**changes: Any) -> str:
+    entry = {"family": "w", "size": 8, "position": 0, "members": ["w:0"], "removed": [1, 2]}
+    return json.dumps({"version": 1, "sizes": [8], "entries": [{**entry, **changes}]})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not a pruning plan"), ('{"version": 9}', "version 9"), ('{"version": 1}', "KeyError")],
+    [
+        ("{", "not a pruning plan: text: Invalid JSON"),
+        ('{"version": 9, "sizes": [], "entries": []}', "version 9"),
+        ('{"version": 1}', "not a pruning plan: sizes: Field required"),
+        (
+            plan_text(removed=[1.5]),
+            "not a pruning plan: entries.0.removed.0: Input should be a valid integer",
+        ),
+        (plan_text(removed=[True]), "entries.0.removed.0: Input should be a valid integer"),
+        (plan_text(removed=["1"]), "entries.0.removed.0: Input should be a valid integer"),
+        (plan_text(removed=[-1]), "entries.0.removed.0: Input should be greater than or equal to 0"),
+        (plan_text(removed=[3, 3]), "entries.0.removed: Value error, a unit is named twice"),
+        (plan_text(members="w:0"), "entries.0.members: Input should be a valid array"),
+        (plan_text(other=1), "entries.0.other: Extra inputs are not permitted"),
+    ],
 )
 def test_broken_plans_are_refused(text: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError) as caught:
         PruningPlan.from_json(text)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_plan_for_another_network_is_refused() -> None:
@@ -368,11 +389,25 @@ def _tame(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
 
     def tame(array: np.ndarray) -> np.ndarray:
-        if array.dtype.kind == "i":
-            return array
-        return (array / np.sqrt(array[0].size if array.ndim == 4 else 1)).astype(np.float32)
+        fan_in = array[0].size if array.ndim == 4 else 1
+        scaled: np.ndarray = (array / np.sqrt(fan_in)).astype(np.float32)
+        return array if array.dtype.kind == "i" else scaled
 
     return {name: tame(array) for name, array in arrays.items()}
+
+
+def test_constants_that_a_cut_leaves_equal_are_shared_again() -> None:
+    model = parse(
+        """g (float[N,3,6,6] x) => (float[N,8,6,6] y)
+        { p = Mul(x, k) q = Mul(p, k) a = Conv(q, w) r = Relu(a) y = Conv(r, v) }""",
+        values(k=(3, 1, 1), w=(16, 3, 1, 1), v=(8, 16, 1, 1)),
+    )
+    result = prune(model, ratio=0.5)
+    assert {name: c.shape for name, c in result.model.graph.initializers.items()} == {
+        "k": (3, 1, 1),
+        "w": (8, 3, 1, 1),
+        "v": (8, 8, 1, 1),
+    }
 
 
 def test_a_plan_that_is_not_there_is_named() -> None:

@@ -277,6 +277,21 @@ def test_what_a_body_reads_is_the_dequantized_tensor() -> None:
     assert _sqnr(model, after, feeds) > 30
 
 
+def test_a_weight_that_a_body_reads_is_not_stored_twice() -> None:
+    model = parse(
+        """g (float[N,32] x, bool c) => (float[N,32] y) {
+            a = MatMul(x, w)  r = Relu(a)  b = MatMul(r, v)
+            y = If(c) <then_branch = t () => (float[N,32] p) { p = MatMul(b, w) },
+                       else_branch = e () => (float[N,32] q) { q = Identity(b) }>
+        }""",
+        {"w": _normal(32, 32), "v": _normal(32, 32)},
+    )
+    after, changes = _quantize(model, {"x": _normal(8, 32), "c": np.array(True)}, classifier=True)
+    assert "would be stored twice" in _skips(changes)["MatMul→a"]
+    assert after.nbytes() < 0.75 * model.nbytes()
+    assert "w" in after.graph.initializers
+
+
 def test_an_old_opset_is_raised() -> None:
     model = parse("g (float[N,4] x) => (float[N,4] y) <float[4,4] w = {1}> { y = MatMul(x, w) }", opset=11)
     after, changes = _quantize(_with(model, w=_normal(4, 4)), {"x": _normal(8, 4)}, classifier=True)

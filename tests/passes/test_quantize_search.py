@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxslim.calibration import judge
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.judge import Judge
+from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.graph import Array, Constant
+from onnxslim.metric import Metric, Run
 from onnxslim.model import Model
 from onnxslim.passes.quantize import Quantize, rounding, weights
 from onnxslim.pipeline import Changes, Context
@@ -29,9 +32,12 @@ def _with(model: Model, **values: Array) -> Model:
     return model
 
 
-def _quantize(model: Model, data: list[dict[str, Array]], **options: Any) -> tuple[Model, Changes]:
+def _quantize(
+    model: Model, data: list[dict[str, Array]], metric: Metric | None = None, **options: Any
+) -> tuple[Model, Changes]:
     twin = model.copy()
-    changes = Quantize(**options).run(twin, Context(target=Target.cpu(), data=CalibrationData(data)))
+    context = Context(target=Target.cpu(), data=CalibrationData(data), metric=metric)
+    changes = Quantize(**options).run(twin, context)
     return twin, changes
 
 
@@ -113,6 +119,57 @@ def test_nothing_is_searched_where_enough_is_kept(chain: Model, batches: list[di
     _, changes = _quantize(chain, batches, require_sqnr=15, layers=True)
     assert len(changes.facts["layers"]) == 3
     assert not any(row["kept"] for row in changes.facts["layers"])
+
+
+# A metric of the caller's
+
+
+def _closeness(model: Model) -> Metric:
+    """Minus the relative error of the outputs on samples of its own, so that 0 is perfect."""
+    feeds = {"x": _normal(16, 8, 6, 6, seed=77)}
+    wanted = Session(model).run(feeds)["y"]
+
+    def closeness(run: Run) -> float:
+        return -float(np.linalg.norm(run(feeds)["y"] - wanted) / np.linalg.norm(wanted))
+
+    return closeness
+
+
+def test_a_metric_decides_how_many_layers_stay_in_float(
+    chain: Model, batches: list[dict[str, Array]]
+) -> None:
+    model = _with_outlier(chain)
+    metric, rows, drops = _closeness(model), {}, {}
+    for limit in (1.0, 0.1):
+        result, changes = _quantize(model, batches, metric=metric, max_drop=limit, equalization=False)
+        before, after = changes.facts["metric"]
+        assert before == 0.0
+        assert after == pytest.approx(metric(Session(result).run), abs=1e-6)
+        drops[limit] = -after
+        rows[limit] = sum(row["kept"] for row in changes.facts.get("layers", ()))
+        assert not any("the metric" in skip.reason for skip in changes.skipped)
+    assert all(drops[limit] <= limit for limit in drops)
+    assert rows == {1.0: 0, 0.1: 2}, "the last layer alone loses little"
+
+
+def test_a_goal_that_cannot_be_reached_is_told(chain: Model, batches: list[dict[str, Array]]) -> None:
+    """To a metric that says that anything but the original is worthless, it is all the same."""
+    values = iter([1.0])
+    result, changes = _quantize(chain, batches, metric=lambda run: next(values, 0.0), max_drop=0.5)
+    reasons = [skip.reason for skip in changes.skipped]
+    assert "the metric drops from 1 to 0, more than 0.5" in reasons
+    assert not changes
+    assert "every layer would have to stay in floating point to keep as much as is asked for" in reasons
+    assert "QuantizeLinear" not in ops(result)
+
+
+def test_a_limit_without_a_metric_is_the_callers_mistake(
+    chain: Model, batches: list[dict[str, Array]]
+) -> None:
+    with pytest.raises(UsageError, match="max_drop needs a metric"):
+        _quantize(chain, batches, max_drop=0.1)
+    with pytest.raises(CalibrationError, match="max_drop needs calibration data"):
+        Quantize(activations=None, max_drop=0.1).run(chain.copy(), Context(metric=lambda run: 1.0))
 
 
 # Weights only
@@ -212,6 +269,37 @@ def test_parts_of_a_concat_are_judged_one_by_one() -> None:
     score = Judge(model, CalibrationData([feeds]), Target.cpu())(other)
     assert score.parts["y[0:2]"] == np.inf
     assert score.parts["y[2:5]"] == score.sqnr == pytest.approx(6.02, abs=0.01)
+
+
+def test_error_is_the_share_of_the_variance_and_integers_count_only_alone() -> None:
+    """A large mean hides noise from the SQNR, not from the error; a class found is not a quantity."""
+    model = parse("""g (float[N,8] x) => (float[N,8] y, int64[N,1] c)
+        <float h = {100}> { y = Add(x, h) c = ArgMax<axis=1>(y) }""")
+    other = parse("""g (float[N,8] x) => (float[N,8] y, int64[N,1] c)
+        <float h = {100}, float s = {0.5}, int64 z = {0}>
+        { xs = Mul(x, s) y = Add(xs, h) a = ArgMax<axis=1>(y) c = Mul(a, z) }""")
+    data = CalibrationData([{"x": _normal(64, 8, seed=seed)} for seed in range(4)])
+    score = Judge(model, data, Target.cpu(), 256)(other)
+    assert score.parts.keys() == {"y"}
+    assert score.error == pytest.approx(0.25, rel=0.01)
+    assert score.sqnr == pytest.approx(46, abs=0.2)
+    assert score.agreement == 1.0
+    assert Judge(model, data, Target.cpu())(model).error == 0.0
+
+
+@pytest.mark.parametrize(
+    ("batches", "most", "held"), [(1, 0.5, 0), (2, 0.5, 1), (3, 0.25, 0), (4, 0.25, 1), (40, 0.25, 4)]
+)
+def test_no_more_is_held_out_than_needed(batches: int, most: float, held: int) -> None:
+    data = [{"x": np.full((4, 1), index, np.float32)} for index in range(batches)]
+    parts = judge.split(CalibrationData.from_callable(lambda: data), 16, most)
+    assert parts.share == pytest.approx(held / batches)
+    seen = [[int(feeds["x"][0, 0]) for feeds in part] for part in (parts.fit, parts.held)]
+    if held:
+        assert sorted(seen[0] + seen[1]) == list(range(batches))
+        assert len(seen[1]) == held
+    else:
+        assert seen[0] == seen[1] == list(range(batches))
 
 
 # Rounding

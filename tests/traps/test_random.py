@@ -335,10 +335,79 @@ def _merged(chain: Chain) -> None:
         chain.add(f"Reshape(@, {split})", (first, second, fourth, third))
 
 
+def _parts(chain: Chain) -> None:
+    """Slices that are all of an axis, or nearly, put together in another order."""
+    axes = [axis for axis, size in enumerate(chain.shape) if size > 2]
+    if not axes:
+        return
+    axis = chain.data.draw(st.sampled_from(axes))
+    size, where = chain.shape[axis], chain.constant([axis - chain.pick(0, 1) * len(chain.shape)], np.int64)
+    cut, gap = chain.pick(1, size - 2), chain.data.draw(st.sampled_from((0, 0, 0, 1)))
+    names = []
+    for start, end in ((0, cut), (cut + gap, size)):
+        limits = ", ".join(chain.constant([value], np.int64) for value in (start, end))
+        names.append(chain.fresh())
+        chain.body.append(f"{names[-1]} = Slice({chain.last}, {limits}, {where})")
+    shape = tuple(each - gap if place == axis else each for place, each in enumerate(chain.shape))
+    chain.add(f"Concat<axis={axis}>({', '.join(reversed(names))})", shape)
+
+
+def _gate(chain: Chain) -> None:
+    if len(chain.shape) == 4:
+        x, channels = chain.last, chain.shape[1]
+        weight = chain.constant(RANDOM.standard_normal((channels, channels, 1, 1)))
+        chain.add(f"Conv(@, {weight}, {chain.constant(RANDOM.standard_normal(channels))})")
+        if chain.pick(0, 2):
+            chain.add("HardSigmoid<alpha=0.3>(@)")
+        chain.add(f"Mul(@, {x})")
+        chain.add(f"Add({x}, @)")
+
+
+def _grid(chain: Chain) -> None:
+    """Something larger that is computed from constants."""
+    shape = chain.constant(chain.shape, np.int64)
+    small = chain.constant(chain.data.draw(st.sampled_from((0.0, 0.5, 0.3))))
+    name = chain.fresh()
+    call = f"Expand({small}, {shape})" if chain.pick(0, 1) else f"ConstantOfShape({shape})"
+    chain.body.append(f"{name} = {call}")
+    for _ in range(chain.pick(0, 2)):
+        inner, name = name, chain.fresh()
+        chain.body.append(f"{name} = Cos({inner})")
+    chain.add(f"Add(@, {name})")
+
+
+def _uniform(chain: Chain) -> None:
+    """A layer and a normalization whose values are each one number."""
+    if len(chain.shape) != 4:
+        return
+    wide, long = (chain.constant(shape, np.int64) for shape in ([4, chain.shape[1], 1, 1], [4]))
+    weight, scale = chain.fresh(), chain.fresh()
+    chain.body.append(f"{weight} = ConstantOfShape<value = float[1] {{0.5}}>({wide})")
+    chain.body.append(f"{scale} = ConstantOfShape<value = float[1] {{0.25}}>({long})")
+    chain.add(f"Conv(@, {weight})", (chain.shape[0], 4, *chain.shape[2:]))
+    if chain.pick(0, 2):
+        uneven = chain.constant(RANDOM.uniform(0.5, 1.5, 4)) if chain.pick(0, 3) == 0 else scale
+        chain.add(f"BatchNormalization(@, {scale}, {uneven}, {scale}, {scale})")
+
+
+def _recurrent(chain: Chain) -> None:
+    if len(chain.shape) == 3:
+        steps, batch, size = chain.shape
+        w, r = (chain.constant(RANDOM.standard_normal((1, 12, each)) / 2) for each in (size, 4))
+        ends = [chain.constant([value], np.int64) for value in (1, 4)]
+        names = [chain.fresh() for _ in range(3)]
+        chain.body.append(f"{names[0]} = Shape<start = 1, end = 2>({chain.last})")
+        chain.body.append(f"{names[1]} = Concat<axis = 0>({ends[0]}, {names[0]}, {ends[1]})")
+        fill = chain.pick(0, 1)
+        chain.body.append(f"{names[2]} = ConstantOfShape<value = float[1] {{{fill}}}>({names[1]})")
+        chain.add(f"GRU<hidden_size = 4>(@, {w}, {r}, , , {names[2]})", (steps, 1, batch, 4))
+
+
 STEPS: tuple[Callable[[Chain], None], ...] = (
     _unary, _double, _binary, _binary, _clip, _transpose, _transpose, _reshape, _reshape, _axes, _slice,
     _concat, _split, _where, _expand, _layer, _layer, _norm, _pad, _pool, _tap, _capture,
     _join, _join, _mask, _reduce, _normalize, _gelu, _hard_swish, _heads, _merged,
+    _parts, _parts, _gate, _grid, _uniform, _recurrent,
 )  # fmt: skip
 
 

@@ -1,0 +1,61 @@
+"""What a node is told and would assume anyway."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import numpy_helper
+
+from onnxslim import graph as ir
+from onnxslim.graph import Array, Node, Tensor
+from onnxslim.model import constant_of
+from onnxslim.passes import facts
+from onnxslim.rewrite import Editor, Rule
+
+_COPYING = ("Expand", "Tile", "Slice", "Split", "Reshape", "Squeeze", "Unsqueeze", "Transpose")
+_MAX_STEPS = 6
+
+
+class ZeroState(Rule[tuple[Node, tuple[int, ...]]]):
+    """An RNN, GRU or LSTM starts from zeros if nobody says otherwise."""
+
+    name = "zero-state"
+    ops = frozenset(("RNN", "GRU", "LSTM"))
+
+    def pattern(self, node: Node, edit: Editor) -> tuple[Node, tuple[int, ...]] | None:
+        states = (5, 6) if node.op == "LSTM" else (5,)
+        told = [index for index in states if (tensor := node.input(index)) and _is_zero(tensor)]
+        return (node, tuple(told)) if told else None
+
+    def check(self, match: tuple[Node, tuple[int, ...]], edit: Editor) -> str | None:
+        return None
+
+    def rewrite(self, match: tuple[Node, tuple[int, ...]], edit: Editor) -> str:
+        node, told = match
+        inputs = [ir.empty() if index in told else tensor for index, tensor in enumerate(node.inputs)]
+        while not inputs[-1].name:
+            inputs.pop()
+        edit.replace_node(node, node.op, inputs, node.attrs)
+        return "left out an initial state of zeros"
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    """Whether all elements are known to be +0, from a constant or copies of elements of one."""
+    values = constant_of(tensor)
+    for _ in range(_MAX_STEPS):
+        maker = facts.made_by(tensor, "ConstantOfShape", *_COPYING)
+        if maker is None:
+            break
+        if maker.op == "ConstantOfShape":
+            value = maker.attrs.get("value")
+            values = np.zeros(1, np.float32) if value is None else numpy_helper.to_array(value.t)
+            break
+        tensor = maker.inputs[0]
+        values = constant_of(tensor)
+    return values is not None and _all_zero(values)
+
+
+def _all_zero(values: Array) -> bool:
+    return values.dtype in facts.FLOATS and not values.any() and not np.signbit(values).any()
+
+
+RULES = (ZeroState(),)

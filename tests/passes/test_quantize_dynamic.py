@@ -1,0 +1,165 @@
+"""Matrix products whose data becomes integers as it comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.errors import UsageError
+from onnxslim.graph import Array, Constant
+from onnxslim.model import Model
+from onnxslim.passes.quantize import Quantize
+from onnxslim.passes.quantize.weights import MAX_PAIR
+from onnxslim.pipeline import Changes, Context
+from onnxslim.runtime import Session, Target, optimized_model
+from tests.helpers import ops, parse
+
+
+def _normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def _dynamic(model: Model, data: Any = None, **options: Any) -> tuple[Model, Changes]:
+    twin = model.copy()
+    given = CalibrationData(data) if data else None
+    options = {"activations": "dynamic", **options}
+    return twin, Quantize(**options).run(twin, Context(target=Target.cpu(), data=given))
+
+
+def _sqnr(before: Model, after: Model, feeds: dict[str, Array], optimize: str = "all") -> float:
+    expected, actual = Session(before).run(feeds)["y"], Session(after, optimize=optimize).run(feeds)["y"]
+    assert expected.shape == actual.shape
+    noise = float(np.square(expected - actual, dtype=np.float64).sum())
+    return float(10 * np.log10(np.square(expected, dtype=np.float64).sum() / max(noise, 1e-30)))
+
+
+def _filled(text: str) -> Model:
+    model = parse(text)
+    for index, constant in enumerate(model.graph.initializers.values()):
+        if constant.shape:
+            constant.values = _normal(*constant.shape, seed=index + 1)
+    return model
+
+
+# Three products of one input, as in attention; a bias that is added; one that is last.
+BLOCK = """g (float[B,S,32] x) => (float[B,S,8] y)
+<float[32,48] wq = {0}, float[32,48] wk = {0}, float[32,48] wv = {0}, float[48] b = {0},
+ float[48,64] w1 = {0}, float[64,8] w2 = {0}, float h = {0.02}>
+{ [q] q = MatMul(x, wq) [k] k = MatMul(x, wk) [v] v = MatMul(x, wv) vb = Add(v, b)
+  kt = Transpose<perm=[0,2,1]>(k) [attend] a = MatMul(q, kt) ah = Mul(a, h) s = Softmax(ah)
+  [mix] m = MatMul(s, vb)
+  [up] u = MatMul(m, w1) r = Relu(u) [down] y = MatMul(r, w2) }"""
+
+
+def test_products_by_constants_run_in_integers_without_data() -> None:
+    model = _filled(BLOCK)
+    result, changes = _dynamic(model)
+    assert {change.node for change in changes.changed} == {"q", "k", "v", "up"}
+    assert changes.facts["fused"] == {"MatMul": 4}
+    assert changes.facts["total"] == {"MatMul": 7}
+    assert not changes.facts["unfused"]
+    assert ops(result)["DynamicQuantizeLinear"] == 2, "what several products read is quantized once"
+    ran = [node.op_type for node in optimized_model(result).graph.node]
+    assert ran.count("MatMulIntegerToFloat") == 3
+    assert ran.count("DynamicQuantizeMatMul") == 1
+    for shape in ((1, 1), (2, 7), (3, 40)):
+        feeds = {"x": _normal(*shape, 32, seed=9)}
+        assert _sqnr(model, result, feeds) > 28
+        assert _sqnr(model, result, feeds, "none") > 28
+    assert not any(name.startswith("w") and name[-1] in "qkv1" for name in result.graph.initializers)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "float[32,48] w = {0}, float[48] b = {0}> { [n] h = Gemm(x, w, b)",
+        "float[48,32] w = {0}, float[48] b = {0}> { [n] h = Gemm<transB=1>(x, w, b)",
+        "float[48,32] w = {0}> { [n] h = Gemm<transB=1, alpha=0.25>(x, w)",
+        "float[48,32] w = {0}, float[1,48] b = {0}> { [n] h = Gemm<transB=1, alpha=-2.0>(x, w, b)",
+        "float[48,32] w = {0}, float[1] b = {0}> { [n] h = Gemm<transB=1>(x, w, b)",
+    ],
+)
+def test_gemms_of_every_kind(text: str) -> None:
+    model = _filled(f"g (float[N,32] x) => (float[N,48] y) <{text} y = Exp(h) }}")
+    result, changes = _dynamic(model, classifier=True)
+    assert changes.facts["fused"] == {"MatMul": 1}
+    feeds = {"x": 0.1 * _normal(16, 32, seed=9)}
+    assert _sqnr(model, result, feeds) > 35
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("float[32,48] w = {0}> { xt = Transpose(x) h = Gemm<transA=1>(xt, w)", "its data is transposed"),
+        ("float[32,48] w = {0}, float[48] b = {0}> { h = Gemm<beta=2.0>(x, w, b)", "its beta is not 1"),
+        ("float[2,32,48] w = {0}> { h = MatMul(x, w)", "its weight is no matrix"),
+    ],
+)
+def test_what_cannot_be_written_that_way_stores_its_weight(text: str, reason: str) -> None:
+    shape = "2,N,48" if "[2,32" in text else "N,48"
+    model = _filled(
+        f"g (float[N,32] x) => (float[{shape}] y) <{text} y = Exp(h) }}".replace("[N,32]", "[40,32]")
+    )
+    result, changes = _dynamic(model)
+    assert "DynamicQuantizeLinear" not in ops(result)
+    assert reason in [skip.reason for skip in changes.skipped]
+    assert _sqnr(model, result, {"x": 0.1 * _normal(40, 32, seed=9)}) > 30
+
+
+def test_no_pair_of_codes_can_saturate() -> None:
+    """Weights of one sign at their largest: the sum of two neighbouring products would not fit in 16 bits."""
+    model = _filled(BLOCK)
+    model.graph.initializers["w1"].values = np.abs(model.graph.initializers["w1"].values) ** 0.1
+    _, changes = _dynamic(model, exclude=("q",))
+    assert changes.facts["tightened"]["up"] == 64
+    result, _ = _dynamic(model)
+    product = next(node for node in result.graph.nodes if node.name == "up")
+    codes = product.inputs[1]
+    assert isinstance(codes, Constant)
+    pairs = codes.values[:-1].astype(int) + codes.values[1:]
+    assert np.abs(pairs).max() <= MAX_PAIR
+
+
+def test_with_data_the_worst_products_keep_their_data_in_float() -> None:
+    """One input channel a thousand times the others that hardly matters: one range is too coarse."""
+    model = _filled("""g (float[N,256] x) => (float[N,32] y)
+        <float[256,64] w1 = {0}, float[64,64] w2 = {0}, float[64,32] w3 = {0}>
+        { [a] a = MatMul(x, w1) ar = Relu(a) [b] b = MatMul(ar, w2) br = Relu(b) [c] y = MatMul(br, w3) }""")
+    values = model.graph.initializers["w1"].values.copy()
+    values[0] *= 1e-4
+    model.graph.initializers["w1"].values = values
+    scale = np.ones(256, np.float32)
+    scale[0] = 1000
+    data = [{"x": _normal(8, 256, seed=seed) * scale} for seed in range(8)]
+    plain, _ = _dynamic(model, data, require_sqnr=0)
+    kept, changes = _dynamic(model, data, require_sqnr=15)
+    assert _sqnr(model, plain, data[0]) < 5
+    assert _sqnr(model, kept, data[0]) > 14
+    assert {row["node"]: row["kept"] for row in changes.facts["layers"]} == {
+        "a": True,
+        "b": False,
+        "c": False,
+    }
+    assert changes.facts["fused"] == {"MatMul": 1}
+
+
+def test_four_bits_are_refused() -> None:
+    with pytest.raises(UsageError, match="activations=none"):
+        _dynamic(_filled(BLOCK), weights="int4")
+
+
+def test_where_only_weights_are_stored_the_worst_layers_get_more_bits() -> None:
+    model = _filled(BLOCK)
+    data = [{"x": _normal(2, 8, 32, seed=seed)} for seed in range(8)]
+    limits = {"int4": 18.0, "int8": 40.0}
+    for bits, limit in limits.items():
+        options: dict[str, Any] = {"activations": "none", "weights": bits}
+        kept, changes = _dynamic(model, data, **options, require_sqnr=limit)
+        found = ops(kept)["DequantizeLinear"]
+        rows = {row["node"] for row in changes.facts["layers"] if row["kept"]}
+        assert len(rows) > 0
+        assert found == (4 if bits == "int4" else 4 - len(rows))
+        assert changes.facts["everything"] < limit <= changes.facts["sqnr"]
