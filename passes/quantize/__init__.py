@@ -26,7 +26,7 @@ from onnxslim.runtime import CPU, Target, layout
 ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
 Activations = Literal["auto", "uint8", "int8", "uint16", "dynamic", "none"] | None
 Layout = Literal["target", "cpu", "openvino", "cuda", "tensorrt", "qnn"]
-Algorithm = Literal["auto", "rtn", "cd"]
+Algorithm = Literal["auto", "rtn", "cd", "gptq"]
 
 
 @options
@@ -84,7 +84,8 @@ class Quantize(Pass):
     algorithm: Algorithm = Field(
         "auto",
         description="how weights are rounded: to the nearest code (rtn), for the least error of a layer's "
-        "outputs by coordinate descent (cd), or the better of both where it matters",
+        "outputs by coordinate descent (cd), the same from what GPTQ finds (gptq), or by descent where that "
+        "matters and helps (auto)",
     )
     equalization: bool = Field(
         True,
@@ -191,7 +192,13 @@ class Quantize(Pass):
     def _settings(self) -> Settings:
         kind: Kind = "static" if self._static else "dynamic" if self.activations == "dynamic" else "none"
         return Settings(
-            self.exclude, self.classifier, self.bias_correction, self.per_channel, self.weights, kind
+            self.exclude,
+            self.classifier,
+            self.bias_correction,
+            self.per_channel,
+            self.weights,
+            kind,
+            self.algorithm == "gptq",
         )
 
     def _search(self, search: Search, build: Builder, goal: Goal, log: Log) -> Trial:
@@ -216,7 +223,8 @@ class Quantize(Pass):
 
     def _rounds(self, trial: Trial) -> bool:
         """Whether to look for better codes than a candidate has."""
-        return self.algorithm == "cd" or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH)
+        chosen = self.algorithm in ("cd", "gptq")
+        return chosen or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH)
 
     def _without_worst(self, search: Search, trial: Trial, fitted: Trial, goal: Goal, log: Log) -> Trial:
         """The candidate with the fewest layers out of integers that keeps enough, and what each layer does.

@@ -49,6 +49,7 @@ class Settings:
         weights: their integer type; int4 has a scale for every few inputs where activations are not integers.
         activations: whether they become integers on ranges known beforehand ("static"), as they come
             ("dynamic"), or not at all ("none"): then weights only are stored as such.
+        gptq: whether coordinate descent starts from what GPTQ finds instead of the nearest codes.
     """
 
     exclude: tuple[str, ...] = ()
@@ -57,6 +58,7 @@ class Settings:
     per_channel: bool = True
     weights: Bits = "int8"
     activations: Kind = "static"
+    gptq: bool = False
 
     @property
     def static(self) -> bool:
@@ -187,7 +189,7 @@ class Builder:
 
         Codes from training stay what they are.
         """
-        if self._trained:
+        if self._trained or self._settings.activations == "dynamic":
             return None
         student, log = self.model.copy(), Log()
         plan = self._plan(student, recipe, log)
@@ -216,7 +218,7 @@ class Builder:
         self, stored: Collection[str], layer: Layer, wanted: NDArray[np.float32], gram: Gram, corrected: bool
     ) -> tuple[Encoded | Blocks, NDArray[np.float32]]:
         """Integers of a layer's weights by what it sees, and the matrix they stand for."""
-        rounder = Rounder(layer, gram, corrected, wanted)
+        rounder = Rounder(layer, gram, corrected, wanted, self._settings.gptq)
         if self._four_bits:
             codes, scales = rounder.four_bits(wanted[0].T)
             return (codes, scales), (codes * np.repeat(scales, BLOCK, axis=0)[: len(codes)]).T[None]
@@ -303,6 +305,11 @@ class Builder:
             return replace(recipe, refused=more)
         return replace(recipe, kept=more)
 
+    def held_back(self, recipe: Recipe) -> Mapping[str, str]:
+        """The weighted nodes that `without` made more exact."""
+        weights_only = self._settings.activations == "none" and not self._four_bits
+        return recipe.refused if weights_only else recipe.kept
+
     def absorb(self, data: CalibrationData) -> None:
         """Take more data into the ranges: what was held out to choose among candidates."""
         seen = self._seen
@@ -379,7 +386,9 @@ class Builder:
             for layer, name in zip(part, names, strict=True):
                 node = layer.node
                 corrected = self._settings.bias_correction and node.label in linear and len(node.inputs) > 2
-                self._rounders[node.inputs[1].name] = Rounder(layer, grams[name], corrected)
+                self._rounders[node.inputs[1].name] = Rounder(
+                    layer, grams[name], corrected, gptq=self._settings.gptq
+                )
 
     def _insert(
         self, model: Model, plan: Plan, ranges: Mapping[int, Range], log: Log, encoder: Encoder

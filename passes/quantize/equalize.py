@@ -237,15 +237,15 @@ class _Problem:
             at, inside = self._at(labelled.labels)
             span = np.maximum(seen.high, -seen.low)[inside]
             np.maximum.at(found, at, span / max(seen.high.max(), -seen.low.min(), 1e-30))
-        least: Doubles = np.maximum(found, max(found.max(initial=0.0), 1e-30) / LARGEST)
-        return least
+        floor = max(float(found.max(initial=0.0)), 1e-30) / LARGEST
+        return np.asarray(np.maximum(found, floor))
 
     def _at(self, labels: Array) -> tuple[Array, Array]:
         at = self._place[labels]
         return at[at >= 0], at >= 0
 
     def _column(self, mixer: Mixer, square: Doubles) -> tuple[Doubles, Doubles, Doubles, Array]:
-        """Power and largest weight of each row and input channel of a layer, in parts of its output."""
+        """Of a layer: power of each input channel, largest weights, in parts of its output's power."""
         matrix = mixer.layer.matrix().astype(np.float64)
         groups, rows, _ = matrix.shape
         assert mixer.reads is not None
@@ -300,8 +300,7 @@ class _Problem:
                 at, inside = self._at(reads)
                 size = largest.max(axis=1).reshape(-1)
                 np.maximum.at(found, at, size[inside] / max(size.max(), 1e-30))
-        least: Doubles = np.maximum(found, max(found.max(), 1e-30) / LARGEST)
-        return least
+        return np.asarray(np.maximum(found, max(float(found.max()), 1e-30) / LARGEST))
 
 
 def _best(problem: _Problem) -> tuple[Doubles, float]:

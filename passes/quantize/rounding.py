@@ -44,16 +44,18 @@ class Rounder:
         gram: moments of what it sees.
         corrected: whether a bias takes in what the integers do to the mean.
         target: weights to come close to, as `Layer.matrix`, if not the layer's own.
+        gptq: whether to start from `gptq` instead of the nearest codes.
     """
 
     layer: Layer
     gram: Gram
     corrected: bool
     target: Floats | None = None
+    gptq: bool = False
 
     def four_bits(self, matrix: Floats) -> Blocks:
         """Four-bit codes of a matrix [inputs, outputs], and their scales; see `storing.Rounding`."""
-        return round_blocks(matrix, self._moments()[0], self.gram.count)
+        return round_blocks(matrix, self._moments()[0], self.gram.count, by_gptq=self.gptq)
 
     def _moments(self) -> Doubles:
         return self.gram.gram if self.corrected else self.gram.raw().gram
@@ -67,6 +69,9 @@ class Rounder:
         saturates = pair_axis is not None and 2 * limit > MAX_PAIR
         channels = encoded.codes.shape[pair_axis] if saturates and pair_axis is not None else 0
         neighbours = Neighbours(channels, target.shape[2] // channels) if channels else None
+        if self.gptq:
+            fixed = encoded.scales.reshape(target.shape[:2])
+            codes = gptq(target, fixed, self._moments(), limit=limit, count=self.gram.count)
         lower = 0.0 if least is None else least.reshape(target.shape[:2])
         best, scales = refine(
             target,
@@ -106,18 +111,49 @@ class Rounder:
         return codes, scales
 
 
+def gptq(target: Floats, scales: Floats, gram: Doubles, *, limit: int = QMAX, count: int = 0) -> Floats:
+    """Codes by GPTQ with columns in the order of their power (Frantar et al., ICLR 2023).
+
+    After each column is rounded, those still to come take back what they can of its error.
+
+    Args:
+        target: weights wanted, float32 (groups, outputs, inputs).
+        scales: of each output, float32 (groups, outputs), or of each weight (groups, outputs, inputs).
+        gram: covariance of the inputs, float64 (groups, inputs, inputs).
+        limit: largest magnitude of a code.
+        count: rows that the covariance was taken from; 0 if it is exact.
+
+    Returns:
+        float32 (groups, outputs, inputs).
+    """
+    curvature = _damped(gram, count).astype(np.float64)
+    steps = np.broadcast_to(scales[..., None] if scales.ndim == 2 else scales, target.shape)
+    codes = np.empty(target.shape, np.float32)
+    for group, matrix in enumerate(curvature):
+        order = np.argsort(-np.diagonal(matrix), kind="stable")
+        upper = np.linalg.cholesky(np.linalg.inv(matrix[np.ix_(order, order)])).T
+        left, step = target[group][:, order].astype(np.float64), steps[group][:, order]
+        for j, place in enumerate(order):
+            code = np.rint(left[:, j] / step[:, j]).clip(-limit, limit)
+            codes[group, :, place] = code
+            error = (left[:, j] - code * step[:, j]) / upper[j, j]
+            left[:, j:] -= error[:, None] * upper[j, j:]
+    return codes
+
+
 def _losses(target: Floats, codes: Floats, scales: Floats, curvature: Floats) -> Floats:
     error = codes * scales[..., None] - target
     return np.asarray(((error @ curvature) * error).sum(axis=2))
 
 
-def round_blocks(matrix: Floats, gram: Doubles, count: int = 0) -> Blocks:
+def round_blocks(matrix: Floats, gram: Doubles, count: int = 0, *, by_gptq: bool = False) -> Blocks:
     """Codes and scales of blocks, in turn, until the error of the outputs stays.
 
     Args:
         matrix: weights wanted, [inputs, outputs].
         gram: covariance of the inputs, float64.
         count: rows that it was taken from; 0 if it is exact.
+        by_gptq: whether to start from `gptq` instead of the nearest codes.
 
     Returns:
         codes [inputs, outputs] and scales [blocks, outputs].
@@ -125,6 +161,9 @@ def round_blocks(matrix: Floats, gram: Doubles, count: int = 0) -> Blocks:
     start, scales = nearest(matrix, np.diagonal(gram))
     curvature = _damped(gram[None], count)
     wanted, codes = np.ascontiguousarray(matrix.T)[None], np.ascontiguousarray(start.T)[None]
+    if by_gptq:
+        steps = np.ascontiguousarray(np.repeat(scales, BLOCK, axis=0)[: len(matrix)].T)[None]
+        codes = gptq(wanted, steps, gram[None], limit=FOUR_BITS, count=count)
     for again in (True, True, False):
         steps = np.ascontiguousarray(np.repeat(scales, BLOCK, axis=0)[: len(matrix)].T)[None]
         codes = _descend(wanted, codes, steps, curvature, FOUR_BITS)
@@ -143,7 +182,7 @@ def _descend(target: Floats, codes: Floats, steps: Floats, curvature: Floats, li
 
 
 def _refitted_blocks(target: Floats, codes: Floats, scales: Floats, curvature: Floats) -> Floats:
-    """Scales of least error for codes (outputs, inputs): least squares, an unknown per block of an output."""
+    """Scales of least error for codes (outputs, inputs): least squares, one unknown per block and output."""
     outputs, inputs = codes.shape
     starts = np.arange(0, inputs, BLOCK)
     found = scales.T.copy()
@@ -215,7 +254,7 @@ def refine(
 def _damped(gram: Doubles, count: int = 0) -> Floats:
     """A covariance that few rows do not make certain of what they happened to show.
 
-    Off the diagonal it shrinks the more, the fewer rows there are for each input; on it, nothing is let go.
+    Off the diagonal it shrinks the more, the fewer rows there are for each input.
 
     Args:
         gram: covariance of inputs, float64 (groups, inputs, inputs).

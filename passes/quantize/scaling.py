@@ -70,7 +70,7 @@ class Mixer:
 
 @dataclass(frozen=True, eq=False)
 class _Vector:
-    """A constant that is multiplied by scales, to the power of ±1, along an axis counted from the end."""
+    """A constant that is multiplied by scales to the power of 1 or -1; the axis counts from the end."""
 
     node: Node
     index: int

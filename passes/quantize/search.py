@@ -35,6 +35,8 @@ HARMLESS = 1.0
 RANKING = 8
 # A candidate has to be that much faster than the one it replaces.
 FASTER = 0.97
+# Of the layers kept out of integers, how many of the largest are tried in integers again.
+SPARED = 8
 SLOWER = "it is faster in floating point"
 REASON = "in integers it would cost too much accuracy"
 
@@ -229,6 +231,18 @@ class Search:
             count = (lacking + enough) // 2
             if enough > len(order):
                 count = lacking + _needed(order[lacking:], found.score.noise, goal.missing(found))
+        return self._spared(best, goal) if goal.met(best) else best
+
+    def _spared(self, trial: Trial, goal: Goal) -> Trial:
+        """The same with the largest of the kept layers back in integers, where the goal allows it."""
+        best = trial
+        build = trial.build
+        sizes = {node.label: _size(node) for node in build.model.graph.nodes if len(node.inputs) > 1}
+        kept = build.held_back(trial.recipe)
+        for label in sorted(kept, key=lambda each: -sizes.get(each, 0))[:SPARED]:
+            left = [each for each in build.held_back(best.recipe) if each != label]
+            found = self.attempt(build.without(best.recipe, left, REASON), build)
+            best = found if goal.met(found) else best
         return best
 
 

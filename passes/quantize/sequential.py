@@ -30,8 +30,8 @@ from onnxslim.pipeline import Context
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 # From a layer, wanted weights as its matrix, moments of what it sees, and whether a bias takes in the mean of
-# the error, to integers and the matrix they stand for; None where it is left in floating point.
-Coder: TypeAlias = Callable[[Layer, Floats, Gram, bool], "tuple[Encoded | Blocks, Floats] | None"]
+# the error, to integers and the matrix they stand for.
+Coder: TypeAlias = Callable[[Layer, Floats, Gram, bool], "tuple[Encoded | Blocks, Floats]"]
 
 
 class Sequential:
@@ -70,15 +70,13 @@ class Sequential:
         assert isinstance(job, Linear)
         matrix = job.layer.matrix()
         scale = job.goal.scale.reshape(*matrix.shape[:2], 1)
-        change = 0.0 if fitted is None or fitted.weight is None else fitted.weight / scale
+        with np.errstate(divide="ignore", invalid="ignore"):  # told by what is not finite
+            change = 0.0 if fitted is None or fitted.weight is None else fitted.weight / scale
         wanted = np.asarray(matrix + change, np.float32)
         name = job.node.inputs[1].name
-        if (
-            not np.isfinite(wanted).all()
-            or (found := self._coder(job.layer, wanted, gram, job.takes_bias)) is None
-        ):
+        if not np.isfinite(wanted).all():
             return fitted
-        encoded, restored = found
+        encoded, restored = self._coder(job.layer, wanted, gram, job.takes_bias)
         shift = np.zeros(scale.shape[:2]) if fitted is None else fitted.bias
         if job.takes_bias:
             shift = shift + scale[..., 0] * np.einsum("gmk,gk->gm", wanted - restored, gram.x_mean)
