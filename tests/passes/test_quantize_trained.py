@@ -137,10 +137,11 @@ def test_codes_that_could_saturate_are_stored_as_uint8() -> None:
     assert _sqnr(model, result) > 50
 
 
+@pytest.mark.parametrize("algorithm", ["rtn", "cd"])
 @pytest.mark.parametrize("weights", [EXPORTED, STORED], ids=["exported", "stored"])
-def test_only_weights_were_trained(weights: str) -> None:
+def test_only_weights_were_trained(weights: str, algorithm: str) -> None:
     model = _model(weights, BARE, FLOATS, ZEROS, SCALES, CODES)
-    result, changes = _quantize(model)
+    result, changes = _quantize(model, algorithm=algorithm)
     assert changes.facts["trained"] == [0, 2]
     assert changes.facts["fused"]["Conv"] == 2
     np.testing.assert_array_equal(_signed(_weight(result, "two")), CODES["c2"])
