@@ -59,7 +59,8 @@ class Prune(Pass):
     allow_outputs: bool = Field(False, description="let axes of the model's outputs shrink")
     steps: int = Field(1, ge=1, description="rounds of choosing, cutting and repairing on the way")
     repair: Literal["ridge", "bias", "none"] = Field(
-        "ridge", description="fit the remaining weights, or only biases, to the original's layers"
+        "ridge",
+        description="fit what stays to the original's layers; bias: only have it stand in, and fit biases",
     )
     plan: Path | None = Field(None, description="file of a plan to replay, instead of choosing")
 
@@ -132,7 +133,7 @@ class _Run:
         if error is not None:
             self._errors.append(error)
         masks = analysis.masks(removed)
-        if found is not None and self._settings.repair == "ridge":
+        if found is not None and self._settings.repair != "none":
             compensate(self._model, analysis, masks, found.grams)
         cut(self._model, analysis, removed)
         self._remember(analysis, masks)
