@@ -171,7 +171,9 @@ class _Repair:
         self.stages = stages
         self.shelf = shelf
         self.log = log
-        self.chains = _chains(student.graph, [job.goal.tensor for jobs in stages for job in jobs])
+        # Weights that are rounded afterwards are rounded for the goal itself, not for what is seen of it.
+        goals = [] if finish else [job.goal.tensor for jobs in stages for job in jobs]
+        self.chains = _chains(student.graph, goals)
         given = clean & {tensor.name for node in teacher.graph.nodes for tensor in node.outputs}
         self.copy = Staged(student, [_stop(jobs) for jobs in stages], shelf, given=given, target=target)
         wanted = [
