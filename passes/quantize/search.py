@@ -36,7 +36,7 @@ RANKING = 8
 # A candidate has to be that much faster than the one it replaces.
 FASTER = 0.97
 # Of the layers kept out of integers, how many of the largest are tried in integers again.
-SPARED = 8
+SPARED = 16
 SLOWER = "it is faster in floating point"
 REASON = "in integers it would cost too much accuracy"
 

@@ -141,7 +141,9 @@ def test_a_metric_decides_how_many_layers_stay_in_float(
     model = _with_outlier(chain)
     metric, rows, drops = _closeness(model), {}, {}
     for limit in (1.0, 0.1):
-        result, changes = _quantize(model, batches, metric=metric, max_drop=limit, equalization=False)
+        result, changes = _quantize(
+            model, batches, metric=metric, max_drop=limit, equalization=False, sequential=False
+        )
         before, after = changes.facts["metric"]
         assert before == 0.0
         assert after == pytest.approx(metric(Session(result).run), abs=1e-6)
