@@ -65,6 +65,7 @@ class OpSpec:
         classifies: for LINEAR, whether networks end in it to choose among classes.
         keeps_order: whether a larger element of its input makes a larger one of its output, which leaves the
             choice of a class as it is.
+        squashes: whether inputs that differ much may make outputs that hardly do, near the ends of its range.
         copies: whether its output is its input; runtimes drop such nodes.
         requantized: for LINEAR, whether its integer kernel makes integers only; others may leave the
             result in floating point.
@@ -92,6 +93,7 @@ class OpSpec:
     data_axis: Callable[[Node], int] | None = None
     classifies: bool = False
     keeps_order: bool = False
+    squashes: bool = False
     copies: bool = False
     requantized: bool = False
     searches: bool = False

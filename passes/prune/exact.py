@@ -13,8 +13,9 @@ from onnxslim import graph as ir
 from onnxslim.channels import Analysis
 from onnxslim.check import relative_difference
 from onnxslim.errors import InvalidGraph
-from onnxslim.graph import Array
+from onnxslim.graph import Array, Variable
 from onnxslim.model import Model
+from onnxslim.ops import spec_of
 from onnxslim.passes.prune.cut import cut, zero
 from onnxslim.runtime import Target
 
@@ -56,6 +57,7 @@ def prove(
     found = _difference(model, analysis, exact, target, samples) if exact else None
     if found is not None and found > EXACT:
         zeroed = _zeroed(model, analysis, exact)
+        _unsquash(zeroed)
         rounding = max(
             relative_difference(zeroed, zeroed, target, each, optimize="all") or 0.0
             for each in _inputs(samples)
@@ -79,6 +81,8 @@ def _difference(
     small, zeroed = model.copy(), _zeroed(model, analysis, removed)
     cut(small, analysis, removed)
     _unround(small)
+    for each in (small, zeroed):
+        _unsquash(each)
     found = [relative_difference(zeroed, small, target, each) for each in _inputs(samples)]
     return max((each for each in found if each is not None), default=None)
 
@@ -101,3 +105,15 @@ def _unround(model: Model) -> None:
         maker = ir.producer(node.input(0))
         if node.op == "DequantizeLinear" and maker is not None and maker.op == "QuantizeLinear":
             ir.replace_uses(node.outputs[0], maker.inputs[0])
+
+
+def _unsquash(model: Model) -> None:
+    """Look at what a Sigmoid or Softmax before an output reads: near 0, only its rounding shows."""
+    seen = {id(tensor) for tensor in model.graph.outputs}
+    for index, tensor in enumerate(model.graph.outputs):
+        maker = ir.producer(tensor)
+        if maker is not None and spec_of(maker).squashes:
+            read = maker.inputs[0]
+            if isinstance(read, Variable) and ir.producer(read) is not None and id(read) not in seen:
+                model.graph.outputs[index] = read
+                seen.add(id(read))

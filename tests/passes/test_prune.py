@@ -215,10 +215,20 @@ def test_a_wrong_rule_is_found_out_and_the_family_named(monkeypatch: pytest.Monk
 
     row = REGISTRY["", "Relu"]
     monkeypatch.setitem(REGISTRY, ("", "Relu"), replace(row, channels=Channels(reversed_labels)))
-    with pytest.raises(InvalidGraph, match=r"cutting family .[wv]:0:0. is not"):
-        prune(chain(), ratio=0.5)
+    for model in (chain(), saturated()):
+        with pytest.raises(InvalidGraph, match=r"cutting family .[wv]:0:0. is not"):
+            prune(model, ratio=0.5)
     kept = Pipeline(Prune(ratio=0.5))(chain())
     assert "cutting family" in kept.report.steps[0].error
+
+
+def saturated() -> Model:
+    """Probabilities that are all zero: nothing could be told by them."""
+    return parse(
+        """g (float[N,3,8,8] x) => (float[N,2,8,8] y)
+        { a = Conv(x, w) r = Relu(a) c = Conv(r, v, d) y = Sigmoid(c) }""",
+        {**values(w=(16, 3, 1, 1), v=(2, 16, 1, 1)), "d": np.full(2, -200.0, np.float32)},
+    )
 
 
 def test_allowed_outputs_may_shrink() -> None:
