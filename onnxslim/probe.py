@@ -27,7 +27,7 @@ MAX_ID = 99
 MAX_BYTES = 1 << 30
 MAX_LONG_BYTES = 1 << 20
 # What a model with loops may take on made-up inputs: nothing else says how often they go round.
-LIMITS = Limits(seconds=5, bytes=512 << 20)
+LIMITS = Limits(seconds=5, bytes=256 << 20)
 
 Feeds = dict[str, Array]
 

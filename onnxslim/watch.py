@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from onnxslim.errors import LoadError
 
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.002
 
 
 @dataclass(frozen=True)
