@@ -80,6 +80,8 @@ def _scans_something(model: Model, feeds: Feeds, session: Session) -> bool:
     names |= {node.op_type for function in model.shell.functions for node in function.node}
     if "Scan" in names:
         return False
+    if all(node.op != "Scan" for node in model.graph.nodes):
+        return True
     copy = model.copy()
     ir.sort(copy.graph)
     nodes = list(copy.graph.nodes)
@@ -91,7 +93,7 @@ def _scans_something(model: Model, feeds: Feeds, session: Session) -> bool:
 
 def _has_length(scan: Node, model: Model, before: list[Node], feeds: Feeds, session: Session) -> bool:
     """Run what comes before a Scan, for the sizes it goes over."""
-    if model.opsets[""] < 9:
+    if model.opset < 9:
         return False
     count = scan.attrs["num_scan_inputs"]
     axes = scan.attrs.get("scan_input_axes", [0] * count)
