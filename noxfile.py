@@ -59,7 +59,7 @@ def openvino(session: nox.Session) -> None:
     """The bundled networks, in float and in integers, on OpenVINO."""
     session.install("-e", ".[openvino,test]")
     _required(session, "OpenVINOExecutionProvider")
-    session.run("pytest", "tests/test_providers.py", *session.posargs)
+    session.run("pytest", "tests/runtime/test_providers.py", *session.posargs)
 
 
 @nox.session
@@ -67,7 +67,7 @@ def gpu_fallback(session: nox.Session) -> None:
     """What onnxruntime-gpu does on a machine without a GPU: it must refuse. With one, the GPU tests run."""
     session.install("-e", ".[gpu,test]")
     _required(session, "CUDAExecutionProvider")
-    session.run("pytest", "tests/test_providers.py", *session.posargs)
+    session.run("pytest", "tests/runtime/test_providers.py", *session.posargs)
 
 
 @nox.session

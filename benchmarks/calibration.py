@@ -43,8 +43,8 @@ def images(count: int) -> Iterator[dict[str, np.ndarray]]:
 def run_onnxslim(model: Path, out: Path, count: int, method: str) -> None:
     """The whole `Quantize` pass."""
     import onnxslim
+    from onnxslim.engine.base import Context
     from onnxslim.passes.quantize import Quantize
-    from onnxslim.pipeline import Context
 
     loaded = onnxslim.load(model)
     data = onnxslim.CalibrationData.from_callable(lambda: images(count))

@@ -45,7 +45,8 @@ def factorized(model: Any, data: Any, **options: Any) -> Any:
 def ratio(before: Any, after: Any, feeds: dict[str, Any]) -> float:
     """Time of one run on one thread relative to the model before; that thread's own time."""
     from onnxslim import Target
-    from onnxslim.runtime import Session, latencies
+    from onnxslim.runtime.session import Session
+    from onnxslim.runtime.timing import latencies
 
     sessions = [Session(each, Target.cpu(threads=1)) for each in (before, after)]
     _, ratios = latencies(sessions, feeds, rounds=200, seconds=10, clock=time.thread_time)
@@ -62,7 +63,7 @@ def fashion(net: str) -> tuple[Any, Any]:
 
 def row(net: str, what: str, **options: Any) -> str:
     """One way to factorize one of the nets."""
-    from onnxslim.runtime import Session
+    from onnxslim.runtime.session import Session
 
     model, data = fashion(net)
     start = time.process_time()
@@ -142,7 +143,7 @@ def real_row(name: str, share: float, way: str) -> str:
     import onnxslim
     from benchmarks.real import agreement, sqnr
     from onnxslim.models import zoo
-    from onnxslim.runtime import Session
+    from onnxslim.runtime.session import Session
 
     data = onnxslim.CalibrationData(zoo.inputs(name, 64, seed=0))
     start = time.process_time()

@@ -27,8 +27,9 @@ from onnxslim import Pipeline, load
 from onnxslim.errors import OnnxSlimError
 from onnxslim.models import zoo
 from onnxslim.passes import Factorize, Prune
-from onnxslim.probe import probes
-from onnxslim.runtime import Session, Target
+from onnxslim.runtime.probe import probes
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
 
 LEAST_BYTES = 8000
 WHEELS = (

@@ -31,7 +31,7 @@ Shape = list[Any] | None
 def ours(model: ModelProto) -> list[Shape]:
     """What `onnxslim.shapes.deduce` finds of the outputs."""
     from onnxslim import shapes
-    from onnxslim.model import load
+    from onnxslim.ir.model import load
 
     loaded = load(model)
     facts = shapes.deduce(loaded)

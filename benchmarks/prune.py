@@ -52,14 +52,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from benchmarks.real import agreement, sqnr
 from onnxslim import CalibrationData, Pipeline, Target, load
-from onnxslim.check import broken, wellformed
+from onnxslim.engine.check import broken, wellformed
 from onnxslim.errors import OnnxSlimError
-from onnxslim.model import Model
+from onnxslim.ir.model import Model
 from onnxslim.models import zoo
 from onnxslim.ops import cost
 from onnxslim.passes import Prune, Slim
-from onnxslim.probe import make_feeds
-from onnxslim.runtime import Session, latencies
+from onnxslim.runtime.probe import make_feeds
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.timing import latencies
 
 ROOT = common.ROOT
 FASHION = ROOT / "models" / "fashion"

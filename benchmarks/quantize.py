@@ -182,7 +182,9 @@ def row(name: str, tools: Sequence[str], venvs: Path) -> dict[str, Cell]:
 def measured(name: str, source: Path, made: dict[str, tuple[Path, Cell]]) -> dict[str, Cell]:
     """Fidelity, size and latency of what the tools wrote."""
     from onnxslim.models import zoo
-    from onnxslim.runtime import Session, Target, latencies
+    from onnxslim.runtime.session import Session
+    from onnxslim.runtime.targets import Target
+    from onnxslim.runtime.timing import latencies
 
     target, feeds = Target.cpu(threads=1), zoo.inputs(name, 64, seed=1)
     original = Session(source, target)

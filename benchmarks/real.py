@@ -34,7 +34,8 @@ def measure(name: str) -> str:
     from onnxslim import CalibrationData, Pipeline, Target
     from onnxslim.models import zoo
     from onnxslim.passes import Quantize, Slim
-    from onnxslim.runtime import Session, latencies
+    from onnxslim.runtime.session import Session
+    from onnxslim.runtime.timing import latencies
 
     model = onnxslim.load(zoo.path(name))
     data = CalibrationData(zoo.inputs(name, 32, seed=0))

@@ -20,10 +20,11 @@ import numpy as np
 
 import onnxslim
 from onnxslim import CalibrationData, Pipeline
-from onnxslim.graph import Array
+from onnxslim.ir.graph import Array
 from onnxslim.models import zoo
 from onnxslim.passes import Quantize, Slim
-from onnxslim.runtime import Session, Target
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
 
 MODEL = "minilm.dynamo"
 TOKENS = 128

@@ -123,17 +123,17 @@ def _fashion() -> Iterator[tuple[str, tuple[Path, Feeds]]]:
 
 
 def _untrained() -> Iterator[tuple[str, tuple[Path, Feeds]]]:
-    from onnxslim.model import load
+    from onnxslim.ir.model import load
     from onnxslim.models import zoo
-    from onnxslim.probe import make_feeds
+    from onnxslim.runtime.probe import make_feeds
 
     for path in sorted((zoo.cache() / "untrained").glob("*.onnx")):
         yield f"untrained {path.stem}", (path, make_feeds(load(path).inputs(), batch=1, size=16))
 
 
 def _light() -> Iterator[tuple[str, tuple[Path, Feeds]]]:
-    from onnxslim.model import load
-    from onnxslim.probe import make_feeds
+    from onnxslim.ir.model import load
+    from onnxslim.runtime.probe import make_feeds
 
     folder = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
     for path in sorted(folder.glob("*.onnx")):
@@ -170,7 +170,9 @@ def simplify(python: Path, tool: Tool, source: Path, target: Path) -> float | st
 def measure(source: Path, feeds: Feeds, pythons: Mapping[str, Path]) -> dict[str, Cell]:
     """The original, under the name "before", and what each tool makes of it."""
     from onnxslim.errors import LoadError
-    from onnxslim.runtime import Session, Target, latencies
+    from onnxslim.runtime.session import Session
+    from onnxslim.runtime.targets import Target
+    from onnxslim.runtime.timing import latencies
 
     expected = Session(source, optimize="none").run(feeds)
     cells = {"before": Cell(nodes=nodes(source), size=source.stat().st_size / 1e6)}

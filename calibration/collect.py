@@ -21,9 +21,10 @@ import numpy as np
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import ChannelMeans, Distribution, Histogram
 from onnxslim.errors import CalibrationError, LoadError
-from onnxslim.graph import Array
-from onnxslim.model import Model, load
-from onnxslim.runtime import Session, Target
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model, load
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
 Channels: TypeAlias = tuple[str, int]  # a tensor and the axis that runs over its channels

@@ -10,9 +10,9 @@ import numpy as np
 from onnxslim.calibration.collect import Channels, Progress, Runner, tapped
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import ROWS, Gram, Moments, batch_samples, quota_for, sampled
-from onnxslim.graph import Array
-from onnxslim.model import Model
-from onnxslim.runtime import Target
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
+from onnxslim.runtime.targets import Target
 
 # Samples to reckon with where the source does not know how many it has.
 _MANY = 512

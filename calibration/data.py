@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from onnxslim.errors import CalibrationError
-from onnxslim.model import InputSpec
+from onnxslim.ir.model import InputSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from onnxslim.calibration.collect import Progress, Runner, tapped
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.layers import Floats, Layer, Positions, layer_of
 from onnxslim.errors import CalibrationError, UsageError
-from onnxslim.graph import Array
-from onnxslim.model import Model
-from onnxslim.runtime import Target
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
+from onnxslim.ops.layers import Floats, Layer, Positions, layer_of
+from onnxslim.runtime.targets import Target
 
 Doubles = NDArray[np.float64]
 

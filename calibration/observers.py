@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim.errors import CalibrationError
-from onnxslim.graph import MASK_MAGNITUDE
+from onnxslim.ir.graph import MASK_MAGNITUDE
 
 if TYPE_CHECKING:
     from typing_extensions import Self

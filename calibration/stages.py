@@ -17,11 +17,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from onnxslim import graph as ir
 from onnxslim.calibration.collect import Runner
-from onnxslim.graph import Array, Graph, Node, Variable
-from onnxslim.model import Model
-from onnxslim.runtime import Target
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Graph, Node, Variable
+from onnxslim.ir.model import Model
+from onnxslim.runtime.targets import Target
 
 Values: TypeAlias = dict[str, Array]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from onnxslim import passes
+from onnxslim.engine.base import Pass
+from onnxslim.engine.rewrite import Rule
 from onnxslim.passes import eliminate, fuse
 from onnxslim.passes.slim import Slim
-from onnxslim.pipeline import Pass
-from onnxslim.rewrite import Rule
 
 PAGE = Path(__file__).with_name("passes.md")
 HEAD = """# Passes

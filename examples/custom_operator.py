@@ -10,7 +10,7 @@ import math
 import onnx.parser
 
 from onnxslim import Pipeline, load
-from onnxslim.graph import Node
+from onnxslim.ir.graph import Node
 from onnxslim.ops import OpSpec, register
 from onnxslim.ops.cost import macs
 from onnxslim.ops.spec import sizes

@@ -10,11 +10,13 @@ from typing import ClassVar, TypeAlias
 import numpy as np
 from pydantic import Field
 
-from onnxslim import Changes, Context, Model, Pass, Pipeline, load, rewrite
-from onnxslim.graph import Array, Node
-from onnxslim.model import constant_of
-from onnxslim.pipeline import Log, options
-from onnxslim.rewrite import Editor, Rule
+from onnxslim import Changes, Context, Model, Pass, Pipeline, load
+from onnxslim.engine import rewrite
+from onnxslim.engine.base import Log, options
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.graph import Array, Node
+from onnxslim.ir.model import constant_of
 
 Division: TypeAlias = tuple[Node, Array]
 

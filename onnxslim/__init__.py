@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxslim import passes
     from onnxslim.calibration.data import CalibrationData
-    from onnxslim.channels import analyze
-    from onnxslim.compat import slim
+    from onnxslim.compat.slim import slim
+    from onnxslim.engine.base import Changes, Context, Pass
+    from onnxslim.engine.pipeline import Pipeline, Report, Result
     from onnxslim.errors import (
         CalibrationError,
         InvalidGraph,
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
         UsageError,
         ValidationError,
     )
-    from onnxslim.model import Model, load
-    from onnxslim.pipeline import Changes, Context, Pass, Pipeline, Report, Result
-    from onnxslim.recipes import Recipe
-    from onnxslim.runtime import Target
-    from onnxslim.validation import validate
-    from onnxslim.verdict import Verdict
+    from onnxslim.families.analysis import analyze
+    from onnxslim.ir.model import Model, load
+    from onnxslim.recipes.recipe import Recipe
+    from onnxslim.runtime.targets import Target
+    from onnxslim.validation.compare import validate
+    from onnxslim.validation.verdict import Verdict
 
     __version__: str
 
@@ -72,8 +73,8 @@ __all__ = [
 # Where each name lives. Nothing is imported before it is used: `onnxslim --help` needs none of it.
 _HOMES = {
     "calibration.data": ("CalibrationData",),
-    "channels": ("analyze",),
-    "compat": ("slim",),
+    "families.analysis": ("analyze",),
+    "compat.slim": ("slim",),
     "errors": (
         "CalibrationError",
         "InvalidGraph",
@@ -85,12 +86,13 @@ _HOMES = {
         "UsageError",
         "ValidationError",
     ),
-    "model": ("Model", "load"),
-    "pipeline": ("Changes", "Context", "Pass", "Pipeline", "Report", "Result"),
-    "recipes": ("Recipe",),
-    "runtime": ("Target",),
-    "validation": ("validate",),
-    "verdict": ("Verdict",),
+    "ir.model": ("Model", "load"),
+    "engine.base": ("Changes", "Context", "Pass"),
+    "engine.pipeline": ("Pipeline", "Report", "Result"),
+    "recipes.recipe": ("Recipe",),
+    "runtime.targets": ("Target",),
+    "validation.compare": ("validate",),
+    "validation.verdict": ("Verdict",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

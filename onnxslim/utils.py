@@ -16,9 +16,9 @@ from rich.console import Console
 
 from onnxslim import shapes
 from onnxslim.formats import clean, size
-from onnxslim.graph import Tensor
-from onnxslim.model import Model, load
-from onnxslim.report import WIDTH, table
+from onnxslim.ir.graph import Tensor
+from onnxslim.ir.model import Model, load
+from onnxslim.report.text import WIDTH, table
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 from onnxslim.errors import UsageError
 
 if TYPE_CHECKING:
+    from onnxslim.engine.base import Pass
     from onnxslim.passes.dead import Dead
     from onnxslim.passes.dedupe import Dedupe
     from onnxslim.passes.eliminate import Eliminate
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from onnxslim.passes.prune import Prune
     from onnxslim.passes.quantize import Quantize
     from onnxslim.passes.slim import Slim
-    from onnxslim.pipeline import Pass
 
 __all__ = [
     "Dead",

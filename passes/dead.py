@@ -9,11 +9,11 @@ from typing import ClassVar, TypeAlias
 import onnx
 from onnx.defs import OpSchema
 
-from onnxslim import graph as ir
-from onnxslim.graph import Graph, Node
-from onnxslim.model import DEFAULT_DOMAINS, Model
-from onnxslim.pipeline import Changes, Context, Log, Pass, options
-from onnxslim.proto import fields_but
+from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Graph, Node
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model
+from onnxslim.ir.proto import fields_but
 
 Call: TypeAlias = tuple[str, str, str]  # domain, name, overload
 

@@ -12,13 +12,13 @@ import numpy as np
 from onnx import AttributeProto, SparseTensorProto, TensorProto, numpy_helper
 from pydantic import Field
 
-from onnxslim import files
-from onnxslim import graph as ir
-from onnxslim.graph import Array, Constant, Graph, Namer, Node
-from onnxslim.model import DEFAULT_DOMAINS, Model
+from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.ir import files
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Constant, Graph, Namer, Node
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import spec_of
 from onnxslim.passes import dead
-from onnxslim.pipeline import Changes, Context, Log, Pass, options
 
 # Smaller constants stay in the body that reads them, where shape inference can see their values.
 MIN_SHARED_BYTES = 1024

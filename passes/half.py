@@ -11,14 +11,14 @@ import numpy as np
 import onnx
 from pydantic import Field
 
-from onnxslim import graph as ir
 from onnxslim import shapes
 from onnxslim.calibration.collect import collect
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import Histogram
-from onnxslim.graph import Array, Constant, Namer, Node, Tensor, Variable
-from onnxslim.model import DEFAULT_DOMAINS, Model
-from onnxslim.pipeline import Changes, Context, Log, Pass, options
+from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 
 SINGLE = np.dtype(np.float32)
 TYPES: Mapping[str, np.dtype[Any]] = {

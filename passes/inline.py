@@ -8,14 +8,14 @@ from typing import ClassVar
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto
 
-from onnxslim import files, proto
-from onnxslim import graph as ir
-from onnxslim.graph import Graph, Node, Tensor
-from onnxslim.model import DEFAULT_DOMAINS, Model
+from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.editor import Editor
+from onnxslim.ir import files, proto
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Graph, Node, Tensor
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.passes import dead
 from onnxslim.passes.dead import Call
-from onnxslim.pipeline import Changes, Context, Log, Pass, options
-from onnxslim.rewrite import Editor
 
 
 @options

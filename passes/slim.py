@@ -9,9 +9,12 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from onnxslim import proto, shapes
+from onnxslim import shapes
+from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.pipeline import MAX_ROUNDS
 from onnxslim.errors import UsageError
-from onnxslim.model import Model
+from onnxslim.ir import proto
+from onnxslim.ir.model import Model
 from onnxslim.passes import eliminate, fuse
 from onnxslim.passes.dead import Dead
 from onnxslim.passes.dedupe import Dedupe
@@ -20,7 +23,6 @@ from onnxslim.passes.fold import Fold
 from onnxslim.passes.fold.values import TOO_LARGE
 from onnxslim.passes.fuse import Fuse
 from onnxslim.passes.inline import Inline, calls
-from onnxslim.pipeline import MAX_ROUNDS, Changes, Context, Log, Pass, options
 
 
 @options

@@ -22,13 +22,14 @@ from onnx import TensorProto
 
 from onnxslim import passes
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.check import interface, wellformed
+from onnxslim.engine.base import Pass
+from onnxslim.engine.check import interface, wellformed
+from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import OnnxSlimError
-from onnxslim.inspection import inspect
-from onnxslim.model import Model, load
+from onnxslim.ir.model import Model, load
 from onnxslim.models import zoo
-from onnxslim.pipeline import Pass, Pipeline
-from onnxslim.runtime import Session
+from onnxslim.report.inspect import inspect
+from onnxslim.runtime.session import Session
 from tests.helpers import parse
 
 FASHION = Path(__file__).parent.parent / "models" / "fashion"

@@ -10,13 +10,13 @@ import numpy as np
 import onnx.parser
 from onnx import numpy_helper
 
-from onnxslim.check import difference, interface, wellformed
+from onnxslim.engine.base import Changes, Context, Pass
+from onnxslim.engine.check import difference, interface, wellformed
 from onnxslim.errors import LoadError
-from onnxslim.graph import Array
-from onnxslim.model import Model, load
-from onnxslim.pipeline import Changes, Context, Pass
-from onnxslim.probe import make_feeds
-from onnxslim.runtime import Session
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model, load
+from onnxslim.runtime.probe import make_feeds
+from onnxslim.runtime.session import Session
 
 
 def parse(

@@ -1,5 +1,6 @@
-"""Modules import downwards only. The levels, highest first; modules of one level may not import each other
-unless the level says so.
+"""Rooms import downwards only: a picture in `docs/architecture.md`, and this list, say which stands on which.
+
+A room is a package, or a module that stands alone. What only type checkers see counts, too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -16,163 +18,147 @@ PACKAGES = {"onnxslim": ROOT / "onnxslim", "onnxslim.passes": ROOT / "passes"}
 PACKAGES |= {"onnxslim.calibration": ROOT / "calibration", "onnxslim.models": ROOT / "models"}
 LINKS = ("passes", "calibration", "models")
 
-LEVELS: tuple[tuple[str, ...], ...] = (
+# Highest first; rooms on one floor do not know of one another.
+FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("recipes",),
-    ("compat", "demo"),
-    ("utils", "precision"),
-    ("terminal",),
-    ("sources",),
-    ("page",),
-    ("analysis", "inspection"),
-    ("validation",),
+    ("compat",),
+    ("recipes", "utils"),
     ("report",),
-    ("verdict",),
+    ("validation",),
     ("passes",),
+    ("families", "engine"),
     ("calibration",),
-    ("rewrite",),
-    ("pipeline",),
-    ("costs",),
-    ("channels", "check", "evaluate"),
-    ("probe",),
-    ("latency", "metric"),
     ("runtime",),
-    ("watch",),
-    ("ops.cost",),
     ("ops",),
-    ("labels",),
     ("shapes",),
-    ("dims",),
-    ("sizes",),
-    ("values",),
-    ("inference",),
-    ("quirks",),
-    ("printer",),
-    ("model",),
-    ("files",),
-    ("proto",),
-    ("budget",),
-    ("graph",),
-    ("terms",),
+    ("ir",),
     ("errors", "formats", "version"),
 )
-# Packages whose modules build on each other.
-FAMILIES = ("passes", "calibration", "ops", "cli")
+# The floors inside the room of the passes.
+PASSES: tuple[tuple[str, ...], ...] = (
+    ("factorize", "quantize", "prune"),
+    ("repair", "half", "slim"),
+    ("fuse",),
+    ("dedupe", "eliminate", "fold", "inline"),
+    ("dead", "predicates"),
+)
 # The face and the models stand beside the tower: anybody's callers, nobody's foundation.
 OUTSIDE = ("", "models")
+# A report prints itself: the only arrows up, taken when somebody asks for the text.
+UPWARDS = {("engine.pipeline", "report.text"), ("validation.verdict", "report.text")}
+MOST_IN_THE_HALL = 8
 
 
-def modules() -> Iterator[tuple[str, Path]]:
+@cache
+def known() -> dict[str, Path]:
     """Every module of the product under its installed name, without `onnxslim.`."""
+    found = {}
     for package, folder in PACKAGES.items():
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
             if package == "onnxslim" and parts[0] in LINKS:
                 continue
             whole = (*package.split(".")[1:], *parts)
-            yield ".".join(part for part in whole if part != "__init__"), path
-
-
-def level(name: str) -> int | None:
-    """Where a module stands: by its own name, or by the package it is in; None if it is outside."""
-    while True:
-        for index, names in enumerate(LEVELS):
-            if name in names:
-                return index
-        if name.split(".")[0] in OUTSIDE:
-            return None
-        assert "." in name, f"'{name}' has no level: add it to LEVELS"
-        name = name.rpartition(".")[0]
-
-
-def family(name: str) -> str:
-    return next((each for each in FAMILIES if name == each or name.startswith(f"{each}.")), name)
+            found[".".join(part for part in whole if part != "__init__")] = path
+    return found
 
 
 @cache
-def known() -> dict[str, Path]:
-    return dict(modules())
-
-
-def imports(path: Path, *, running: bool = True) -> Iterator[str]:
-    """Modules a file imports, anywhere in it; without those that only type checkers see."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    skipped = set()
-    if running:
-        guards = (
-            node
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        )
-        skipped = {id(inner) for guard in guards for inner in ast.walk(guard)}
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+def imports(name: str) -> frozenset[str]:
+    """Modules that a module of the product imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(known()[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: imports are absolute"
+            assert not node.level, f"{name}: imports are absolute"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                yield inner if inner.removeprefix("onnxslim.") in known() else str(node.module)
+                found.add(inner if inner.removeprefix("onnxslim.") in known() else str(node.module))
+    return frozenset(found)
 
 
-@pytest.mark.parametrize("name", sorted(name for name, _ in modules()))
+def arrows() -> Iterator[tuple[str, str]]:
+    """Pairs of modules of the product, of which the first imports the second."""
+    for name in known():
+        for imported in imports(name):
+            package, _, other = imported.partition(".")
+            if package == "onnxslim":
+                yield name, other
+
+
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def floor(room: str, floors: tuple[tuple[str, ...], ...]) -> int:
+    found = [index for index, rooms in enumerate(floors) if room in rooms]
+    assert len(found) == 1, f"'{room}' has no floor: add it to tests/test_architecture.py"
+    return found[0]
+
+
+@pytest.mark.parametrize("name", sorted(known()))
 def test_imports_point_down(name: str) -> None:
-    mine = level(name)
-    for imported in imports(known()[name]):
+    for imported in imports(name):
         package, _, other = imported.partition(".")
-        if package != "onnxslim" or mine is None:
+        if package != "onnxslim" or room(name) in OUTSIDE or (name, other) in UPWARDS:
             continue
-        if other == "":
-            assert family(name) == "cli", f"{name} imports the package's face; import the module"
-            continue
-        theirs = level(other)
-        assert theirs is not None, f"{name} imports {other}"
-        lazy = (name, other) in UPWARDS
-        same_family = theirs == mine and family(name) == family(other)
-        assert lazy or theirs > mine or same_family, f"{name} imports {other}, which is above it"
+        if not other:
+            assert room(name) == "cli", f"{name} imports the package's face; import the module"
+        elif room(other) != room(name):
+            below = floor(room(other), FLOORS) > floor(room(name), FLOORS)
+            assert below, f"{name} imports {other}, which is not below it"
 
 
-# A report prints itself: the only arrows up, taken when somebody asks for the text.
-UPWARDS = {("pipeline", "report"), ("verdict", "report")}
+@pytest.mark.parametrize("name", sorted(name for name in known() if name.startswith("passes.")))
+def test_passes_stand_on_one_another(name: str) -> None:
+    mine = name.split(".")[1]
+    for imported in imports(name):
+        parts = imported.split(".")
+        if parts[:2] == ["onnxslim", "passes"] and len(parts) > 2 and parts[2] != mine:
+            assert floor(parts[2], PASSES) > floor(mine, PASSES), f"{name} imports {imported}"
+
+
+def test_modules_make_no_circles() -> None:
+    faces = {"", "passes"}  # they name what is inside them, for type checkers
+    inside = (pair for pair in arrows() if room(pair[0]) not in OUTSIDE and not faces & set(pair))
+    graph = nx.DiGraph(pair for pair in inside if pair not in UPWARDS)
+    assert [part for part in nx.strongly_connected_components(graph) if len(part) > 1] == []
+
+
+def test_the_hall_is_small() -> None:
+    hall = [path.name for path in (ROOT / "onnxslim").glob("*.py")]
+    assert len(hall) <= MOST_IN_THE_HALL, hall
 
 
 def test_exceptions_are_still_needed() -> None:
-    for name, other in UPWARDS:
-        assert f"onnxslim.{other}" in set(imports(known()[name]))
+    assert set(arrows()) >= UPWARDS
 
 
 @pytest.mark.parametrize(
     ("library", "owners"),
     [
         ("onnxruntime", {"runtime"}),
-        ("onnx_graphsurgeon", {"graph"}),
+        ("onnx_graphsurgeon", {"ir"}),
         ("typer", {"cli"}),
     ],
 )
 def test_libraries_have_one_door(library: str, owners: set[str]) -> None:
     found = {
-        family(name)
-        for name, path in modules()
-        if not name.startswith("models") and any(each.split(".")[0] == library for each in imports(path))
+        room(name)
+        for name in known()
+        if room(name) != "models" and any(each.split(".")[0] == library for each in imports(name))
     }
     assert found == owners
 
 
 def test_passes_neither_load_nor_save_nor_print() -> None:
-    for name, path in modules():
-        if not name.startswith("passes"):
+    forbidden = ("print", "open", "load_model", "save_model", "InferenceSession", "Session")
+    for name, path in known().items():
+        if room(name) != "passes":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-                assert called not in (
-                    "print",
-                    "open",
-                    "load_model",
-                    "save_model",
-                    "InferenceSession",
-                    "Session",
-                ), f"{name}, line {node.lineno} calls {called}"
+                assert called not in forbidden, f"{name}, line {node.lineno} calls {called}"

@@ -21,13 +21,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from onnxslim.check import difference, interface, wellformed
+from onnxslim.engine.base import Context
+from onnxslim.engine.check import difference, interface, wellformed
 from onnxslim.errors import LoadError
-from onnxslim.graph import Array
-from onnxslim.model import Model, load
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model, load
 from onnxslim.passes.slim import Slim
-from onnxslim.pipeline import Context
-from onnxslim.runtime import Session, Target
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
 
 pytestmark = pytest.mark.conformance
 

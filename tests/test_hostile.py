@@ -24,7 +24,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxslim import cli
-from onnxslim.model import load
+from onnxslim.ir.model import load
 from tests.helpers import parse
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="links, signals and limits of Unix")

@@ -9,13 +9,13 @@ import onnx
 import pytest
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.check import difference, interface
-from onnxslim.model import load
+from onnxslim.engine.check import difference, interface
+from onnxslim.engine.pipeline import Pipeline
+from onnxslim.ir.model import load
 from onnxslim.models import zoo
 from onnxslim.passes.quantize import Quantize
 from onnxslim.passes.slim import Slim
-from onnxslim.pipeline import Pipeline
-from onnxslim.runtime import Session
+from onnxslim.runtime.session import Session
 
 pytestmark = pytest.mark.zoo
 

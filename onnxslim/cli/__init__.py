@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from onnxslim import terminal
+from onnxslim.cli import terminal
 from onnxslim.cli.commands import app
 from onnxslim.errors import OnnxSlimError, SaveError, UsageError
 

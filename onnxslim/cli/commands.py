@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from onnxslim import passes, terminal
+from onnxslim import passes
+from onnxslim.cli import terminal
 from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
 from onnxslim.cli.running import named_metric, process, require_report, warn_of_made_up_inputs
 from onnxslim.cli.words import CustomOps, DataWords, Debug, Job, Json, MetricName, Quiet, expanded, limits
@@ -96,9 +97,9 @@ def _slim(
 
     Takes the options of OnnxSlim's command line too; --inspect shows what models consist of instead.
     """
-    from onnxslim import compat
+    from onnxslim.compat import slim
 
-    asked = compat.Request(
+    asked = slim.Request(
         input_shapes=tuple(input_shapes or ()),
         inputs=tuple(inputs or ()),
         outputs=tuple(outputs or ()),
@@ -111,7 +112,7 @@ def _slim(
         model_check_inputs=tuple(model_check_inputs or ()),
     )
     if verbose:
-        compat.be_verbose()
+        slim.be_verbose()
     job = replace(job, external_data=job.external_data or save_as_external_data)
     process(job, data, [asked.step(passes.create("slim", ctx.obj))], asked=asked)
 
@@ -132,14 +133,15 @@ def _inspect(
 
     Of two models, also tells how the second differs from the first, by the names of nodes and constants.
     """
-    from onnxslim import inspection, report, utils
+    from onnxslim import utils
+    from onnxslim.report import inspect, text
 
-    found = [inspection.inspect(path) for path in models]
-    difference = inspection.compare(*models) if len(models) == 2 else None
+    found = [inspect.inspect(path) for path in models]
+    difference = inspect.compare(*models) if len(models) == 2 else None
     if json:
         terminal.show_json({"models": found, "difference": difference})
     else:
-        report.show_inspections(terminal.console(), found, difference)
+        text.show_inspections(terminal.console(), found, difference)
     for path in models if dump_to_disk else ():
         written = utils.dump_model_info_to_disk(utils.summarize_model(path))
         terminal.log(f"model info written to {written}")
@@ -266,16 +268,17 @@ def _validate(
     """
     required = limits(require)
     require_report(report, {path.resolve(): "a model" for path in (first, second)})
-    from onnxslim.model import load
-    from onnxslim.runtime import Target
-    from onnxslim.validation import validate
+    from onnxslim.ir.model import load
+    from onnxslim.runtime.session import available
+    from onnxslim.runtime.targets import Target
+    from onnxslim.validation.compare import validate
 
     model, result = load(first), load(second)
     source = data.source()
     opened = source.read(model) if source else None
     for note in opened.notes if opened else ():
         terminal.note(note, quiet)
-    known = [Target.named(name) for name in provider] if provider else Target.available()
+    known = [Target.named(name) for name in provider] if provider else available()
     targets = [target.with_threads(threads).with_libraries(custom_ops or ()) for target in known]
     with terminal.progress(quiet) as progress:
         verdict = validate(
@@ -294,11 +297,11 @@ def _validate(
     else:
         terminal.show(verdict, quiet)
     if report is not None:
-        from onnxslim import page
-        from onnxslim.pipeline import Report
+        from onnxslim.engine.pipeline import Report
+        from onnxslim.report import html
 
         feeds = opened.data if opened else None
-        page.document(model, result, Report(), verdict, data=feeds).save(report)
+        html.document(model, result, Report(), verdict, data=feeds).save(report)
     verdict.require(**required)
 
 
@@ -309,7 +312,7 @@ def _passes(
     debug: Debug = False,
 ) -> None:
     """List the passes with all their options."""
-    from onnxslim.report import show_passes
+    from onnxslim.report.text import show_passes
 
     chosen = [passes.get(each) for each in ([name] if name else passes.names())]
     known = {cls.name: (passes.summary(cls), passes.options_of(cls)) for cls in chosen}
@@ -337,7 +340,7 @@ def _demo(
 
     Slims, quantizes and validates them on real images with their true labels.
     """
-    from onnxslim import demo
+    from onnxslim.cli import demo
 
     with terminal.progress(quiet) as progress:
         outcomes = demo.run(demo.MODELS if model == "all" else (model,), keep=keep, progress=progress)

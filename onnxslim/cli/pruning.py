@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxslim import terminal
+from onnxslim.cli import terminal
+from onnxslim.engine.pipeline import Result
 from onnxslim.errors import SaveError, UsageError
-from onnxslim.pipeline import Result
 
 
 def tell(source: Path, families: bool, tensors: Sequence[str], as_json: bool) -> None:
@@ -19,9 +19,9 @@ def tell(source: Path, families: bool, tensors: Sequence[str], as_json: bool) ->
         LoadError: the model cannot be read.
         UsageError: there is no such tensor.
     """
-    from onnxslim.channels import analyze
-    from onnxslim.costs import Costs
-    from onnxslim.model import load
+    from onnxslim.families.analysis import analyze
+    from onnxslim.families.costs import Costs
+    from onnxslim.ir.model import load
     from onnxslim.passes.prune.cut import prepare
 
     model = load(source)

@@ -8,19 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxslim import terminal
+from onnxslim.cli import terminal
 from onnxslim.cli.words import DataWords, Job, limits
 from onnxslim.errors import OnnxSlimError, SaveError, UsageError
 
 if TYPE_CHECKING:
-    from onnxslim.compat import Request
-    from onnxslim.metric import Metric
-    from onnxslim.model import Model
-    from onnxslim.page import Document
-    from onnxslim.pipeline import Pass, Progress, Report, Result
-    from onnxslim.recipes import Recipe
-    from onnxslim.sources import Batches
-    from onnxslim.verdict import Verdict
+    from onnxslim.compat.slim import Request
+    from onnxslim.engine.base import Pass, Progress
+    from onnxslim.engine.pipeline import Report, Result
+    from onnxslim.ir.model import Model
+    from onnxslim.recipes.data import Batches
+    from onnxslim.recipes.recipe import Recipe
+    from onnxslim.report.html import Document
+    from onnxslim.runtime.metric import Metric
+    from onnxslim.validation.verdict import Verdict
 
 REPORTS = (".html", ".json")
 
@@ -46,7 +47,7 @@ def process(
     wanted = _recipe(job, words, chain, recipe)
     if job.save_recipe is not None and asked is not None:
         _require_in_recipe(asked)
-    from onnxslim.model import load
+    from onnxslim.ir.model import load
 
     model = load(job.source)
     for note in asked.notes if asked else ():
@@ -69,7 +70,7 @@ def process(
 
 
 def _recipe(job: Job, words: DataWords, chain: Sequence[Pass], file: Path | None) -> Recipe:
-    from onnxslim.recipes import Recipe
+    from onnxslim.recipes.recipe import Recipe
 
     check = limits(job.check)
     if file is None:
@@ -112,8 +113,8 @@ def _verdict(
     """Figures for the requirements, and for a report; where only a report wants them, they may be missing."""
     if not recipe.check and job.report is None:
         return None
-    from onnxslim.runtime import Target
-    from onnxslim.validation import validate
+    from onnxslim.runtime.targets import Target
+    from onnxslim.validation.compare import validate
 
     try:
         return validate(
@@ -135,9 +136,9 @@ def _verdict(
 
 def named_metric(name: str | None) -> Metric | None:
     """What --metric names."""
-    from onnxslim import sources
+    from onnxslim.recipes import data
 
-    return None if name is None else sources.metric(name)
+    return None if name is None else data.metric(name)
 
 
 def _document(
@@ -149,13 +150,13 @@ def _document(
     verdict: Verdict | None,
 ) -> Document:
     """All there is to tell; the layers are looked at only for a report that is kept."""
-    from onnxslim import page
+    from onnxslim.report import html
 
     settings = recipe.to_dict()
     if job.report is None:
-        return page.brief(model, result.model, result.report, verdict, recipe=settings)
+        return html.brief(model, result.model, result.report, verdict, recipe=settings)
     data = opened.data if opened else None
-    return page.document(model, result.model, result.report, verdict, recipe=settings, data=data)
+    return html.document(model, result.model, result.report, verdict, recipe=settings, data=data)
 
 
 def _tell(job: Job, told: Document) -> None:
@@ -236,7 +237,7 @@ def _warn_of_rivals() -> None:
 
 
 def _warn_of_idle_passes(report: Report, quiet: bool) -> None:
-    from onnxslim.report import outcome
+    from onnxslim.report.text import outcome
 
     for step in report.steps:
         line = outcome(step)

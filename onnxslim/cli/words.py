@@ -13,7 +13,7 @@ import typer
 from onnxslim.errors import UsageError
 
 if TYPE_CHECKING:
-    from onnxslim.sources import Data
+    from onnxslim.recipes.data import Data
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON on the standard output instead of text")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but warnings and errors")]
@@ -71,7 +71,7 @@ class DataWords:
     ] = None
 
     def settings(self) -> dict[str, Any]:
-        """What was given, by the names of `onnxslim.sources.Data`."""
+        """What was given, by the names of `onnxslim.recipes.recipe.data.Data`."""
         read: dict[str, Callable[[str, str], Any]] = {
             "image_size": _size,
             "image_mean": _numbers,
@@ -85,7 +85,7 @@ class DataWords:
         """The data to read: what was given, or `base` with what was given."""
         from dataclasses import replace
 
-        from onnxslim.sources import Data
+        from onnxslim.recipes.data import Data
 
         settings = self.settings()
         if base is not None and "path" not in settings:
@@ -197,7 +197,7 @@ def limits(words: Sequence[str] | None) -> Mapping[str, float]:
     Raises:
         UsageError: one is of another form, or there is no such requirement.
     """
-    from onnxslim.verdict import check_limits
+    from onnxslim.validation.verdict import check_limits
 
     found: dict[str, float] = {}
     for word in words or ():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from onnxslim import shapes
-from onnxslim.model import Model
+from onnxslim.ir.model import Model
 from onnxslim.ops import spec_of
 
 

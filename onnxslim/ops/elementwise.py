@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from onnxslim.graph import Node
+from onnxslim.ir.graph import Node
 from onnxslim.ops.channels import elementwise, layers, movement
 from onnxslim.ops.spec import Channels, OpSpec, Role, register
 

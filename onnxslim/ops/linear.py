@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from onnxslim.graph import Dim, Node
+from onnxslim.ir.graph import Dim, Node
 from onnxslim.ops.channels import layers, recurrent
 from onnxslim.ops.spec import Channels, OpSpec, Role, register, sizes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from onnxslim.graph import Node
+from onnxslim.ir.graph import Node
 from onnxslim.ops.channels import layers, movement
 from onnxslim.ops.spec import Channels, OpSpec, Role, register
 

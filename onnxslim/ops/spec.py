@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
-from onnxslim.graph import Node, Shape
-from onnxslim.labels import Trace
-from onnxslim.model import DEFAULT_DOMAINS
+from onnxslim.ir.graph import Node, Shape
+from onnxslim.ir.model import DEFAULT_DOMAINS
 from onnxslim.ops.channels.cut import Cut
+from onnxslim.ops.channels.labels import Trace
 
 # Multiply-accumulates of a node whose shapes are all known; None if one that counts is not.
 Macs: TypeAlias = Callable[[Node], int | None]

@@ -6,9 +6,11 @@ from typing import Any
 
 from pydantic import Field
 
-from onnxslim import rewrite
-from onnxslim.model import Model
-from onnxslim.passes import facts
+from onnxslim.engine import rewrite
+from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.model import Model
+from onnxslim.passes import predicates
 from onnxslim.passes.eliminate import (
     arithmetic,
     around,
@@ -20,8 +22,6 @@ from onnxslim.passes.eliminate import (
     selection,
     view,
 )
-from onnxslim.pipeline import Changes, Context, Log, Pass, options
-from onnxslim.rewrite import Rule
 
 RULES: tuple[Rule[Any], ...] = (
     *control.RULES,
@@ -46,10 +46,10 @@ class Eliminate(Pass):
     skip: tuple[str, ...] = Field((), description="names of rules to leave out")
 
     def __post_init__(self) -> None:
-        facts.selected(RULES, self.skip)
+        predicates.selected(RULES, self.skip)
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Apply the rules everywhere, bodies of If, Loop and Scan included, until none fires."""
         log = Log()
-        rewrite.apply(facts.selected(RULES, self.skip), model, log, lossless=True)
+        rewrite.apply(predicates.selected(RULES, self.skip), model, log, lossless=True)
         return log.done()

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxslim import graph as ir
-from onnxslim.graph import Array, Node, Tensor
-from onnxslim.passes import facts
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Node, Tensor
+from onnxslim.passes import predicates
 from onnxslim.passes.eliminate.view import Chain, chain
-from onnxslim.rewrite import Editor, Rule
 
 
 class ConstantChain(Rule[Chain]):
@@ -28,7 +29,7 @@ class ConstantChain(Rule[Chain]):
 
     def pattern(self, node: Node, edit: Editor) -> Chain | None:
         for index in (0, 1) if node.op in ("Add", "Mul") else (0,):
-            inner = facts.made_by(node.inputs[index], node.op)
+            inner = predicates.made_by(node.inputs[index], node.op)
             if inner is not None and _constant_side(node) is not None and _constant_side(inner) is not None:
                 alone = edit.sole_consumer(node.inputs[index]) is node
                 return Chain(node, inner) if alone else None
@@ -36,14 +37,14 @@ class ConstantChain(Rule[Chain]):
 
     def check(self, match: Chain, edit: Editor) -> str | None:
         first, second = _values(match.inner), _values(match.outer)
-        if first.dtype not in facts.FLOATS:
+        if first.dtype not in predicates.FLOATS:
             whole = first.dtype.kind in "iu" and match.outer.op != "Div"
             problem = None if whole else f"{match.outer.op} of {first.dtype} is not associative"
         else:
             problem = _imprecise(match.outer.op, first, second)
         if problem is None and self._merged(match) is None:
             problem = "the constant for both is larger, or does not fit its type"
-        if facts.is_gelu(_operand(match.inner)):
+        if predicates.is_gelu(_operand(match.inner)):
             return "one ends a GELU, which ONNX Runtime computes as one"
         return problem
 
@@ -59,16 +60,16 @@ class ConstantChain(Rule[Chain]):
         combine = np.add if match.outer.op in ("Add", "Sub") else np.multiply
         if np.broadcast_shapes(first.shape, second.shape) not in (first.shape, second.shape):
             return None
-        if first.dtype in facts.FLOATS:
+        if first.dtype in predicates.FLOATS:
             wide = combine(first.astype(np.float64), second.astype(np.float64))
-            return facts.rounded(wide, first.dtype)
+            return predicates.rounded(wide, first.dtype)
         with np.errstate(over="ignore"):
             return np.asarray(combine(first, second))
 
 
 def _constant_side(node: Node) -> int | None:
     """Which input of a binary operator is a constant, the other one not being."""
-    known = [facts.constant(node, index) is not None for index in (0, 1)]
+    known = [predicates.constant(node, index) is not None for index in (0, 1)]
     if node.op in ("Sub", "Div"):
         return 1 if known == [False, True] else None
     return known.index(True) if sum(known) == 1 else None
@@ -79,7 +80,7 @@ def _operand(node: Node) -> Tensor:
 
 
 def _values(node: Node) -> Array:
-    values = facts.constant(node, _constant_side(node) or 0)
+    values = predicates.constant(node, _constant_side(node) or 0)
     assert values is not None
     return values
 
@@ -120,7 +121,7 @@ def widest(dtype: np.dtype[Any]) -> Bounds:
     """The bounds of a Clip that has none; infinities lie outside."""
     if dtype.kind in "iu":
         return Bounds(int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
-    largest = facts.largest(dtype)
+    largest = predicates.largest(dtype)
     return Bounds(-largest, largest)
 
 
@@ -154,7 +155,7 @@ class ClipChain(Rule[Chain]):
 
 def bounds_of(node: Node, dtype: np.dtype[Any] | None) -> Bounds | None:
     """What a Clip or Relu limits to; None if that is computed or not a number."""
-    if dtype is None or not (dtype.kind in "iu" or dtype in facts.FLOATS):
+    if dtype is None or not (dtype.kind in "iu" or dtype in predicates.FLOATS):
         return None
     if node.op == "Relu":
         return Bounds(0, np.inf)
@@ -164,9 +165,9 @@ def bounds_of(node: Node, dtype: np.dtype[Any] | None) -> Bounds | None:
 
 
 def _bound(node: Node, attr: str, index: int, default: float) -> float | None:
-    if not facts.given(node, attr, index):
+    if not predicates.given(node, attr, index):
         return default
-    value = node.attrs.get(attr, facts.number(facts.constant(node, index)))
+    value = node.attrs.get(attr, predicates.number(predicates.constant(node, index)))
     return None if value is None or value != value else value
 
 
@@ -203,8 +204,8 @@ class TimesZero(Rule[tuple[Node, tuple[int, ...]]]):
 
     def pattern(self, node: Node, edit: Editor) -> tuple[Node, tuple[int, ...]] | None:
         side = _constant_side(node)
-        values = None if side is None else facts.constant(node, side)
-        if values is None or values.dtype.kind not in "iu" or not facts.is_all(values, 0):
+        values = None if side is None else predicates.constant(node, side)
+        if values is None or values.dtype.kind not in "iu" or not predicates.is_all(values, 0):
             return None
         shape = edit.shape(node.outputs[0])
         known = None if shape is None else tuple(dim for dim in shape if isinstance(dim, int))

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxslim.graph import Array, Node, Tensor
-from onnxslim.model import constant_of
-from onnxslim.passes import facts
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.graph import Array, Node, Tensor
+from onnxslim.ir.model import constant_of
+from onnxslim.passes import predicates
 from onnxslim.passes.eliminate.movement import Order, order
-from onnxslim.rewrite import Editor, Rule
 
 _UNARY = (
     *("Abs", "Ceil", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish"),
@@ -66,7 +67,7 @@ class TransposeAround(Rule[Around]):
                 break
             steps.append(step)
             reader, tensor = step.node, step.node.inputs[step.data]
-        inner = facts.made_by(tensor, "Transpose")
+        inner = predicates.made_by(tensor, "Transpose")
         back = order(node, edit) if inner is not None and steps else None
         first = order(inner, edit) if inner is not None and back is not None else None
         if inner is None or back is None or first is None or len(first) != len(back):
@@ -81,7 +82,7 @@ class TransposeAround(Rule[Around]):
                 if values is None or values.ndim > len(match.back):
                     return f"input {index} of {step.node.label} is computed, or has more axes"
                 shared = edit.sole_consumer(tensor) is not step.node
-                if values.size > 1 and shared and values.nbytes > facts.MAX_COPY_BYTES:
+                if values.size > 1 and shared and values.nbytes > predicates.MAX_COPY_BYTES:
                     return f"a constant of {step.node.label} is read elsewhere"
                 if values.size > 1 and step.node.op not in _BINARY:
                     return f"input {index} of {step.node.label} is no number"
@@ -115,7 +116,7 @@ def _transposed(values: Array, back: Order) -> Array:
 
 
 def _step(tensor: Tensor) -> Step | None:
-    node = facts.made_by(tensor, *_UNARY, *_BINARY)
+    node = predicates.made_by(tensor, *_UNARY, *_BINARY)
     if node is None or len(node.outputs) != 1:
         return None
     if node.op in _UNARY:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxslim.graph import Graph, Node
-from onnxslim.passes import facts
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.graph import Graph, Node
+from onnxslim.passes import predicates
 from onnxslim.passes.eliminate.ranks import branch_results, possible, wanted
-from onnxslim.rewrite import Editor, Rule
 
 
 class If(Rule[tuple[Node, Graph]]):
@@ -17,7 +18,7 @@ class If(Rule[tuple[Node, Graph]]):
     ops = frozenset(("If",))
 
     def pattern(self, node: Node, edit: Editor) -> tuple[Node, Graph] | None:
-        condition = facts.constant(node, 0)
+        condition = predicates.constant(node, 0)
         if condition is None or condition.size != 1:
             return None
         branch = node.attrs.get("then_branch" if condition.any() else "else_branch")
@@ -49,7 +50,7 @@ class IfByRank(Rule[tuple[Node, bool]]):
 
     def pattern(self, node: Node, edit: Editor) -> tuple[Node, bool] | None:
         home = edit.home(node)
-        if home is None or facts.constant(node, 0) is not None:
+        if home is None or predicates.constant(node, 0) is not None:
             return None
         for index, output in enumerate(node.outputs):
             count = wanted(output, edit, home) if output.name else None

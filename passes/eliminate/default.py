@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 from onnx import numpy_helper
 
-from onnxslim import graph as ir
-from onnxslim.graph import Array, Node, Tensor
-from onnxslim.model import constant_of
-from onnxslim.passes import facts
-from onnxslim.rewrite import Editor, Rule
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Node, Tensor
+from onnxslim.ir.model import constant_of
+from onnxslim.passes import predicates
 
 _COPYING = ("Expand", "Tile", "Slice", "Split", "Reshape", "Squeeze", "Unsqueeze", "Transpose")
 _MAX_STEPS = 6
@@ -42,7 +43,7 @@ def _is_zero(tensor: Tensor) -> bool:
     """Whether all elements are known to be +0, from a constant or copies of elements of one."""
     values = constant_of(tensor)
     for _ in range(_MAX_STEPS):
-        maker = facts.made_by(tensor, "ConstantOfShape", *_COPYING)
+        maker = predicates.made_by(tensor, "ConstantOfShape", *_COPYING)
         if maker is None:
             break
         if maker.op == "ConstantOfShape":
@@ -55,7 +56,7 @@ def _is_zero(tensor: Tensor) -> bool:
 
 
 def _all_zero(values: Array) -> bool:
-    return values.dtype in facts.FLOATS and not values.any() and not np.signbit(values).any()
+    return values.dtype in predicates.FLOATS and not values.any() and not np.signbit(values).any()
 
 
 RULES = (ZeroState(),)

@@ -7,11 +7,12 @@ from typing import TypeAlias
 
 import numpy as np
 
-from onnxslim.graph import Node
-from onnxslim.passes import facts
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.graph import Node
+from onnxslim.passes import predicates
 from onnxslim.passes.eliminate.view import Chain, chain
-from onnxslim.passes.facts import Bypass, Detour
-from onnxslim.rewrite import Editor, Rule
+from onnxslim.passes.predicates import Bypass, Detour
 
 Order: TypeAlias = tuple[int, ...]
 
@@ -22,7 +23,7 @@ MAX_JOINED = 256
 def order(node: Node, edit: Editor) -> Order | None:
     """The input axis that each output axis of a Transpose comes from."""
     perm = node.attrs.get("perm")
-    axes = facts.rank(edit.shape(node.inputs[0]))
+    axes = predicates.rank(edit.shape(node.inputs[0]))
     if perm:
         return tuple(perm) if axes in (None, len(perm)) else None
     return None if axes is None else tuple(reversed(range(axes)))
@@ -60,7 +61,7 @@ class TransposeBack(Bypass):
     ops = frozenset(("Transpose",))
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
-        inner = facts.made_by(node.inputs[0], "Transpose")
+        inner = predicates.made_by(node.inputs[0], "Transpose")
         found = _composed(node, inner, edit) if inner else None
         return (node, inner.inputs[0]) if inner and found and _is_identity(found) else None
 
@@ -90,8 +91,8 @@ class TransposeMerged(Rule[tuple[Node, Node, Order]]):
     ops = frozenset(("Reshape",))
 
     def pattern(self, node: Node, edit: Editor) -> tuple[Node, Node, Order] | None:
-        middle = facts.made_by(node.inputs[0], "Transpose")
-        merging = facts.made_by(middle.inputs[0], "Reshape") if middle else None
+        middle = predicates.made_by(node.inputs[0], "Transpose")
+        merging = predicates.made_by(middle.inputs[0], "Reshape") if middle else None
         if middle is None or merging is None or edit.sole_consumer(node.inputs[0]) is not node:
             return None
         found = self._order(node, middle, merging, edit)
@@ -110,7 +111,7 @@ class TransposeMerged(Rule[tuple[Node, Node, Order]]):
             return None
         found = (*range(first), *(axis + first - 1 for axis in swap[1:]))
         wanted = tuple(whole[axis] for axis in found)
-        return found if facts.same_shape(wanted, edit.shape(node.outputs[0])) else None
+        return found if predicates.same_shape(wanted, edit.shape(node.outputs[0])) else None
 
     def check(self, match: tuple[Node, Node, Order], edit: Editor) -> str | None:
         return None
@@ -140,19 +141,19 @@ class TransposeView(Rule[Node]):
     def rewrite(self, match: Node, edit: Editor) -> str:
         target = self._target(match, edit)
         assert target is not None
-        facts.reshape(edit, match, match.inputs[0], target)
+        predicates.reshape(edit, match, match.inputs[0], target)
         return "made it a Reshape"
 
     def _target(self, node: Node, edit: Editor) -> Order | None:
         shape, found = edit.shape(node.inputs[0]), order(node, edit)
         if shape is None or found is None:
             return None
-        return facts.reshape_target(shape, tuple(shape[axis] for axis in found))
+        return predicates.reshape_target(shape, tuple(shape[axis] for axis in found))
 
     def _beside_another(self, node: Node) -> bool:
         """Two transposes in a row may undo each other, which they no longer do once one is a Reshape."""
         after = any(reader.op == "Transpose" for reader in node.outputs[0].outputs)
-        return after or facts.made_by(node.inputs[0], "Transpose") is not None
+        return after or predicates.made_by(node.inputs[0], "Transpose") is not None
 
 
 class ConcatConcat(Rule[tuple[Node, list[Node]]]):
@@ -165,7 +166,7 @@ class ConcatConcat(Rule[tuple[Node, list[Node]]]):
         inner = [
             maker
             for tensor in dict.fromkeys(node.inputs)
-            if (maker := facts.made_by(tensor, "Concat"))
+            if (maker := predicates.made_by(tensor, "Concat"))
             and not edit.is_output(tensor)
             and all(reader is node for reader in tensor.outputs)
         ]
@@ -189,14 +190,14 @@ class ConcatConcat(Rule[tuple[Node, list[Node]]]):
         return f"took over the inputs of {len(parts)} more"
 
     def _alike(self, node: Node, inner: list[Node], edit: Editor) -> list[Node]:
-        return [each for each in inner if _one_axis(node, each, facts.rank(edit.shape(each.outputs[0])))]
+        return [each for each in inner if _one_axis(node, each, predicates.rank(edit.shape(each.outputs[0])))]
 
 
 def _one_axis(one: Node, other: Node, count: int | None) -> bool:
     """Whether two nodes that split or join are known to do it along one axis of this many."""
     first, second = _axis(one), _axis(other)
-    known = facts.positive_axis(first, count)
-    return first == second or (known is not None and known == facts.positive_axis(second, count))
+    known = predicates.positive_axis(first, count)
+    return first == second or (known is not None and known == predicates.positive_axis(second, count))
 
 
 def _axis(node: Node) -> int:
@@ -211,7 +212,7 @@ class SplitConcat(Bypass):
     ops = frozenset(("Concat",))
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
-        split = facts.made_by(node.inputs[0], "Split")
+        split = predicates.made_by(node.inputs[0], "Split")
         if split is None or [id(part) for part in split.outputs] != [id(part) for part in node.inputs]:
             return None
         return node, split.inputs[0]
@@ -219,7 +220,7 @@ class SplitConcat(Bypass):
     def check(self, match: Detour, edit: Editor) -> str | None:
         node, source = match
         split = node.inputs[0].inputs[0]
-        if not _one_axis(split, node, facts.rank(edit.shape(source))):
+        if not _one_axis(split, node, predicates.rank(edit.shape(source))):
             return "the axes differ, or may"
         return super().check(match, edit)
 
@@ -236,18 +237,20 @@ class Cut:
 
 def cuts(node: Node, edit: Editor) -> tuple[Cut, ...] | None:
     """What a Slice takes, axes counted from the front; None if that is not known."""
-    starts, ends = facts.ints(node, "starts", 1), facts.ints(node, "ends", 2)
+    starts, ends = predicates.ints(node, "starts", 1), predicates.ints(node, "ends", 2)
     if starts is None or ends is None:
         return None
-    axes, steps = facts.ints(node, "axes", 3), facts.ints(node, "steps", 4)
-    if (axes is None and facts.given(node, "axes", 3)) or (steps is None and facts.given(node, "steps", 4)):
+    axes, steps = predicates.ints(node, "axes", 3), predicates.ints(node, "steps", 4)
+    if (axes is None and predicates.given(node, "axes", 3)) or (
+        steps is None and predicates.given(node, "steps", 4)
+    ):
         return None
     if {len(ends), len(axes or starts), len(steps or starts)} != {len(starts)}:
         return None
-    count = facts.rank(edit.shape(node.inputs[0]))
+    count = predicates.rank(edit.shape(node.inputs[0]))
     found = []
     for place, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        axis = facts.positive_axis(axes[place] if axes else place, count)
+        axis = predicates.positive_axis(axes[place] if axes else place, count)
         if axis is None:
             return None
         found.append(Cut(axis, start, end, steps[place] if steps else 1))
@@ -271,7 +274,7 @@ class SliceNothing(Bypass):
 
 def _takes_all(cut: Cut, size: int | str | None) -> bool:
     if not isinstance(size, int):
-        return cut.step == 1 and cut.start == 0 and cut.end >= facts.OPEN_END
+        return cut.step == 1 and cut.start == 0 and cut.end >= predicates.OPEN_END
     return cut.step == 1 and (cut.start == 0 or cut.start <= -size) and cut.end >= size
 
 

@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxslim import proto
-from onnxslim.graph import Node, Shape
-from onnxslim.passes import facts
-from onnxslim.passes.facts import Bypass, Detour
-from onnxslim.rewrite import Editor, Rule
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir import proto
+from onnxslim.ir.graph import Node, Shape
+from onnxslim.passes import predicates
+from onnxslim.passes.predicates import Bypass, Detour
 
 
 class Identity(Bypass):
@@ -46,7 +47,7 @@ class Dropout(Bypass):
     def _may_train(self, node: Node, opset: int) -> bool:
         if opset < 7:
             return not node.attrs.get("is_test", 0)
-        mode = facts.constant(node, 2)
+        mode = predicates.constant(node, 2)
         return node.input(2) is not None and (mode is None or bool(mode.any()))
 
 
@@ -76,7 +77,7 @@ class CastBack(Bypass):
     ops = frozenset(("Cast",))
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
-        inner = facts.made_by(node.inputs[0], "Cast")
+        inner = predicates.made_by(node.inputs[0], "Cast")
         if inner is None:
             return None
         source, wide = edit.dtype(inner.inputs[0]), cast_type(inner, edit)
@@ -97,7 +98,7 @@ class CastCast(Rule[tuple[Node, Node]]):
     ops = frozenset(("Cast",))
 
     def pattern(self, node: Node, edit: Editor) -> tuple[Node, Node] | None:
-        inner = facts.made_by(node.inputs[0], "Cast")
+        inner = predicates.made_by(node.inputs[0], "Cast")
         return None if inner is None or edit.sole_consumer(node.inputs[0]) is not node else (node, inner)
 
     def check(self, match: tuple[Node, Node], edit: Editor) -> str | None:
@@ -119,8 +120,8 @@ class CastCast(Rule[tuple[Node, Node]]):
 
 def _same_from(narrow: np.dtype[Any], wide: np.dtype[Any], to: np.dtype[Any]) -> bool:
     if _is_whole(narrow):
-        return to in facts.FLOATS or (_is_whole(wide) and _is_whole(to))
-    return narrow in facts.FLOATS and to in facts.FLOATS
+        return to in predicates.FLOATS or (_is_whole(wide) and _is_whole(to))
+    return narrow in predicates.FLOATS and to in predicates.FLOATS
 
 
 def _is_whole(dtype: np.dtype[Any]) -> bool:
@@ -132,12 +133,12 @@ def widens(narrow: np.dtype[Any], wide: np.dtype[Any]) -> bool:
     if narrow == wide:
         return True
     if narrow.kind == "b":
-        return wide.kind in "iu" or wide in facts.FLOATS
-    if wide.kind == "f" and wide in facts.FLOATS and narrow.kind in "iu":
+        return wide.kind in "iu" or wide in predicates.FLOATS
+    if wide.kind == "f" and wide in predicates.FLOATS and narrow.kind in "iu":
         bits = narrow.itemsize * 8 - (narrow.kind == "i")
         return bool(bits <= np.finfo(wide).nmant + 1)
-    if narrow in facts.FLOATS:
-        return wide in facts.FLOATS and wide.itemsize > narrow.itemsize
+    if narrow in predicates.FLOATS:
+        return wide in predicates.FLOATS and wide.itemsize > narrow.itemsize
     return narrow.kind in "iu" and wide.kind in "iu" and bool(np.can_cast(narrow, wide, "safe"))
 
 
@@ -159,7 +160,7 @@ class Pad(Bypass):
     ops = frozenset(("Pad",))
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
-        pads = facts.ints(node, "paddings" if edit.opset < 2 else "pads", 1)
+        pads = predicates.ints(node, "paddings" if edit.opset < 2 else "pads", 1)
         return (node, node.inputs[0]) if pads is not None and not any(pads) else None
 
 
@@ -170,9 +171,11 @@ class Expand(Bypass):
     ops = frozenset(("Expand",))
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
-        source, wanted = edit.shape(node.inputs[0]), facts.constant(node, 1)
+        source, wanted = edit.shape(node.inputs[0]), predicates.constant(node, 1)
         target: Shape = None if wanted is None else tuple(int(size) for size in wanted)
-        fits = facts.broadcasts_into(target, source) or facts.same_shape(source, edit.shape(node.outputs[0]))
+        fits = predicates.broadcasts_into(target, source) or predicates.same_shape(
+            source, edit.shape(node.outputs[0])
+        )
         return (node, node.inputs[0]) if fits else None
 
 
@@ -184,7 +187,7 @@ class Tile(Bypass):
     since: ClassVar[int] = 6
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
-        repeats = facts.constant(node, 1)
+        repeats = predicates.constant(node, 1)
         return (node, node.inputs[0]) if repeats is not None and bool((repeats == 1).all()) else None
 
 
@@ -202,26 +205,26 @@ class Unit(Bypass):
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
         unit = 0 if node.op in ("Add", "Sub") else 1
         for index in (1, 0) if node.op in ("Add", "Mul") else (1,):
-            if facts.is_uniform(node.inputs[index], unit):
+            if predicates.is_uniform(node.inputs[index], unit):
                 return node, node.inputs[1 - index]
         return None
 
     def check(self, match: Detour, edit: Editor) -> str | None:
         node, source = match
         other = node.inputs[1 - node.inputs.index(source)]
-        if not facts.broadcasts_into(edit.shape(other), edit.shape(source)):
+        if not predicates.broadcasts_into(edit.shape(other), edit.shape(source)):
             return f"'{other.name}' broadcasts '{source.name}' to another shape, or may"
-        if facts.is_normalized(source):
+        if predicates.is_normalized(source):
             return "it belongs to a layer normalization, which ONNX Runtime computes as one"
         clears_sign = node.op in ("Add", "Sub") and self._clears_sign(node, node.inputs.index(other), edit)
-        if clears_sign and facts.sign_of_zero_counts(node.outputs[0], edit):
+        if clears_sign and predicates.sign_of_zero_counts(node.outputs[0], edit):
             return "it turns -0 into +0, which a later operator may see"
         return super().check(match, edit)
 
     def _clears_sign(self, node: Node, index: int, edit: Editor) -> bool:
-        dtype, values = edit.dtype(node.inputs[index]), facts.constant(node, index)
-        if values is None or dtype not in facts.FLOATS:
-            return dtype is None or dtype in facts.FLOATS
+        dtype, values = edit.dtype(node.inputs[index]), predicates.constant(node, index)
+        if values is None or dtype not in predicates.FLOATS:
+            return dtype is None or dtype in predicates.FLOATS
         negative = np.signbit(values.astype(np.float64))
         return not bool(negative.all() if node.op == "Add" else not negative.any())
 
@@ -233,7 +236,7 @@ class Where(Bypass):
     ops = frozenset(("Where",))
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
-        condition = facts.constant(node, 0)
+        condition = predicates.constant(node, 0)
         if condition is None or not condition.size or condition.any() != condition.all():
             return None
         return node, node.inputs[1 if condition.all() else 2]
@@ -241,7 +244,7 @@ class Where(Bypass):
     def check(self, match: Detour, edit: Editor) -> str | None:
         node, source = match
         others = (tensor for tensor in node.inputs if tensor is not source)
-        if not all(facts.broadcasts_into(edit.shape(other), edit.shape(source)) for other in others):
+        if not all(predicates.broadcasts_into(edit.shape(other), edit.shape(source)) for other in others):
             return f"'{source.name}' is broadcast to another shape, or may be"
         return super().check(match, edit)
 
@@ -253,7 +256,7 @@ class Idempotent(Bypass):
     ops = frozenset(("Relu", "Ceil", "Floor", "Round", "Sign", "Abs"))
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
-        return (node, node.inputs[0]) if facts.made_by(node.inputs[0], node.op) else None
+        return (node, node.inputs[0]) if predicates.made_by(node.inputs[0], node.op) else None
 
 
 class Involution(Bypass):
@@ -263,7 +266,7 @@ class Involution(Bypass):
     ops = frozenset(("Not", "Neg", "BitwiseNot"))
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
-        inner = facts.made_by(node.inputs[0], node.op)
+        inner = predicates.made_by(node.inputs[0], node.op)
         return (node, inner.inputs[0]) if inner else None
 
 
@@ -279,7 +282,7 @@ class Clip(Bypass):
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
         dtype = edit.dtype(node.inputs[0])
-        if dtype is None or not (dtype.kind in "iu" or dtype in facts.FLOATS):
+        if dtype is None or not (dtype.kind in "iu" or dtype in predicates.FLOATS):
             return None
         whole = dtype.kind in "iu"
         widest = (np.iinfo(dtype).min, np.iinfo(dtype).max) if whole else (-np.inf, np.inf)
@@ -289,8 +292,8 @@ class Clip(Bypass):
     def _reaches(self, node: Node, index: int, limit: float, default: bool) -> bool:
         if node.input(index) is None:
             return default
-        values = facts.constant(node, index)
-        return values is not None and facts.is_all(values, limit)
+        values = predicates.constant(node, index)
+        return values is not None and predicates.is_all(values, limit)
 
 
 # Reductions that give back a single element as it is; the first two may start from +0.
@@ -313,9 +316,9 @@ class ReduceOne(Rule[tuple[Node, tuple[int, ...]]]):
 
     def check(self, match: tuple[Node, tuple[int, ...]], edit: Editor) -> str | None:
         node, _ = match
-        if node.op in _SUMS and facts.sign_of_zero_counts(node.outputs[0], edit):
+        if node.op in _SUMS and predicates.sign_of_zero_counts(node.outputs[0], edit):
             return "it may turn -0 into +0, which a later operator may see"
-        return facts.stuck((node, node.inputs[0]), edit) if self._keeps(match) else None
+        return predicates.stuck((node, node.inputs[0]), edit) if self._keeps(match) else None
 
     def rewrite(self, match: tuple[Node, tuple[int, ...]], edit: Editor) -> str:
         node, axes = match
@@ -338,10 +341,10 @@ class ReduceOne(Rule[tuple[Node, tuple[int, ...]]]):
 
 def _reduced(node: Node, rank: int) -> tuple[int, ...] | None:
     """The axes a reduction runs over; None if they are not known."""
-    if not facts.given(node, "axes", 1):
+    if not predicates.given(node, "axes", 1):
         return () if node.attrs.get("noop_with_empty_axes", 0) else tuple(range(rank))
-    axes = facts.ints(node, "axes", 1)
-    return facts.positive_axes(axes, rank) if axes else None
+    axes = predicates.ints(node, "axes", 1)
+    return predicates.positive_axes(axes, rank) if axes else None
 
 
 RULES = (

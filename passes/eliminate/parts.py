@@ -9,9 +9,10 @@ from typing import ClassVar
 import ml_dtypes
 import numpy as np
 
-from onnxslim.graph import Node, Tensor
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.graph import Node, Tensor
 from onnxslim.passes.eliminate.movement import cuts
-from onnxslim.rewrite import Editor, Rule
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from onnxslim.graph import Graph, Node, Tensor
-from onnxslim.model import DEFAULT_DOMAINS
-from onnxslim.passes import facts
-from onnxslim.rewrite import Editor
+from onnxslim.engine.editor import Editor
+from onnxslim.ir.graph import Graph, Node, Tensor
+from onnxslim.ir.model import DEFAULT_DOMAINS
+from onnxslim.passes import predicates
 
 # Operators on a path that is followed, and nested Ifs.
 _MAX_STEPS = 8
@@ -22,7 +22,7 @@ def possible(tensor: Tensor, edit: Editor, steps: int = _MAX_STEPS) -> frozenset
     shape = edit.shape(tensor)
     if shape is not None:
         return frozenset((len(shape),))
-    maker = facts.made_by(tensor, "If", *_KEEPING, *_SHIFTING)
+    maker = predicates.made_by(tensor, "If", *_KEEPING, *_SHIFTING)
     if maker is None or steps == 0:
         return None
     if maker.op != "If":
@@ -58,7 +58,7 @@ def wanted(tensor: Tensor, edit: Editor, home: Graph, steps: int = _MAX_STEPS) -
 def _wanted_by(node: Node, tensor: Tensor, edit: Editor) -> int | None:
     index = next(i for i, read in enumerate(node.inputs) if read is tensor)
     if node.op in ("Conv", "ConvTranspose") and index == 0:
-        return facts.rank(edit.shape(node.inputs[1]))
+        return predicates.rank(edit.shape(node.inputs[1]))
     if node.op == "Transpose" and node.attrs.get("perm"):
         return len(node.attrs["perm"])
     return _WANTED.get((node.op, index))
@@ -68,7 +68,7 @@ def _shift(node: Node) -> int | None:
     """How many axes a node adds; None if that is not known."""
     if node.op in _KEEPING:
         return 0
-    axes = facts.ints(node, "axes", 1) if node.op in _SHIFTING else None
+    axes = predicates.ints(node, "axes", 1) if node.op in _SHIFTING else None
     return None if axes is None else _SHIFTING[node.op] * len(axes)
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxslim.graph import Constant, Node, Tensor, Variable
-from onnxslim.model import DEFAULT_DOMAINS
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.graph import Constant, Node, Tensor, Variable
+from onnxslim.ir.model import DEFAULT_DOMAINS
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels import elementwise
-from onnxslim.passes import facts
-from onnxslim.rewrite import Editor, Rule
+from onnxslim.passes import predicates
 
 # Inputs of a node that have a given axis of its output, and which of their axes that is.
 _Axes = dict[int, int]
@@ -46,7 +47,7 @@ class SelectFirst(Rule[Region]):
     ops = frozenset(("Gather",))
 
     def pattern(self, node: Node, edit: Editor) -> Region | None:
-        indices, shape = facts.constant(node, 1), edit.shape(node.inputs[0])
+        indices, shape = predicates.constant(node, 1), edit.shape(node.inputs[0])
         if indices is None or indices.ndim > 1 or not indices.size or not shape:
             return None
         axis = int(node.attrs.get("axis", 0)) % len(shape)
@@ -64,7 +65,7 @@ class SelectFirst(Rule[Region]):
 
     def rewrite(self, match: Region, edit: Editor) -> str:
         gather = match.gather
-        indices = facts.constant(gather, 1)
+        indices = predicates.constant(gather, 1)
         assert indices is not None
         picked: dict[int, Tensor] = {}
         positions = edit.constant(f"{gather.inputs[1].name}_vector", indices.reshape(-1))
@@ -102,7 +103,7 @@ def _picked(
 
 def _target(node: Node, axis: int, count: int, edit: Editor) -> Tensor:
     """The target of a Reshape whose output has `count` positions along an axis."""
-    target = facts.constant(node, 1)
+    target = predicates.constant(node, 1)
     assert target is not None
     if target[axis] <= 0:
         return node.inputs[1]
@@ -172,7 +173,7 @@ def _along(node: Node, axis: int, edit: Editor) -> _Axes | None:
         perm = node.attrs.get("perm") or tuple(reversed(range(rank)))
         return {0: perm[axis]}
     if node.op == "Reshape":
-        source, target = edit.shape(node.inputs[0]), facts.constant(node, 1)
+        source, target = edit.shape(node.inputs[0]), predicates.constant(node, 1)
         same = source is not None and source[: axis + 1] == shape[: axis + 1]
         return {0: axis} if same and target is not None and None not in shape[: axis + 1] else None
     if node.op in ("Softmax", "LogSoftmax"):

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxslim.graph import Dim, Node, Shape, Tensor
-from onnxslim.passes import facts
-from onnxslim.passes.facts import Bypass, Detour
-from onnxslim.rewrite import Editor, Rule
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.graph import Dim, Node, Shape, Tensor
+from onnxslim.passes import predicates
+from onnxslim.passes.predicates import Bypass, Detour
 
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
@@ -24,13 +25,13 @@ class SameShape(Bypass):
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
         source = edit.shape(node.inputs[0])
-        same = facts.same_shape(source, viewed(node, source, edit)) or _keeps_every_axis(node, source)
+        same = predicates.same_shape(source, viewed(node, source, edit)) or _keeps_every_axis(node, source)
         return (node, node.inputs[0]) if same else None
 
 
 def _keeps_every_axis(node: Node, source: Shape) -> bool:
     """Whether a Reshape names every size as it is, but for one that then follows."""
-    target = facts.ints(node, "shape", 1) if node.op == "Reshape" else None
+    target = predicates.ints(node, "shape", 1) if node.op == "Reshape" else None
     if target is None or source is None or len(target) != len(source):
         return False
     copies = not node.attrs.get("allowzero", 0)
@@ -56,7 +57,7 @@ class Chain:
 
 def chain(node: Node, edit: Editor, *ops: str) -> Chain | None:
     """The chain that ends at a node, if the one before is one of these operators."""
-    inner = facts.made_by(node.inputs[0], *ops)
+    inner = predicates.made_by(node.inputs[0], *ops)
     if inner is None or edit.sole_consumer(node.inputs[0]) is not node:
         return None
     return Chain(node, inner)
@@ -69,11 +70,11 @@ class ThereAndBack(Bypass):
     ops = frozenset(VIEWS)
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
-        inner = facts.made_by(node.inputs[0], *VIEWS)
+        inner = predicates.made_by(node.inputs[0], *VIEWS)
         if inner is None:
             return None
         source = edit.shape(inner.inputs[0])
-        same = _inverse(node, inner, edit) or facts.same_shape(
+        same = _inverse(node, inner, edit) or predicates.same_shape(
             source, viewed(node, viewed(inner, source, edit), edit)
         )
         return (node, inner.inputs[0]) if same else None
@@ -82,16 +83,16 @@ class ThereAndBack(Bypass):
 def _inverse(outer: Node, inner: Node, edit: Editor) -> bool:
     if {outer.op, inner.op} != {"Squeeze", "Unsqueeze"}:
         return False
-    one, other = facts.ints(outer, "axes", 1), facts.ints(inner, "axes", 1)
+    one, other = predicates.ints(outer, "axes", 1), predicates.ints(inner, "axes", 1)
     if not one or not other:
         return False
     # Both count the axes of the tensor that has them.
     wide = edit.shape(inner.inputs[0] if inner.op == "Squeeze" else inner.outputs[0])
-    count = facts.rank(wide)
+    count = predicates.rank(wide)
     if set(one) == set(other):
         return True
-    first = facts.positive_axes(one, count)
-    return first is not None and first == facts.positive_axes(other, count)
+    first = predicates.positive_axes(one, count)
+    return first is not None and first == predicates.positive_axes(other, count)
 
 
 class AxesChain(Rule[Chain]):
@@ -101,7 +102,7 @@ class AxesChain(Rule[Chain]):
     ops = frozenset(("Squeeze", "Unsqueeze"))
 
     def pattern(self, node: Node, edit: Editor) -> Chain | None:
-        return chain(node, edit, node.op) if facts.given(node, "axes", 1) else None
+        return chain(node, edit, node.op) if predicates.given(node, "axes", 1) else None
 
     def check(self, match: Chain, edit: Editor) -> str | None:
         return None if self._axes(match, edit) else "the axes are not known"
@@ -118,7 +119,7 @@ class AxesChain(Rule[Chain]):
 
     def _axes(self, match: Chain, edit: Editor) -> tuple[int, ...]:
         squeeze = match.outer.op == "Squeeze"
-        count = facts.rank(edit.shape(match.source))
+        count = predicates.rank(edit.shape(match.source))
         inner, outer = _axes(match.inner, count), None
         if inner is not None:
             middle = None if count is None else count + (-len(inner) if squeeze else len(inner))
@@ -133,12 +134,12 @@ class AxesChain(Rule[Chain]):
 
 def _axes(node: Node, count: int | None) -> tuple[int, ...] | None:
     """Axes of a Squeeze or Unsqueeze whose input has this many."""
-    axes = facts.ints(node, "axes", 1)
+    axes = predicates.ints(node, "axes", 1)
     if not axes:
         return None
     if node.op == "Unsqueeze" and count is not None:
         count += len(axes)
-    return facts.positive_axes(axes, count)
+    return predicates.positive_axes(axes, count)
 
 
 class ViewChain(Rule[Chain]):
@@ -167,20 +168,20 @@ class ViewChain(Rule[Chain]):
         if _is_free(match.outer):
             edit.set_input(match.outer, 0, match.source)
         elif target is not None:
-            facts.reshape(edit, match.outer, match.source, target)
+            predicates.reshape(edit, match.outer, match.source, target)
         return f"skipped {match.inner.label}"
 
     def _target(self, match: Chain, edit: Editor) -> tuple[int, ...] | None:
         source = edit.shape(match.source)
         middle = viewed(match.inner, source, edit)
-        return facts.reshape_target(source, viewed(match.outer, middle, edit))
+        return predicates.reshape_target(source, viewed(match.outer, middle, edit))
 
 
 def _may_fail(node: Node, source: Shape) -> bool:
     """Whether a Squeeze names an axis that is not known to have size 1."""
-    if node.op != "Squeeze" or not facts.given(node, "axes", 1):
+    if node.op != "Squeeze" or not predicates.given(node, "axes", 1):
         return False
-    axes = _axes(node, facts.rank(source))
+    axes = _axes(node, predicates.rank(source))
     return source is None or axes is None or any(source[axis] != 1 for axis in axes)
 
 
@@ -190,18 +191,18 @@ def _is_free(node: Node) -> bool:
         return False
     if node.attrs.get("allowzero", 0):
         return True
-    target = facts.ints(node, "shape", 1)
+    target = predicates.ints(node, "shape", 1)
     return target is not None and 0 not in target
 
 
 def viewed(node: Node, source: Shape, edit: Editor) -> Shape:
     """The shape a view operator gives to a tensor of this shape, as far as is known."""
     found = _VIEWED[node.op](node, source)
-    return found if facts.is_known(found) else edit.shape(node.outputs[0]) or found
+    return found if predicates.is_known(found) else edit.shape(node.outputs[0]) or found
 
 
 def _reshaped(node: Node, source: Shape) -> Shape:
-    target = facts.ints(node, "shape", 1)
+    target = predicates.ints(node, "shape", 1)
     if target is None:
         return None
     dims: list[Dim] = list(target)
@@ -235,27 +236,27 @@ def _flattened(node: Node, source: Shape) -> Shape:
     axis = node.attrs.get("axis", 1)
     if source is None:
         return None, None
-    axis = facts.positive_axis(axis, len(source))
+    axis = predicates.positive_axis(axis, len(source))
     return _merged(source[:axis]), _merged(source[axis:])
 
 
 def _merged(dims: tuple[Dim, ...]) -> Dim:
     """Size of the axis that several become."""
     several = [dim for dim in dims if dim != 1]
-    return several[0] if len(several) == 1 else facts.product(tuple(several))
+    return several[0] if len(several) == 1 else predicates.product(tuple(several))
 
 
 def _squeezed(node: Node, source: Shape) -> Shape:
     if source is None:
         return None
-    if not facts.given(node, "axes", 1):
-        return tuple(dim for dim in source if dim != 1) if facts.product(source) is not None else None
+    if not predicates.given(node, "axes", 1):
+        return tuple(dim for dim in source if dim != 1) if predicates.product(source) is not None else None
     axes = _axes(node, len(source))
     return None if axes is None else tuple(dim for axis, dim in enumerate(source) if axis not in axes)
 
 
 def _unsqueezed(node: Node, source: Shape) -> Shape:
-    axes = _axes(node, facts.rank(source))
+    axes = _axes(node, predicates.rank(source))
     if source is None or axes is None:
         return None
     dims = iter(source)

@@ -9,11 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field
 
-from onnxslim import latency
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.editor import Editor
 from onnxslim.errors import UsageError
-from onnxslim.graph import Array
-from onnxslim.model import Model
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
 from onnxslim.ops import cost
 from onnxslim.passes.factorize import chains, fit, plan
 from onnxslim.passes.factorize.fit import Fitted
@@ -23,9 +24,8 @@ from onnxslim.passes.factorize.plan import Candidate, Entry, Unit
 from onnxslim.passes.factorize.schemes import SCHEMES
 from onnxslim.passes.factorize.search import Search, Wanted, layers_of, with_factors
 from onnxslim.passes.repair import repair
-from onnxslim.pipeline import Changes, Context, Log, Pass, options
-from onnxslim.probe import make_feeds
-from onnxslim.rewrite import Editor
+from onnxslim.runtime import timing
+from onnxslim.runtime.probe import make_feeds
 
 SchemeName = Literal["auto", "svd", "output", "input", "spatial", "tucker"]
 Picks = list[tuple[Entry, Candidate]]
@@ -129,7 +129,7 @@ class _Work:
         wish = self._wish
         schemes = tuple(SCHEMES) if "auto" in wish.schemes else wish.schemes
         wanted = Wanted(wish.unit, schemes, wish.align, wish.min_gain)
-        bench = latency.Bench(self._ctx.target, latency.folder() if wish.cache else None)
+        bench = timing.Bench(self._ctx.target, timing.folder() if wish.cache else None)
         search = Search(self._model, wanted, self._ctx, Gate(self._model, bench), self._data, self._log)
         found = search(layers)
         self._log.facts["candidates"] = search.measured
@@ -142,7 +142,7 @@ class _Work:
         if self._wish.energy is not None:
             return False
         if self._wish.unit == "time":
-            _, (_, share) = latency.compare([whole, self._model], self._sample, self._ctx.target)
+            _, (_, share) = timing.compare([whole, self._model], self._sample, self._ctx.target)
         else:
             share = self._total(self._model) / self._total(whole)
         met = share <= self._share + (TOLERANCE if self._wish.unit == "time" else 0.0)
@@ -201,14 +201,14 @@ class _Work:
 
     def _in_time(self, entries: Sequence[Entry], whole: Model) -> list[Candidate | None]:
         """Candidates with which the whole model is as fast as asked for: a budget for layers, corrected."""
-        milliseconds, (_, now) = latency.compare([whole, self._model], self._sample, self._ctx.target)
+        milliseconds, (_, now) = timing.compare([whole, self._model], self._sample, self._ctx.target)
         budget = sum(entry.milliseconds for entry in entries) - milliseconds * (now - self._share)
         found: list[Candidate | None] = []
         ratio = now
         for _ in range(CORRECTIONS):
             found, met = plan.chosen(entries, "time", budget)
             picks = [(entry, pick) for entry, pick in zip(entries, found, strict=True) if pick]
-            _, (_, ratio) = latency.compare([whole, self._shaped(picks)], self._sample, self._ctx.target)
+            _, (_, ratio) = timing.compare([whole, self._shaped(picks)], self._sample, self._ctx.target)
             if not met or abs(ratio - self._share) <= TOLERANCE:
                 break
             budget -= (ratio - self._share) * milliseconds
@@ -266,7 +266,7 @@ class _Work:
 
     def _judged(self, teacher: Model) -> Changes:
         """What was done; nothing, if speed was asked for and the whole is not faster."""
-        _, ratios = latency.compare([teacher, self._model], self._sample, self._ctx.target)
+        _, ratios = timing.compare([teacher, self._model], self._sample, self._ctx.target)
         self._log.facts["latency"] = ratios[1]
         if ratios[1] >= 1.0:
             slower = f"the whole model is not faster: it takes {ratios[1]:.2f} of its time"

@@ -12,10 +12,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from onnxslim.graph import Attribute, Node
-from onnxslim.model import Model
+from onnxslim.engine.editor import Editor
+from onnxslim.ir.graph import Attribute, Node
+from onnxslim.ir.model import Model
 from onnxslim.passes.factorize.layers import Layer, Sizes
-from onnxslim.rewrite import Editor
 
 # Two or more layers, each of which alone reads what the one before it makes.
 Chain: TypeAlias = tuple[Layer, ...]

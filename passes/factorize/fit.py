@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from onnxslim.calibration.collect import Progress, Runner, tapped
 from onnxslim.calibration.data import CalibrationData, Feeds
 from onnxslim.calibration.gram import ROWS, Gram, Moments, batch_samples, observe, quota_for, sampled
-from onnxslim.calibration.layers import Layer as Observed
-from onnxslim.calibration.layers import layer_of
-from onnxslim.graph import Array
-from onnxslim.model import Model
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
+from onnxslim.ops.layers import Layer as Observed
+from onnxslim.ops.layers import layer_of
 from onnxslim.passes.dead import remove_nodes
 from onnxslim.passes.factorize.layers import Layer
 from onnxslim.passes.factorize.schemes import Problem, Ranks, Scheme, merged, solve
-from onnxslim.runtime import Target
+from onnxslim.runtime.targets import Target
 
 # Bytes of moments of one layer beyond which they are not taken, and of all layers that are observed together.
 MAX_LAYER_BYTES, MAX_BYTES = 1 << 28, 1 << 29

@@ -9,12 +9,12 @@ from functools import partial
 import numpy as np
 import onnx
 
-from onnxslim.graph import Array, Constant, Graph, Node, Tensor, Variable
-from onnxslim.latency import Bench, Timing
-from onnxslim.model import Model, constant_of
+from onnxslim.engine.editor import Editor
+from onnxslim.ir.graph import Array, Constant, Graph, Node, Tensor, Variable
+from onnxslim.ir.model import Model, constant_of
 from onnxslim.passes.factorize.layers import Factor, Layer, Sizes
 from onnxslim.passes.factorize.schemes import Ranks, Scheme
-from onnxslim.rewrite import Editor
+from onnxslim.runtime.timing import Bench, Timing
 
 
 class Gate:

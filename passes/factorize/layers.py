@@ -14,10 +14,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from onnxslim.graph import Array, Attribute, Constant, Node, Tensor
-from onnxslim.model import DEFAULT_DOMAINS, constant_of
-from onnxslim.passes.facts import FLOATS
-from onnxslim.rewrite import Editor
+from onnxslim.engine.editor import Editor
+from onnxslim.ir.graph import Array, Attribute, Constant, Node, Tensor
+from onnxslim.ir.model import DEFAULT_DOMAINS, constant_of
+from onnxslim.passes.predicates import FLOATS
 
 Sizes: TypeAlias = tuple[int, ...]
 

@@ -25,7 +25,7 @@ from typing import TypeAlias
 import numpy as np
 import scipy.linalg
 
-from onnxslim.graph import Array
+from onnxslim.ir.graph import Array
 from onnxslim.passes.factorize.layers import Factor, Layer, Sizes
 
 # Inner widths of the factors, per group: one, or two for Tucker-2.

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from onnxslim import graph as ir
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.gram import Gram
-from onnxslim.calibration.judge import Judge, split
-from onnxslim.graph import Node
-from onnxslim.model import DEFAULT_DOMAINS, Model
+from onnxslim.calibration.holdout import split
+from onnxslim.engine.base import Context, Log
+from onnxslim.engine.editor import Editor
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Node
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import cost
 from onnxslim.ops.spec import sizes
 from onnxslim.passes.factorize import chains, fit, plan
@@ -20,8 +23,6 @@ from onnxslim.passes.factorize.fit import Fitted
 from onnxslim.passes.factorize.gate import Gate
 from onnxslim.passes.factorize.layers import Layer, form_of, layer_of
 from onnxslim.passes.factorize.plan import Candidate, Entry, Unit
-from onnxslim.pipeline import Context, Log
-from onnxslim.rewrite import Editor
 
 # Samples on which factors of single layers are measured end to end.
 SAMPLES = 64

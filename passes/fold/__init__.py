@@ -3,7 +3,7 @@
 Four things are computed ahead of time: what depends on constants alone, by running it in ONNX Runtime; sizes
 that are known although the tensor is not; targets of Reshape and Expand that can be stated without looking at
 their input; and sizes that were computed before. What is stored must not make the model larger: see
-`onnxslim.budget`.
+`onnxslim.passes.fold.budget`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from onnxslim.dims import dims_of, keep
-from onnxslim.model import Model
+from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.pipeline import MAX_ROUNDS
+from onnxslim.ir.model import Model
 from onnxslim.passes.fold.edits import Edits
 from onnxslim.passes.fold.literals import lower_constants, make_scalars
 from onnxslim.passes.fold.sizes import fold_sizes, is_sizing, settle_targets, share_sizes
 from onnxslim.passes.fold.values import Values
-from onnxslim.pipeline import MAX_ROUNDS, Changes, Context, Log, Pass, options
+from onnxslim.shapes.dims import dims_of, keep
 
 
 @options

@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto, numpy_helper
 
-from onnxslim import graph as ir
-from onnxslim import proto
-from onnxslim.graph import Array, Constant, Graph, Namer, Node, Variable
-from onnxslim.model import DEFAULT_DOMAINS, Model
+from onnxslim.engine.base import Log
+from onnxslim.ir import graph as ir
+from onnxslim.ir import proto
+from onnxslim.ir.graph import Array, Constant, Graph, Namer, Node, Variable
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.passes import dead
-from onnxslim.pipeline import Log
 
 _NONE: Mapping[int, Array | None] = MappingProxyType({})
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from onnx import AttributeProto
 
-from onnxslim import files, proto
-from onnxslim import graph as ir
-from onnxslim.graph import Constant, Node
-from onnxslim.model import literal
+from onnxslim.ir import files, proto
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Constant, Node
+from onnxslim.ir.model import literal
 from onnxslim.passes.fold.edits import Edits
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from onnxslim import graph as ir
-from onnxslim.dims import Dims
-from onnxslim.graph import Array, Constant, Node, Variable
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Constant, Node, Variable
 from onnxslim.passes.fold.edits import Edits
-from onnxslim.terms import Term
+from onnxslim.shapes.dims import Dims
+from onnxslim.shapes.symbols import Term
 
 
 def is_sizing(node: Node) -> bool:

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from onnxslim import budget
-from onnxslim import graph as ir
-from onnxslim.dims import Dims
 from onnxslim.errors import LoadError
-from onnxslim.evaluate import evaluate
-from onnxslim.graph import Array, Constant, Node, Tensor, Variable
-from onnxslim.model import literal
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Constant, Node, Tensor, Variable
+from onnxslim.ir.model import literal
 from onnxslim.ops import spec_of
+from onnxslim.passes.fold import budget
 from onnxslim.passes.fold.edits import Edits
+from onnxslim.runtime.evaluate import evaluate
+from onnxslim.shapes.dims import Dims
 
 # A node is not run ahead of time if it makes this much more than the largest constant it depends on.
 WORKING_BYTES = 64 << 20

@@ -6,12 +6,12 @@ from typing import Any
 
 from pydantic import Field
 
-from onnxslim import rewrite
-from onnxslim.model import Model
-from onnxslim.passes import facts
+from onnxslim.engine import rewrite
+from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.model import Model
+from onnxslim.passes import predicates
 from onnxslim.passes.fuse import activation, after, before, gate, product, recompose
-from onnxslim.pipeline import Changes, Context, Log, Pass, options
-from onnxslim.rewrite import Rule
 
 RULES: tuple[Rule[Any], ...] = (
     *after.RULES,
@@ -33,10 +33,10 @@ class Fuse(Pass):
     skip: tuple[str, ...] = Field((), description="names of rules to leave out")
 
     def __post_init__(self) -> None:
-        facts.selected(RULES, self.skip)
+        predicates.selected(RULES, self.skip)
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Apply the rules everywhere, bodies of If, Loop and Scan included, until none fires."""
         log = Log()
-        rewrite.apply(facts.selected(RULES, self.skip), model, log, lossless=True)
+        rewrite.apply(predicates.selected(RULES, self.skip), model, log, lossless=True)
         return log.done()

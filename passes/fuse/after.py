@@ -9,11 +9,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from onnxslim.graph import Array, Node, Tensor
-from onnxslim.passes import facts
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.graph import Array, Node, Tensor
+from onnxslim.passes import predicates
 from onnxslim.passes.fuse import uniform
 from onnxslim.passes.fuse.layer import LAYERS, Folded, Layer, fold, layer, per_channel, store, training
-from onnxslim.rewrite import Editor, Rule
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class After(Rule[Place]):
     def check(self, match: Place, edit: Editor) -> str | None:
         if isinstance(match.folded, str):
             return match.folded
-        return facts.stuck((match.node, match.layer.node.outputs[0]), edit)
+        return predicates.stuck((match.node, match.layer.node.outputs[0]), edit)
 
     def rewrite(self, match: Place, edit: Editor) -> str:
         assert isinstance(match.folded, Folded)
@@ -57,7 +58,7 @@ class After(Rule[Place]):
 def _layer_before(node: Node, index: int, edit: Editor) -> Layer | None:
     """The layer whose output a node alone reads, at this input."""
     tensor = node.inputs[index]
-    return layer(facts.made_by(tensor, *LAYERS), edit) if edit.sole_consumer(tensor) is node else None
+    return layer(predicates.made_by(tensor, *LAYERS), edit) if edit.sole_consumer(tensor) is node else None
 
 
 class BatchNormAfter(After):
@@ -164,8 +165,8 @@ class TransposedArithmetic(ArithmeticAfter):
 
     def pattern(self, node: Node, edit: Editor) -> Place | None:
         for side in (1,) if node.op == "Div" else (1, 0):
-            values = facts.constant(node, side)
-            moved = facts.made_by(node.inputs[1 - side], "Transpose") if values is not None else None
+            values = predicates.constant(node, side)
+            moved = predicates.made_by(node.inputs[1 - side], "Transpose") if values is not None else None
             if values is None or moved is None or edit.sole_consumer(moved.outputs[0]) is not node:
                 continue
             found = _layer_before(moved, 0, edit)
@@ -180,7 +181,7 @@ class TransposedArithmetic(ArithmeticAfter):
     def check(self, match: Place, edit: Editor) -> str | None:
         if isinstance(match.folded, str):
             return match.folded
-        return facts.stuck((match.node, _data(match.node)), edit)
+        return predicates.stuck((match.node, _data(match.node)), edit)
 
     def rewrite(self, match: Place, edit: Editor) -> str:
         assert isinstance(match.folded, Folded)
@@ -204,8 +205,8 @@ class Behind(Place):
     def summand(self) -> tuple[int, Array]:
         """Index and values of the constant that is added."""
         assert self.added is not None
-        side = 1 if facts.constant(self.added, 1) is not None else 0
-        values = facts.constant(self.added, side)
+        side = 1 if predicates.constant(self.added, 1) is not None else 0
+        values = predicates.constant(self.added, side)
         assert values is not None
         return side, values
 
@@ -219,24 +220,26 @@ class ScaleBehindViews(Rule[Behind]):
 
     def pattern(self, node: Node, edit: Editor) -> Behind | None:
         for side in (1,) if node.op == "Div" else (1, 0):
-            values = facts.constant(node, side)
-            number = facts.number(values)
+            values = predicates.constant(node, side)
+            number = predicates.number(values)
             data = node.inputs[1 - side]
-            if number and values is not None and facts.broadcasts_into(values.shape, edit.shape(data)):
+            if number and values is not None and predicates.broadcasts_into(values.shape, edit.shape(data)):
                 return self._behind(node, data, 1 / number if node.op == "Div" else number, edit)
         return None
 
     def _behind(self, node: Node, data: Tensor, factor: float, edit: Editor) -> Behind | None:
         reader, current = node, data
-        while (view := facts.made_by(current, *_VIEWS)) is not None and edit.sole_consumer(current) is reader:
+        while (view := predicates.made_by(current, *_VIEWS)) is not None and edit.sole_consumer(
+            current
+        ) is reader:
             reader, current = view, view.inputs[0]
         if reader is node or edit.sole_consumer(current) is not reader:
             return None
-        added = facts.made_by(current, "Add")
-        side = next((i for i in (0, 1) if added and facts.constant(added, i) is not None), None)
+        added = predicates.made_by(current, "Add")
+        side = next((i for i in (0, 1) if added and predicates.constant(added, i) is not None), None)
         if added is not None and side is not None:
             reader, current = added, added.inputs[1 - side]
-        found = layer(facts.made_by(current, *LAYERS), edit)
+        found = layer(predicates.made_by(current, *LAYERS), edit)
         if found is None or edit.sole_consumer(current) is not reader:
             return None
         factors = {"outputs": np.full(found.outputs, factor)}
@@ -247,7 +250,7 @@ class ScaleBehindViews(Rule[Behind]):
             return match.folded
         if match.added is not None and self._scaled(match) is None:
             return "the constant between is shared, or does not fit its type"
-        return facts.stuck((match.node, _data(match.node)), edit)
+        return predicates.stuck((match.node, _data(match.node)), edit)
 
     def rewrite(self, match: Behind, edit: Editor) -> str:
         assert isinstance(match.folded, Folded)
@@ -264,14 +267,14 @@ class ScaleBehindViews(Rule[Behind]):
         assert match.added is not None
         assert not isinstance(match.factors, str)
         side, values = match.summand
-        if len(match.added.inputs[side].outputs) > 1 and values.nbytes > facts.MAX_COPY_BYTES:
+        if len(match.added.inputs[side].outputs) > 1 and values.nbytes > predicates.MAX_COPY_BYTES:
             return None
-        return facts.rounded(values.astype(np.float64) * match.factors["outputs"][0], values.dtype)
+        return predicates.rounded(values.astype(np.float64) * match.factors["outputs"][0], values.dtype)
 
 
 def _data(node: Node) -> Tensor:
     """What a node combines with a constant."""
-    return node.inputs[0 if facts.constant(node, 1) is not None else 1]
+    return node.inputs[0 if predicates.constant(node, 1) is not None else 1]
 
 
 _VIEWS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")

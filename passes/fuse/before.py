@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from onnxslim.graph import Array, Node, Tensor
-from onnxslim.passes import facts
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.graph import Array, Node, Tensor
+from onnxslim.passes import predicates
 from onnxslim.passes.fuse.after import Place, normalization
 from onnxslim.passes.fuse.layer import PRODUCTS, Folded, Layer, layer, per_channel, store
-from onnxslim.rewrite import Editor, Rule
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class BatchNormBefore(Before):
     since: ClassVar[int] = 7
 
     def pattern(self, node: Node, edit: Editor) -> Ahead | None:
-        norm = facts.made_by(node.inputs[0], "BatchNormalization")
+        norm = predicates.made_by(node.inputs[0], "BatchNormalization")
         alone = norm is not None and edit.sole_consumer(node.inputs[0]) is node
         found = layer(node, edit) if alone else None
         if norm is None or found is None:
@@ -85,11 +86,11 @@ class ScaleBefore(Before):
     since: ClassVar[int] = 7
 
     def pattern(self, node: Node, edit: Editor) -> Ahead | None:
-        scale = facts.made_by(node.inputs[0], "Mul", "Div")
+        scale = predicates.made_by(node.inputs[0], "Mul", "Div")
         if scale is None or edit.sole_consumer(node.inputs[0]) is not node:
             return None
         for side in (1, 0) if scale.op == "Mul" else (1,):
-            values = facts.constant(scale, side)
+            values = predicates.constant(scale, side)
             found = None if values is None else layer(node, edit)
             if values is not None and found is not None:
                 factors = self._factors(scale, side, values, found, edit)
@@ -99,9 +100,9 @@ class ScaleBefore(Before):
     def _factors(
         self, scale: Node, side: int, values: Array, found: Layer, edit: Editor
     ) -> dict[str, Array] | str:
-        if facts.is_gelu(scale.inputs[1 - side]):
+        if predicates.is_gelu(scale.inputs[1 - side]):
             return "it ends a GELU, which ONNX Runtime computes as one"
-        if not facts.broadcasts_into(values.shape, edit.shape(scale.inputs[1 - side])):
+        if not predicates.broadcasts_into(values.shape, edit.shape(scale.inputs[1 - side])):
             return "the constant broadcasts its input to another shape, or may"
         vector = per_channel(values, found.rank, found.axis, found.inputs)
         if vector is None:
@@ -130,7 +131,7 @@ class PadBefore(Rule[Padding]):
     since: ClassVar[int] = 7
 
     def pattern(self, node: Node, edit: Editor) -> Padding | None:
-        pad = facts.made_by(node.inputs[0], "Pad")
+        pad = predicates.made_by(node.inputs[0], "Pad")
         if pad is None or edit.sole_consumer(node.inputs[0]) is not node:
             return None
         return Padding(pad, node, self._pads(pad, node, edit))
@@ -168,7 +169,7 @@ class PadBefore(Rule[Padding]):
     def _rank(self, node: Node, edit: Editor) -> int | None:
         if node.op == "AveragePool":
             return len(node.attrs.get("kernel_shape", ())) + 2
-        return facts.rank(edit.shape(node.inputs[1]))
+        return predicates.rank(edit.shape(node.inputs[1]))
 
     def _unpoolable(self, node: Node, own: tuple[int, ...], total: tuple[int, ...]) -> str:
         if any(own) and not node.attrs.get("count_include_pad", 0):
@@ -187,11 +188,15 @@ def padding(pad: Node, axes: int) -> tuple[int, ...] | str:
     """Zeros a Pad adds at the start and the end of each axis, or why it does something else."""
     if pad.attrs.get("mode", "constant") != "constant":
         return "it does not pad with a constant"
-    filler = pad.attrs.get("value", 0.0) if pad.input(2) is None else facts.number(facts.constant(pad, 2))
+    filler = (
+        pad.attrs.get("value", 0.0)
+        if pad.input(2) is None
+        else predicates.number(predicates.constant(pad, 2))
+    )
     if filler != 0:
         return "it does not pad with zeros, or may not"
-    pads, chosen = facts.ints(pad, "pads", 1), facts.ints(pad, "axes", 3)
-    if pads is None or (chosen is None and facts.given(pad, "axes", 3)):
+    pads, chosen = predicates.ints(pad, "pads", 1), predicates.ints(pad, "axes", 3)
+    if pads is None or (chosen is None and predicates.given(pad, "axes", 3)):
         return "what it pads is computed"
     places = [axis + axes if axis < 0 else axis for axis in (range(axes) if chosen is None else chosen)]
     if any(amount < 0 for amount in pads):

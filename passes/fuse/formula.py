@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from onnxslim.graph import Node, Tensor
-from onnxslim.model import constant_of
-from onnxslim.passes import facts
-from onnxslim.rewrite import Editor
+from onnxslim.engine.editor import Editor
+from onnxslim.ir.graph import Node, Tensor
+from onnxslim.ir.model import constant_of
+from onnxslim.passes import predicates
 
 # Factors of the products of the two atoms, by their powers.
 Polynomial: TypeAlias = Mapping[tuple[int, int], float]
@@ -59,7 +59,7 @@ class Formula:
         return self._known[id(tensor)]
 
     def _operation(self, tensor: Tensor) -> Polynomial | None:
-        node = facts.made_by(tensor, *_OPERATIONS)
+        node = predicates.made_by(tensor, *_OPERATIONS)
         if node is None or len(self.nodes) == MAX_NODES:
             return None
         self.nodes[id(node)] = node
@@ -70,8 +70,8 @@ class Formula:
     def _number(self, tensor: Tensor) -> Polynomial | None:
         """A constant of one element that does not broadcast the result to more axes."""
         values = constant_of(tensor)
-        number = facts.number(values)
-        if values is None or number is None or not facts.broadcasts_into(values.shape, self._shape):
+        number = predicates.number(values)
+        if values is None or number is None or not predicates.broadcasts_into(values.shape, self._shape):
             return None
         return {(0, 0): float(number)} if 0 < number < float("inf") else None
 

@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from onnxslim.graph import Node, Tensor
-from onnxslim.passes import facts
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.graph import Node, Tensor
+from onnxslim.passes import predicates
 from onnxslim.passes.eliminate.arithmetic import Bounds, limit
 from onnxslim.passes.fuse.layer import Folded, Layer, fold, layer, store
-from onnxslim.rewrite import Editor, Rule
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm")
 
@@ -62,7 +63,7 @@ class GatedSkip(Rule[Gate]):
 
     def pattern(self, node: Node, edit: Editor) -> Gate | None:
         for side in (0, 1):
-            product = facts.made_by(node.inputs[1 - side], "Mul")
+            product = predicates.made_by(node.inputs[1 - side], "Mul")
             if product is None or edit.sole_consumer(product.outputs[0]) is not node:
                 continue
             for place in (0, 1):
@@ -72,10 +73,10 @@ class GatedSkip(Rule[Gate]):
 
     def _gate(self, node: Node, product: Node, place: int, edit: Editor) -> Gate | None:
         factor = product.inputs[1 - place]
-        squash = facts.made_by(factor, "HardSigmoid")
+        squash = predicates.made_by(factor, "HardSigmoid")
         made = squash.inputs[0] if squash else factor
         alone = edit.sole_consumer(factor) is product and edit.sole_consumer(made) is (squash or product)
-        found = layer(facts.made_by(made, *LAYERS), edit) if alone else None
+        found = layer(predicates.made_by(made, *LAYERS), edit) if alone else None
         return Gate(node, product, product.inputs[place], squash, found, edit) if found else None
 
     def check(self, match: Gate, edit: Editor) -> str | None:

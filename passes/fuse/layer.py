@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from onnxslim.graph import Array, Constant, Node
-from onnxslim.passes import facts
+from onnxslim.engine.editor import Editor
+from onnxslim.ir.graph import Array, Constant, Node
+from onnxslim.passes import predicates
 from onnxslim.passes.fuse import uniform
-from onnxslim.rewrite import Editor
 
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # A BatchNormalization has one weight per channel: its scale.
@@ -99,11 +99,11 @@ def layer(node: Node | None, edit: Editor) -> Layer | None:
     tensor = node.inputs[1]
     stored = tensor.proto if isinstance(tensor, Constant) else None
     weight = None if isinstance(stored, onnx.SparseTensorProto) else uniform.values(tensor, edit)
-    if weight is None or weight.dtype not in facts.FLOATS:
+    if weight is None or weight.dtype not in predicates.FLOATS:
         return None
     if node.op == "BatchNormalization":
         ready = weight.ndim == 1 and training(node, edit) is None
-        return Layer(node, weight, 1, facts.rank(edit.shape(node.inputs[0]))) if ready else None
+        return Layer(node, weight, 1, predicates.rank(edit.shape(node.inputs[0]))) if ready else None
     if weight.ndim < 2:
         return None
     groups = int(node.attrs.get("group", 1))
@@ -124,7 +124,7 @@ def training(node: Node, edit: Editor) -> str | None:
 
 
 def _product_rank(node: Node, weight: Array, edit: Editor) -> int | None:
-    data = facts.rank(edit.shape(node.inputs[0]))
+    data = predicates.rank(edit.shape(node.inputs[0]))
     if data is None:
         return None
     return max(data, weight.ndim) if data > 1 else weight.ndim - 1
@@ -221,7 +221,7 @@ def _fitting(found: Layer, edit: Editor, weight: Array | None, added: Array | No
     dtype = found.weight.dtype
     folded = Folded(
         None if weight is None else uniform.rounded(weight, dtype),
-        None if added is None else facts.rounded(added, dtype),
+        None if added is None else predicates.rounded(added, dtype),
     )
     if (folded.weight is None) != (weight is None) or (folded.bias is None) != (added is None):
         return f"the result does not fit {dtype}"
@@ -233,7 +233,7 @@ def _may_replace(found: Layer, edit: Editor) -> bool:
     tensor = found.node.inputs[1]
     if uniform.is_uniform(found.weight):
         return True
-    return edit.sole_consumer(tensor) is found.node or found.weight.nbytes <= facts.MAX_COPY_BYTES
+    return edit.sole_consumer(tensor) is found.node or found.weight.nbytes <= predicates.MAX_COPY_BYTES
 
 
 def can_be_gemm(found: Layer) -> bool:

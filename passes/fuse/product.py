@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from onnxslim.graph import Node
-from onnxslim.passes import facts
-from onnxslim.rewrite import Editor, Rule
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.graph import Node
+from onnxslim.passes import predicates
 
 
 class TransposeGemm(Rule[tuple[Node, int, Node]]):
@@ -18,7 +19,7 @@ class TransposeGemm(Rule[tuple[Node, int, Node]]):
 
     def pattern(self, node: Node, edit: Editor) -> tuple[Node, int, Node] | None:
         for index in (0, 1):
-            inner = facts.made_by(node.inputs[index], "Transpose")
+            inner = predicates.made_by(node.inputs[index], "Transpose")
             if inner is not None and edit.sole_consumer(node.inputs[index]) is node:
                 return node, index, inner
         return None

@@ -13,11 +13,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from onnxslim.graph import Attribute, Node, Shape, Tensor
-from onnxslim.model import constant_of
-from onnxslim.passes import facts
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.graph import Attribute, Node, Shape, Tensor
+from onnxslim.ir.model import constant_of
+from onnxslim.passes import predicates
 from onnxslim.passes.fuse.formula import TOLERANCE, Formula, Polynomial
-from onnxslim.rewrite import Editor, Rule
 
 # Half precision overflows between the steps where the whole operator does not, and for double precision ONNX
 # Runtime lacks kernels.
@@ -74,7 +75,7 @@ def _ancestors(tensor: Tensor) -> Iterator[Tensor]:
     seen = [tensor]
     for current in seen:
         yield current
-        node = facts.made_by(current, "Add", "Mul", "Div", "Pow") if len(seen) < 16 else None
+        node = predicates.made_by(current, "Add", "Mul", "Div", "Pow") if len(seen) < 16 else None
         for read in node.inputs if node else ():
             if all(read is not other for other in seen):
                 seen.append(read)
@@ -152,8 +153,8 @@ def _high(node: Node) -> float | None:
     if node.op == "HardSigmoid":
         fits = abs(node.attrs.get("alpha", 0.2) * 6 - 1) <= TOLERANCE and node.attrs.get("beta", 0.5) == 0.5
         return 1.0 if fits else None
-    low = node.attrs.get("min", facts.number(facts.constant(node, 1)))
-    high = node.attrs.get("max", facts.number(facts.constant(node, 2)))
+    low = node.attrs.get("min", predicates.number(predicates.constant(node, 1)))
+    high = node.attrs.get("max", predicates.number(predicates.constant(node, 2)))
     return float(high) if low == 0 and high is not None and 0 < high < math.inf else None
 
 
@@ -210,12 +211,12 @@ def _quotient(node: Node, edit: Editor) -> Quotient | None:
     others = [tensor for tensor in above if constant_of(tensor) is None]
     if len(scales) != 1 or len(others) != 1 or len(below) != 1:
         return None
-    root = facts.made_by(below[0], "Sqrt")
-    shifted = facts.made_by(root.inputs[0], "Add") if root else None
+    root = predicates.made_by(below[0], "Sqrt")
+    shifted = predicates.made_by(root.inputs[0], "Add") if root else None
     for side in (0, 1) if root and shifted else ():
-        epsilon = facts.plain_number(facts.constant(shifted, 1 - side)) if shifted else None
-        mean = facts.made_by(shifted.inputs[side], "ReduceMean") if shifted else None
-        square = facts.made_by(mean.inputs[0], "Pow", "Mul") if mean else None
+        epsilon = predicates.plain_number(predicates.constant(shifted, 1 - side)) if shifted else None
+        mean = predicates.made_by(shifted.inputs[side], "ReduceMean") if shifted else None
+        square = predicates.made_by(mean.inputs[0], "Pow", "Mul") if mean else None
         if root and shifted and mean and square and _squares(square, others[0]) and epsilon and epsilon > 0:
             nodes = (*inner, root, shifted, mean, square)
             return Quotient(others[0], scales[0], mean, epsilon, nodes)
@@ -233,10 +234,10 @@ def _terms(node: Node, edit: Editor) -> tuple[list[Tensor], list[Tensor], list[N
         factors = [] if current.op == "Reciprocal" else [current.inputs[0]]
         (factors if current.op == "Mul" else below).append(current.inputs[-1])
         for tensor in factors:
-            maker = facts.made_by(tensor, "Mul", "Div", "Reciprocal")
+            maker = predicates.made_by(tensor, "Mul", "Div", "Reciprocal")
             if maker is not None and edit.sole_consumer(tensor) is current and len(inner) < 4:
                 pending.append(maker)
-            elif facts.plain_number(constant_of(tensor)) != 1:
+            elif predicates.plain_number(constant_of(tensor)) != 1:
                 above.append(tensor)
     return above, below, inner
 
@@ -245,13 +246,17 @@ def _squares(node: Node, data: Tensor) -> bool:
     """Whether a Pow or Mul makes the square of a tensor."""
     if node.inputs[0] is not data:
         return False
-    return node.inputs[1] is data if node.op == "Mul" else facts.plain_number(facts.constant(node, 1)) == 2
+    return (
+        node.inputs[1] is data
+        if node.op == "Mul"
+        else predicates.plain_number(predicates.constant(node, 1)) == 2
+    )
 
 
 def _centred(found: Quotient) -> tuple[Tensor, tuple[Node, Node]] | None:
     """The tensor whose mean, over the same axes, was subtracted, and the nodes that did it."""
-    difference = facts.made_by(found.data, "Sub")
-    mean = facts.made_by(difference.inputs[1], "ReduceMean") if difference else None
+    difference = predicates.made_by(found.data, "Sub")
+    mean = predicates.made_by(difference.inputs[1], "ReduceMean") if difference else None
     if difference is None or mean is None or mean.inputs[0] is not difference.inputs[0]:
         return None
     same = _axes(mean) == _axes(found.mean) and mean.attrs.get("keepdims", 1)
@@ -259,7 +264,7 @@ def _centred(found: Quotient) -> tuple[Tensor, tuple[Node, Node]] | None:
 
 
 def _axes(node: Node) -> tuple[int, ...] | None:
-    return facts.ints(node, "axes", 1)
+    return predicates.ints(node, "axes", 1)
 
 
 def _first_axis(mean: Node, shape: Shape) -> int | None:
@@ -267,7 +272,7 @@ def _first_axis(mean: Node, shape: Shape) -> int | None:
     axes = _axes(mean)
     if shape is None or not axes or not mean.attrs.get("keepdims", 1):
         return None
-    reduced = facts.positive_axes(axes, len(shape))
+    reduced = predicates.positive_axes(axes, len(shape))
     return -len(axes) if reduced == tuple(range(len(shape)))[-len(axes) :] else None
 
 
@@ -286,7 +291,7 @@ class NormalizationBias(Rule[Found]):
 
     def pattern(self, node: Node, edit: Editor) -> Found | None:
         for side in (0, 1):
-            norm = facts.made_by(node.inputs[side], "LayerNormalization")
+            norm = predicates.made_by(node.inputs[side], "LayerNormalization")
             if norm is not None and edit.sole_consumer(node.inputs[side]) is node and norm.input(2) is None:
                 inputs = (*norm.inputs[:2], node.inputs[1 - side])
                 return Found(norm.op, inputs, dict(norm.attrs), node, (norm,))

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, numpy_helper
 
-from onnxslim.graph import Array, Node, Tensor
-from onnxslim.model import constant_of
-from onnxslim.passes import facts
-from onnxslim.rewrite import Editor
+from onnxslim.engine.editor import Editor
+from onnxslim.ir.graph import Array, Node, Tensor
+from onnxslim.ir.model import constant_of
+from onnxslim.passes import predicates
 
 _VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Flatten", "Expand")
 _MAX_STEPS = 4
@@ -21,7 +21,7 @@ def values(tensor: Tensor | None, edit: Editor) -> Array | None:
     known = constant_of(tensor)
     if known is not None or tensor is None:
         return known
-    size = facts.product(edit.shape(tensor))
+    size = predicates.product(edit.shape(tensor))
     found = _filler(tensor) if size else None
     return None if found is None else np.broadcast_to(found, edit.shape(tensor) or ())  # type: ignore[arg-type]
 
@@ -34,7 +34,7 @@ def value(node: Node, index: int, edit: Editor) -> Array | None:
 def _filler(tensor: Tensor) -> Array | None:
     """The number that a ConstantOfShape fills a tensor with."""
     for _ in range(_MAX_STEPS):
-        maker = facts.made_by(tensor, "ConstantOfShape", *_VIEWS)
+        maker = predicates.made_by(tensor, "ConstantOfShape", *_VIEWS)
         if maker is None:
             return None
         if maker.op == "ConstantOfShape":
@@ -73,10 +73,10 @@ def scaled(weight: Array, *factors: Array) -> Array | None:
 
 
 def rounded(array: Array, dtype: np.dtype[Any]) -> Array | None:
-    """See `facts.rounded`."""
+    """See `predicates.rounded`."""
     if not is_uniform(array):
-        return facts.rounded(array, dtype)
-    number = facts.rounded(first(array), dtype)
+        return predicates.rounded(array, dtype)
+    number = predicates.rounded(first(array), dtype)
     return None if number is None else np.broadcast_to(number, array.shape)
 
 

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData, Feeds
-from onnxslim.calibration.judge import split
-from onnxslim.channels import Analysis, analyze
-from onnxslim.costs import Costs
+from onnxslim.calibration.holdout import split
+from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.errors import UsageError
-from onnxslim.graph import Constant
-from onnxslim.model import Model
+from onnxslim.families.analysis import Analysis, analyze
+from onnxslim.families.costs import Costs
+from onnxslim.ir.graph import Constant
+from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Masks
 from onnxslim.passes.prune.budget import TOLERANCE, allocate, uniform
@@ -28,7 +29,6 @@ from onnxslim.passes.prune.exact import prove
 from onnxslim.passes.prune.importance import Importance
 from onnxslim.passes.prune.plan import PruningPlan
 from onnxslim.passes.repair import repair
-from onnxslim.pipeline import Changes, Context, Log, Pass, options
 
 __all__ = ["Prune", "PruningPlan"]
 

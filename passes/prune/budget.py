@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxslim.channels import Family
+from onnxslim.families.analysis import Family
 
 Cost = Callable[[Mapping[str, int]], int]
 # A reached cost this close to what was asked for, relative to the cost before, is not worth a remark.

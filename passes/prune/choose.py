@@ -11,16 +11,16 @@ import numpy as np
 from onnxslim.calibration.collect import Channels
 from onnxslim.calibration.covariance import covariances
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.gram import Gram
-from onnxslim.calibration.judge import Judge
-from onnxslim.channels import Analysis, Family
-from onnxslim.graph import Array, Constant
-from onnxslim.model import Model
+from onnxslim.engine.base import Context, Log
+from onnxslim.families.analysis import Analysis, Family
+from onnxslim.ir.graph import Array, Constant
+from onnxslim.ir.model import Model
 from onnxslim.passes.prune.budget import Limits, convex
 from onnxslim.passes.prune.compensate import compensate
 from onnxslim.passes.prune.cut import cut
 from onnxslim.passes.prune.importance import WITH_DATA, Ranking, rank
-from onnxslim.pipeline import Context, Log
 
 # Covariances of more channels than this would take gigabytes.
 MAX_CHANNELS = 4096

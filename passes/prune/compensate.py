@@ -14,9 +14,9 @@ import numpy as np
 
 from onnxslim.calibration.collect import Channels
 from onnxslim.calibration.gram import Gram
-from onnxslim.channels import Analysis, Consumer
-from onnxslim.graph import Array, Constant
-from onnxslim.model import Model
+from onnxslim.families.analysis import Analysis, Consumer
+from onnxslim.ir.graph import Array, Constant
+from onnxslim.ir.model import Model
 from onnxslim.ops.channels.cut import Masks
 from onnxslim.passes.prune.importance import DAMPING
 

@@ -8,8 +8,9 @@ from typing import TypeAlias, TypeGuard
 import numpy as np
 
 from onnxslim import shapes
-from onnxslim.channels import Analysis
-from onnxslim.graph import (
+from onnxslim.engine.base import Context
+from onnxslim.families.analysis import Analysis
+from onnxslim.ir.graph import (
     Array,
     Constant,
     Namer,
@@ -21,13 +22,12 @@ from onnxslim.graph import (
     replace_uses,
     sweep,
 )
-from onnxslim.model import Model
+from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Cut, Masks
-from onnxslim.ops.channels.sizes import TARGETS, Sizes
+from onnxslim.ops.channels.size_vectors import TARGETS, Sizes
 from onnxslim.passes.dedupe import signature
 from onnxslim.passes.fold import Fold
-from onnxslim.pipeline import Context
 
 Twins: TypeAlias = list[tuple[Tensor, Tensor]]
 

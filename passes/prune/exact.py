@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from onnxslim import graph as ir
-from onnxslim.channels import Analysis
-from onnxslim.check import relative_difference
+from onnxslim.engine.check import relative_difference
 from onnxslim.errors import InvalidGraph
-from onnxslim.graph import Array, Variable
-from onnxslim.model import Model
+from onnxslim.families.analysis import Analysis
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Variable
+from onnxslim.ir.model import Model
 from onnxslim.ops import spec_of
 from onnxslim.passes.prune.cut import cut, zero
-from onnxslim.runtime import Target
+from onnxslim.runtime.targets import Target
 
 # Largest difference, relative to the largest magnitude of an output, that rounding explains. Where an output
 # is the small rest of large numbers, rounding explains more: as much as some times what it does to the zeroed

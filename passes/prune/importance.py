@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from onnxslim.calibration.collect import Channels
 from onnxslim.calibration.gram import Gram
-from onnxslim.channels import Consumer, Family
-from onnxslim.graph import Array
+from onnxslim.families.analysis import Consumer, Family
+from onnxslim.ir.graph import Array
 
 Doubles: TypeAlias = NDArray[np.float64]
 Importance: TypeAlias = Literal["auto", "l1", "l2", "fpgm", "lamp", "energy", "thinet", "obs"]

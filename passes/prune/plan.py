@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from onnxslim.channels import Analysis, Family
 from onnxslim.errors import UsageError
+from onnxslim.families.analysis import Analysis, Family
 
 VERSION = 1
 

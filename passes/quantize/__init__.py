@@ -11,17 +11,19 @@ from pydantic import Field
 
 from onnxslim import shapes
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.judge import Judge, split
+from onnxslim.calibration.fidelity import Judge
+from onnxslim.calibration.holdout import split
+from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.errors import CalibrationError, UsageError
-from onnxslim.model import Model
+from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Kind, Recipe, Settings
 from onnxslim.passes.quantize.fused import fused
 from onnxslim.passes.quantize.goal import Goal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
-from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Layer, Search, Trial
+from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Layer, Search
 from onnxslim.passes.quantize.trained import Trained, strip
-from onnxslim.pipeline import Changes, Context, Log, Pass, options
-from onnxslim.runtime import CPU, Target, layout
+from onnxslim.passes.quantize.trial import Trial
+from onnxslim.runtime.targets import CPU, Target, layout
 
 ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
 Activations = Literal["auto", "uint8", "int8", "uint16", "dynamic", "none"] | None

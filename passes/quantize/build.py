@@ -17,11 +17,12 @@ from onnxslim.calibration import observers
 from onnxslim.calibration.collect import Channels, Statistics, collect, merge
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Gram, observe
-from onnxslim.calibration.layers import Layer, layer_of
 from onnxslim.calibration.observers import Distribution, Histogram, Range
-from onnxslim.graph import Array, Constant, Node, Tensor, producer
-from onnxslim.model import Model
+from onnxslim.engine.base import Context, Log
+from onnxslim.ir.graph import Array, Constant, Node, Tensor, producer
+from onnxslim.ir.model import Model
 from onnxslim.ops import Role, cost, spec_of
+from onnxslim.ops.layers import Layer, layer_of
 from onnxslim.passes.quantize import dynamic
 from onnxslim.passes.quantize.equalize import equalize
 from onnxslim.passes.quantize.insert import Inserter, pair_axis_of
@@ -31,7 +32,6 @@ from onnxslim.passes.quantize.sequential import Sequential
 from onnxslim.passes.quantize.storing import BLOCK, Blocks, Rounding, Storage, nearest
 from onnxslim.passes.quantize.trained import KeptEncoder, Known, Trained
 from onnxslim.passes.quantize.weights import FOUR_BITS, QMAX, Encoded, Encoder, encode, least_scales
-from onnxslim.pipeline import Context, Log
 
 Bits = Literal["int8", "int4"]
 Kind = Literal["static", "dynamic", "none"]

@@ -10,13 +10,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from onnxslim import graph as ir
-from onnxslim.graph import Constant, Namer, Node, Tensor, Variable
-from onnxslim.model import Model
+from onnxslim.engine.base import Log
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Constant, Namer, Node, Tensor, Variable
+from onnxslim.ir.model import Model
 from onnxslim.ops import spec_of
 from onnxslim.passes.quantize.weights import Encoder
-from onnxslim.pipeline import Log
-from onnxslim.runtime import Quantized
+from onnxslim.runtime.targets import Quantized
 
 FLOAT = 1
 

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim import graph as ir
 from onnxslim.calibration.collect import Runner, tapped
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.graph import Array, Constant, Namer, Node, Variable, producer
-from onnxslim.model import Model
+from onnxslim.engine.base import Log
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Constant, Namer, Node, Variable, producer
+from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.passes.quantize.plan import Plan
 from onnxslim.passes.quantize.scaling import Labelled, Mixer, Scaling
-from onnxslim.pipeline import Log
-from onnxslim.runtime import Target
+from onnxslim.runtime.targets import Target
 
 Doubles = NDArray[np.float64]
 

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from onnxslim.graph import Node
-from onnxslim.model import Model
+from onnxslim.ir.graph import Node
+from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
-from onnxslim.runtime import Target, optimized_model
+from onnxslim.runtime.session import optimized_model
+from onnxslim.runtime.targets import Target
 
 
 def fused(model: Model, integer: Mapping[int, str], target: Target) -> dict[str, Any]:

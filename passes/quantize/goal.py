@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from onnxslim.engine.base import Context
 from onnxslim.errors import UsageError
-from onnxslim.metric import measure
-from onnxslim.model import Model
-from onnxslim.pipeline import Context
-
-if TYPE_CHECKING:
-    from onnxslim.passes.quantize.search import Trial
+from onnxslim.ir.model import Model
+from onnxslim.passes.quantize.trial import Trial
+from onnxslim.runtime.metric import measure
 
 # In dB: what is to be kept where nobody said what is.
 SQNR = 25.0

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from onnxslim import graph as ir
 from onnxslim.calibration.observers import Range, affine_parameters
-from onnxslim.graph import Array, Constant, Graph, Namer, Node, Tensor, Variable
-from onnxslim.model import Model
+from onnxslim.engine.base import Log
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Constant, Graph, Namer, Node, Tensor, Variable
+from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.passes.quantize import weights
 from onnxslim.passes.quantize.plan import Plan, is_movable
 from onnxslim.passes.quantize.trained import Known
-from onnxslim.pipeline import Log
-from onnxslim.runtime import Quantized
+from onnxslim.runtime.targets import Quantized
 
 
 @dataclass(frozen=True)

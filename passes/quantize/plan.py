@@ -16,11 +16,11 @@ import numpy as np
 
 from onnxslim.calibration.collect import is_mask
 from onnxslim.calibration.observers import Range
-from onnxslim.graph import Constant, Node, Tensor, Variable, captures, producer
-from onnxslim.model import DEFAULT_DOMAINS, Model
+from onnxslim.engine.base import Log
+from onnxslim.ir.graph import Constant, Node, Tensor, Variable, captures, producer
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import OpSpec, Role, spec_of
-from onnxslim.pipeline import Log
-from onnxslim.runtime import Quantized
+from onnxslim.runtime.targets import Quantized
 
 
 @dataclass

@@ -8,14 +8,16 @@ import numpy as np
 import onnx
 import onnx.version_converter
 
-from onnxslim import graph as ir
-from onnxslim import rewrite, shapes
+from onnxslim import shapes
+from onnxslim.engine import rewrite
+from onnxslim.engine.base import Log
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
 from onnxslim.errors import LoadError, PassError, SaveError
-from onnxslim.graph import Constant, Node
-from onnxslim.model import Model, constant_of
-from onnxslim.pipeline import Log
-from onnxslim.rewrite import Editor, Rule
-from onnxslim.runtime import Quantized
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Constant, Node
+from onnxslim.ir.model import Model, constant_of
+from onnxslim.runtime.targets import Quantized
 
 # Per-channel DequantizeLinear appeared in this version.
 MIN_OPSET = 13

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim.calibration.gram import Gram
-from onnxslim.calibration.layers import Layer
+from onnxslim.ops.layers import Layer
 from onnxslim.passes.quantize.storing import BLOCK, Blocks, nearest
 from onnxslim.passes.quantize.weights import FOUR_BITS, MAX_PAIR, QMAX, Encoded
 

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from onnxslim.calibration.layers import Layer, layer_of
-from onnxslim.graph import Constant, Graph, Namer, Node, Shape, Tensor, Variable, captures
-from onnxslim.model import DEFAULT_DOMAINS, Model
-from onnxslim.passes.facts import ints
+from onnxslim.ir.graph import Constant, Graph, Namer, Node, Shape, Tensor, Variable, captures
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model
+from onnxslim.ops.layers import Layer, layer_of
+from onnxslim.passes.predicates import ints
 
 Labels = NDArray[np.intp]
 Doubles = NDArray[np.float64]

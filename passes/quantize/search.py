@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.judge import FAILED, Judge, Score
+from onnxslim.calibration.fidelity import FAILED, Judge
+from onnxslim.engine.base import Log
 from onnxslim.errors import LoadError
-from onnxslim.graph import Constant, Node
-from onnxslim.passes.quantize.build import Builder, Candidate, ObserverChoice, Recipe
+from onnxslim.ir.graph import Constant, Node
+from onnxslim.passes.quantize.build import Builder, ObserverChoice, Recipe
 from onnxslim.passes.quantize.goal import Goal
-from onnxslim.pipeline import Log
+from onnxslim.passes.quantize.trial import Trial
 
 OBSERVERS: tuple[ObserverChoice, ...] = (
     ("mse", 0.0),
@@ -62,23 +63,6 @@ class Layer:
     def sqnr(self) -> float:
         """The same in dB."""
         return -10.0 * math.log10(self.noise) if self.noise > 0 else math.inf
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A candidate that was measured.
-
-    Attributes:
-        recipe: of the candidate.
-        build: what made it.
-        candidate: it.
-        score: what it keeps of the outputs.
-    """
-
-    recipe: Recipe
-    build: Builder
-    candidate: Candidate
-    score: Score
 
 
 class Search:

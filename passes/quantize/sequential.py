@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Gram
-from onnxslim.calibration.layers import Layer
-from onnxslim.graph import Array, Constant, Node
-from onnxslim.model import Model
+from onnxslim.engine.base import Context
+from onnxslim.ir.graph import Array, Constant, Node
+from onnxslim.ir.model import Model
+from onnxslim.ops.layers import Layer
 from onnxslim.passes.quantize.storing import Blocks
 from onnxslim.passes.quantize.weights import Encoded
 from onnxslim.passes.repair import repair
 from onnxslim.passes.repair.jobs import Job, Linear
 from onnxslim.passes.repair.solve import Fit
-from onnxslim.pipeline import Context
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

@@ -9,12 +9,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim import graph as ir
-from onnxslim.graph import Array, Constant, Namer, Node, Tensor, Variable
-from onnxslim.model import DEFAULT_DOMAINS, Model
+from onnxslim.engine.base import Log
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import spec_of
 from onnxslim.passes.quantize.weights import FOUR_BITS, Weights
-from onnxslim.pipeline import Log
 
 # Tables below this many bytes are left alone.
 MIN_TABLE_BYTES = 1 << 16

@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onnxslim import graph as ir
 from onnxslim.calibration.observers import Histogram, percentile
-from onnxslim.graph import Array, Constant, Namer, Node, Tensor, Variable
-from onnxslim.model import DEFAULT_DOMAINS, Model
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.passes.quantize.weights import QMAX, Codes, Encoded, Encoder, Scales
-from onnxslim.runtime import Quantized
+from onnxslim.runtime.targets import Quantized
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 # Share of values that may be clipped less than in training.

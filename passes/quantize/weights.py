@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.graph import Array, Constant
+from onnxslim.ir.graph import Array, Constant
 
 QMAX = 127
 FOUR_BITS = 7

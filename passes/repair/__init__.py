@@ -18,21 +18,21 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim import graph as ir
 from onnxslim.calibration.collect import Progress
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Gram, Moments, batch_samples, quota_for, sampled
-from onnxslim.calibration.layers import Floats, Positions, values_at
 from onnxslim.calibration.stages import Shelf, Staged, Stop, Values
+from onnxslim.engine.base import Changes, Log
 from onnxslim.errors import CalibrationError
-from onnxslim.model import Model
+from onnxslim.ir import graph as ir
+from onnxslim.ir.model import Model
+from onnxslim.ops.layers import Floats, Positions, values_at
 from onnxslim.passes.repair.activation import Chain, Table, behind, tabulated
 from onnxslim.passes.repair.descent import Rows, refined
 from onnxslim.passes.repair.jobs import Job
 from onnxslim.passes.repair.plan import schedule, unchanged
 from onnxslim.passes.repair.solve import Fit, Method, fit
-from onnxslim.pipeline import Changes, Log
-from onnxslim.runtime import Target
+from onnxslim.runtime.targets import Target
 
 # From a job, what the regression found for it (None: nothing better) and the moments of all rows, to what is
 # to be written.

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxslim import graph as ir
-from onnxslim.calibration.layers import Floats
 from onnxslim.errors import OnnxSlimError
-from onnxslim.evaluate import evaluate
-from onnxslim.graph import Constant, Graph, Node, Tensor, Variable
-from onnxslim.model import DEFAULT_DOMAINS, Model
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Constant, Graph, Node, Tensor, Variable
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import spec_of
 from onnxslim.ops.channels import elementwise
+from onnxslim.ops.layers import Floats
+from onnxslim.runtime.evaluate import evaluate
 
 # Values in a table, and how far it goes beyond those seen, relative to their span.
 _PLACES = 1 << 14

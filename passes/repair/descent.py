@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from onnxslim.calibration.gram import Doubles, Gram
-from onnxslim.calibration.layers import Floats
+from onnxslim.ops.layers import Floats
 from onnxslim.passes.repair.activation import Table
 from onnxslim.passes.repair.solve import Fit, ridge, solved
 

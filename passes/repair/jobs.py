@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnxslim import graph as ir
 from onnxslim.calibration.gram import Doubles
-from onnxslim.calibration.layers import Floats, Layer, Positions, values_at
-from onnxslim.graph import Array, Constant, Graph, Node, Variable
-from onnxslim.model import constant_of
-from onnxslim.passes.facts import rounded
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Constant, Graph, Node, Variable
+from onnxslim.ir.model import constant_of
+from onnxslim.ops.layers import Floats, Layer, Positions, values_at
+from onnxslim.passes.predicates import rounded
 
 # Weights behind a scale this much smaller than the largest of its channels are left alone.
 _FAINT = 1e-6

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxslim import graph as ir
-from onnxslim.calibration.layers import Layer, layer_of
+from onnxslim.engine.base import Log
 from onnxslim.errors import UsageError
-from onnxslim.graph import Constant, Graph, Node, Tensor, Variable
-from onnxslim.model import DEFAULT_DOMAINS, Model, constant_of
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Constant, Graph, Node, Tensor, Variable
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model, constant_of
+from onnxslim.ops.layers import Layer, layer_of
 from onnxslim.passes.repair.jobs import Affine, Goal, Job, Linear, Slot, goals, per_channel
-from onnxslim.pipeline import Log
 
 # Normalizations, and the axis that their scale and bias (inputs 1 and 2) run over.
 _NORMALIZATIONS = {

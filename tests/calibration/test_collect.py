@@ -9,9 +9,9 @@ from onnxslim.calibration.collect import KEPT, collect, tapped, thinning
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import Histogram
 from onnxslim.errors import CalibrationError
-from onnxslim.graph import Array
-from onnxslim.model import Model
-from onnxslim.runtime import Session
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
+from onnxslim.runtime.session import Session
 from tests.helpers import parse
 
 

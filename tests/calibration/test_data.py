@@ -22,7 +22,7 @@ from onnx import numpy_helper
 from onnxslim.calibration.data import CalibrationData, Feeds
 from onnxslim.calibration.observers import Histogram
 from onnxslim.errors import CalibrationError
-from onnxslim.model import InputSpec
+from onnxslim.ir.model import InputSpec
 
 Array = NDArray[Any]
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)

@@ -12,10 +12,10 @@ from hypothesis.extra import numpy as hnp
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Gram, Moments, observe, sampled
-from onnxslim.calibration.layers import Layer, layer_of
 from onnxslim.errors import CalibrationError, UsageError
-from onnxslim.graph import Array
-from onnxslim.model import Model
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
+from onnxslim.ops.layers import Layer, layer_of
 from tests.helpers import parse, run
 
 

@@ -28,7 +28,7 @@ from onnxslim.calibration.observers import (
     quantization_error,
 )
 from onnxslim.errors import CalibrationError
-from onnxslim.graph import MASK_MAGNITUDE
+from onnxslim.ir.graph import MASK_MAGNITUDE
 
 Array = NDArray[Any]
 Method = Callable[..., Range]

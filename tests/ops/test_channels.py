@@ -7,16 +7,16 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from onnxslim.channels import analyze
-from onnxslim.check import wellformed
-from onnxslim.graph import Array
-from onnxslim.model import Model
+from onnxslim.engine.check import wellformed
+from onnxslim.families.analysis import analyze
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
 from onnxslim.ops import REGISTRY, OpSpec
 from onnxslim.ops.channels.cut import Masks
 from onnxslim.passes.fold import Fold
 from onnxslim.passes.prune.cut import cut
-from onnxslim.probe import make_feeds
-from onnxslim.runtime import Session
+from onnxslim.runtime.probe import make_feeds
+from onnxslim.runtime.session import Session
 from tests.helpers import apply, parse
 
 ROWS = [

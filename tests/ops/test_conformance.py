@@ -13,14 +13,15 @@ import pytest
 
 from onnxslim import shapes
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.check import wellformed
-from onnxslim.graph import Array, Constant, Node, Tensor, Variable, sort
-from onnxslim.model import Model
+from onnxslim.engine.base import Context
+from onnxslim.engine.check import wellformed
+from onnxslim.ir.graph import Array, Constant, Node, Tensor, Variable, sort
+from onnxslim.ir.model import Model
 from onnxslim.ops import REGISTRY, OpSpec, Role
 from onnxslim.ops.cost import macs
 from onnxslim.passes.quantize import Quantize
-from onnxslim.pipeline import Context
-from onnxslim.runtime import Session, Target
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
 from tests.helpers import parse
 
 EXAMPLES = {op: spec for (_, op), spec in REGISTRY.items() if spec.example}

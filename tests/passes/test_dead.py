@@ -9,9 +9,9 @@ import onnx
 import onnx.parser
 import pytest
 
-from onnxslim.model import Model, load
+from onnxslim.engine.base import Changes
+from onnxslim.ir.model import Model, load
 from onnxslim.passes.dead import Dead
-from onnxslim.pipeline import Changes
 from tests.helpers import apply, ops, parse, run, same_outputs
 
 

@@ -10,11 +10,11 @@ import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxslim.graph import Constant
-from onnxslim.model import Model, load
+from onnxslim.engine.base import Changes
+from onnxslim.ir.graph import Constant
+from onnxslim.ir.model import Model, load
 from onnxslim.passes import dedupe
 from onnxslim.passes.dedupe import Dedupe
-from onnxslim.pipeline import Changes
 from tests.helpers import apply, ops, parse, run, same_outputs
 
 

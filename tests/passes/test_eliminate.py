@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxslim.engine.editor import Editor
 from onnxslim.errors import UsageError
-from onnxslim.model import Model, load
-from onnxslim.passes import facts
+from onnxslim.ir.model import Model, load
+from onnxslim.passes import predicates
 from onnxslim.passes.eliminate import RULES, Eliminate
 from onnxslim.passes.eliminate.arithmetic import Bounds
 from onnxslim.passes.eliminate.movement import Cut, joined
 from onnxslim.passes.eliminate.noop import widens
 from onnxslim.passes.eliminate.view import viewed
 from onnxslim.passes.fuse import RULES as FUSE_RULES
-from onnxslim.rewrite import Editor
 from tests.helpers import apply, ops, parse, same_outputs
 
 sizes = st.sampled_from((1, 1, 2, 3, 4, 6))
@@ -298,14 +298,14 @@ def test_broadcasts_into_is_what_numpy_does(small: list[int], big: list[int]) ->
         made = np.broadcast_shapes(tuple(small), tuple(big))
     except ValueError:
         made = None
-    assert facts.broadcasts_into(tuple(small), tuple(big)) is (made == tuple(big))
+    assert predicates.broadcasts_into(tuple(small), tuple(big)) is (made == tuple(big))
 
 
 def test_broadcasts_into_knows_what_it_does_not_know() -> None:
-    assert facts.broadcasts_into(("N", 1), ("N", 4))
-    assert facts.broadcasts_into((), None)
+    assert predicates.broadcasts_into(("N", 1), ("N", 4))
+    assert predicates.broadcasts_into((), None)
     for small, big in (((1,), None), (None, (2,)), ((None,), (None,)), (("N",), ("M",)), ((2,), ("N",))):
-        assert not facts.broadcasts_into(small, big)
+        assert not predicates.broadcasts_into(small, big)
 
 
 @pytest.mark.parametrize("perms", list(itertools.permutations(itertools.permutations(range(3)), 2))[::3])

@@ -14,13 +14,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from onnxslim import cli, latency
+from onnxslim import cli
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.judge import Judge
+from onnxslim.calibration.fidelity import Judge
+from onnxslim.engine.base import Changes, Context, Log
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import UsageError
-from onnxslim.graph import Array
-from onnxslim.latency import Bench
-from onnxslim.model import Model, load
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model, load
 from onnxslim.ops import cost
 from onnxslim.passes import create
 from onnxslim.passes.dead import Dead
@@ -30,9 +32,10 @@ from onnxslim.passes.factorize.schemes import SCHEMES, Problem, balanced, direct
 from onnxslim.passes.factorize.search import layers_of
 from onnxslim.passes.prune import Prune
 from onnxslim.passes.quantize import Quantize
-from onnxslim.pipeline import Changes, Context, Log, Pipeline
-from onnxslim.rewrite import Editor
-from onnxslim.runtime import Latency, Session, Target
+from onnxslim.runtime import timing
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
+from onnxslim.runtime.timing import Bench, Latency
 from tests.helpers import feeds_for, ops, parse, run, same_outputs
 
 SEVERAL = [name for name in SCHEMES if name != "svd"]
@@ -482,11 +485,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         times = [seconds(model, feeds) for model in models]
         return times[0], [time / times[0] for time in times]
 
-    def bench(self: Bench, what: str, first: Any, others: Any, feeds: Mapping[str, Array]) -> latency.Timing:
+    def bench(self: Bench, what: str, first: Any, others: Any, feeds: Mapping[str, Array]) -> timing.Timing:
         whole = seconds(first(), feeds)
-        return latency.Timing(whole, {name: seconds(make(), feeds) / whole for name, make in others.items()})
+        return timing.Timing(whole, {name: seconds(make(), feeds) / whole for name, make in others.items()})
 
-    monkeypatch.setattr(latency, "compare", compare)
+    monkeypatch.setattr(timing, "compare", compare)
     monkeypatch.setattr(Bench, "__call__", bench)
     return speed
 
@@ -581,7 +584,7 @@ def test_data_is_worth_more_than_weights_alone(net: Model, clock: dict[str, floa
 def test_speed_is_reached_by_measuring_the_whole(net: Model, clock: dict[str, float]) -> None:
     clock["base"] = 5e4
     found, _ = _factorize(net, _data(), speedup=1.5)
-    _, (_, ratio) = latency.compare([net, found], {"x": _normal(1, 8, 10, 10)}, Target.cpu(1))
+    _, (_, ratio) = timing.compare([net, found], {"x": _normal(1, 8, 10, 10)}, Target.cpu(1))
     assert 1.4 < 1 / ratio < 1.8
 
 
@@ -610,7 +613,7 @@ def test_nothing_slower_gets_through_the_gate(net: Model, clock: dict[str, float
 def test_a_whole_that_is_not_faster_is_taken_back_if_speed_was_asked_for(
     net: Model, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "compare", lambda models, *_: (1e6, [1.0, 1.2][: len(models)]))
+    monkeypatch.setattr(timing, "compare", lambda models, *_: (1e6, [1.0, 1.2][: len(models)]))
     found, changes = _factorize(net, _data(), speedup=1.3)
     assert not changes
     assert any("1.20 of its time" in reason for reason in _reasons(changes).values())
@@ -796,15 +799,15 @@ def test_times_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         calls.append(len(sessions))
         return [Latency(2.0, 1.0)] * len(sessions), [1.0, 0.5, 0.25][: len(sessions)]
 
-    monkeypatch.setattr(latency, "latencies", latencies)
+    monkeypatch.setattr(timing, "latencies", latencies)
     model = parse("g (float[2] x) => (float[2] y) { y = Relu(x) }")
     feeds = {"x": np.zeros(2, np.float32)}
 
-    def ask(threads: int = 1, *names: str) -> latency.Timing:
+    def ask(threads: int = 1, *names: str) -> timing.Timing:
         bench = Bench(Target.cpu(threads), tmp_path)
         return bench("it", lambda: model, {name: lambda: model for name in names}, feeds)
 
-    assert ask(1, "a", "b") == latency.Timing(2.0, {"a": 0.5, "b": 0.25})
+    assert ask(1, "a", "b") == timing.Timing(2.0, {"a": 0.5, "b": 0.25})
     assert ask(1, "b", "a").ratios == {"a": 0.5, "b": 0.25}
     assert calls == [3]
     assert ask(1, "a", "c").ratios == {"a": 0.5, "c": 0.5}
@@ -834,4 +837,4 @@ def test_dead_nodes_and_real_times(net: Model) -> None:
     assert "latency" in first.changes.facts or not first.changes
     assert all(row["passed"] == (row["time"] <= 1 / 1.1) for row in first.changes.facts["candidates"])
     assert ops(result.model)["Conv"] >= 3
-    assert list(latency.folder().iterdir())
+    assert list(timing.folder().iterdir())

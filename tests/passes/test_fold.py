@@ -14,12 +14,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxslim.engine.base import Changes
 from onnxslim.errors import LoadError
-from onnxslim.graph import Constant
-from onnxslim.model import Model, load
+from onnxslim.ir.graph import Constant
+from onnxslim.ir.model import Model, load
 from onnxslim.passes.fold import Fold
 from onnxslim.passes.fold.values import WORKING_BYTES, narrower
-from onnxslim.pipeline import Changes
 from tests.helpers import apply, feeds_for, ops, parse, run, same_outputs
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from onnxslim.errors import UsageError
-from onnxslim.graph import Array, Constant
-from onnxslim.model import Model, load
-from onnxslim.passes import facts
+from onnxslim.ir.graph import Array, Constant
+from onnxslim.ir.model import Model, load
+from onnxslim.passes import predicates
 from onnxslim.passes.fuse import Fuse
 from onnxslim.passes.fuse.layer import per_channel
 from tests.helpers import apply, ops, parse, run, same_outputs
@@ -224,17 +224,17 @@ def test_bfloat16_weights_are_rounded_to_bfloat16() -> None:
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16])
 def test_rounded_refuses_what_does_not_fit(kind: type) -> None:
     dtype = np.dtype(kind)
-    largest = facts.largest(dtype)
-    assert facts.rounded(np.array([1.0, -0.3]), dtype) is not None
-    assert facts.rounded(np.array([]), dtype) is not None
+    largest = predicates.largest(dtype)
+    assert predicates.rounded(np.array([1.0, -0.3]), dtype) is not None
+    assert predicates.rounded(np.array([]), dtype) is not None
     for bad in ([np.nan], [np.inf], [1.0, -np.inf]):
-        assert facts.rounded(np.array(bad), dtype) is None
+        assert predicates.rounded(np.array(bad), dtype) is None
     if dtype.itemsize < 8:
-        assert facts.rounded(np.array([2.0 * largest]), dtype) is None
+        assert predicates.rounded(np.array([2.0 * largest]), dtype) is None
     if dtype == np.float16:
-        assert facts.rounded(np.array([1e-7]), dtype) is None
+        assert predicates.rounded(np.array([1e-7]), dtype) is None
         # Beside larger values, what is lost of the small one does not count.
-        assert facts.rounded(np.array([1e-7, 1.0]), dtype) is not None
+        assert predicates.rounded(np.array([1e-7, 1.0]), dtype) is not None
 
 
 # ---------------------------------------------------------------------------------------------- laws

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.graph import Array
-from onnxslim.model import Model
+from onnxslim.engine.base import Changes, Context
+from onnxslim.engine.pipeline import Pipeline
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
 from onnxslim.passes.half import Half
-from onnxslim.pipeline import Changes, Context, Pipeline
-from onnxslim.runtime import Session, Target
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
 from tests.helpers import ops, parse
 
 NET = """g (float[N,3,8,8] x) => (float[N,10] y)

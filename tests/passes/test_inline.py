@@ -6,11 +6,11 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from onnxslim.graph import Array
-from onnxslim.model import Model, load
+from onnxslim.engine.pipeline import Pipeline
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model, load
 from onnxslim.passes.inline import Inline
 from onnxslim.passes.slim import Slim
-from onnxslim.pipeline import Pipeline
 from tests.helpers import apply, ops, run, same_outputs
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21, "own" : 1]>'

@@ -16,21 +16,22 @@ from hypothesis import strategies as st
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Gram
-from onnxslim.channels import analyze
-from onnxslim.check import interface, relative_difference
+from onnxslim.engine.check import interface, relative_difference
+from onnxslim.engine.pipeline import Pipeline, Result
 from onnxslim.errors import InvalidGraph, UsageError
-from onnxslim.graph import Array, Constant
-from onnxslim.labels import Block, Trace
-from onnxslim.model import Model
+from onnxslim.families.analysis import analyze
+from onnxslim.ir.graph import Array, Constant
+from onnxslim.ir.model import Model
 from onnxslim.ops import REGISTRY, Channels
+from onnxslim.ops.channels.labels import Block, Trace
 from onnxslim.passes.half import Half
 from onnxslim.passes.prune import Prune, PruningPlan
 from onnxslim.passes.prune.budget import Limits, allocate, convex
 from onnxslim.passes.prune.cut import cut, prepare, zero
 from onnxslim.passes.prune.importance import rank
 from onnxslim.passes.quantize import Quantize
-from onnxslim.pipeline import Pipeline, Result
-from onnxslim.runtime import Session, Target
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
 from tests.helpers import parse
 
 CHAIN = """g (float[N,3,8,8] x) => (float[N,2,8,8] y)

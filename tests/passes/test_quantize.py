@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.engine.base import Changes, Context
+from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import CalibrationError
-from onnxslim.graph import Array, Constant
-from onnxslim.model import Model
+from onnxslim.ir.graph import Array, Constant
+from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize, weights
-from onnxslim.pipeline import Changes, Context, Pipeline
-from onnxslim.runtime import Session, Target
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
 from tests.helpers import ops, parse, same_outputs
 
 

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.check import interface, wellformed
+from onnxslim.engine.base import Changes, Context, Pass, options
+from onnxslim.engine.check import interface, wellformed
+from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import LoadError
-from onnxslim.graph import Array, Constant
-from onnxslim.model import Model
+from onnxslim.ir.graph import Array, Constant
+from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize, weights
-from onnxslim.pipeline import Changes, Context, Pass, Pipeline, options
-from onnxslim.runtime import Session
+from onnxslim.runtime.session import Session
 from tests.helpers import parse
 
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.engine.base import Changes, Context
 from onnxslim.errors import UsageError
-from onnxslim.graph import Array, Constant
-from onnxslim.model import Model
+from onnxslim.ir.graph import Array, Constant
+from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize
 from onnxslim.passes.quantize.weights import MAX_PAIR
-from onnxslim.pipeline import Changes, Context
-from onnxslim.runtime import Session, Target, optimized_model
+from onnxslim.runtime.session import Session, optimized_model
+from onnxslim.runtime.targets import Target
 from tests.helpers import ops, parse
 
 

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from onnxslim import shapes
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.graph import Array
-from onnxslim.model import Model
+from onnxslim.engine.base import Changes, Context
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize, rounding, storing
 from onnxslim.passes.quantize.scaling import Scaling
-from onnxslim.pipeline import Changes, Context
-from onnxslim.runtime import Session, Target
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
 from tests.helpers import ops, parse
 
 CONV = "float[8,4,3,3] w1, float[8] b1"

@@ -9,16 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxslim.calibration import judge
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.judge import Judge
+from onnxslim.calibration.fidelity import Judge
+from onnxslim.calibration.holdout import split
+from onnxslim.engine.base import Changes, Context
 from onnxslim.errors import CalibrationError, UsageError
-from onnxslim.graph import Array, Constant
-from onnxslim.metric import Metric, Run
-from onnxslim.model import Model
+from onnxslim.ir.graph import Array, Constant
+from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize, rounding, weights
-from onnxslim.pipeline import Changes, Context
-from onnxslim.runtime import Session, Target, optimized_model
+from onnxslim.runtime.metric import Metric, Run
+from onnxslim.runtime.session import Session, optimized_model
+from onnxslim.runtime.targets import Target
 from tests.helpers import ops, parse
 
 
@@ -294,7 +295,7 @@ def test_error_is_the_share_of_the_variance_and_integers_count_only_alone() -> N
 )
 def test_no_more_is_held_out_than_needed(batches: int, most: float, held: int) -> None:
     data = [{"x": np.full((4, 1), index, np.float32)} for index in range(batches)]
-    parts = judge.split(CalibrationData.from_callable(lambda: data), 16, most)
+    parts = split(CalibrationData.from_callable(lambda: data), 16, most)
     assert parts.share == pytest.approx(held / batches)
     seen = [[int(feeds["x"][0, 0]) for feeds in part] for part in (parts.fit, parts.held)]
     if held:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.graph import Array, Constant, Node
-from onnxslim.model import Model
+from onnxslim.engine.base import Changes, Context
+from onnxslim.ir.graph import Array, Constant, Node
+from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize
-from onnxslim.pipeline import Changes, Context
-from onnxslim.runtime import Session, Target, optimized_model
+from onnxslim.runtime.session import Session, optimized_model
+from onnxslim.runtime.targets import Target
 from tests.helpers import ops, parse
 
 

@@ -15,13 +15,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxslim.engine.base import Context
+from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import LoadError, UsageError
-from onnxslim.model import Model, load
+from onnxslim.ir.model import Model, load
 from onnxslim.passes import eliminate, fuse
 from onnxslim.passes.slim import Slim
-from onnxslim.pipeline import Context, Pipeline
 from tests.helpers import apply, feeds_for, ops, parse, run, same_outputs
-from tests.test_dims import FREE, Program
+from tests.shapes.test_dims import FREE, Program
 
 LIGHT = sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx"))
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxslim.check import interface
+from onnxslim.engine.check import interface
+from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import LoadError
-from onnxslim.graph import Array
-from onnxslim.model import Model, load
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model, load
 from onnxslim.passes.slim import Slim
-from onnxslim.pipeline import Pipeline
-from onnxslim.runtime import Session
+from onnxslim.runtime.session import Session
 from tests.helpers import apply, parse, same_outputs
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17, "com.example" : 1]>'

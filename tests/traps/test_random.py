@@ -10,12 +10,12 @@ import onnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxslim.graph import Array
-from onnxslim.model import Model, load
+from onnxslim.engine.base import Context
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model, load
 from onnxslim.passes.eliminate import Eliminate
 from onnxslim.passes.fuse import Fuse
 from onnxslim.passes.slim import Slim
-from onnxslim.pipeline import Context
 from tests.helpers import apply, feeds_for, parse, same_outputs
 
 RANDOM = np.random.default_rng(1)

@@ -19,15 +19,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onnxslim.check import interface, wellformed
-from onnxslim.graph import Array
-from onnxslim.model import Model
+from onnxslim.engine.base import Context
+from onnxslim.engine.check import interface, wellformed
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
 from onnxslim.passes.eliminate import RULES as ELIMINATE
 from onnxslim.passes.eliminate import Eliminate
 from onnxslim.passes.fuse import RULES as FUSE
 from onnxslim.passes.fuse import Fuse
 from onnxslim.passes.slim import Slim
-from onnxslim.pipeline import Context
 from tests.helpers import apply, feeds_for, ops, parse, same_outputs
 
 FOLDER = Path(__file__).parent

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxslim.labels import Block, Labels, Trace
 from onnxslim.ops.channels.cut import Cut
+from onnxslim.ops.channels.labels import Block, Labels, Trace
 
 
 def attention(trace: Trace) -> None:

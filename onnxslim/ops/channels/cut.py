@@ -8,8 +8,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.graph import Constant, Node
-from onnxslim.ops.channels.sizes import Measured, Sizes, Written, origin
+from onnxslim.ir.graph import Constant, Node
+from onnxslim.ops.channels.size_vectors import Measured, Sizes, Written, origin
 
 # What stays, by name of the tensor and axis: one truth value per slice. Axes without an entry stay.
 Masks: TypeAlias = Mapping[tuple[str, int], NDArray[np.bool_]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from onnxslim.labels import Block, Labels, Trace
+from onnxslim.ops.channels.labels import Block, Labels, Trace
 
 
 def same(trace: Trace) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxslim.labels import Block, Labels, Trace
 from onnxslim.ops.channels.cut import Cut
+from onnxslim.ops.channels.labels import Block, Labels, Trace
 
 
 def convolution(trace: Trace) -> None:

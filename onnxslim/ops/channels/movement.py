@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from onnxslim.graph import Node
-from onnxslim.labels import Block, Trace
+from onnxslim.ir.graph import Node
 from onnxslim.ops.channels.cut import Cut
 from onnxslim.ops.channels.elementwise import join, shifted
-from onnxslim.ops.channels.sizes import Measured, Written, computed_with, origin
+from onnxslim.ops.channels.labels import Block, Trace
+from onnxslim.ops.channels.size_vectors import Measured, Written, computed_with, origin
 
 Group = tuple[tuple[int, ...], tuple[int, ...]]  # axes of the input, axes of the output
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from onnxslim.labels import Block, Trace
 from onnxslim.ops.channels.cut import Cut
+from onnxslim.ops.channels.labels import Block, Trace
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 PEEPHOLES = 3

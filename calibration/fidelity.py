@@ -1,0 +1,258 @@
+"""How well a candidate keeps the outputs of the original, on samples held out of what it was made with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim.calibration.data import CalibrationData, Feeds
+from onnxslim.calibration.gram import batch_samples
+from onnxslim.ir.graph import MASK_MAGNITUDE, Array, Dim, Tensor, producer
+from onnxslim.ir.model import Model
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
+from onnxslim.runtime.timing import latencies
+
+# Samples and bytes of reference outputs that are enough to rank candidates.
+SAMPLES = 16
+MAX_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Score:
+    """Fidelity of a candidate.
+
+    Attributes:
+        sqnr: signal to noise, in dB, of the part of the outputs that lost most; infinite if nothing changed.
+        error: squared error over variance, averaged over parts; 0 if nothing changed.
+        parts: `sqnr` by output, or by joined part of it.
+        agreement: share of samples whose largest element is where it was, of outputs that look like classes;
+            None if there are none.
+    """
+
+    sqnr: float
+    error: float
+    parts: Mapping[str, float]
+    agreement: float | None
+
+    @property
+    def noise(self) -> float:
+        """Power of the noise by that of the signal, in the part that lost most."""
+        return float(10.0 ** (-self.sqnr / 10.0))
+
+
+FAILED = Score(-math.inf, math.inf, {}, None)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A slice of an output along one axis."""
+
+    name: str
+    output: str
+    axis: int = 0
+    start: int = 0
+    stop: int | None = None
+
+    def of(self, values: Mapping[str, Any]) -> Array:
+        array = np.asarray(values[self.output])
+        if not array.ndim:
+            return array
+        index = [slice(None)] * array.ndim
+        index[self.axis] = slice(self.start, self.stop)
+        return array[tuple(index)]
+
+
+class Judge:
+    """Compares candidates with the model they were made of.
+
+    Args:
+        model: the original.
+        data: samples to judge on.
+        target: where candidates run.
+        samples: how many to use: whole batches from the beginning, until there are as many.
+        optimize: how far ONNX Runtime may optimize the original; see `Session`.
+        clear: in dB; a candidate that has kept that much of half of the samples is not run on the others.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: CalibrationData,
+        target: Target,
+        samples: int = SAMPLES,
+        *,
+        optimize: str = "all",
+        clear: float = math.inf,
+    ) -> None:
+        self._target = target
+        self._model = model
+        self._optimize = optimize
+        self._clear = clear
+        self._half = samples // 2
+        self._left = _limited(data.bind(model.inputs()), samples)
+        self._size = 0
+        self._feeds: list[Mapping[str, Array]] = []
+        self._expected: list[Mapping[str, Any]] = []
+        self._extend(samples if clear == math.inf else self._half)
+        self._parts = self._looked_at()
+
+    def _extend(self, samples: float) -> None:
+        """Run the original on more batches, of that many samples at least."""
+        session: Session | None = None
+        while samples > 0 and self._size < MAX_BYTES and (feeds := next(self._left, None)) is not None:
+            session = session or Session(self._model, self._target, optimize=self._optimize)
+            found = session.run(feeds)
+            self._feeds.append(feeds)
+            self._expected.append(found)
+            self._size += sum(np.asarray(array).nbytes for array in (*feeds.values(), *found.values()))
+            samples -= batch_samples(feeds)
+
+    def _looked_at(self) -> list[_Part]:
+        """All parts in floating point; of models that have none, all."""
+        parts = [part for tensor in self._model.graph.outputs for part in _parts_of(tensor)]
+        first = self._expected[0] if self._expected else {}
+        floats = [part for part in parts if np.asarray(first.get(part.output)).dtype.kind == "f"]
+        return floats or parts
+
+    def __call__(self, model: Model, samples: int | None = None) -> Score:
+        """Judge a candidate, as ONNX Runtime runs it, on all samples or on batches of about as many.
+
+        Raises:
+            LoadError: it does not run.
+        """
+        session = Session(model, self._target)
+        sums = np.zeros((len(self._parts), len(_Sums._fields)))
+        same: list[bool] = []
+        seen = 0
+        for feeds, expected in self._batches(samples):
+            found = session.run(feeds)
+            sums += np.array([_sums(part.of(expected), part.of(found)) for part in self._parts])
+            same.extend(_decisions(expected, found))
+            seen += batch_samples(feeds)
+            if seen >= self._half and self._score(sums, same).sqnr >= self._clear:
+                break
+        return self._score(sums, same)
+
+    def _score(self, sums: NDArray[np.float64], same: Sequence[bool]) -> Score:
+        rows = [(part.name, _Sums(*row)) for part, row in zip(self._parts, sums.tolist(), strict=True)]
+        heard = [row.sqnr for _, row in rows if row.signal > 0]
+        errors = [row.noise / row.variation for _, row in rows if row.variation > 0]
+        return Score(
+            sqnr=min(heard, default=math.inf),
+            error=float(np.mean(errors)) if errors else 0.0,
+            parts={name: row.sqnr for name, row in rows},
+            agreement=float(np.mean(same)) if same else None,
+        )
+
+    def latencies(self, models: Sequence[Model], seconds: float) -> list[float]:
+        """Time of each model on the first batch, relative to the float model's.
+
+        All are timed in turn, on one thread: more would wait for one another on a busy machine.
+        """
+        single = self._target.with_threads(1)
+        sessions = [Session(model, single) for model in (self._model, *models)]
+        return latencies(sessions, self._feeds[0], rounds=20, least=3, seconds=seconds)[1][1:]
+
+    def _batches(self, samples: int | None) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Any]]]:
+        seen = index = 0
+        while samples is None or seen < samples:
+            if index == len(self._feeds):
+                self._extend(math.inf)
+            if index == len(self._feeds):
+                return
+            seen += batch_samples(self._feeds[index])
+            yield self._feeds[index], self._expected[index]
+            index += 1
+
+
+def _limited(data: Iterable[Feeds], samples: int) -> Iterator[Feeds]:
+    """Whole batches from the beginning, until there are as many samples."""
+    for feeds in data:
+        yield feeds
+        samples -= batch_samples(feeds)
+        if samples <= 0:
+            return
+
+
+class _Sums(NamedTuple):
+    """Sums over the elements of a part: squares, squares of what was added, elements, and their number."""
+
+    signal: float
+    noise: float
+    total: float
+    size: float
+
+    @property
+    def sqnr(self) -> float:
+        if not self.noise:
+            return math.inf
+        if not self.signal or not math.isfinite(self.noise):
+            return -math.inf
+        return 10.0 * math.log10(self.signal / self.noise)
+
+    @property
+    def variation(self) -> float:
+        """Sum of squares around the mean; 0 for what is constant but for rounding."""
+        around = self.signal - self.total**2 / max(self.size, 1.0)
+        return around if around > 1e-12 * self.signal else 0.0
+
+
+def _sums(expected: Array, found: Array) -> _Sums:
+    """Of one batch; what is no number, or a mask, is left out."""
+    if expected.dtype.kind not in "fiu" or expected.shape != found.shape:
+        return _Sums(0.0, 0.0, 0.0, 0.0)
+    reference = expected.astype(np.float64)
+    ordinary = np.abs(reference) < MASK_MAGNITUDE
+    reference = reference[ordinary]
+    noise = float(np.square(found[ordinary].astype(np.float64) - reference).sum())
+    return _Sums(
+        signal=float(np.square(reference).sum()),
+        noise=noise if math.isfinite(noise) else math.inf,
+        total=float(reference.sum()),
+        size=float(reference.size),
+    )
+
+
+def _decisions(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[bool]:
+    for name, reference in expected.items():
+        array = np.asarray(reference)
+        if array.ndim == 2 and array.dtype.kind == "f" and array.shape[1] > 1:
+            yield from (array.argmax(1) == np.asarray(found[name]).argmax(1)).tolist()
+
+
+def _parts_of(output: Tensor) -> list[_Part]:
+    """An output, or what a Concat puts together in it: boxes and scores have little in common.
+
+    One error for both would hide what the smaller one loses.
+    """
+    whole = [_Part(output.name, output.name)]
+    where = list(range(len(output.shape or ())))  # for each axis of a tensor, the one of the output
+    maker = producer(output)
+    while maker is not None and maker.op in ("Identity", "Transpose"):
+        if maker.op == "Transpose":
+            perm = maker.attrs.get("perm") or where[::-1]
+            where = [where[list(perm).index(axis)] for axis in range(len(where))]
+        maker = producer(maker.inputs[0])
+    if maker is None or maker.op != "Concat" or not where:
+        return whole
+    axis = maker.attrs["axis"] % len(where)
+    widths = [tensor.shape[axis] if tensor.shape else None for tensor in maker.inputs]
+    return _pieces(output.name, where[axis], widths) or whole
+
+
+def _pieces(output: str, axis: int, widths: Sequence[Dim]) -> list[_Part]:
+    """Slices of these widths; none if one is not known."""
+    known = [width for width in widths if isinstance(width, int)]
+    ends = np.cumsum([0, *known]).tolist() if len(known) == len(widths) else []
+    return [
+        _Part(f"{output}[{start}:{stop}]", output, axis, start, stop)
+        for start, stop in pairwise(ends)
+        if stop > start
+    ]

@@ -1,0 +1,1 @@
+"""`slim()`, as callers of PyPI's OnnxSlim know it."""

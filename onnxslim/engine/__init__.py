@@ -1,0 +1,1 @@
+"""Passes chained, checked and reported; rules applied until none fires."""

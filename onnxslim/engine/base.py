@@ -1,0 +1,157 @@
+"""Passes, what they may know, and what they tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as validated
+from typing_extensions import dataclass_transform
+
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
+from onnxslim.runtime.metric import Metric
+from onnxslim.runtime.targets import Target
+
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+Progress: TypeAlias = Callable[[str, int, "int | None"], None]
+P = TypeVar("P")
+
+
+@dataclass_transform(frozen_default=True)
+def options(cls: type[P]) -> type[P]:
+    """Make a class a frozen dataclass whose fields are checked when it is made: what every pass is."""
+    checked = validated(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+    return checked(cls)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something a pass did: to which node, what, and why."""
+
+    node: str
+    action: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Something a pass could have done but did not: at which node, and why not."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a pass did and what it left alone; true if it changed anything.
+
+    Attributes:
+        facts: figures about the whole model that belong in the report, such as the number of fused nodes.
+    """
+
+    changed: tuple[Change, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.changed)
+
+
+class Log:
+    """Collects what a pass does while it does it."""
+
+    def __init__(self) -> None:
+        self._changed: list[Change] = []
+        self._skipped: dict[tuple[str, str], Skip] = {}
+        self.facts: dict[str, Any] = {}
+
+    def change(self, node: str, action: str, reason: str = "") -> None:
+        """Note something done."""
+        self._changed.append(Change(node, action, reason))
+
+    def skip(self, node: str, reason: str) -> None:
+        """Note something not done; the same note twice counts once."""
+        self._skipped[node, reason] = Skip(node, reason)
+
+    def add(self, changes: Changes) -> None:
+        """Take over the notes of a part."""
+        self._changed.extend(changes.changed)
+        self._skipped.update({(skip.node, skip.reason): skip for skip in changes.skipped})
+        self.facts.update(changes.facts)
+
+    def done(self) -> Changes:
+        """The notes so far; whoever changed a node is no longer skipping it."""
+        return Changes(tuple(self._changed), tuple(self._skipped.values()), dict(self.facts))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What passes may know and use besides the model.
+
+    Attributes:
+        target: where the result is to run.
+        data: calibration batches, each a dict of one array per input; None if there are none.
+        teacher: the model as it came in, before any pass.
+        seed: of everything random.
+        jobs: processes that may work in parallel.
+        progress: called with (what, done, total) by long steps.
+        sample: inputs of one run, real ones where there are data, to count and time on; None if the model
+            does not run on any.
+        metric: how good a model is, for passes that are to keep that; None if nobody said.
+    """
+
+    target: Target = field(default_factory=Target.cpu)
+    data: Any = None
+    teacher: Model | None = None
+    seed: int = 0
+    jobs: int = 1
+    progress: Progress | None = None
+    sample: Mapping[str, Array] | None = None
+    metric: Metric | None = None
+
+
+class Pass:
+    """A step that rewrites a model in place.
+
+    A subclass is a frozen dataclass (use `@options`): its fields are its options everywhere, on the command
+    line, in recipes and in Python, and its docstring is their help.
+    """
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+
+    def run(self, model: Model, ctx: Context) -> Changes:
+        """Rewrite the model; says what was done and, where nothing was, why."""
+        raise NotImplementedError
+
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether inputs and outputs have the shapes they had: always, unless somebody asked otherwise."""
+        return True
+
+    def parts(self) -> tuple[Pass, ...]:
+        """Smaller passes that do the same when run in turn until nothing changes; () if there are none.
+
+        They are run and checked one by one when the whole fails its check, to keep what is right.
+        """
+        return ()
+
+    def fits(self, before: Model, after: Model) -> bool:
+        """Whether what some of the parts make may be as large as it is."""
+        return True
+
+    def describe(self) -> str:
+        """The pass with the options that differ from their defaults, as in a recipe."""
+        given = {name: getattr(self, name) for name in _defaults(type(self))}
+        told = [f"{name}={value!r}" for name, value in given.items() if value != _defaults(type(self))[name]]
+        return f"{self.name}({', '.join(told)})"
+
+
+def _defaults(cls: type[Pass]) -> dict[str, Any]:
+    """Default values of a pass's options, by name."""
+    fields: Mapping[str, Any] = getattr(cls, "__pydantic_fields__", {})
+    return {name: info.get_default(call_default_factory=True) for name, info in fields.items()}

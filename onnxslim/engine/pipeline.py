@@ -1,0 +1,246 @@
+"""Passes, and the pipeline that chains, checks and reports them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from onnxslim.engine.base import Changes, Context, Log, Pass, Progress, Shapes
+from onnxslim.engine.check import Checker
+from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, OnnxSlimError, PassError
+from onnxslim.formats import plain
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model, Stats
+from onnxslim.ops import cost
+from onnxslim.runtime.metric import Metric
+from onnxslim.runtime.targets import Target
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did to the model.
+
+    Attributes:
+        macs_before, macs_after: multiply-accumulates of one sample of the size that was checked; None if a
+            shape is unknown, or if they were not counted.
+        error: why the step, or a part of it, was reverted; empty if all of it was kept.
+        kind: name of the pass, without its options.
+    """
+
+    name: str
+    seconds: float
+    before: Stats
+    after: Stats
+    macs_before: int | None
+    macs_after: int | None
+    changes: Changes
+    error: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pipeline did: its steps in order, and notes on what could not be checked."""
+
+    steps: tuple[Step, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        from onnxslim.report.text import text
+
+        return text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: NaN is None, infinities are the strings "inf" and "-inf"."""
+        return dict(plain(self))
+
+
+@dataclass(frozen=True)
+class Result:
+    """A rewritten model and how it came about."""
+
+    model: Model
+    report: Report
+
+    def save(self, path: str | os.PathLike[str], *, external_data: bool | None = None) -> None:
+        """Write the model; see `Model.save`."""
+        self.model.save(path, external_data=external_data)
+
+
+class Pipeline:
+    """Runs passes one after the other and keeps of each only what passes its check.
+
+    Args:
+        passes: in order.
+        on_error: "revert" undoes a pass that fails, says so in the report and goes on; "raise" stops.
+        count: count multiply-accumulates for the report, which takes a good part of the time of a fast pass.
+    """
+
+    def __init__(
+        self, *passes: Pass, on_error: Literal["revert", "raise"] = "revert", count: bool = True
+    ) -> None:
+        self.passes = passes
+        self.on_error = on_error
+        self.count = count
+
+    def __call__(
+        self,
+        model: Model,
+        *,
+        data: Any = None,
+        target: Target | None = None,
+        seed: int = 0,
+        jobs: int = 1,
+        progress: Progress | None = None,
+        metric: Metric | None = None,
+    ) -> Result:
+        """Run every pass on a copy of the model.
+
+        Args:
+            model: left as it is.
+            data: calibration batches for the passes that need them, and for checking.
+            target: where the result is to run; processors by default.
+            seed: of everything random.
+            jobs: processes that may work in parallel.
+            progress: called with (what, done, total): with the name of each pass before and after it, and by
+                long steps; the total is None where it is not known.
+            metric: runs a model on data of its own and says how good it is, more is better; for `max_drop`.
+
+        Raises:
+            PassError: with on_error="raise", when a pass fails or breaks the model.
+            CalibrationError: the data does not fit the model.
+        """
+        target = target or Target.cpu()
+        checker = Checker(model, target, _samples(data))
+        sample = checker.feeds[-1] if checker.feeds else None
+        ctx = Context(target, data, model, seed, jobs, progress, sample, metric)
+        shapes = sample_shapes(model, checker.feeds[0]) if checker.feeds else None
+        stats, macs = model.stats(), self._macs(model, shapes)
+        steps: list[Step] = []
+        for each in self.passes:
+            _announce(ctx, each, 0)
+            start = time.perf_counter()
+            outcome, changes, error = self._attempt(each, model, ctx, checker, steps)
+            seconds = time.perf_counter() - start
+            before, macs_before = stats, macs
+            if outcome is not model:
+                if not each.lossless:
+                    checker.accept(outcome)
+                model, stats, macs = outcome, outcome.stats(), self._macs(outcome, shapes)
+            steps.append(
+                Step(each.describe(), seconds, before, stats, macs_before, macs, changes, error, each.name)
+            )
+            _announce(ctx, each, 1)
+        return Result(model, Report(tuple(steps), tuple(checker.notes)))
+
+    def _macs(self, model: Model, shapes: Shapes | None) -> int | None:
+        return cost.macs(model, shapes) if self.count else None
+
+    def _attempt(
+        self, each: Pass, model: Model, ctx: Context, checker: Checker, steps: Sequence[Step]
+    ) -> tuple[Model, Changes, str]:
+        candidate = model.copy()
+        try:
+            changes = _run(each, candidate, ctx)
+            if changes:
+                _check(each, candidate, changes, checker)
+            return candidate if changes else model, changes, ""
+        except PassError as error:
+            if self.on_error == "revert" and each.parts():
+                return _piecewise(each, model, ctx, checker, str(error))
+            failure = error
+        if self.on_error == "raise":
+            done = tuple(step.name for step in steps)
+            raise type(failure)(str(failure), pass_name=each.name, node=failure.node, done=done) from failure
+        return model, Changes(), str(failure)
+
+
+def sample_shapes(model: Model, feeds: Mapping[str, Array]) -> Shapes:
+    """Shapes of the inputs for one sample: fixed sizes as declared, others as fed, and a batch of one."""
+    specs = [spec for spec in model.inputs() if spec.name in feeds]
+    batch = {spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], str)}
+    found: Shapes = {}
+    for spec in specs:
+        fed = feeds[spec.name].shape
+        declared = spec.shape if spec.shape is not None else (None,) * len(fed)
+        found[spec.name] = tuple(
+            dim if isinstance(dim, int) else 1 if axis == 0 or dim in batch else fed[axis]
+            for axis, dim in enumerate(declared)
+        )
+    return found
+
+
+def _announce(ctx: Context, each: Pass, done: int) -> None:
+    if ctx.progress:
+        ctx.progress(each.name, done, 1)
+
+
+def _samples(data: Any) -> list[Mapping[str, Array]]:
+    if data is None:
+        return []
+    for feeds in data:
+        return [feeds]
+    raise CalibrationError("the calibration data is empty")
+
+
+def _run(each: Pass, model: Model, ctx: Context) -> Changes:
+    """Run a pass; one that crashes has failed like any other, and leaves the model before it intact."""
+    try:
+        return each.run(model, ctx)
+    except LoadError as error:  # it is the result that cannot be read or run
+        raise PassError(f"pass '{each.name}' failed: {error}", pass_name=each.name) from error
+    except (OnnxSlimError, OSError, MemoryError):  # the caller's and the machine's, not the pass's
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise PassError(f"pass '{each.name}' failed with {reason}", pass_name=each.name) from error
+
+
+def _check(each: Pass, candidate: Model, changes: Changes, checker: Checker) -> None:
+    try:
+        checker(candidate, lossless=each.lossless, shapes=each.keeps_shapes)
+    except LoadError as error:
+        nodes = list(dict.fromkeys(change.node for change in changes.changed))
+        shown = ", ".join(f"'{node}'" for node in nodes[:3]) + (" …" if len(nodes) > 3 else "")
+        raise InvalidGraph(
+            f"pass '{each.name}' broke the model at {shown}: {error}", pass_name=each.name, node=nodes[0]
+        ) from error
+
+
+def _piecewise(
+    each: Pass, model: Model, ctx: Context, checker: Checker, why: str
+) -> tuple[Model, Changes, str]:
+    """Run a pass part by part and drop the parts that break the model, or make it too large."""
+    log, broken, start = Log(), dict[str, str](), model
+    for _ in range(MAX_ROUNDS):
+        progressed = False
+        for part in _parts(each, broken):
+            candidate = model.copy()
+            try:
+                changes = _run(part, candidate, ctx)
+                if not changes:
+                    continue
+                if not each.fits(start, candidate):
+                    log.skip(part.name, "left out: the model would be larger for it")
+                    continue
+                _check(part, candidate, changes, checker)
+            except PassError as error:
+                broken[part.name] = str(error)
+                continue
+            model, progressed = candidate, True
+            log.add(changes)
+        if not progressed:
+            break
+    for name, reason in broken.items():
+        log.skip(name, f"reverted: {reason}")
+    return model, log.done(), "; ".join(broken.values()) or f"unstable check: {why}"
+
+
+def _parts(each: Pass, broken: Mapping[str, str]) -> Iterator[Pass]:
+    yield from (part for part in each.parts() if part.name not in broken)
+
+
+MAX_ROUNDS = 10

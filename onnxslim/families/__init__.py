@@ -1,0 +1,1 @@
+"""Which slices of tensors can go together, and what they cost."""

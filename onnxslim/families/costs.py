@@ -1,0 +1,110 @@
+"""Multiply-accumulates and parameters of a model as functions of how many units its families keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from onnxslim.families.analysis import Analysis, Family
+from onnxslim.ir.graph import Constant, Node, Tensor, Variable
+from onnxslim.ir.model import Model
+from onnxslim.ops import spec_of
+
+Counts = Mapping[str, int]  # units that go, by name of their family
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes of a tensor, and by how much each shrinks with every unit of a family that goes."""
+
+    sizes: tuple[int, ...]
+    losses: tuple[tuple[int, str, int], ...]  # axis, family, slices per unit
+
+    def after(self, gone: Counts) -> tuple[int, ...]:
+        sizes = list(self.sizes)
+        for axis, family, width in self.losses:
+            sizes[axis] -= width * gone.get(family, 0)
+        return tuple(sizes)
+
+    @property
+    def families(self) -> frozenset[str]:
+        return frozenset(family for _, family, _ in self.losses)
+
+
+class Costs:
+    """What a model costs after a cut, without making it.
+
+    Args:
+        model: the analyzed model.
+        analysis: of the model; multiply-accumulates are those of the sizes it was made for.
+    """
+
+    def __init__(self, model: Model, analysis: Analysis) -> None:
+        self._uncounted = 0
+        losses: dict[str, list[tuple[int, str, int]]] = {}
+        for family in analysis.families:
+            for member in family.members:
+                losses.setdefault(member.tensor, []).append((member.axis, family.name, member.width))
+
+        def shape(tensor: Tensor) -> _Shape | None:
+            sizes = tensor.shape if isinstance(tensor, Constant) else analysis.sizes.get(tensor.name)
+            return None if sizes is None else _Shape(sizes, tuple(losses.get(tensor.name, ())))
+
+        self._layers = [
+            layer for node in model.graph.nodes if spec_of(node).macs if (layer := _Layer.of(node, shape))
+        ]
+        constants = {
+            id(tensor): tensor
+            for node in model.graph.nodes
+            for tensor in node.inputs
+            if isinstance(tensor, Constant)
+        }
+        self._constants = [found for tensor in constants.values() if (found := shape(tensor)) is not None]
+        self._uncounted = model.stats().parameters - self.parameters({})
+
+    def per_unit(self, family: Family) -> tuple[int, int]:
+        """Parameters and multiply-accumulates that go with one unit of a family alone."""
+        one = {family.name: 1}
+        return self.parameters({}) - self.parameters(one), self.macs({}) - self.macs(one)
+
+    def macs(self, gone: Counts) -> int:
+        """Multiply-accumulates of the main graph."""
+        return sum(layer.macs(gone) for layer in self._layers)
+
+    def parameters(self, gone: Counts) -> int:
+        """Elements of the constants, those in bodies included."""
+        return sum(math.prod(shape.after(gone)) for shape in self._constants) + self._uncounted
+
+
+class _Layer:
+    """A node that multiplies, with shapes that can be changed."""
+
+    def __init__(self, node: Node, shapes: Mapping[str, _Shape]) -> None:
+        inputs, outputs = (
+            [Variable(tensor.name, None, shapes[tensor.name].sizes) for tensor in tensors]
+            for tensors in (node.inputs, node.outputs)
+        )
+        self._tensors = [*inputs, *outputs]
+        self._node = Node(node.op, node.name, node.attrs, inputs, outputs, node.domain)
+        self._shapes = shapes
+        self._families = sorted(frozenset().union(*(shape.families for shape in shapes.values())))
+        self._known: dict[tuple[int, ...], int] = {}
+
+    @classmethod
+    def of(cls, node: Node, shape: object) -> _Layer | None:
+        """The layer, if all its shapes are known."""
+        assert callable(shape)
+        tensors = [tensor for tensor in (*node.inputs, *node.outputs) if tensor.name]
+        found = {tensor.name: shape(tensor) for tensor in tensors}
+        found[""] = _Shape((), ())
+        return cls(node, found) if all(each is not None for each in found.values()) else None
+
+    def macs(self, gone: Counts) -> int:
+        key = tuple(gone.get(family, 0) for family in self._families)
+        if key not in self._known:
+            for tensor in self._tensors:
+                tensor.shape = self._shapes[tensor.name].after(gone)
+            count = spec_of(self._node).macs
+            self._known[key] = (count(self._node) if count else 0) or 0
+        return self._known[key]

@@ -1,0 +1,1 @@
+"""Models as passes see them: graphs, their files and protobufs, losing nothing."""

@@ -1,0 +1,1 @@
+"""Recipe files, and the data that they name."""

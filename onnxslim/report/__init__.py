@@ -1,0 +1,1 @@
+"""What was done and found, as text, HTML and JSON."""

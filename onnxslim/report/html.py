@@ -1,0 +1,378 @@
+"""A report to keep: one HTML file for people, which needs nothing else, or JSON for programs.
+
+Names come from model files. They are escaped twice over: control characters as on a terminal, and everything
+else by jinja2; and the page's own policy allows no script, no network and no style but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined, Template
+
+from onnxslim.engine.pipeline import Report, Step
+from onnxslim.errors import SaveError, UsageError
+from onnxslim.formats import arrow, clean, count, decibels, fact, figure, percent, quotient, size, to_json
+from onnxslim.ir.model import Model
+from onnxslim.report.layers import Analysis, Distribution, Layer, Share, analyse
+from onnxslim.report.text import CAPTIONS, TABLES, grouped_changes, outcome, provider_lines
+from onnxslim.validation.verdict import OutputRow, Verdict
+from onnxslim.version import version
+
+# Of the JSON document; raised when a key changes its meaning or goes away.
+SCHEMA = 1
+BAR = 430.0
+MIN_BAR = 1.0
+# Where bars of layers end: more than that is nearly exact in float32.
+FULL_DECIBELS = 80.0
+MAX_NAMES = 200
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --dim: #667085; --line: #d9dee6; --page: #fff;
+  --before: #b9c3d0; --after: #2f6fdb; --poor: #d0662b; --shade: #2f6fdb22; }
+@media (prefers-color-scheme: dark) { :root {
+  --ink: #e6e9ee; --dim: #98a2b3; --line: #333b47; --page: #14181f;
+  --before: #57616f; --after: #6ea1ff; --poor: #f0905a; --shade: #6ea1ff33; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto;
+  max-width: 62rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; overflow-wrap: anywhere; }
+header p, .note, figcaption { color: var(--dim); overflow-wrap: anywhere; }
+.bad { color: var(--poor); }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: right; padding: .15rem .6rem; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+th:first-child, td.names { text-align: left; overflow-wrap: anywhere; }
+thead th { color: var(--dim); font-weight: normal; }
+tbody th { font-weight: normal; }
+svg { width: 100%; height: auto; }
+text { font: 13px system-ui, sans-serif; fill: var(--ink); }
+text.name { text-anchor: end; }
+text.value { fill: var(--dim); }
+.before { fill: var(--before); background: var(--before); }
+.after { fill: var(--after); background: var(--after); }
+.poor { fill: var(--poor); }
+.range { fill: var(--shade); }
+.key { display: inline-block; width: .8em; height: .8em; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); gap: 1rem; }
+figure { margin: 0; }
+pre { background: var(--shade); padding: 1rem; overflow-x: auto; }
+"""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Everything a report has; its fields are the keys of the JSON (docs/reports.md).
+
+    Attributes:
+        schema: version of the JSON.
+        version: of onnxslim.
+        source: the file the model came from; empty if it was only in memory.
+        metadata: what the result tells of itself: hashes of recipe and source.
+        recipe: as `Recipe.to_dict` gives it; None if there was none.
+        analysis: None where nobody asked for it.
+    """
+
+    schema: int
+    version: str
+    source: str
+    metadata: Mapping[str, str]
+    recipe: Mapping[str, Any] | None
+    report: Report
+    verdict: Verdict | None
+    analysis: Analysis | None
+
+    def to_json(self) -> str:
+        """The JSON document."""
+        return to_json(self)
+
+    def to_html(self) -> str:
+        """The page."""
+        return _template().render(_cleaned(dict(_view(self))), style=STYLE, style_hash=_hash(STYLE))
+
+    def text(self, path: Path) -> str:
+        """The document in the form that a file's name asks for.
+
+        Raises:
+            UsageError: it ends neither in .html nor in .json.
+        """
+        if path.suffix not in (".html", ".json"):
+            raise UsageError(f"'{path}': a report is an .html or a .json file")
+        return self.to_html() if path.suffix == ".html" else self.to_json() + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as HTML or JSON, by the file's name.
+
+        Raises:
+            UsageError: see `text`.
+            SaveError: the file cannot be written.
+        """
+        text = self.text(Path(path))
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise SaveError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def document(
+    before: Model,
+    after: Model,
+    report: Report,
+    verdict: Verdict | None = None,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    data: Iterable[Mapping[str, Any]] | None = None,
+) -> Document:
+    """A report on a model and what became of it, layer by layer.
+
+    Args:
+        before: the original.
+        after: the result.
+        report: of the pipeline.
+        verdict: of `validate`, if it was run.
+        recipe: what was done, from `Recipe.to_dict`.
+        data: batches of inputs; the layers are compared on the first one.
+    """
+    feeds = next(iter(data or ()), None)
+    known = brief(before, after, report, verdict, recipe=recipe)
+    return replace(known, analysis=analyse(before, after, feeds))
+
+
+def brief(
+    before: Model,
+    after: Model,
+    report: Report,
+    verdict: Verdict | None = None,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+) -> Document:
+    """The same without a look at the layers."""
+    own = {key: value for key, value in after.metadata.items() if key.startswith("onnxslim.")}
+    return Document(
+        schema=SCHEMA,
+        version=version(),
+        source=before.source.name if before.source else "",
+        metadata=own,
+        recipe=recipe,
+        report=report,
+        verdict=verdict,
+        analysis=None,
+    )
+
+
+@cache
+def _template() -> Template:
+    text = (resources.files("onnxslim.report") / "report.html.j2").read_text(encoding="utf-8")
+    return Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+
+
+def _hash(style: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+
+
+def _cleaned(value: Any) -> Any:
+    """The same with every text made harmless, line breaks of ours excepted."""
+    if isinstance(value, str):
+        return "\n".join(map(clean, value.split("\n")))
+    if isinstance(value, Mapping):
+        return {key: _cleaned(item) for key, item in value.items()}
+    return [_cleaned(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# ------------------------------------------------------------------------------------ what is shown
+
+
+def _view(shown: Document) -> Iterator[tuple[str, Any]]:
+    verdict, analysis = shown.verdict, shown.analysis
+    yield "title", shown.source or "model"
+    yield "version", shown.version
+    yield "origin", [f"{key.removeprefix('onnxslim.')} {value}" for key, value in _origin(shown.metadata)]
+    yield "summary", list(_summary(shown))
+    yield "notes", [*shown.report.notes, *(verdict.notes if verdict else ())]
+    yield "providers", list(_providers(verdict)) if verdict else []
+    yield "steps", [_step(step) for step in shown.report.steps]
+    yield "timeline", _timeline(shown.report.steps)
+    yield "unfound", list(analysis.notes) if analysis else []
+    yield "fidelity", _fidelity(analysis.fidelity) if analysis else []
+    yield (
+        "histograms",
+        [_histogram(each) for each in analysis.distributions if each.counts] if analysis else [],
+    )
+    yield "operators", _sizes(analysis.operators) if analysis else []
+    yield "layers", _sizes(analysis.layers) if analysis else []
+    yield "recipe", _yaml(shown.recipe)
+
+
+def _origin(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    yield from ((key, value) for key, value in metadata.items() if key.endswith("_sha256"))
+
+
+def _summary(shown: Document) -> Iterator[tuple[str, str, str, str]]:
+    if shown.verdict:
+        figures = shown.verdict.before, shown.verdict.after
+        macs = figures[0].macs, figures[1].macs
+    elif shown.report.steps:
+        steps = shown.report.steps
+        figures = steps[0].before, steps[-1].after  # type: ignore[assignment]
+        macs = steps[0].macs_before, steps[-1].macs_after
+    else:
+        return
+    for name in ("bytes", "parameters", "nodes"):
+        before, after = (getattr(each, name) for each in figures)
+        show = size if name == "bytes" else count
+        yield name, show(before), show(after), quotient(after, before)
+    yield "MACs of one sample", count(macs[0]), count(macs[1]), quotient(macs[1], macs[0])
+
+
+HEAD = ("output", "SQNR dB", "cosine", "max abs", "top-1", "equal")
+
+
+def _providers(verdict: Verdict) -> Iterator[dict[str, Any]]:
+    data = f"{verdict.samples} samples{', inputs made up' if verdict.made_up else ''}"
+    for provider in verdict.providers:
+        tables = [(f"Result against original, {data}", provider.outputs)]
+        if provider.original:
+            tables.append((f"Original against itself on {verdict.providers[0].target}", provider.original))
+        yield {
+            "name": provider.target,
+            "lines": [line.strip() for line in provider_lines(provider, verdict)],
+            "tables": [
+                {"title": title, "head": HEAD, "rows": [_output(row) for row in rows]}
+                for title, rows in tables
+            ],
+        }
+
+
+def _output(row: OutputRow) -> Sequence[str]:
+    if row.problem:
+        return row.name, row.problem, "", "", "", ""
+    figures = figure(row.cosine, ".6f"), figure(row.max_abs, ".3g"), percent(row.top1), percent(row.equal)
+    return (row.name, decibels(row.sqnr), *figures)
+
+
+def _step(step: Step) -> dict[str, Any]:
+    facts = [
+        f"{CAPTIONS.get(f'{step.kind}.{name}', CAPTIONS.get(name, name))}: {fact(value)}"
+        for name, value in step.changes.facts.items()
+        if name not in TABLES
+    ]
+    skipped: dict[str, list[str]] = {}
+    for skip in step.changes.skipped:
+        skipped.setdefault(skip.reason, []).append(skip.node)
+    return {
+        "name": step.name,
+        "cells": (
+            step.kind,
+            f"{step.seconds:.2f}",
+            arrow(count(step.before.nodes), count(step.after.nodes)),
+            arrow(count(step.before.parameters), count(step.after.parameters)),
+            arrow(size(step.before.bytes), size(step.after.bytes)),
+            arrow(count(step.macs_before), count(step.macs_after)),
+        ),
+        "outcome": outcome(step),
+        "failed": bool(step.error),
+        "done": [line.strip() for line in grouped_changes(step.changes.changed)] + facts,
+        "skipped": [
+            {"reason": reason, "count": len(nodes), "names": _listed(nodes)}
+            for reason, nodes in sorted(skipped.items(), key=lambda item: -len(item[1]))
+        ],
+    }
+
+
+def _listed(nodes: Sequence[str]) -> str:
+    more = f" and {len(nodes) - MAX_NAMES} more" if len(nodes) > MAX_NAMES else ""
+    return ", ".join(islice(nodes, MAX_NAMES)) + more
+
+
+def _yaml(recipe: Mapping[str, Any] | None) -> str:
+    return "" if recipe is None else yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+# --------------------------------------------------------------------------------------------- bars
+
+
+def _bar(name: str, label: str, parts: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """One row of bars, one above the other; lengths are fractions of the widest."""
+    widths = [max(BAR * length, MIN_BAR) if length > 0 else 0.0 for _, length in parts]
+    height = 18 // len(parts)
+    made = [
+        {"kind": kind, "width": round(width, 1), "height": height - 1, "y": 2 + index * height}
+        for index, ((kind, _), width) in enumerate(zip(parts, widths, strict=True))
+    ]
+    return {"name": _short(name), "label": label, "label_x": round(406 + max(widths), 1), "parts": made}
+
+
+def _placed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows one below the other."""
+    for index, row in enumerate(rows):
+        for part in row["parts"]:
+            part["y"] += 22 * index
+    return rows
+
+
+def _short(name: str) -> str:
+    """A name that fits; the end of it tells more than its beginning."""
+    shown = clean(name)
+    return shown if len(shown) <= 52 else "…" + shown[-51:]
+
+
+def _timeline(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    longest = max((step.seconds for step in steps), default=0.0) or 1.0
+    rows = [_bar(step.kind, f"{step.seconds:.2f}", [("after", step.seconds / longest)]) for step in steps]
+    return _placed(rows)
+
+
+def _sizes(shares: Sequence[Share]) -> list[dict[str, Any]]:
+    largest = max((max(share.before, share.after) for share in shares), default=0) or 1
+    return _placed(
+        [
+            _bar(
+                share.name,
+                f"{size(share.before)} → {size(share.after)}",
+                [("before", share.before / largest), ("after", share.after / largest)],
+            )
+            for share in shares
+        ]
+    )
+
+
+def _fidelity(layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    rows = []
+    for layer in layers:
+        length = 1.0 if layer.sqnr == math.inf else min(max(layer.sqnr / FULL_DECIBELS, 0.0), 1.0)
+        kind = "poor" if layer.sqnr < 20 else "after"
+        unit = "" if layer.sqnr == math.inf else " dB"
+        rows.append(_bar(f"{layer.node} ({layer.op})", decibels(layer.sqnr) + unit, [(kind, length)]))
+    return _placed(rows)
+
+
+def _histogram(found: Distribution) -> dict[str, Any]:
+    # The square root keeps the tails, where ranges are decided, visible beside the peak.
+    highest = math.sqrt(max(found.counts))
+    span = (found.highest - found.lowest) or 1.0
+    title = f"{found.what} of {_short(found.layer)}"
+    limits = None
+    if found.range is not None:
+        start, end = (min(max((edge - found.lowest) / span, 0.0), 1.0) * 600 for edge in found.range)
+        limits = (round(start, 1), round(end - start, 1))
+        low, high = (f"{edge:.4g}" for edge in found.range)
+        title += f"; integers stand for {low} to {high}, {percent(found.beyond)} beyond"
+    return {
+        "title": title,
+        "lowest": f"{found.lowest:.4g}",
+        "highest": f"{found.highest:.4g}",
+        "heights": [round(130 * math.sqrt(value) / highest, 1) for value in found.counts],
+        "range": limits,
+    }

@@ -1,0 +1,340 @@
+"""What a model consists of and needs, and how two models differ, node by node."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+
+from onnxslim.ir.graph import Constant, Graph, Node, Tensor, bit_width
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model, load
+from onnxslim.ops import cost, spec_of
+
+Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
+
+ENCODING = ("QuantizeLinear", "DequantizeLinear")
+# Operators on integers, and which of their inputs is the weight.
+INTEGER = {"ConvInteger": 1, "MatMulInteger": 1, "QLinearConv": 3, "QLinearMatMul": 3}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the results of operators take while one sample runs, in the order of the file.
+
+    Attributes:
+        peak: most bytes at a time; weights are not counted, nor what kernels need inside.
+        node: the one that is running then.
+        unknown: tensors left out, whose size does not follow from the inputs.
+    """
+
+    peak: int
+    node: str
+    unknown: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How far a model is quantized.
+
+    Attributes:
+        quantized: operators with weights of which data and weight both come from DQ, or are integers.
+        weights_only: those of which only the weight does.
+        total: operators with weights.
+        macs: fraction of the multiply-accumulates in the quantized ones; None if a shape is unknown.
+    """
+
+    quantized: int
+    weights_only: int
+    total: int
+    macs: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` finds.
+
+    Attributes:
+        name: of the file; empty for a model in memory.
+        opsets: version by domain.
+        inputs, outputs: `type[sizes]` by name, as declared.
+        operators: nodes by operator, those of bodies and Constant nodes included; others with their domain.
+        bytes: when saved, data files included.
+        macs: multiply-accumulates of one sample; None if a shape is unknown.
+        dtypes: bytes of constants by type.
+        free: inputs and outputs with axes of free size, and their names for these.
+        external: bytes by data file.
+        functions: operators the model defines itself.
+        custom: operators of domains other than the standard's, which only some runtimes have.
+    """
+
+    name: str
+    ir_version: int
+    opsets: Mapping[str, int]
+    producer: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    operators: Mapping[str, int]
+    nodes: int
+    parameters: int
+    bytes: int
+    macs: int | None
+    memory: Memory
+    dtypes: Mapping[str, int]
+    free: Mapping[str, tuple[str, ...]]
+    external: Mapping[str, int]
+    coverage: Coverage
+    functions: tuple[str, ...]
+    custom: tuple[str, ...]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What one model has and another has not, by the names of nodes and tensors.
+
+    Attributes:
+        removed, added: `name (operator)` of nodes in only the first or the second model.
+        changed: what is different at nodes of one name, by name.
+        constants: constants of one name and another type or shape, by name.
+    """
+
+    removed: tuple[str, ...]
+    added: tuple[str, ...]
+    changed: Mapping[str, str]
+    constants: Mapping[str, str]
+
+    def __bool__(self) -> bool:
+        return bool(self.removed or self.added or self.changed or self.constants)
+
+
+def inspect(model: Source) -> Inspection:
+    """Count what a model consists of and needs.
+
+    Args:
+        model: a file, a ModelProto or a Model; left as it is.
+
+    Raises:
+        LoadError: it is missing, broken, or not an ONNX model.
+    """
+    loaded = load(model)
+    stats, sized = loaded.stats(), cost.sized(loaded)
+    declared = (*loaded.graph.inputs, *loaded.graph.outputs)
+    domains = {node.domain or "" for node in loaded.nodes()} - set(DEFAULT_DOMAINS)
+    foreign = {f"{n.domain}.{n.op}" for n in loaded.nodes() if n.domain in domains}
+    return Inspection(
+        name=loaded.source.name if loaded.source else "",
+        ir_version=loaded.ir_version,
+        opsets=dict(loaded.opsets),
+        producer=" ".join(filter(None, (loaded.shell.producer_name, loaded.shell.producer_version))),
+        inputs={tensor.name: _typed(tensor) for tensor in loaded.graph.inputs},
+        outputs={tensor.name: _typed(tensor) for tensor in loaded.graph.outputs},
+        operators=dict(Counter(_operator(node) for node in loaded.nodes()).most_common()),
+        nodes=stats.nodes,
+        parameters=stats.parameters,
+        bytes=stats.bytes,
+        macs=cost.macs(loaded),
+        memory=_memory(sized.graph),
+        dtypes=_dtypes(loaded),
+        free={tensor.name: free for tensor in declared if (free := _free(tensor))},
+        external=_external(loaded),
+        coverage=_coverage(sized),
+        functions=tuple(sorted(".".join(filter(None, key)) for key in loaded.functions)),
+        custom=tuple(sorted(foreign - {".".join(key) for key in loaded.functions})),
+        metadata=loaded.metadata,
+    )
+
+
+def _operator(node: Node) -> str:
+    return node.op if (node.domain or "") in DEFAULT_DOMAINS else f"{node.domain}.{node.op}"
+
+
+def _typed(tensor: Tensor) -> str:
+    """`float32[N,3,224,224]`; question marks for what is not declared."""
+    if tensor.dtype is None:
+        return "?"
+    if tensor.shape is None:
+        return f"{tensor.dtype}[…]"
+    return f"{tensor.dtype}[{','.join('?' if dim is None else str(dim) for dim in tensor.shape)}]"
+
+
+def _free(tensor: Tensor) -> tuple[str, ...]:
+    if tensor.shape is None:
+        return ("…",)
+    return tuple("?" if dim is None else dim for dim in tensor.shape if not isinstance(dim, int))
+
+
+def _dtypes(model: Model) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for constant in model.constants():
+        found[str(constant.dtype)] += constant.nbytes
+    return dict(found.most_common())
+
+
+def _external(model: Model) -> dict[str, int]:
+    folder = model.source.resolve().parent if model.source else None
+    return {name: (folder / name).stat().st_size for name in model.data_files} if folder else {}
+
+
+# --------------------------------------------------------------------------------------------- memory
+
+
+def _memory(graph: Graph) -> Memory:
+    """Tensors live from the operator that makes them, or the start, to the last one that reads them."""
+    last: dict[int, int] = {}
+    for index, node in enumerate(graph.nodes):
+        for tensor in (*node.inputs, *(t for body in node.bodies for n in body.nodes for t in n.inputs)):
+            last[id(tensor)] = index
+    last.update((id(tensor), len(graph.nodes)) for tensor in graph.outputs)
+    born = [(-1, tensor) for tensor in graph.inputs]
+    born += [(index, made) for index, node in enumerate(graph.nodes) for made in node.outputs if made.name]
+    ends: Counter[int] = Counter()
+    for index, tensor in born:
+        ends[max(last.get(id(tensor), index), index)] += _size(tensor) or 0
+    live = sum(_size(tensor) or 0 for tensor in graph.inputs)
+    peak, where = live, ""
+    for index, node in enumerate(graph.nodes):
+        live += sum(_size(made) or 0 for made in node.outputs if made.name)
+        peak, where = max((peak, where), (live, node.label), key=lambda found: found[0])
+        live -= ends[index]
+    return Memory(peak, where, sum(_size(tensor) is None for _, tensor in born))
+
+
+def _size(tensor: Tensor) -> int | None:
+    shape = tensor.shape
+    if tensor.dtype is None or shape is None or not all(isinstance(dim, int) for dim in shape):
+        return None
+    return (int(np.prod(shape, dtype=np.int64)) * bit_width(tensor.dtype) + 7) // 8  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------ coverage
+
+
+def _coverage(sized: Model) -> Coverage:
+    counts: Counter[str] = Counter()
+    macs: dict[str, int | None] = {"all": 0, "integer": 0}
+    for node in sized.graph.nodes:
+        if not _has_weight(node):
+            continue
+        kind = _kind(node)
+        counts[kind] += 1
+        count = spec_of(node).macs
+        found = count(node) if count else 0
+        for key in ("all", *(["integer"] if kind == "quantized" else [])):
+            total = macs[key]
+            macs[key] = None if total is None or found is None else total + found
+    total, integer = macs["all"], macs["integer"]
+    share = None if total is None or integer is None else integer / total if total else 0.0
+    return Coverage(counts["quantized"], counts["weights"], counts.total(), share)
+
+
+def _has_weight(node: Node) -> bool:
+    """Whether it multiplies by something that is in the model."""
+    place = INTEGER.get(node.op, 1)
+    return spec_of(node).macs is not None and any(_is_stored(tensor) for tensor in node.inputs[place:][:1])
+
+
+def _is_stored(tensor: Tensor) -> bool:
+    maker = _maker(_encoded(tensor))
+    return isinstance(_encoded(tensor), Constant) or (maker is not None and maker.op == "Constant")
+
+
+def _kind(node: Node) -> str:
+    if node.op in INTEGER:
+        return "quantized"
+    decoded = [
+        (maker := _maker(tensor)) is not None and maker.op == ENCODING[1] for tensor in node.inputs[:2]
+    ]
+    return "quantized" if all(decoded) else "weights" if decoded[1] else "float"
+
+
+def _maker(tensor: Tensor) -> Node | None:
+    return tensor.inputs[0] if tensor.inputs else None
+
+
+# ----------------------------------------------------------------------------------------- difference
+
+
+def compare(before: Source, after: Source) -> Difference:
+    """How two models differ; nodes and constants are matched by their names.
+
+    Raises:
+        LoadError: one of them is missing, broken, or not an ONNX model.
+    """
+    first, second = _by_name(load(before)), _by_name(load(after))
+    constants = [
+        {constant.name: constant for constant in load(model).constants()} for model in (before, after)
+    ]
+    return Difference(
+        removed=tuple(f"{name} ({node.op})" for name, node in first.items() if name not in second),
+        added=tuple(f"{name} ({node.op})" for name, node in second.items() if name not in first),
+        changed={
+            name: change
+            for name, node in first.items()
+            if name in second and (change := _change(node, second[name]))
+        },
+        constants={
+            name: f"{_typed(old)} → {_typed(constants[1][name])}"
+            for name, old in constants[0].items()
+            if name in constants[1] and _typed(old) != _typed(constants[1][name])
+        },
+    )
+
+
+def _by_name(model: Model) -> dict[str, Node]:
+    """Nodes by name; of several with one name, the later ones get a number."""
+    found: dict[str, Node] = {}
+    for node in model.nodes():
+        name, count = node.label, 2
+        while name in found:
+            name, count = f"{node.label}#{count}", count + 1
+        found[name] = node
+    return found
+
+
+def _change(first: Node, second: Node) -> str:
+    if _operator(first) != _operator(second):
+        return f"{_operator(first)} → {_operator(second)}"
+    parts = [*_rewired("reads", _names(first.inputs), _names(second.inputs))]
+    parts += _rewired("makes", [made.name for made in first.outputs], [made.name for made in second.outputs])
+    if _decoded(first) != _decoded(second):
+        parts.append(f"reads {_decoded(second)} inputs from DQ instead of {_decoded(first)}")
+    names = dict.fromkeys((*first.attrs, *second.attrs))
+    differing = [name for name in names if not _same(first.attrs.get(name), second.attrs.get(name))]
+    if differing:
+        parts.append(f"other {', '.join(differing)}")
+    return "; ".join(parts)
+
+
+def _names(tensors: Sequence[Tensor]) -> list[str]:
+    """What the inputs of a node stand for: names from before a Q and DQ pair."""
+    return [_encoded(tensor).name for tensor in tensors]
+
+
+def _encoded(tensor: Tensor) -> Tensor:
+    while (maker := _maker(tensor)) is not None and maker.op in ENCODING:
+        tensor = maker.inputs[0]
+    return tensor
+
+
+def _decoded(node: Node) -> int:
+    return sum((maker := _maker(tensor)) is not None and maker.op == ENCODING[1] for tensor in node.inputs)
+
+
+def _rewired(verb: str, old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
+    for index in range(max(len(old), len(new))):
+        was, now = (names[index] if index < len(names) else "" for names in (old, new))
+        if was != now and now:
+            yield f"{verb} '{now}' instead of '{was}'" if was else f"{verb} '{now}' too"
+        elif was != now:
+            yield f"no longer {verb} '{was}'"
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Graph) and isinstance(second, Graph):
+        return True  # their nodes are compared by themselves
+    return bool(first == second)

@@ -1,0 +1,365 @@
+"""Reports and verdicts as text for people.
+
+What comes from model files is shown escaped, and nothing of it is ever read as markup.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from onnxslim.formats import (
+    SHOWN_NAMES,
+    arrow,
+    clean,
+    count,
+    decibels,
+    fact,
+    figure,
+    names,
+    percent,
+    quotient,
+    size,
+)
+
+if TYPE_CHECKING:
+    from onnxslim.engine.base import Change, Skip
+    from onnxslim.engine.pipeline import Report, Step
+    from onnxslim.passes import Option
+    from onnxslim.report.inspect import Coverage, Difference, Inspection
+    from onnxslim.validation.verdict import OutputRow, ProviderVerdict, Verdict
+
+WIDTH = 110
+SHOWN_GROUPS = 20
+
+
+# What the facts of passes are called in the text; JSON has them under their own names.
+CAPTIONS = {
+    "tightened": "channels whose sums would saturate without VNNI, tightened",
+    "corrected": "biases corrected for the rounding of weights",
+    "fused": "run in integers by ONNX Runtime",
+    "total": "of such operators in the model",
+    "budget": "left",
+    "layers": "factors",
+    "families": "families of units that became smaller",
+    "oracle": "largest relative difference to the same slices set to zero",
+    "repaired": "layers fitted again to what they computed before",
+    "latency": "time of one run, relative to that before",
+    "nearest": "SQNR on samples held out, dB: all in integers, weights rounded to the nearest",
+    "everything": "the same, weights rounded and ranges chosen by the outputs",
+    "sqnr": "the same of the result",
+    "parts": "the same by output, or part of one",
+    "trained": "tensors and constants that were in integers already, and keep their scales",
+    "metric": "metric, before and after",
+    "observer": "way to choose ranges",
+    "quantize.layers": "what single layers alone leave of the signal, the worst first",
+    "unfused": "quantized, but run in floating point all the same",
+}
+# Facts that fill a table of their own: in JSON only.
+TABLES = frozenset(
+    (
+        "plan",
+        "macs",
+        "params",
+        "repairs",
+        "candidates",
+    )
+)
+
+
+def text(report: Report) -> str:
+    """A pipeline's report: what every pass did to the size of the model, and what it left alone, and why."""
+    return _captured(lambda console: show_report(console, report))
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """A verdict: both sizes, and per execution provider the outputs, accuracy and latency."""
+    return _captured(lambda console: show_verdict(console, verdict))
+
+
+def show(console: Console, shown: Report | Verdict) -> None:
+    """Print a report or a verdict."""
+    from onnxslim.engine.pipeline import Report
+
+    if isinstance(shown, Report):
+        show_report(console, shown)
+    else:
+        show_verdict(console, shown)
+
+
+def show_report(console: Console, report: Report) -> None:
+    """Print a report."""
+    grid = table("pass", "seconds", "nodes", "parameters", "bytes", "MACs")
+    for step in report.steps:
+        grid.add_row(*_step_cells(step))
+    if report.steps:
+        console.print(grid)
+    for step in report.steps:
+        lines(console, _details(step))
+    lines(console, (f"note: {note}" for note in report.notes))
+
+
+def show_verdict(console: Console, verdict: Verdict) -> None:
+    """Print a verdict."""
+    grid = table("", "before", "after", "after / before")
+    before, after = verdict.before, verdict.after
+    for name, first, second in (
+        ("bytes", before.bytes, after.bytes),
+        ("parameters", before.parameters, after.parameters),
+        ("MACs of one sample", before.macs, after.macs),
+        ("nodes", before.nodes, after.nodes),
+    ):
+        show = size if name == "bytes" else count
+        grid.add_row(name, show(first), show(second), quotient(second, first))
+    console.print(grid)
+    for provider in verdict.providers:
+        _show_provider(console, provider, verdict)
+    lines(console, (f"note: {note}" for note in verdict.notes))
+
+
+def show_passes(console: Console, known: Mapping[str, tuple[str, Sequence[Option]]]) -> None:
+    """Print what passes do and what their options mean."""
+    for name, (summary, options) in known.items():
+        console.print(Text(f"{name}: {summary}", style="bold"))
+        grid = table("option", "values", "default", "meaning", left=4)
+        for option in options:
+            grid.add_row(*map(clean, (option.name, option.type, option.default, option.help)))
+        console.print(grid if options else Text("  no options"))
+
+
+def show_inspections(console: Console, found: Sequence[Inspection], difference: Difference | None) -> None:
+    """Print what models consist of side by side, and how the second differs from the first."""
+    grid = table("Model Name", *(clean(each.name) for each in found), left=1 + len(found))
+    sections = list(_sections(found))
+    for rows in sections:
+        for index, (name, *cells) in enumerate(rows):
+            last = index == len(rows) - 1 and rows is not sections[-1]
+            grid.add_row(clean(name), *map(clean, cells), end_section=last)
+    console.print(grid)
+    if difference is not None:
+        lines(console, _difference(difference))
+
+
+Rows: TypeAlias = "list[tuple[str, ...]]"
+
+
+def _sections(found: Sequence[Inspection]) -> Iterator[Rows]:
+    yield [
+        ("opsets", *(", ".join(f"{k or 'ai.onnx'} {v}" for k, v in each.opsets.items()) for each in found)),
+        ("IR version", *(str(each.ir_version) for each in found)),
+        ("made by", *(each.producer for each in found)),
+    ]
+    for kind, maps in (("IN", [e.inputs for e in found]), ("OUT", [e.outputs for e in found])):
+        names = dict.fromkeys(name for each in maps for name in each)
+        yield [(f"{kind}: {name}", *(each.get(name, "") for each in maps)) for name in names]
+    ops = sorted({op for each in found for op in each.operators})
+    yield [(op, *(str(each.operators.get(op, 0)) for each in found)) for op in ops]
+    yield [
+        ("nodes", *(count(each.nodes) for each in found)),
+        ("parameters", *(count(each.parameters) for each in found)),
+        ("MACs of one sample", *(count(each.macs) for each in found)),
+        ("activations at their peak", *(size(each.memory.peak) for each in found)),
+        ("  at", *(each.memory.node for each in found)),
+        ("Model Size", *(size(each.bytes) for each in found)),
+        *(
+            (f"  constants of {dtype}", *(size(each.dtypes.get(dtype, 0)) for each in found))
+            for dtype in dict.fromkeys(dtype for each in found for dtype in each.dtypes)
+        ),
+        ("  in data files", *(_sized(each.external) for each in found)),
+        ("run in integers (Q/DQ)", *(_coverage(each.coverage) for each in found)),
+        ("free sizes", *(_free(each.free) for each in found)),
+        ("own functions", *(", ".join(each.functions) for each in found)),
+        ("custom operators", *(", ".join(each.custom) for each in found)),
+    ]
+
+
+def _sized(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size(value)}" for name, value in parts.items())
+
+
+def _coverage(found: Coverage) -> str:
+    if not found.total:
+        return ""
+    share = "" if found.macs is None else f", {percent(found.macs)} of MACs"
+    weights = f", {found.weights_only} more weights stored so" if found.weights_only else ""
+    return f"{found.quantized} of {found.total} layers{share}{weights}"
+
+
+def _free(found: Mapping[str, Sequence[str]]) -> str:
+    return ", ".join(dict.fromkeys(name for names in found.values() for name in names))
+
+
+def _difference(found: Difference) -> Iterator[str]:
+    if not found:
+        yield "the same nodes and constants, by name"
+    for what, single in (("only in the first", found.removed), ("only in the second", found.added)):
+        yield from _limited_list(what, single)
+    for what, changes in (("changed", found.changed), ("of another type or shape", found.constants)):
+        yield from _limited_list(what, [f"{name}: {change}" for name, change in changes.items()])
+
+
+def _limited_list(what: str, entries: Sequence[str]) -> Iterator[str]:
+    if entries:
+        yield f"{what}: {len(entries)}"
+        yield from (f"  {entry}" for entry in entries[:SHOWN_GROUPS])
+        if len(entries) > SHOWN_GROUPS:
+            yield f"  and {len(entries) - SHOWN_GROUPS} more, see --json"
+
+
+def _show_provider(console: Console, provider: ProviderVerdict, verdict: Verdict) -> None:
+    data = f"{verdict.samples} samples{', inputs made up' if verdict.made_up else ''}"
+    lines(console, [f"{provider.target}: second model against the first, {data}"])
+    console.print(_outputs(provider.outputs))
+    if provider.original:
+        lines(console, [f"{provider.target}: first model against itself on {verdict.providers[0].target}"])
+        console.print(_outputs(provider.original))
+    lines(console, provider_lines(provider, verdict))
+
+
+def _outputs(rows: Sequence[OutputRow]) -> Table:
+    grid = table("output", "SQNR dB", "cosine", "max abs", "top-1", "equal")
+    for row in rows:
+        if row.problem:
+            grid.add_row(clean(row.name), clean(row.problem), "", "", "", "")
+        else:
+            grid.add_row(
+                clean(row.name),
+                decibels(row.sqnr),
+                figure(row.cosine, ".6f"),
+                figure(row.max_abs, ".3g"),
+                percent(row.top1),
+                percent(row.equal),
+            )
+    return grid
+
+
+def provider_lines(provider: ProviderVerdict, verdict: Verdict) -> Iterator[str]:
+    """Accuracy, metric, where operators ran, and latency on one provider, as far as they were measured."""
+    if provider.accuracy is not None:
+        first, second = provider.accuracy.before, provider.accuracy.after
+        yield f"  accuracy {percent(first)} → {percent(second)} ({100 * (second - first):+.2f} points)"
+    if provider.metric is not None:
+        yield f"  metric {provider.metric.before:.6g} → {provider.metric.after:.6g}"
+    if provider.placed is not None:
+        before_after = (
+            ", ".join(f"{count} on {name}" for name, count in each.items()) for each in provider.placed
+        )
+        yield f"  operators run: {' → '.join(before_after)}"
+    if provider.latency is not None and provider.ratio is not None:
+        before, after = provider.latency
+        yield (
+            f"  latency, batch of {verdict.batch}: {before.median:.3f} → {after.median:.3f} ms "
+            f"({1 / provider.ratio:.2f} times as fast)"
+        )
+
+
+def _step_cells(step: Step) -> tuple[str, ...]:
+    return (
+        clean(step.kind),
+        f"{step.seconds:.2f}",
+        arrow(count(step.before.nodes), count(step.after.nodes)),
+        arrow(count(step.before.parameters), count(step.after.parameters)),
+        arrow(size(step.before.bytes), size(step.after.bytes)),
+        arrow(count(step.macs_before), count(step.macs_after)),
+    )
+
+
+def _details(step: Step) -> Iterator[str]:
+    happened = outcome(step)
+    lines = [
+        *([f"  {happened}"] if happened else []),
+        *_limited(grouped_changes(step.changes.changed)),
+        *_limited(_skips(step.changes.skipped)),
+        *(
+            f"  {CAPTIONS.get(f'{step.kind}.{name}', CAPTIONS.get(name, name))}: {fact(value)}"
+            for name, value in step.changes.facts.items()
+            if name not in TABLES
+        ),
+    ]
+    if lines:
+        yield step.name
+        yield from lines
+
+
+def outcome(step: Step) -> str:
+    """Why a pass, or a part of it, was reverted or did nothing; empty if it did what it was asked."""
+    if step.error:
+        what = "was partly reverted" if step.changes else "was reverted, the model is as it was before"
+        return f"{what}: {step.error}"
+    if step.changes:
+        return ""
+    reasons = list(dict.fromkeys(skip.reason for skip in step.changes.skipped))
+    return f"changed nothing: {'; '.join(reasons[:SHOWN_NAMES]) or 'it found nothing to do'}"
+
+
+def grouped_changes(changes: Iterable[Change]) -> list[str]:
+    """Changes by the rule that made them; what was done is told where it is the same everywhere."""
+    groups: dict[str, list[str]] = {}
+    for change in changes:
+        groups.setdefault(change.reason or change.action, []).append(change.action)
+    lines = []
+    for name, actions in _largest_first(groups):
+        same = len(set(actions)) == 1 and actions[0] != name
+        lines.append(f"  {len(actions)} × {name}" + (f": {actions[0]}" if same else ""))
+    return lines
+
+
+def _skips(skips: Iterable[Skip]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for skip in skips:
+        groups.setdefault(skip.reason, []).append(skip.node)
+    return [
+        f"  left alone {len(nodes)} × {reason} ({names(nodes)})" for reason, nodes in _largest_first(groups)
+    ]
+
+
+def _largest_first(groups: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:
+    return sorted(groups.items(), key=lambda group: -len(group[1]))
+
+
+def _limited(lines: Sequence[str]) -> Iterator[str]:
+    yield from lines[:SHOWN_GROUPS]
+    if len(lines) > SHOWN_GROUPS:
+        yield f"  and {len(lines) - SHOWN_GROUPS} more kinds, see the JSON report"
+
+
+class Grid(Table):
+    """A table that shows its cells as they are: nothing in them is read as markup or steers the terminal."""
+
+    def add_row(self, *cells: Any, style: Any = None, end_section: bool = False) -> None:
+        """Add a row of texts."""
+        plain = (Text(clean(cell)) if isinstance(cell, str) else cell for cell in cells)
+        super().add_row(*plain, style=style, end_section=end_section)
+
+
+def table(*columns: str, left: int = 1) -> Grid:
+    """A table whose first `left` columns are words and whose others are figures."""
+    grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for index, column in enumerate(columns):
+        words = index < left
+        grid.add_column(
+            Text(clean(column)),
+            justify="left" if words else "right",
+            overflow="fold",
+            no_wrap=not words,
+            min_width=8 if words else None,
+        )
+    return grid
+
+
+def lines(console: Console, texts: Iterable[str]) -> None:
+    """Print lines that come from elsewhere as they are, whatever their length."""
+    for line in texts:
+        console.print(Text(clean(line)), soft_wrap=True)
+
+
+def _captured(show: Any) -> str:
+    stream = io.StringIO()
+    show(Console(file=stream, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())

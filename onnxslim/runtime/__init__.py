@@ -1,0 +1,1 @@
+"""ONNX Runtime behind one door: targets, sessions, times, limits, made-up inputs."""

@@ -1,0 +1,413 @@
+"""Two models side by side in ONNX Runtime: are the outputs the same, and what did it gain?
+
+Outputs are reduced batch by batch, so that no more than one batch of them is ever held. All sums are taken in
+float64, over blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import onnx
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.engine import check
+from onnxslim.engine.base import Progress
+from onnxslim.engine.pipeline import sample_shapes
+from onnxslim.errors import CalibrationError, LoadError, UsageError, ValidationError
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model, load
+from onnxslim.ops import cost
+from onnxslim.runtime.metric import Metric, measure
+from onnxslim.runtime.probe import Feeds, probes
+from onnxslim.runtime.session import Session, available, placement
+from onnxslim.runtime.targets import CPU, REFERENCE, Target
+from onnxslim.runtime.timing import Latency, latencies
+from onnxslim.validation.verdict import Figures, OutputRow, Pair, ProviderVerdict, Verdict
+
+Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
+T = TypeVar("T")
+
+BLOCK = 1 << 20
+# A median that much above the fastest call means threads that wait for each other and not for the model.
+UNSTEADY = 1.5
+
+
+def validate(
+    a: Source,
+    b: Source,
+    data: CalibrationData | Iterable[Mapping[str, Array]] | None = None,
+    targets: Sequence[Target] | None = None,
+    *,
+    labels: Array | None = None,
+    metric: Metric | None = None,
+    rounds: int = 30,
+    seconds: float = 5.0,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Run two models on the same inputs and compare what comes out, how fast and how large they are.
+
+    Args:
+        a: the original: a file, a ModelProto or a Model.
+        b: what was made of it.
+        data: batches of inputs; made up from the declared shapes if None, which says little.
+        targets: where to run; every execution provider there is by default.
+        labels: the class of every sample, shape (samples,), in the order of the data.
+        metric: called with a function from inputs to outputs, both dicts by name, once for each model; it
+            runs that on data of its own and returns how good the model is, more is better.
+        rounds: interleaved calls to time on the first batch; 0 measures no latency.
+        seconds: budget for timing, per provider.
+        progress: called with ("validating", batches done, batches in all).
+
+    Raises:
+        LoadError: a model is broken or does not run.
+        TargetError: a provider is not available, or loads but runs nothing.
+        CalibrationError: data or labels do not fit the model.
+        ValidationError: the second model cannot take the place of the first.
+    """
+    first, second = load(a), load(b)
+    _require_same_interface(first, second)
+    known = None if labels is None else np.asarray(labels)
+    for model in (first, second):
+        check.require_affordable(model)
+    chosen = _ordered(available() if targets is None else targets)
+    runners = [_Runner(first, second, target, metric) for target in chosen]
+    batches, made_up = _batches(first, data, runners[0].sessions[0])
+    sizes = _stream(batches, runners, known, progress, _length(data))
+    opening = runners[0].opening
+    timed = [runner.time(rounds, seconds) for runner in runners]
+    notes = [text for runner in runners for text in (*runner.notes, *runner.strays(chosen[0]))]
+    if made_up:
+        notes.insert(0, "inputs are made up: pass data to learn anything about real ones")
+    return Verdict(
+        before=_figures(first, opening),
+        after=_figures(second, opening),
+        providers=tuple(
+            runner.verdict(latency, ratio) for runner, (latency, ratio) in zip(runners, timed, strict=True)
+        ),
+        samples=sum(sizes),
+        batches=len(sizes),
+        batch=sizes[0],
+        made_up=made_up,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _require_same_interface(first: Model, second: Model) -> None:
+    missing = [t.name for t in first.graph.outputs if t.name not in {o.name for o in second.graph.outputs}]
+    if missing:
+        raise ValidationError(f"the second model has no output '{missing[0]}', which the first one has")
+    known = {spec.name for spec in first.inputs()}
+    extra = [spec.name for spec in second.inputs() if spec.required and spec.name not in known]
+    if extra:
+        raise ValidationError(f"the second model needs an input '{extra[0]}', which the first one has not")
+
+
+def _ordered(targets: Sequence[Target]) -> list[Target]:
+    """Processors first: they are the reference the others are compared with."""
+    if not targets:
+        raise UsageError("no execution provider to validate on")
+    return sorted(targets, key=lambda target: target.provider != CPU)
+
+
+def _batches(
+    model: Model, data: CalibrationData | Iterable[Mapping[str, Array]] | None, session: Session
+) -> tuple[Iterator[Feeds], bool]:
+    if data is None:
+        made = probes(model, session)
+        if not made:
+            raise CalibrationError("no inputs could be made up on which the model runs; pass data")
+        return iter([run.feeds for run in made]), True
+    bound = (data if isinstance(data, CalibrationData) else CalibrationData(data)).bind(model.inputs())
+    batches = iter(bound)
+    head = next(batches, None)
+    if head is None:
+        raise CalibrationError(f"{bound.name}: there is no data")
+    return chain([head], batches), False
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _stream(
+    batches: Iterator[Feeds],
+    runners: Sequence[_Runner],
+    labels: Array | None,
+    progress: Progress | None,
+    total: int | None,
+) -> list[int]:
+    """Run every batch everywhere; returns how many samples each had."""
+    sizes: list[int] = []
+    for feeds in batches:
+        start, size = sum(sizes), _batch_size(feeds)
+        part = None if labels is None else _labels_of(labels, start, size)
+        reference: check.Outputs | None = None
+        for runner in runners:
+            reference = runner.update(feeds, size, part, reference)
+        sizes.append(size)
+        if progress:
+            progress("validating", len(sizes), total)
+    if labels is not None and len(labels) != sum(sizes):
+        raise CalibrationError(f"there are {len(labels)} labels for {sum(sizes)} samples")
+    return sizes
+
+
+def _batch_size(feeds: Feeds) -> int:
+    return next((int(array.shape[0]) for array in feeds.values() if array.ndim), 1)
+
+
+def _labels_of(labels: Array, start: int, size: int) -> Array:
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise CalibrationError(
+            f"labels are one integer per sample, not {labels.dtype} of shape {labels.shape}"
+        )
+    if len(labels) < start + size:
+        raise CalibrationError(f"there are {len(labels)} labels for at least {start + size} samples")
+    return labels[start : start + size]
+
+
+def _figures(model: Model, feeds: Feeds) -> Figures:
+    stats = model.stats()
+    macs = cost.macs(model, sample_shapes(model, feeds))
+    return Figures(stats.nodes, stats.parameters, stats.bytes, macs)
+
+
+class _Runner:
+    """Both models on one target, and what was seen of their outputs so far."""
+
+    def __init__(self, first: Model, second: Model, target: Target, metric: Metric | None) -> None:
+        self.target = target
+        self._models = first, second
+        self._placed: tuple[Mapping[str, int], Mapping[str, int]] | None = None
+        self._strays: dict[str, str] = {}
+        self.sessions = (Session(first, target), _second(lambda: Session(second, target)))
+        self.notes: list[str] = []
+        self.opening: Feeds = {}
+        self._rows = {name: _Row(name) for name in self.sessions[0].output_names}
+        self._drift = {name: _Row(name) for name in self.sessions[0].output_names}
+        self._samples = 0
+        self._correct = [0, 0]
+        self._metric = metric
+        self._labelled = self._compared = False
+
+    def update(
+        self, feeds: Feeds, size: int, labels: Array | None, reference: check.Outputs | None
+    ) -> check.Outputs:
+        """Take in a batch; returns the outputs of the first model, or the reference if one is given."""
+        first, second = self.sessions
+        original = _first(first, feeds)
+        taken = {name: array for name, array in feeds.items() if name in second.input_names}
+        result = _second(lambda: second.run(taken))
+        if not self.opening:
+            self.opening = feeds
+            self._note_randomness(feeds, original)
+            self._place(feeds, taken)
+        for name, row in self._rows.items():
+            row.update(original[name], result[name])
+        if reference is not None:
+            self._compared = True
+            for name, row in self._drift.items():
+                row.update(reference[name], original[name])
+                if problem := check.difference(reference[name], original[name]):
+                    self._strays.setdefault(name, problem)
+        self._samples += size
+        if labels is not None:
+            self._score(labels, (original, result))
+        return original if reference is None else reference
+
+    def _place(self, first: Feeds, second: Feeds) -> None:
+        """See that the provider really runs the models, where it could leave them to processors."""
+        if self.target.provider not in (CPU, REFERENCE):
+            before, after = self._models
+            self._placed = (
+                placement(before, self.target, first),
+                _second(lambda: placement(after, self.target, second)),
+            )
+
+    def strays(self, reference: Target) -> Iterator[str]:
+        """Notes on outputs of the first model that differ between providers."""
+        for name, problem in self._strays.items():
+            yield (
+                f"{self.target.name}: output '{name}' of the first model itself is not what it is on "
+                f"{reference.name}: it {problem}; that lies between the providers, not in the second model"
+            )
+
+    def _note_randomness(self, feeds: Feeds, original: check.Outputs) -> None:
+        again = self.sessions[0].run(feeds)
+        names = [name for name in original if check.difference(original[name], again[name])]
+        if names:
+            listed = ", ".join(f"'{name}'" for name in names)
+            self.notes.append(
+                f"{self.target.name}: outputs {listed} of the first model differ from run to run"
+            )
+
+    def _score(self, labels: Array, outputs: Sequence[check.Outputs]) -> None:
+        self._labelled = True
+        for index, values in enumerate(outputs):
+            self._correct[index] += self._hits(values, labels)
+
+    def _hits(self, values: check.Outputs, labels: Array) -> int:
+        name = self.classifier()
+        if name is None:
+            raise CalibrationError("labels were given, but no output has shape (batch, classes)")
+        if len(values[name]) != len(labels):
+            raise CalibrationError(
+                f"output '{name}' has {len(values[name])} rows for a batch of {len(labels)} samples"
+            )
+        return int((values[name].argmax(axis=1) == labels).sum())
+
+    def _measured(self) -> Pair | None:
+        metric, (first, second) = self._metric, self._models
+        if metric is None:
+            return None
+        after = _second(lambda: measure(metric, second, self.target))
+        return Pair(measure(metric, first, self.target), after)
+
+    def classifier(self) -> str | None:
+        """The first output of shape (batch, classes)."""
+        return next((name for name, row in self._rows.items() if row.classifies), None)
+
+    def time(self, rounds: int, seconds: float) -> tuple[tuple[Latency, Latency] | None, float | None]:
+        """Latency of both models on the first batch, and the ratio of the second to the first."""
+        if rounds <= 0 or self.target.provider == REFERENCE:
+            return None, None
+        (first, second), ratios = latencies(self.sessions, self.opening, rounds=rounds, seconds=seconds)
+        if any(each.median > UNSTEADY * each.minimum for each in (first, second)):
+            self.notes.append(
+                f"{self.target.name}: latency is unsteady (fastest calls {first.minimum:.3f} and "
+                f"{second.minimum:.3f} ms): something else keeps this machine busy; one thread is steadier"
+            )
+        return (first, second), ratios[1]
+
+    def verdict(self, latency: tuple[Latency, Latency] | None, ratio: float | None) -> ProviderVerdict:
+        """Everything measured here."""
+        return ProviderVerdict(
+            target=self.target.name,
+            outputs=tuple(row.result() for row in self._rows.values()),
+            original=tuple(row.result() for row in self._drift.values()) if self._compared else (),
+            accuracy=Pair(*(n / self._samples for n in self._correct)) if self._labelled else None,
+            metric=self._measured(),
+            latency=latency,
+            ratio=ratio,
+            placed=self._placed,
+        )
+
+
+def _first(session: Session, feeds: Feeds) -> check.Outputs:
+    try:
+        return session.run(feeds)
+    except LoadError as error:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
+        raise CalibrationError(f"the first model does not run on a batch of {shapes}: {error}") from error
+
+
+def _second(attempt: Callable[[], T]) -> T:
+    """Whatever only the second model fails at is a finding, not bad input."""
+    try:
+        return attempt()
+    except LoadError as error:
+        raise ValidationError(f"the second model fails where the first one does not: {error}") from error
+
+
+def compare(name: str, reference: Any, actual: Any) -> OutputRow:
+    """How close one value is to another, both of one batch."""
+    row = _Row(name)
+    row.update(reference, actual)
+    return row.result()
+
+
+@dataclass
+class _Row:
+    """Running sums over one output."""
+
+    name: str
+    signal: float = 0.0
+    noise: float = 0.0
+    power: float = 0.0
+    dot: float = 0.0
+    worst: float = 0.0
+    same: int = 0
+    count: int = 0
+    agreed: int = 0
+    samples: int = 0
+    batches: int = 0
+    floating: bool = True
+    classifies: bool = True
+    problems: list[str] = field(default_factory=list)
+
+    def update(self, reference: Any, actual: Any) -> None:
+        """Take in one batch of this output."""
+        self.batches += 1
+        if not isinstance(reference, np.ndarray):
+            self.floating = self.classifies = False
+            self.same += not check.difference(reference, actual)
+            self.count += 1
+            return
+        problem = check.type_problem(reference, actual)
+        if problem:
+            self.problems.append(problem)
+            return
+        self.floating &= reference.dtype.kind == "f"
+        self.classifies &= self.floating and reference.ndim == 2 and reference.shape[1] >= 2
+        for start in range(0, reference.size, BLOCK):
+            self._add(*(array.reshape(-1)[start : start + BLOCK] for array in (reference, actual)))
+        if self.classifies:
+            self.agreed += int((reference.argmax(axis=1) == actual.argmax(axis=1)).sum())
+            self.samples += len(reference)
+
+    def _add(self, reference: Array, actual: Array) -> None:
+        exact = reference == actual
+        if self.floating:
+            exact |= np.isnan(reference) & np.isnan(actual)
+        self.same += int(np.count_nonzero(exact))
+        self.count += reference.size
+        if not self.floating:
+            return
+        # What is infinite or NaN on both sides is no noise; on one side only, it is infinite noise.
+        usable = np.isfinite(reference) & np.isfinite(actual)
+        if not (usable | exact).all():
+            self.noise = self.worst = math.inf
+        x, y = reference[usable].astype(np.float64), actual[usable].astype(np.float64)
+        if x.size:
+            difference = x - y
+            self.signal += float(x @ x)
+            self.power += float(y @ y)
+            self.dot += float(x @ y)
+            self.noise += float(difference @ difference)
+            self.worst = max(self.worst, float(np.abs(difference).max()))
+
+    def result(self) -> OutputRow:
+        """The figures so far."""
+        equal = self.same / self.count if self.count else 1.0
+        if self.problems:
+            problem = f"{self.problems[0]} (in {len(self.problems)} of {self.batches} batches)"
+            return OutputRow(self.name, 0.0, problem=problem)
+        if not self.floating:
+            return OutputRow(self.name, equal)
+        top1 = self.agreed / self.samples if self.classifies and self.samples else None
+        return OutputRow(self.name, equal, self.worst, self._sqnr(), self._cosine(), top1)
+
+    def _sqnr(self) -> float:
+        if self.noise == 0.0:
+            return math.inf
+        if self.signal == 0.0 or math.isinf(self.noise):
+            return -math.inf
+        return 10.0 * math.log10(self.signal / self.noise)
+
+    def _cosine(self) -> float:
+        if self.noise == 0.0:
+            return 1.0
+        if math.isinf(self.noise):
+            return math.nan
+        norms = math.sqrt(self.signal) * math.sqrt(self.power)
+        return self.dot / norms if norms else 0.0
