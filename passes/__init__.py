@@ -129,7 +129,7 @@ def options_of(cls: type[Pass]) -> tuple[Option, ...]:
         found.append(
             Option(
                 name,
-                _type_text(info.annotation),
+                _words(info) or _type_text(info.annotation),
                 default,
                 info.description or "",
                 info.annotation is bool,
@@ -209,6 +209,13 @@ def _takes(annotation: Any, value: Any) -> bool:
     except (ValidationError, PydanticUserError):
         return False
     return True
+
+
+def _words(info: Any) -> str:
+    """What an option is one of, if that can grow."""
+    from onnxslim.engine.base import OneOf
+
+    return "|".join(word for each in info.metadata if isinstance(each, OneOf) for word in each.words())
 
 
 def _type_text(annotation: Any) -> str:

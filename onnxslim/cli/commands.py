@@ -269,7 +269,7 @@ def _validate(
     required = limits(require)
     require_report(report, {path.resolve(): "a model" for path in (first, second)})
     from onnxslim.ir.model import load
-    from onnxslim.runtime.session import available
+    from onnxslim.runtime.profile import available
     from onnxslim.runtime.targets import Target
     from onnxslim.validation.compare import validate
 

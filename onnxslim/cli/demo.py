@@ -22,7 +22,7 @@ from onnxslim.ir.model import load
 from onnxslim.passes.quantize import Quantize
 from onnxslim.passes.slim import Slim
 from onnxslim.report.text import lines, table
-from onnxslim.runtime.session import available
+from onnxslim.runtime.profile import available
 from onnxslim.validation.compare import validate
 from onnxslim.validation.verdict import ProviderVerdict, Verdict
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, GetCoreSchemaHandler
 from pydantic.dataclasses import dataclass as validated
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 from typing_extensions import dataclass_transform
 
 from onnxslim.ir.graph import Array
@@ -25,6 +26,22 @@ def options(cls: type[P]) -> type[P]:
     """Make a class a frozen dataclass whose fields are checked when it is made: what every pass is."""
     checked = validated(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
     return checked(cls)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotation of an option: one of some words that registries may add to; others are a `Literal`."""
+
+    words: Callable[[], Iterable[str]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, word: str) -> str:
+        *most, last = map(repr, self.words())
+        if word not in self.words():
+            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(most)} or {last}"})
+        return word
 
 
 @dataclass(frozen=True)

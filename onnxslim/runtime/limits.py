@@ -14,7 +14,7 @@ POLL_SECONDS = 0.002
 
 
 @dataclass(frozen=True)
-class Limits:
+class RunLimits:
     """What a run may take.
 
     Attributes:
@@ -26,11 +26,11 @@ class Limits:
     bytes: int
 
 
-class Exceeded(LoadError):
+class LimitExceeded(LoadError):
     """A run was stopped because it took more than its limits."""
 
 
-class Watch:
+class Watchdog:
     """While it is open, a thread looks at the clock and at memory.
 
     Args:
@@ -41,13 +41,13 @@ class Watch:
         exceeded: the limit that was, in words; empty if none was.
     """
 
-    def __init__(self, limits: Limits, stop: Callable[[], None]) -> None:
+    def __init__(self, limits: RunLimits, stop: Callable[[], None]) -> None:
         self._limits, self._stop = limits, stop
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self.exceeded = ""
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._end, self._most = time.monotonic() + self._limits.seconds, _peak() + self._limits.bytes
         self._thread.start()
         return self

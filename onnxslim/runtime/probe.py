@@ -14,7 +14,7 @@ from onnxslim.errors import LoadError
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Dim, Node
 from onnxslim.ir.model import InputSpec, Model
-from onnxslim.runtime.limits import Exceeded, Limits
+from onnxslim.runtime.limits import LimitExceeded, RunLimits
 from onnxslim.runtime.session import Session
 
 BATCHES = (2, 3)
@@ -27,7 +27,7 @@ MAX_ID = 99
 MAX_BYTES = 1 << 30
 MAX_LONG_BYTES = 1 << 20
 # What a model with loops may take on made-up inputs: nothing else says how often they go round.
-LIMITS = Limits(seconds=5, bytes=256 << 20)
+LIMITS = RunLimits(seconds=5, bytes=256 << 20)
 
 Feeds = dict[str, Array]
 
@@ -60,14 +60,14 @@ def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]
         safe = [feeds for feeds in candidates if _scans_something(model, feeds, session)]
         try:
             working = _working(session, safe, limits)
-        except Exceeded:
+        except LimitExceeded:
             return []
         if working:
             return working
     return []
 
 
-def _working(session: Session, candidates: Sequence[Feeds], limits: Limits | None = None) -> list[Run]:
+def _working(session: Session, candidates: Sequence[Feeds], limits: RunLimits | None = None) -> list[Run]:
     return [run for run in (_run(session, feeds, limits) for feeds in candidates) if run is not None]
 
 
@@ -149,10 +149,10 @@ def _single(specs: Sequence[InputSpec], feeds: Mapping[str, Array]) -> list[Feed
     return [{name: array[:1] for name, array in feeds.items()}]
 
 
-def _run(session: Session, feeds: Feeds, limits: Limits | None) -> Run | None:
+def _run(session: Session, feeds: Feeds, limits: RunLimits | None) -> Run | None:
     try:
         return Run(feeds, session.run(feeds, limits=limits))
-    except Exceeded:
+    except LimitExceeded:
         raise
     except LoadError:
         return None

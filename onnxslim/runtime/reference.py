@@ -1,4 +1,4 @@
-"""The reference evaluator of onnx, as a slow but independent judge."""
+"""The reference evaluator of onnx as a backend: a slow but independent judge."""
 
 from __future__ import annotations
 
@@ -9,47 +9,67 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.parser
 import onnx.version_converter
 
 from onnxslim.errors import LoadError, TargetError
 from onnxslim.ir.graph import Array
-from onnxslim.ir.model import Model, load
-from onnxslim.runtime.backend import message
-from onnxslim.runtime.targets import REFERENCE
+from onnxslim.ir.model import load
+from onnxslim.runtime.backend import Loadable, Opening, message
+from onnxslim.runtime.limits import RunLimits
+from onnxslim.runtime.targets import Target
 
 MAX_REFERENCE_BYTES = 100_000_000
 REFERENCE_OPSET = 21
+_NAME = "onnx.reference"
 
 
-class ReferenceSession:
-    """A model in the reference evaluator, with the `run` of a session of ONNX Runtime.
+class ReferenceModel:
+    """A model in the reference evaluator.
 
     Raises:
         LoadError: the evaluator does not know an operator of the model.
         TargetError: the model is too large for it.
     """
 
-    def __init__(self, model: Model | onnx.ModelProto | Path) -> None:
+    def __init__(self, model: Loadable) -> None:
         from onnx.reference import ReferenceEvaluator
 
         loaded = load(model)
         if loaded.nbytes() > MAX_REFERENCE_BYTES:
             raise TargetError(
-                f"{REFERENCE} is for small models: this one has {loaded.nbytes()} bytes of constants, "
+                f"{_NAME} is for small models: this one has {loaded.nbytes()} bytes of constants, "
                 f"the limit is {MAX_REFERENCE_BYTES}"
             )
         try:
             self._evaluator = ReferenceEvaluator(_modern(loaded.to_proto()))
         except Exception as error:  # whatever its operators raise
-            raise LoadError(f"{REFERENCE} refuses the model: {message(error)}") from error
+            raise LoadError(f"{_NAME} refuses the model: {message(error)}") from error
         self.input_names = tuple(spec.name for spec in loaded.inputs())
         self.output_names = tuple(self._evaluator.output_names)
 
-    def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> list[Any]:
-        with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return list(self._evaluator.run(list(names), dict(feeds)))
+    def run(
+        self, names: Sequence[str], feeds: Mapping[str, Array], limits: RunLimits | None
+    ) -> Sequence[Any]:
+        """Outputs; nothing can stop it, so limits are not kept."""
+        try:
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return list(self._evaluator.run(list(names), dict(feeds)))
+        except Exception as error:  # whatever its operators raise
+            raise LoadError(f"{_NAME} fails to run the model: {message(error)}") from error
+
+    def end_profile(self) -> Path:
+        raise TargetError(f"{_NAME} does not tell what ran where: all of it runs in NumPy")
+
+
+class Reference:
+    """NumPy code of the standard's authors, which no optimization and no provider changes."""
+
+    has_latency = False
+    profiles = False
+
+    def open(self, model: Loadable, target: Target, how: Opening) -> ReferenceModel:
+        return ReferenceModel(model)
 
 
 def _modern(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -18,7 +18,8 @@ import numpy as np
 
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
-from onnxslim.runtime.session import Session, onnxruntime
+from onnxslim.runtime.ort import onnxruntime
+from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import CPU, Target
 
 

@@ -26,8 +26,9 @@ from onnxslim.ir.model import Model, load
 from onnxslim.ops import cost
 from onnxslim.runtime.metric import Metric, measure
 from onnxslim.runtime.probe import Feeds, probes
-from onnxslim.runtime.session import Session, available, placement
-from onnxslim.runtime.targets import CPU, REFERENCE, Target
+from onnxslim.runtime.profile import available, may_stray, placement
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import CPU, Target
 from onnxslim.runtime.timing import Latency, latencies
 from onnxslim.validation.verdict import Figures, OutputRow, Pair, ProviderVerdict, Verdict
 
@@ -227,7 +228,7 @@ class _Runner:
 
     def _place(self, first: Feeds, second: Feeds) -> None:
         """See that the provider really runs the models, where it could leave them to processors."""
-        if self.target.provider not in (CPU, REFERENCE):
+        if may_stray(self.target):
             before, after = self._models
             self._placed = (
                 placement(before, self.target, first),
@@ -279,7 +280,7 @@ class _Runner:
 
     def time(self, rounds: int, seconds: float) -> tuple[tuple[Latency, Latency] | None, float | None]:
         """Latency of both models on the first batch, and the ratio of the second to the first."""
-        if rounds <= 0 or self.target.provider == REFERENCE:
+        if rounds <= 0 or not self.sessions[0].backend.has_latency:
             return None, None
         (first, second), ratios = latencies(self.sessions, self.opening, rounds=rounds, seconds=seconds)
         if any(each.median > UNSTEADY * each.minimum for each in (first, second)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,7 +13,7 @@ from onnxslim import shapes
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.holdout import split
-from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.base import Changes, Context, Log, OneOf, Pass, options
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Kind, Recipe, Settings
@@ -23,11 +23,11 @@ from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
 from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Layer, Search
 from onnxslim.passes.quantize.trained import Trained, strip
 from onnxslim.passes.quantize.trial import Trial
-from onnxslim.runtime.targets import CPU, Target, layout
+from onnxslim.runtime.targets import CPU, Target, layouts
 
 ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
 Activations = Literal["auto", "uint8", "int8", "uint16", "dynamic", "none"] | None
-Layout = Literal["target", "cpu", "openvino", "cuda", "tensorrt", "qnn"]
+LayoutName = Annotated[str, OneOf(lambda: ("target", *layouts()))]
 Algorithm = Literal["auto", "rtn", "cd", "gptq"]
 
 
@@ -103,7 +103,7 @@ class Quantize(Pass):
         "accuracy",
         description="latency: leave the smallest layers in float where that is measured to be faster",
     )
-    layout: Layout = Field(
+    layout: LayoutName = Field(
         "target",
         description="for which target the graph is laid out, if not for the one that it is judged on",
     )
@@ -161,7 +161,7 @@ class Quantize(Pass):
     def _target(self, target: Target) -> Target:
         """The target with the wanted layout and type of activations."""
         if self.layout != "target":
-            target = replace(target, quantized=layout(self.layout))
+            target = replace(target, quantized=layouts()[self.layout])
         if not self._static or self.activations in (None, "auto"):
             return target
         kind = np.dtype(self.activations)

@@ -15,8 +15,8 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import Model
 from onnxslim.ops import spec_of
+from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.quantize.weights import Encoder
-from onnxslim.runtime.targets import Quantized
 
 FLOAT = 1
 
@@ -45,7 +45,9 @@ class Dynamic:
         log: what is done goes here.
     """
 
-    def __init__(self, model: Model, rules: Quantized, encoder: Encoder, per_channel: bool, log: Log) -> None:
+    def __init__(
+        self, model: Model, rules: IntegerLayout, encoder: Encoder, per_channel: bool, log: Log
+    ) -> None:
         self._graph = model.graph
         self._rules = rules
         self._encode = encoder

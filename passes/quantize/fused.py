@@ -9,7 +9,7 @@ from typing import Any
 from onnxslim.ir.graph import Node
 from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
-from onnxslim.runtime.session import optimized_model
+from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.targets import Target
 
 

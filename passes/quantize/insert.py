@@ -14,10 +14,10 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Graph, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
+from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.quantize import weights
 from onnxslim.passes.quantize.plan import Plan, is_movable
 from onnxslim.passes.quantize.trained import Known
-from onnxslim.runtime.targets import Quantized
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Inserter:
     """
 
     def __init__(
-        self, model: Model, plan: Plan, rules: Quantized, log: Log, encoder: weights.Encoder | None = None
+        self, model: Model, plan: Plan, rules: IntegerLayout, log: Log, encoder: weights.Encoder | None = None
     ) -> None:
         self._graph: Graph = model.graph
         self._plan = plan
@@ -439,7 +439,7 @@ class Inserter:
         self._new.append(Node(op, self._name(name), attrs, inputs, [output]))
 
 
-def pair_axis_of(node: Node, rules: Quantized) -> int | None:
+def pair_axis_of(node: Node, rules: IntegerLayout) -> int | None:
     """The weight's axis along which kernels add products in pairs, where their sums could saturate.
 
     It is that of the input channels, the only other one of a matrix and the first other of a convolution.

@@ -20,7 +20,7 @@ from onnxslim.engine.base import Log
 from onnxslim.ir.graph import Constant, Node, Tensor, Variable, captures, producer
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import OpSpec, Role, spec_of
-from onnxslim.runtime.targets import Quantized
+from onnxslim.ops.layouts import IntegerLayout
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Planner:
     def __init__(
         self,
         model: Model,
-        rules: Quantized,
+        rules: IntegerLayout,
         log: Log,
         *,
         refuse: Callable[[Node], str | None] = lambda node: None,

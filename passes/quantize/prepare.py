@@ -17,7 +17,7 @@ from onnxslim.errors import LoadError, PassError, SaveError
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Node
 from onnxslim.ir.model import Model, constant_of
-from onnxslim.runtime.targets import Quantized
+from onnxslim.ops.layouts import IntegerLayout
 
 # Per-channel DequantizeLinear appeared in this version.
 MIN_OPSET = 13
@@ -25,7 +25,7 @@ MIN_OPSET = 13
 WIDE_OPSET = 21
 
 
-def prepare(model: Model, rules: Quantized, log: Log, opset: int = MIN_OPSET) -> None:
+def prepare(model: Model, rules: IntegerLayout, log: Log, opset: int = MIN_OPSET) -> None:
     """Raise the opset if need be, and write operators in terms of those with integer kernels.
 
     Raises:

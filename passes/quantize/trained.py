@@ -18,8 +18,8 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import Role, spec_of
+from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.quantize.weights import QMAX, Codes, Encoded, Encoder, Scales
-from onnxslim.runtime.targets import Quantized
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 # Share of values that may be clipped less than in training.
@@ -114,7 +114,7 @@ class Trained:
         """Whether data and weight of a node both were integers in training."""
         return node.inputs[0].name in self.tensors and node.inputs[1].name in self.constants
 
-    def known(self, tensor: Tensor, rules: Quantized, seen: Histogram | None) -> Known | None:
+    def known(self, tensor: Tensor, rules: IntegerLayout, seen: Histogram | None) -> Known | None:
         """Scale and zero point of a tensor in the target's type; None where it has none, or cannot have them.
 
         What is never negative does without the negative half of int8, so that a Relu disappears in the range

@@ -14,7 +14,8 @@ from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize
 from onnxslim.passes.quantize.weights import MAX_PAIR
-from onnxslim.runtime.session import Session, optimized_model
+from onnxslim.runtime.profile import optimized_model
+from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from tests.helpers import ops, parse
 

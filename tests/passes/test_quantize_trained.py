@@ -13,7 +13,8 @@ from onnxslim.engine.base import Changes, Context
 from onnxslim.ir.graph import Array, Constant, Node
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize
-from onnxslim.runtime.session import Session, optimized_model
+from onnxslim.runtime.profile import optimized_model
+from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from tests.helpers import ops, parse
 

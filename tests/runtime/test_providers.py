@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from onnxslim import cli
+from onnxslim import cli, passes
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.engine.pipeline import Pipeline
-from onnxslim.errors import LoadError, TargetError
+from onnxslim.errors import LoadError, TargetError, UsageError
 from onnxslim.ir.model import Model, load
+from onnxslim.ops.layouts import LAYOUTS
 from onnxslim.passes.quantize import Quantize
 from onnxslim.passes.slim import Slim
 from onnxslim.report.text import verdict_text
-from onnxslim.runtime import reference, session
-from onnxslim.runtime.session import Session, available, onnxruntime, placement
-from onnxslim.runtime.targets import CPU, OPENVINO, Target
+from onnxslim.runtime import ort, profile, reference
+from onnxslim.runtime.ort import onnxruntime
+from onnxslim.runtime.profile import available, placement
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import CPU, REGISTRY, Target
 from onnxslim.validation.compare import validate
 from onnxslim.validation.verdict import Verdict
 from tests.helpers import parse
@@ -59,27 +62,90 @@ def test_what_is_available_really_works() -> None:
         assert placement(parse(PRODUCT), target, X)[target.provider] >= 1
 
 
+class Runtime:
+    """ONNX Runtime with a provider in its wheel that does not work on this machine.
+
+    Args:
+        gpu: opens a session on that provider.
+    """
+
+    def __init__(self, gpu: Callable[..., Any]) -> None:
+        self._gpu = gpu
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(onnxruntime(), name)
+
+    def get_available_providers(self) -> list[str]:
+        return ["TensorrtExecutionProvider", CPU]
+
+    def InferenceSession(self, source: Any, options: Any, providers: Any, **more: Any) -> Any:
+        open_ = onnxruntime().InferenceSession if providers[0][0] == CPU or providers == [CPU] else self._gpu
+        return open_(source, options, providers=providers, **more)
+
+
 def test_a_provider_that_does_not_load_is_not_the_models_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Runtime:
-        """ONNX Runtime with a provider whose libraries are missing, as onnxruntime-gpu without TensorRT."""
+    def missing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("/a/b.cc:1 void f(int) Please install TensorRT libraries")
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(real, name)
-
-        def get_available_providers(self) -> list[str]:
-            return ["TensorrtExecutionProvider", CPU]
-
-        def InferenceSession(self, source: Any, options: Any, providers: Any, **more: Any) -> Any:
-            if providers[0] != CPU and providers[0][0] != CPU:
-                raise RuntimeError("/a/b.cc:1 void f(int) Please install TensorRT libraries")
-            return real.InferenceSession(source, options, providers=providers, **more)
-
-    real = onnxruntime()
-    monkeypatch.setattr(session, "onnxruntime", Runtime)
+    monkeypatch.setattr(ort, "onnxruntime", lambda: Runtime(missing))
     with pytest.raises(TargetError, match=r"^Tensorrt.* cannot be used here: Please install TensorRT lib"):
         Session(parse(PRODUCT), Target.tensorrt())
     with pytest.raises(LoadError, match="refuses the model"):
         Session(parse(PRODUCT.replace("Relu(p)", "my.op(p)"), opset=17), Target.tensorrt())
+
+
+@pytest.mark.parametrize(
+    "words", [["validate", "{0}", "{0}", "--provider", "tensorrt"], ["slim", "{0}", "--target", "tensorrt"]]
+)
+def test_a_silent_fallback_is_refused(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime only logs that it took another provider; the session tells when it is asked."""
+
+    def elsewhere(source: Any, options: Any, *, providers: Any, enable_fallback: int) -> Any:
+        assert [name for name, _ in providers] == ["TensorrtExecutionProvider"]
+        return onnxruntime().InferenceSession(source, options, providers=[CPU])
+
+    monkeypatch.setattr(ort, "onnxruntime", lambda: Runtime(elsewhere))
+    refused = f"TensorrtExecutionProvider was asked for, but cannot be used here: .* fell back to {CPU}"
+    with pytest.raises(TargetError, match=refused):
+        Session(parse(PRODUCT), Target.tensorrt())
+    assert not profile._works.__wrapped__(Target.tensorrt())
+    parse(PRODUCT).save(tmp_path / "a.onnx")
+    assert cli.main([word.format(tmp_path / "a.onnx") for word in words]) == TargetError.exit_code
+    assert f"fell back to {CPU}" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- the registry
+
+
+def test_a_new_provider_is_one_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    npu = Target("npu", CPU, quantized=LAYOUTS["qnn"])
+    monkeypatch.setitem(REGISTRY, npu.name, npu)
+    assert Target.named("NPU") is npu
+    assert npu in available()
+    with pytest.raises(TargetError, match=r"known are: .*cpu, .*npu"):
+        Target.named("tpu")
+    model = str(tmp_path / "a.onnx")
+    parse(PRODUCT).save(model)
+    assert cli.main(["slim", model, "--target", "npu"]) == 0
+    capsys.readouterr()
+    assert cli.main(["validate", model, model, "--provider", "npu", "--json"]) == 0
+    (provider,) = json.loads(capsys.readouterr().out)["providers"]
+    assert provider["target"] == "npu"
+    assert cli.main(["quantize", "--help"]) == 0
+    assert "npu" in capsys.readouterr().out
+    assert Quantize(layout="npu")._target(Target.cpu()).quantized.activation == np.uint16
+    with pytest.raises(UsageError, match=r"'layout': input should be 'target', .* or 'npu', not 'tpu'"):
+        passes.create("quantize", {"layout": "tpu"})
+
+
+def test_threads_reach_providers_that_do_not_go_by_the_session() -> None:
+    (told,) = ort._providers(Target.openvino().with_threads(3))
+    assert told == ("OpenVINOExecutionProvider", {"device_type": "CPU", "num_of_threads": "3"})
+    assert ort._providers(Target.openvino()) == [("OpenVINOExecutionProvider", {"device_type": "CPU"})]
 
 
 # ------------------------------------------------------------------------------------ the third judge
@@ -118,18 +184,20 @@ def test_what_the_reference_evaluator_cannot_do(monkeypatch: pytest.MonkeyPatch)
         Session(parse(PRODUCT.replace("Relu(p)", "my.nonsense(p)")), Target.reference())
     with pytest.raises(LoadError, match=r"onnx.reference fails to run the model"):
         Session(parse(PRODUCT), Target.reference()).run({"x": np.ones((3, 5), np.float32)})
+    with pytest.raises(TargetError, match="does not tell what ran where"):
+        placement(parse(PRODUCT), Target.reference(), X)
     monkeypatch.setattr(reference, "MAX_REFERENCE_BYTES", 15)
     with pytest.raises(TargetError, match="is for small models: this one has 16 bytes of constants"):
         Session(parse(PRODUCT), Target.reference())
 
 
 def test_providers_that_disagree_on_the_original_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    right: Callable[..., list[Any]] = reference.ReferenceSession.run
+    right: Callable[..., Sequence[Any]] = reference.ReferenceModel.run
 
-    def wrong(self: Any, names: Any, feeds: Any) -> list[Any]:
-        return [values * 1.5 for values in right(self, names, feeds)]
+    def wrong(self: Any, names: Any, feeds: Any, limits: Any) -> list[Any]:
+        return [values * 1.5 for values in right(self, names, feeds, limits)]
 
-    monkeypatch.setattr(reference.ReferenceSession, "run", wrong)
+    monkeypatch.setattr(reference.ReferenceModel, "run", wrong)
     verdict = judged(parse(PRODUCT), parse(PRODUCT))
     verdict.require(sqnr=100)
     (note,) = [note for note in verdict.notes if "itself" in note]
@@ -221,4 +289,4 @@ def test_a_gpu_wheel_without_a_gpu_refuses(
 
 
 def test_the_wheel_of_openvino_is_known_by_its_provider() -> None:
-    assert Target.named("OpenVINO").provider == OPENVINO
+    assert Target.named("OpenVINOExecutionProvider") == Target.named("OpenVINO") == Target.openvino()

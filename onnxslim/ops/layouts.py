@@ -1,0 +1,84 @@
+"""Integer layouts: what quantized graphs look like for the kernels of one runtime or another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class IntegerLayout:
+    """How a target wants its quantized models.
+
+    Attributes:
+        activation: integer type of activations.
+        symmetric: whether the zero point of activations is fixed in the middle.
+        integer_bias: whether a bias is stored as int32 with the product of both scales.
+        saturates: whether a kernel may add two uint8·int8 products in 16 bits.
+        fuses_relu: whether a Relu is taken into the range of what follows it.
+        min_channels: convolutions that sum over fewer channels, depthwise ones apart, are faster in floating
+            point; that is the first one of a network, which is also the most sensitive.
+        kernels: operators with an integer kernel, besides those that only move data.
+        slow: operators that move data faster as floating point than as integers.
+        weight_only: matrix products that read integer weights at no loss of time while their data is floats.
+    """
+
+    activation: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
+    symmetric: bool = False
+    integer_bias: bool = True
+    saturates: bool = False
+    fuses_relu: bool = True
+    min_channels: int = 1
+    kernels: frozenset[str] = frozenset()
+    slow: frozenset[str] = frozenset()
+    weight_only: frozenset[str] = frozenset()
+
+
+_LINEAR_KERNELS = ("Conv", "Gemm", "MatMul")
+_CPU_KERNELS = frozenset(
+    (
+        *_LINEAR_KERNELS,
+        "Add",
+        "Mul",
+        "Concat",
+        "AveragePool",
+        "GlobalAveragePool",
+        "LeakyRelu",
+        "HardSigmoid",
+        "Sigmoid",
+        "Softmax",
+    )
+)
+_GPU = IntegerLayout(
+    activation=np.dtype(np.int8),
+    symmetric=True,
+    integer_bias=False,
+    fuses_relu=False,
+    kernels=frozenset(
+        (*_LINEAR_KERNELS, "ConvTranspose", "Add", "AveragePool", "GlobalAveragePool", "Concat")
+    ),
+)
+
+LAYOUTS: dict[str, IntegerLayout] = {
+    # uint8·int8 kernels of processors without VNNI add in 16 bits, so files are made safe for both.
+    "cpu": IntegerLayout(
+        saturates=True,
+        min_channels=4,
+        kernels=_CPU_KERNELS,
+        slow=frozenset(("Resize",)),
+        weight_only=frozenset(("MatMul", "Gemm")),
+    ),
+    # Its kernel for the first convolution of a small ViT computes something else: 3 dB are left, 41 dB with
+    # that layer in float (docs/providers.md).
+    "openvino": IntegerLayout(min_channels=4, kernels=_CPU_KERNELS),
+    "cuda": _GPU,
+    # Explicit Q/DQ, biases in float.
+    "tensorrt": _GPU,
+    # Qualcomm's processors: 16-bit activations, which their own tools take for most networks.
+    "qnn": IntegerLayout(
+        activation=np.dtype(np.uint16), kernels=_CPU_KERNELS - {"HardSigmoid"} | {"ConvTranspose"}
+    ),
+}
+"""By name, be the target here or not."""
