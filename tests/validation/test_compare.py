@@ -86,7 +86,7 @@ def test_how_samples_are_cut_into_batches_changes_nothing(cuts: set[int]) -> Non
 
 def test_sums_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = row(A, B, batches(X))
-    monkeypatch.setattr(compare, "BLOCK", 3)
+    monkeypatch.setattr(onnxslim.validation.compare, "BLOCK", 3)
     found = row(A, B, batches(X))
     assert found.sqnr == pytest.approx(whole.sqnr, rel=1e-12)
     assert found.equal == whole.equal
