@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.calibration.data import CalibrationData, Feeds
+from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import batch_samples
+from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.ir.graph import MASK_MAGNITUDE, Array, Dim, Tensor, producer
 from onnxslim.ir.model import Model
 from onnxslim.runtime.session import Session

@@ -16,7 +16,9 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from pydantic import Field
 
-from onnxslim.calibration.data import IMAGES, CalibrationData, listed
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.sources.arrays import listed
+from onnxslim.calibration.sources.images import IMAGES
 from onnxslim.engine.base import options
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array

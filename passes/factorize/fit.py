@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim.calibration.collect import Progress, Runner, tapped
-from onnxslim.calibration.data import CalibrationData, Feeds
+from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import ROWS, Gram, Moments, batch_samples, observe, quota_for, sampled
+from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Layer as Observed

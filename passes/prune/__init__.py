@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from onnxslim.calibration.data import CalibrationData, Feeds
+from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.holdout import split
+from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.errors import UsageError
 from onnxslim.families.analysis import Analysis, analyze

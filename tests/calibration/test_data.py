@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from onnxslim.calibration.data import CalibrationData, Feeds
+from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import Histogram
+from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.errors import CalibrationError
 from onnxslim.ir.model import InputSpec
 
@@ -529,7 +530,7 @@ def test_image_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with fails("img10.png: cannot be read: cannot identify"):
         list(data)
     (tmp_path / "img10.png").write_bytes(content)
-    monkeypatch.setattr("onnxslim.calibration.data.MAX_PIXELS", 100)
+    monkeypatch.setattr("onnxslim.calibration.sources.images.MAX_PIXELS", 100)
     with fails("img10.png: cannot be read: 16 x 8 pixels are too many"):
         list(data)
     monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 100)

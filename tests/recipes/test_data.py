@@ -12,7 +12,8 @@ from numpy.lib import format as npy
 from onnx import numpy_helper
 
 from onnxslim import cli
-from onnxslim.calibration.data import CalibrationData, Feeds
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.errors import CalibrationError
 from onnxslim.ir.model import Model
 from onnxslim.recipes.data import IMAGENET, Batches, Data

@@ -1,0 +1,1 @@
+"""Where batches come from: files of arrays, images, readers and functions."""
