@@ -31,7 +31,7 @@ def main() -> None:
     plan = PruningPlan.from_json(json.dumps(facts["plan"]))
     half = Pipeline(Half(weights_only=True))(model).model
     families = onnxslim.analyze(half)
-    print(f"the plan fits the half-precision model: {len(plan.removed(families))} families")
+    print(f"the plan fits the half-precision model: {len(plan.removal(families).counts)} families")
 
 
 if __name__ == "__main__":

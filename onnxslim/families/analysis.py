@@ -115,22 +115,6 @@ class Analysis:
         """
         return self._trace.explain(tensor, self.families)
 
-    def masks(self, removed: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], NDArray[np.bool_]]:
-        """What stays of each axis that loses slices.
-
-        Args:
-            removed: units to remove, by name of their family.
-        """
-        masks: dict[tuple[str, int], NDArray[np.bool_]] = {}
-        for family in self.families:
-            gone = np.zeros(family.size + 1, bool)  # the last entry stands for the unit -1
-            gone[list(removed.get(family.name, ()))] = True
-            if gone.any():
-                for member in family.members:
-                    key = member.tensor, member.axis
-                    masks[key] = masks.get(key, np.ones(member.units.size, bool)) & ~gone[member.units]
-        return {key: kept for key, kept in masks.items() if not kept.all()}
-
 
 def analyze(
     model: Model,

@@ -226,7 +226,7 @@ class SplitConcat(Bypass):
 
 
 @dataclass(frozen=True)
-class Cut:
+class Window:
     """What a Slice takes along one axis."""
 
     axis: int
@@ -235,7 +235,7 @@ class Cut:
     step: int = 1
 
 
-def cuts(node: Node, edit: Editor) -> tuple[Cut, ...] | None:
+def cuts(node: Node, edit: Editor) -> tuple[Window, ...] | None:
     """What a Slice takes, axes counted from the front; None if that is not known."""
     starts, ends = predicates.ints(node, "starts", 1), predicates.ints(node, "ends", 2)
     if starts is None or ends is None:
@@ -253,7 +253,7 @@ def cuts(node: Node, edit: Editor) -> tuple[Cut, ...] | None:
         axis = predicates.positive_axis(axes[place] if axes else place, count)
         if axis is None:
             return None
-        found.append(Cut(axis, start, end, steps[place] if steps else 1))
+        found.append(Window(axis, start, end, steps[place] if steps else 1))
     return tuple(found)
 
 
@@ -272,7 +272,7 @@ class SliceNothing(Bypass):
         return (node, node.inputs[0]) if all(_takes_all(cut, known.get(cut.axis)) for cut in found) else None
 
 
-def _takes_all(cut: Cut, size: int | str | None) -> bool:
+def _takes_all(cut: Window, size: int | str | None) -> bool:
     if not isinstance(size, int):
         return cut.step == 1 and cut.start == 0 and cut.end >= predicates.OPEN_END
     return cut.step == 1 and (cut.start == 0 or cut.start <= -size) and cut.end >= size
@@ -318,7 +318,7 @@ class SliceChain(Rule[Chain]):
         return f"took over the cuts of {match.inner.label}"
 
 
-def joined(inner: tuple[Cut, ...], outer: tuple[Cut, ...]) -> tuple[Cut, ...]:
+def joined(inner: tuple[Window, ...], outer: tuple[Window, ...]) -> tuple[Window, ...]:
     """One list of cuts for both; () if there is none."""
     found = {cut.axis: cut for cut in inner}
     for cut in outer:

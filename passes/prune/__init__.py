@@ -7,8 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData
@@ -18,10 +16,11 @@ from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.errors import UsageError
 from onnxslim.families.analysis import Analysis, analyze
 from onnxslim.families.costs import Costs
+from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
-from onnxslim.ops.channels.cut import Masks
+from onnxslim.ops.channels.cut import Kept
 from onnxslim.passes.prune.budget import TOLERANCE, allocate, uniform
 from onnxslim.passes.prune.choose import SAMPLES, Candidates, candidates, criterion_of, damages
 from onnxslim.passes.prune.compensate import compensate
@@ -32,8 +31,6 @@ from onnxslim.passes.prune.plan import PruningPlan
 from onnxslim.passes.repair import repair
 
 __all__ = ["Prune", "PruningPlan"]
-
-Removed = dict[str, list[int]]
 
 
 @options
@@ -94,7 +91,7 @@ class _Run:
         self._split = split(self._data, SAMPLES, 0.25) if self._data is not None else None
         self._teacher = model.copy()
         self._model = model
-        self._kept: dict[tuple[str, int], NDArray[np.intp]] = {}
+        self._kept: Kept = {}  # slices of the original that are left
         self._errors: list[float] = []
 
     def run(self) -> Changes:
@@ -127,24 +124,23 @@ class _Run:
 
     def _step(self, analysis: Analysis, progress: float) -> bool:
         """Choose, prove, cut and repair; False if there was nothing to remove."""
-        removed, found = self._chosen(analysis, progress)
-        if not removed:
+        removal, found = self._chosen(analysis, progress)
+        if not removal:
             return False
-        error = prove(self._model, analysis, removed, self._ctx.target, self._samples())
+        error = prove(self._model, removal, self._ctx.target, self._samples())
         if error is not None:
             self._errors.append(error)
-        masks = analysis.masks(removed)
         if found is not None and self._settings.repair != "none":
-            compensate(self._model, analysis, masks, found.grams)
-        cut(self._model, analysis, removed)
-        self._remember(analysis, masks)
+            compensate(self._model, removal, found.grams)
+        cut(self._model, removal)
+        self._kept = removal.after(self._kept)
         self._repair()
         return True
 
-    def _chosen(self, analysis: Analysis, progress: float) -> tuple[Removed, Candidates | None]:
+    def _chosen(self, analysis: Analysis, progress: float) -> tuple[Removal, Candidates | None]:
         settings = self._settings
         if settings.plan is not None:
-            return PruningPlan.load(settings.plan).removed(analysis), None
+            return PruningPlan.load(settings.plan).removal(analysis), None
         found = candidates(
             self._model,
             analysis,
@@ -156,22 +152,22 @@ class _Run:
             ctx=self._ctx,
             log=self._log,
         )
-        return found.units(self._numbers(analysis, found, progress)), found
+        return found.removal(self._numbers(found, progress)), found
 
-    def _numbers(self, analysis: Analysis, found: Candidates, progress: float) -> dict[str, int]:
+    def _numbers(self, found: Candidates, progress: float) -> dict[str, int]:
         """Units to remove of each family, so that this step gets as far as it should."""
         settings = self._settings
         if settings.ratio is not None:
             share = 1 - (1 - settings.ratio) ** (1 / settings.steps)
             return uniform(found.families, found.limits, share)
-        costs = Costs(self._model, analysis)
+        costs = Costs(self._model, found.analysis)
         cost, goal, whole = (
             (costs.macs, settings.macs, self._whole["macs"])
             if settings.macs is not None
             else (costs.parameters, settings.params, self._whole["params"])
         )
         assert goal is not None
-        curves = damages(self._model, analysis, found, self._split.held if self._split else None, self._ctx)
+        curves = damages(self._model, found, self._split.held if self._split else None, self._ctx)
         gone = allocate(found.limits, curves, cost, whole * goal**progress)
         reached = cost(gone) / whole if whole else 1.0
         if progress == 1 and abs(reached - goal) > TOLERANCE:
@@ -181,12 +177,6 @@ class _Run:
                 f"instead of {goal:g}: " + _shortfall(reached, goal, settings),
             )
         return gone
-
-    def _remember(self, analysis: Analysis, masks: Masks) -> None:
-        """Note which slices of the original each axis still has."""
-        for key, kept in masks.items():
-            before = self._kept.get(key, np.arange(kept.size))
-            self._kept[key] = before[kept]
 
     def _repair(self) -> None:
         method = self._settings.repair
@@ -198,14 +188,11 @@ class _Run:
                 "weights are left as they are cut: repair needs calibration data",
             )
             return
-        kept: dict[str, dict[int, NDArray[np.intp]]] = {}
-        for (tensor, axis), indices in self._kept.items():
-            kept.setdefault(tensor, {})[axis] = indices
         changes = repair(
             self._model,
             self._teacher,
             self._data,
-            kept=kept,
+            kept=self._kept,
             method=method,
             target=self._ctx.target,
             progress=self._ctx.progress,
@@ -219,30 +206,16 @@ class _Run:
             for change in changes.changed
         ]
 
-    def _removed(self, first: Analysis) -> Removed:
-        """What went in the end, in units of the model as it came in."""
-        removed: Removed = {}
-        for family in first.families:
-            member = next(each for each in family.members if each.constant)
-            kept = self._kept.get((member.tensor, member.axis))
-            if kept is not None:
-                left = set(member.units[kept].tolist())
-                gone = [unit for unit in range(family.size) if unit not in left]
-                if gone:
-                    removed[family.name] = gone
-        return removed
-
     def _tell(self, first: Analysis) -> None:
-        removed = self._removed(first)
+        removal = Removal.leaving(first, self._kept)
         for family in first.families:
-            if family.name in removed:
-                gone = len(removed[family.name])
+            if gone := removal.counts.get(family.name):
                 self._log.change(family.name, f"{gone} of {family.size} units removed", _note(family.crosses))
         costs = Costs(self._model, self._analyze())
         self._log.facts["macs"] = [self._whole["macs"], costs.macs({})]
         self._log.facts["params"] = [self._whole["params"], costs.parameters({})]
-        self._log.facts["families"] = len(removed)
-        self._log.facts["plan"] = PruningPlan.of(first, removed).to_dict()
+        self._log.facts["families"] = len(removal.counts)
+        self._log.facts["plan"] = PruningPlan.of(removal).to_dict()
         if self._errors:
             self._log.facts["oracle"] = max(self._errors)
 

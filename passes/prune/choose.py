@@ -15,6 +15,7 @@ from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.gram import Gram
 from onnxslim.engine.base import Context, Log
 from onnxslim.families.analysis import Analysis, Family
+from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
 from onnxslim.passes.prune.budget import Limits, convex
@@ -34,20 +35,23 @@ class Candidates:
     """What could go.
 
     Attributes:
+        analysis: of the model.
         families: that may lose units, by name.
         limits: how many units each may lose.
         rankings: in which order they would go.
         grams: moments of what layers read of them; empty without data.
     """
 
+    analysis: Analysis
     families: Mapping[str, Family]
     limits: Mapping[str, Limits]
     rankings: Mapping[str, Ranking]
     grams: Mapping[Channels, Gram]
 
-    def units(self, gone: Mapping[str, int]) -> dict[str, list[int]]:
-        """The first units of each order."""
-        return {name: sorted(self.rankings[name].order[:count]) for name, count in gone.items() if count}
+    def removal(self, gone: Mapping[str, int]) -> Removal:
+        """Of the first so many units of each order."""
+        units = {name: sorted(self.rankings[name].order[:count]) for name, count in gone.items() if count}
+        return Removal(self.analysis, units)
 
 
 def candidates(
@@ -82,7 +86,7 @@ def candidates(
     grams = _grams(model, families.values(), data, ctx, log)
     constants = values_of(model)
     rankings = {name: rank(family, constants, grams, criterion) for name, family in families.items()}
-    return Candidates(families, {name: limits[name] for name in families}, rankings, grams)
+    return Candidates(analysis, families, {name: limits[name] for name in families}, rankings, grams)
 
 
 def _left_alone(family: Family, exclude: Sequence[str], log: Log) -> bool:
@@ -124,7 +128,7 @@ def _grams(
 
 
 def damages(
-    model: Model, analysis: Analysis, found: Candidates, data: CalibrationData | None, ctx: Context
+    model: Model, found: Candidates, data: CalibrationData | None, ctx: Context
 ) -> dict[str, dict[int, float]]:
     """For each family the damage of every number of units that may go, as a convex curve.
 
@@ -140,7 +144,7 @@ def damages(
             points = {count: found.rankings[name].damage[count] for count in allowed}
         else:
             places = sorted({allowed[round(share * (len(allowed) - 1))] for share in (0.0, *MEASURED)})
-            trials = (_trial(model, analysis, found, {name: count}) for count in places[1:])
+            trials = (_trial(model, found, {name: count}) for count in places[1:])
             measured = [0.0, *(judge(trial).error for trial in trials)]
             curve = np.interp(allowed, places, np.maximum.accumulate(np.minimum(measured, 1e6)))
             points = dict(zip(allowed, curve.tolist(), strict=True))
@@ -150,11 +154,11 @@ def damages(
     return curves
 
 
-def _trial(model: Model, analysis: Analysis, found: Candidates, gone: Mapping[str, int]) -> Model:
+def _trial(model: Model, found: Candidates, gone: Mapping[str, int]) -> Model:
     trial = model.copy()
-    removed = found.units(gone)
-    compensate(trial, analysis, analysis.masks(removed), found.grams)
-    cut(trial, analysis, removed)
+    removal = found.removal(gone)
+    compensate(trial, removal, found.grams)
+    cut(trial, removal)
     return trial
 
 

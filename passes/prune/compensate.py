@@ -14,20 +14,19 @@ import numpy as np
 
 from onnxslim.calibration.collect import Channels
 from onnxslim.calibration.gram import Gram
-from onnxslim.families.analysis import Analysis, Consumer
+from onnxslim.families.analysis import Consumer
+from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
-from onnxslim.ops.channels.cut import Masks
 from onnxslim.passes.prune.importance import DAMPING
 
 
-def compensate(model: Model, analysis: Analysis, masks: Masks, grams: Mapping[Channels, Gram]) -> None:
+def compensate(model: Model, removal: Removal, grams: Mapping[Channels, Gram]) -> None:
     """Add what goes to what stays, in the weights of all layers that lose inputs.
 
     Args:
         model: edited in place: the analyzed model or a copy of it, before the cut.
-        analysis: of the model.
-        masks: what the cut will leave.
+        removal: what the cut will remove.
         grams: moments of the data that layers read; layers without are left as they are.
     """
     constants = {
@@ -36,21 +35,19 @@ def compensate(model: Model, analysis: Analysis, masks: Masks, grams: Mapping[Ch
         for tensor in node.inputs
         if isinstance(tensor, Constant)
     }
-    for (weight, axis), moments in _moments(analysis, masks, grams).items():
-        kept = masks.get((weight, axis))
+    for (weight, axis), moments in _moments(removal, grams).items():
+        kept = removal.masks.get((weight, axis))
         constant = constants.get(weight)
         if kept is not None and constant is not None and constant.dtype.kind in "fV":
             constant.values = _taken_over(constant.values, axis, kept, moments)
 
 
-def _moments(
-    analysis: Analysis, masks: Masks, grams: Mapping[Channels, Gram]
-) -> dict[tuple[str, int], Array]:
+def _moments(removal: Removal, grams: Mapping[Channels, Gram]) -> dict[tuple[str, int], Array]:
     """Second moments of what each weight reads, summed over its readers."""
     found: dict[tuple[str, int], Array] = {}
-    for consumer in unique(each for family in analysis.families for each in family.consumers):
+    for consumer in unique(each for family in removal.analysis.families for each in family.consumers):
         key, data = (consumer.weight.tensor, consumer.weight.axis), (consumer.data.tensor, consumer.data.axis)
-        if data in grams and data in masks:
+        if data in grams and data in removal.masks:
             moments = grams[data].raw().gram[0]
             found[key] = found[key] + moments if key in found else moments
     return found

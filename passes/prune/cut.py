@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import TypeAlias, TypeGuard
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from onnxslim import shapes
 from onnxslim.engine.base import Context
 from onnxslim.families.analysis import Analysis
+from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import (
     Array,
     Constant,
@@ -98,18 +99,17 @@ def _twin(node: Node, tensor: Tensor, free: Namer) -> Node:
     return Node(node.op, free(node.name), node.attrs, list(node.inputs), [output], node.domain)
 
 
-def cut(model: Model, analysis: Analysis, removed: Mapping[str, Sequence[int]]) -> None:
+def cut(model: Model, removal: Removal) -> None:
     """Remove units from a model.
 
     Args:
         model: edited in place; the analyzed model or a copy of it.
-        analysis: of the model.
-        removed: units to remove, by name of their family.
+        removal: from it.
     """
-    masks = analysis.masks(removed)
+    masks = removal.masks
     changed = {name for name, _ in masks}
     free = Namer(model.graph)
-    shape = _shapes(model, analysis)
+    shape = _shapes(model, removal.analysis)
     for node in model.graph.nodes:
         channels = spec_of(node).channels
         if channels is not None and channels.cut is not None and _touches(node, changed):
@@ -123,10 +123,10 @@ def _touches(node: Node, changed: set[str]) -> bool:
     return any(tensor.name in changed for tensor in (*node.inputs, *node.outputs))
 
 
-def zero(model: Model, masks: Masks) -> None:
+def zero(model: Model, removal: Removal) -> None:
     """Set to zero what layers would read of the slices that a cut removes: the model the cut has to equal."""
     weights = _weights(model)
-    for constant, axis, kept in _masked(model, masks):
+    for constant, axis, kept in _masked(model, removal.masks):
         if id(constant) in weights:
             constant.values = _zeroed(constant.values, axis, ~kept, weights[id(constant)])
 

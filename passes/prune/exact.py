@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from onnxslim.engine.check import relative_difference
 from onnxslim.errors import InvalidGraph
-from onnxslim.families.analysis import Analysis
+from onnxslim.families.removal import Removal
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Variable
 from onnxslim.ir.model import Model
@@ -28,15 +28,12 @@ ROUNDING_FACTOR = 4.0
 Samples = Sequence[Mapping[str, Array]]
 
 
-def prove(
-    model: Model, analysis: Analysis, removed: Mapping[str, Sequence[int]], target: Target, samples: Samples
-) -> float | None:
+def prove(model: Model, removal: Removal, target: Target, samples: Samples) -> float | None:
     """The largest relative difference between the cut and the zeroed model.
 
     Args:
         model: the analyzed model; not modified.
-        analysis: of the model.
-        removed: units to remove; families that cross a normalization or reach an output are left out.
+        removal: from it; families that cross a normalization or reach an output are left out.
         target: where to run.
         samples: real inputs, used besides made-up ones.
 
@@ -47,16 +44,16 @@ def prove(
         InvalidGraph: the cut is wrong; names the family to blame.
     """
     outputs = {tensor.name for tensor in model.graph.outputs}
-    exact = {
-        family.name: removed[family.name]
-        for family in analysis.families
-        if len(removed.get(family.name, ()))
-        and not family.crosses
-        and not any(member.tensor in outputs for member in family.members)
-    }
-    found = _difference(model, analysis, exact, target, samples) if exact else None
+    exact = removal.of(
+        [
+            family.name
+            for family in removal.analysis.families
+            if not family.crosses and not any(member.tensor in outputs for member in family.members)
+        ]
+    )
+    found = _difference(model, exact, target, samples) if exact else None
     if found is not None and found > EXACT:
-        zeroed = _zeroed(model, analysis, exact)
+        zeroed = _zeroed(model, exact)
         _unsquash(zeroed)
         rounding = max(
             relative_difference(zeroed, zeroed, target, each, optimize="all") or 0.0
@@ -64,7 +61,7 @@ def prove(
         )
         if found <= ROUNDING_FACTOR * rounding:
             return found
-        worst = {name: _difference(model, analysis, {name: exact[name]}, target, samples) for name in exact}
+        worst = {name: _difference(model, exact.of([name]), target, samples) for name in exact.counts}
         blamed = max(worst, key=lambda name: worst[name] or 0.0)
         raise InvalidGraph(
             f"cutting family '{blamed}' is not what setting its slices to zero is: outputs differ by "
@@ -75,11 +72,9 @@ def prove(
     return found
 
 
-def _difference(
-    model: Model, analysis: Analysis, removed: Mapping[str, Sequence[int]], target: Target, samples: Samples
-) -> float | None:
-    small, zeroed = model.copy(), _zeroed(model, analysis, removed)
-    cut(small, analysis, removed)
+def _difference(model: Model, removal: Removal, target: Target, samples: Samples) -> float | None:
+    small, zeroed = model.copy(), _zeroed(model, removal)
+    cut(small, removal)
     _unround(small)
     for each in (small, zeroed):
         _unsquash(each)
@@ -92,9 +87,9 @@ def _inputs(samples: Samples) -> list[Samples]:
     return [samples, ()] if samples else [()]
 
 
-def _zeroed(model: Model, analysis: Analysis, removed: Mapping[str, Sequence[int]]) -> Model:
+def _zeroed(model: Model, removal: Removal) -> Model:
     zeroed = model.copy()
-    zero(zeroed, analysis.masks(removed))
+    zero(zeroed, removal)
     _unround(zeroed)
     return zeroed
 

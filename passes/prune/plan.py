@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from onnxslim.errors import UsageError
 from onnxslim.families.analysis import Analysis, Family
+from onnxslim.families.removal import Removal
 
 VERSION = 1
 
@@ -78,14 +78,15 @@ class PruningPlan:
     entries: tuple[Entry, ...]
 
     @classmethod
-    def of(cls, analysis: Analysis, removed: Mapping[str, Sequence[int]]) -> PruningPlan:
-        """The plan that removes these units, by name of their family."""
+    def of(cls, removal: Removal) -> PruningPlan:
+        """The plan that removes these units."""
+        families = removal.analysis.families
         entries = tuple(
-            Entry(family.name, family.size, members_of(family), position, tuple(sorted(removed[family.name])))
-            for position, family in enumerate(analysis.families)
-            if len(removed.get(family.name, ()))
+            Entry(family.name, family.size, members_of(family), position, tuple(removal.units[family.name]))
+            for position, family in enumerate(families)
+            if family.name in removal.counts
         )
-        return cls(tuple(family.size for family in analysis.families), entries)
+        return cls(tuple(family.size for family in families), entries)
 
     def to_json(self) -> str:
         """Readable JSON, the same for the same plan."""
@@ -133,8 +134,8 @@ class PruningPlan:
             raise UsageError(f"cannot read the pruning plan '{path}': {error}") from error
         return cls.from_json(text)
 
-    def removed(self, analysis: Analysis) -> dict[str, list[int]]:
-        """The units to remove from an analyzed model, by name of its families.
+    def removal(self, analysis: Analysis) -> Removal:
+        """What goes of an analyzed model.
 
         Families are found by the names of their tensors; where another exporter named them otherwise, by
         their position, if the model has as many families of the same sizes in the same order.
@@ -152,7 +153,7 @@ class PruningPlan:
             if len(entry.removed) >= family.size:
                 raise UsageError(f"the plan removes all units of '{entry.family}'")
             found[family.name] = list(entry.removed)
-        return found
+        return Removal(analysis, found)
 
     def _match(self, entry: Entry, analysis: Analysis) -> Family:
         members = set(entry.members)

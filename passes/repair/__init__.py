@@ -9,7 +9,7 @@ branches too).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
@@ -26,6 +26,7 @@ from onnxslim.engine.base import Changes, Log
 from onnxslim.errors import CalibrationError
 from onnxslim.ir import graph as ir
 from onnxslim.ir.model import Model
+from onnxslim.ops.channels.cut import Kept
 from onnxslim.ops.layers import Floats, Positions, values_at
 from onnxslim.passes.repair.activation import Chain, Table, behind, tabulated
 from onnxslim.passes.repair.descent import Rows, refined
@@ -37,7 +38,6 @@ from onnxslim.runtime.targets import Target
 # From a job, what the regression found for it (None: nothing better) and the moments of all rows, to what is
 # to be written.
 Finish: TypeAlias = Callable[[Job, "Fit | None", Gram], "Fit | None"]
-Kept: TypeAlias = Mapping[str, Mapping[int, NDArray[np.intp]]]
 
 # Bytes of tensors between two stages that stay in memory; the rest goes to temporary files.
 MEMORY = 1 << 30
@@ -78,8 +78,8 @@ def repair(
         student: edited in place.
         teacher: the original; not modified.
         data: batches of inputs, without labels.
-        kept: by name and axis of a teacher's tensor, the indices the student's tensor of that name still has;
-            tensors that are not in it have the same shape in both.
+        kept: for axes of the teacher's tensors, the indices the student's tensor of that name still has;
+            axes that are not in it have the same size in both.
         method: "ridge" for weights and biases, "bias" for the means of the outputs alone.
         target: where to run; processors by default.
         progress: called with ("repairing", layers done, layers in all).
@@ -236,10 +236,10 @@ class _Repair:
         value = batch.teacher[job.goal.tensor]
         axis = job.axis % value.ndim if -job.axis <= value.ndim else 0
         channels: NDArray[np.intp] | None = None
-        for each, indices in self.kept.get(job.goal.tensor, {}).items():
-            if each % value.ndim == axis:
+        for (tensor, each), indices in self.kept.items():
+            if tensor == job.goal.tensor and each % value.ndim == axis:
                 channels = np.asarray(indices)
-            else:
+            elif tensor == job.goal.tensor:
                 value = value.take(indices, each)
         size = value.shape[axis] if channels is None else channels.size
         positions = value.size // max(value.shape[axis], 1)
@@ -330,4 +330,4 @@ def _held_out(samples: int) -> NDArray[np.bool_]:
     return held
 
 
-__all__ = ["Finish", "Kept", "repair"]
+__all__ = ["Finish", "repair"]

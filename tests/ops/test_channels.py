@@ -9,6 +9,7 @@ import pytest
 
 from onnxslim.engine.check import wellformed
 from onnxslim.families.analysis import analyze
+from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops import REGISTRY, OpSpec
@@ -36,10 +37,10 @@ def test_a_cut_example_computes_what_is_left_of_its_outputs(spec: OpSpec) -> Non
     feeds = make_feeds(model.inputs(), batch=5, size=8)
     for family in analysis.families:
         units = [family.size - 1, *range(family.size // 2)]
-        removed = {family.name: sorted(units[: family.size - 1])}
+        removal = Removal(analysis, {family.name: sorted(units[: family.size - 1])})
         small = model.copy()
-        cut(small, analysis, removed)
-        compare(model, small, feeds, analysis.masks(removed), exact=not family.crosses)
+        cut(small, removal)
+        compare(model, small, feeds, removal.masks, exact=not family.crosses)
 
 
 def compare(model: Model, small: Model, feeds: Mapping[str, Array], masks: Masks, *, exact: bool) -> None:

@@ -20,6 +20,7 @@ from onnxslim.engine.check import interface, relative_difference
 from onnxslim.engine.pipeline import Pipeline, Result
 from onnxslim.errors import InvalidGraph, UsageError
 from onnxslim.families.analysis import analyze
+from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
 from onnxslim.ops import REGISTRY, Channels
@@ -151,7 +152,7 @@ def test_a_plan_can_be_replayed_on_other_names() -> None:
     prepare(other)
     analysis = analyze(other)
     small = other.copy()
-    cut(small, analysis, plan.removed(analysis))
+    cut(small, plan.removal(analysis))
     difference = relative_difference(first.model, small, Target.cpu())
     assert difference == 0.0
 
@@ -205,7 +206,7 @@ def test_broken_plans_are_refused(text: str, message: str) -> None:
 def test_a_plan_for_another_network_is_refused() -> None:
     plan = PruningPlan.from_json(_json(prune(chain(), ratio=0.5)))
     with pytest.raises(UsageError, match="which has 64"):
-        plan.removed(analyze(chain(64)))
+        plan.removal(analyze(chain(64)))
 
 
 def test_a_wrong_rule_is_found_out_and_the_family_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,14 +345,15 @@ def test_random_networks_can_be_cut_exactly(kinds: list[str], seed: int) -> None
     prepare(model)
     analysis = analyze(model)
     random = np.random.default_rng(seed)
-    removed = {
+    units = {
         family.name: sorted(random.permutation(family.size)[: int(random.integers(0, family.size))].tolist())
         for family in analysis.families
         if not family.crosses
     }
+    removal = Removal(analysis, units)
     small, zeroed = model.copy(), model.copy()
-    cut(small, analysis, removed)
-    zero(zeroed, analysis.masks(removed))
+    cut(small, removal)
+    zero(zeroed, removal)
     difference = relative_difference(zeroed, small, Target.cpu())
     assert difference is not None
     assert difference < 1e-5
@@ -443,16 +445,16 @@ def test_weights_stored_in_half_precision_can_be_pruned() -> None:
 
 def test_a_plan_with_a_position_that_is_not_there_is_refused() -> None:
     analysis = analyze(chain())
-    plan = PruningPlan.of(analysis, {analysis.families[0].name: [0]})
+    plan = PruningPlan.of(Removal(analysis, {analysis.families[0].name: [0]}))
     entry = replace(plan.entries[0], members=("other:0",), position=99)
     with pytest.raises(UsageError, match="no family like"):
-        replace(plan, entries=(entry,)).removed(analysis)
+        replace(plan, entries=(entry,)).removal(analysis)
 
 
 def test_a_plan_is_replayed_once_whatever_the_steps(tmp_path: Path) -> None:
     analysis = analyze(chain())
     path = tmp_path / "plan.json"
-    path.write_text(PruningPlan.of(analysis, {analysis.families[0].name: [0, 5]}).to_json())
+    path.write_text(PruningPlan.of(Removal(analysis, {analysis.families[0].name: [0, 5]})).to_json())
     facts = prune(chain(), plan=path, steps=3).report.steps[0].changes.facts
     assert [entry["removed"] for entry in facts["plan"]["entries"]] == [[0, 5]]
 

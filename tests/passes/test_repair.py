@@ -91,7 +91,7 @@ def test_channels_that_follow_from_others_can_go(order: list[int], seed: int) ->
     teacher = parse(text, {"v": first, "w": random(4, 6, 3, 3, seed=seed), "b": random(4)})
     keep = np.sort(order[:3])
     student = replaced(teacher, v=first[keep], w=values(teacher, "w")[:, keep])
-    restored(student, teacher, {"x": random(8, 3, 9, 9, seed=seed)}, kept={"c": {1: keep}, "r": {1: keep}})
+    restored(student, teacher, {"x": random(8, 3, 9, 9, seed=seed)}, kept={("c", 1): keep, ("r", 1): keep})
     np.testing.assert_array_equal(values(student, "v"), first[keep])
 
 
@@ -581,7 +581,7 @@ def test_other_shapes_than_told_are_named() -> None:
     student = replaced(teacher, v=mixing(4) @ mixing(4), w=values(teacher, "w")[:, :3])
     changes = repair(student, teacher, batches(9, 4))
     assert changes.skipped[0].reason == "the original's 'z' has another shape, (9, 6)"
-    assert repair(student, teacher, batches(9, 4), kept={"z": {1: np.array([0, 1, 2])}})
+    assert repair(student, teacher, batches(9, 4), kept={("z", 1): np.array([0, 1, 2])})
 
 
 def test_kept_along_several_axes() -> None:
@@ -592,7 +592,7 @@ def test_kept_along_several_axes() -> None:
         { k = MatMul(x, v) h = Gather<axis=1>(k, i) z = MatMul(h, w) y = Relu(z) }""",
         {"v": mixing(4) @ mixing(4), "w": random(4, 6)[:, [4, 0]], "i": np.array([3, 1])},
     )
-    repair(student, teacher, batches(20, 5, 4), kept={"z": {1: np.array([3, 1]), 2: np.array([4, 0])}})
+    repair(student, teacher, batches(20, 5, 4), kept={("z", 1): np.array([3, 1]), ("z", 2): np.array([4, 0])})
     feeds = {"x": random(7, 5, 4)}
     wanted, found = (Session(model).run(feeds)["y"] for model in (teacher, student))
     np.testing.assert_allclose(found, wanted[:, [3, 1]][:, :, [4, 0]], atol=1e-3)

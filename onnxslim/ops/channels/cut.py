@@ -13,6 +13,8 @@ from onnxslim.ops.channels.size_vectors import Measured, Sizes, Written, origin
 
 # What stays, by name of the tensor and axis: one truth value per slice. Axes without an entry stay.
 Masks: TypeAlias = Mapping[tuple[str, int], NDArray[np.bool_]]
+# The same as indices of the slices that stay.
+Kept: TypeAlias = Mapping[tuple[str, int], NDArray[np.intp]]
 
 
 class Cut:
