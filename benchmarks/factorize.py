@@ -115,16 +115,18 @@ def speed(names: tuple[str, ...]) -> Iterator[str]:
 
 def layers(names: tuple[str, ...]) -> Iterator[str]:
     """What the gate measured, and what was chosen."""
+    from onnxslim.passes.factorize import FactorizeFigures
+
     yield from _head("net", "layer", "factors", "MACs", "time", "gate", "chosen")
     for net in names or ("vgg",):
         model, data = fashion(net)
         _, _, step = factorized(model, data, macs=0.5)
-        chosen = step.changes.facts["layers"]
-        for each in step.changes.facts["candidates"]:
-            taken = chosen.get(each["layer"], "").startswith(each["factors"] + ":")
+        figures = FactorizeFigures.of(step.changes)
+        for each in figures.candidates:
+            taken = (figures.layers or {}).get(each.layer, "").startswith(each.factors + ":")
             yield (
-                f"| {net} | {each['layer']} | {each['factors']} | {each['macs']:.2f} | {each['time']:.2f} "
-                f"| {'passed' if each['passed'] else 'refused'} | {'chosen' if taken else ''} |"
+                f"| {net} | {each.layer} | {each.factors} | {each.macs:.2f} | {each.time:.2f} "
+                f"| {'passed' if each.passed else 'refused'} | {'chosen' if taken else ''} |"
             )
 
 

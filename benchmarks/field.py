@@ -27,6 +27,7 @@ from onnxslim import Pipeline, load
 from onnxslim.errors import OnnxSlimError
 from onnxslim.models import zoo
 from onnxslim.passes import Factorize, Prune
+from onnxslim.passes.prune import PruneFigures
 from onnxslim.runtime.probe import probes
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
@@ -105,7 +106,8 @@ def compressed(path: Path) -> list[str]:
     for each in (Prune(ratio=0.3), Factorize(params=0.7)):
         step = Pipeline(each)(load(path)).report.steps[0]
         left = step.after.parameters / max(step.before.parameters, 1)
-        oracle = step.changes.facts.get("oracle")
+        figures = step.changes.figures
+        oracle = figures.oracle if isinstance(figures, PruneFigures) else None
         proof = "" if oracle is None else f" · {oracle:.0e}"
         cells.append("reverted" if step.error else f"{left:.2f}{proof}" if step.changes else "–")
     return cells

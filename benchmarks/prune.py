@@ -58,6 +58,7 @@ from onnxslim.ir.model import Model
 from onnxslim.models import zoo
 from onnxslim.ops import cost
 from onnxslim.passes import Prune, Slim
+from onnxslim.passes.prune import PruneFigures
 from onnxslim.runtime.probe import make_feeds
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.timing import latencies
@@ -188,7 +189,9 @@ def ours(path: Path) -> Outcome:
     except OnnxSlimError as error:
         return Outcome("crash", reason=str(error)[:200])
     outcome = judge(original, result.model, time.perf_counter() - start)
-    return replace(outcome, oracle=result.report.steps[-1].changes.facts.get("oracle", math.nan))
+    figures = result.report.steps[-1].changes.figures
+    oracle = figures.oracle if isinstance(figures, PruneFigures) else None
+    return replace(outcome, oracle=math.nan if oracle is None else oracle)
 
 
 def with_torch_pruning(name: str, paths: Mapping[str, Path]) -> dict[str, Outcome]:

@@ -34,6 +34,7 @@ def measure(name: str) -> str:
     from onnxslim import CalibrationData, Pipeline, Target
     from onnxslim.models import zoo
     from onnxslim.passes import Quantize, Slim
+    from onnxslim.passes.quantize.figures import QuantizeFigures
     from onnxslim.runtime.session import Session
     from onnxslim.runtime.timing import latencies
 
@@ -51,9 +52,9 @@ def measure(name: str) -> str:
     found = {kind: [s.run(batch) for batch in feeds] for kind, s in (("fused", fused), ("plain", plain))}
     _, ratios = latencies([original, fused], feeds[0], rounds=40, seconds=20)
     size = len(result.model.to_proto().SerializeToString()) / Path(zoo.path(name)).stat().st_size
-    counts = ", ".join(
-        f"{changes.facts['fused'].get(op, 0)}/{n} {op}" for op, n in changes.facts["total"].items()
-    )
+    figures = QuantizeFigures.of(changes)
+    fused_ops = figures.fused or {}
+    counts = ", ".join(f"{fused_ops.get(op, 0)}/{n} {op}" for op, n in (figures.total or {}).items())
     slimmed, quantized = result.report.steps
     row = (
         f"| {name} | {slimmed.before.nodes} → {slimmed.after.nodes} → {quantized.after.nodes} "

@@ -5,6 +5,7 @@ python examples/custom_pass.py
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 import numpy as np
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from onnxslim import Changes, Context, Model, Pass, Pipeline, load
 from onnxslim.engine import rewrite
-from onnxslim.engine.base import Log, options
+from onnxslim.engine.base import Figures, Log, captioned, options
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.rewrite import Rule
 from onnxslim.ir.graph import Array, Node
@@ -50,6 +51,13 @@ class Divide(Rule[Division]):
         return "multiplies instead of dividing"
 
 
+@dataclass(frozen=True)
+class ReciprocalFigures(Figures):
+    """What became of the divisions of a model."""
+
+    divisions: int | None = captioned("divisions that became products")
+
+
 @options
 class Reciprocal(Pass):
     """Multiply by the reciprocal of a constant instead of dividing by it."""
@@ -63,7 +71,7 @@ class Reciprocal(Pass):
         """Rewrite every division."""
         log = Log()
         rewrite.apply([Divide(self.exact)], model, log)
-        return log.done()
+        return log.done(ReciprocalFigures(len(log.done().changed)))
 
 
 def main() -> None:
@@ -78,6 +86,8 @@ def main() -> None:
             print(f"  changed {change.node}: {change.action}")
         for skip in step.changes.skipped:
             print(f"  skipped {skip.node}: {skip.reason}")
+        for caption, value in step.changes.figures.captions():
+            print(f"  {caption}: {value}")
 
 
 if __name__ == "__main__":

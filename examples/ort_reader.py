@@ -14,6 +14,7 @@ from onnxruntime.quantization import CalibrationDataReader
 
 from onnxslim import CalibrationData, Pipeline, load
 from onnxslim.passes import Quantize, Slim
+from onnxslim.passes.quantize import QuantizeFigures
 
 
 class Images(CalibrationDataReader):  # type: ignore[misc]
@@ -36,7 +37,7 @@ def main() -> None:
         # A reader can be read once. Given something that makes readers, nothing is kept in memory.
         data = CalibrationData.from_reader(lambda: Images(folder / "calibration.npz", 64), name="images")
         result = Pipeline(Slim(), Quantize(), on_error="raise")(model, data=data)
-    fused = result.report.steps[-1].changes.facts["fused"]
+    fused = QuantizeFigures.of(result.report.steps[-1].changes).fused or {}
     print("in integers:", ", ".join(f"{count} {op}" for op, count in fused.items()))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import onnxslim
 from onnxslim import CalibrationData, Pipeline
 from onnxslim.passes import Half, Prune, Slim
-from onnxslim.passes.prune import PruningPlan
+from onnxslim.passes.prune import PruneFigures, PruningPlan
 
 FASHION = Path(onnxslim.__file__).parent / "models" / "fashion"
 
@@ -25,10 +24,11 @@ def main() -> None:
 
     data = CalibrationData.from_npz(FASHION / "calibration.npz", batch_size=64)
     result = Pipeline(Prune(macs=0.75))(model, data=data)
-    facts = result.report.steps[0].changes.facts
-    print(f"{facts['macs'][1] / facts['macs'][0]:.2f} of the MACs, proof within {facts['oracle']:.0e}")
+    figures = PruneFigures.of(result.report.steps[0].changes)
+    before, after = figures.macs
+    print(f"{after / before:.2f} of the MACs, proof within {figures.oracle:.0e}")
 
-    plan = PruningPlan.from_json(json.dumps(facts["plan"]))
+    plan = PruningPlan.from_json(figures.plan.to_json())
     half = Pipeline(Half(weights_only=True))(model).model
     families = onnxslim.analyze(half)
     print(f"the plan fits the half-precision model: {len(plan.removal(families).counts)} families")

@@ -16,7 +16,7 @@ import numpy as np
 from rich.filesize import decimal
 
 SHOWN_NAMES = 3
-SHOWN_FACTS = 8
+SHOWN_ITEMS = 8
 SHOWN_CHARACTERS = 400
 
 
@@ -26,25 +26,23 @@ def names(nodes: Sequence[str]) -> str:
     return shown + (", …" if len(nodes) > SHOWN_NAMES else "")
 
 
-def fact(value: Any) -> str:
-    """A figure a pass reports, cut short where it is long; the JSON report has all of it."""
-    text = _fact(value)
+def shortened(value: Any) -> str:
+    """What a pass reports, cut short where it is long; the JSON report has all of it."""
+    text = _told(value)
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " … (see the JSON report)"
 
 
-def _fact(value: Any) -> str:
+def _told(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, Mapping) and {"node", "sqnr", "kept"} <= value.keys():
-        return f"{value['node']} {value['sqnr']:.1f} dB{' (kept in float)' if value['kept'] else ''}"
     if isinstance(value, Mapping):
-        parts = [f"{key} {_fact(item)}" for key, item in value.items()]
+        parts = [f"{key} {_told(item)}" for key, item in value.items()]
     elif isinstance(value, list | tuple | set | frozenset):
-        parts = [_fact(item) for item in value]
+        parts = [_told(item) for item in value]
     else:
         return str(value)
-    more = f", and {len(parts) - SHOWN_FACTS} more" if len(parts) > SHOWN_FACTS else ""
-    return (", ".join(parts[:SHOWN_FACTS]) or "none") + more
+    more = f", and {len(parts) - SHOWN_ITEMS} more" if len(parts) > SHOWN_ITEMS else ""
+    return (", ".join(parts[:SHOWN_ITEMS]) or "none") + more
 
 
 def clean(value: str) -> str:

@@ -101,7 +101,7 @@ class Slim(Pass):
                 model.become(twin)
                 log = Log()
                 for each in (changes, more):
-                    log.add(Changes(each.changed, (), each.facts))
+                    log.add(Changes(each.changed))
                 log.add(rest)
                 return log.done()
         return changes
@@ -121,7 +121,7 @@ def _settle(parts: Sequence[Pass], model: Model, ctx: Context) -> Changes:
     for part in chain.from_iterable(repeat(parts, MAX_ROUNDS)):
         last[part.name] = changes = part.run(model, ctx)
         shapes.keep(model)
-        log.add(Changes(changes.changed, (), changes.facts))
+        log.add(Changes(changes.changed))
         idle = 0 if changes else idle + 1
         if idle == len(parts):
             break

@@ -179,13 +179,16 @@ def made(case: Case, folder: Path) -> Result:
     """What the passes make of the model; a plan that is replayed is left in the folder."""
     from onnxslim import Pipeline, Target
     from onnxslim.passes import parse
+    from onnxslim.passes.prune import PruneFigures
 
     model, target, words = model_of(case), Target.cpu(threads=1), case.passes.split()
     if case.passes.startswith("replay:"):
         pipeline = Pipeline(parse(case.passes.replace("replay", "prune", 1)))
         (step,) = pipeline(model, target=target).report.steps
         plan = folder / "plan.json"
-        plan.write_text(json.dumps(step.changes.facts["plan"], sort_keys=True), encoding="utf-8")
+        plan.write_text(
+            json.dumps(PruneFigures.of(step.changes).plan.to_dict(), sort_keys=True), encoding="utf-8"
+        )
         words = [f"prune:plan={plan}"]
     return Pipeline(*map(parse, words))(model, data=data_of(case), target=target)
 

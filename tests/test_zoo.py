@@ -13,7 +13,7 @@ from onnxslim.engine.check import difference, interface
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.ir.model import load
 from onnxslim.models import zoo
-from onnxslim.passes.quantize import Quantize
+from onnxslim.passes.quantize import Quantize, QuantizeFigures
 from onnxslim.passes.slim import Slim
 from onnxslim.runtime.session import Session
 
@@ -69,9 +69,9 @@ def test_quantize_fuses_everything_and_stays_close(name: str) -> None:
     data = CalibrationData(zoo.inputs(name, 16, seed=0))
     quantize = Quantize(**(PLAIN if name in QUICKLY else {}))
     result = Pipeline(Slim(), quantize, on_error="raise")(model, data=data)
-    facts: dict[str, Any] = dict(result.report.steps[-1].changes.facts)
-    assert facts["unfused"] == ()
-    assert sum(facts["fused"].values()) > 2
+    figures = QuantizeFigures.of(result.report.steps[-1].changes)
+    assert figures.unfused == ()
+    assert sum((figures.fused or {}).values()) > 2
     assert _sqnr(model, result.model, zoo.inputs(name, 8, seed=1)) > QUANTIZABLE[name]
 
 

@@ -20,6 +20,7 @@ from onnxslim.errors import SaveError
 from onnxslim.formats import count, decibels, percent, quotient, size
 from onnxslim.ir.model import load
 from onnxslim.passes.quantize import Quantize
+from onnxslim.passes.quantize.figures import QuantizeFigures
 from onnxslim.passes.slim import Slim
 from onnxslim.report.text import lines, table
 from onnxslim.runtime.profile import available
@@ -80,15 +81,15 @@ def _run(name: str, folder: Path, results: Path, progress: Progress | None) -> O
     # One thread: threads that wait for each other on a busy machine would drown so small a model.
     targets = [target.with_threads(1) for target in available()]
     verdict = validate(source, saved, test, targets, labels=labels, progress=progress)
-    facts = result.report.steps[-1].changes.facts
+    figures = QuantizeFigures.of(result.report.steps[-1].changes)
     return Outcome(
         name=name,
         report=result.report,
         verdict=verdict,
         bytes_before=source.stat().st_size,
         bytes_after=saved.stat().st_size,
-        fused=dict(facts["fused"]),
-        total=dict(facts["total"]),
+        fused=figures.fused or {},
+        total=figures.total or {},
         seconds=time.perf_counter() - start,
     )
 

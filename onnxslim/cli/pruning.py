@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,12 +66,13 @@ def save_plan(result: Result, path: Path) -> None:
         UsageError: nothing was pruned.
         SaveError: the file cannot be written.
     """
-    from onnxslim.passes.prune import PruningPlan
+    from onnxslim.passes.prune import PruneFigures
 
-    plans = [step.changes.facts["plan"] for step in result.report.steps if "plan" in step.changes.facts]
+    told = [step.changes.figures for step in result.report.steps]
+    plans = [figures.plan for figures in told if isinstance(figures, PruneFigures)]
     if not plans:
         raise UsageError("--save-plan: nothing was pruned, so there is no plan")
     try:
-        path.write_text(PruningPlan.from_json(json.dumps(plans[-1])).to_json(), encoding="utf-8")
+        path.write_text(plans[-1].to_json(), encoding="utf-8")
     except OSError as error:
         raise SaveError(f"cannot write the plan to '{path}': {error.strerror or error}") from error

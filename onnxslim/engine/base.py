@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from pydantic import ConfigDict, GetCoreSchemaHandler
 from pydantic.dataclasses import dataclass as validated
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
-from typing_extensions import dataclass_transform
+from typing_extensions import Self, dataclass_transform
 
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -19,6 +19,8 @@ from onnxslim.runtime.targets import Target
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 Progress: TypeAlias = Callable[[str, int, "int | None"], None]
 P = TypeVar("P")
+T = TypeVar("T")
+_CAPTION = "caption"
 
 
 @dataclass_transform(frozen_default=True)
@@ -61,17 +63,50 @@ class Skip:
     reason: str
 
 
+def captioned(caption: str, default: T | None = None) -> T | None:
+    """A field of `Figures` that people are told of, under this caption, wherever it is not None."""
+    made: T | None = field(default=default, metadata={_CAPTION: caption})
+    return made
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a pass counted and measured of the whole model, for the report.
+
+    A pass that has figures derives a frozen dataclass from this one, beside itself. Programs get every field
+    under its own name; people get those with a caption (`captioned`), in the order of the fields.
+    """
+
+    @classmethod
+    def of(cls, changes: Changes) -> Self:
+        """The figures of a pass, as what they are.
+
+        Raises:
+            TypeError: the pass reported others, or none: it changed nothing, or it failed.
+        """
+        if not isinstance(changes.figures, cls):
+            raise TypeError(f"the pass reported {type(changes.figures).__name__}, not {cls.__name__}")
+        return changes.figures
+
+    def captions(self) -> Iterator[tuple[str, Any]]:
+        """What people are told: captions, and values that are not None."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if _CAPTION in each.metadata and value is not None:
+                yield each.metadata[_CAPTION], value
+
+
 @dataclass(frozen=True)
 class Changes:
     """What a pass did and what it left alone; true if it changed anything.
 
     Attributes:
-        facts: figures about the whole model that belong in the report, such as the number of fused nodes.
+        figures: of the whole model; a pass with parts has its own, those of its parts are not added up.
     """
 
     changed: tuple[Change, ...] = ()
     skipped: tuple[Skip, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    figures: Figures = field(default_factory=Figures)
 
     def __bool__(self) -> bool:
         return bool(self.changed)
@@ -83,7 +118,6 @@ class Log:
     def __init__(self) -> None:
         self._changed: list[Change] = []
         self._skipped: dict[tuple[str, str], Skip] = {}
-        self.facts: dict[str, Any] = {}
 
     def change(self, node: str, action: str, reason: str = "") -> None:
         """Note something done."""
@@ -97,11 +131,10 @@ class Log:
         """Take over the notes of a part."""
         self._changed.extend(changes.changed)
         self._skipped.update({(skip.node, skip.reason): skip for skip in changes.skipped})
-        self.facts.update(changes.facts)
 
-    def done(self) -> Changes:
-        """The notes so far; whoever changed a node is no longer skipping it."""
-        return Changes(tuple(self._changed), tuple(self._skipped.values()), dict(self.facts))
+    def done(self, figures: Figures | None = None) -> Changes:
+        """The notes so far, with the figures of the pass if it has any."""
+        return Changes(tuple(self._changed), tuple(self._skipped.values()), figures or Figures())
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,15 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from onnxslim.engine.pipeline import Report, Step
 from onnxslim.errors import SaveError, UsageError
-from onnxslim.formats import arrow, clean, count, decibels, fact, figure, percent, quotient, size, to_json
+from onnxslim.formats import arrow, clean, count, decibels, figure, percent, quotient, size, to_json
 from onnxslim.ir.model import Model
 from onnxslim.report.layers import Analysis, Distribution, Layer, Share, analyse
-from onnxslim.report.text import CAPTIONS, TABLES, grouped_changes, outcome, provider_lines
+from onnxslim.report.text import figure_lines, grouped_changes, outcome, provider_lines
 from onnxslim.validation.verdict import OutputRow, Verdict
 from onnxslim.version import version
 
 # Of the JSON document; raised when a key changes its meaning or goes away.
-SCHEMA = 1
+SCHEMA = 2
 BAR = 430.0
 MIN_BAR = 1.0
 # Where bars of layers end: more than that is nearly exact in float32.
@@ -263,11 +263,7 @@ def _output(row: OutputRow) -> Sequence[str]:
 
 
 def _step(step: Step) -> dict[str, Any]:
-    facts = [
-        f"{CAPTIONS.get(f'{step.kind}.{name}', CAPTIONS.get(name, name))}: {fact(value)}"
-        for name, value in step.changes.facts.items()
-        if name not in TABLES
-    ]
+    done = [line.strip() for line in grouped_changes(step.changes.changed)]
     skipped: dict[str, list[str]] = {}
     for skip in step.changes.skipped:
         skipped.setdefault(skip.reason, []).append(skip.node)
@@ -283,7 +279,7 @@ def _step(step: Step) -> dict[str, Any]:
         ),
         "outcome": outcome(step),
         "failed": bool(step.error),
-        "done": [line.strip() for line in grouped_changes(step.changes.changed)] + facts,
+        "done": done + figure_lines(step.changes.figures),
         "skipped": [
             {"reason": reason, "count": len(nodes), "names": _listed(nodes)}
             for reason, nodes in sorted(skipped.items(), key=lambda item: -len(item[1]))

@@ -20,16 +20,16 @@ from onnxslim.formats import (
     clean,
     count,
     decibels,
-    fact,
     figure,
     names,
     percent,
     quotient,
+    shortened,
     size,
 )
 
 if TYPE_CHECKING:
-    from onnxslim.engine.base import Change, Skip
+    from onnxslim.engine.base import Change, Figures, Skip
     from onnxslim.engine.pipeline import Report, Step
     from onnxslim.passes import Option
     from onnxslim.report.inspect import Coverage, Difference, Inspection
@@ -37,40 +37,6 @@ if TYPE_CHECKING:
 
 WIDTH = 110
 SHOWN_GROUPS = 20
-
-
-# What the facts of passes are called in the text; JSON has them under their own names.
-CAPTIONS = {
-    "tightened": "channels whose sums would saturate without VNNI, tightened",
-    "corrected": "biases corrected for the rounding of weights",
-    "fused": "run in integers by ONNX Runtime",
-    "total": "of such operators in the model",
-    "budget": "left",
-    "layers": "factors",
-    "families": "families of units that became smaller",
-    "oracle": "largest relative difference to the same slices set to zero",
-    "repaired": "layers fitted again to what they computed before",
-    "latency": "time of one run, relative to that before",
-    "nearest": "SQNR on samples held out, dB: all in integers, weights rounded to the nearest",
-    "everything": "the same, weights rounded and ranges chosen by the outputs",
-    "sqnr": "the same of the result",
-    "parts": "the same by output, or part of one",
-    "trained": "tensors and constants that were in integers already, and keep their scales",
-    "metric": "metric, before and after",
-    "observer": "way to choose ranges",
-    "quantize.layers": "what single layers alone leave of the signal, the worst first",
-    "unfused": "quantized, but run in floating point all the same",
-}
-# Facts that fill a table of their own: in JSON only.
-TABLES = frozenset(
-    (
-        "plan",
-        "macs",
-        "params",
-        "repairs",
-        "candidates",
-    )
-)
 
 
 def text(report: Report) -> str:
@@ -276,11 +242,7 @@ def _details(step: Step) -> Iterator[str]:
         *([f"  {happened}"] if happened else []),
         *_limited(grouped_changes(step.changes.changed)),
         *_limited(_skips(step.changes.skipped)),
-        *(
-            f"  {CAPTIONS.get(f'{step.kind}.{name}', CAPTIONS.get(name, name))}: {fact(value)}"
-            for name, value in step.changes.facts.items()
-            if name not in TABLES
-        ),
+        *(f"  {line}" for line in figure_lines(step.changes.figures)),
     ]
     if lines:
         yield step.name
@@ -308,6 +270,11 @@ def grouped_changes(changes: Iterable[Change]) -> list[str]:
         same = len(set(actions)) == 1 and actions[0] != name
         lines.append(f"  {len(actions)} × {name}" + (f": {actions[0]}" if same else ""))
     return lines
+
+
+def figure_lines(figures: Figures) -> list[str]:
+    """What a pass counted and measured, a line for each caption."""
+    return [f"{caption}: {shortened(value)}" for caption, value in figures.captions()]
 
 
 def _skips(skips: Iterable[Skip]) -> list[str]:

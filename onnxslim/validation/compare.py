@@ -30,7 +30,7 @@ from onnxslim.runtime.profile import available, may_stray, placement
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import CPU, Target
 from onnxslim.runtime.timing import Latency, latencies
-from onnxslim.validation.verdict import Figures, OutputRow, Pair, ProviderVerdict, Verdict
+from onnxslim.validation.verdict import Footprint, OutputRow, Pair, ProviderVerdict, Verdict
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
 T = TypeVar("T")
@@ -87,8 +87,8 @@ def validate(
     if made_up:
         notes.insert(0, "inputs are made up: pass data to learn anything about real ones")
     return Verdict(
-        before=_figures(first, opening),
-        after=_figures(second, opening),
+        before=_footprint(first, opening),
+        after=_footprint(second, opening),
         providers=tuple(
             runner.verdict(latency, ratio) for runner, (latency, ratio) in zip(runners, timed, strict=True)
         ),
@@ -177,10 +177,10 @@ def _labels_of(labels: Array, start: int, size: int) -> Array:
     return labels[start : start + size]
 
 
-def _figures(model: Model, feeds: Feeds) -> Figures:
+def _footprint(model: Model, feeds: Feeds) -> Footprint:
     stats = model.stats()
     macs = cost.macs(model, sample_shapes(model, feeds))
-    return Figures(stats.nodes, stats.parameters, stats.bytes, macs)
+    return Footprint(stats.nodes, stats.parameters, stats.bytes, macs)
 
 
 class _Runner:

@@ -13,7 +13,7 @@ from onnxslim.runtime.timing import Latency
 
 
 @dataclass(frozen=True)
-class Figures:
+class Footprint:
     """Size of a model; see `onnxslim.ir.model.Stats`. `macs` are those of one sample, None if unknown."""
 
     nodes: int
@@ -92,8 +92,8 @@ class Verdict:
         notes: what could not be measured, and why.
     """
 
-    before: Figures
-    after: Figures
+    before: Footprint
+    after: Footprint
     providers: tuple[ProviderVerdict, ...]
     samples: int
     batches: int

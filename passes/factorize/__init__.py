@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, Field
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.base import Changes, Context, Figures, Log, Pass, captioned, options
 from onnxslim.engine.editor import Editor
 from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Array
@@ -22,7 +23,7 @@ from onnxslim.passes.factorize.gate import Gate
 from onnxslim.passes.factorize.layers import Layer
 from onnxslim.passes.factorize.plan import Candidate, Entry, Unit
 from onnxslim.passes.factorize.schemes import SCHEMES
-from onnxslim.passes.factorize.search import Search, Wanted, layers_of, with_factors
+from onnxslim.passes.factorize.search import MeasuredFactors, Search, Wanted, layers_of, with_factors
 from onnxslim.passes.repair import repair
 from onnxslim.runtime import timing
 from onnxslim.runtime.probe import make_feeds
@@ -38,6 +39,27 @@ CORRECTIONS, TOLERANCE = 5, 0.02
 
 def _several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class FactorizeFigures(Figures):
+    """What factorizing has to tell of a model.
+
+    Attributes:
+        candidates: factors that were timed.
+        budget: what is left of what was to become less, and what was wanted.
+        layers: the factors of each layer that has some now.
+        fitted: to what factors were fitted, if not to data.
+        repaired: how many layers were fitted again.
+        latency: time of one run, relative to that before.
+    """
+
+    candidates: tuple[MeasuredFactors, ...] = ()
+    budget: str | None = captioned("left")
+    layers: Mapping[str, str] | None = captioned("factors")
+    fitted: str | None = captioned("fitted")
+    repaired: int | None = captioned("layers fitted again to what they computed before")
+    latency: float | None = captioned("time of one run, relative to that before")
 
 
 @options
@@ -104,6 +126,7 @@ class _Work:
         self._model = model
         self._ctx = ctx
         self._log = Log()
+        self._figures = FactorizeFigures()
         self._name = model.graph.name or "model"
         self._data = _data(ctx, model) if wish.fitted else None
         self._sample = _sample(model, ctx)
@@ -114,11 +137,11 @@ class _Work:
         layers, known = layers_of(self._model, self._shapes, self._wish.exclude, self._log)
         whole = chains.undone(self._model, known) if known else self._model
         if known and self._is_met(whole):
-            return self._log.done()
+            return self._log.done(self._figures)
         entries = self._search(layers)
         picks = self._choose(entries, whole)
         if not picks:
-            return self._log.done()
+            return self._log.done(self._figures)
         teacher = self._model.copy()
         self._rewrite(picks, teacher)
         if self._data is not None and self._wish.repair:
@@ -132,7 +155,7 @@ class _Work:
         bench = timing.Bench(self._ctx.target, timing.folder() if wish.cache else None)
         search = Search(self._model, wanted, self._ctx, Gate(self._model, bench), self._data, self._log)
         found = search(layers)
-        self._log.facts["candidates"] = search.measured
+        self._figures = replace(self._figures, candidates=tuple(search.measured))
         return found
 
     # Choosing
@@ -193,7 +216,9 @@ class _Work:
             entry.cost(unit) * (pick.cost(unit) if pick else 1.0)
             for entry, pick in zip(entries, found, strict=True)
         )
-        self._log.facts["budget"] = f"{left / total:.1%} of {unit}, {self._share:.1%} wanted"
+        self._figures = replace(
+            self._figures, budget=f"{left / total:.1%} of {unit}, {self._share:.1%} wanted"
+        )
         if not met:
             why = f"budget out of reach: {left / total:.1%} of its {unit} is the least, not {self._share:.1%}"
             self._log.skip(self._name, why)
@@ -212,7 +237,9 @@ class _Work:
             if not met or abs(ratio - self._share) <= TOLERANCE:
                 break
             budget -= (ratio - self._share) * milliseconds
-        self._log.facts["budget"] = f"{1 / ratio:.2f} times as fast, {1 / self._share:.2f} wanted"
+        self._figures = replace(
+            self._figures, budget=f"{1 / ratio:.2f} times as fast, {1 / self._share:.2f} wanted"
+        )
         if ratio > self._share + TOLERANCE:
             why = f"budget out of reach: {1 / ratio:.2f} times as fast is the most that was measured"
             self._log.skip(self._name, why)
@@ -237,7 +264,7 @@ class _Work:
     def _rewrite(self, picks: Picks, teacher: Model) -> None:
         """Put factors in place, each fitted to what the ones before make."""
         edit = Editor(self._model)
-        self._log.facts["layers"] = {entry.layer.name: pick.told for entry, pick in picks}
+        self._figures = replace(self._figures, layers={entry.layer.name: pick.told for entry, pick in picks})
         for index, (entry, pick) in enumerate(picks):
             layer, name = entry.layer, entry.layer.name
             fitted = self._fitted(layer, pick, teacher)
@@ -248,7 +275,9 @@ class _Work:
             if self._ctx.progress:
                 self._ctx.progress("fitting", index + 1, len(picks))
         if self._data is None:
-            self._log.facts["fitted"] = "to the weights: with calibration data, factors lose much less"
+            self._figures = replace(
+                self._figures, fitted="to the weights: with calibration data, factors lose much less"
+            )
 
     def _fitted(self, layer: Layer, pick: Candidate, teacher: Model) -> Fitted:
         if self._data is None or not fit.observable(layer):
@@ -262,19 +291,19 @@ class _Work:
         repaired = repair(
             self._model, teacher, self._data, target=self._ctx.target, progress=self._ctx.progress
         )
-        self._log.facts["repaired"] = len(repaired.changed)
+        self._figures = replace(self._figures, repaired=len(repaired.changed))
 
     def _judged(self, teacher: Model) -> Changes:
         """What was done; nothing, if speed was asked for and the whole is not faster."""
         _, ratios = timing.compare([teacher, self._model], self._sample, self._ctx.target)
-        self._log.facts["latency"] = ratios[1]
+        self._figures = replace(self._figures, latency=ratios[1])
         if ratios[1] >= 1.0:
             slower = f"the whole model is not faster: it takes {ratios[1]:.2f} of its time"
             self._log.skip(self._name, slower)
             if self._wish.unit == "time":
                 self._model.graph = teacher.graph
-                return Changes((), self._log.done().skipped, self._log.facts)
-        return self._log.done()
+                return Changes((), self._log.done().skipped, self._figures)
+        return self._log.done(self._figures)
 
 
 def _data(ctx: Context, model: Model) -> CalibrationData | None:
@@ -294,4 +323,4 @@ def _sample(model: Model, ctx: Context) -> Mapping[str, Array]:
     return make_feeds(model.inputs(), batch=1, size=32)
 
 
-__all__ = ["Factorize"]
+__all__ = ["Factorize", "FactorizeFigures"]

@@ -29,6 +29,24 @@ SAMPLES = 64
 
 
 @dataclass(frozen=True)
+class MeasuredFactors:
+    """Factors of one layer that the gate has timed.
+
+    Attributes:
+        layer: its name.
+        factors: their scheme and ranks.
+        macs, time: relative to the layer's.
+        passed: whether they are faster by enough.
+    """
+
+    layer: str
+    factors: str
+    macs: float
+    time: float
+    passed: bool
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What to look for.
 
@@ -126,7 +144,7 @@ class Search:
         self._data = parts.fit if parts else None
         self._judge = Judge(model, parts.held, ctx.target, SAMPLES) if parts else None
         self._log = log
-        self.measured: list[dict[str, object]] = []
+        self.measured: list[MeasuredFactors] = []
 
     def __call__(self, layers: Sequence[Layer]) -> list[Entry]:
         """Layers that have candidates, with what is known of these."""
@@ -168,13 +186,7 @@ class Search:
         """Without the candidates that are not faster by enough."""
         limit = 1.0 / self._wanted.min_gain
         self.measured += [
-            {
-                "layer": entry.layer.name,
-                "factors": each.label,
-                "macs": each.macs,
-                "time": each.time,
-                "passed": each.time <= limit,
-            }
+            MeasuredFactors(entry.layer.name, each.label, each.macs, each.time, each.time <= limit)
             for each in entry.candidates
         ]
         passed = tuple(each for each in entry.candidates if each.time <= limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,7 +13,7 @@ from pydantic import Field
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.holdout import split
 from onnxslim.calibration.sources.arrays import Feeds
-from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.base import Change, Changes, Context, Figures, Log, Pass, captioned, options
 from onnxslim.errors import UsageError
 from onnxslim.families.analysis import Analysis, analyze
 from onnxslim.families.costs import Costs
@@ -30,7 +31,28 @@ from onnxslim.passes.prune.importance import Importance
 from onnxslim.passes.prune.plan import PruningPlan
 from onnxslim.passes.repair import repair
 
-__all__ = ["Prune", "PruningPlan"]
+__all__ = ["Prune", "PruneFigures", "PruningPlan"]
+
+
+@dataclass(frozen=True)
+class PruneFigures(Figures):
+    """What pruning has to tell of a model.
+
+    Attributes:
+        macs, params: multiply-accumulates of one sample, and parameters, before and after.
+        plan: what went, to keep and to replay.
+        repairs: layers that were fitted again, and what became of them.
+        families: how many lost units.
+        oracle: largest difference, relative to the largest magnitude of an output, between the model that was
+            cut and the one with the same slices set to zero; None if it could not be run.
+    """
+
+    macs: tuple[int, int]
+    params: tuple[int, int]
+    plan: PruningPlan
+    repairs: tuple[Change, ...] = ()
+    families: int | None = captioned("families of units that became smaller")
+    oracle: float | None = captioned("largest relative difference to the same slices set to zero")
 
 
 @options
@@ -93,6 +115,7 @@ class _Run:
         self._model = model
         self._kept: Kept = {}  # slices of the original that are left
         self._errors: list[float] = []
+        self._repairs: tuple[Change, ...] = ()
 
     def run(self) -> Changes:
         """All steps."""
@@ -108,9 +131,9 @@ class _Run:
         if not done:
             self._say_why(first)
             return Changes((), self._log.done().skipped)
-        self._tell(first)
+        figures = self._told(first)
         reshare(self._model, twins)
-        return self._log.done()
+        return self._log.done(figures)
 
     def _analyze(self) -> Analysis:
         sizes = None
@@ -201,23 +224,23 @@ class _Run:
             self._log.change(change.node, "refitted to what the original computes")
         for skip in changes.skipped:
             self._log.skip(skip.node, skip.reason)
-        self._log.facts["repairs"] = [
-            {"node": change.node, "action": change.action, "reason": change.reason}
-            for change in changes.changed
-        ]
+        self._repairs = changes.changed
 
-    def _tell(self, first: Analysis) -> None:
+    def _told(self, first: Analysis) -> PruneFigures:
+        """Figures of the whole; in the log what became of each family."""
         removal = Removal.leaving(first, self._kept)
         for family in first.families:
             if gone := removal.counts.get(family.name):
                 self._log.change(family.name, f"{gone} of {family.size} units removed", _note(family.crosses))
         costs = Costs(self._model, self._analyze())
-        self._log.facts["macs"] = [self._whole["macs"], costs.macs({})]
-        self._log.facts["params"] = [self._whole["params"], costs.parameters({})]
-        self._log.facts["families"] = len(removal.counts)
-        self._log.facts["plan"] = PruningPlan.of(removal).to_dict()
-        if self._errors:
-            self._log.facts["oracle"] = max(self._errors)
+        return PruneFigures(
+            macs=(self._whole["macs"], costs.macs({})),
+            params=(self._whole["params"], costs.parameters({})),
+            plan=PruningPlan.of(removal),
+            repairs=self._repairs,
+            families=len(removal.counts),
+            oracle=max(self._errors, default=None),
+        )
 
     def _say_why(self, analysis: Analysis) -> None:
         """Nothing was pruned: name what stands in the way of the first layers."""

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from onnxslim.errors import UsageError
 from onnxslim.families.analysis import Analysis, Family
 from onnxslim.families.removal import Removal
+from onnxslim.formats import plain
 
 VERSION = 1
 
@@ -72,10 +73,12 @@ class PruningPlan:
     Attributes:
         sizes: numbers of units of all families of the model it was made for, in the order of the graph.
         entries: of the families that lose units.
+        version: of the format.
     """
 
     sizes: tuple[int, ...]
     entries: tuple[Entry, ...]
+    version: int = VERSION
 
     @classmethod
     def of(cls, removal: Removal) -> PruningPlan:
@@ -101,7 +104,7 @@ class PruningPlan:
             for each in self.entries
         ]
         lines = ",\n    ".join(json.dumps(entry) for entry in entries)
-        head = f'"version": {VERSION},\n  "sizes": {json.dumps(list(self.sizes))}'
+        head = f'"version": {self.version},\n  "sizes": {json.dumps(list(self.sizes))}'
         return f'{{\n  {head},\n  "entries": [\n    {lines}\n  ]\n}}\n'
 
     @classmethod
@@ -180,8 +183,8 @@ class PruningPlan:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return dict(json.loads(self.to_json()))
+        """Plain data, as in the JSON of a report."""
+        return dict(plain(self))
 
 
 def members_of(family: Family) -> tuple[str, ...]:

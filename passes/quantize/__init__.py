@@ -17,13 +17,16 @@ from onnxslim.engine.base import Changes, Context, Log, OneOf, Pass, options
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Kind, Recipe, Settings
-from onnxslim.passes.quantize.fused import fused
+from onnxslim.passes.quantize.figures import LayerFigures, QuantizeFigures
+from onnxslim.passes.quantize.fused import kernels
 from onnxslim.passes.quantize.goal import Goal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
 from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Layer, Search
 from onnxslim.passes.quantize.trained import Trained, strip
 from onnxslim.passes.quantize.trial import Trial
 from onnxslim.runtime.targets import CPU, Target, layouts
+
+__all__ = ["Quantize", "QuantizeFigures"]
 
 ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
 Activations = Literal["auto", "uint8", "int8", "uint16", "dynamic", "none"] | None
@@ -141,18 +144,20 @@ class Quantize(Pass):
         original = model.copy()
         if trained:
             trained.restore(original, ())
-            log.facts["trained"] = [len(trained.tensors), len(trained.constants)]
-        candidate = self._candidate(model, trained, original, ctx, log)
+        candidate, figures = self._candidate(model, trained, original, ctx, log)
         log.add(candidate.log.done())
         plan = candidate.plan
         if not plan.linear and not plan.stored:
-            log.skip(model.graph.name or "model", _nothing(model, log))
+            log.skip(model.graph.name or "model", _nothing(model, figures))
             return Changes((), log.done().skipped)
         model.graph = candidate.model.graph
         if ctx.target.provider == CPU and self.layout in ("target", "cpu"):
             integer = {key: label for key, label in plan.labels.items() if key in plan.integer}
-            log.facts.update(fused(model, integer, ctx.target))
-        return log.done()
+            fused, total, unfused = kernels(model, integer, ctx.target)
+            figures = replace(figures, fused=fused, total=total, unfused=unfused)
+        if trained:
+            figures = replace(figures, trained=(len(trained.tensors), len(trained.constants)))
+        return log.done(figures)
 
     @property
     def _static(self) -> bool:
@@ -170,12 +175,13 @@ class Quantize(Pass):
 
     def _candidate(
         self, model: Model, trained: Trained, original: Model, ctx: Context, log: Log
-    ) -> Candidate:
-        """The result, found by a search if there is data to judge by."""
+    ) -> tuple[Candidate, QuantizeFigures]:
+        """The result, found by a search if there is data to judge by, and what was measured on the way."""
         if ctx.data is None and self.max_drop is not None:
             raise CalibrationError("pass 'quantize' with max_drop needs calibration data to rank layers on")
         if ctx.data is None:
-            return Builder(model, ctx, self._settings(), trained)(Recipe())
+            candidate = Builder(model, ctx, self._settings(), trained)(Recipe())
+            return candidate, candidate.figures
         data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
         data.check(model.inputs())
         ctx = replace(ctx, data=data)
@@ -185,11 +191,12 @@ class Quantize(Pass):
         judge = Judge(original, held, ctx.target, optimize="none" if trained else "all", clear=CLEAR)
         search = Search(judge)
         goal = Goal(self.require_sqnr, self.max_drop, original, ctx)
-        trial = self._search(search, build, goal, log)
+        trial, figures = self._search(search, build, goal, log)
         if share > FEW or (share and trial.score.sqnr < ENOUGH):
             trial = search.complete(trial, held, goal)
-        self._tell(trial, search, goal, log)
-        return trial.candidate
+        if not goal.met(trial):
+            log.skip("model", goal.shortfall(trial))
+        return trial.candidate, self._told(figures, trial, search, goal)
 
     def _settings(self) -> Settings:
         kind: Kind = "static" if self._static else "dynamic" if self.activations == "dynamic" else "none"
@@ -203,32 +210,37 @@ class Quantize(Pass):
             self.algorithm == "gptq",
         )
 
-    def _search(self, search: Search, build: Builder, goal: Goal, log: Log) -> Trial:
-        """The candidate to take; in the log how it was found."""
+    def _search(self, search: Search, build: Builder, goal: Goal, log: Log) -> tuple[Trial, QuantizeFigures]:
+        """The candidate to take, and what was measured until it was found."""
         if not self._static:
             trial = search.attempt(Recipe(), build)
         elif self.observer == "auto":
             trial = search.observer(Recipe(), build)
         else:
             trial = search.attempt(Recipe((self.observer, self.percentile)), build)
-        log.facts["nearest"] = trial.score.sqnr
+        nearest = trial.score.sqnr
         if self.equalization and self._static and trial.score.sqnr < ENOUGH:
             choices = OBSERVERS if self.observer == "auto" else (trial.recipe.observer,)
             trial = search.equalized(trial, choices, log)
         if self._rounds(trial):
             trial = search.rounding(trial)
         fitted = search.fitted(trial) if self.sequential and self._rounds(trial) else trial
-        log.facts["everything"] = fitted.score.sqnr
+        figures = QuantizeFigures(nearest=nearest, everything=fitted.score.sqnr)
         if self.layers or not goal.met(fitted):
-            fitted = self._without_worst(search, trial, fitted, goal, log)
-        return search.fastest(fitted) if self.optimize_for == "latency" and self._static else fitted
+            fitted, layers = self._without_worst(search, trial, fitted, goal)
+            figures = replace(figures, layers=layers)
+        if self.optimize_for == "latency" and self._static:
+            fitted = search.fastest(fitted)
+        return fitted, figures
 
     def _rounds(self, trial: Trial) -> bool:
         """Whether to look for better codes than a candidate has."""
         chosen = self.algorithm in ("cd", "gptq")
         return chosen or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH)
 
-    def _without_worst(self, search: Search, trial: Trial, fitted: Trial, goal: Goal, log: Log) -> Trial:
+    def _without_worst(
+        self, search: Search, trial: Trial, fitted: Trial, goal: Goal
+    ) -> tuple[Trial, tuple[LayerFigures, ...]]:
         """The candidate with the fewest layers out of integers that keeps enough, and what each layer does.
 
         Args:
@@ -236,7 +248,6 @@ class Quantize(Pass):
             trial: everything in integers, weights as they are.
             fitted: the same with weights fitted to quantized inputs, or itself if that was not better.
             goal: what is to be kept.
-            log: the layers go there.
         """
         layers = search.layers(trial)
         best = fitted
@@ -246,25 +257,27 @@ class Quantize(Pass):
                 trial, layers = search.ranges(trial, layers)
             kept = search.keep(trial, layers, goal, gain)
             best = kept if goal.met(kept) else max(fitted, kept, key=lambda each: each.score.sqnr)
-        log.facts["layers"] = [_row(layer, best) for layer in layers]
-        return best
+        return best, tuple(_row(layer, best) for layer in layers)
 
     @staticmethod
-    def _tell(trial: Trial, search: Search, goal: Goal, log: Log) -> None:
-        """Figures of the candidate that was taken."""
-        if not goal.met(trial):
-            log.skip("model", goal.shortfall(trial))
-        log.facts["sqnr"] = trial.score.sqnr
-        if goal.before is not None:
-            log.facts["metric"] = [goal.before, goal.value(trial.candidate.model)]
-        log.facts["latency"] = search.latency(trial)
-        log.facts["parts"] = dict(trial.score.parts)
-        log.facts["observer"] = trial.recipe.observer[0]
+    def _told(figures: QuantizeFigures, trial: Trial, search: Search, goal: Goal) -> QuantizeFigures:
+        """The same with those of the candidate that was taken."""
+        made = trial.candidate
+        return replace(
+            figures,
+            tightened=made.figures.tightened,
+            corrected=made.figures.corrected,
+            sqnr=trial.score.sqnr,
+            metric=None if goal.before is None else (goal.before, goal.value(made.model)),
+            latency=search.latency(trial),
+            parts=dict(trial.score.parts),
+            observer=trial.recipe.observer[0],
+        )
 
 
-def _nothing(model: Model, log: Log) -> str:
+def _nothing(model: Model, figures: QuantizeFigures) -> str:
     """Why nothing was quantized."""
-    if any(row["kept"] for row in log.facts.get("layers", ())):
+    if any(layer.kept for layer in figures.layers or ()):
         return NOTHING_LEFT
     kinds = {tensor.dtype for tensor in model.constants() if isinstance(tensor.dtype, np.dtype)}
     other = [kind.name for kind in kinds if kind.kind == "f" and kind != np.float32]
@@ -273,9 +286,9 @@ def _nothing(model: Model, log: Log) -> str:
     return NOTHING_FOUND
 
 
-def _row(layer: Layer, trial: Trial) -> dict[str, object]:
+def _row(layer: Layer, trial: Trial) -> LayerFigures:
     kept = layer.node in trial.recipe.kept or layer.node in trial.recipe.refused
-    return {"node": layer.node, "op": layer.op, "sqnr": round(layer.sqnr, 2), "kept": kept}
+    return LayerFigures(layer.node, layer.op, round(layer.sqnr, 2), kept)
 
 
 # In dB: what keeps that much of a few samples need not be looked at any longer.

@@ -25,6 +25,7 @@ from onnxslim.ops import Role, cost, spec_of
 from onnxslim.ops.layers import Layer, layer_of
 from onnxslim.passes.quantize import dynamic
 from onnxslim.passes.quantize.equalize import equalize
+from onnxslim.passes.quantize.figures import QuantizeFigures
 from onnxslim.passes.quantize.insert import Inserter, pair_axis_of
 from onnxslim.passes.quantize.plan import LAST, Plan, Planner, exceeds
 from onnxslim.passes.quantize.rounding import Rounder, as_matrix
@@ -95,6 +96,7 @@ class Candidate:
     plan: Plan
     log: Log
     groups: tuple[Group, ...]
+    figures: QuantizeFigures
 
 
 class Builder:
@@ -135,14 +137,15 @@ class Builder:
         encoder = self._refined if recipe.refined else self._nearest
         if recipe.refined:
             self._observe(plan)
+        figures = QuantizeFigures()
         if plan.linear or stored:
-            self._insert(twin, replace(plan, stored=stored), ranges, log, encoder)
+            figures = self._insert(twin, replace(plan, stored=stored), ranges, log, encoder)
         if self._settings.activations == "dynamic":
-            self._run_dynamically(twin, others, log, encoder)
+            figures = replace(figures, tightened=self._run_dynamically(twin, others, log, encoder))
         if self._trained:
             self._trained.restore(twin, {tensor.name for tensor in plan.tensors.values()})
         self._store(twin, plan, recipe, others if self._four_bits else [], log)
-        return Candidate(twin, plan, log, groups)
+        return Candidate(twin, plan, log, groups, figures)
 
     def _parted(self, plan: Plan, recipe: Recipe, log: Log) -> tuple[list[Node], list[Node]]:
         """Nodes that store their weight as int8, and those that run dynamically or store it in four bits."""
@@ -158,10 +161,13 @@ class Builder:
                 log.skip(node.label, reason)
         return parts
 
-    def _run_dynamically(self, model: Model, nodes: Sequence[Node], log: Log, encoder: Encoder) -> None:
+    def _run_dynamically(
+        self, model: Model, nodes: Sequence[Node], log: Log, encoder: Encoder
+    ) -> dict[str, int]:
+        """Channels that were tightened for it, by layer."""
         writer = dynamic.Dynamic(model, self.ctx.target.quantized, encoder, self._settings.per_channel, log)
         writer.apply(nodes)
-        log.facts["tightened"] = writer.tightened
+        return writer.tightened
 
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates of weighted nodes on the first batch, by label, where shapes tell."""
@@ -392,13 +398,12 @@ class Builder:
 
     def _insert(
         self, model: Model, plan: Plan, ranges: Mapping[int, Range], log: Log, encoder: Encoder
-    ) -> None:
+    ) -> QuantizeFigures:
         channels, seen = self._channels(plan), self._seen.means
         means = {node: seen[key].result() for node, key in channels.items() if key in seen}
         inserter = Inserter(model, plan, self.ctx.target.quantized, log, encoder)
         inserter.apply(ranges, self._settings.per_channel, means, self._grids(plan), self._trained.constants)
-        log.facts["tightened"] = inserter.tightened
-        log.facts["corrected"] = inserter.corrected
+        return QuantizeFigures(tightened=inserter.tightened, corrected=inserter.corrected)
 
     def _ranges(self, plan: Plan, recipe: Recipe) -> dict[int, Range]:
         """The range of each tensor of the plan; tensors on one scale get the same."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 from onnxslim.ir.graph import Node
 from onnxslim.ir.model import Model
@@ -13,17 +13,27 @@ from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.targets import Target
 
 
-def fused(model: Model, integer: Mapping[int, str], target: Target) -> dict[str, Any]:
-    """What became of the operators that were quantized, as facts for the report.
+class Kernels(NamedTuple):
+    """What became of the operators that were quantized.
+
+    Attributes:
+        fused: operators with integer kernels, by type.
+        total: operators of the types that could have one.
+        unfused: names of nodes between Q and DQ that run in floating point all the same.
+    """
+
+    fused: dict[str, int]
+    total: dict[str, int]
+    unfused: tuple[str, ...]
+
+
+def kernels(model: Model, integer: Mapping[int, str], target: Target) -> Kernels:
+    """Which kernels ONNX Runtime has for a quantized model.
 
     Args:
         model: the quantized model.
         integer: labels, by id, of the nodes that were to run in integers.
         target: whose optimizations to look at.
-
-    Returns:
-        `fused`: operators with integer kernels, by type; `total`: operators of the types that could have
-        one; `unfused`: names of nodes between Q and DQ that run in floating point all the same.
     """
     named = model.copy()
     for node, twin in zip(model.graph.nodes, named.graph.nodes, strict=True):
@@ -39,11 +49,8 @@ def fused(model: Model, integer: Mapping[int, str], target: Target) -> dict[str,
     ]
     lost = set(unfused)
     done = Counter(_kind(node) for node in countable if node.name in wanted and node.name not in lost)
-    return {
-        "fused": dict(done),
-        "total": {op: count for op, count in Counter(map(_kind, countable)).items() if done[op]},
-        "unfused": tuple(unfused),
-    }
+    total = {op: count for op, count in Counter(map(_kind, countable)).items() if done[op]}
+    return Kernels(dict(done), total, tuple(unfused))
 
 
 def _may_be_integer(node: Node) -> bool:

@@ -434,7 +434,7 @@ def test_accuracy_on_labels_is_the_metric_where_none_is_given(run: Run, folder: 
     _classifier(folder)
     words = ("quantize", "net.onnx", "net.int8.onnx", "--max-drop", "0.05", "--classifier")
     told = json.loads(run(*words, "--data", "net.npz", "--json")[1])
-    before, after = told["report"]["steps"][0]["changes"]["facts"]["metric"]
+    before, after = told["report"]["steps"][0]["changes"]["figures"]["metric"]
     assert before == 1.0
     assert 0.95 <= after <= 1.0
     np.savez(folder / "bare.npz", x=np.zeros((8, 16), np.float32))

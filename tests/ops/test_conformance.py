@@ -19,7 +19,7 @@ from onnxslim.ir.graph import Array, Constant, Node, Tensor, Variable, sort
 from onnxslim.ir.model import Model
 from onnxslim.ops import REGISTRY, OpSpec, Role
 from onnxslim.ops.cost import macs
-from onnxslim.passes.quantize import Quantize
+from onnxslim.passes.quantize import Quantize, QuantizeFigures
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from tests.helpers import parse
@@ -173,7 +173,7 @@ def test_integer_kernels_are_used_and_right(spec: OpSpec) -> None:
     after = model.copy()
     # The example's few channels are the point here, not what pays.
     changes = Quantize(classifier=True).run(after, Context(target=_wide(), data=CalibrationData([feeds])))
-    assert changes.facts["unfused"] == ()
+    assert QuantizeFigures.of(changes).unfused == ()
     label = _node(model, spec).label
     assert any(change.node == label for change in changes.changed), changes.skipped
     expected, actual = Session(model).run(feeds), Session(after).run(feeds)

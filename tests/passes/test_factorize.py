@@ -26,12 +26,12 @@ from onnxslim.ir.model import Model, load
 from onnxslim.ops import cost
 from onnxslim.passes import create
 from onnxslim.passes.dead import Dead
-from onnxslim.passes.factorize import Factorize, chains, fit, ranks, schemes
+from onnxslim.passes.factorize import Factorize, FactorizeFigures, chains, fit, ranks, schemes
 from onnxslim.passes.factorize.layers import Factor, Layer
 from onnxslim.passes.factorize.schemes import SCHEMES, Problem, balanced, directions, merged
 from onnxslim.passes.factorize.search import layers_of
 from onnxslim.passes.prune import Prune
-from onnxslim.passes.quantize import Quantize
+from onnxslim.passes.quantize import Quantize, QuantizeFigures
 from onnxslim.runtime import timing
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
@@ -566,7 +566,7 @@ def test_budgets_in_size_are_kept(net: Model, clock: dict[str, float], unit: str
         before, after = (cost.macs(model, {"x": (1, 8, 10, 10)}) for model in (net, found))
     else:
         before, after = net.stats().parameters, found.stats().parameters
-        assert not changes.facts["candidates"], "timed although only the size counts"
+        assert not FactorizeFigures.of(changes).candidates, "timed although only the size counts"
     assert before
     assert after
     assert 0.7 * share < after / before <= share
@@ -576,7 +576,7 @@ def test_data_is_worth_more_than_weights_alone(net: Model, clock: dict[str, floa
     judge = Judge(net, CalibrationData([{"x": _normal(64, 8, 10, 10, seed=99)}]), Target.cpu(1))
     fitted, _ = _factorize(net, _data(12, 8), macs=0.4)
     plain, changes = _factorize(net, macs=0.4)
-    assert "calibration" in changes.facts["fitted"]
+    assert "calibration" in (FactorizeFigures.of(changes).fitted or "")
     assert judge(net).error == 0.0
     assert judge(fitted).error < 0.5 * judge(plain).error
 
@@ -592,7 +592,7 @@ def test_energy_bounds_what_every_layer_loses(net: Model, clock: dict[str, float
     kept = {}
     for energy in (0.8, 0.99):
         _, changes = _factorize(net, _data(), energy=energy)
-        kept[energy] = changes.facts["layers"]
+        kept[energy] = FactorizeFigures.of(changes).layers
         assert kept[energy]
     assert kept[0.8] != kept[0.99]
     _, changes = _factorize(net, _data(), energy=0.999999)
@@ -720,9 +720,9 @@ def test_pipeline_then_quantized_runs_in_integers(net: Model, clock: dict[str, f
     result = Pipeline(
         Factorize(macs=0.5, align=4, repair=False), Quantize(classifier=True), on_error="raise"
     )(net, data=_data(), target=Target.cpu(1))
-    facts = result.report.steps[-1].changes.facts
-    assert facts["fused"] == facts["total"]
-    assert facts["total"]["Conv"] > 3
+    figures = QuantizeFigures.of(result.report.steps[-1].changes)
+    assert figures.fused == figures.total
+    assert (figures.total or {})["Conv"] > 3
     assert "candidates" not in str(result.report)
     assert json.dumps(result.report.to_dict())
 
@@ -779,7 +779,7 @@ def test_layers_without_a_name_go_by_their_output(clock: dict[str, float]) -> No
     context = Context(target=Target.cpu(1), sample={"x": _normal(1, 32)})
     changes = Factorize(params=0.4, align=4).run(model, context)
     assert [change.node for change in changes.changed] == ["MatMul→h", "MatMul→y"]
-    assert list(changes.facts["layers"]) == ["MatMul→h", "MatMul→y"]
+    assert list(FactorizeFigures.of(changes).layers or {}) == ["MatMul→h", "MatMul→y"]
 
 
 def test_first_factors_have_no_bias(net: Model, clock: dict[str, float]) -> None:
@@ -834,7 +834,8 @@ def test_dead_nodes_and_real_times(net: Model) -> None:
         net, data=_data(), target=Target.cpu(1)
     )
     first = result.report.steps[0]
-    assert "latency" in first.changes.facts or not first.changes
-    assert all(row["passed"] == (row["time"] <= 1 / 1.1) for row in first.changes.facts["candidates"])
+    figures = FactorizeFigures.of(first.changes)
+    assert figures.latency is not None or not first.changes
+    assert all(row.passed == (row.time <= 1 / 1.1) for row in figures.candidates)
     assert ops(result.model)["Conv"] >= 3
     assert list(timing.folder().iterdir())

@@ -26,7 +26,7 @@ from onnxslim.ir.model import Model
 from onnxslim.ops import REGISTRY, Channels
 from onnxslim.ops.channels.labels import Block, Trace
 from onnxslim.passes.half import Half
-from onnxslim.passes.prune import Prune, PruningPlan
+from onnxslim.passes.prune import Prune, PruneFigures, PruningPlan
 from onnxslim.passes.prune.budget import Limits, allocate, convex
 from onnxslim.passes.prune.cut import cut, prepare, zero
 from onnxslim.passes.prune.importance import rank
@@ -74,8 +74,8 @@ def weights(model: Model) -> dict[str, Constant]:
 @pytest.mark.parametrize("share", [0.75, 0.5, 0.3])
 def test_a_budget_is_reached(goal: str, share: float) -> None:
     asked: dict[str, Any] = {goal: share, "align": 2}
-    facts = prune(chain(64), **asked).report.steps[0].changes.facts
-    before, after = facts[goal]
+    figures = PruneFigures.of(prune(chain(64), **asked).report.steps[0].changes)
+    before, after = figures.macs if goal == "macs" else figures.params
     assert share - 0.02 <= after / before <= share
 
 
@@ -137,8 +137,8 @@ def test_without_data_the_report_says_that_nothing_was_repaired() -> None:
 
 
 def test_steps_reach_the_same_goal() -> None:
-    facts = prune(chain(64), data(), macs=0.4, steps=3, align=4).report.steps[0].changes.facts
-    assert 0.36 <= facts["macs"][1] / facts["macs"][0] <= 0.4
+    figures = PruneFigures.of(prune(chain(64), data(), macs=0.4, steps=3, align=4).report.steps[0].changes)
+    assert 0.36 <= figures.macs[1] / figures.macs[0] <= 0.4
 
 
 def test_a_plan_can_be_replayed_on_other_names() -> None:
@@ -162,7 +162,7 @@ def _values() -> dict[str, Array]:
 
 
 def _json(result: Result) -> str:
-    return json.dumps(result.report.steps[0].changes.facts["plan"])
+    return PruneFigures.of(result.report.steps[0].changes).plan.to_json()
 
 
 def test_a_plan_goes_through_json_and_tells_differences() -> None:
@@ -432,15 +432,19 @@ def test_a_quantized_model_can_be_pruned() -> None:
     """Scales of weights go with their channels; rounding does not get in the way of the proof."""
     quantized = Pipeline(Quantize(), on_error="raise")(chain(), data=data()).model
     step = prune(quantized, ratio=0.5, repair="none").report.steps[0]
-    assert step.changes.facts["oracle"] < 1e-5
-    assert step.changes.facts["params"][1] < 0.4 * step.changes.facts["params"][0]
+    figures = PruneFigures.of(step.changes)
+    assert figures.oracle is not None
+    assert figures.oracle < 1e-5
+    assert figures.params[1] < 0.4 * figures.params[0]
 
 
 def test_weights_stored_in_half_precision_can_be_pruned() -> None:
     stored = Pipeline(Half(weights_only=True), on_error="raise")(chain()).model
     step = prune(stored, ratio=0.5, repair="none").report.steps[0]
-    assert step.changes.facts["oracle"] < 1e-5
-    assert step.changes.facts["params"][1] < 0.4 * step.changes.facts["params"][0]
+    figures = PruneFigures.of(step.changes)
+    assert figures.oracle is not None
+    assert figures.oracle < 1e-5
+    assert figures.params[1] < 0.4 * figures.params[0]
 
 
 def test_a_plan_with_a_position_that_is_not_there_is_refused() -> None:
@@ -455,8 +459,8 @@ def test_a_plan_is_replayed_once_whatever_the_steps(tmp_path: Path) -> None:
     analysis = analyze(chain())
     path = tmp_path / "plan.json"
     path.write_text(PruningPlan.of(Removal(analysis, {analysis.families[0].name: [0, 5]})).to_json())
-    facts = prune(chain(), plan=path, steps=3).report.steps[0].changes.facts
-    assert [entry["removed"] for entry in facts["plan"]["entries"]] == [[0, 5]]
+    figures = PruneFigures.of(prune(chain(), plan=path, steps=3).report.steps[0].changes)
+    assert [entry.removed for entry in figures.plan.entries] == [(0, 5)]
 
 
 def test_a_goal_that_is_met_says_so() -> None:

@@ -16,7 +16,7 @@ from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import CalibrationError
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
-from onnxslim.passes.quantize import Quantize, weights
+from onnxslim.passes.quantize import Quantize, QuantizeFigures, weights
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from tests.helpers import ops, parse, same_outputs
@@ -90,8 +90,8 @@ def feeds() -> dict[str, Array]:
 
 def test_a_residual_block_runs_in_integers_and_fuses(block: Model, feeds: dict[str, Array]) -> None:
     after, changes = _quantize(block, feeds)
-    assert changes.facts["fused"] == {"Conv": 4, "Add": 1}
-    assert changes.facts["unfused"] == ()
+    assert QuantizeFigures.of(changes).fused == {"Conv": 4, "Add": 1}
+    assert QuantizeFigures.of(changes).unfused == ()
     assert ops(after)["Relu"] == 0, "ranges that begin at zero do the work of Relu"
     assert _sqnr(block, after, feeds) > 30
     assert abs(_sqnr(block, after, feeds) - _sqnr(block, after, feeds, "none")) < 1.0
@@ -104,7 +104,7 @@ def test_the_last_pooling_and_classifier_stay_in_float_unless_asked(
     assert "classifier" in _skips(changes)["head"]
     assert "gap" in _skips(changes)
     _, changes = _quantize(block, feeds, classifier=True)
-    assert changes.facts["fused"] == {"Conv": 4, "Add": 1, "GlobalAveragePool": 1, "Gemm": 1}
+    assert QuantizeFigures.of(changes).fused == {"Conv": 4, "Add": 1, "GlobalAveragePool": 1, "Gemm": 1}
 
 
 def test_a_large_classifier_stores_integers_and_computes_in_float() -> None:
@@ -115,7 +115,7 @@ def test_a_large_classifier_stores_integers_and_computes_in_float() -> None:
     _with(model, w=0.1 * _normal(64, 64), v=0.1 * _normal(64, 64, seed=1))
     feeds = {"x": _normal(32, 64)}
     after, changes = _quantize(model, feeds)
-    assert changes.facts["fused"] == {"MatMul": 1}
+    assert QuantizeFigures.of(changes).fused == {"MatMul": 1}
     assert sum(t.nbytes for t in after.constants()) < 0.3 * model.nbytes()
     assert _sqnr(model, after, feeds) > 25
     after, _ = _quantize(model, feeds, exclude=("head",))
@@ -166,7 +166,7 @@ def test_one_scale_for_concatenated_tensors(feeds: dict[str, Array]) -> None:
     after, changes = _quantize(model, feeds)
     cat = next(node for node in after.graph.nodes if node.name == "cat")
     assert len({id(tensor.inputs[0].inputs[1]) for tensor in cat.inputs}) == 1
-    assert changes.facts["fused"] == {"Conv": 3, "Concat": 1}
+    assert QuantizeFigures.of(changes).fused == {"Conv": 3, "Concat": 1}
     # The output is an output of the graph: it keeps its name and its kernel.
     assert after.graph.outputs[0].inputs[0].op == "DequantizeLinear"
 
@@ -180,8 +180,8 @@ def test_a_relu_behind_one_of_the_joined_tensors_keeps_its_kernel(feeds: dict[st
     )
     _with(model, w=_normal(8, 8, 1, 1), v=_normal(8, 8, 1, 1, seed=1), u=_normal(8, 16, 1, 1))
     after, changes = _quantize(model, feeds)
-    assert changes.facts["fused"] == {"Conv": 3, "Concat": 1}
-    assert changes.facts["unfused"] == ()
+    assert QuantizeFigures.of(changes).fused == {"Conv": 3, "Concat": 1}
+    assert QuantizeFigures.of(changes).unfused == ()
     assert _sqnr(model, after, feeds) > 30
 
 
@@ -206,8 +206,8 @@ def test_squeeze_excite_and_hardswish_run_in_integers(feeds: dict[str, Array]) -
     shapes = {"w": (8, 8, 1, 1), "d": (4, 8, 1, 1), "e": (8, 4, 1, 1), "u": (8, 8, 1, 1)}
     _with(model, **{name: _normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())})
     after, changes = _quantize(model, feeds)
-    assert changes.facts["fused"] == {"Conv": 4, "GlobalAveragePool": 1, "Mul": 2, "Add": 2}
-    assert changes.facts["unfused"] == ()
+    assert QuantizeFigures.of(changes).fused == {"Conv": 4, "GlobalAveragePool": 1, "Mul": 2, "Add": 2}
+    assert QuantizeFigures.of(changes).unfused == ()
     assert _sqnr(model, after, feeds) > 30
 
 
@@ -249,7 +249,7 @@ def test_a_shared_weight_is_stored_once() -> None:
         { a = MatMul(x, w) b = Tanh(a) c = MatMul(b, w) y = Tanh(c) }"""
     )
     after, changes = _quantize(_with(model, w=_normal(8, 8)), {"x": _normal(16, 8)})
-    assert changes.facts["fused"] == {"MatMul": 2}
+    assert QuantizeFigures.of(changes).fused == {"MatMul": 2}
     assert [t.shape for t in after.constants() if t.dtype == np.int8 and len(t.shape) == 2] == [(8, 8)]
 
 

@@ -16,7 +16,7 @@ from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
-from onnxslim.passes.quantize import Quantize, weights
+from onnxslim.passes.quantize import Quantize, QuantizeFigures, weights
 from onnxslim.runtime.session import Session
 from tests.helpers import parse
 
@@ -102,7 +102,7 @@ def _skips(changes: Changes) -> dict[str, str]:
 def test_small_networks_agree_fused_and_as_written(body: str) -> None:
     model = _net(body)
     after, changes = _quantized(model)
-    assert changes.facts["unfused"] == ()
+    assert QuantizeFigures.of(changes).unfused == ()
     _assert_close(model, after)
 
 
@@ -110,7 +110,7 @@ def test_positions_that_a_pooling_found_are_not_quantized() -> None:
     body = "a = Conv(x, v) p, i = MaxPool<kernel_shape=[2,2]>(a) y = Conv(p, u)"
     model = _net(body, "float[N,C,H,W] y, int64[N,8,5,5] i")
     after, changes = _quantized(model)
-    assert changes.facts["fused"] == {"Conv": 2}
+    assert QuantizeFigures.of(changes).fused == {"Conv": 2}
     assert len([node for node in after.nodes() if node.op == "QuantizeLinear"]) == 4
     feeds = {"x": _normal(8, 8, 6, 6)}
     assert Session(after).run(feeds)["i"].dtype == np.int64
@@ -124,7 +124,7 @@ def test_pooling_that_integer_kernels_get_wrong_never_stands_between_pairs(attri
     model = _net(body.replace("3,3", "2,2") if "dilations" in body else body, opset=19, ir_version=9)
     after, changes = _quantized(model)
     assert "integer kernel of AveragePool" in _skips(changes)["AveragePool→p"]
-    assert changes.facts["fused"] == {"Conv": 1}
+    assert QuantizeFigures.of(changes).fused == {"Conv": 1}
     _assert_close(model, after)
 
 
@@ -152,7 +152,7 @@ def test_a_single_column_is_quantized() -> None:
     text = "g (float[N,4] x, float[4,1] k, float[1] b) => (float[N,1] y) { y = Gemm(x, k, b) }"
     model = parse(text, {"k": _normal(4, 1), "b": _normal(1)})
     after, changes = _quantized(model, {"x": _normal(8, 4)})
-    assert changes.facts["fused"] == {"Gemm": 1}
+    assert QuantizeFigures.of(changes).fused == {"Gemm": 1}
     _assert_close(model, after, {"x": _normal(8, 4)})
 
 
@@ -173,7 +173,7 @@ def test_weights_in_constant_nodes_are_quantized() -> None:
     )
     feeds = {"x": _normal(8, 4), "c": np.array(True)}
     after, changes = _quantized(model, feeds)
-    assert changes.facts["fused"] == {"MatMul": 1}
+    assert QuantizeFigures.of(changes).fused == {"MatMul": 1}
     _assert_close(model, after, feeds)
 
 
@@ -183,7 +183,7 @@ def test_weights_in_constant_nodes_are_quantized() -> None:
 def test_nothing_is_quantized_twice() -> None:
     once, _ = _quantized(_net("a = Conv(x, v) r = Relu(a) y = Conv(r, u)"))
     twice, changes = _quantized(once)
-    assert changes.facts["trained"] == [3, 2]
+    assert QuantizeFigures.of(changes).trained == (3, 2)
     assert sorted(node.op for node in twice.nodes()) == sorted(node.op for node in once.nodes())
     feeds = {"x": _normal(8, 8, 6, 6, seed=9)}
     np.testing.assert_array_equal(Session(once).run(feeds)["y"], Session(twice).run(feeds)["y"])
@@ -203,7 +203,7 @@ def test_a_partly_quantized_model_is_completed() -> None:
         "b = Conv(d, u) y = Conv(b, w)"
     )
     result, changes = _quantized(model)
-    assert changes.facts["fused"] == {"Conv": 3}
+    assert QuantizeFigures.of(changes).fused == {"Conv": 3}
     pair = next(node for node in result.nodes() if node.op == "QuantizeLinear" and node.inputs[0].name == "a")
     assert isinstance(pair.inputs[1], Constant)
     assert pair.inputs[1].values == np.float32(0.05)
@@ -228,7 +228,7 @@ def test_an_output_in_front_of_what_is_moved_stays_exact() -> None:
     """ONNX Runtime moves the Q behind the Relu up to `a`, which is an output and has negative values."""
     model = _net(MOVED.format("y"), "float[N,C,H,W] y, float[N,8,6,6] a")
     after, changes = _quantized(model)
-    assert changes.facts["fused"] == {"Conv": 1}
+    assert QuantizeFigures.of(changes).fused == {"Conv": 1}
     _assert_close(model, after)
     feeds = {"x": _normal(8, 8, 6, 6)}
     np.testing.assert_array_equal(Session(after).run(feeds)["a"], Session(model).run(feeds)["a"])
@@ -324,5 +324,5 @@ def test_random_networks_agree_fused_and_as_written(body: str, both: bool) -> No
     """With and without a second output in the middle, which must keep its name and its values."""
     model = _net(body, "float[N,C,H,W] y" + (", float[N,8,6,6] t0" if both else ""))
     after, changes = _quantized(model)
-    assert changes.facts["unfused"] == ()
+    assert QuantizeFigures.of(changes).unfused == ()
     _assert_close(model, after, least=20)

@@ -12,7 +12,7 @@ from onnxslim.engine.base import Changes, Context
 from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
-from onnxslim.passes.quantize import Quantize
+from onnxslim.passes.quantize import Quantize, QuantizeFigures
 from onnxslim.passes.quantize.weights import MAX_PAIR
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.session import Session
@@ -60,9 +60,9 @@ def test_products_by_constants_run_in_integers_without_data() -> None:
     model = _filled(BLOCK)
     result, changes = _dynamic(model)
     assert {change.node for change in changes.changed} == {"q", "k", "v", "up"}
-    assert changes.facts["fused"] == {"MatMul": 4}
-    assert changes.facts["total"] == {"MatMul": 7}
-    assert not changes.facts["unfused"]
+    assert QuantizeFigures.of(changes).fused == {"MatMul": 4}
+    assert QuantizeFigures.of(changes).total == {"MatMul": 7}
+    assert not QuantizeFigures.of(changes).unfused
     assert ops(result)["DynamicQuantizeLinear"] == 2, "what several products read is quantized once"
     ran = [node.op_type for node in optimized_model(result).graph.node]
     assert ran.count("MatMulIntegerToFloat") == 3
@@ -87,7 +87,7 @@ def test_products_by_constants_run_in_integers_without_data() -> None:
 def test_gemms_of_every_kind(text: str) -> None:
     model = _filled(f"g (float[N,32] x) => (float[N,48] y) <{text} y = Exp(h) }}")
     result, changes = _dynamic(model, classifier=True)
-    assert changes.facts["fused"] == {"MatMul": 1}
+    assert QuantizeFigures.of(changes).fused == {"MatMul": 1}
     feeds = {"x": 0.1 * _normal(16, 32, seed=9)}
     assert _sqnr(model, result, feeds) > 35
 
@@ -116,7 +116,7 @@ def test_no_pair_of_codes_can_saturate() -> None:
     model = _filled(BLOCK)
     model.graph.initializers["w1"].values = np.abs(model.graph.initializers["w1"].values) ** 0.1
     _, changes = _dynamic(model, exclude=("q",))
-    assert changes.facts["tightened"]["up"] == 64
+    assert (QuantizeFigures.of(changes).tightened or {})["up"] == 64
     result, _ = _dynamic(model)
     product = next(node for node in result.graph.nodes if node.name == "up")
     codes = product.inputs[1]
@@ -140,19 +140,19 @@ def test_with_data_the_worst_products_keep_their_data_in_float() -> None:
     kept, changes = _dynamic(model, data, require_sqnr=15)
     assert _sqnr(model, plain, data[0]) < 5
     assert _sqnr(model, kept, data[0]) > 14
-    assert {row["node"]: row["kept"] for row in changes.facts["layers"]} == {
+    assert {row.node: row.kept for row in QuantizeFigures.of(changes).layers or ()} == {
         "a": True,
         "b": False,
         "c": False,
     }
-    assert changes.facts["fused"] == {"MatMul": 1}
+    assert QuantizeFigures.of(changes).fused == {"MatMul": 1}
 
 
 def test_what_several_products_read_is_stored_once() -> None:
     model = _filled("""g (float[N,48] x) => (float[N,48] y) <float[48,48] w = {0}, float h = {0.1}>
         { [a] a = MatMul(x, w) r = Relu(a) s = Mul(r, h) [b] b = MatMul(s, w) y = Neg(b) }""")
     result, changes = _dynamic(model, classifier=True)
-    assert changes.facts["fused"] == {"MatMul": 2}
+    assert QuantizeFigures.of(changes).fused == {"MatMul": 2}
     products = [node for node in result.graph.nodes if node.op == "MatMulInteger"]
     assert products[0].inputs[1] is products[1].inputs[1]
     assert "w" not in result.graph.initializers
@@ -194,7 +194,10 @@ def test_where_only_weights_are_stored_the_worst_layers_get_more_bits() -> None:
         options: dict[str, Any] = {"activations": "none", "weights": bits}
         kept, changes = _dynamic(model, data, **options, require_sqnr=limit)
         found = ops(kept)["DequantizeLinear"]
-        rows = {row["node"] for row in changes.facts["layers"] if row["kept"]}
+        figures = QuantizeFigures.of(changes)
+        rows = {row.node for row in figures.layers or () if row.kept}
         assert len(rows) > 0
         assert found == (4 if bits == "int4" else 4 - len(rows))
-        assert changes.facts["everything"] < limit <= changes.facts["sqnr"]
+        assert figures.everything is not None
+        assert figures.sqnr is not None
+        assert figures.everything < limit <= figures.sqnr

@@ -16,7 +16,7 @@ from onnxslim.engine.base import Changes, Context
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
-from onnxslim.passes.quantize import Quantize, rounding, weights
+from onnxslim.passes.quantize import Quantize, QuantizeFigures, rounding, weights
 from onnxslim.runtime.metric import Metric, Run
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.session import Session
@@ -106,21 +106,24 @@ def test_the_layer_that_loses_most_is_kept_and_the_report_ranks_all(
     model = _with_outlier(chain)
     plain, _ = _quantize(model, batches, require_sqnr=0, equalization=False, sequential=False)
     kept, changes = _quantize(model, batches, require_sqnr=25, equalization=False, sequential=False)
-    rows = changes.facts["layers"]
-    assert changes.facts["everything"] < 25 <= changes.facts["sqnr"]
-    assert [row["sqnr"] for row in rows] == sorted(row["sqnr"] for row in rows)
-    assert {row["node"] for row in rows} == {"first", "middle", "last"}
-    assert 0 < sum(row["kept"] for row in rows) < 3
+    figures = QuantizeFigures.of(changes)
+    assert figures.everything is not None
+    assert figures.sqnr is not None
+    assert figures.everything < 25 <= figures.sqnr
+    rows = figures.layers or ()
+    assert [row.sqnr for row in rows] == sorted(row.sqnr for row in rows)
+    assert {row.node for row in rows} == {"first", "middle", "last"}
+    assert 0 < sum(row.kept for row in rows) < 3
     fresh = {"x": _normal(16, 8, 6, 6, seed=99)}
     assert _sqnr(model, kept, fresh) > max(_sqnr(model, plain, fresh), 23)
 
 
 def test_nothing_is_searched_where_enough_is_kept(chain: Model, batches: list[dict[str, Array]]) -> None:
     _, changes = _quantize(chain, batches, require_sqnr=15)
-    assert "layers" not in changes.facts
+    assert QuantizeFigures.of(changes).layers is None
     _, changes = _quantize(chain, batches, require_sqnr=15, layers=True)
-    assert len(changes.facts["layers"]) == 3
-    assert not any(row["kept"] for row in changes.facts["layers"])
+    assert len(QuantizeFigures.of(changes).layers or ()) == 3
+    assert not any(row.kept for row in QuantizeFigures.of(changes).layers or ())
 
 
 # A metric of the caller's
@@ -146,11 +149,11 @@ def test_a_metric_decides_how_many_layers_stay_in_float(
         result, changes = _quantize(
             model, batches, metric=metric, max_drop=limit, equalization=False, sequential=False
         )
-        before, after = changes.facts["metric"]
+        before, after = QuantizeFigures.of(changes).metric or (-1.0, -1.0)
         assert before == 0.0
         assert after == pytest.approx(metric(Session(result).run), abs=1e-6)
         drops[limit] = -after
-        rows[limit] = sum(row["kept"] for row in changes.facts.get("layers", ()))
+        rows[limit] = sum(row.kept for row in QuantizeFigures.of(changes).layers or ())
         assert not any("the metric" in skip.reason for skip in changes.skipped)
     assert all(drops[limit] <= limit for limit in drops)
     assert rows == {1.0: 0, 0.1: 2}, "the last layer alone loses little"
@@ -239,7 +242,7 @@ def test_weights_alone_need_no_data(products: Model) -> None:
 
 def test_four_bit_weights_run_in_integer_kernels(chain: Model, batches: list[dict[str, Array]]) -> None:
     result, changes = _quantize(chain, batches, weights="int4", require_sqnr=0)
-    assert changes.facts["fused"] == {"Conv": 3}
+    assert QuantizeFigures.of(changes).fused == {"Conv": 3}
     stored = {constant.dtype.name for constant in _constants(result)}
     assert "int4" in stored
     assert _sqnr(chain, result, batches[0]) > 12
@@ -383,6 +386,6 @@ def test_latency_is_measured_and_may_be_what_decides(
     """Timing itself is made up: only what is done with it can be tested."""
     monkeypatch.setattr(Judge, "latencies", lambda self, models, seconds: [1.0, 0.9, 0.8, 0.7][: len(models)])
     _, changes = _quantize(chain, batches, optimize_for="latency", require_sqnr=0)
-    assert changes.facts["latency"] == 1.0
+    assert QuantizeFigures.of(changes).latency == 1.0
     reasons = [skip.reason for skip in changes.skipped]
     assert reasons.count("it is faster in floating point") == 2

@@ -12,7 +12,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.engine.base import Changes, Context
 from onnxslim.ir.graph import Array, Constant, Node
 from onnxslim.ir.model import Model
-from onnxslim.passes.quantize import Quantize
+from onnxslim.passes.quantize import Quantize, QuantizeFigures
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
@@ -117,8 +117,8 @@ def _signed(constant: Constant) -> Array:
 def test_what_was_trained_stays_as_it_was_and_runs_in_integers(weights: str, grids: dict[str, Array]) -> None:
     model = _model(weights, PAIRED, FLOATS, ZEROS, SCALES, CODES, grids)
     result, changes = _quantize(model)
-    assert changes.facts["trained"] == [3, 2]
-    assert changes.facts["fused"]["Conv"] == 2
+    assert QuantizeFigures.of(changes).trained == (3, 2)
+    assert (QuantizeFigures.of(changes).fused or {})["Conv"] == 2
     assert _sqnr(model, result) > 50
     assert _sqnr(model, result, "none") > 50
     assert _scales_of(result, "QuantizeLinear") == {float(grids[f"s{name}"][0]) for name in "xrh"}
@@ -144,8 +144,8 @@ def test_codes_that_could_saturate_are_stored_as_uint8() -> None:
 def test_only_weights_were_trained(weights: str, algorithm: str) -> None:
     model = _model(weights, BARE, FLOATS, ZEROS, SCALES, CODES)
     result, changes = _quantize(model, algorithm=algorithm)
-    assert changes.facts["trained"] == [0, 2]
-    assert changes.facts["fused"]["Conv"] == 2
+    assert QuantizeFigures.of(changes).trained == (0, 2)
+    assert (QuantizeFigures.of(changes).fused or {})["Conv"] == 2
     np.testing.assert_array_equal(_signed(_weight(result, "two")), CODES["c2"])
     assert _sqnr(model, result) > 25
 
@@ -153,8 +153,8 @@ def test_only_weights_were_trained(weights: str, algorithm: str) -> None:
 def test_only_activations_were_trained() -> None:
     model = _model(PLAIN, PAIRED, PLAIN_FLOATS, AFFINE)
     result, changes = _quantize(model)
-    assert changes.facts["trained"] == [3, 0]
-    assert changes.facts["fused"]["Conv"] == 2
+    assert QuantizeFigures.of(changes).trained == (3, 0)
+    assert (QuantizeFigures.of(changes).fused or {})["Conv"] == 2
     assert _scales_of(result, "QuantizeLinear") == {float(AFFINE[f"s{name}"][0]) for name in "xrh"}
     assert _sqnr(model, result) > 25
 
@@ -163,7 +163,7 @@ def test_what_stays_in_float_keeps_its_pairs_and_its_stored_weight() -> None:
     """Excluded nodes compute what they were trained to compute, and the file does not grow."""
     model = _model(STORED, PAIRED, FLOATS, ZEROS, SCALES, CODES, SYMMETRIC)
     result, changes = _quantize(model, exclude=("two",))
-    assert changes.facts["fused"]["Conv"] == 1
+    assert (QuantizeFigures.of(changes).fused or {})["Conv"] == 1
     assert _sqnr(model, result, "none") > 50
     assert _weight(result, "two").values.dtype == np.int8
     assert ops(result)["QuantizeLinear"] == 3
@@ -173,7 +173,7 @@ def test_quantizing_twice_is_quantizing_once() -> None:
     model = _model(PLAIN, BARE, PLAIN_FLOATS)
     once, _ = _quantize(model)
     again, changes = _quantize(once)
-    assert changes.facts["trained"][0] > 0
+    assert (QuantizeFigures.of(changes).trained or (0, 0))[0] > 0
     assert ops(again)["QuantizeLinear"] == ops(once)["QuantizeLinear"]
     feeds = {"x": _normal(8, 8, 6, 6, seed=99)}
     np.testing.assert_array_equal(Session(once).run(feeds)["y"], Session(again).run(feeds)["y"])

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 
 from onnxslim import cli
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.engine.base import Change, Changes, Skip
+from onnxslim.engine.base import Change, Changes, Figures, Skip, captioned
 from onnxslim.engine.pipeline import Pipeline, Report, Step
 from onnxslim.errors import SaveError, UsageError
 from onnxslim.ir.model import Model, Stats, load
@@ -124,6 +125,14 @@ def test_the_page_needs_nothing_and_allows_nothing(made: tuple[Model, Model, Doc
     assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}'")
 
 
+@dataclass(frozen=True)
+class FreeFigures(Figures):
+    """Of a pass from elsewhere, whose captions may hold anything, too."""
+
+    said: str | None = captioned(HOSTILE[2])
+    unsaid: str = ""
+
+
 def hostile() -> Document:
     """Names that try to get out, wherever names come from a model."""
     text = "g (float[N,4] x) => (float[N,4] y) { z = Mul(x, w)  y = Relu(z) }"
@@ -137,7 +146,7 @@ def hostile() -> Document:
     changes = Changes(
         tuple(Change(name, name, name) for name in HOSTILE),
         tuple(Skip(name, name) for name in HOSTILE),
-        {name: name for name in HOSTILE},
+        FreeFigures(*HOSTILE[:2]),
     )
     sizes = Stats(1, 2, 3)
     report = Report((Step(HOSTILE[0], 0.5, sizes, sizes, 1, None, changes, HOSTILE[1], HOSTILE[2]),), HOSTILE)
@@ -224,7 +233,7 @@ def test_the_policy_really_stops_scripts_and_images(browser: str, tmp_path: Path
 
 def keys(value: Any, path: str = "") -> Iterator[str]:
     """Paths of all keys, lists as []; of what is free, the path up to a star."""
-    if path in ("metadata", "recipe", "report.steps[].changes.facts"):
+    if path in ("metadata", "recipe", "report.steps[].changes.figures"):
         yield f"{path}.*"
     elif path in ("verdict.providers[].original", "verdict.providers[].placed"):
         yield path + ("[]" if path.endswith("original") else "")

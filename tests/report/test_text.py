@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from onnxslim.engine.base import Change, Changes, Context, Pass, Skip, options
+from onnxslim.engine.base import Change, Changes, Context, Figures, Pass, Skip, captioned, options
 from onnxslim.engine.pipeline import Pipeline, Report, Step
 from onnxslim.errors import CalibrationError, PassError
 from onnxslim.formats import clean, count, plain, size, to_json
 from onnxslim.ir.model import Model, Stats
-from onnxslim.report.text import CAPTIONS, outcome, text
-from onnxslim.validation.verdict import Figures, OutputRow, ProviderVerdict, Verdict
+from onnxslim.report.text import outcome, text
+from onnxslim.validation.verdict import Footprint, OutputRow, ProviderVerdict, Verdict
 from tests.helpers import parse
 
 SIZES = Stats(nodes=12, parameters=34_567, bytes=1_234_567), Stats(nodes=9, parameters=34_567, bytes=654_321)
@@ -60,17 +61,37 @@ def test_many_kinds_are_cut_short() -> None:
     assert "and 5 more kinds" in shown(Changes(changed))
 
 
-def test_facts_are_listed() -> None:
-    facts = {"fused": {"Conv": 13, "Add": 2}, "unfused": (), "loss": 0.123456789, "many": list(range(20))}
-    lines = shown(Changes((Change("n", "a"),), (), facts))
-    fused, unfused = CAPTIONS["fused"], CAPTIONS["unfused"]
-    for line in (f"{fused}: Conv 13, Add 2", f"{unfused}: none", "loss: 0.123457", "6, 7, and 12 more"):
-        assert line in lines
+@dataclass(frozen=True)
+class Weighing(Figures):
+    """Of a pass that somebody wrote."""
+
+    fused: Mapping[str, int] | None = captioned("run as one")
+    unfused: tuple[str, ...] | None = captioned("left")
+    loss: float | None = captioned("lost")
+    many: tuple[int, ...] | None = captioned("many")
+    plan: Mapping[str, Any] | None = captioned("long")
+    secret: int = 7
 
 
-def test_long_facts_are_cut_short() -> None:
+def test_figures_are_told_under_their_captions() -> None:
+    figures = Weighing({"Conv": 13, "Add": 2}, (), 0.123456789, tuple(range(20)))
+    lines = shown(Changes((Change("n", "a"),), (), figures))
+    for line in ("run as one: Conv 13, Add 2", "left: none", "lost: 0.123457", "6, 7, and 12 more"):
+        assert f"{line}\n" in f"{lines}\n"
+    assert "long" not in lines, "it is not known"
+    assert "7" not in lines.split("12 more")[1], "without a caption, for programs only"
+
+
+def test_figures_are_read_as_what_they_are() -> None:
+    changes = Changes((), (), Weighing(loss=0.5))
+    assert Weighing.of(changes).loss == 0.5
+    with pytest.raises(TypeError, match="reported Figures, not Weighing"):
+        Weighing.of(Changes())
+
+
+def test_long_figures_are_cut_short() -> None:
     plan = {"families": [{"name": f"family{i}", "removed": list(range(30))} for i in range(30)]}
-    lines = shown(Changes((Change("n", "a"),), (), {"long": plan})).splitlines()
+    lines = shown(Changes((Change("n", "a"),), (), Weighing(plan=plan))).splitlines()
     (line,) = [line for line in lines if "long: " in line]
     assert len(line) < 450
     assert line.endswith("… (see the JSON report)")
@@ -109,11 +130,12 @@ def test_cleaned_text_prints_and_nothing_else(value: str) -> None:
 
 
 def test_names_cannot_steer_the_terminal_nor_act_as_markup() -> None:
-    changes = Changes((Change(EVIL, EVIL, EVIL),), (Skip(EVIL, EVIL),), {EVIL: EVIL})
+    figures = Weighing({EVIL: 1}, (EVIL,))
+    changes = Changes((Change(EVIL, EVIL, EVIL),), (Skip(EVIL, EVIL),), figures)
     report = Report((Step(EVIL, 0.0, *SIZES, 0, 0, changes, EVIL, EVIL),), (EVIL,))
     verdict = Verdict(
-        Figures(1, 1, 1, 1),
-        Figures(1, 1, 1, 1),
+        Footprint(1, 1, 1, 1),
+        Footprint(1, 1, 1, 1),
         (ProviderVerdict(EVIL, (OutputRow(EVIL, 1.0, problem=EVIL), OutputRow(EVIL, 1.0, 0.0, 1.0, 1.0))),),
         1,
         1,
@@ -156,9 +178,16 @@ def test_values_of_other_libraries_become_plain() -> None:
 
 
 def test_reports_become_plain() -> None:
-    found = Report((step(Changes((Change("n", "a"),), (), {"worst": np.float32(np.nan)})),)).to_dict()
+    found = Report((step(Changes((Change("n", "a"),), (), Weighing(loss=math.nan))),)).to_dict()
     assert found["steps"][0]["before"] == {"nodes": 12, "parameters": 34_567, "bytes": 1_234_567}
-    assert found["steps"][0]["changes"]["facts"] == {"worst": None}
+    assert found["steps"][0]["changes"]["figures"] == {
+        "fused": None,
+        "unfused": None,
+        "loss": None,
+        "many": None,
+        "plan": None,
+        "secret": 7,
+    }
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 

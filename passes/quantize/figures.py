@@ -1,0 +1,72 @@
+"""What quantization has to tell of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from onnxslim.engine.base import Figures, captioned
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """What quantizing one layer alone does.
+
+    Attributes:
+        node, op: the layer, and its operator.
+        sqnr: of the model's outputs, in dB.
+        kept: whether it stays in floating point.
+    """
+
+    node: str
+    op: str
+    sqnr: float
+    kept: bool
+
+    def __str__(self) -> str:
+        return f"{self.node} {self.sqnr:.1f} dB{' (kept in float)' if self.kept else ''}"
+
+
+@dataclass(frozen=True)
+class QuantizeFigures(Figures):
+    """What was measured on the way to a quantized model, as far as it was.
+
+    Attributes:
+        trained: numbers of tensors and of constants that were in integers when the model came in.
+        nearest: SQNR of the outputs, in dB, with all in integers and weights rounded to the nearest.
+        everything: the same with weights rounded, and ranges chosen, by the outputs.
+        layers: what single layers do, the worst first.
+        tightened: output channels that were changed so that sums cannot saturate, by layer.
+        corrected: how many biases take in what rounding the weights does.
+        sqnr: of the result, in dB.
+        metric: before and after.
+        latency: time of one run, relative to that before.
+        parts: SQNR by output, or part of one.
+        observer: how ranges were chosen.
+        fused: operators that ONNX Runtime runs in integers, by type.
+        total: all operators of these types.
+        unfused: names of nodes that were quantized and run in floating point all the same.
+    """
+
+    trained: tuple[int, int] | None = captioned(
+        "tensors and constants that were in integers already, and keep their scales"
+    )
+    nearest: float | None = captioned(
+        "SQNR on samples held out, dB: all in integers, weights rounded to the nearest"
+    )
+    everything: float | None = captioned("the same, weights rounded and ranges chosen by the outputs")
+    sqnr: float | None = captioned("the same of the result")
+    parts: Mapping[str, float] | None = captioned("the same by output, or part of one")
+    layers: tuple[LayerFigures, ...] | None = captioned(
+        "what single layers alone leave of the signal, the worst first"
+    )
+    tightened: Mapping[str, int] | None = captioned(
+        "channels whose sums would saturate without VNNI, tightened"
+    )
+    corrected: int | None = captioned("biases corrected for the rounding of weights")
+    metric: tuple[float, float] | None = captioned("metric, before and after")
+    latency: float | None = captioned("time of one run, relative to that before")
+    observer: str | None = captioned("way to choose ranges")
+    fused: Mapping[str, int] | None = captioned("run in integers by ONNX Runtime")
+    total: Mapping[str, int] | None = captioned("of such operators in the model")
+    unfused: tuple[str, ...] | None = captioned("quantized, but run in floating point all the same")
