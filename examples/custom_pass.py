@@ -81,7 +81,7 @@ def main() -> None:
     with resources.as_file(resources.files("onnxslim.models.fashion") / "resnet.onnx") as path:
         model = load(path)
     for step in Pipeline(Reciprocal(exact=True), Reciprocal())(model).report.steps:
-        print(step.name, step.error)
+        print(step.description, step.error)
         for change in step.changes.changed:
             print(f"  changed {change.node}: {change.action}")
         for skip in step.changes.skipped:

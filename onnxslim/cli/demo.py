@@ -32,7 +32,7 @@ BATCH = 8
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DemoOutcome:
     """What became of one model.
 
     Attributes:
@@ -54,7 +54,7 @@ class Outcome:
 
 def run(
     names: Sequence[str] = MODELS, *, keep: Path | None = None, progress: Progress | None = None
-) -> list[Outcome]:
+) -> list[DemoOutcome]:
     """Slim, quantize, save and validate models.
 
     Args:
@@ -69,7 +69,7 @@ def run(
         return [_run(name, folder, results, progress) for name in names]
 
 
-def _run(name: str, folder: Path, results: Path, progress: Progress | None) -> Outcome:
+def _run(name: str, folder: Path, results: Path, progress: Progress | None) -> DemoOutcome:
     start = time.perf_counter()
     source, saved = folder / f"{name}.onnx", results / f"{name}.int8.onnx"
     calibration = CalibrationData.from_npz(folder / "calibration.npz", batch_size=BATCH)
@@ -82,7 +82,7 @@ def _run(name: str, folder: Path, results: Path, progress: Progress | None) -> O
     targets = [target.with_threads(1) for target in available()]
     verdict = validate(source, saved, test, targets, labels=labels, progress=progress)
     figures = QuantizeFigures.of(result.report.steps[-1].changes)
-    return Outcome(
+    return DemoOutcome(
         name=name,
         report=result.report,
         verdict=verdict,
@@ -114,7 +114,7 @@ def _results(keep: Path | None) -> Iterator[Path]:
     yield keep
 
 
-def show(console: Console, outcomes: Sequence[Outcome]) -> None:
+def show(console: Console, outcomes: Sequence[DemoOutcome]) -> None:
     """Print one table per model."""
     for outcome in outcomes:
         console.print(f"{outcome.name}: slim, quantize, {outcome.seconds:.1f} s in all", style="bold")
@@ -125,7 +125,7 @@ def show(console: Console, outcomes: Sequence[Outcome]) -> None:
         lines(console, _fidelity(outcome))
 
 
-def _rows(outcome: Outcome) -> Iterator[tuple[str, str, str, str]]:
+def _rows(outcome: DemoOutcome) -> Iterator[tuple[str, str, str, str]]:
     before, after = outcome.verdict.before, outcome.verdict.after
     files = outcome.bytes_before, outcome.bytes_after
     yield "file", size(files[0]), size(files[1]), quotient(files[1], files[0])
@@ -153,7 +153,7 @@ def _measured(provider: ProviderVerdict, batch: int) -> Iterator[tuple[str, str,
         yield f"accuracy, {provider.target}", percent(accuracy.before), percent(accuracy.after), ""
 
 
-def _fidelity(outcome: Outcome) -> Iterator[str]:
+def _fidelity(outcome: DemoOutcome) -> Iterator[str]:
     for provider in outcome.verdict.providers:
         for row in provider.outputs:
             yield (

@@ -242,9 +242,9 @@ def _warn_of_idle_passes(report: Report, quiet: bool) -> None:
     for step in report.steps:
         line = outcome(step)
         if step.error:
-            terminal.log(f"warning: pass {step.name} {line}")
+            terminal.log(f"warning: pass {step.description} {line}")
         elif line:
-            terminal.note(f"pass {step.name} {line}", quiet)
+            terminal.note(f"pass {step.description} {line}", quiet)
 
 
 def warn_of_made_up_inputs(verdict: Verdict) -> None:

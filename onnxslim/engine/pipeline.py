@@ -24,13 +24,15 @@ class Step:
     """What one pass did to the model.
 
     Attributes:
+        name: of the pass.
+        description: the name, with the options that are not as by default.
         macs_before, macs_after: multiply-accumulates of one sample of the size that was checked; None if a
             shape is unknown, or if they were not counted.
         error: why the step, or a part of it, was reverted; empty if all of it was kept.
-        kind: name of the pass, without its options.
     """
 
     name: str
+    description: str
     seconds: float
     before: Stats
     after: Stats
@@ -38,7 +40,6 @@ class Step:
     macs_after: int | None
     changes: Changes
     error: str = ""
-    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Pipeline:
                     checker.accept(outcome)
                 model, stats, macs = outcome, outcome.stats(), self._macs(outcome, shapes)
             steps.append(
-                Step(each.describe(), seconds, before, stats, macs_before, macs, changes, error, each.name)
+                Step(each.name, each.describe(), seconds, before, stats, macs_before, macs, changes, error)
             )
             _announce(ctx, each, 1)
         return Result(model, Report(tuple(steps), tuple(checker.notes)))
@@ -153,7 +154,7 @@ class Pipeline:
                 return _piecewise(each, model, ctx, checker, str(error))
             failure = error
         if self.on_error == "raise":
-            done = tuple(step.name for step in steps)
+            done = tuple(step.description for step in steps)
             raise type(failure)(str(failure), pass_name=each.name, node=failure.node, done=done) from failure
         return model, Changes(), str(failure)
 

@@ -25,7 +25,7 @@ from onnxslim.engine.pipeline import Report, Step
 from onnxslim.errors import SaveError, UsageError
 from onnxslim.formats import arrow, clean, count, decibels, figure, percent, quotient, size, to_json
 from onnxslim.ir.model import Model
-from onnxslim.report.layers import Analysis, Distribution, Layer, Share, analyse
+from onnxslim.report.layers import ByteShare, LayerComparison, LayerFidelity, ValueSpread, analyse
 from onnxslim.report.text import figure_lines, grouped_changes, outcome, provider_lines
 from onnxslim.validation.verdict import OutputRow, Verdict
 from onnxslim.version import version
@@ -92,7 +92,7 @@ class Document:
     recipe: Mapping[str, Any] | None
     report: Report
     verdict: Verdict | None
-    analysis: Analysis | None
+    analysis: LayerComparison | None
 
     def to_json(self) -> str:
         """The JSON document."""
@@ -268,9 +268,9 @@ def _step(step: Step) -> dict[str, Any]:
     for skip in step.changes.skipped:
         skipped.setdefault(skip.reason, []).append(skip.node)
     return {
-        "name": step.name,
+        "name": step.description,
         "cells": (
-            step.kind,
+            step.name,
             f"{step.seconds:.2f}",
             arrow(count(step.before.nodes), count(step.after.nodes)),
             arrow(count(step.before.parameters), count(step.after.parameters)),
@@ -326,11 +326,11 @@ def _short(name: str) -> str:
 
 def _timeline(steps: Sequence[Step]) -> list[dict[str, Any]]:
     longest = max((step.seconds for step in steps), default=0.0) or 1.0
-    rows = [_bar(step.kind, f"{step.seconds:.2f}", [("after", step.seconds / longest)]) for step in steps]
+    rows = [_bar(step.name, f"{step.seconds:.2f}", [("after", step.seconds / longest)]) for step in steps]
     return _placed(rows)
 
 
-def _sizes(shares: Sequence[Share]) -> list[dict[str, Any]]:
+def _sizes(shares: Sequence[ByteShare]) -> list[dict[str, Any]]:
     largest = max((max(share.before, share.after) for share in shares), default=0) or 1
     return _placed(
         [
@@ -344,7 +344,7 @@ def _sizes(shares: Sequence[Share]) -> list[dict[str, Any]]:
     )
 
 
-def _fidelity(layers: Sequence[Layer]) -> list[dict[str, Any]]:
+def _fidelity(layers: Sequence[LayerFidelity]) -> list[dict[str, Any]]:
     rows = []
     for layer in layers:
         length = 1.0 if layer.sqnr == math.inf else min(max(layer.sqnr / FULL_DECIBELS, 0.0), 1.0)
@@ -354,7 +354,7 @@ def _fidelity(layers: Sequence[Layer]) -> list[dict[str, Any]]:
     return _placed(rows)
 
 
-def _histogram(found: Distribution) -> dict[str, Any]:
+def _histogram(found: ValueSpread) -> dict[str, Any]:
     # The square root keeps the tails, where ranges are decided, visible beside the peak.
     highest = math.sqrt(max(found.counts))
     span = (found.highest - found.lowest) or 1.0

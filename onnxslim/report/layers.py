@@ -29,7 +29,7 @@ AUDIBLE = 60.0
 
 
 @dataclass(frozen=True)
-class Share:
+class ByteShare:
     """Bytes of the constants of a layer, or of all layers of an operator, before and after."""
 
     name: str
@@ -38,7 +38,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerFidelity:
     """How close a tensor of the result is to that of the original.
 
     Attributes:
@@ -56,7 +56,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Distribution:
+class ValueSpread:
     """Values of a tensor in the original.
 
     Attributes:
@@ -78,7 +78,7 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Analysis:
+class LayerComparison:
     """What `analyse` finds out.
 
     Attributes:
@@ -89,14 +89,14 @@ class Analysis:
         notes: what could not be found out.
     """
 
-    operators: tuple[Share, ...]
-    layers: tuple[Share, ...]
-    fidelity: tuple[Layer, ...] = ()
-    distributions: tuple[Distribution, ...] = ()
+    operators: tuple[ByteShare, ...]
+    layers: tuple[ByteShare, ...]
+    fidelity: tuple[LayerFidelity, ...] = ()
+    distributions: tuple[ValueSpread, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def analyse(before: Model, after: Model, feeds: Mapping[str, Array] | None) -> Analysis:
+def analyse(before: Model, after: Model, feeds: Mapping[str, Array] | None) -> LayerComparison:
     """Compare two models layer by layer.
 
     Args:
@@ -106,24 +106,24 @@ def analyse(before: Model, after: Model, feeds: Mapping[str, Array] | None) -> A
     """
     operators, layers = _shares(before, after, by_op=True), _shares(before, after, by_op=False)
     if feeds is None:
-        return Analysis(operators, _largest(layers), notes=("no inputs to compare the layers on",))
+        return LayerComparison(operators, _largest(layers), notes=("no inputs to compare the layers on",))
     try:
         fidelity, notes = _fidelity(before, after, feeds)
         explained = _most_added(fidelity)
         values = _run(before, [layer.tensor for layer in explained], feeds)
     except LoadError as error:
-        return Analysis(operators, _largest(layers), notes=(f"layers were not compared: {error}",))
+        return LayerComparison(operators, _largest(layers), notes=(f"layers were not compared: {error}",))
     shown = [each for layer in explained for each in _distributions(before, after, layer, values)]
-    return Analysis(operators, _largest(layers), tuple(fidelity), tuple(shown), tuple(notes))
+    return LayerComparison(operators, _largest(layers), tuple(fidelity), tuple(shown), tuple(notes))
 
 
 # ---------------------------------------------------------------------------------------------- sizes
 
 
-def _shares(before: Model, after: Model, *, by_op: bool) -> tuple[Share, ...]:
+def _shares(before: Model, after: Model, *, by_op: bool) -> tuple[ByteShare, ...]:
     first, second = _bytes(before, by_op=by_op), _bytes(after, by_op=by_op)
     names = dict.fromkeys((*first, *second))
-    shares = [Share(name, first.get(name, 0), second.get(name, 0)) for name in names]
+    shares = [ByteShare(name, first.get(name, 0), second.get(name, 0)) for name in names]
     return tuple(sorted(shares, key=lambda share: -max(share.before, share.after)))
 
 
@@ -150,20 +150,22 @@ def _owner(tensor: Tensor) -> Node | None:
     return node
 
 
-def _largest(shares: Sequence[Share]) -> tuple[Share, ...]:
+def _largest(shares: Sequence[ByteShare]) -> tuple[ByteShare, ...]:
     rest = [share for share in shares if share.name == REST]
     layers = [share for share in shares if share.name != REST]
     shown, others = layers[:MAX_LAYERS], layers[MAX_LAYERS:]
     if others:
         sums = (sum(share.before for share in others), sum(share.after for share in others))
-        shown.append(Share(f"{len(others)} smaller layers", *sums))
+        shown.append(ByteShare(f"{len(others)} smaller layers", *sums))
     return (*shown, *rest)
 
 
 # ------------------------------------------------------------------------------------------- fidelity
 
 
-def _fidelity(before: Model, after: Model, feeds: Mapping[str, Array]) -> tuple[list[Layer], list[str]]:
+def _fidelity(
+    before: Model, after: Model, feeds: Mapping[str, Array]
+) -> tuple[list[LayerFidelity], list[str]]:
     seen, notes = _seen(after), []
     names = [tensor.name for node in before.graph.nodes for tensor in node.outputs if tensor.name in seen]
     if len(names) > MAX_TENSORS:
@@ -209,13 +211,13 @@ def _run(model: Model, names: Sequence[str], feeds: Mapping[str, Array]) -> dict
     return session.run({name: feeds[name] for name in session.input_names if name in feeds}, names)
 
 
-def _layers(model: Model, sqnr: Mapping[str, float]) -> Iterator[Layer]:
+def _layers(model: Model, sqnr: Mapping[str, float]) -> Iterator[LayerFidelity]:
     for node in model.graph.nodes:
         for tensor in node.outputs:
             if tensor.name in sqnr:
                 inherited = max((_noise(sqnr[name]) for name in _made_from(node, sqnr)), default=0.0)
                 added = _noise(sqnr[tensor.name]) - inherited
-                yield Layer(tensor.name, node.label, node.op, sqnr[tensor.name], added)
+                yield LayerFidelity(tensor.name, node.label, node.op, sqnr[tensor.name], added)
 
 
 def _noise(sqnr: float) -> float:
@@ -240,7 +242,7 @@ def _made_from(node: Node, known: Mapping[str, float]) -> set[str]:
     return found
 
 
-def _most_added(layers: Iterable[Layer]) -> list[Layer]:
+def _most_added(layers: Iterable[LayerFidelity]) -> list[LayerFidelity]:
     worth = [layer for layer in layers if layer.added > _noise(AUDIBLE)]
     return sorted(worth, key=lambda layer: -layer.added)[:EXPLAINED]
 
@@ -249,8 +251,8 @@ def _most_added(layers: Iterable[Layer]) -> list[Layer]:
 
 
 def _distributions(
-    before: Model, after: Model, layer: Layer, values: Mapping[str, Any]
-) -> Iterator[Distribution]:
+    before: Model, after: Model, layer: LayerFidelity, values: Mapping[str, Any]
+) -> Iterator[ValueSpread]:
     node = next(n for n in before.graph.nodes for t in n.outputs if t.name == layer.tensor)
     weight = next((w for w in map(constant_of, node.inputs) if w is not None and w.ndim > 1), None)
     if weight is not None and weight.dtype.kind == "f":
@@ -258,14 +260,14 @@ def _distributions(
     yield _distribution("output", layer.node, values[layer.tensor], _integer_range(after, layer.tensor))
 
 
-def _distribution(what: str, layer: str, values: Array, limits: tuple[float, float] | None) -> Distribution:
+def _distribution(what: str, layer: str, values: Array, limits: tuple[float, float] | None) -> ValueSpread:
     finite = np.asarray(values, np.float64)[np.isfinite(values)]
     if not finite.size:
-        return Distribution(what, layer, 0.0, 0.0, ())
+        return ValueSpread(what, layer, 0.0, 0.0, ())
     counts, edges = np.histogram(finite, BINS)
     beyond = 0.0 if limits is None else float(np.mean((finite < limits[0]) | (finite > limits[1])))
     ends = float(edges[0]), float(edges[-1])
-    return Distribution(what, layer, *ends, tuple(int(count) for count in counts), limits, beyond)
+    return ValueSpread(what, layer, *ends, tuple(int(count) for count in counts), limits, beyond)
 
 
 def _integer_range(model: Model, name: str) -> tuple[float, float] | None:

@@ -227,7 +227,7 @@ def provider_lines(provider: ProviderVerdict, verdict: Verdict) -> Iterator[str]
 
 def _step_cells(step: Step) -> tuple[str, ...]:
     return (
-        clean(step.kind),
+        clean(step.name),
         f"{step.seconds:.2f}",
         arrow(count(step.before.nodes), count(step.after.nodes)),
         arrow(count(step.before.parameters), count(step.after.parameters)),
@@ -245,7 +245,7 @@ def _details(step: Step) -> Iterator[str]:
         *(f"  {line}" for line in figure_lines(step.changes.figures)),
     ]
     if lines:
-        yield step.name
+        yield step.description
         yield from lines
 
 
@@ -296,7 +296,7 @@ def _limited(lines: Sequence[str]) -> Iterator[str]:
         yield f"  and {len(lines) - SHOWN_GROUPS} more kinds, see the JSON report"
 
 
-class Grid(Table):
+class PlainTable(Table):
     """A table that shows its cells as they are: nothing in them is read as markup or steers the terminal."""
 
     def add_row(self, *cells: Any, style: Any = None, end_section: bool = False) -> None:
@@ -305,9 +305,9 @@ class Grid(Table):
         super().add_row(*plain, style=style, end_section=end_section)
 
 
-def table(*columns: str, left: int = 1) -> Grid:
+def table(*columns: str, left: int = 1) -> PlainTable:
     """A table whose first `left` columns are words and whose others are figures."""
-    grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    grid = PlainTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
         words = index < left
         grid.add_column(

@@ -30,7 +30,7 @@ from onnxslim.runtime.profile import available, may_stray, placement
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import CPU, Target
 from onnxslim.runtime.timing import Latency, latencies
-from onnxslim.validation.verdict import Footprint, OutputRow, Pair, ProviderVerdict, Verdict
+from onnxslim.validation.verdict import BeforeAfter, Footprint, OutputRow, ProviderVerdict, Verdict
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
 T = TypeVar("T")
@@ -267,12 +267,12 @@ class _Runner:
             )
         return int((values[name].argmax(axis=1) == labels).sum())
 
-    def _measured(self) -> Pair | None:
+    def _measured(self) -> BeforeAfter | None:
         metric, (first, second) = self._metric, self._models
         if metric is None:
             return None
         after = _second(lambda: measure(metric, second, self.target))
-        return Pair(measure(metric, first, self.target), after)
+        return BeforeAfter(measure(metric, first, self.target), after)
 
     def classifier(self) -> str | None:
         """The first output of shape (batch, classes)."""
@@ -296,7 +296,7 @@ class _Runner:
             target=self.target.name,
             outputs=tuple(row.result() for row in self._rows.values()),
             original=tuple(row.result() for row in self._drift.values()) if self._compared else (),
-            accuracy=Pair(*(n / self._samples for n in self._correct)) if self._labelled else None,
+            accuracy=BeforeAfter(*(n / self._samples for n in self._correct)) if self._labelled else None,
             metric=self._measured(),
             latency=latency,
             ratio=ratio,

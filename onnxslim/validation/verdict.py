@@ -23,7 +23,7 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Pair:
+class BeforeAfter:
     """One figure of both models."""
 
     before: float
@@ -72,8 +72,8 @@ class ProviderVerdict:
     target: str
     outputs: tuple[OutputRow, ...]
     original: tuple[OutputRow, ...] = ()
-    accuracy: Pair | None = None
-    metric: Pair | None = None
+    accuracy: BeforeAfter | None = None
+    metric: BeforeAfter | None = None
     latency: tuple[Latency, Latency] | None = None
     ratio: float | None = None
     placed: tuple[Mapping[str, int], Mapping[str, int]] | None = None
@@ -155,7 +155,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Limit:
+class Requirement:
     """Something a verdict can be required to meet."""
 
     label: str
@@ -191,14 +191,16 @@ def _latency_ratio(provider: ProviderVerdict) -> Iterator[tuple[str, float]]:
 
 
 _NO_FLOATS = "no output is a floating-point tensor"
-LIMITS: Mapping[str, Limit] = {
-    "sqnr": Limit("SQNR", _each_output("sqnr"), True, _NO_FLOATS, " dB"),
-    "top1": Limit("top-1 agreement", _each_output("top1"), True, "no output has shape (batch, classes)"),
-    "cosine": Limit("cosine similarity", _each_output("cosine"), True, _NO_FLOATS),
-    "max_abs": Limit("max abs difference", _each_output("max_abs"), False, _NO_FLOATS),
-    "max_accuracy_drop": Limit("accuracy drop", _accuracy_drop, False, "no labels were given"),
-    "max_metric_drop": Limit("metric drop", _metric_drop, False, "no metric was given"),
-    "latency": Limit("latency ratio", _latency_ratio, False, "it was switched off"),
+LIMITS: Mapping[str, Requirement] = {
+    "sqnr": Requirement("SQNR", _each_output("sqnr"), True, _NO_FLOATS, " dB"),
+    "top1": Requirement(
+        "top-1 agreement", _each_output("top1"), True, "no output has shape (batch, classes)"
+    ),
+    "cosine": Requirement("cosine similarity", _each_output("cosine"), True, _NO_FLOATS),
+    "max_abs": Requirement("max abs difference", _each_output("max_abs"), False, _NO_FLOATS),
+    "max_accuracy_drop": Requirement("accuracy drop", _accuracy_drop, False, "no labels were given"),
+    "max_metric_drop": Requirement("metric drop", _metric_drop, False, "no metric was given"),
+    "latency": Requirement("latency ratio", _latency_ratio, False, "it was switched off"),
 }
 
 

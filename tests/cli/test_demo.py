@@ -31,17 +31,17 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcome(kept: Path) -> demo.Outcome:
+def outcome(kept: Path) -> demo.DemoOutcome:
     return demo.run(["mobilenet"], keep=kept)[0]
 
 
-def test_sizes_are_those_of_the_files(outcome: demo.Outcome, kept: Path) -> None:
+def test_sizes_are_those_of_the_files(outcome: demo.DemoOutcome, kept: Path) -> None:
     assert outcome.bytes_before == (FASHION / "mobilenet.onnx").stat().st_size
     assert outcome.bytes_after == (kept / "mobilenet.int8.onnx").stat().st_size < 0.5 * outcome.bytes_before
     assert [path.name for path in kept.iterdir()] == ["mobilenet.int8.onnx"]
 
 
-def test_accuracy_is_the_true_one(outcome: demo.Outcome, kept: Path) -> None:
+def test_accuracy_is_the_true_one(outcome: demo.DemoOutcome, kept: Path) -> None:
     found = outcome.verdict.providers[-1].accuracy
     assert found is not None
     assert found.before == pytest.approx(accuracy(FASHION / "mobilenet.onnx"), abs=1e-12)
@@ -50,31 +50,31 @@ def test_accuracy_is_the_true_one(outcome: demo.Outcome, kept: Path) -> None:
     outcome.verdict.require(max_accuracy_drop=0.01, sqnr=20, top1=0.98)
 
 
-def test_integer_operators_are_counted(outcome: demo.Outcome) -> None:
+def test_integer_operators_are_counted(outcome: demo.DemoOutcome) -> None:
     convolutions = sum(node.op == "Conv" for node in load(FASHION / "mobilenet.onnx").nodes())
     assert outcome.total["Conv"] == convolutions
     assert 0.9 * convolutions <= outcome.fused["Conv"] <= convolutions
 
 
-def test_everything_is_measured(outcome: demo.Outcome) -> None:
+def test_everything_is_measured(outcome: demo.DemoOutcome) -> None:
     provider = outcome.verdict.providers[-1]
     assert outcome.verdict.batch == 8
     assert outcome.verdict.samples == 2000
     assert provider.latency is not None
     assert not outcome.verdict.made_up
-    assert [step.kind for step in outcome.report.steps] == ["slim", "quantize"]
+    assert [step.name for step in outcome.report.steps] == ["slim", "quantize"]
     assert not any(step.error for step in outcome.report.steps)
     assert 0 < outcome.seconds < 60
 
 
-def test_outcomes_are_plain_data(outcome: demo.Outcome) -> None:
+def test_outcomes_are_plain_data(outcome: demo.DemoOutcome) -> None:
     found = json.loads(to_json(outcome))
     assert found["fused"] == outcome.fused
     assert found["verdict"]["samples"] == 2000
 
 
 def test_the_table_tells_it_all(
-    outcome: demo.Outcome, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    outcome: demo.DemoOutcome, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "run", lambda names, **_: [outcome] if list(names) == ["mobilenet"] else [])
     assert cli.main(["demo", "--model", "mobilenet"]) == 0

@@ -84,7 +84,7 @@ def test_running_gives_a_checked_result_that_tells_where_it_comes_from(write: Wr
     outcome = recipe.run(folder / "in.onnx")
     assert isinstance(outcome, Outcome)
     assert outcome.verdict is not None
-    assert [step.kind for step in outcome.report.steps] == ["slim", "quantize"]
+    assert [step.name for step in outcome.report.steps] == ["slim", "quantize"]
     told = outcome.model.metadata
     assert told["stride"] == "32", "the user's own is kept"
     assert told["onnxslim.source_sha256"] == hashlib.sha256((folder / "in.onnx").read_bytes()).hexdigest()

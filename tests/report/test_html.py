@@ -149,7 +149,7 @@ def hostile() -> Document:
         FreeFigures(*HOSTILE[:2]),
     )
     sizes = Stats(1, 2, 3)
-    report = Report((Step(HOSTILE[0], 0.5, sizes, sizes, 1, None, changes, HOSTILE[1], HOSTILE[2]),), HOSTILE)
+    report = Report((Step(HOSTILE[2], HOSTILE[0], 0.5, sizes, sizes, 1, None, changes, HOSTILE[1]),), HOSTILE)
     twin = model.copy().with_metadata({f"onnxslim.{name}_sha256": name for name in HOSTILE})
     data = [{"x": np.ones((2, 4), np.float32)}]
     verdict = validate(model, twin, data, [Target.cpu()], rounds=0)

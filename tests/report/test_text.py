@@ -29,7 +29,7 @@ SIZES = Stats(nodes=12, parameters=34_567, bytes=1_234_567), Stats(nodes=9, para
 
 
 def step(changes: Changes, error: str = "") -> Step:
-    return Step("slim(rounds=3)", 0.125, *SIZES, 42_000_000, None, changes, error, "slim")
+    return Step("slim", "slim(rounds=3)", 0.125, *SIZES, 42_000_000, None, changes, error)
 
 
 def shown(changes: Changes, error: str = "") -> str:
@@ -132,7 +132,7 @@ def test_cleaned_text_prints_and_nothing_else(value: str) -> None:
 def test_names_cannot_steer_the_terminal_nor_act_as_markup() -> None:
     figures = Weighing({EVIL: 1}, (EVIL,))
     changes = Changes((Change(EVIL, EVIL, EVIL),), (Skip(EVIL, EVIL),), figures)
-    report = Report((Step(EVIL, 0.0, *SIZES, 0, 0, changes, EVIL, EVIL),), (EVIL,))
+    report = Report((Step(EVIL, EVIL, 0.0, *SIZES, 0, 0, changes, EVIL),), (EVIL,))
     verdict = Verdict(
         Footprint(1, 1, 1, 1),
         Footprint(1, 1, 1, 1),
@@ -233,8 +233,8 @@ def test_macs_are_those_of_one_sample() -> None:
 
 def test_steps_name_the_options_that_were_given() -> None:
     steps = Pipeline(Rename(), Rename(to="m"), Rename(fail=True))(parse(PRODUCT)).report.steps
-    assert [each.name for each in steps] == ["rename()", "rename(to='m')", "rename(fail=True)"]
-    assert [each.kind for each in steps] == ["rename"] * 3
+    assert [each.description for each in steps] == ["rename()", "rename(to='m')", "rename(fail=True)"]
+    assert [each.name for each in steps] == ["rename"] * 3
     assert [each.error for each in steps] == ["", "", "no such luck"]
     assert steps[2].before == steps[2].after
 
