@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnxslim.calibration.sources.arrays import Array, Feeds
-from onnxslim.errors import CalibrationError
+from onnxslim.errors import CalibrationError, nearest
 from onnxslim.ir.model import InputSpec
 
 Shape = Sequence["int | str | None"]
@@ -31,7 +30,7 @@ def checked(feeds: Feeds, specs: Sequence[InputSpec], where: str) -> Feeds:
     known = [spec.name for spec in specs]
     for name in named:
         if name not in known:
-            raise CalibrationError(f"{where}: the model has no input {name!r}{_suggestion(name, known)}")
+            raise CalibrationError(f"{where}: the model has no input {name!r}; {nearest(name, known)}")
     for spec in specs:
         if spec.name in named:
             _check_array(named[spec.name], spec, where)
@@ -45,12 +44,6 @@ def checked(feeds: Feeds, specs: Sequence[InputSpec], where: str) -> Feeds:
 def _positional(name: str, specs: Sequence[InputSpec]) -> str:
     position = re.fullmatch(r"#(\d+)", name)
     return specs[int(position[1])].name if position and int(position[1]) < len(specs) else name
-
-
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    if close := difflib.get_close_matches(name, known, n=1):
-        return f"; did you mean {close[0]!r}?"
-    return f"; its inputs are {', '.join(known)}"
 
 
 def _check_array(array: Array, spec: InputSpec, where: str) -> None:

@@ -1,4 +1,4 @@
-"""The exceptions of onnxslim and the exit codes they stand for.
+"""The exceptions of onnxslim, the exit codes they stand for, and the cure for a misspelt name.
 
 OnnxSlimError
 ├─ LoadError          3  the input is not a model we can read
@@ -13,7 +13,24 @@ OnnxSlimError
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import ClassVar
+
+SHOWN_NAMES = 40
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The name that a word may be a misspelling of, if there is one."""
+    return next(iter(get_close_matches(word, list(known), n=1)), None)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What a message says after a name that does not exist: the name that was meant, or those there are."""
+    names = list(known)
+    meant = closest(word, names)
+    shown = ", ".join(names[:SHOWN_NAMES]) + (", …" if len(names) > SHOWN_NAMES else "")
+    return f"did you mean '{meant}'?" if meant else f"known are: {shown or 'none'}"
 
 
 class OnnxSlimError(Exception):

@@ -12,12 +12,11 @@ if __name__ != "onnxslim.passes":
 import dataclasses
 import importlib
 import json
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
-from onnxslim.errors import UsageError
+from onnxslim.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from onnxslim.engine.base import Pass
@@ -89,7 +88,7 @@ def get(name: str) -> type[Pass]:
     """
     class_name = dict(REGISTRY).get(name)
     if class_name is None:
-        raise UsageError(f"there is no pass '{name}'; {_nearest(name, names())}")
+        raise UsageError(f"there is no pass '{name}'; {nearest(name, names())}")
     found: type[Pass] = getattr(importlib.import_module(f"onnxslim.passes.{name}"), class_name)
     return found
 
@@ -149,7 +148,7 @@ def create(name: str, given: Mapping[str, Any]) -> Pass:
     known = _fields(cls)
     for key in given:
         if key not in known:
-            raise UsageError(f"pass '{name}' has no option '{key}'; {_nearest(key, tuple(known))}")
+            raise UsageError(f"pass '{name}' has no option '{key}'; {nearest(key, known)}")
     from pydantic import ValidationError
 
     try:
@@ -236,8 +235,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, (tuple, list, frozenset)):
         return ",".join(str(item) for item in value) or "none"
     return "none" if value is None else str(value)
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = get_close_matches(word, known, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(known) or 'none'}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import ml_dtypes
@@ -16,6 +15,7 @@ from onnxslim.calibration.collect import collect
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import Histogram
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.matching import GLOBS, excluded, tell_idle
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
@@ -48,9 +48,7 @@ class Half(Pass):
     weights_only: bool = Field(
         False, description="compute in single precision; weights are turned back when the model is loaded"
     )
-    exclude: tuple[str, ...] = Field(
-        (), description="globs on node names, or operator types, to keep in float"
-    )
+    exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to keep in float")
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Convert the model in place.
@@ -59,24 +57,21 @@ class Half(Pass):
             CalibrationError: the data does not fit the model.
         """
         log, kind = Log(), TYPES[self.dtype]
+        tell_idle(self.exclude, model, log)
         if self.weights_only:
-            _store(model, kind, self._excluded, log)
+            _store(model, kind, self.exclude, log)
             return log.done()
         shapes.infer(model)
         seen = _ranges(model, ctx)
         chosen = []
         for node in model.graph.nodes:
-            reason = self._excluded(node) or _unfit(node, model.opset, kind, seen)
+            reason = excluded(self.exclude, node) or _unfit(node, model.opset, kind, seen)
             if reason is None:
                 chosen.append(node)
             elif any(tensor.dtype == SINGLE for tensor in (*node.inputs, *node.outputs)):
                 log.skip(node.label, reason)
         _Converter(model, kind, log).apply(chosen)
         return log.done()
-
-    def _excluded(self, node: Node) -> str | None:
-        hit = any(fnmatch.fnmatchcase(node.name, glob) or glob == node.op for glob in self.exclude)
-        return "excluded" if hit else None
 
 
 def _ranges(model: Model, ctx: Context) -> Mapping[str, Histogram]:
@@ -201,7 +196,7 @@ class _Converter:
                 del kept[name]
 
 
-def _store(model: Model, kind: np.dtype[Any], excluded: Any, log: Log) -> None:
+def _store(model: Model, kind: np.dtype[Any], exclude: Sequence[str], log: Log) -> None:
     """Keep large constants in half precision, with a Cast that runtimes compute once on loading."""
     name, added = Namer(model.graph), []
     most = LARGEST[kind.name]
@@ -210,8 +205,11 @@ def _store(model: Model, kind: np.dtype[Any], excluded: Any, log: Log) -> None:
         if constant.dtype != SINGLE or constant.nbytes < MIN_BYTES or id(constant) in fixed:
             continue
         values: Array = constant.values
-        if any(excluded(node) for node in constant.outputs) or not np.abs(values).max(initial=0.0) < most:
-            log.skip(constant.name, f"excluded, or not within what {kind.name} holds")
+        reason = next(filter(None, (excluded(exclude, node) for node in constant.outputs)), None)
+        if reason is None and not np.abs(values).max(initial=0.0) < most:
+            reason = f"it exceeds what {kind.name} holds"
+        if reason is not None:
+            log.skip(constant.name, reason)
             continue
         half = Constant(name(f"{constant.name}_{kind.name}"), values.astype(kind))
         restored = Variable(name(f"{constant.name}_float32"), SINGLE, constant.shape)

@@ -6,14 +6,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import typer
 
 from onnxslim.cli import terminal
 from onnxslim.cli.commands import app
-from onnxslim.errors import OnnxSlimError, SaveError, UsageError
+from onnxslim.errors import OnnxSlimError, SaveError, UsageError, closest
 
 INTERRUPTED = 130
 IO_ERROR = SaveError.exit_code
@@ -72,11 +71,9 @@ def _failed(error: Exception) -> int:
 
 
 def _usage_message(error: Any) -> str:
-    possible = get_close_matches(
-        getattr(error, "option_name", ""), getattr(error, "possibilities", None) or (), 1
-    )
-    if possible:
-        return f"no such option: {error.option_name}; did you mean {possible[0]}?"
+    meant = closest(getattr(error, "option_name", ""), getattr(error, "possibilities", None) or ())
+    if meant:
+        return f"no such option: {error.option_name}; did you mean {meant}?"
     return str(error.format_message())
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from onnxslim.errors import UsageError
+from onnxslim.errors import UsageError, closest, nearest
 
 DEFAULT_COMMAND = "slim"
 # Options that OnnxSlim takes several values after.
@@ -40,9 +39,8 @@ class Commands(TyperGroup):
         return super().parse_args(ctx, args)
 
     def _require_no_typo(self, word: str) -> None:
-        close = get_close_matches(word, self.commands, n=1)
-        if close and not os.path.exists(word):
-            raise UsageError(f"there is no command or file '{word}'; did you mean '{close[0]}'?")
+        if closest(word, self.commands) and not os.path.exists(word):
+            raise UsageError(f"there is no command or file '{word}'; {nearest(word, self.commands)}")
 
 
 class PassCommand(TyperCommand):

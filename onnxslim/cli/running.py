@@ -240,6 +240,9 @@ def _warn_of_idle_passes(report: Report, quiet: bool) -> None:
     from onnxslim.report.text import outcome
 
     for step in report.steps:
+        for skip in step.changes.skipped:
+            if skip.warning:
+                terminal.log(f"warning: pass {step.name}, '{skip.node}': {skip.reason}")
         line = outcome(step)
         if step.error:
             terminal.log(f"warning: pass {step.description} {line}")

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +20,7 @@ from onnxslim.compat import precision
 from onnxslim.engine.base import Pass
 from onnxslim.engine.check import difference
 from onnxslim.engine.pipeline import Pipeline, Result
-from onnxslim.errors import UsageError, ValidationError
+from onnxslim.errors import UsageError, ValidationError, nearest
 from onnxslim.ir import files, proto
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Dim, Namer, Tensor, Variable
@@ -37,7 +36,6 @@ logger = logging.getLogger("onnxslim")
 
 Words: TypeAlias = "str | Iterable[str] | None"
 
-SHOWN_NAMES = 40
 _DTYPES: dict[str, np.dtype[Any]] = {
     "fp16": np.dtype(np.float16),
     "fp32": np.dtype(np.float32),
@@ -169,13 +167,7 @@ def _returned(model: Model, saved: Path) -> onnx.ModelProto:
 def _require_known(unknown: Mapping[str, object]) -> None:
     known = [name for name in introspection.signature(slim).parameters if name not in ("model", "unknown")]
     for name in unknown:
-        raise UsageError(f"slim() has no argument '{name}'; {_nearest(name, known)}")
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = get_close_matches(word, known, n=1)
-    shown = ", ".join(known[:SHOWN_NAMES]) + (", …" if len(known) > SHOWN_NAMES else "")
-    return f"did you mean '{close[0]}'?" if close else f"known are: {shown or 'none'}"
+        raise UsageError(f"slim() has no argument '{name}'; {nearest(name, known)}")
 
 
 # ------------------------------------------------------------------------------------------ what is asked
@@ -204,13 +196,11 @@ class Request:
             raise UsageError(f"size_threshold {self.size_threshold}: a number of bytes is not negative")
         for name in self.skip_optimizations:
             if name not in OPTIMIZATIONS:
-                raise UsageError(
-                    f"there is no optimization '{name}' to skip; {_nearest(name, tuple(OPTIMIZATIONS))}"
-                )
+                raise UsageError(f"there is no optimization '{name}' to skip; {nearest(name, OPTIMIZATIONS)}")
         for name in self.skip_fusion_patterns:
             if not name.startswith(_THEIRS) and name not in _RULES:
                 known = (*PATTERNS, *_RULES)
-                raise UsageError(f"there is no pattern '{name}' to skip; {_nearest(name, known)}")
+                raise UsageError(f"there is no pattern '{name}' to skip; {nearest(name, known)}")
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -396,7 +386,7 @@ def _named(asked: Sequence[str], specs: Mapping[str, InputSpec]) -> Iterator[tup
         name = max((name for name in specs if word.startswith(f"{name}:")), key=len, default=None)
         if name is None:
             wrong = word.rpartition(":")[0] or word
-            raise UsageError(f"'{word}': there is no input '{wrong}'; {_nearest(wrong, tuple(specs))}")
+            raise UsageError(f"'{word}': there is no input '{wrong}'; {nearest(wrong, specs)}")
         yield specs[name], word[len(name) + 1 :]
 
 
@@ -498,7 +488,7 @@ class _Cutter:
         found = {tensor.name: tensor for tensor in ir.tensors(self._graph)}
         name, colon, kind = (word, "", "") if word in found or ":" not in word else word.rpartition(":")
         if name not in found:
-            raise UsageError(f"'{word}': there is no tensor '{name}'; {_nearest(name, tuple(found))}")
+            raise UsageError(f"'{word}': there is no tensor '{name}'; {nearest(name, found)}")
         if colon and kind not in _DTYPES:
             raise UsageError(f"'{word}': there is no type '{kind}'; known are: {', '.join(_DTYPES)}")
         return found[name], _dtype(found[name], _DTYPES[kind] if colon else None)

@@ -57,10 +57,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Skip:
-    """Something a pass could have done but did not: at which node, and why not."""
+    """Something a pass could have done but did not: at which node, and why not.
+
+    Attributes:
+        warning: whether it is because the user asked for something that means nothing, as a misspelt name.
+    """
 
     node: str
     reason: str
+    warning: bool = False
 
 
 def captioned(caption: str, default: T | None = None) -> T | None:
@@ -126,6 +131,10 @@ class Log:
     def skip(self, node: str, reason: str) -> None:
         """Note something not done; the same note twice counts once."""
         self._skipped[node, reason] = Skip(node, reason)
+
+    def warn(self, asked: str, reason: str) -> None:
+        """Note that what the user asked for means nothing."""
+        self._skipped[asked, reason] = Skip(asked, reason, warning=True)
 
     def add(self, changes: Changes) -> None:
         """Take over the notes of a part."""

@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, TypeVar
@@ -28,7 +27,7 @@ from onnxslim import passes
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.engine.base import Pass, Progress, options
 from onnxslim.engine.pipeline import Pipeline, Report, Result
-from onnxslim.errors import OnnxSlimError, UsageError
+from onnxslim.errors import OnnxSlimError, UsageError, nearest
 from onnxslim.formats import plain
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model, load
@@ -389,9 +388,7 @@ def _made(cls: type[T], given: Mapping[str, Any], where: str) -> T:
 def _require_known(given: Mapping[str, Any], known: list[str], where: str) -> None:
     for key in given:
         if key not in known:
-            close = get_close_matches(key, known, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(known)}"
-            raise UsageError(f"{where}there is no key '{key}'; {hint}")
+            raise UsageError(f"{where}there is no key '{key}'; {nearest(key, known)}")
 
 
 # --------------------------------------------------------------------------------------------- writing

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
-from onnxslim.errors import UsageError, ValidationError
+from onnxslim.errors import UsageError, ValidationError, nearest
 from onnxslim.formats import plain
 from onnxslim.runtime.timing import Latency
 
@@ -208,6 +207,4 @@ def check_limits(names: Iterable[str]) -> None:
     """Raise UsageError for a limit there is none of, with the nearest one there is."""
     for name in names:
         if name not in LIMITS:
-            close = get_close_matches(name, LIMITS, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(LIMITS)}"
-            raise UsageError(f"unknown requirement '{name}'; {hint}")
+            raise UsageError(f"unknown requirement '{name}'; {nearest(name, LIMITS)}")

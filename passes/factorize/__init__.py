@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.engine.base import Changes, Context, Figures, Log, Pass, captioned, options
 from onnxslim.engine.editor import Editor
+from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -89,7 +90,7 @@ class Factorize(Pass):
     )
     fitted: bool = Field(True, description="fit factors to the calibration data, if there are any")
     repair: bool = Field(True, description="fit all layers again afterwards, as the repair pass does")
-    exclude: tuple[str, ...] = Field((), description="globs on node names, or operator types, to leave whole")
+    exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to leave whole")
     cache: bool = Field(True, description="keep measured times in the user's cache folder")
 
     def __post_init__(self) -> None:
@@ -134,6 +135,7 @@ class _Work:
 
     def __call__(self) -> Changes:
         """Search, choose, rewrite, measure."""
+        tell_idle(self._wish.exclude, self._model, self._log)
         layers, known = layers_of(self._model, self._shapes, self._wish.exclude, self._log)
         whole = chains.undone(self._model, known) if known else self._model
         if known and self._is_met(whole):

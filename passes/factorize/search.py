@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
@@ -12,6 +11,7 @@ from onnxslim.calibration.gram import Gram
 from onnxslim.calibration.holdout import split
 from onnxslim.engine.base import Context, Log
 from onnxslim.engine.editor import Editor
+from onnxslim.engine.matching import excluded
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Node
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
@@ -76,16 +76,13 @@ def layers_of(
     Args:
         model: what they are from.
         inputs: shapes of the inputs in one run.
-        exclude: globs on node names, or operator types, to leave out.
+        exclude: globs of layers to leave out.
         log: told of every layer that cannot be factorized, and why.
     """
     shapes, fixed = _shapes(model, inputs), frozenset(ir.protected(model.graph))
     found: dict[int, Layer] = {}
     for node in _candidates(model, log):
-        if any(fnmatchcase(node.name, each) or node.op == each for each in exclude):
-            log.skip(node.label, "excluded")
-            continue
-        layer = layer_of(node, shapes, model.opset, fixed)
+        layer = excluded(exclude, node) or layer_of(node, shapes, model.opset, fixed)
         if isinstance(layer, str):
             log.skip(node.label, layer)
         else:

@@ -14,6 +14,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.holdout import split
 from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.engine.base import Change, Changes, Context, Figures, Log, Pass, captioned, options
+from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.errors import UsageError
 from onnxslim.families.analysis import Analysis, analyze
 from onnxslim.families.costs import Costs
@@ -23,7 +24,7 @@ from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Kept
 from onnxslim.passes.prune.budget import TOLERANCE, allocate, uniform
-from onnxslim.passes.prune.choose import SAMPLES, Candidates, candidates, criterion_of, damages
+from onnxslim.passes.prune.choose import SAMPLES, Candidates, candidates, criterion_of, damages, spared
 from onnxslim.passes.prune.compensate import compensate
 from onnxslim.passes.prune.cut import cut, prepare, reshare
 from onnxslim.passes.prune.exact import prove
@@ -75,7 +76,7 @@ class Prune(Pass):
     )
     align: int = Field(8, ge=1, description="what is left of a layer is a multiple of so many channels")
     max_ratio: float = Field(0.9, gt=0, lt=1, description="largest share of a family to remove")
-    exclude: tuple[str, ...] = Field((), description="globs on names of nodes or tensors to leave whole")
+    exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to leave whole")
     allow_outputs: bool = Field(False, description="let axes of the model's outputs shrink")
     steps: int = Field(1, ge=1, description="rounds of choosing, cutting and repairing on the way")
     repair: Literal["ridge", "bias", "none"] = Field(
@@ -119,7 +120,9 @@ class _Run:
 
     def run(self) -> Changes:
         """All steps."""
+        tell_idle(self._settings.exclude, self._teacher, self._log)
         twins = prepare(self._model)
+        self._spared = spared(self._model, self._settings.exclude)
         first = self._analyze()
         before = Costs(self._model, first)
         self._whole = {"macs": before.macs({}), "params": before.parameters({})}
@@ -170,7 +173,7 @@ class _Run:
             criterion=criterion_of(settings.importance, self._data, self._log, self._model),
             align=settings.align,
             max_ratio=settings.max_ratio,
-            exclude=settings.exclude,
+            spared=self._spared,
             data=self._split.fit if self._split else None,
             ctx=self._ctx,
             log=self._log,
@@ -245,7 +248,7 @@ class _Run:
     def _say_why(self, analysis: Analysis) -> None:
         """Nothing was pruned: name what stands in the way of the first layers."""
         if analysis.families:
-            if not self._log.done().skipped:
+            if all(skip.warning for skip in self._log.done().skipped):
                 self._log.skip(self._model.graph.name or "model", "the goal is met as it is")
             return
         told = 0

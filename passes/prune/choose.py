@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.gram import Gram
 from onnxslim.engine.base import Context, Log
+from onnxslim.engine.matching import hit, names_of
 from onnxslim.families.analysis import Analysis, Family
 from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import Array, Constant
@@ -61,7 +61,7 @@ def candidates(
     criterion: str,
     align: int,
     max_ratio: float,
-    exclude: Sequence[str],
+    spared: Mapping[str, str],
     data: CalibrationData | None,
     ctx: Context,
     log: Log,
@@ -72,11 +72,12 @@ def candidates(
         model: the analyzed model; not modified.
         analysis: of the model.
         criterion: one of `importance.Importance` but "auto".
-        align, max_ratio, exclude: options of the pass.
+        align, max_ratio: options of the pass.
+        spared: what is to stay whole, see `spared`.
         data: what moments are taken of; criteria that need none still use them to compensate.
         ctx, log: of the pass.
     """
-    families = {family.name: family for family in analysis.families if not _left_alone(family, exclude, log)}
+    families = {family.name: family for family in analysis.families if not _left_alone(family, spared, log)}
     limits = {name: Limits.of(family, align, max_ratio) for name, family in families.items()}
     for name, limit in limits.items():
         if len(limit.allowed) == 1:
@@ -89,13 +90,28 @@ def candidates(
     return Candidates(analysis, families, {name: limits[name] for name in families}, rankings, grams)
 
 
-def _left_alone(family: Family, exclude: Sequence[str], log: Log) -> bool:
+def _left_alone(family: Family, spared: Mapping[str, str], log: Log) -> bool:
     names = [member.tensor for member in family.members] + [each.node for each in family.consumers]
-    for glob in exclude:
-        if any(fnmatchcase(name, glob) for name in names):
-            log.skip(family.name, f"excluded by '{glob}'")
-            return True
-    return False
+    glob = next((spared[name] for name in names if name in spared), None)
+    if glob is not None:
+        log.skip(family.name, f"excluded by '{glob}'")
+    return glob is not None
+
+
+def spared(model: Model, exclude: Sequence[str]) -> dict[str, str]:
+    """Tensors, and labels of nodes, that are to stay whole, with the globs that mean them.
+
+    A node that is meant itself, and not by one of its tensors, keeps the channels of all it reads and makes.
+    """
+    found: dict[str, str] = {}
+    for node in model.graph.nodes if exclude else ():
+        tensors = [tensor.name for tensor in (*node.inputs, *node.outputs)]
+        whole = hit(exclude, *names_of(node))
+        for name in (node.label, *tensors):
+            glob = whole or hit(exclude, name)
+            if glob is not None:
+                found.setdefault(name, glob)
+    return found
 
 
 def values_of(model: Model) -> dict[str, Array]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -14,6 +13,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.holdout import split
 from onnxslim.engine.base import Changes, Context, Log, OneOf, Pass, options
+from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Kind, Recipe, Settings
@@ -67,9 +67,7 @@ class Quantize(Pass):
         "least mean squared error, or whichever does best on samples held out",
     )
     percentile: float = Field(99.99, gt=0, le=100, description="percent of the values kept by `percentile`")
-    exclude: tuple[str, ...] = Field(
-        (), description="globs on node names, or operator types, to keep in float"
-    )
+    exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to keep in float")
     classifier: bool = Field(False, description="quantize the last matrix product before an output too")
     bias_correction: bool = Field(
         True, description="adjust biases so that rounding the weights leaves the mean of every channel alone"
@@ -136,9 +134,7 @@ class Quantize(Pass):
         ctx = replace(ctx, target=self._target(ctx.target))
         wide = self.weights == "int4" or ctx.target.quantized.activation.itemsize > 1
         prepare(model, ctx.target.quantized, log, WIDE_OPSET if wide else MIN_OPSET)
-        for glob in self.exclude:
-            if not any(fnmatchcase(node.name, glob) or node.op == glob for node in model.graph.nodes):
-                log.skip(glob, "nothing is excluded by it: no node has such a name or operator")
+        tell_idle(self.exclude, model, log)
         trained = strip(model)
         shapes.infer(model)
         original = model.copy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Gram, observe
 from onnxslim.calibration.observers import Distribution, Histogram, Range
 from onnxslim.engine.base import Context, Log
+from onnxslim.engine.matching import excluded
 from onnxslim.ir.graph import Array, Constant, Node, Tensor, producer
 from onnxslim.ir.model import Model
 from onnxslim.ops import Role, cost, spec_of
@@ -46,7 +46,7 @@ class Settings:
     """What holds for every candidate; see the options of `Quantize`.
 
     Attributes:
-        exclude: globs on node names, or operator types, that stay in floating point.
+        exclude: globs of nodes that stay in floating point.
         weights: their integer type; int4 has a scale for every few inputs where activations are not integers.
         activations: whether they become integers on ranges known beforehand ("static"), as they come
             ("dynamic"), or not at all ("none"): then weights only are stored as such.
@@ -277,10 +277,7 @@ class Builder:
         """Why a node must not be quantized, whatever its operator."""
 
         def refuse(node: Node) -> str | None:
-            globs = self._settings.exclude
-            if any(fnmatch.fnmatchcase(node.name, glob) or glob == node.op for glob in globs):
-                return "excluded"
-            if reason := recipe.refused.get(node.label):
+            if reason := excluded(self._settings.exclude, node) or recipe.refused.get(node.label):
                 return reason
             if (
                 recipe.only is not None

@@ -192,10 +192,11 @@ def test_quantize_from_the_command_line(run: Run, folder: Path) -> None:
     text += "{ z = Relu(x)  p = MatMul(z, w)  y = Relu(p) }"
     parse(text % ",".join("1" * 16)).save(folder / "product.onnx")
     words = ("quantize", "product.onnx", "out.onnx", "--data", "data.npz")
-    code, out, _ = run(
+    code, out, err = run(
         *words, "--observer", "minmax", "--exclude", "nothing", "--exclude", "else", "--classifier"
     )
     assert code == 0
+    assert "onnxslim: warning: pass quantize, 'nothing': it matches no node, tensor or operator\n" in err
     assert "quantize(observer='minmax', exclude=('nothing', 'else'), classifier=True)" in out
     assert "QuantizeLinear" in {node.op for node in load(folder / "out.onnx").nodes()}
 

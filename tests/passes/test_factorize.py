@@ -533,7 +533,10 @@ def test_quantized_weights_are_left_alone() -> None:
 
 
 def test_layers_in_branches_and_excluded_ones_are_left_alone(net: Model) -> None:
-    assert _layers(net, ("t*", "Gemm"))[1] == dict.fromkeys(("two", "three", "head"), "excluded")
+    assert _layers(net, ("t*", "Gemm"))[1] == {
+        **dict.fromkeys(("two", "three"), "excluded by 't*'"),
+        "head": "excluded by 'Gemm'",
+    }
     branch = "g () => (float[2,4] y) { [inner] y = MatMul(x, w) }"
     model = parse(
         f"g (float[2,4] x, bool c) => (float[2,4] y) {{ y = If(c) <then_branch = {branch}, "

@@ -100,6 +100,16 @@ def test_excluded_layers_stay_whole_and_are_named() -> None:
     assert "excluded by 'v'" in reasons
 
 
+def test_a_layer_excluded_by_its_name_keeps_the_channels_it_makes() -> None:
+    model = chain()
+    model.graph.nodes[0].name = "first"
+    result = prune(model, ratio=0.5, exclude=("first",)).model
+    assert [tensor.shape for name, tensor in weights(result).items() if name in "wv"] == [
+        (32, 3, 3, 3),
+        (16, 32, 3, 3),
+    ]
+
+
 def test_nothing_pruned_says_why() -> None:
     model = parse("g (float[N,4] x) => (float[N,6] y) { a = MatMul(x, w) y = Softmax(a) }", values(w=(4, 6)))
     step = prune(model, ratio=0.5).report.steps[0]

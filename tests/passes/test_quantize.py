@@ -140,7 +140,7 @@ def test_the_interface_and_float_weights_are_what_is_expected(block: Model, feed
 @pytest.mark.parametrize("name", ["conv2", "conv*", "Conv"])
 def test_excluded_nodes_stay_in_float(block: Model, feeds: dict[str, Array], name: str) -> None:
     _, changes = _quantize(block, feeds, exclude=(name,))
-    assert _skips(changes)["conv2"] == "excluded"
+    assert _skips(changes)["conv2"] == f"excluded by '{name}'"
 
 
 def test_without_data_there_is_one_clear_error(block: Model) -> None:

@@ -189,14 +189,6 @@ def test_nothing_is_quantized_twice() -> None:
     np.testing.assert_array_equal(Session(once).run(feeds)["y"], Session(twice).run(feeds)["y"])
 
 
-def test_an_exclusion_that_hits_nothing_is_told() -> None:
-    _, changes = _quantized(
-        _net("[one] a = Conv(x, v) [two] y = Conv(a, u)"), exclude=("three", "on*", "Conv")
-    )
-    told = [skip.node for skip in changes.skipped if "nothing is excluded by it" in skip.reason]
-    assert told == ["three"]
-
-
 def test_a_partly_quantized_model_is_completed() -> None:
     model = _net(
         "s = Constant<value_float=0.05>() a = Conv(x, v) q = QuantizeLinear(a, s) d = DequantizeLinear(q, s) "
