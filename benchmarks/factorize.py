@@ -63,6 +63,7 @@ def fashion(net: str) -> tuple[Any, Any]:
 
 def row(net: str, what: str, **options: Any) -> str:
     """One way to factorize one of the nets."""
+    from onnxslim.calibration.noise import sqnr
     from onnxslim.runtime.session import Session
 
     model, data = fashion(net)
@@ -72,7 +73,7 @@ def row(net: str, what: str, **options: Any) -> str:
     test = np.load(FASHION / "test.npz")
     logits = [Session(each).run({"image": test["image"]})["logits"] for each in (slimmed, found)]
     before, after = (100 * float((each.argmax(1) == test["label"]).mean()) for each in logits)
-    noise = 10 * np.log10(np.square(logits[0]).sum() / max(np.square(logits[0] - logits[1]).sum(), 1e-30))
+    noise = sqnr(*logits)
     macs = step.macs_after / step.macs_before
     params = step.after.parameters / step.before.parameters
     faster = 1 / ratio(slimmed, found, {"image": test["image"][:1]})
@@ -143,7 +144,8 @@ def real(names: tuple[str, ...]) -> Iterator[str]:
 def real_row(name: str, share: float, way: str) -> str:
     """One way to factorize one real model."""
     import onnxslim
-    from benchmarks.real import agreement, sqnr
+    from benchmarks.real import agreement
+    from onnxslim.calibration.noise import sqnr
     from onnxslim.models import zoo
     from onnxslim.runtime.session import Session
 
@@ -155,7 +157,7 @@ def real_row(name: str, share: float, way: str) -> str:
     outputs = [[session.run(batch) for batch in feeds] for session in (Session(slimmed), Session(found))]
     macs = f"{step.macs_after / step.macs_before:.2f}" if step.macs_before and step.macs_after else "–"
     params = step.after.parameters / step.before.parameters
-    noise = sqnr(*outputs) if step.changes else float("inf")
+    noise = sqnr(*outputs)
     return (
         f"| {name} | {share:.0%}, {way} | {macs} | {params:.2f} | {noise:.1f} | {agreement(name, *outputs)} "
         f"| {1 / ratio(slimmed, found, feeds[0]):.2f} | {seconds:.0f} |"

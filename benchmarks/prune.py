@@ -50,8 +50,9 @@ import onnx
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from benchmarks.real import agreement, sqnr
+from benchmarks.real import agreement
 from onnxslim import CalibrationData, Pipeline, Target, load
+from onnxslim.calibration.noise import sqnr
 from onnxslim.engine.check import broken, wellformed
 from onnxslim.errors import OnnxSlimError
 from onnxslim.ir.model import Model

@@ -28,7 +28,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common, retrieval
-from benchmarks.real import agreement, sqnr
+from benchmarks.real import agreement
+from onnxslim.calibration.noise import sqnr
 
 MODELS = ("efficientnet_lite0.dynamo", "ppocr_det", "minilm.dynamo", "magika")
 
@@ -63,6 +64,7 @@ TOOLS = {
         """
 import onnxslim
 from onnxslim import CalibrationData, Pipeline
+from onnxslim.calibration.noise import sqnr
 from onnxslim.passes import Quantize, Slim
 Pipeline(Slim(), Quantize())(onnxslim.load(source), data=CalibrationData(feeds)).save(target)
 """,

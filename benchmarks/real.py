@@ -32,6 +32,7 @@ def measure(name: str) -> str:
     """One row of the table, and below it what stayed in floating point."""
     import onnxslim
     from onnxslim import CalibrationData, Pipeline, Target
+    from onnxslim.calibration.noise import sqnr
     from onnxslim.models import zoo
     from onnxslim.passes import Quantize, Slim
     from onnxslim.passes.quantize.figures import QuantizeFigures
@@ -65,16 +66,6 @@ def measure(name: str) -> str:
         f"| {agreement(name, expected, found['fused'])} | {counts} | {seconds:.1f} |"
     )
     return row + "".join(f"\n  float: {skip.node}: {skip.reason}" for skip in changes.skipped)
-
-
-def sqnr(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> float:
-    """Signal to quantization noise ratio over all outputs, in dB."""
-    signal = noise = 0.0
-    for first, second in zip(expected, actual, strict=True):
-        for name, reference in first.items():
-            signal += float(np.square(reference, dtype=np.float64).sum())
-            noise += float(np.square(reference.astype(np.float64) - second[name]).sum())
-    return float(10 * np.log10(signal / noise))
 
 
 def millions(macs: int | None) -> str:

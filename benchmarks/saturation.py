@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from onnxslim.calibration.noise import sqnr
+
 NETS = ("resnet", "mobilenet", "vit")
 FASHION = Path(__file__).resolve().parent.parent / "models" / "fashion"
 EMULATOR = ("qemu-x86_64", "-cpu", "Haswell")
@@ -100,11 +102,6 @@ def main() -> None:
             for name, path in files.items():
                 figures = [sqnr(run[str(original)], run[str(path)]) for run in (here, there)]
                 print(f"| {net} | {name} | {figures[0]:.1f} | {figures[1]:.1f} |", flush=True)
-
-
-def sqnr(reference: np.ndarray, actual: np.ndarray) -> float:
-    """Signal to quantization noise ratio in dB."""
-    return float(10 * np.log10(np.square(reference).sum() / np.square(reference - actual).sum()))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import batch_samples
+from onnxslim.calibration.noise import Noise, noise_of
 from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.ir.graph import MASK_MAGNITUDE, Array, Dim, Tensor, producer
 from onnxslim.ir.model import Model
@@ -45,7 +45,7 @@ class Score:
     @property
     def noise(self) -> float:
         """Power of the noise by that of the signal, in the part that lost most."""
-        return float(10.0 ** (-self.sqnr / 10.0))
+        return noise_of(self.sqnr)
 
 
 FAILED = Score(-math.inf, math.inf, {}, None)
@@ -129,26 +129,26 @@ class Judge:
             LoadError: it does not run.
         """
         session = Session(model, self._target)
-        sums = np.zeros((len(self._parts), len(_Sums._fields)))
+        sums = [Noise() for _ in self._parts]
         same: list[bool] = []
         seen = 0
         for feeds, expected in self._batches(samples):
             found = session.run(feeds)
-            sums += np.array([_sums(part.of(expected), part.of(found)) for part in self._parts])
+            for part, each in zip(self._parts, sums, strict=True):
+                _add(each, part.of(expected), part.of(found))
             same.extend(_decisions(expected, found))
             seen += batch_samples(feeds)
             if seen >= self._half and self._score(sums, same).sqnr >= self._clear:
                 break
         return self._score(sums, same)
 
-    def _score(self, sums: NDArray[np.float64], same: Sequence[bool]) -> Score:
-        rows = [(part.name, _Sums(*row)) for part, row in zip(self._parts, sums.tolist(), strict=True)]
-        heard = [row.sqnr for _, row in rows if row.signal > 0]
-        errors = [row.noise / row.variation for _, row in rows if row.variation > 0]
+    def _score(self, sums: Sequence[Noise], same: Sequence[bool]) -> Score:
+        heard = [each.sqnr for each in sums if each.signal > 0]
+        errors = [each.noise / each.variation for each in sums if each.variation > 0]
         return Score(
             sqnr=min(heard, default=math.inf),
             error=float(np.mean(errors)) if errors else 0.0,
-            parts={name: row.sqnr for name, row in rows},
+            parts={part.name: each.sqnr for part, each in zip(self._parts, sums, strict=True)},
             agreement=float(np.mean(same)) if same else None,
         )
 
@@ -182,43 +182,12 @@ def _limited(data: Iterable[Feeds], samples: int) -> Iterator[Feeds]:
             return
 
 
-class _Sums(NamedTuple):
-    """Sums over the elements of a part: squares, squares of what was added, elements, and their number."""
-
-    signal: float
-    noise: float
-    total: float
-    size: float
-
-    @property
-    def sqnr(self) -> float:
-        if not self.noise:
-            return math.inf
-        if not self.signal or not math.isfinite(self.noise):
-            return -math.inf
-        return 10.0 * math.log10(self.signal / self.noise)
-
-    @property
-    def variation(self) -> float:
-        """Sum of squares around the mean; 0 for what is constant but for rounding."""
-        around = self.signal - self.total**2 / max(self.size, 1.0)
-        return around if around > 1e-12 * self.signal else 0.0
-
-
-def _sums(expected: Array, found: Array) -> _Sums:
-    """Of one batch; what is no number, or a mask, is left out."""
-    if expected.dtype.kind not in "fiu" or expected.shape != found.shape:
-        return _Sums(0.0, 0.0, 0.0, 0.0)
-    reference = expected.astype(np.float64)
-    ordinary = np.abs(reference) < MASK_MAGNITUDE
-    reference = reference[ordinary]
-    noise = float(np.square(found[ordinary].astype(np.float64) - reference).sum())
-    return _Sums(
-        signal=float(np.square(reference).sum()),
-        noise=noise if math.isfinite(noise) else math.inf,
-        total=float(reference.sum()),
-        size=float(reference.size),
-    )
+def _add(sums: Noise, expected: Array, found: Array) -> None:
+    """Take in one batch; what is no number, or a mask, is left out."""
+    if expected.dtype.kind in "fiu" and expected.shape == found.shape:
+        reference = expected.astype(np.float64)
+        ordinary = np.abs(reference) < MASK_MAGNITUDE
+        sums.add(reference[ordinary], found[ordinary])
 
 
 def _decisions(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[bool]:

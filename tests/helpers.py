@@ -10,6 +10,7 @@ import numpy as np
 import onnx.parser
 from onnx import numpy_helper
 
+from onnxslim.calibration.noise import sqnr
 from onnxslim.engine.base import Changes, Context, Pass
 from onnxslim.engine.check import difference, interface, wellformed
 from onnxslim.errors import LoadError
@@ -84,6 +85,11 @@ def _is_wellformed(model: Model) -> bool:
     except LoadError:
         return False
     return True
+
+
+def sqnr_of(before: Model, after: Model, feeds: Mapping[str, Array], optimize: str = "all") -> float:
+    """SQNR of all outputs, in dB; the second model may run with fewer of ONNX Runtime's optimizations."""
+    return sqnr(Session(before).run(feeds), Session(after, optimize=optimize).run(feeds))
 
 
 def ops(model: Model) -> Counter[str]:

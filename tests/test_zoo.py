@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.noise import sqnr
 from onnxslim.engine.check import difference, interface
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.ir.model import load
@@ -77,10 +77,4 @@ def test_quantize_fuses_everything_and_stays_close(name: str) -> None:
 
 def _sqnr(model: Any, quantized: Any, batches: list[dict[str, Any]]) -> float:
     first, second = Session(model), Session(quantized)
-    signal = noise = 0.0
-    for feeds in batches:
-        expected, actual = first.run(feeds), second.run(feeds)
-        for name, reference in expected.items():
-            signal += float(np.square(reference, dtype=np.float64).sum())
-            noise += float(np.square(reference - actual[name], dtype=np.float64).sum())
-    return float(10 * np.log10(signal / noise))
+    return sqnr([first.run(feeds) for feeds in batches], [second.run(feeds) for feeds in batches])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxslim.calibration.collect import tapped
+from onnxslim.calibration.noise import noise_of
 from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Array, Node, Tensor, producer
 from onnxslim.ir.model import Model, constant_of
@@ -215,13 +216,9 @@ def _layers(model: Model, sqnr: Mapping[str, float]) -> Iterator[LayerFidelity]:
     for node in model.graph.nodes:
         for tensor in node.outputs:
             if tensor.name in sqnr:
-                inherited = max((_noise(sqnr[name]) for name in _made_from(node, sqnr)), default=0.0)
-                added = _noise(sqnr[tensor.name]) - inherited
+                inherited = max((noise_of(sqnr[name]) for name in _made_from(node, sqnr)), default=0.0)
+                added = noise_of(sqnr[tensor.name]) - inherited
                 yield LayerFidelity(tensor.name, node.label, node.op, sqnr[tensor.name], added)
-
-
-def _noise(sqnr: float) -> float:
-    return float(10.0 ** (-sqnr / 10.0)) if sqnr > -300 else float("inf")
 
 
 def _made_from(node: Node, known: Mapping[str, float]) -> set[str]:
@@ -243,7 +240,7 @@ def _made_from(node: Node, known: Mapping[str, float]) -> set[str]:
 
 
 def _most_added(layers: Iterable[LayerFidelity]) -> list[LayerFidelity]:
-    worth = [layer for layer in layers if layer.added > _noise(AUDIBLE)]
+    worth = [layer for layer in layers if layer.added > noise_of(AUDIBLE)]
     return sorted(worth, key=lambda layer: -layer.added)[:EXPLAINED]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.noise import Noise
 from onnxslim.engine import check
 from onnxslim.engine.base import Progress
 from onnxslim.engine.pipeline import sample_shapes
@@ -332,8 +333,7 @@ class _Row:
     """Running sums over one output."""
 
     name: str
-    signal: float = 0.0
-    noise: float = 0.0
+    sums: Noise = field(default_factory=Noise)
     power: float = 0.0
     dot: float = 0.0
     worst: float = 0.0
@@ -377,15 +377,13 @@ class _Row:
         # What is infinite or NaN on both sides is no noise; on one side only, it is infinite noise.
         usable = np.isfinite(reference) & np.isfinite(actual)
         if not (usable | exact).all():
-            self.noise = self.worst = math.inf
+            self.sums.noise = self.worst = math.inf
         x, y = reference[usable].astype(np.float64), actual[usable].astype(np.float64)
         if x.size:
-            difference = x - y
-            self.signal += float(x @ x)
+            self.sums.add(x, y)
             self.power += float(y @ y)
             self.dot += float(x @ y)
-            self.noise += float(difference @ difference)
-            self.worst = max(self.worst, float(np.abs(difference).max()))
+            self.worst = max(self.worst, float(np.abs(x - y).max()))
 
     def result(self) -> OutputRow:
         """The figures so far."""
@@ -396,19 +394,12 @@ class _Row:
         if not self.floating:
             return OutputRow(self.name, equal)
         top1 = self.agreed / self.samples if self.classifies and self.samples else None
-        return OutputRow(self.name, equal, self.worst, self._sqnr(), self._cosine(), top1)
-
-    def _sqnr(self) -> float:
-        if self.noise == 0.0:
-            return math.inf
-        if self.signal == 0.0 or math.isinf(self.noise):
-            return -math.inf
-        return 10.0 * math.log10(self.signal / self.noise)
+        return OutputRow(self.name, equal, self.worst, self.sums.sqnr, self._cosine(), top1)
 
     def _cosine(self) -> float:
-        if self.noise == 0.0:
+        if self.sums.noise == 0.0:
             return 1.0
-        if math.isinf(self.noise):
+        if math.isinf(self.sums.noise):
             return math.nan
-        norms = math.sqrt(self.signal) * math.sqrt(self.power)
+        norms = math.sqrt(self.sums.signal) * math.sqrt(self.power)
         return self.dot / norms if norms else 0.0

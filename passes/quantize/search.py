@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import FAILED, Judge
+from onnxslim.calibration.noise import decibels_of
 from onnxslim.engine.base import Log
 from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Constant, Node
@@ -62,7 +63,7 @@ class Layer:
     @property
     def sqnr(self) -> float:
         """The same in dB."""
-        return -10.0 * math.log10(self.noise) if self.noise > 0 else math.inf
+        return -decibels_of(self.noise) if self.noise > 0 else math.inf
 
 
 class Search:

@@ -19,7 +19,7 @@ from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize, QuantizeFigures, weights
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from tests.helpers import ops, parse, same_outputs
+from tests.helpers import ops, parse, same_outputs, sqnr_of
 
 
 def _normal(*shape: int, seed: int = 0) -> Array:
@@ -44,16 +44,6 @@ def _quantize(
 
 def _skips(changes: Changes) -> dict[str, str]:
     return {skip.node: skip.reason for skip in changes.skipped}
-
-
-def _sqnr(before: Model, after: Model, feeds: dict[str, Array], optimize: str = "all") -> float:
-    signal = noise = 0.0
-    expected = Session(before).run(feeds)
-    actual = Session(after, optimize=optimize).run(feeds)
-    for name, reference in expected.items():
-        signal += float(np.square(reference, dtype=np.float64).sum())
-        noise += float(np.square(reference - actual[name], dtype=np.float64).sum())
-    return float(10 * np.log10(signal / max(noise, 1e-30)))
 
 
 BLOCK = """g (float[N,8,6,6] x) => (float[N,10] y)
@@ -93,8 +83,8 @@ def test_a_residual_block_runs_in_integers_and_fuses(block: Model, feeds: dict[s
     assert QuantizeFigures.of(changes).fused == {"Conv": 4, "Add": 1}
     assert QuantizeFigures.of(changes).unfused == ()
     assert ops(after)["Relu"] == 0, "ranges that begin at zero do the work of Relu"
-    assert _sqnr(block, after, feeds) > 30
-    assert abs(_sqnr(block, after, feeds) - _sqnr(block, after, feeds, "none")) < 1.0
+    assert sqnr_of(block, after, feeds) > 30
+    assert abs(sqnr_of(block, after, feeds) - sqnr_of(block, after, feeds, "none")) < 1.0
 
 
 def test_the_last_pooling_and_classifier_stay_in_float_unless_asked(
@@ -117,7 +107,7 @@ def test_a_large_classifier_stores_integers_and_computes_in_float() -> None:
     after, changes = _quantize(model, feeds)
     assert QuantizeFigures.of(changes).fused == {"MatMul": 1}
     assert sum(t.nbytes for t in after.constants()) < 0.3 * model.nbytes()
-    assert _sqnr(model, after, feeds) > 25
+    assert sqnr_of(model, after, feeds) > 25
     after, _ = _quantize(model, feeds, exclude=("head",))
     assert sum(t.nbytes for t in after.constants()) > 0.5 * model.nbytes()
 
@@ -182,7 +172,7 @@ def test_a_relu_behind_one_of_the_joined_tensors_keeps_its_kernel(feeds: dict[st
     after, changes = _quantize(model, feeds)
     assert QuantizeFigures.of(changes).fused == {"Conv": 3, "Concat": 1}
     assert QuantizeFigures.of(changes).unfused == ()
-    assert _sqnr(model, after, feeds) > 30
+    assert sqnr_of(model, after, feeds) > 30
 
 
 def test_pooling_of_what_is_made_in_float_stays_in_float(feeds: dict[str, Array]) -> None:
@@ -208,7 +198,7 @@ def test_squeeze_excite_and_hardswish_run_in_integers(feeds: dict[str, Array]) -
     after, changes = _quantize(model, feeds)
     assert QuantizeFigures.of(changes).fused == {"Conv": 4, "GlobalAveragePool": 1, "Mul": 2, "Add": 2}
     assert QuantizeFigures.of(changes).unfused == ()
-    assert _sqnr(model, after, feeds) > 30
+    assert sqnr_of(model, after, feeds) > 30
 
 
 @given(alpha=st.floats(0.05, 0.5), beta=st.floats(0.1, 0.9))
@@ -276,7 +266,7 @@ def test_what_a_body_reads_is_the_dequantized_tensor() -> None:
     _with(model, w=_normal(4, 4), v=_normal(4, 4, seed=1))
     feeds = {"x": _normal(8, 4), "c": np.array(True)}
     after, _ = _quantize(model, feeds)
-    assert _sqnr(model, after, feeds) > 30
+    assert sqnr_of(model, after, feeds) > 30
 
 
 def test_a_weight_that_a_body_reads_is_not_stored_twice() -> None:
@@ -335,7 +325,7 @@ def test_symmetric_targets_get_symmetric_integers(block: Model, feeds: dict[str,
     assert isinstance(conv.inputs[2], Constant)
     assert conv.inputs[2].dtype == np.float32
     assert conv.outputs[0].outputs[0].op == "Relu", "zero is not the end of a symmetric range"
-    assert _sqnr(block, after, feeds, "none") > 25
+    assert sqnr_of(block, after, feeds, "none") > 25
 
 
 # Weights

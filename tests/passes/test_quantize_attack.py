@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.noise import sqnr
 from onnxslim.engine.base import Changes, Context, Pass, options
 from onnxslim.engine.check import interface, wellformed
 from onnxslim.engine.pipeline import Pipeline
@@ -65,16 +66,9 @@ def _assert_close(
     expected = Session(before).run(feeds)
     found = [Session(after, optimize=level).run(feeds) for level in ("all", "none")]
     for name, reference in expected.items():
-        ratios = [_sqnr(reference, outputs[name]) for outputs in found]
+        ratios = [sqnr(reference, outputs[name]) for outputs in found]
         assert min(ratios) > least, (name, ratios)
         assert abs(ratios[0] - ratios[1]) < 1.0 or min(ratios) > 100, (name, ratios)
-
-
-def _sqnr(reference: Array, actual: Array) -> float:
-    signal, noise = (
-        float(np.square(values, dtype=np.float64).sum()) for values in (reference, reference - actual)
-    )
-    return float(10 * np.log10(max(signal, 1e-30) / max(noise, 1e-30)))
 
 
 def _skips(changes: Changes) -> dict[str, str]:

@@ -15,9 +15,8 @@ from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize, QuantizeFigures
 from onnxslim.passes.quantize.weights import MAX_PAIR
 from onnxslim.runtime.profile import optimized_model
-from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from tests.helpers import ops, parse
+from tests.helpers import ops, parse, sqnr_of
 
 
 def _normal(*shape: int, seed: int = 0) -> Array:
@@ -29,13 +28,6 @@ def _dynamic(model: Model, data: Any = None, **options: Any) -> tuple[Model, Cha
     given = CalibrationData(data) if data else None
     options = {"activations": "dynamic", **options}
     return twin, Quantize(**options).run(twin, Context(target=Target.cpu(), data=given))
-
-
-def _sqnr(before: Model, after: Model, feeds: dict[str, Array], optimize: str = "all") -> float:
-    expected, actual = Session(before).run(feeds)["y"], Session(after, optimize=optimize).run(feeds)["y"]
-    assert expected.shape == actual.shape
-    noise = float(np.square(expected - actual, dtype=np.float64).sum())
-    return float(10 * np.log10(np.square(expected, dtype=np.float64).sum() / max(noise, 1e-30)))
 
 
 def _filled(text: str) -> Model:
@@ -69,8 +61,8 @@ def test_products_by_constants_run_in_integers_without_data() -> None:
     assert ran.count("DynamicQuantizeMatMul") == 1
     for shape in ((1, 1), (2, 7), (3, 40)):
         feeds = {"x": _normal(*shape, 32, seed=9)}
-        assert _sqnr(model, result, feeds) > 28
-        assert _sqnr(model, result, feeds, "none") > 28
+        assert sqnr_of(model, result, feeds) > 28
+        assert sqnr_of(model, result, feeds, "none") > 28
     assert not any(name.startswith("w") and name[-1] in "qkv1" for name in result.graph.initializers)
 
 
@@ -89,7 +81,7 @@ def test_gemms_of_every_kind(text: str) -> None:
     result, changes = _dynamic(model, classifier=True)
     assert QuantizeFigures.of(changes).fused == {"MatMul": 1}
     feeds = {"x": 0.1 * _normal(16, 32, seed=9)}
-    assert _sqnr(model, result, feeds) > 35
+    assert sqnr_of(model, result, feeds) > 35
 
 
 @pytest.mark.parametrize(
@@ -108,7 +100,7 @@ def test_what_cannot_be_written_that_way_stores_its_weight(text: str, reason: st
     result, changes = _dynamic(model)
     assert "DynamicQuantizeLinear" not in ops(result)
     assert reason in [skip.reason for skip in changes.skipped]
-    assert _sqnr(model, result, {"x": 0.1 * _normal(40, 32, seed=9)}) > 30
+    assert sqnr_of(model, result, {"x": 0.1 * _normal(40, 32, seed=9)}) > 30
 
 
 def test_no_pair_of_codes_can_saturate() -> None:
@@ -138,8 +130,8 @@ def test_with_data_the_worst_products_keep_their_data_in_float() -> None:
     data = [{"x": _normal(8, 256, seed=seed) * scale} for seed in range(8)]
     plain, _ = _dynamic(model, data, require_sqnr=0)
     kept, changes = _dynamic(model, data, require_sqnr=15)
-    assert _sqnr(model, plain, data[0]) < 5
-    assert _sqnr(model, kept, data[0]) > 14
+    assert sqnr_of(model, plain, data[0]) < 5
+    assert sqnr_of(model, kept, data[0]) > 14
     assert {row.node: row.kept for row in QuantizeFigures.of(changes).layers or ()} == {
         "a": True,
         "b": False,
@@ -156,7 +148,7 @@ def test_what_several_products_read_is_stored_once() -> None:
     products = [node for node in result.graph.nodes if node.op == "MatMulInteger"]
     assert products[0].inputs[1] is products[1].inputs[1]
     assert "w" not in result.graph.initializers
-    assert _sqnr(model, result, {"x": _normal(9, 48)}) > 28
+    assert sqnr_of(model, result, {"x": _normal(9, 48)}) > 28
 
 
 def test_reasons_tell_what_stands_in_the_way() -> None:

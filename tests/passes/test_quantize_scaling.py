@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from onnxslim import shapes
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.noise import sqnr
 from onnxslim.engine.base import Changes, Context
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -162,10 +163,8 @@ def _quantize(model: Model, data: list[dict[str, Array]], **options: Any) -> tup
 
 
 def _noise(before: Model, after: Model, data: list[dict[str, Array]]) -> float:
-    one, other = Session(before), Session(after)
-    pairs = [(one.run(feeds)["y"], other.run(feeds)["y"]) for feeds in data]
-    noise = sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in pairs)
-    return float(10 * np.log10(sum(float(np.square(a, dtype=np.float64).sum()) for a, _ in pairs) / noise))
+    runs = ([session.run(feeds) for feeds in data] for session in (Session(before), Session(after)))
+    return sqnr(*runs)
 
 
 @pytest.fixture

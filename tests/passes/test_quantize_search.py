@@ -21,7 +21,7 @@ from onnxslim.runtime.metric import Metric, Run
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from tests.helpers import ops, parse
+from tests.helpers import ops, parse, sqnr_of
 
 
 def _normal(*shape: int, seed: int = 0) -> Array:
@@ -41,12 +41,6 @@ def _quantize(
     context = Context(target=Target.cpu(), data=CalibrationData(data), metric=metric)
     changes = Quantize(**options).run(twin, context)
     return twin, changes
-
-
-def _sqnr(before: Model, after: Model, feeds: dict[str, Array], optimize: str = "all") -> float:
-    expected, actual = Session(before).run(feeds)["y"], Session(after, optimize=optimize).run(feeds)["y"]
-    noise = float(np.square(expected - actual, dtype=np.float64).sum())
-    return float(10 * np.log10(np.square(expected, dtype=np.float64).sum() / max(noise, 1e-30)))
 
 
 def _constants(model: Model) -> list[Constant]:
@@ -87,8 +81,8 @@ def test_a_convolution_left_in_float_between_integers_is_really_left_alone(
     ran = {node.name: node.op_type for node in optimized_model(result).graph.node}
     assert ran["first"] == ran["last"] == "QLinearConv"
     assert ran["middle"] in ("Conv", "FusedConv")
-    assert _sqnr(chain, result, batches[0]) == pytest.approx(
-        _sqnr(chain, result, batches[0], "none"), abs=0.5
+    assert sqnr_of(chain, result, batches[0]) == pytest.approx(
+        sqnr_of(chain, result, batches[0], "none"), abs=0.5
     )
 
 
@@ -115,7 +109,7 @@ def test_the_layer_that_loses_most_is_kept_and_the_report_ranks_all(
     assert {row.node for row in rows} == {"first", "middle", "last"}
     assert 0 < sum(row.kept for row in rows) < 3
     fresh = {"x": _normal(16, 8, 6, 6, seed=99)}
-    assert _sqnr(model, kept, fresh) > max(_sqnr(model, plain, fresh), 23)
+    assert sqnr_of(model, kept, fresh) > max(sqnr_of(model, plain, fresh), 23)
 
 
 def test_nothing_is_searched_where_enough_is_kept(chain: Model, batches: list[dict[str, Array]]) -> None:
@@ -212,7 +206,7 @@ def test_weights_alone_are_stored_as_integers(
     result, _ = _quantize(products, sentences, weights=bits, activations="none", require_sqnr=0)
     assert result.nbytes() < size * products.nbytes()
     assert "QuantizeLinear" not in ops(result)
-    assert _sqnr(products, result, sentences[0]) > least
+    assert sqnr_of(products, result, sentences[0]) > least
     assert [node.op_type for node in optimized_model(result).graph.node].count("MatMulNBits") == 2
 
 
@@ -221,7 +215,7 @@ def test_four_bits_chosen_by_outputs_beat_the_nearest_ones(
 ) -> None:
     fresh = {"i": np.random.default_rng(9).integers(0, 3000, (16, 12))}
     found = {
-        algorithm: _sqnr(
+        algorithm: sqnr_of(
             products,
             _quantize(
                 products, sentences, weights="int4", activations=None, algorithm=algorithm, require_sqnr=0
@@ -245,9 +239,9 @@ def test_four_bit_weights_run_in_integer_kernels(chain: Model, batches: list[dic
     assert QuantizeFigures.of(changes).fused == {"Conv": 3}
     stored = {constant.dtype.name for constant in _constants(result)}
     assert "int4" in stored
-    assert _sqnr(chain, result, batches[0]) > 12
-    assert _sqnr(chain, result, batches[0]) == pytest.approx(
-        _sqnr(chain, result, batches[0], "none"), abs=1.0
+    assert sqnr_of(chain, result, batches[0]) > 12
+    assert sqnr_of(chain, result, batches[0]) == pytest.approx(
+        sqnr_of(chain, result, batches[0], "none"), abs=1.0
     )
 
 
@@ -256,7 +250,7 @@ def test_four_bits_in_integer_kernels_gain_by_outputs_too(chain: Model) -> None:
     images = [np.einsum("ncij,cd->ndij", _normal(8, 3, 6, 6, seed=seed), mixed) for seed in range(9)]
     *data, fresh = ({"x": image} for image in images)
     found = {
-        algorithm: _sqnr(
+        algorithm: sqnr_of(
             chain, _quantize(chain, data, weights="int4", algorithm=algorithm, require_sqnr=0)[0], fresh
         )
         for algorithm in ("rtn", "cd")
@@ -367,12 +361,12 @@ def test_graphs_obey_the_layout_of_a_target(
         maker, stored = conv.inputs[2].inputs, conv.inputs[2]
         assert np.dtype((maker[0].inputs[0] if maker else stored).dtype).name == bias
         assert conv.inputs[1].inputs[0].inputs[0].dtype == np.int8
-    assert _sqnr(chain, result, batches[0], "none") > 25
+    assert sqnr_of(chain, result, batches[0], "none") > 25
 
 
 def test_sixteen_bits_lose_less_than_eight(chain: Model, batches: list[dict[str, Array]]) -> None:
     found = {
-        kind: _sqnr(
+        kind: sqnr_of(
             chain, _quantize(chain, batches, activations=kind, algorithm="rtn")[0], batches[0], "none"
         )
         for kind in ("uint8", "uint16")

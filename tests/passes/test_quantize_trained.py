@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.noise import sqnr
 from onnxslim.engine.base import Changes, Context
 from onnxslim.ir.graph import Array, Constant, Node
 from onnxslim.ir.model import Model
@@ -85,10 +86,7 @@ def _quantize(model: Model, **options: Any) -> tuple[Model, Changes]:
 def _sqnr(before: Model, after: Model, optimize: str = "all") -> float:
     """Against the model as it was trained: without kernels in integers."""
     feeds = {"x": _normal(8, 8, 6, 6, seed=99)}
-    expected = Session(before, optimize="none").run(feeds)["y"]
-    actual = Session(after, optimize=optimize).run(feeds)["y"]
-    noise = float(np.square(expected - actual, dtype=np.float64).sum())
-    return float(10 * np.log10(np.square(expected, dtype=np.float64).sum() / max(noise, 1e-30)))
+    return sqnr(Session(before, optimize="none").run(feeds), Session(after, optimize=optimize).run(feeds))
 
 
 def _scales_of(model: Model, op: str) -> set[float]:
