@@ -16,14 +16,19 @@ from onnxslim.engine.base import Changes, Context, Log, OneOf, Pass, options
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.model import Model
-from onnxslim.passes.quantize.build import Bits, Builder, Candidate, Kind, Recipe, Settings
+from onnxslim.passes.quantize.build import Builder, Candidate
+from onnxslim.passes.quantize.choices import Bits, Settings, Variant
+from onnxslim.passes.quantize.dynamic import Dynamic
 from onnxslim.passes.quantize.figures import LayerFigures, QuantizeFigures
 from onnxslim.passes.quantize.fused import kernels
 from onnxslim.passes.quantize.goal import Goal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
 from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Layer, Search
+from onnxslim.passes.quantize.static import Static
+from onnxslim.passes.quantize.strategy import Strategy
 from onnxslim.passes.quantize.trained import Trained, strip
 from onnxslim.passes.quantize.trial import Trial
+from onnxslim.passes.quantize.weight_only import WeightOnly, WeightOnlyBlocks
 from onnxslim.runtime.targets import CPU, Target, layouts
 
 __all__ = ["Quantize", "QuantizeFigures"]
@@ -121,7 +126,7 @@ class Quantize(Pass):
             PassError: the model's opset is too old and cannot be raised.
             UsageError: options contradict each other.
         """
-        if ctx.data is None and self._static:
+        if ctx.data is None and self._way.calibrated:
             raise CalibrationError(
                 "pass 'quantize' needs calibration data: pass data=, or --data on the command line"
             )
@@ -156,14 +161,19 @@ class Quantize(Pass):
         return log.done(figures)
 
     @property
-    def _static(self) -> bool:
-        return self.activations not in (None, "none", "dynamic")
+    def _way(self) -> type[Strategy]:
+        """How to quantize."""
+        if self.activations == "dynamic":
+            return Dynamic
+        if self.activations in (None, "none"):
+            return WeightOnlyBlocks if self.weights == "int4" else WeightOnly
+        return Static
 
     def _target(self, target: Target) -> Target:
         """The target with the wanted layout and type of activations."""
         if self.layout != "target":
             target = replace(target, quantized=layouts()[self.layout])
-        if not self._static or self.activations in (None, "auto"):
+        if not self._way.calibrated or self.activations in (None, "auto"):
             return target
         kind = np.dtype(self.activations)
         rules = replace(target.quantized, activation=kind, symmetric=kind.kind == "i")
@@ -176,13 +186,13 @@ class Quantize(Pass):
         if ctx.data is None and self.max_drop is not None:
             raise CalibrationError("pass 'quantize' with max_drop needs calibration data to rank layers on")
         if ctx.data is None:
-            candidate = Builder(model, ctx, self._settings(), trained)(Recipe())
+            candidate = Builder(model, ctx, self._strategy(ctx.target), trained)(Variant())
             return candidate, candidate.figures
         data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
         data.check(model.inputs())
         ctx = replace(ctx, data=data)
         fit, held, share = split(data)
-        build = Builder(model, replace(ctx, data=fit), self._settings(), trained)
+        build = Builder(model, replace(ctx, data=fit), self._strategy(ctx.target), trained)
         # What runs in integers may saturate where what it was trained with did not.
         judge = Judge(original, held, ctx.target, optimize="none" if trained else "all", clear=CLEAR)
         search = Search(judge)
@@ -194,29 +204,28 @@ class Quantize(Pass):
             log.skip("model", goal.shortfall(trial))
         return trial.candidate, self._told(figures, trial, search, goal)
 
-    def _settings(self) -> Settings:
-        kind: Kind = "static" if self._static else "dynamic" if self.activations == "dynamic" else "none"
-        return Settings(
-            self.exclude,
-            self.classifier,
-            self.bias_correction,
-            self.per_channel,
-            self.weights,
-            kind,
-            self.algorithm == "gptq",
+    def _strategy(self, target: Target) -> Strategy:
+        settings = Settings(
+            exclude=self.exclude,
+            classifier=self.classifier,
+            bias_correction=self.bias_correction,
+            per_channel=self.per_channel,
+            weights=self.weights,
+            gptq=self.algorithm == "gptq",
         )
+        return self._way(settings, target.quantized)
 
     def _search(self, search: Search, build: Builder, goal: Goal, log: Log) -> tuple[Trial, QuantizeFigures]:
         """The candidate to take, and what was measured until it was found."""
-        if not self._static:
-            trial = search.attempt(Recipe(), build)
+        if not self._way.calibrated:
+            trial = search.attempt(Variant(), build)
         elif self.observer == "auto":
-            trial = search.observer(Recipe(), build)
+            trial = search.observer(Variant(), build)
         else:
-            trial = search.attempt(Recipe((self.observer, self.percentile)), build)
+            trial = search.attempt(Variant((self.observer, self.percentile)), build)
         nearest = trial.score.sqnr
-        if self.equalization and self._static and trial.score.sqnr < ENOUGH:
-            choices = OBSERVERS if self.observer == "auto" else (trial.recipe.observer,)
+        if self.equalization and self._way.calibrated and trial.score.sqnr < ENOUGH:
+            choices = OBSERVERS if self.observer == "auto" else (trial.variant.observer,)
             trial = search.equalized(trial, choices, log)
         if self._rounds(trial):
             trial = search.rounding(trial)
@@ -225,7 +234,7 @@ class Quantize(Pass):
         if self.layers or not goal.met(fitted):
             fitted, layers = self._without_worst(search, trial, fitted, goal)
             figures = replace(figures, layers=layers)
-        if self.optimize_for == "latency" and self._static:
+        if self.optimize_for == "latency" and self._way.calibrated:
             fitted = search.fastest(fitted)
         return fitted, figures
 
@@ -249,7 +258,7 @@ class Quantize(Pass):
         best = fitted
         if not goal.met(fitted):
             gain = fitted.score.sqnr - trial.score.sqnr
-            if self._static and self.observer == "auto":
+            if self._way.calibrated and self.observer == "auto":
                 trial, layers = search.ranges(trial, layers)
             kept = search.keep(trial, layers, goal, gain)
             best = kept if goal.met(kept) else max(fitted, kept, key=lambda each: each.score.sqnr)
@@ -267,7 +276,7 @@ class Quantize(Pass):
             metric=None if goal.before is None else (goal.before, goal.value(made.model)),
             latency=search.latency(trial),
             parts=dict(trial.score.parts),
-            observer=trial.recipe.observer[0],
+            observer=trial.variant.observer[0],
         )
 
 
@@ -283,7 +292,7 @@ def _nothing(model: Model, figures: QuantizeFigures) -> str:
 
 
 def _row(layer: Layer, trial: Trial) -> LayerFigures:
-    kept = layer.node in trial.recipe.kept or layer.node in trial.recipe.refused
+    kept = layer.node in trial.variant.kept or layer.node in trial.variant.refused
     return LayerFigures(layer.node, layer.op, round(layer.sqnr, 2), kept)
 
 

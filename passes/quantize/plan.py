@@ -21,6 +21,7 @@ from onnxslim.ir.graph import Constant, Node, Tensor, Variable, captures, produc
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import OpSpec, Role, spec_of
 from onnxslim.ops.layouts import IntegerLayout
+from onnxslim.passes.quantize.choices import Refusal
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Planner:
         rules: IntegerLayout,
         log: Log,
         *,
-        refuse: Callable[[Node], str | None] = lambda node: None,
+        refuse: Refusal = lambda node: None,
         kept: Mapping[str, str] | None = None,
         weights_only: bool = False,
         sharing: bool = False,
@@ -105,14 +106,14 @@ class Planner:
         self._trained = trained
         self._sealed = {id(self._result(node)) for node in self._nodes if _is_misread(node)}
         self._seal_moved()
-        self._tail = set[int]() if classifier else self._classifiers()
+        self._classifiers = set[int]() if classifier else self._found_classifiers()
 
     def plan(self) -> Plan:
         """The nodes to run in integers and the tensors to quantize."""
         plan = Plan()
         plan.linear = [node for node in self._nodes if self._is_linear(node)]
         plan.stored = [node for node in self._nodes if self._is_stored(node)]
-        plan.last = self._tail
+        plan.last = self._classifiers
         available = self._required(plan.linear)
         candidates = self._forward(available, plan.linear)
         plan.followers = self._wanted(candidates, plan.linear)
@@ -201,13 +202,13 @@ class Planner:
         bias = node.input(2)
         if bias is not None and not isinstance(bias, Constant):
             return "its bias is computed, not stored"
-        if id(node) in self._tail:
+        if id(node) in self._classifiers:
             return LAST
         return None
 
     def _is_stored(self, node: Node) -> bool:
         """Whether the weight of a matrix product left in floating point is worth storing as integers."""
-        wanted = id(node) in self._tail or self._stores(node)
+        wanted = id(node) in self._classifiers or self._stores(node)
         return wanted and self._unstored(node) is None
 
     def _unstored(self, node: Node) -> str | None:
@@ -217,7 +218,7 @@ class Planner:
         weight = node.inputs[1]
         if not isinstance(weight, Constant):
             return "its weight is computed, not stored"
-        if id(node) not in self._tail and not self._stores(node):
+        if id(node) not in self._classifiers and not self._stores(node):
             return self._kept.get(node.label)
         if weight.nbytes < MIN_STORED_BYTES:
             return f"its weight takes less than {MIN_STORED_BYTES} bytes"
@@ -263,7 +264,7 @@ class Planner:
             return None
         return f"it has few input channels ({channels}) and is faster in floating point"
 
-    def _classifiers(self) -> set[int]:
+    def _found_classifiers(self) -> set[int]:
         """Ids of the matrix products whose results reach an output through nothing but simple operators."""
         found: set[int] = set()
         reached = set(self._outputs)

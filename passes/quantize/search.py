@@ -18,7 +18,8 @@ from onnxslim.calibration.noise import decibels_of
 from onnxslim.engine.base import Log
 from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Constant, Node
-from onnxslim.passes.quantize.build import Builder, ObserverChoice, Recipe
+from onnxslim.passes.quantize.build import Builder
+from onnxslim.passes.quantize.choices import ObserverChoice, Variant
 from onnxslim.passes.quantize.goal import Goal
 from onnxslim.passes.quantize.trial import Trial
 
@@ -67,7 +68,7 @@ class Layer:
 
 
 class Search:
-    """Looks for a good recipe.
+    """Looks for a good variant.
 
     Args:
         judge: measures candidates.
@@ -76,20 +77,20 @@ class Search:
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
 
-    def attempt(self, recipe: Recipe, build: Builder) -> Trial:
+    def attempt(self, variant: Variant, build: Builder) -> Trial:
         """Build and measure a candidate; one that does not run is as bad as can be."""
-        candidate = build(recipe)
+        candidate = build(variant)
         try:
             score = self._judge(candidate.model)
         except LoadError:
             score = FAILED
-        return Trial(recipe, build, candidate, score)
+        return Trial(variant, build, candidate, score)
 
-    def observer(self, recipe: Recipe, build: Builder) -> Trial:
+    def observer(self, variant: Variant, build: Builder) -> Trial:
         """The best way to choose ranges for all tensors; the first one if that is good enough."""
-        best = self.attempt(replace(recipe, observer=OBSERVERS[0]), build)
+        best = self.attempt(replace(variant, observer=OBSERVERS[0]), build)
         for choice in OBSERVERS[1:] if best.score.sqnr < ENOUGH else ():
-            best = _better(best, self.attempt(replace(recipe, observer=choice), build))
+            best = _better(best, self.attempt(replace(variant, observer=choice), build))
         return best
 
     def equalized(self, trial: Trial, choices: Sequence[ObserverChoice], log: Log) -> Trial:
@@ -99,7 +100,7 @@ class Search:
         if build is None:
             return trial
         found = max(
-            (self.attempt(replace(trial.recipe, observer=choice), build) for choice in choices),
+            (self.attempt(replace(trial.variant, observer=choice), build) for choice in choices),
             key=lambda each: each.score.sqnr,
         )
         best = _better(trial, found)
@@ -110,20 +111,20 @@ class Search:
     def complete(self, trial: Trial, held: CalibrationData, goal: Goal) -> Trial:
         """The same with ranges that the data held out so far has a part in, too, if that does no harm."""
         trial.build.absorb(held)
-        completed = self.attempt(trial.recipe, trial.build)
+        completed = self.attempt(trial.variant, trial.build)
         harmless = completed.score.sqnr >= trial.score.sqnr - HARMLESS
         return completed if harmless and (goal.met(completed) or not goal.met(trial)) else trial
 
     def rounding(self, trial: Trial) -> Trial:
         """The same with weights rounded by what their layers see, if that does better as a whole."""
-        return _better(trial, self.attempt(replace(trial.recipe, refined=True), trial.build))
+        return _better(trial, self.attempt(replace(trial.variant, refined=True), trial.build))
 
     def fitted(self, trial: Trial) -> Trial:
         """The same with weights fitted to the quantized inputs of their layers, if that does better."""
-        build = trial.build.sequential(trial.recipe)
+        build = trial.build.fitted(trial.variant)
         if build is None:
             return trial
-        return _better(trial, self.attempt(replace(trial.recipe, refined=True), build))
+        return _better(trial, self.attempt(replace(trial.variant, refined=True), build))
 
     def layers(self, trial: Trial) -> list[Layer]:
         """What every weighted node of a candidate does on its own, the worst first."""
@@ -133,7 +134,7 @@ class Search:
         size = sum(map(_size, nodes)) / max(len(nodes), 1)
         found = []
         for index, node in enumerate(nodes):
-            alone = trial.build(replace(trial.recipe, only=frozenset((node.label,))))
+            alone = trial.build(replace(trial.variant, only=frozenset((node.label,))))
             noise = self._judge(alone.model, RANKING).noise
             cost = 0.5 * (macs.get(node.label, mean) / mean if mean else 1.0) + 0.5 * _size(node) / size
             tensors = tuple(name for group in alone.groups for name in group)
@@ -146,21 +147,21 @@ class Search:
 
         Tried on the layers that do more than half an average share of all noise. With what layers do then.
         """
-        other = OBSERVERS[1] if trial.recipe.observer != OBSERVERS[1] else OBSERVERS[0]
+        other = OBSERVERS[1] if trial.variant.observer != OBSERVERS[1] else OBSERVERS[0]
         mean = sum(layer.noise for layer in layers) / max(len(layers), 1)
         worst = [layer for layer in layers if layer.noise > 0.5 * mean]
         gains: defaultdict[str, float] = defaultdict(float)
         noises: dict[str, float] = {}
         for index, layer in enumerate(worst):
             special = dict.fromkeys(layer.tensors, other)
-            alone = trial.build(replace(trial.recipe, special=special, only=frozenset((layer.node,))))
+            alone = trial.build(replace(trial.variant, special=special, only=frozenset((layer.node,))))
             noise = self._judge(alone.model, RANKING).noise
             noises[layer.node] = noise
             for name in layer.tensors:
                 gains[name] += layer.noise - noise
             trial.build.announce("choosing ranges", index + 1, len(worst))
         better = {name: other for name, gain in gains.items() if gain > 0}
-        found = self.attempt(replace(trial.recipe, special=better), trial.build)
+        found = self.attempt(replace(trial.variant, special=better), trial.build)
         if found.score.sqnr <= trial.score.sqnr + MARGIN:
             return trial, list(layers)
         changed = {layer.node for layer in worst if better.keys() >= set(layer.tensors)}
@@ -179,8 +180,10 @@ class Search:
         order = sorted(_labels(trial), key=lambda label: macs.get(label, 0))
         trials = [trial]
         for part in (0.25, 0.5, 0.75):
-            labels = {*order[: round(part * len(order))], *trial.recipe.kept}
-            trials.append(self.attempt(trial.build.without(trial.recipe, labels, SLOWER), trial.build))
+            labels = {*order[: round(part * len(order))], *trial.variant.kept}
+            trials.append(
+                self.attempt(trial.build.strategy.without(trial.variant, labels, SLOWER), trial.build)
+            )
         times = self._judge.latencies([each.candidate.model for each in trials], seconds)
         quickest = min(range(len(trials)), key=lambda index: times[index])
         return trials[quickest] if times[quickest] < FASTER * times[0] else trial
@@ -205,7 +208,7 @@ class Search:
         count = _needed(order, trial.score.noise, goal.missing(trial))
         while enough - lacking > 1:
             labels = [layer.node for layer in order[:count]]
-            found = self.attempt(trial.build.without(trial.recipe, labels, REASON), trial.build)
+            found = self.attempt(trial.build.strategy.without(trial.variant, labels, REASON), trial.build)
             if not goal.met(found) and goal.missing(found) <= gain:
                 found = self.fitted(found)
             if goal.met(found):
@@ -223,10 +226,10 @@ class Search:
         best = trial
         build = trial.build
         sizes = {node.label: _size(node) for node in build.model.graph.nodes if len(node.inputs) > 1}
-        kept = build.held_back(trial.recipe)
+        kept = build.strategy.held_back(trial.variant)
         for label in sorted(kept, key=lambda each: -sizes.get(each, 0))[:SPARED]:
-            left = [each for each in build.held_back(best.recipe) if each != label]
-            found = self.attempt(build.without(best.recipe, left, REASON), build)
+            left = [each for each in build.strategy.held_back(best.variant) if each != label]
+            found = self.attempt(build.strategy.without(best.variant, left, REASON), build)
             best = found if goal.met(found) else best
         return best
 

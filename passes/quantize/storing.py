@@ -14,6 +14,7 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import spec_of
+from onnxslim.passes.quantize.choices import Refusal
 from onnxslim.passes.quantize.weights import FOUR_BITS, Weights
 
 # Tables below this many bytes are left alone.
@@ -21,7 +22,6 @@ MIN_TABLE_BYTES = 1 << 16
 # Weights that share a scale in four bits; runtimes take powers of two from 16 on.
 BLOCK = 32
 
-Refusal = Callable[[Node], "str | None"]
 # Integer codes of a matrix [inputs, outputs] and their scales [blocks, outputs].
 Blocks: TypeAlias = tuple[NDArray[np.float32], Weights]
 Rounding = Callable[[Weights], Blocks]

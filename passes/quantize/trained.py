@@ -19,7 +19,7 @@ from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.layouts import IntegerLayout
-from onnxslim.passes.quantize.weights import QMAX, Codes, Encoded, Encoder, Scales
+from onnxslim.passes.quantize.weights import QMAX, Codes, Encoded
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 # Share of values that may be clipped less than in training.
@@ -114,6 +114,16 @@ class Trained:
         """Whether data and weight of a node both were integers in training."""
         return node.inputs[0].name in self.tensors and node.inputs[1].name in self.constants
 
+    def codes(self, weight: Constant, axis: int, limit: int) -> Encoded | None:
+        """Symmetric integers that a weight was trained with, if its channels lie along an axis."""
+        stored = self.constants.get(weight.name)
+        found = stored.encoded() if stored is not None else None
+        if found is None or stored is None:
+            return None
+        along = not found.scales.ndim or stored.grid.axis % len(weight.shape) == axis
+        fits = limit == QMAX or int(np.abs(found.codes).max(initial=0)) <= limit
+        return found if along and fits else None
+
     def known(self, tensor: Tensor, rules: IntegerLayout, seen: Histogram | None) -> Known | None:
         """Scale and zero point of a tensor in the target's type; None where it has none, or cannot have them.
 
@@ -147,32 +157,6 @@ class Trained:
                 model.graph.initializers.pop(constant.name, None)
         model.graph.nodes.extend(new)
         ir.sort(model.graph)
-
-
-class KeptEncoder(Encoder):
-    """Leaves the codes of weights that the model brought along as they are."""
-
-    trained = Trained()
-
-    def __call__(
-        self,
-        weight: Constant,
-        axis: int,
-        *,
-        per_channel: bool,
-        pair_axis: int | None = None,
-        least: Scales | None = None,
-    ) -> Encoded:
-        """See `Encoder`."""
-        stored = self.trained.constants.get(weight.name)
-        found = stored.encoded() if stored is not None else None
-        if found is not None and stored is not None and self._usable(found, stored.grid, axis, weight):
-            return found
-        return super().__call__(weight, axis, per_channel=per_channel, pair_axis=pair_axis, least=least)
-
-    def _usable(self, found: Encoded, grid: Grid, axis: int, weight: Constant) -> bool:
-        along = not found.scales.ndim or grid.axis % len(weight.shape) == axis
-        return along and (self.limit == QMAX or int(np.abs(found.codes).max(initial=0)) <= self.limit)
 
 
 def strip(model: Model) -> Trained:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxslim.calibration.fidelity import Score
-from onnxslim.passes.quantize.build import Builder, Candidate, Recipe
+from onnxslim.passes.quantize.build import Builder, Candidate
+from onnxslim.passes.quantize.choices import Variant
 
 
 @dataclass(frozen=True)
@@ -13,13 +14,13 @@ class Trial:
     """A candidate that was measured.
 
     Attributes:
-        recipe: of the candidate.
+        variant: of the candidate.
         build: what made it.
         candidate: it.
         score: what it keeps of the outputs.
     """
 
-    recipe: Recipe
+    variant: Variant
     build: Builder
     candidate: Candidate
     score: Score

@@ -92,6 +92,7 @@ class Encoder:
         better: by name of a constant, what makes better integers of these; it is given them, `pair_axis`, the
             limit and the least scales.
         known: by name of a constant, integers of it that are known already.
+        kept: integers of a constant with an axis of channels that must stay what they are, for a limit.
     """
 
     def __init__(
@@ -99,10 +100,12 @@ class Encoder:
         limit: int = QMAX,
         better: Mapping[str, Callable[[Encoded, int | None, int, Scales | None], Encoded]] | None = None,
         known: Mapping[str, Encoded] | None = None,
+        kept: Callable[[Constant, int, int], Encoded | None] = lambda constant, axis, limit: None,
     ) -> None:
         self.limit = limit
         self._better = {} if better is None else better
-        self.given = {} if known is None else known
+        self._given = {} if known is None else known
+        self._kept = kept
         self._known: dict[tuple[Any, ...], Encoded] = {}
 
     def __call__(
@@ -115,6 +118,8 @@ class Encoder:
         least: Scales | None = None,
     ) -> Encoded:
         """The constant's values as integers; see `encode`."""
+        if (kept := self._kept(weight, axis, self.limit)) is not None:
+            return kept
         loose = self._of(weight, axis, per_channel, pair_axis, None)
         if least is None or bool((loose.scales >= least).all()):
             return loose
@@ -123,7 +128,7 @@ class Encoder:
     def _of(
         self, weight: Constant, axis: int, per_channel: bool, pair_axis: int | None, least: Scales | None
     ) -> Encoded:
-        given = self.given.get(weight.name)
+        given = self._given.get(weight.name)
         if given is not None and per_channel and (least is None or bool((given.scales >= least).all())):
             return given
         key = (weight.name, axis, per_channel, pair_axis, None if least is None else least.tobytes())

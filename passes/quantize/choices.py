@@ -1,0 +1,73 @@
+"""What the candidates of one run have in common, and what they differ in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from onnxslim.engine.matching import excluded
+from onnxslim.ir.graph import Node
+from onnxslim.ops import Role, spec_of
+
+Bits = Literal["int8", "int4"]
+Observer = Literal["minmax", "percentile", "kl", "mse"]
+ObserverChoice: TypeAlias = tuple[Observer, float]  # with the percentile, if it is one
+Refusal: TypeAlias = Callable[[Node], "str | None"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every candidate; see the options of `Quantize`.
+
+    Attributes:
+        exclude: globs of nodes that stay in floating point.
+        weights: their integer type; int4 has a scale for every few inputs where activations are not integers.
+        gptq: whether coordinate descent starts from what GPTQ finds instead of the nearest codes.
+    """
+
+    exclude: tuple[str, ...] = ()
+    classifier: bool = False
+    bias_correction: bool = True
+    per_channel: bool = True
+    weights: Bits = "int8"
+    gptq: bool = False
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one candidate differs in.
+
+    Attributes:
+        observer: how ranges are chosen, and the percentile if it is one.
+        special: the same for single tensors, by name, and those that share their scale.
+        kept: labels of nodes that stay in floating point, and why.
+        refused: labels of nodes whose weights stay in floating point as well, and why.
+        only: if given, labels of the only weighted nodes to quantize.
+        refined: whether weights are rounded for the least error of outputs; see `rounding`.
+    """
+
+    observer: ObserverChoice = ("mse", 0.0)
+    special: Mapping[str, ObserverChoice] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    only: frozenset[str] | None = None
+    refined: bool = False
+
+    def observer_of(self, group: tuple[str, ...]) -> ObserverChoice:
+        """How the range of tensors on one scale is chosen, by their names."""
+        return next((self.special[name] for name in group if name in self.special), self.observer)
+
+
+def refusal(settings: Settings, variant: Variant) -> Refusal:
+    """Why a node must not be quantized, whatever its operator."""
+
+    def refuse(node: Node) -> str | None:
+        if reason := excluded(settings.exclude, node) or variant.refused.get(node.label):
+            return reason
+        others = variant.only is not None and node.label not in variant.only
+        if others and spec_of(node).role is Role.LINEAR:
+            return "another one is looked at"
+        return None
+
+    return refuse

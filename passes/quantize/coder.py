@@ -1,0 +1,155 @@
+"""Integers of the weights of one model, kept from candidate to candidate: they differ in few weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim.calibration.gram import Gram, observe
+from onnxslim.engine.base import Context
+from onnxslim.ir.graph import Node, producer
+from onnxslim.ir.model import Model
+from onnxslim.ops import spec_of
+from onnxslim.ops.layers import Layer, layer_of
+from onnxslim.passes.quantize.choices import Settings
+from onnxslim.passes.quantize.insert import pair_axis_of
+from onnxslim.passes.quantize.plan import Plan
+from onnxslim.passes.quantize.rounding import Rounder, as_matrix
+from onnxslim.passes.quantize.storing import BLOCK, Blocks, Rounding, nearest
+from onnxslim.passes.quantize.trained import Trained
+from onnxslim.passes.quantize.weights import Encoded, Encoder, encode, least_scales
+
+Floats = NDArray[np.float32]
+
+# By how much a bias may grow while its layer is fitted.
+ROOM = 4.0
+# Rows for a layer's second moments; a quarter for one with no more inputs than a depthwise convolution has.
+ROWS = 4095
+NARROW = 64
+# About how many rows are summed up at a time, and how much memory all of it may take at a time.
+WAITING = 2048
+MAX_BYTES = 256 << 20
+
+
+class WeightCoder:
+    """Nearest integers of weights, and better ones by what their layers see.
+
+    Args:
+        ctx: with the data.
+        settings: of all candidates.
+        limit: largest magnitude of a code.
+        trained: what the model brought along; codes of it stay what they are.
+        codes: by name of a weight, integers that were found for it already.
+        blocks: the same where they have a scale for every few inputs.
+    """
+
+    def __init__(
+        self,
+        ctx: Context,
+        settings: Settings,
+        limit: int,
+        trained: Trained,
+        codes: Mapping[str, Encoded] | None = None,
+        blocks: Mapping[str, Blocks] | None = None,
+    ) -> None:
+        self.limit = limit
+        self._ctx = ctx
+        self._settings = settings
+        self._rounders: dict[str, Rounder] = {}
+        self._codes = codes or {}
+        self._blocks = blocks or {}
+        self._nearest = Encoder(limit, kept=trained.codes)
+        self._refined = Encoder(limit, self._rounders, self._codes, kept=trained.codes)
+
+    def encoder(self, *, refined: bool = False) -> Encoder:
+        """What rounds weights: to the nearest codes, or to those found by what layers see; see `observe`."""
+        return self._refined if refined else self._nearest
+
+    def blocks(self, weight: str, *, refined: bool) -> Rounding:
+        """How a weight of this name is rounded to codes with a scale for every few inputs."""
+        if refined and weight in self._blocks:
+            return lambda matrix: self._blocks[weight]
+        rounder = self._rounders.get(weight) if refined else None
+        return rounder.four_bits if rounder else nearest
+
+    def observe(self, model: Model, plan: Plan) -> None:
+        """See what the layers of a plan see, once, and make ready to round their weights by it."""
+        labels = {plan.labels[id(node)] for node in (*plan.linear, *plan.stored)}
+        nodes = [node for node in model.graph.nodes if node.label in labels]
+        found = [layer for layer in map(layer_of, nodes) if isinstance(layer, Layer)]
+        done = {*self._rounders, *self._blocks, *self._codes}
+        new = [layer for layer in found if layer.node.inputs[1].name not in done]
+        linear = {plan.labels[id(node)] for node in plan.linear}
+        for rows, part in _portions([layer for layer in new if len(layer.node.inputs[1].outputs) == 1]):
+            names = [layer.node.outputs[0].name for layer in part]
+            grams = observe(model, self._ctx.data, names, rows=rows, target=self._ctx.target)
+            for layer, name in zip(part, names, strict=True):
+                node = layer.node
+                corrected = self._settings.bias_correction and node.label in linear and len(node.inputs) > 2
+                self._rounders[node.inputs[1].name] = self._rounder(layer, grams[name], corrected)
+
+    def coded(
+        self, layer: Layer, wanted: Floats, gram: Gram, *, corrected: bool, kept: bool
+    ) -> tuple[Encoded, Floats]:
+        """Integers of weights that a layer is to have, by what it sees, and the matrix they stand for.
+
+        Args:
+            layer: its node reads its data from a DQ, if that runs in integers.
+            wanted: as `Layer.matrix`.
+            gram: moments of what it sees.
+            corrected: whether a bias takes in what the integers do to the mean.
+            kept: whether the layer stays in floating point and only stores its weight so.
+        """
+        axis, rules = spec_of(layer.node).channel_axis, self._ctx.target.quantized
+        assert axis is not None
+        pair_axis = None if kept else pair_axis_of(layer.node, rules)
+        weight = layer.restored(wanted).astype(np.float32)
+        least = None if kept or not rules.integer_bias else _least(layer.node)
+        start = encode(
+            weight, axis(layer.node), per_channel=True, pair_axis=pair_axis, least=least, limit=self.limit
+        )
+        found = self._rounder(layer, gram, corrected, wanted)(start, pair_axis, self.limit, least)
+        return found, as_matrix(layer, found.codes) * found.scales.reshape(*wanted.shape[:2], 1)
+
+    def coded_in_blocks(
+        self, layer: Layer, wanted: Floats, gram: Gram, *, corrected: bool
+    ) -> tuple[Blocks, Floats]:
+        """The same with a scale for every few inputs."""
+        codes, scales = self._rounder(layer, gram, corrected, wanted).four_bits(wanted[0].T)
+        return (codes, scales), (codes * np.repeat(scales, BLOCK, axis=0)[: len(codes)]).T[None]
+
+    def _rounder(self, layer: Layer, gram: Gram, corrected: bool, wanted: Floats | None = None) -> Rounder:
+        return Rounder(layer, gram, corrected, wanted, self._settings.gptq)
+
+
+def _least(node: Node) -> Floats | None:
+    """Scales below which the bias of a node behind a DQ would not fit, with room for what it becomes."""
+    bias, pair = node.constant(2), producer(node.inputs[0])
+    scale = pair.constant(1) if pair is not None else None
+    if bias is None or scale is None:
+        return None
+    return np.asarray(ROOM * least_scales(bias.reshape(-1), np.float32(scale.max())), np.float32)
+
+
+def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:
+    """Layers to observe together, as far as memory allows, and how many rows of what they see to take.
+
+    There are more rows than inputs, or the moments would be those of too few directions; but no more than
+    some thousand, which tell the codes of eight bits well enough.
+    """
+    waiting: dict[int, list[Layer]] = {}
+    sizes: Counter[int] = Counter()
+    for layer in layers:
+        groups, outputs, inputs = layer.matrix().shape
+        rows = 1 << max(2 * inputs - 1, ROWS if inputs > NARROW else ROWS // 4).bit_length()
+        # Sums in double precision, and the rows that wait to be summed up.
+        size = groups * (inputs + outputs) * (8 * inputs + 4 * min(rows, WAITING))
+        if sizes[rows] + size > MAX_BYTES and waiting.get(rows):
+            yield rows, waiting.pop(rows)
+            sizes[rows] = 0
+        waiting.setdefault(rows, []).append(layer)
+        sizes[rows] += size
+    yield from waiting.items()

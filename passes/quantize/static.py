@@ -1,0 +1,47 @@
+"""Static quantization: integers on ranges that calibration has found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from onnxslim.ir.model import Model
+from onnxslim.ops import Role, spec_of
+from onnxslim.passes.quantize.choices import Variant
+from onnxslim.passes.quantize.figures import QuantizeFigures
+from onnxslim.passes.quantize.storing import Storage
+from onnxslim.passes.quantize.strategy import Draft, Strategy
+from onnxslim.passes.quantize.weights import FOUR_BITS, QMAX
+
+
+@dataclass(frozen=True)
+class Static(Strategy):
+    """Weighted operators and what lies between them run in integers (QDQ)."""
+
+    calibrated: ClassVar[bool] = True
+
+    @property
+    def limit(self) -> int:
+        """Weights in four bits are computed with as int8."""
+        return FOUR_BITS if self.settings.weights == "int4" else QMAX
+
+    def in_floats(self, model: Model, variant: Variant) -> Mapping[str, str]:
+        """What the variant keeps."""
+        return variant.kept
+
+    def compute(self, draft: Draft) -> QuantizeFigures:
+        """Q/DQ after the plan."""
+        return self.insert(draft, draft.plan.stored)
+
+    def store(self, draft: Draft, storage: Storage) -> None:
+        """Also weights of layers kept in floating point, as float16; nothing that the target may not know."""
+        if not self.layout.weight_only:
+            return
+        super().store(draft, storage)
+        if draft.variant.only is not None:
+            return
+        stored = {id(node) for node in draft.plan.stored}
+        labels = draft.variant.kept
+        kept = [n for n in draft.model.graph.nodes if n.label in labels and id(n) not in stored]
+        storage.halve([node for node in kept if spec_of(node).role is Role.LINEAR])
