@@ -39,7 +39,7 @@ _NOT_TENSORS = frozenset(
 )
 
 
-class Shelf:
+class SpillStore:
     """Arrays kept in memory up to a limit, and beyond it in files of a temporary folder.
 
     Args:
@@ -53,7 +53,7 @@ class Shelf:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._files: dict[int, Path] = {}
 
-    def __enter__(self) -> Shelf:
+    def __enter__(self) -> SpillStore:
         return self
 
     def __exit__(
@@ -115,13 +115,13 @@ class Part:
     makes: set[str] = field(default_factory=set)
 
 
-class Staged:
+class StagedRunner:
     """Runs a model stage by stage.
 
     Args:
         model: weights may be replaced between stages, nothing else.
         stops: what each stage has to compute.
-        shelf: where tensors are kept between stages.
+        store: where tensors are kept between stages.
         given: tensors that come from outside instead of being computed; graph inputs always do.
         target: where to run.
 
@@ -133,13 +133,13 @@ class Staged:
         self,
         model: Model,
         stops: Sequence[Stop],
-        shelf: Shelf,
+        store: SpillStore,
         *,
         given: Collection[str] = (),
         target: Target | None = None,
     ) -> None:
         self._model = model
-        self._shelf = shelf
+        self._store = store
         self._target = target
         self._given = set(given) | {tensor.name for tensor in model.graph.inputs}
         self.parts = _plan(model.graph, stops, self._given)
@@ -176,9 +176,9 @@ class Staged:
     def _keep(self, stage: int, kept: Values, values: Values) -> None:
         for name, value in values.items():
             if name not in kept and self._last.get(name, -1) > stage:
-                kept[name] = self._shelf.put(value)
+                kept[name] = self._store.put(value)
         for name in [name for name in kept if self._last[name] <= stage]:
-            self._shelf.drop(kept.pop(name))
+            self._store.drop(kept.pop(name))
 
     def _runner(self, stage: int, values: Values) -> Runner:
         if stage not in self._runners:
@@ -206,16 +206,18 @@ def _plan(graph: Graph, stops: Sequence[Stop], given: set[str]) -> list[Part]:
     makers = {tensor.name: node for node in graph.nodes for tensor in node.outputs if tensor.name}
     order = {id(node): index for index, node in enumerate(graph.nodes)}
     made: dict[str, int] = {}
+    there = set(given)
     parts: list[Part] = []
     for stage, stop in enumerate(stops):
-        part = _part(stop, makers, given | set(made))
+        part = _part(stop, makers, there)
         part.nodes.sort(key=lambda node: order[id(node)])
         peeks = {id(node) for node in stop.peeks}
         for node in part.nodes:
             if id(node) not in peeks and node.op not in _NOT_TENSORS:
                 made.update((tensor.name, stage) for tensor in node.outputs if _is_tensor(tensor))
+                there.update(tensor.name for tensor in node.outputs if _is_tensor(tensor))
         parts.append(part)
-        for name in part.reads & made.keys() - given:
+        for name in part.reads - given:
             if made[name] < stage:
                 parts[made[name]].makes.add(name)
     return parts

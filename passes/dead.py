@@ -164,16 +164,11 @@ def remove_functions(model: Model) -> list[str]:
     functions = {call_of(item.domain, item.name, item.overload): item for item in model.shell.functions}
     if not functions:
         return []
-    called = [
-        call_of(node.domain, node.op, node.proto.overload if node.proto is not None else "")
-        for node in model.nodes()
-    ]
-    reached: set[Call] = set()
-    while called:
-        call = called.pop()
-        if call in functions and call not in reached:
-            reached.add(call)
-            called.extend(_calls(functions[call].node))
+    import networkx as nx
+
+    calls: dict[object, list[Call]] = {call: list(_calls(item.node)) for call, item in functions.items()}
+    calls[model] = [called_by(node) for node in model.nodes()]
+    reached = nx.descendants(nx.DiGraph(calls), model)
     unused = [call for call in functions if call not in reached]
     if unused:
         # The shell is shared with copies of the model.
@@ -197,6 +192,11 @@ def nested(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
         for item in node.attribute:
             for body in (item.g, *item.graphs) if item.HasField("g") else item.graphs:
                 pending.extend(body.node)
+
+
+def called_by(node: Node) -> Call:
+    """What a node calls, if it is a function of the model."""
+    return call_of(node.domain, node.op, node.proto.overload if node.proto is not None else "")
 
 
 def call_of(domain: str, name: str, overload: str) -> Call:

@@ -15,7 +15,6 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Graph, Node, Tensor
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.passes import dead
-from onnxslim.passes.dead import Call
 
 
 @options
@@ -46,13 +45,9 @@ def calls(model: Model) -> Iterator[tuple[Node, FunctionProto]]:
     """Nodes that call a function of the model, with that function."""
     own = {dead.call_of(item.domain, item.name, item.overload): item for item in model.shell.functions}
     for node in model.nodes() if own else ():
-        function = own.get(_called(node))
+        function = own.get(dead.called_by(node))
         if function is not None:
             yield node, function
-
-
-def _called(node: Node) -> Call:
-    return dead.call_of(node.domain, node.op, node.proto.overload if node.proto is not None else "")
 
 
 def _round(model: Model, log: Log) -> bool:

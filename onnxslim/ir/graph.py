@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -346,7 +346,8 @@ class Namer:
 def sort(graph: Graph) -> None:
     """Put the nodes of this graph (not of nested ones) in an order that can be run.
 
-    Kahn's algorithm on the present order as priority, so a graph that is in order stays as it is.
+    Kahn's algorithm on the present order as priority, so a graph that is in order stays as it is. Our own, as
+    it runs after every edit: networkx takes two to three times as long, most of it to build its graph.
 
     Raises:
         LoadError: the nodes form a cycle; names one on it.
@@ -371,9 +372,17 @@ def sort(graph: Graph) -> None:
             if blockers[later] == 0:
                 heapq.heappush(ready, later)
     if len(order) != len(graph.nodes):
-        stuck = next(node for node, count in zip(graph.nodes, blockers, strict=True) if count)
+        stuck = graph.nodes[_first_on_a_cycle(dependents)]
         raise LoadError(f"the graph has a cycle through node '{stuck.label}' ({stuck.op})")
     graph.nodes[:] = [graph.nodes[index] for index in order]
+
+
+def _first_on_a_cycle(dependents: Sequence[Sequence[int]]) -> int:
+    """The first node of a cycle; what merely depends on one is not on it."""
+    import networkx as nx
+
+    first: int = min(tail for tail, _ in nx.find_cycle(nx.DiGraph(dict(enumerate(dependents)))))
+    return first
 
 
 def copy(graph: Graph) -> Graph:

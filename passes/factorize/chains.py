@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
+import networkx as nx
 import numpy as np
 
 from onnxslim.engine.editor import Editor
@@ -30,15 +31,10 @@ def find(layers: Iterable[Layer], outputs: frozenset[int]) -> list[Chain]:
     """
     known = {id(layer.node): layer for layer in layers}
     after = {key: follower for key, layer in known.items() if (follower := _follower(layer, known, outputs))}
-    inner = {id(follower.node) for follower in after.values()}
-    found = []
-    for key, layer in known.items():
-        if key in after and key not in inner:
-            members = [layer]
-            while id(members[-1].node) in after:
-                members.append(after[id(members[-1].node)])
-            found.append(tuple(members))
-    return found
+    # Each layer has one follower at most and follows one, so that what is connected is a path.
+    paths = nx.DiGraph((key, id(follower.node)) for key, follower in after.items())
+    parts = nx.weakly_connected_components(paths)
+    return [tuple(known[key] for key in nx.topological_sort(paths.subgraph(part))) for part in parts]
 
 
 def _follower(layer: Layer, known: Mapping[int, Layer], outputs: frozenset[int]) -> Layer | None:

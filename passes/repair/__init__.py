@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnxslim.calibration.collect import Progress
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Gram, Moments, batch_samples, quota_for, sampled
-from onnxslim.calibration.stages import Shelf, Staged, Stop, Values
+from onnxslim.calibration.stages import SpillStore, StagedRunner, Stop, Values
 from onnxslim.engine.base import Changes, Log
 from onnxslim.errors import CalibrationError
 from onnxslim.ir import graph as ir
@@ -103,8 +103,8 @@ def repair(
         clean &= {tensor.name for tensor in student.graph.inputs}
     stages = schedule(student, teacher, clean, layers, log)
     if any(stages):
-        with Shelf(memory) as shelf:
-            _Repair(student, teacher, kept, method, target, clean, stages, shelf, log, finish).run(
+        with SpillStore(memory) as store:
+            _Repair(student, teacher, kept, method, target, clean, stages, store, log, finish).run(
                 data, progress
             )
     return log.done()
@@ -161,7 +161,7 @@ class _Repair:
         target: Target | None,
         clean: set[str],
         stages: Sequence[Sequence[Job]],
-        shelf: Shelf,
+        store: SpillStore,
         log: Log,
         finish: Finish | None,
     ) -> None:
@@ -170,23 +170,23 @@ class _Repair:
         self.kept = kept
         self.method = method
         self.stages = stages
-        self.shelf = shelf
+        self.store = store
         self.log = log
         # What is rounded afterwards by the moments alone is fitted by them, too.
         goals = [] if finish else [job.goal.tensor for jobs in stages for job in jobs]
         self.chains = _chains(student.graph, goals)
         given = clean & {tensor.name for node in teacher.graph.nodes for tensor in node.outputs}
-        self.copy = Staged(student, [_stop(jobs) for jobs in stages], shelf, given=given, target=target)
+        self.copy = StagedRunner(student, [_stop(jobs) for jobs in stages], store, given=given, target=target)
         wanted = [
             Stop([*_goals(jobs), *(name for name in self.copy.requests(stage) if name in given)])
             for stage, jobs in enumerate(stages)
         ]
-        self.original = Staged(teacher, wanted, shelf, target=target)
+        self.original = StagedRunner(teacher, wanted, store, target=target)
 
     def run(self, data: CalibrationData, progress: Progress | None) -> None:
         """Refit all jobs, stage by stage."""
         batches = [
-            {name: self.shelf.put(array) for name, array in feeds.items()}
+            {name: self.store.put(array) for name, array in feeds.items()}
             for feeds in data.bind(self.student.inputs())
         ]
         if not sum(map(batch_samples, batches)):
@@ -201,7 +201,7 @@ class _Repair:
             for job, each in zip(jobs, sums, strict=True):
                 self._refit(job, each)
                 for array in (array for rows in chain(*each.rows) for array in rows):
-                    self.shelf.drop(array)
+                    self.store.drop(array)
                 done += 1
                 if progress:
                     progress("repairing", done, total)
@@ -229,7 +229,7 @@ class _Repair:
                 inputs, goal = x if self.method == "ridge" else x[:, :0], goal.reshape(present.shape)
                 moments.update(inputs, goal - present)
                 if part.size and job.goal.tensor in self.chains:
-                    rows.append(Rows(*map(self.shelf.put, (inputs, goal, present))))
+                    rows.append(Rows(*map(self.store.put, (inputs, goal, present))))
 
     def _goal(self, job: Job, batch: _Batch, at: Positions) -> Floats | str:
         """The teacher's values at some positions, as far as the student still has their channels."""

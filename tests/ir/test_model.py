@@ -201,7 +201,7 @@ def _model_with(*nodes: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (_model_with("a = Relu(b)", "b = Neg(a)", "y = Add(a, x)"), "cycle through node"),
+        (_model_with("y = Add(a, x)", "a = Relu(b)", "b = Neg(a)"), r"cycle through node 'Relu→a'"),
         (_model_with("y = Relu(nowhere)"), "reads tensor 'nowhere', which nothing in the model makes"),
         (_model_with("y = Relu(x)", "y = Neg(x)"), "tensor 'y' is made more than once"),
         (_model_with("a = Relu(x)"), "the list of graph outputs reads tensor 'y'"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Gram, Moments
-from onnxslim.calibration.stages import Shelf, Staged, Stop
+from onnxslim.calibration.stages import SpillStore, StagedRunner, Stop
 from onnxslim.engine.base import Changes
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array
@@ -686,13 +686,13 @@ def test_the_cut_into_batches_does_not_matter() -> None:
 
 def test_tensors_beyond_the_limit_go_to_files(monkeypatch: pytest.MonkeyPatch) -> None:
     spilled: list[int] = []
-    close = Shelf.__exit__
+    close = SpillStore.__exit__
 
-    def noted(self: Shelf, *args: Any) -> None:
+    def noted(self: SpillStore, *args: Any) -> None:
         spilled.append(self.spilled)
         close(self, *args)
 
-    monkeypatch.setattr(Shelf, "__exit__", noted)
+    monkeypatch.setattr(SpillStore, "__exit__", noted)
     inside, outside = (run_repair(batches(4, 4, 8, 8), memory=limit)[0] for limit in (1 << 30, 0))
     assert spilled[0] == 0 < spilled[1]
     for name in "wz":
@@ -735,8 +735,8 @@ def test_values_that_are_not_finite_leave_a_layer_alone() -> None:
 
 def test_each_node_runs_once_per_batch() -> None:
     _, model = block()
-    shelf = Shelf(1 << 20)
-    staged = Staged(model, [Stop(["s"]), Stop(["p", "r"]), Stop(["y"])], shelf)
+    store = SpillStore(1 << 20)
+    staged = StagedRunner(model, [Stop(["s"]), Stop(["p", "r"]), Stop(["y"])], store)
     feeds = [random(2, 4, 8, 8, seed=i) for i in range(3)]
     for stage, name in enumerate(("s", "p", "y")):
         for batch, x in enumerate(feeds):
@@ -745,13 +745,13 @@ def test_each_node_runs_once_per_batch() -> None:
                 np.testing.assert_allclose(found, Session(model).run({"x": x})["y"], atol=1e-4)
     ran = [[node.op for node in part.nodes] for part in staged.parts]
     assert ran == [["Conv"], ["Relu", "Conv", "Relu"], ["Conv", "Add"]]
-    assert shelf.held == 0
+    assert store.held == 0
 
 
 def test_peeks_are_computed_again() -> None:
     _, model = block()
     conv = next(node for node in model.graph.nodes if node.outputs[0].name == "a")
-    staged = Staged(model, [Stop(["r"], [conv]), Stop(["p"])], Shelf(1 << 20))
+    staged = StagedRunner(model, [Stop(["r"], [conv]), Stop(["p"])], SpillStore(1 << 20))
     before = staged.run(0, 0, {"x": random(2, 4, 8, 8)})["a"]
     for name in "wb":
         model.graph.initializers[name].values = values(model, name) * np.float32(2)
