@@ -568,7 +568,7 @@ def counted(call):
     return wrapped
 for name in ("fsync", "replace", "open", "mkdir", "unlink", "rmdir"):
     setattr(os, name, counted(getattr(os, name)))
-from onnxslim.model import load
+from onnxslim.ir.model import load
 model = load(path)
 model.graph.nodes[0].op = "Neg"
 count = 0

@@ -20,7 +20,7 @@ MAX_WRITTEN_BYTES = 4096
 _IR_VERSIONS = (4, 10)
 
 
-class _Part:
+class _Excerpt:
     """The model that computes some nodes, under names that cannot clash."""
 
     def __init__(self, known: Mapping[int, Array]) -> None:
@@ -92,7 +92,7 @@ def evaluate(
     Raises:
         LoadError: ONNX Runtime cannot compute one of them; carries its message.
     """
-    part = _Part(known)
+    part = _Excerpt(known)
     for node in nodes:
         part.add(node)
     asked = [(tensor, dtype, part.want(tensor, dtype)) for tensor, dtype in wanted]

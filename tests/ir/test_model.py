@@ -436,7 +436,7 @@ def test_a_full_disk_leaves_the_old_model_as_it_was(tmp_path: Path) -> None:
     script = f"""
 import resource, signal, sys
 from onnxslim.errors import SaveError
-from onnxslim.model import load
+from onnxslim.ir.model import load
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model = load({str(path)!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

@@ -232,9 +232,9 @@ def test_ifs_in_ifs_need_no_recursion() -> None:
 PEAK = """
 import re, sys
 from pathlib import Path
-from onnxslim.model import load
+from onnxslim.ir.model import load
 from onnxslim.passes.slim import Slim
-from onnxslim.pipeline import Context
+from onnxslim.engine.base import Context
 model = load(sys.argv[1])
 assert Slim().run(model, Context())
 model.save(sys.argv[2])
