@@ -57,12 +57,12 @@ from onnxslim.engine.check import broken, wellformed
 from onnxslim.errors import OnnxSlimError
 from onnxslim.ir.model import Model
 from onnxslim.models import zoo
-from onnxslim.ops import cost
 from onnxslim.passes import Prune, Slim
 from onnxslim.passes.prune import PruneFigures
 from onnxslim.runtime.probe import make_feeds
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.timing import latencies
+from onnxslim.shapes import cost
 
 ROOT = common.ROOT
 FASHION = ROOT / "models" / "fashion"

@@ -21,22 +21,10 @@ from onnxslim.calibration.collect import Runner
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Graph, Node, Variable
 from onnxslim.ir.model import Model
+from onnxslim.ops import Trait, has
 from onnxslim.runtime.targets import Target
 
 Values: TypeAlias = dict[str, Array]
-
-# Operators that make sequences and optionals, which are made anew where a later stage needs them.
-_NOT_TENSORS = frozenset(
-    (
-        "SequenceConstruct",
-        "SequenceEmpty",
-        "SequenceErase",
-        "SequenceInsert",
-        "SequenceMap",
-        "SplitToSequence",
-        "Optional",
-    )
-)
 
 
 class SpillStore:
@@ -213,7 +201,7 @@ def _plan(graph: Graph, stops: Sequence[Stop], given: set[str]) -> list[Part]:
         part.nodes.sort(key=lambda node: order[id(node)])
         peeks = {id(node) for node in stop.peeks}
         for node in part.nodes:
-            if id(node) not in peeks and node.op not in _NOT_TENSORS:
+            if id(node) not in peeks and not has(node, Trait.STRUCTURED):
                 made.update((tensor.name, stage) for tensor in node.outputs if _is_tensor(tensor))
                 there.update(tensor.name for tensor in node.outputs if _is_tensor(tensor))
         parts.append(part)

@@ -12,9 +12,9 @@ import onnx.parser
 from onnxslim import Pipeline, load
 from onnxslim.ir.graph import Node
 from onnxslim.ops import OpSpec, register
-from onnxslim.ops.cost import macs
 from onnxslim.ops.spec import sizes
 from onnxslim.passes import Dedupe
+from onnxslim.shapes.cost import macs
 
 MODEL = """
 <ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>

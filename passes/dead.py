@@ -14,12 +14,11 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Graph, Node
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ir.proto import fields_but
+from onnxslim.ops import Trait, has
 
 Call: TypeAlias = tuple[str, str, str]  # domain, name, overload
 
 _OPTIONAL = OpSchema.FormalParameterOption.Optional
-# Whether these have their further outputs says what they do, or what they need.
-_TELLING = frozenset(("BatchNormalization", "Attention"))
 
 
 @options
@@ -137,7 +136,7 @@ def _trim(node: Node, opset: int, fixed: set[int]) -> bool:
     before = len(node.inputs), len(node.outputs)
     while len(node.inputs) > schema.min_input and node.inputs[-1].name == "":
         node.inputs.pop()
-    while node.op not in _TELLING and _has_spare_output(node, schema, fixed):
+    while not has(node, Trait.COUNTS_OUTPUTS) and _has_spare_output(node, schema, fixed):
         node.outputs.pop()
     return before != (len(node.inputs), len(node.outputs))
 

@@ -19,6 +19,7 @@ from onnxslim.engine.matching import GLOBS, excluded, tell_idle
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
+from onnxslim.ops import Trait, has
 
 SINGLE = np.dtype(np.float32)
 TYPES: Mapping[str, np.dtype[Any]] = {
@@ -28,8 +29,6 @@ TYPES: Mapping[str, np.dtype[Any]] = {
 LARGEST: Mapping[str, float] = {"float16": 65504.0, "bfloat16": 3.3e38}
 # Values of a tensor may exceed what was measured by this factor before they become infinite.
 HEADROOM = 4.0
-# Steps of a sum or a power of float16 lose what these operators are for.
-UNSAFE = frozenset(("CumSum", "Range", "Pow", "Exp", "Log", "ReduceSumSquare", "ReduceL2", "ReduceLogSumExp"))
 MIN_BYTES = 4096
 
 
@@ -88,7 +87,7 @@ def _unfit(node: Node, opset: int, kind: np.dtype[Any], seen: Mapping[str, Histo
     """Why a node stays in single precision."""
     if node.domain not in DEFAULT_DOMAINS or node.bodies:
         return "what it computes inside is not known"
-    if node.op in UNSAFE:
+    if has(node, Trait.SENSITIVE):
         return f"{node.op} is sensitive to rounding"
     touched = [
         tensor for tensor in (*node.inputs, *node.outputs) if tensor.name or isinstance(tensor, Constant)

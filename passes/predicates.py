@@ -16,6 +16,7 @@ from onnxslim.errors import UsageError
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Node, Shape, Tensor
 from onnxslim.ir.model import DEFAULT_DOMAINS, constant_of
+from onnxslim.ops import Trait, has
 
 # A node, and the tensor that can stand for its first output.
 Detour: TypeAlias = tuple[Node, Tensor]
@@ -243,14 +244,6 @@ def is_normalized(tensor: Tensor) -> bool:
     return any(made_by(each.inputs[1], "Sqrt") for each in quotients if each)
 
 
-# Operators that tell -0 from +0 in their inputs, or may.
-_SIGN_READERS = frozenset(("Reciprocal", "Pow", "BitCast", "DequantizeLinear"))
-# Operators whose result is the same for both zeros.
-_SIGN_LOSERS = frozenset(
-    ("Softmax", "Exp", "Sigmoid", "Cos", "Abs", "Equal", "Less", "Greater", "ArgMax", "ArgMin", "Softplus")
-)
-
-
 def sign_of_zero_counts(tensor: Tensor, edit: Editor) -> bool:
     """Whether anything after a tensor could turn -0 and +0 in it into different numbers.
 
@@ -265,11 +258,11 @@ def sign_of_zero_counts(tensor: Tensor, edit: Editor) -> bool:
         if edit.is_output(current) and id(current) not in results:
             return True
         for node in current.outputs:
-            if node.domain not in DEFAULT_DOMAINS or node.bodies or node.op in _SIGN_READERS:
+            if node.domain not in DEFAULT_DOMAINS or node.bodies or has(node, Trait.TELLS_ZEROS):
                 return True
-            if node.op in ("Div", "Mod") and node.input(1) is current:
+            if has(node, Trait.DIVIDES) and node.input(1) is current:
                 return True
-            if id(node) not in seen and node.op not in _SIGN_LOSERS:
+            if id(node) not in seen and not has(node, Trait.MERGES_ZEROS):
                 pending.extend(node.outputs)
             seen.add(id(node))
     return False

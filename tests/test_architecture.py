@@ -30,8 +30,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("families", "engine"),
     ("calibration",),
     ("runtime",),
-    ("ops",),
     ("shapes",),
+    ("ops",),
     ("ir",),
     ("errors", "formats", "version"),
 )

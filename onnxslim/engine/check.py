@@ -15,11 +15,12 @@ from onnxslim.errors import LoadError, OnnxSlimError
 from onnxslim.ir import proto
 from onnxslim.ir.graph import MASK_MAGNITUDE, Array, Constant, Node
 from onnxslim.ir.model import Model
-from onnxslim.ops import cost, spec_of
+from onnxslim.ops import Trait, has, spec_of
 from onnxslim.ops.spec import sizes as spec_sizes
 from onnxslim.runtime.probe import Feeds, probes
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
+from onnxslim.shapes import cost
 
 # Largest difference, relative to the largest magnitude of the reference, that merely re-associating
 # floating-point sums explains: a few hundred roundings of the type's epsilon.
@@ -30,23 +31,8 @@ OPTIMIZER_FACTOR = 10.0
 # Larger constants are not handed to onnx.checker, only their types and shapes.
 MAX_CHECKED_BYTES = 1 << 16
 
-# A model with a larger tensor is not run to check it, and operators that can make one of almost nothing.
+# A model with a larger tensor is not run to check it.
 MAX_TENSOR_BYTES = 2 << 30
-GROWING = frozenset(
-    [
-        "ConstantOfShape",
-        "Expand",
-        "EyeLike",
-        "OneHot",
-        "Pad",
-        "RandomNormal",
-        "RandomUniform",
-        "Range",
-        "Resize",
-        "Tile",
-        "Upsample",
-    ]
-)
 
 Outputs = dict[str, Any]
 
@@ -203,7 +189,7 @@ def _affordable(model: Model, target: Target) -> Session:
 
 def _is_constant(node: Node) -> bool:
     """Whether a node computes with constants alone, which ONNX Runtime does as it loads a model."""
-    if node.op in ("QuantizeLinear", "DequantizeLinear"):
+    if has(node, Trait.CODES):
         return False
     return bool(node.inputs) and all(isinstance(tensor, Constant) for tensor in node.inputs)
 
@@ -213,7 +199,7 @@ def require_affordable(model: Model) -> None:
 
     A file of a few bytes can ask for terabytes; ONNX Runtime would try to get them, sometimes as it loads it.
     """
-    if not any(node.op in GROWING or _is_constant(node) for node in model.nodes()):
+    if not any(has(node, Trait.GROWS) or _is_constant(node) for node in model.nodes()):
         return
     for node in cost.sized(model).nodes():
         for tensor in node.outputs:

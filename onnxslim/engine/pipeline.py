@@ -14,9 +14,9 @@ from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, OnnxSlimE
 from onnxslim.formats import plain
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, Stats
-from onnxslim.ops import cost
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
+from onnxslim.shapes import cost
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ class Model:
         skeleton = self.to_proto_with(_without_data).ByteSize()
         # An embedded constant folded into a Constant node counts as part of the skeleton.
         return Stats(
-            nodes=sum(1 for node in self.nodes() if node.op != "Constant"),
+            nodes=sum(1 for node in self.nodes() if not is_literal(node)),
             parameters=sum(c.size for c in constants if not _is_encoding(c)) + sum(_literals(self)),
             bytes=skeleton + sum(constant.nbytes for constant in constants),
         )
@@ -289,9 +289,12 @@ def constant_of(tensor: Tensor | None) -> Array | None:
     if isinstance(tensor, Constant):
         return tensor.values
     node = ir.producer(tensor)
-    if node is None or node.op != "Constant" or node.domain not in DEFAULT_DOMAINS:
-        return None
-    return literal(node)
+    return literal(node) if node is not None and is_literal(node) else None
+
+
+def is_literal(node: Node | None) -> bool:
+    """Whether a node is a Constant, which states its result."""
+    return node is not None and node.op == "Constant" and node.domain in DEFAULT_DOMAINS
 
 
 def literal(node: Node) -> Array | None:
@@ -321,7 +324,7 @@ def _is_encoding(constant: Constant) -> bool:
 
 def _literals(model: Model) -> Iterator[int]:
     for node in model.nodes():
-        value = node.attrs.get("value") if node.op == "Constant" else None
+        value = node.attrs.get("value") if is_literal(node) else None
         if isinstance(value, onnx.AttributeProto):
             size = 1
             for dim in value.t.dims:

@@ -6,7 +6,7 @@ import math
 
 from onnxslim.ir.graph import Node
 from onnxslim.ops.channels import attention
-from onnxslim.ops.spec import Channels, OpSpec, register, sizes
+from onnxslim.ops.spec import Channels, OpSpec, Trait, register, sizes
 
 
 def _einsum_macs(node: Node) -> int | None:
@@ -25,6 +25,7 @@ def _einsum_macs(node: Node) -> int | None:
 register(
     OpSpec(
         "Attention",
+        traits=Trait.COUNTS_OUTPUTS,
         channels=Channels(attention.attention, attention.cut_attention),
         example="""<ir_version: 10, opset_import: ["" : 23]>
 g (float[N,3,8] q, float[N,5,4] k, float[N,5,4] v) => (float[N,3,8] y)

@@ -1,4 +1,4 @@
-"""Operators that compute element by element, pool or normalize; only what has a fact to its name is here."""
+"""Operators that compute element by element, pool or normalize."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 from onnxslim.ir.graph import Node
 from onnxslim.ops.channels import elementwise, layers, movement
-from onnxslim.ops.spec import Channels, OpSpec, Role, register
+from onnxslim.ops.spec import Channels, OpSpec, Role, Trait, register
 
 
 def _text(body: str, inputs: str = "float[N,2,4,4] x", output: str = "float[N,2,4,4] y") -> str:
@@ -49,6 +49,7 @@ ALONG_AXIS = Channels(layers.along_axis)
 register(
     OpSpec(
         "Relu",
+        traits=Trait.ELEMENTWISE,
         channels=SAME,
         role=Role.CLAMP,
         data=(0,),
@@ -57,6 +58,7 @@ register(
     ),
     OpSpec(
         "Clip",
+        traits=Trait.ELEMENTWISE,
         channels=SAME,
         role=Role.CLAMP,
         data=(0,),
@@ -65,13 +67,25 @@ register(
             "l = Constant<value_float=0.0>() h = Constant<value_float=6.0>() y = Clip(x, l, h)",
         ),
     ),
-    OpSpec("Add", channels=BROADCAST, role=Role.KERNEL, example=_text("y = Add(x, z)", _TWO)),
-    OpSpec("Mul", channels=BROADCAST, role=Role.KERNEL, example=_text("y = Mul(x, z)", _TWO)),
+    OpSpec(
+        "Add",
+        traits=Trait.ELEMENTWISE,
+        channels=BROADCAST,
+        role=Role.KERNEL,
+        example=_text("y = Add(x, z)", _TWO),
+    ),
+    OpSpec(
+        "Mul",
+        traits=Trait.ELEMENTWISE,
+        channels=BROADCAST,
+        role=Role.KERNEL,
+        example=_text("y = Mul(x, z)", _TWO),
+    ),
     OpSpec(
         "Concat",
         channels=Channels(movement.concat),
         role=Role.KERNEL,
-        joins=True,
+        traits=Trait.JOINS | Trait.KEEPS_ZEROS,
         example=_text("y = Concat<axis=1>(x, z)", "float[N,2,4,4] x, float[N,3,4,4] z", "float[N,5,4,4] y"),
     ),
     OpSpec(
@@ -89,17 +103,25 @@ register(
         data=(0,),
         example=_text("y = GlobalAveragePool(x)", output="float[N,2,1,1] y"),
     ),
-    OpSpec("LeakyRelu", channels=SAME, role=Role.KERNEL, data=(0,), example=_text("y = LeakyRelu(x)")),
     OpSpec(
-        "Sigmoid",
+        "LeakyRelu",
+        traits=Trait.ELEMENTWISE,
         channels=SAME,
         role=Role.KERNEL,
         data=(0,),
-        squashes=True,
+        example=_text("y = LeakyRelu(x)"),
+    ),
+    OpSpec(
+        "Sigmoid",
+        traits=Trait.ELEMENTWISE | Trait.SQUASHES | Trait.MERGES_ZEROS,
+        channels=SAME,
+        role=Role.KERNEL,
+        data=(0,),
         example=_text("y = Sigmoid(x)"),
     ),
     OpSpec(
         "HardSigmoid",
+        traits=Trait.ELEMENTWISE,
         channels=SAME,
         role=Role.KERNEL,
         data=(0,),
@@ -108,26 +130,46 @@ register(
     ),
     OpSpec(
         "Softmax",
+        traits=Trait.SQUASHES | Trait.MERGES_ZEROS,
         channels=ALONG_AXIS,
         role=Role.KERNEL,
         data=(0,),
-        squashes=True,
         example=_text("y = Softmax(x)"),
     ),
-    OpSpec("Identity", channels=SAME, copies=True, keeps_order=True, example=_text("y = Identity(x)")),
-    OpSpec("Cast", channels=SAME, keeps_order=True, example=_text("y = Cast<to = 1>(x)")),
-    OpSpec("LogSoftmax", channels=ALONG_AXIS, keeps_order=True, example=_text("y = LogSoftmax(x)")),
+    OpSpec("LogSoftmax", traits=Trait.KEEPS_ORDER, channels=ALONG_AXIS, example=_text("y = LogSoftmax(x)")),
 )
 
 _SAME = (
-    "Abs Acos Acosh Asin Asinh Atan Atanh Ceil Celu Cos Cosh Elu Erf Exp Floor HardSwish Log Neg "
-    "Reciprocal Round Selu Shrink Sign Sin Sinh Softplus Softsign Sqrt Tan Tanh ThresholdedRelu"
+    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu "
+    "HardSwish Identity IsInf IsNaN Log Mish Neg Not Reciprocal Round Selu Shrink Sign Sin Sinh Softplus "
+    "Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
 )
-_BINARY = "Sub Div Pow Max Min Mean Sum Mod"
-_COMPARE = "Equal Greater GreaterOrEqual Less LessOrEqual"
-_LOGIC = "And Or Xor"
+_BROADCAST = (
+    "And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean "
+    "Min Mod Or PRelu Pow Sub Sum Where Xor"
+)
 _REDUCE = "ReduceMean ReduceSum ReduceL1 ReduceL2 ReduceSumSquare"
 _REDUCE_STRICTLY = "ReduceProd ReduceLogSum ReduceLogSumExp"
+# What holds besides.
+_TRAITS = {
+    "Abs": Trait.MERGES_ZEROS,
+    "Cast": Trait.KEEPS_ORDER | Trait.KEEPS_ZEROS,
+    "Cos": Trait.MERGES_ZEROS,
+    "Div": Trait.DIVIDES,
+    "Equal": Trait.MERGES_ZEROS,
+    "Exp": Trait.MERGES_ZEROS | Trait.SENSITIVE,
+    "Greater": Trait.MERGES_ZEROS,
+    "Identity": Trait.COPIES | Trait.MOVES | Trait.KEEPS_ORDER | Trait.KEEPS_ZEROS,
+    "Less": Trait.MERGES_ZEROS,
+    "Log": Trait.SENSITIVE,
+    "Mod": Trait.DIVIDES,
+    "Pow": Trait.TELLS_ZEROS | Trait.SENSITIVE,
+    "Reciprocal": Trait.TELLS_ZEROS,
+    "ReduceL2": Trait.SENSITIVE,
+    "ReduceLogSumExp": Trait.SENSITIVE,
+    "ReduceSumSquare": Trait.SENSITIVE,
+    "Softplus": Trait.MERGES_ZEROS,
+}
 _FOUR = "float[N,4,4,4] x"
 _ONE = "float[N,2,1,1] y"
 
@@ -137,71 +179,78 @@ def _recent(text: str, opset: int) -> str:
     return text.replace('"" : 17', f'"" : {opset}').replace("ir_version: 8", "ir_version: 10")
 
 
+_BOOLS = ("bool[N,2,4,4] x, bool[2,1,1] z", "bool[N,2,4,4] y")
+_BYTES = ("uint8[N,2,4,4] x, uint8[2,1,1] z", "uint8[N,2,4,4] y")
+# Examples that are not plainly of one, or two, tensors of floats in opset 17.
+_OTHER = {
+    "Cast": _text("y = Cast<to = 1>(x)"),
+    "Gelu": _recent(_text("y = Gelu(x)"), 20),
+    "Mish": _recent(_text("y = Mish(x)"), 18),
+    "Swish": _recent(_text("y = Swish(x)"), 24),
+    "Not": _text("y = Not(x)", "bool[N,2,4,4] x", "bool[N,2,4,4] y"),
+    "BitwiseNot": _recent(_text("y = BitwiseNot(x)", "uint8[N,2,4,4] x", "uint8[N,2,4,4] y"), 18),
+    "IsNaN": _text("y = IsNaN(x)", output="bool[N,2,4,4] y"),
+    "IsInf": _text("y = IsInf(x)", output="bool[N,2,4,4] y"),
+    "Mod": _text("y = Mod<fmod = 1>(x, z)", _TWO),
+    "BitShift": _text('y = BitShift<direction="LEFT">(x, z)', *_BYTES),
+    "PRelu": _text("y = PRelu(x, z)", "float[N,2,4,4] x, float[2,1,1] z"),
+    "Where": _text("y = Where(c, x, z)", "bool[N,1,4,4] c, float[N,2,4,4] x, float[2,1,1] z"),
+    **{
+        op: _text(f"y = {op}(x, z)", _TWO, "bool[N,2,4,4] y")
+        for op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+    },
+    **{op: _text(f"y = {op}(x, z)", *_BOOLS) for op in ("And", "Or", "Xor")},
+    **{
+        op: _recent(_text(f"y = {op}(x, z)", *_BYTES), 18) for op in ("BitwiseAnd", "BitwiseOr", "BitwiseXor")
+    },
+}
+
 register(
-    *(OpSpec(op, channels=SAME, example=_text(f"y = {op}(x)")) for op in _SAME.split()),
     *(
         OpSpec(
             op,
-            channels=BROADCAST,
-            example=_text(f"y = {op}{'<fmod = 1>' if op == 'Mod' else ''}(x, z)", _TWO),
+            traits=Trait.ELEMENTWISE | _TRAITS.get(op, Trait.NONE),
+            data=(0,),
+            channels=SAME,
+            example=_OTHER.get(op, _text(f"y = {op}(x)")),
         )
-        for op in _BINARY.split()
-    ),
-    *(
-        OpSpec(op, channels=BROADCAST, example=_text(f"y = {op}(x, z)", _TWO, "bool[N,2,4,4] y"))
-        for op in _COMPARE.split()
+        for op in _SAME.split()
     ),
     *(
         OpSpec(
             op,
+            traits=Trait.ELEMENTWISE | _TRAITS.get(op, Trait.NONE),
             channels=BROADCAST,
-            example=_text(f"y = {op}(x, z)", "bool[N,2,4,4] x, bool[2,1,1] z", "bool[N,2,4,4] y"),
+            example=_OTHER.get(op, _text(f"y = {op}(x, z)", _TWO)),
         )
-        for op in _LOGIC.split()
+        for op in _BROADCAST.split()
     ),
     *(
         OpSpec(
             op,
-            channels=Channels(movement.reduce),
+            traits=_TRAITS.get(op, Trait.NONE),
+            channels=Channels(trace),
             example=_recent(_text(f"a = Constant<value_ints=[2,3]>() y = {op}(x, a)", output=_ONE), 18),
         )
-        for op in _REDUCE.split()
+        for trace, ops in ((movement.reduce, _REDUCE), (movement.reduce_strictly, _REDUCE_STRICTLY))
+        for op in ops.split()
     ),
     *(
         OpSpec(
             op,
-            channels=Channels(movement.reduce_strictly),
-            example=_recent(_text(f"a = Constant<value_ints=[2,3]>() y = {op}(x, a)", output=_ONE), 18),
-        )
-        for op in _REDUCE_STRICTLY.split()
-    ),
-    *(
-        OpSpec(
-            op,
+            traits=Trait.MERGES_ZEROS,
             channels=Channels(movement.arg_reduce),
             example=_text(f"y = {op}<axis=2, keepdims=0>(x)", output="int64[N,2,4] y"),
         )
         for op in ("ArgMax", "ArgMin")
     ),
-    OpSpec("Gelu", channels=SAME, example=_recent(_text("y = Gelu(x)"), 20)),
-    OpSpec("Mish", channels=SAME, example=_recent(_text("y = Mish(x)"), 18)),
-    OpSpec("Swish", channels=SAME, example=_recent(_text("y = Swish(x)"), 24)),
     OpSpec(
-        "BitShift",
-        channels=BROADCAST,
-        example=_text(
-            'y = BitShift<direction="LEFT">(x, z)', "uint8[N,2,4,4] x, uint8[2,1,1] z", "uint8[N,2,4,4] y"
-        ),
+        "CastLike",
+        traits=Trait.ELEMENTWISE,
+        data=(0,),
+        example=_text("y = CastLike(x, z)", "float[N,2,4,4] x, double[1] z", "double[N,2,4,4] y"),
     ),
-    OpSpec("Not", channels=SAME, example=_text("y = Not(x)", "bool[N,2,4,4] x", "bool[N,2,4,4] y")),
-    OpSpec("IsNaN", channels=SAME, example=_text("y = IsNaN(x)", output="bool[N,2,4,4] y")),
-    OpSpec("IsInf", channels=SAME, example=_text("y = IsInf(x)", output="bool[N,2,4,4] y")),
-    OpSpec("PRelu", channels=BROADCAST, example=_text("y = PRelu(x, z)", "float[N,2,4,4] x, float[2,1,1] z")),
-    OpSpec(
-        "Where",
-        channels=BROADCAST,
-        example=_text("y = Where(c, x, z)", "bool[N,1,4,4] c, float[N,2,4,4] x, float[2,1,1] z"),
-    ),
+    OpSpec("BitCast", traits=Trait.ELEMENTWISE | Trait.TELLS_ZEROS, data=(0,)),
     OpSpec("Hardmax", channels=ALONG_AXIS, example=_text("y = Hardmax<axis=3>(x)")),
     OpSpec("GlobalMaxPool", channels=POOL, example=_text("y = GlobalMaxPool(x)", output=_ONE)),
     OpSpec("LpPool", channels=POOL, example=_text("y = LpPool<kernel_shape=[4,4]>(x)", output=_ONE)),
@@ -209,6 +258,8 @@ register(
     OpSpec("LRN", channels=Channels(layers.local_response), example=_text("y = LRN<size=3>(x)")),
     OpSpec(
         "BatchNormalization",
+        traits=Trait.COUNTS_OUTPUTS,
+        norm_axis=1,
         channels=Channels(layers.batch_norm),
         example=_text(
             "y = BatchNormalization(x, s, b, m, v)",
@@ -217,11 +268,13 @@ register(
     ),
     OpSpec(
         "InstanceNormalization",
+        norm_axis=1,
         channels=Channels(layers.instance_norm),
         example=_text("y = InstanceNormalization(x, s, b)", "float[N,2,4,4] x, float[2] s, float[2] b"),
     ),
     OpSpec(
         "GroupNormalization",
+        norm_axis=1,
         channels=Channels(layers.group_norm),
         example=_recent(
             _text(
@@ -234,12 +287,20 @@ register(
     ),
     OpSpec(
         "LayerNormalization",
+        norm_axis=-1,
         channels=Channels(layers.layer_norm),
         example=_text("y = LayerNormalization(x, s, b)", "float[N,2,4,4] x, float[4] s, float[4] b"),
     ),
     OpSpec(
         "RMSNormalization",
+        norm_axis=-1,
         channels=Channels(layers.layer_norm),
         example=_recent(_text("y = RMSNormalization(x, s)", "float[N,2,4,4] x, float[4] s"), 23),
+    ),
+    # ONNX Runtime's own, in the standard domain all the same; without the mean, an RMSNormalization.
+    OpSpec(
+        "SimplifiedLayerNormalization",
+        norm_axis=-1,
+        example=_text("y = SimplifiedLayerNormalization(x, s)", "float[N,2,4,4] x, float[4] s"),
     ),
 )

@@ -6,7 +6,7 @@ import math
 
 from onnxslim.ir.graph import Dim, Node
 from onnxslim.ops.channels import layers, recurrent
-from onnxslim.ops.spec import Channels, OpSpec, Role, register, sizes
+from onnxslim.ops.spec import Channels, OpSpec, Role, Trait, register, sizes
 
 
 def _conv_macs(node: Node, weight: int = 1) -> int | None:
@@ -132,6 +132,7 @@ g (float[N,5,4] x, float[4,3] w) => (float[N,5,3] y) { y = MatMul(x, w) }""",
     ),
     OpSpec(
         "LSTM",
+        ranks={0: 3, 5: 3, 6: 3},
         channels=_RECURRENT,
         macs=_recurrent_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
@@ -140,6 +141,7 @@ g (float[5,N,3] x, float[1,8,3] w, float[1,8,2] r) => (float[5,1,N,2] y)
     ),
     OpSpec(
         "GRU",
+        ranks={0: 3, 5: 3},
         channels=_RECURRENT,
         macs=_recurrent_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
@@ -148,6 +150,7 @@ g (float[5,N,3] x, float[1,6,3] w, float[1,6,2] r) => (float[5,1,N,2] y)
     ),
     OpSpec(
         "RNN",
+        ranks={0: 3, 5: 3},
         channels=_RECURRENT,
         macs=_recurrent_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
@@ -159,6 +162,7 @@ g (float[5,N,3] x, float[1,2,3] w, float[1,2,2] r) => (float[5,1,N,2] y)
 register(
     OpSpec(
         "ConvInteger",
+        traits=Trait.INTEGER,
         channels=Channels(layers.integer_convolution, layers.cut_convolution),
         macs=_conv_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
@@ -166,6 +170,7 @@ g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (int32[N,3,3,3] y) { y = ConvInteger(x
     ),
     OpSpec(
         "MatMulInteger",
+        traits=Trait.INTEGER,
         channels=Channels(layers.integer_matmul),
         macs=_matmul_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
@@ -173,6 +178,8 @@ g (uint8[N,5,4] x, uint8[4,3] w) => (int32[N,5,3] y) { y = MatMulInteger(x, w) }
     ),
     OpSpec(
         "QLinearConv",
+        traits=Trait.INTEGER,
+        weight=3,
         channels=Channels(layers.integer_convolution, layers.cut_integer_convolution),
         macs=lambda node: _conv_macs(node, weight=3),
         example="""<ir_version: 8, opset_import: ["" : 17]>
@@ -182,6 +189,8 @@ g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (uint8[N,3,3,3] y)
     ),
     OpSpec(
         "QLinearMatMul",
+        traits=Trait.INTEGER,
+        weight=3,
         channels=Channels(layers.integer_matmul),
         macs=_matmul_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>

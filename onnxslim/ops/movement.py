@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from onnxslim.ir.graph import Node
 from onnxslim.ops.channels import layers, movement
-from onnxslim.ops.spec import Channels, OpSpec, Role, register
+from onnxslim.ops.spec import Channels, OpSpec, Role, Trait, register
 
 
 def _resize_unfit(node: Node) -> str | None:
@@ -25,13 +25,19 @@ def _move(
     output: str,
     inputs: str = "float[N,2,4,4] x",
     channels: Channels | None = None,
-    searches: bool = False,
+    traits: Trait = Trait.MOVES,
     unfit: Callable[[Node], str | None] | None = None,
 ) -> OpSpec:
     """A row of an operator that moves its first input."""
     example = f'<ir_version: 8, opset_import: ["" : 18]>\ng ({inputs}) => ({output}) {{ {body} }}'
     return OpSpec(
-        op, role=Role.MOVE, data=(0,), channels=channels, searches=searches, unfit=unfit, example=example
+        op,
+        role=Role.MOVE,
+        traits=traits | Trait.KEEPS_ZEROS,
+        data=(0,),
+        channels=channels,
+        unfit=unfit,
+        example=example,
     )
 
 
@@ -67,12 +73,14 @@ register(
         "s = Constant<value_ints=[1,3,4]>() y = Expand(x, s)",
         inputs="float[N,1,4] x",
         output="float[N,3,4] y",
+        traits=Trait.MOVES | Trait.GROWS,
         channels=Channels(movement.expand, movement.cut_expand),
     ),
     _move(
         "Tile",
         "r = Constant<value_ints=[1,2,1,1]>() y = Tile(x, r)",
         output="float[N,4,4,4] y",
+        traits=Trait.MOVES | Trait.GROWS,
         channels=Channels(movement.tile),
     ),
     _move(
@@ -104,21 +112,21 @@ register(
         "MaxPool",
         "y = MaxPool<kernel_shape=[2,2]>(x)",
         output="float[N,2,3,3] y",
-        searches=True,
+        traits=Trait.SEARCHES,
         channels=Channels(layers.pool),
     ),
     _move(
         "ReduceMax",
         "a = Constant<value_ints=[2,3]>() y = ReduceMax(x, a)",
         output="float[N,2,1,1] y",
-        searches=True,
+        traits=Trait.SEARCHES,
         channels=Channels(movement.reduce),
     ),
     _move(
         "ReduceMin",
         "a = Constant<value_ints=[2,3]>() y = ReduceMin(x, a)",
         output="float[N,2,1,1] y",
-        searches=True,
+        traits=Trait.SEARCHES,
         channels=Channels(movement.reduce),
     ),
     _move(
@@ -141,15 +149,23 @@ register(
         'nearest_mode="floor">(x, , e)',
         output="float[N,2,8,8] y",
         unfit=_resize_unfit,
+        traits=Trait.GROWS,
         channels=Channels(movement.resize, movement.cut_resize),
     ),
 )
 
 
-def _row(op: str, channels: Channels, body: str, output: str, inputs: str = "float[N,2,4,4] x") -> OpSpec:
+def _row(
+    op: str,
+    channels: Channels,
+    body: str,
+    output: str,
+    inputs: str = "float[N,2,4,4] x",
+    traits: Trait = Trait.NONE,
+) -> OpSpec:
     """A row of an operator that quantization leaves in floating point."""
     example = f'<ir_version: 8, opset_import: ["" : 17]>\ng ({inputs}) => ({output}) {{ {body} }}'
-    return OpSpec(op, channels=channels, example=example)
+    return OpSpec(op, traits=traits, channels=channels, example=example)
 
 
 register(
@@ -158,9 +174,11 @@ register(
         Channels(movement.pad),
         "p = Constant<value_ints=[0,0,1,1,0,0,1,1]>() y = Pad(x, p)",
         "float[N,2,6,6] y",
+        traits=Trait.GROWS,
     ),
     OpSpec(
         "Upsample",
+        traits=Trait.GROWS,
         channels=Channels(movement.upsample),
         example="""<ir_version: 4, opset_import: ["" : 9]>
 g (float[N,2,4,4] x) => (float[N,2,8,8] y)
@@ -171,6 +189,7 @@ g (float[N,2,4,4] x) => (float[N,2,8,8] y)
         Channels(movement.along),
         "a = Constant<value_int=3>() y = CumSum(x, a)",
         "float[N,2,4,4] y",
+        traits=Trait.SENSITIVE,
     ),
     _row(
         "TopK",
@@ -184,17 +203,6 @@ g (float[N,2,4,4] x) => (float[N,2,8,8] y)
         "y = ReverseSequence<batch_axis=1, time_axis=0>(x, l)",
         "float[4,2,3] y",
         "float[4,2,3] x, int64[2] l",
-    ),
-    _row(
-        "ConstantOfShape",
-        Channels(movement.constant_of_shape, movement.cut_constant_of_shape),
-        "s = Constant<value_ints=[2,4,4]>() z = ConstantOfShape(s) y = Add(x, z)",
-        "float[N,2,4,4] y",
-    ),
-    _row(
-        "Shape",
-        Channels(movement.shape_of),
-        "s = Shape<start=2>(x) z = ConstantOfShape(s) y = Add(x, z)",
-        "float[N,2,4,4] y",
+        traits=Trait.MOVES,
     ),
 )

@@ -6,9 +6,10 @@ default: not quantized, not counted. The row's example feeds the conformance tes
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, Flag, auto
+from functools import lru_cache
 from typing import TypeAlias
 
 from onnxslim.ir.graph import Node, Shape
@@ -51,6 +52,55 @@ class Role(Enum):
     FLOAT = "float"
 
 
+class Trait(Flag):
+    """What holds for every node of an operator; `tests/ops/test_traits.py` runs each claim on its example.
+
+    ELEMENTWISE: an element of its output depends on elements of its data inputs at its own place alone; these
+        are broadcast against each other.
+    MOVES: elements of its outputs are elements of input 0, whatever their values.
+    SEARCHES: likewise, but it compares elements to choose between them, as pooling does.
+    JOINS: puts several tensors into one.
+    COPIES: its output is its input; runtimes drop such nodes.
+    KEEPS_ZEROS: makes nothing but zeros of zeros.
+    KEEPS_ORDER: of two elements along the last axis, the larger one stays the larger one, which leaves the
+        choice of a class as it is.
+    SQUASHES: inputs that differ much may make outputs that hardly do, near the ends of its range.
+    TELLS_ZEROS: makes different numbers of -0 and +0 in its inputs, or may.
+    MERGES_ZEROS: makes the same of both.
+    DIVIDES: divides by input 1; by an integer of zero, that ends the process.
+    MEASURES: depends on the shape of its input alone.
+    GROWS: can make a large tensor of almost nothing.
+    SENSITIVE: in half precision, loses what it is there for.
+    QUANTIZES: turns numbers into integers on a grid (Q).
+    DEQUANTIZES: turns them back (DQ).
+    INTEGER: multiplies by weights in integers.
+    STRUCTURED: makes a sequence or an optional, which is no tensor.
+    COUNTS_OUTPUTS: whether its further outputs are there says what it does, or what it needs.
+    """
+
+    NONE = 0
+    ELEMENTWISE = auto()
+    MOVES = auto()
+    SEARCHES = auto()
+    JOINS = auto()
+    COPIES = auto()
+    KEEPS_ZEROS = auto()
+    KEEPS_ORDER = auto()
+    SQUASHES = auto()
+    TELLS_ZEROS = auto()
+    MERGES_ZEROS = auto()
+    DIVIDES = auto()
+    MEASURES = auto()
+    GROWS = auto()
+    SENSITIVE = auto()
+    QUANTIZES = auto()
+    DEQUANTIZES = auto()
+    INTEGER = auto()
+    STRUCTURED = auto()
+    COUNTS_OUTPUTS = auto()
+    CODES = QUANTIZES | DEQUANTIZES
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """Facts about one operator.
@@ -59,19 +109,17 @@ class OpSpec:
         op: operator type.
         domain: operator set; "" is ai.onnx.
         role: what quantization may do with it.
+        traits: what holds for every node of it.
         data: inputs that carry data, as opposed to shapes, axes, sizes or weights; None means all.
         channel_axis: for LINEAR, the axis of the weight (input 1) that runs over output channels.
         data_axis: for LINEAR, the axis of the data (input 0) that runs over the channels it sums over.
         classifies: for LINEAR, whether networks end in it to choose among classes.
-        keeps_order: whether a larger element of its input makes a larger one of its output, which leaves the
-            choice of a class as it is.
-        squashes: whether inputs that differ much may make outputs that hardly do, near the ends of its range.
-        copies: whether its output is its input; runtimes drop such nodes.
         requantized: for LINEAR, whether its integer kernel makes integers only; others may leave the
             result in floating point.
-        searches: for MOVE, whether it compares elements to choose between them, as pooling does, instead of
-            only copying.
-        joins: whether it puts several tensors into one, which then have one scale.
+        weight: of operators that multiply by weights, the input that these are.
+        norm_axis: of a normalization, the axis that its scale and bias (inputs 1 and 2) run over.
+        ranks: inputs with which it fails unless they have so many axes.
+        at_most: where the size of its result depends on values, bytes of it per element read.
         channelwise: for LINEAR, whether a node has one input channel per output channel.
         input_channels: for convolutions, the input channels that one output channel sums over.
         limits: for CLAMP, the range a node lets through; None if that is not known.
@@ -88,16 +136,16 @@ class OpSpec:
     op: str
     domain: str = ""
     role: Role = Role.FLOAT
+    traits: Trait = Trait.NONE
     data: tuple[int, ...] | None = None
     channel_axis: Callable[[Node], int] | None = None
     data_axis: Callable[[Node], int] | None = None
     classifies: bool = False
-    keeps_order: bool = False
-    squashes: bool = False
-    copies: bool = False
     requantized: bool = False
-    searches: bool = False
-    joins: bool = False
+    weight: int = 1
+    norm_axis: int | None = None
+    ranks: Mapping[int, int] = field(default_factory=dict)
+    at_most: int | None = None
     channelwise: Callable[[Node], bool] | None = None
     input_channels: Callable[[Node], int] | None = None
     limits: Callable[[Node], tuple[float, float] | None] | None = None
@@ -113,6 +161,11 @@ class OpSpec:
         """Positions of the inputs of this node that carry data."""
         return [index for index in range(len(node.inputs)) if self.data is None or index in self.data]
 
+    @property
+    def is_unary(self) -> bool:
+        """Whether it works element by element on one tensor."""
+        return Trait.ELEMENTWISE in self.traits and self.data == (0,)
+
 
 REGISTRY: dict[tuple[str, str], OpSpec] = {}
 
@@ -126,8 +179,17 @@ def register(*specs: OpSpec) -> None:
 def spec_of(node: Node) -> OpSpec:
     """What is known of a node's operator; of an unknown one, that nothing may be done with it."""
     domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
-    found = REGISTRY.get((domain, node.op))
-    return found or OpSpec(node.op, domain, foldable=domain == "", pure=domain == "")
+    return REGISTRY.get((domain, node.op)) or _unknown(node.op, domain)
+
+
+@lru_cache(1024)
+def _unknown(op: str, domain: str) -> OpSpec:
+    return OpSpec(op, domain, foldable=domain == "", pure=domain == "")
+
+
+def has(node: Node | None, traits: Trait) -> bool:
+    """Whether there is a node, and one of these traits holds for its operator."""
+    return node is not None and bool(spec_of(node).traits & traits)
 
 
 def sizes(shape: Shape) -> tuple[int, ...] | None:

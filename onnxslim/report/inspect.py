@@ -12,14 +12,11 @@ import numpy as np
 import onnx
 
 from onnxslim.ir.graph import Constant, Graph, Node, Tensor, bit_width
-from onnxslim.ir.model import DEFAULT_DOMAINS, Model, load
-from onnxslim.ops import cost, spec_of
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model, is_literal, load
+from onnxslim.ops import Trait, has, spec_of
+from onnxslim.shapes import cost
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
-
-ENCODING = ("QuantizeLinear", "DequantizeLinear")
-# Operators on integers, and which of their inputs is the weight.
-INTEGER = {"ConvInteger": 1, "MatMulInteger": 1, "QLinearConv": 3, "QLinearMatMul": 3}
 
 
 @dataclass(frozen=True)
@@ -234,21 +231,18 @@ def _coverage(sized: Model) -> Coverage:
 
 def _has_weight(node: Node) -> bool:
     """Whether it multiplies by something that is in the model."""
-    place = INTEGER.get(node.op, 1)
-    return spec_of(node).macs is not None and any(_is_stored(tensor) for tensor in node.inputs[place:][:1])
+    spec = spec_of(node)
+    return spec.macs is not None and any(_is_stored(tensor) for tensor in node.inputs[spec.weight :][:1])
 
 
 def _is_stored(tensor: Tensor) -> bool:
-    maker = _maker(_encoded(tensor))
-    return isinstance(_encoded(tensor), Constant) or (maker is not None and maker.op == "Constant")
+    return isinstance(_encoded(tensor), Constant) or is_literal(_maker(_encoded(tensor)))
 
 
 def _kind(node: Node) -> str:
-    if node.op in INTEGER:
+    if has(node, Trait.INTEGER):
         return "quantized"
-    decoded = [
-        (maker := _maker(tensor)) is not None and maker.op == ENCODING[1] for tensor in node.inputs[:2]
-    ]
+    decoded = [has(_maker(tensor), Trait.DEQUANTIZES) for tensor in node.inputs[:2]]
     return "quantized" if all(decoded) else "weights" if decoded[1] else "float"
 
 
@@ -316,13 +310,13 @@ def _names(tensors: Sequence[Tensor]) -> list[str]:
 
 
 def _encoded(tensor: Tensor) -> Tensor:
-    while (maker := _maker(tensor)) is not None and maker.op in ENCODING:
+    while (maker := _maker(tensor)) is not None and has(maker, Trait.CODES):
         tensor = maker.inputs[0]
     return tensor
 
 
 def _decoded(node: Node) -> int:
-    return sum((maker := _maker(tensor)) is not None and maker.op == ENCODING[1] for tensor in node.inputs)
+    return sum(has(_maker(tensor), Trait.DEQUANTIZES) for tensor in node.inputs)
 
 
 def _rewired(verb: str, old: Sequence[str], new: Sequence[str]) -> Iterator[str]:

@@ -14,10 +14,10 @@ from onnxslim.calibration.noise import noise_of
 from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Array, Node, Tensor, producer
 from onnxslim.ir.model import Model, constant_of
+from onnxslim.ops import Trait, has
 from onnxslim.runtime.session import Session
 from onnxslim.validation.compare import compare
 
-ENCODING = ("QuantizeLinear", "DequantizeLinear")
 REST = "names, nodes and all else"
 # Layers shown by size, tensors compared in all and at a time, layers explained, bars of a histogram.
 MAX_LAYERS = 30
@@ -145,7 +145,7 @@ def _owner(tensor: Tensor) -> Node | None:
         if not readers:
             return node
         node = readers[0]
-        if node.op not in ENCODING or not node.outputs:
+        if not has(node, Trait.CODES) or not node.outputs:
             return node
         tensor = node.outputs[0]
     return node
@@ -193,13 +193,13 @@ def _seen(model: Model) -> dict[str, str]:
     A Relu may be left to the range of a pair, which then takes its place and its name.
     """
     found = {}
-    for tensor in (made for node in model.graph.nodes if node.op not in ENCODING for made in node.outputs):
+    for tensor in (made for node in model.graph.nodes if not has(node, Trait.CODES) for made in node.outputs):
         ends = (
             end.outputs[0].name
             for pair in tensor.outputs
-            if pair.op == "QuantizeLinear" and pair.inputs[0] is tensor
+            if has(pair, Trait.QUANTIZES) and pair.inputs[0] is tensor
             for end in pair.outputs[0].outputs
-            if end.op == "DequantizeLinear"
+            if has(end, Trait.DEQUANTIZES)
         )
         if tensor.name:
             found[tensor.name] = next(ends, tensor.name)
@@ -270,7 +270,7 @@ def _distribution(what: str, layer: str, values: Array, limits: tuple[float, flo
 def _integer_range(model: Model, name: str) -> tuple[float, float] | None:
     """What the integers that a tensor is turned into can stand for."""
     for node in model.graph.nodes:
-        if node.op == "QuantizeLinear" and node.inputs[0].name == name:
+        if has(node, Trait.QUANTIZES) and node.inputs[0].name == name:
             scale, zero = node.constant(1), node.constant(2)
             if scale is not None and zero is not None and scale.size == 1 and zero.dtype.kind in "iu":
                 info = np.iinfo(zero.dtype)

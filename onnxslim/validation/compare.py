@@ -24,13 +24,13 @@ from onnxslim.engine.pipeline import sample_shapes
 from onnxslim.errors import CalibrationError, LoadError, UsageError, ValidationError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
-from onnxslim.ops import cost
 from onnxslim.runtime.metric import Metric, measure
 from onnxslim.runtime.probe import Feeds, probes
 from onnxslim.runtime.profile import available, may_stray, placement
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import CPU, Target
 from onnxslim.runtime.timing import Latency, latencies
+from onnxslim.shapes import cost
 from onnxslim.validation.verdict import BeforeAfter, Footprint, OutputRow, ProviderVerdict, Verdict
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"

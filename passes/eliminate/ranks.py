@@ -5,6 +5,7 @@ from __future__ import annotations
 from onnxslim.engine.editor import Editor
 from onnxslim.ir.graph import Graph, Node, Tensor
 from onnxslim.ir.model import DEFAULT_DOMAINS
+from onnxslim.ops import spec_of
 from onnxslim.passes import predicates
 
 # Operators on a path that is followed, and nested Ifs.
@@ -13,8 +14,6 @@ _KEEPING = frozenset(
     ("Identity", "Cast", "Relu", "Sigmoid", "Tanh", "Neg", "Abs", "Sqrt", "Exp", "LeakyRelu")
 )
 _SHIFTING = {"Unsqueeze": 1, "Squeeze": -1}
-# Inputs of operators that fail, in ONNX Runtime too, unless they have so many axes.
-_WANTED = {(op, index): 3 for op in ("LSTM", "GRU", "RNN") for index in (0, 5)} | {("LSTM", 6): 3}
 
 
 def possible(tensor: Tensor, edit: Editor, steps: int = _MAX_STEPS) -> frozenset[int] | None:
@@ -61,7 +60,7 @@ def _wanted_by(node: Node, tensor: Tensor, edit: Editor) -> int | None:
         return predicates.rank(edit.shape(node.inputs[1]))
     if node.op == "Transpose" and node.attrs.get("perm"):
         return len(node.attrs["perm"])
-    return _WANTED.get((node.op, index))
+    return spec_of(node).ranks.get(index)
 
 
 def _shift(node: Node) -> int | None:

@@ -17,7 +17,6 @@ from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
-from onnxslim.ops import cost
 from onnxslim.passes.factorize import chains, fit, plan
 from onnxslim.passes.factorize.fit import Fitted
 from onnxslim.passes.factorize.gate import Gate
@@ -28,6 +27,7 @@ from onnxslim.passes.factorize.search import MeasuredFactors, Search, Wanted, la
 from onnxslim.passes.repair import repair
 from onnxslim.runtime import timing
 from onnxslim.runtime.probe import make_feeds
+from onnxslim.shapes import cost
 
 SchemeName = Literal["auto", "svd", "output", "input", "spatial", "tucker"]
 Picks = list[tuple[Entry, Candidate]]

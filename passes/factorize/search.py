@@ -15,7 +15,6 @@ from onnxslim.engine.matching import excluded
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Node
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
-from onnxslim.ops import cost
 from onnxslim.ops.spec import sizes
 from onnxslim.passes.factorize import chains, fit, plan
 from onnxslim.passes.factorize.chains import Chain
@@ -23,6 +22,7 @@ from onnxslim.passes.factorize.fit import Fitted
 from onnxslim.passes.factorize.gate import Gate
 from onnxslim.passes.factorize.layers import Layer, form_of, layer_of
 from onnxslim.passes.factorize.plan import Candidate, Entry, Unit
+from onnxslim.shapes import cost
 
 # Samples on which factors of single layers are measured end to end.
 SAMPLES = 64

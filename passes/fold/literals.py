@@ -8,7 +8,7 @@ from onnx import AttributeProto
 from onnxslim.ir import files, proto
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Node
-from onnxslim.ir.model import literal
+from onnxslim.ir.model import is_literal, literal
 from onnxslim.passes.fold.edits import Edits
 
 
@@ -17,7 +17,7 @@ def lower_constants(edits: Edits, max_growth: int) -> None:
     for graph in edits.model.graphs():
         gone: set[int] = set()
         for node in graph.nodes:
-            if node.op != "Constant" or not edits.is_standard(node) or id(node.outputs[0]) in edits.fixed:
+            if not is_literal(node) or not edits.is_standard(node) or id(node.outputs[0]) in edits.fixed:
                 continue
             constant = _lowered(node, max_growth)
             if constant is None:

@@ -9,6 +9,8 @@ import numpy as np
 
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Node, Variable
+from onnxslim.ir.model import is_literal
+from onnxslim.ops import Trait, has
 from onnxslim.passes.fold.edits import Edits
 from onnxslim.shapes.dims import Dims
 from onnxslim.shapes.symbols import Term
@@ -16,13 +18,12 @@ from onnxslim.shapes.symbols import Term
 
 def is_sizing(node: Node) -> bool:
     """Whether sizes may be all it takes to simplify this node."""
-    return node.op in _SIZING or (node.op in _TARGETED and not _has_known_target(node))
+    return has(node, Trait.MEASURES) or (node.op in _TARGETED and not _has_known_target(node))
 
 
 def _has_known_target(node: Node) -> bool:
     target = node.input(1)
-    maker = ir.producer(target)
-    return target is None or isinstance(target, Constant) or (maker is not None and maker.op == "Constant")
+    return target is None or isinstance(target, Constant) or is_literal(ir.producer(target))
 
 
 def fold_sizes(edits: Edits, dims: Dims) -> bool:
@@ -30,7 +31,7 @@ def fold_sizes(edits: Edits, dims: Dims) -> bool:
     known: dict[int, Array] = {}
     nodes: dict[int, Node] = {}
     for node in edits.model.nodes():
-        if len(node.outputs) == 1 and node.op != "Constant":
+        if len(node.outputs) == 1 and not is_literal(node):
             vector = dims.value(node.outputs[0])
             values = vector.array() if vector is not None else None
             if values is not None and edits.can_store(node.outputs[0], values.dtype):
@@ -134,5 +135,4 @@ def _expand_target(node: Node, dims: Dims) -> list[int] | None:
     return target if len(target) == len(wanted.terms) else None
 
 
-_SIZING = frozenset(("Shape", "Size"))
 _TARGETED = {"Reshape": _reshape_target, "Expand": _expand_target}

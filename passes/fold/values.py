@@ -10,8 +10,8 @@ import numpy as np
 from onnxslim.errors import LoadError
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Node, Tensor, Variable
-from onnxslim.ir.model import literal
-from onnxslim.ops import spec_of
+from onnxslim.ir.model import is_literal, literal
+from onnxslim.ops import Trait, has, spec_of
 from onnxslim.passes.fold import budget
 from onnxslim.passes.fold.edits import Edits
 from onnxslim.runtime.evaluate import evaluate
@@ -23,11 +23,8 @@ WORKING_BYTES = 64 << 20
 TOO_LARGE = "would make the model larger"
 # Sessions opened in one run; more are needed only to find out what ONNX Runtime cannot compute.
 MAX_SESSIONS = 256
-# The size of their results depends on values, but has at most so many bytes per element they read.
-_BYTES_PER_INPUT = {"NonZero": 64, "Compress": 16, "Unique": 16}
 # Bytes of a string in memory, besides its characters.
 _STRING_BYTES = 32
-_DIVISIONS = frozenset(("Div", "Mod"))
 # Types that take less space and are understood everywhere, by type; bool takes zeros and ones.
 _NARROWER = {
     np.dtype(np.float64): (np.bool_, np.float16, np.float32),
@@ -111,12 +108,11 @@ class Values:
         )
 
     def _is_constant(self, tensor: Tensor) -> bool:
-        node = ir.producer(tensor)
-        return isinstance(tensor, Constant) or (node is not None and node.op == "Constant")
+        return isinstance(tensor, Constant) or is_literal(ir.producer(tensor))
 
     def _literals(self) -> dict[int, Array]:
         """Values of the Constant nodes that had to stay."""
-        nodes = (node for node in self._edits.model.nodes() if node.op == "Constant")
+        nodes = (node for node in self._edits.model.nodes() if is_literal(node))
         found = ((node.outputs[0], literal(node)) for node in nodes if self._edits.is_standard(node))
         return {id(tensor): values for tensor, values in found if values is not None and tensor.outputs}
 
@@ -146,7 +142,7 @@ class Values:
         for tensor in node.outputs:
             if not tensor.name:
                 continue
-            if node.op in _DIVISIONS and self._may_trap(node):
+            if has(node, Trait.DIVIDES) and self._may_trap(node):
                 return "dividing these integers ahead of time could end the process"
             dtype = self._dims.dtype(tensor)
             if dtype is None:
@@ -181,10 +177,10 @@ class Values:
         sizes, dtype = self._dims.sizes(tensor), self._dims.dtype(tensor)
         if sizes is not None and dtype is not None:
             return math.prod(sizes) * (dtype.itemsize if dtype.kind != "O" else _STRING_BYTES)
-        read = [self._dims.sizes(each) for each in _reads(node)]
-        if node.op not in _BYTES_PER_INPUT or None in read:
+        read, most = [self._dims.sizes(each) for each in _reads(node)], spec_of(node).at_most
+        if most is None or None in read:
             return None
-        return _BYTES_PER_INPUT[node.op] * sum(math.prod(sizes) for sizes in read if sizes is not None)
+        return most * sum(math.prod(sizes) for sizes in read if sizes is not None)
 
     def _is_known(self, tensor: Tensor) -> bool:
         return isinstance(tensor, Constant) or id(tensor) in self._values

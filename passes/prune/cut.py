@@ -24,7 +24,7 @@ from onnxslim.ir.graph import (
     sweep,
 )
 from onnxslim.ir.model import Model
-from onnxslim.ops import Role, spec_of
+from onnxslim.ops import Trait, has, spec_of
 from onnxslim.ops.channels.cut import Cut, Masks
 from onnxslim.ops.channels.size_vectors import TARGETS, Sizes
 from onnxslim.passes.dedupe import signature
@@ -133,8 +133,7 @@ def zero(model: Model, removal: Removal) -> None:
 
 def _keeps_zeros(node: Node) -> bool:
     """Whether zeros of what it reads are zeros of what it makes, wherever they go."""
-    spec = spec_of(node)
-    return spec.role is Role.MOVE or spec.copies or spec.joins or node.op == "Cast"
+    return has(node, Trait.KEEPS_ZEROS)
 
 
 def _weights(model: Model) -> dict[int, Array]:
@@ -151,7 +150,7 @@ def _weights(model: Model) -> dict[int, Array]:
         maker = tensor.inputs[0] if tensor.inputs else None
         if isinstance(tensor, Constant) and tensor.dtype.kind in "fV":
             found[id(tensor)] = np.zeros((), tensor.dtype)
-        elif maker is not None and maker.op == "DequantizeLinear":
+        elif maker is not None and has(maker, Trait.DEQUANTIZES):
             found[id(maker.inputs[0])] = _code_of_zero(maker)
         elif maker is not None and _keeps_zeros(maker):
             pending.extend(maker.inputs)

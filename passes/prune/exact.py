@@ -15,7 +15,7 @@ from onnxslim.families.removal import Removal
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Variable
 from onnxslim.ir.model import Model
-from onnxslim.ops import spec_of
+from onnxslim.ops import Trait, has
 from onnxslim.passes.prune.cut import cut, zero
 from onnxslim.runtime.targets import Target
 
@@ -98,7 +98,7 @@ def _unround(model: Model) -> None:
     """Bypass pairs of QuantizeLinear and DequantizeLinear, which round a last bit up to a whole step."""
     for node in model.graph.nodes:
         maker = ir.producer(node.input(0))
-        if node.op == "DequantizeLinear" and maker is not None and maker.op == "QuantizeLinear":
+        if maker is not None and has(node, Trait.DEQUANTIZES) and has(maker, Trait.QUANTIZES):
             ir.replace_uses(node.outputs[0], maker.inputs[0])
 
 
@@ -107,7 +107,7 @@ def _unsquash(model: Model) -> None:
     seen = {id(tensor) for tensor in model.graph.outputs}
     for index, tensor in enumerate(model.graph.outputs):
         maker = ir.producer(tensor)
-        if maker is not None and spec_of(maker).squashes:
+        if maker is not None and has(maker, Trait.SQUASHES):
             read = maker.inputs[0]
             if isinstance(read, Variable) and ir.producer(read) is not None and id(read) not in seen:
                 model.graph.outputs[index] = read

@@ -11,7 +11,6 @@ from onnxslim.calibration.gram import Gram
 from onnxslim.engine.base import Context, Log
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
-from onnxslim.ops import cost
 from onnxslim.ops.layers import Layer
 from onnxslim.passes.quantize.calibrate import Calibration, Group, names
 from onnxslim.passes.quantize.choices import Variant, refusal
@@ -25,6 +24,7 @@ from onnxslim.passes.quantize.storing import Blocks, Storage
 from onnxslim.passes.quantize.strategy import Draft, Strategy
 from onnxslim.passes.quantize.trained import Trained
 from onnxslim.passes.quantize.weights import Encoded
+from onnxslim.shapes import cost
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from onnxslim.calibration.observers import Range
 from onnxslim.engine.base import Log
 from onnxslim.ir.graph import Constant, Node, Tensor, Variable, captures, producer
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
-from onnxslim.ops import OpSpec, Role, spec_of
+from onnxslim.ops import OpSpec, Role, Trait, has, spec_of
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.quantize.choices import Refusal
 
@@ -52,7 +52,7 @@ class Plan:
     @property
     def integer(self) -> set[int]:
         """Ids of all nodes that run in integers."""
-        dynamic = [node for node in self.stored if node.op == "MatMulInteger"]
+        dynamic = [node for node in self.stored if has(node, Trait.INTEGER)]
         return {id(node) for node in (*self.linear, *self.followers, *dynamic)}
 
     def sources(self) -> list[str]:
@@ -185,8 +185,8 @@ class Planner:
         """Whether a node reads what comes back from integers, or makes what becomes integers."""
         makers = (producer(tensor) for tensor in node.inputs)
         readers = (reader for tensor in (*node.outputs, self._result(node)) for reader in tensor.outputs)
-        return any(maker is not None and maker.op == "DequantizeLinear" for maker in makers) or any(
-            reader.op == "QuantizeLinear" for reader in readers
+        return any(has(maker, Trait.DEQUANTIZES) for maker in makers) or any(
+            has(reader, Trait.QUANTIZES) for reader in readers
         )
 
     def _unfit_weight(self, node: Node) -> str | None:
@@ -275,7 +275,7 @@ class Planner:
             if spec.role is Role.LINEAR:
                 if spec.classifies and not self._trained(node):
                     found.add(id(node))
-            elif spec.role is not Role.FLOAT or spec.keeps_order:
+            elif spec.role is not Role.FLOAT or Trait.KEEPS_ORDER in spec.traits:
                 reached.update(id(tensor) for tensor in node.inputs if isinstance(tensor, Variable))
         return found
 
@@ -304,7 +304,7 @@ class Planner:
         """
         tensor = node.outputs[0]
         spec = spec_of(node)
-        if spec.role is Role.MOVE or spec.joins:
+        if spec.role is Role.MOVE or Trait.JOINS in spec.traits:
             return tensor
         while id(tensor) not in self._outputs | self._captured and len(tensor.outputs) == 1:
             clamp = tensor.outputs[0]
@@ -326,7 +326,7 @@ class Planner:
             if not any(id(tensor) in reach for tensor in data):
                 continue
             reason = self._unfit(node)
-            if reason is None and spec.searches and id(data[0]) not in made:
+            if reason is None and Trait.SEARCHES in spec.traits and id(data[0]) not in made:
                 reason = "what it reads is made in floating point, where it is faster"
             if reason:
                 self._log.skip(node.label, reason)
@@ -373,7 +373,7 @@ class Planner:
             ties.add_nodes_from(plan.tensors)
         for node in plan.followers:
             spec = spec_of(node)
-            if spec.role is Role.MOVE or spec.joins:
+            if spec.role is Role.MOVE or Trait.JOINS in spec.traits:
                 results = [id(self._result(node)), *(id(tensor) for tensor in _more_results(node))]
                 derived.update(results)
                 read = [id(node.inputs[index]) for index in spec.data_inputs(node)]
@@ -406,7 +406,7 @@ def _standard(node: Node) -> OpSpec | None:
 def is_movable(node: Node) -> bool:
     """Whether ONNX Runtime takes a Q from behind this node to its front, or drops the node before a Q."""
     spec = spec_of(node)
-    return spec.copies or spec.role in (Role.CLAMP, Role.MOVE)
+    return Trait.COPIES in spec.traits or spec.role in (Role.CLAMP, Role.MOVE)
 
 
 def _is_misread(node: Node) -> bool:

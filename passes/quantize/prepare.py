@@ -16,7 +16,7 @@ from onnxslim.engine.rewrite import Rule
 from onnxslim.errors import LoadError, PassError, SaveError
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Node
-from onnxslim.ir.model import Model, constant_of
+from onnxslim.ir.model import Model, constant_of, is_literal
 from onnxslim.ops.layouts import IntegerLayout
 
 # Per-channel DequantizeLinear appeared in this version.
@@ -46,7 +46,7 @@ def store_literals(model: Model) -> None:
     gone: set[int] = set()
     for node in model.graph.nodes:
         tensor = node.outputs[0]
-        values = constant_of(tensor) if node.op == "Constant" and id(tensor) not in fixed else None
+        values = constant_of(tensor) if is_literal(node) and id(tensor) not in fixed else None
         if values is None:
             continue
         constant = model.graph.initializers[tensor.name] = Constant(tensor.name, values)

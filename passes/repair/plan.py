@@ -12,18 +12,10 @@ from onnxslim.errors import UsageError
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Graph, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model, constant_of
+from onnxslim.ops import spec_of
 from onnxslim.ops.layers import Layer, layer_of
 from onnxslim.passes.repair.jobs import Affine, Goal, Job, Linear, Slot, goals, per_channel
 
-# Normalizations, and the axis that their scale and bias (inputs 1 and 2) run over.
-_NORMALIZATIONS = {
-    "BatchNormalization": 1,
-    "InstanceNormalization": 1,
-    "GroupNormalization": 1,
-    "LayerNormalization": -1,
-    "RMSNormalization": -1,
-    "SimplifiedLayerNormalization": -1,
-}
 # Shifts beyond this are attention masks.
 _MASK = 1e3
 
@@ -164,9 +156,10 @@ def _affine(
     """Scales and shifts per channel that belong to no layer."""
     used = set(taken)
     for node in student.graph.nodes:
-        if id(node) in used or node.domain not in (*DEFAULT_DOMAINS, "com.microsoft") or not node.outputs:
+        if id(node) in used or node.domain not in DEFAULT_DOMAINS or not node.outputs:
             continue
-        job = _normalization(node) if node.op in _NORMALIZATIONS else _elementwise(node)
+        axis = spec_of(node).norm_axis
+        job = _elementwise(node) if axis is None else _normalization(node, axis)
         if job is None or job.goal.tensor not in known:
             continue
         used.update(id(each) for each in job.peeked)
@@ -176,9 +169,8 @@ def _affine(
             yield job
 
 
-def _normalization(node: Node) -> Affine | None:
+def _normalization(node: Node, axis: int) -> Affine | None:
     scale, bias = constant_of(node.input(1)), constant_of(node.input(2))
-    axis = _NORMALIZATIONS[node.op]
     if scale is None or scale.ndim != 1 or (node.input(2) is not None and bias is None):
         return None
     if node.attrs.get("training_mode", 0) or node.attrs.get("num_groups") == scale.size:

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+import onnx.defs
 import pytest
 
 from onnxslim import shapes
@@ -19,10 +20,10 @@ from onnxslim.engine.check import wellformed
 from onnxslim.ir.graph import Array, Constant, Node, Tensor, Variable, sort
 from onnxslim.ir.model import Model
 from onnxslim.ops import REGISTRY, OpSpec, Role
-from onnxslim.ops.cost import macs
 from onnxslim.passes.quantize import Quantize, QuantizeFigures
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
+from onnxslim.shapes.cost import macs
 from tests.helpers import parse
 
 EXAMPLES = {op: spec for (_, op), spec in REGISTRY.items() if spec.example}
@@ -53,9 +54,11 @@ def _feeds(model: Model, fill: float | None = None) -> dict[str, Array]:
         if item.dtype.kind in "iub":
             feeds[item.name] = np.zeros(shape, item.dtype)
         elif fill is None:
-            feeds[item.name] = random.permutation(int(np.prod(shape))).reshape(shape).astype(np.float32) - 7
+            feeds[item.name] = np.asarray(
+                random.permutation(int(np.prod(shape))).reshape(shape) - 7, item.dtype
+            )
         else:
-            feeds[item.name] = np.full(shape, fill, np.float32)
+            feeds[item.name] = np.full(shape, fill, item.dtype)
     return feeds
 
 
@@ -106,7 +109,8 @@ def _product(model: Model, source: Tensor, made: Variable, *, rectified: bool = 
 @pytest.mark.parametrize("spec", _rows(*Role))
 def test_examples_are_valid_and_run(spec: OpSpec) -> None:
     model = parse(spec.example)
-    wellformed(model)
+    if onnx.defs.has(spec.op):  # ONNX Runtime has operators of its own in this domain
+        wellformed(model)
     assert _node(model, spec)
     assert Session(model).run(_feeds(model))
 

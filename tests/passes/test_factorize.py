@@ -23,7 +23,6 @@ from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
-from onnxslim.ops import cost
 from onnxslim.passes import create
 from onnxslim.passes.dead import Dead
 from onnxslim.passes.factorize import Factorize, FactorizeFigures, chains, fit, ranks, schemes
@@ -36,6 +35,7 @@ from onnxslim.runtime import timing
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import Bench, Latency
+from onnxslim.shapes import cost
 from tests.helpers import feeds_for, ops, parse, run, same_outputs
 
 SEVERAL = [name for name in SCHEMES if name != "svd"]

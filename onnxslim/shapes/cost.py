@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from onnxslim import shapes
 from onnxslim.ir.model import Model
 from onnxslim.ops import spec_of
+from onnxslim.shapes.dims import dims_of
 
 
 def sized(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> Model:
@@ -21,7 +21,7 @@ def sized(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> 
         given = (inputs or {}).get(tensor.name, tensor.shape)
         if given is not None:
             tensor.shape = tuple(dim if isinstance(dim, int) else 1 for dim in given)
-    facts = shapes.deduce(copy)
+    facts = dims_of(copy).facts
     for made in (tensor for node in copy.nodes() for tensor in node.outputs):
         fact = facts.get(id(made))
         made.shape, made.dtype = (fact.shape, fact.dtype) if fact else (None, None)
