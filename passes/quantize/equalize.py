@@ -30,11 +30,13 @@ Doubles = NDArray[np.float64]
 
 # How much of the differences between activations goes over to weights; the rest stays where it is.
 SHARES = (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
-# What rounding by second moments leaves of the noise of the nearest codes.
+# What rounding by second moments leaves of the noise of the nearest codes: 23.7 to 26.2 dB (decision 28) are
+# 0.56 for activations and weights together, of which activations are the part that stays.
 ROUNDED = 0.4
 # A Mul has to lower the noise that it is there for by this factor.
 WORTH = 2.0
 # Channels are not made larger by more than this: what calibration did not see may still come.
+# Without this and the next, unseen samples lost 15 dB (decision 37).
 LARGEST = 16.0
 # Positions of a tensor below which its channels' ranges are chance.
 FEWEST = 128

@@ -1,0 +1,208 @@
+"""What the search among quantized candidates decides, with scores that are given instead of measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from onnxslim.calibration.fidelity import Score
+from onnxslim.engine.base import Log
+from onnxslim.passes.quantize.choices import Variant
+from onnxslim.passes.quantize.goal import STEP
+from onnxslim.passes.quantize.search import ENOUGH, FASTER, HARMLESS, MARGIN, OBSERVERS, Search
+
+
+def scored(sqnr: float) -> Score:
+    return Score(sqnr, 0.0, {"y": sqnr}, None)
+
+
+@dataclass
+class Judging:
+    """Gives scores in the order in which they are asked for, and times."""
+
+    scores: list[float]
+    times: list[float] = field(default_factory=list)
+
+    def __call__(self, model: Any, samples: int | None = None) -> Score:
+        return scored(self.scores.pop(0))
+
+    def latencies(self, models: list[Any], seconds: float) -> list[float]:
+        return self.times[: len(models)]
+
+
+class Building:
+    """Stands for a builder: its candidates are the variants that they were asked for by."""
+
+    def __init__(self, other: Building | None = None) -> None:
+        self.other = other
+        self.built: list[Variant] = []
+        self.absorbed = False
+        self.strategy = SimpleNamespace(without=self._without, held_back=lambda variant: variant.kept)
+        self.model = SimpleNamespace(graph=SimpleNamespace(nodes=[]))
+
+    def __call__(self, variant: Variant) -> Any:
+        self.built.append(variant)
+        plan = SimpleNamespace(labels={}, linear=[], stored=[])
+        return SimpleNamespace(model=variant, plan=plan, groups=(), log=Log())
+
+    def equalized(self, plan: Any, log: Log) -> Building | None:
+        log.change("model", "scaled")
+        return self.other
+
+    def fitted(self, variant: Variant) -> Building | None:
+        return self.other
+
+    def absorb(self, data: Any) -> None:
+        self.absorbed = True
+
+    def macs(self) -> dict[str, int]:
+        return {}
+
+    @staticmethod
+    def _without(variant: Variant, labels: Iterable[str], reason: str) -> Variant:
+        return replace(variant, kept=dict.fromkeys(labels, reason))
+
+
+@dataclass
+class Wanting:
+    """Stands for a goal of so many dB."""
+
+    sqnr: float
+
+    def met(self, trial: Any) -> bool:
+        return bool(trial.score.sqnr >= self.sqnr)
+
+    def missing(self, trial: Any) -> float:
+        return max(self.sqnr - trial.score.sqnr, 0.0)
+
+
+def searching(*scores: float, times: list[float] | None = None) -> tuple[Any, Judging]:
+    judge = Judging(list(scores), times or [])
+    return Search(judge), judge  # type: ignore[arg-type]
+
+
+# What the simpler one keeps, what the other one does, and whether that is clearly more.
+CLOSE = [(20.0, 20.0 + 0.9 * MARGIN, False), (20.0, 20.0 + 1.1 * MARGIN, True), (20.0, 15.0, False)]
+
+
+@pytest.mark.parametrize(("simple", "other", "taken"), CLOSE)
+def test_a_later_observer_has_to_be_clearly_better(simple: float, other: float, taken: bool) -> None:
+    search, _ = searching(simple, other, 0.0)
+    trial = search.observer(Variant(), Building())
+    assert trial.variant.observer == OBSERVERS[taken]
+    assert trial.score.sqnr == (other if taken else simple)
+
+
+def test_no_other_observer_is_tried_where_enough_is_kept() -> None:
+    search, judge = searching(ENOUGH, 99.0, 99.0)
+    assert search.observer(Variant(), Building()).variant.observer == OBSERVERS[0]
+    assert len(judge.scores) == 2
+
+
+@pytest.mark.parametrize(("simple", "other", "taken"), CLOSE)
+@pytest.mark.parametrize("step", ["rounding", "fitted", "equalized"])
+def test_what_comes_on_top_has_to_be_clearly_better(
+    step: str, simple: float, other: float, taken: bool
+) -> None:
+    search, _ = searching(simple, other)
+    first, log = Building(Building()), Log()
+    trial = search.attempt(Variant(), first)
+    more = (OBSERVERS[:1], log) if step == "equalized" else ()
+    found = getattr(search, step)(trial, *more)
+    assert (found is not trial) == taken
+    assert found.score.sqnr == (other if taken else simple)
+    # What was not taken was not done.
+    assert bool(log.done()) == (taken and step == "equalized")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "goal", "taken"),
+    [
+        (30.0, 30.0 - 0.9 * HARMLESS, 25.0, True),
+        (30.0, 30.0 - 1.1 * HARMLESS, 25.0, False),
+        (30.0, 29.5, 29.8, False),  # the goal was met, and would not be
+        (20.0, 19.5, 25.0, True),
+    ],
+)
+def test_ranges_of_all_data_may_do_no_harm(before: float, after: float, goal: float, taken: bool) -> None:
+    search, _ = searching(before, after)
+    build = Building()
+    trial = search.attempt(Variant(), build)
+    assert search.complete(trial, None, Wanting(goal)).score.sqnr == (after if taken else before)
+    assert build.absorbed
+
+
+def _layers(**noises: float) -> list[Any]:
+    return [
+        SimpleNamespace(node=name, noise=noise, cost=1.0, tensors=(name,)) for name, noise in noises.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        ([30.0], ["worst"]),  # what was foreseen is right at once
+        ([20.0, 30.0, 30.0], ["worst", "middle"]),  # too few, enough, and fewer that are enough, too
+        ([20.0, 30.0, 24.0], ["worst", "middle", "best"]),  # fewer are not
+        ([20.0, 21.0], ["worst", "middle", "best"]),  # nothing reaches it: the best that was tried
+        ([22.0, 21.0], ["worst"]),
+    ],
+)
+def test_as_few_layers_as_that_takes_are_kept(scores: list[float], kept: list[str]) -> None:
+    # The first score is that of everything in integers, the last ones are of kept layers put back.
+    search, _ = searching(10.0, *scores, *[0.0] * 3)
+    trial = search.attempt(Variant(), Building())
+    layers = _layers(best=0.0002, worst=0.098, middle=0.0018)
+    found = search.keep(trial, layers, Wanting(25.0))
+    assert list(found.variant.kept) == kept
+    assert found.score.sqnr == max(scores)
+
+
+def test_kept_layers_go_back_where_the_goal_allows_it() -> None:
+    search, _ = searching(10.0, 30.0, 24.0, 26.0, 24.0)
+    # Two layers are enough, the first alone is not; put back in turn, the first does no harm, the second does.
+    trial = search.attempt(Variant(), Building())
+    found = search.keep(trial, _layers(worst=0.05, middle=0.049), Wanting(25.0))
+    assert found.variant.kept.keys() == {"middle"}
+    assert found.score.sqnr == 26.0
+
+
+@pytest.mark.parametrize(
+    ("times", "taken"), [([1.0, FASTER - 0.01, 1.2, 1.2], True), ([1.0, 0.99, 1.2, 1.2], False)]
+)
+def test_layers_in_float_have_to_be_measurably_faster(times: list[float], taken: bool) -> None:
+    search, _ = searching(30.0, 29.0, 28.0, 27.0, times=times)
+    trial = search.attempt(Variant(), Building())
+    assert (search.fastest(trial) is not trial) == taken
+
+
+@pytest.mark.parametrize(("simple", "other", "taken"), CLOSE)
+def test_ranges_of_single_layers_have_to_be_clearly_better(simple: float, other: float, taken: bool) -> None:
+    search, _ = searching(simple, 40.0, 30.0, other)  # everything, each layer with other ranges, both
+    trial = search.attempt(Variant(), Building())
+    trial.build.announce = lambda *_: None
+    layers = [LayerLike("a", 0.01), LayerLike("b", 0.011)]
+    found, ranked = search.ranges(trial, layers)
+    assert (found is not trial) == taken
+    noises: Mapping[str, float] = {layer.node: layer.noise for layer in ranked}
+    assert noises == ({"a": 1e-4, "b": 1e-3} if taken else {"a": 0.01, "b": 0.011})
+
+
+@dataclass(frozen=True)
+class LayerLike:
+    """Stands for what was measured of a layer."""
+
+    node: str
+    noise: float
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return (self.node,)
+
+
+def test_steps_towards_a_metric_are_small() -> None:
+    assert 0 < STEP <= 1
