@@ -1,33 +1,23 @@
-"""Collects statistics of inner tensors in one streaming pass over calibration data.
-
-Tensors are tapped as extra outputs of the model, with ONNX Runtime's optimizations left on: only those that
-survive fusion are worth a tap, and the rest of the network runs as fast as it will later. Nothing is kept of
-a batch but what the observers make of it.
-"""
+"""Ranges, histograms and channel means of inner tensors, from one pass over calibration data."""
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import length_hint
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import joblib
 import numpy as np
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import ChannelMeans, Distribution, Histogram
-from onnxslim.errors import CalibrationError, LoadError
+from onnxslim.calibration.stream import Channels, Progress, Taps, stream
+from onnxslim.errors import CalibrationError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
-from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-
-Progress: TypeAlias = Callable[[str, int, int | None], None]
-Channels: TypeAlias = tuple[str, int]  # a tensor and the axis that runs over its channels
 
 
 @dataclass(frozen=True)
@@ -70,9 +60,6 @@ class Statistics:
 # Values of a sample that are always counted.
 KEPT = 1 << 14
 
-# Levels of ONNX Runtime's optimization, tried in turn: a fusion may swallow a tensor that is tapped.
-LEVELS = ("all", "basic", "none")
-
 
 def collect(
     model: Model,
@@ -110,31 +97,17 @@ def collect(
     return found
 
 
-def tapped(model: Model, tensors: Sequence[str]) -> Model:
-    """A copy of the model in which these tensors are outputs too."""
-    copy = model.copy()
-    made = {tensor.name: tensor for node in copy.graph.nodes for tensor in node.outputs}
-    present = {tensor.name for tensor in (*copy.graph.inputs, *copy.graph.outputs)}
-    copy.graph.outputs.extend(made[name] for name in tensors if name not in present)
-    return copy
-
-
 def _observe(
     model: Model,
-    batches: Iterable[Mapping[str, Array]],
+    data: CalibrationData,
     seen: Statistics,
     target: Target | None,
     progress: Progress | None = None,
 ) -> Statistics:
     names = seen.names()
-    runner = Runner(tapped(model, names), target)
-    total = length_hint(batches, -1)  # -1 where a source cannot know
-    for index, feeds in enumerate(batches):
-        values = runner.run(feeds, [name for name in names if name not in feeds])
+    for batch in stream(data, Taps(model, names, target), progress=progress, what="calibrating"):
         for name in names:
-            seen.update(name, np.asarray(values[name] if name in values else feeds[name]))
-        if progress:
-            progress("calibrating", index + 1, None if total < 0 else total)
+            seen.update(name, batch.values[name])
     return seen
 
 
@@ -150,38 +123,6 @@ def thinning(array: Array) -> int:
     while math.gcd(every, plane) > 1:
         every -= 1
     return every
-
-
-class Runner:
-    """A session that steps down to weaker optimization when the tapped graph does not run at a stronger."""
-
-    def __init__(self, model: Model, target: Target | None) -> None:
-        self._model = model
-        self._target = target
-        self._session: Session | None = None
-
-    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Any]:
-        if self._session is not None:
-            return self._attempt(self._session, feeds, outputs)
-        problem = LoadError("no session")
-        for level in LEVELS:
-            try:
-                session = Session(self._model, self._target, optimize=level)
-                values = session.run(feeds, outputs)
-            except LoadError as error:
-                problem = error
-                continue
-            self._session = session
-            return values
-        raise CalibrationError(f"the model does not run on the calibration data: {problem}")
-
-    @staticmethod
-    def _attempt(session: Session, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Any]:
-        try:
-            return session.run(feeds, outputs)
-        except LoadError as error:
-            shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
-            raise CalibrationError(f"the model does not run on a batch of {shapes}: {error}") from error
 
 
 def _in_parallel(

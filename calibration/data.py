@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from onnxslim.calibration.feeds import Shape, arrays_of, checked
+from onnxslim.calibration.feeds import Shape, arrays_of, batch_samples, checked
 from onnxslim.calibration.sources import arrays, images, readers
 from onnxslim.calibration.sources.arrays import MAX_BYTES, Array, Feeds
 from onnxslim.calibration.sources.readers import Lazy, Reader
@@ -37,17 +37,24 @@ class CalibrationData:
         feeds: anything that can be iterated again and again and gives dicts from input name to array. Batches
             may differ in shape. Generators and other one-shot iterators are refused.
         name: what error messages call the data.
+        sizes: number of samples in each batch, where that is known; otherwise it takes a pass to know it.
 
     Raises:
         CalibrationError: the source can be read only once; while iterating, a batch is not a dict of arrays.
     """
 
-    def __init__(self, feeds: Iterable[Mapping[str, Array]], *, name: str = "calibration data") -> None:
+    def __init__(
+        self,
+        feeds: Iterable[Mapping[str, Array]],
+        *,
+        name: str = "calibration data",
+        sizes: Sequence[int] | None = None,
+    ) -> None:
         if refusal := readers.refusal(feeds):
             raise CalibrationError(f"{name}: {refusal}")
         self._feeds = feeds
         self._specs: tuple[InputSpec, ...] | None = None
-        self._count: int | None = None
+        self._sizes = None if sizes is None else tuple(sizes)
         self.name = name
 
     @classmethod
@@ -91,7 +98,9 @@ class CalibrationData:
         paths = paths or {"#0": Path(files)}  # type: ignore[arg-type]
         name = ", ".join(map(str, paths.values()))
         samples = arrays.sample_count({key: arrays.map_npy(file) for key, file in paths.items()}, name)
-        return cls(Lazy(arrays.cuts(samples, batch_size), partial(arrays.cut_npy, paths)), name=name)
+        cuts = arrays.cuts(samples, batch_size)
+        sizes = [len(range(*cut.indices(samples))) for cut in cuts]
+        return cls(Lazy(cuts, partial(arrays.cut_npy, paths)), name=name, sizes=sizes)
 
     @classmethod
     def from_dir(cls, path: str | Path, *, max_bytes: int = MAX_BYTES) -> Self:
@@ -202,7 +211,7 @@ class CalibrationData:
         files = images.found(Path(folder))
         load = images.reader(str(folder), input, size, layout, mean, std, scale, channels, dtype)
         batches = [files[cut] for cut in arrays.cuts(len(files), batch_size)]
-        return cls(Lazy(batches, load), name=str(folder))
+        return cls(Lazy(batches, load), name=str(folder), sizes=list(map(len, batches)))
 
     @classmethod
     def random(
@@ -278,7 +287,7 @@ class CalibrationData:
         Raises:
             CalibrationError: while iterating; names batch and input, what was given and what is expected.
         """
-        return self._view(self._feeds, tuple(specs))
+        return self._view(self._feeds, tuple(specs), self._sizes)
 
     def check(self, specs: Sequence[InputSpec]) -> None:
         """Compare the first batch with a model's inputs.
@@ -291,10 +300,18 @@ class CalibrationData:
 
     def count(self) -> int:
         """Number of batches; takes one pass over a source that does not know, the first time."""
-        if self._count is None:
-            length = self._length()
-            self._count = sum(1 for _ in self._feeds) if length is None else length
-        return self._count
+        length = self._length()
+        return len(self.sizes()) if length is None else length
+
+    def samples(self) -> int:
+        """Number of samples; takes one pass over files, readers and functions, the first time."""
+        return sum(self.sizes())
+
+    def sizes(self) -> tuple[int, ...]:
+        """Number of samples in each batch; takes a pass as `samples` does."""
+        if self._sizes is None:
+            self._sizes = tuple(map(batch_samples, self._feeds))
+        return self._sizes
 
     def _length(self) -> int | None:
         try:
@@ -304,18 +321,24 @@ class CalibrationData:
 
     def _pick(self, positions: Sequence[int]) -> CalibrationData:
         source = self._feeds
+        sizes = (
+            None if self._sizes is None else [self._sizes[at] for at in positions if at < len(self._sizes)]
+        )
         if isinstance(source, Lazy):
-            return self._view(source.pick(positions), self._specs)
+            return self._view(source.pick(positions), self._specs, sizes)
         if isinstance(source, (list, tuple)):
-            return self._view([source[at] for at in positions], self._specs)
+            return self._view([source[at] for at in positions], self._specs, sizes)
         if isinstance(source, Sequence):
-            return self._view(Lazy(positions, source.__getitem__), self._specs)
-        return self._view(readers.Picked(source, positions), self._specs)
+            return self._view(Lazy(positions, source.__getitem__), self._specs, sizes)
+        return self._view(readers.Picked(source, positions), self._specs, sizes)
 
     def _view(
-        self, feeds: Iterable[Mapping[str, Array]], specs: tuple[InputSpec, ...] | None
+        self,
+        feeds: Iterable[Mapping[str, Array]],
+        specs: tuple[InputSpec, ...] | None,
+        sizes: Sequence[int] | None,
     ) -> CalibrationData:
-        view = CalibrationData(feeds, name=self.name)
+        view = CalibrationData(feeds, name=self.name, sizes=sizes)
         view._specs = specs
         return view
 

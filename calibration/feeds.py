@@ -15,6 +15,11 @@ from onnxslim.ir.model import InputSpec
 Shape = Sequence["int | str | None"]
 
 
+def batch_samples(feeds: Mapping[str, Array]) -> int:
+    """Samples in a batch: the size of the first axis of its first input that has one."""
+    return next((array.shape[0] for array in feeds.values() if array.ndim), 1)
+
+
 def arrays_of(feeds: Mapping[str, Array], where: str) -> Feeds:
     if not isinstance(feeds, Mapping):
         raise CalibrationError(f"{where} is a {type(feeds).__name__}, not a dict from input name to array")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.gram import batch_samples
+from onnxslim.calibration.feeds import batch_samples
 from onnxslim.calibration.noise import Noise, noise_of
 from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.ir.graph import MASK_MAGNITUDE, Array, Dim, Tensor, producer

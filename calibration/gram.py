@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import length_hint
-from typing import NamedTuple
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.calibration.collect import Progress, Runner, tapped
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.stream import Channels, Progress, Taps, stream
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -24,13 +23,13 @@ from onnxslim.ops.layers import Floats, Layer, Positions, layer_of
 from onnxslim.runtime.targets import Target
 
 Doubles = NDArray[np.float64]
+K = TypeVar("K")
 
 # Rows per layer; more than this changes the weights found from a few hundred images by less than their noise.
 ROWS = 1 << 15
 # Rows per product: as many as fit this number of elements, within bounds.
 _ELEMENTS = 1 << 23
 _LEAST, _BLOCK = 256, 2048
-_MANY = 512  # samples to reckon with where the source does not know how many it has
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,39 +168,6 @@ def _sums(x: Floats, y: Floats) -> list[Doubles]:
     ]
 
 
-def sampled(rows: int, samples: int, first: int, quota: int, seed: int = 0) -> Positions:
-    """Positions of a batch to look at: one at random from each of `quota` equal stretches per sample.
-
-    Args:
-        rows: positions in the batch.
-        samples: samples in the batch.
-        first: number of samples in the batches before; which positions are chosen for a sample depends on its
-            number and not on how the samples were cut into batches.
-        quota: positions per sample; all are taken where there are no more.
-        seed: of the choice.
-    """
-    if quota * samples >= rows:
-        return np.arange(rows)
-    ends = np.arange(quota * samples + 1) * rows // (quota * samples)
-    chance = _uniform(np.arange(first * quota, (first + samples) * quota, dtype=np.uint64), seed)
-    return ends[:-1] + (chance * np.diff(ends)).astype(np.intp)
-
-
-def _uniform(numbers: NDArray[np.uint64], seed: int) -> Doubles:
-    """Random numbers in [0, 1), a function of each number and the seed (the mixer of SplitMix64)."""
-    with np.errstate(over="ignore"):
-        z = (numbers + np.uint64(seed * 0x632BE5AB + 1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return np.asarray((z >> np.uint64(11)) * 2.0**-53)
-
-
-def batch_samples(feeds: Mapping[str, Array]) -> int:
-    """Samples in a batch: the size of the first axis of its first input that has one."""
-    return next((array.shape[0] for array in feeds.values() if array.ndim), 1)
-
-
 def observe(
     model: Model,
     data: CalibrationData | Iterable[Mapping[str, Array]],
@@ -237,40 +203,123 @@ def observe(
     """
     source = (data if isinstance(data, CalibrationData) else CalibrationData(data)).bind(model.inputs())
     pairs = {name: _pair(model, name, (against or {}).get(name, name)) for name in layers}
-    moments = {name: Moments() for name in layers}
-    wanted = list(dict.fromkeys(tensor for pair in pairs.values() for tensor in (pair.x, pair.y)))
-    runner, first, quota, total = Runner(tapped(model, wanted), target), 0, 0, length_hint(source, -1)
-    for index, feeds in enumerate(source):
-        values = {**feeds, **runner.run(feeds, [name for name in wanted if name not in feeds])}
-        samples = batch_samples(feeds)
-        quota = quota or quota_for(rows, samples * total if total > 0 else _MANY)
-        for name, (layer, x, y) in pairs.items():
-            at = sampled(layer.count(values[x]), samples, first, quota, seed)
-            moments[name].update(layer.columns(values[x], at), layer.outputs(values[y], at))
-        first += samples
-        if progress:
-            progress("observing", index + 1, None if total < 0 else total)
-    return {name: _result(name, each) for name, each in moments.items()}
+    return _moments(model, source, pairs, rows, seed, target, progress)
 
 
-def quota_for(rows: int, samples: int) -> int:
-    """Positions to take of each sample."""
-    return max(-(-rows // max(samples, 1)), 1)
+def covariances(
+    model: Model,
+    data: CalibrationData,
+    axes: Sequence[Channels],
+    *,
+    rows: int = ROWS,
+    seed: int = 0,
+    target: Target | None = None,
+    progress: Progress | None = None,
+) -> dict[Channels, Gram]:
+    """Mean and covariance over all positions of the slices of a tensor along an axis.
+
+    Args:
+        model: not modified.
+        data: batches of inputs.
+        axes: names of floating-point tensors of the main graph, each with the axis of its channels.
+        rows: about how many positions of each tensor to look at, spread evenly over all samples.
+        seed: of the choice of positions.
+        target: where to run; processors by default.
+        progress: called with ("observing", batches done, batches in all).
+
+    Returns:
+        Moments with one group (g = 1) of as many inputs as there are channels, and no outputs.
+
+    Raises:
+        CalibrationError: the data does not fit the model, is empty, or makes a tensor NaN or infinite.
+    """
+    slices = {key: _Slices(*key) for key in axes}
+    return _moments(model, data.bind(model.inputs()), slices, rows, seed, target, progress)
 
 
-def _result(name: str, moments: Moments) -> Gram:
+class _Rows(Protocol):
+    """Something with positions, at each of which there is a pair of x and y."""
+
+    @property
+    def reads(self) -> Sequence[str]:
+        """Names of the tensors."""
+
+    def count(self, values: Mapping[str, Array]) -> int:
+        """Positions in a batch."""
+
+    def at(self, values: Mapping[str, Array], at: Positions) -> tuple[Floats, Floats]:
+        """x and y at some of them; see `Moments.update`."""
+
+
+def _moments(
+    model: Model,
+    data: CalibrationData,
+    wanted: Mapping[K, _Rows],
+    rows: int,
+    seed: int,
+    target: Target | None,
+    progress: Progress | None,
+) -> dict[K, Gram]:
+    moments = {key: Moments() for key in wanted}
+    taps = Taps(model, [name for each in wanted.values() for name in each.reads], target)
+    for batch in stream(data, taps, progress=progress):
+        for key, each in wanted.items():
+            at = batch.positions(each.count(batch.values), rows, seed)
+            moments[key].update(*each.at(batch.values, at))
+    return {key: _result(wanted[key], each) for key, each in moments.items()}
+
+
+def _result(what: _Rows, moments: Moments) -> Gram:
     try:
         return moments.result()
     except CalibrationError as error:
-        raise CalibrationError(f"layer '{name}': {error}; check the calibration data") from error
+        raise CalibrationError(f"{what}: {error}; check the calibration data") from error
 
 
-class _Pair(NamedTuple):
-    """A layer and the names of the tensors x and y."""
+@dataclass(frozen=True)
+class _Slices:
+    """Channels of a tensor by its other positions, and no outputs."""
+
+    name: str
+    axis: int
+
+    def __str__(self) -> str:
+        return f"tensor '{self.name}'"
+
+    @property
+    def reads(self) -> Sequence[str]:
+        return (self.name,)
+
+    def count(self, values: Mapping[str, Array]) -> int:
+        array = values[self.name]
+        return int(array.size // max(array.shape[self.axis], 1))
+
+    def at(self, values: Mapping[str, Array], at: Positions) -> tuple[Floats, Floats]:
+        array = np.moveaxis(values[self.name], self.axis, 0)
+        x = array.reshape(len(array), -1)[:, at].astype(np.float32)[None]
+        return x, np.zeros((1, 0, x.shape[2]), np.float32)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What a layer reads, and what it makes or another tensor of that shape."""
 
     layer: Layer
     x: str
     y: str
+
+    def __str__(self) -> str:
+        return f"layer '{self.layer.node.outputs[0].name}'"
+
+    @property
+    def reads(self) -> Sequence[str]:
+        return self.x, self.y
+
+    def count(self, values: Mapping[str, Array]) -> int:
+        return self.layer.count(values[self.x])
+
+    def at(self, values: Mapping[str, Array], at: Positions) -> tuple[Floats, Floats]:
+        return self.layer.columns(values[self.x], at), self.layer.outputs(values[self.y], at)
 
 
 def _pair(model: Model, name: str, y: str) -> _Pair:

@@ -6,8 +6,8 @@ import math
 from typing import NamedTuple
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.feeds import batch_samples
 from onnxslim.calibration.fidelity import SAMPLES
-from onnxslim.calibration.gram import batch_samples
 
 
 class Split(NamedTuple):

@@ -13,18 +13,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from onnxslim.calibration.collect import Runner
+from onnxslim.calibration.stream import Runner, Values
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Graph, Node, Variable
 from onnxslim.ir.model import Model
 from onnxslim.ops import Trait, has
 from onnxslim.runtime.targets import Target
-
-Values: TypeAlias = dict[str, Array]
 
 
 class SpillStore:

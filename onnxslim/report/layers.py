@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxslim.calibration.collect import tapped
 from onnxslim.calibration.noise import noise_of
+from onnxslim.calibration.stream import tapped
 from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Array, Node, Tensor, producer
 from onnxslim.ir.model import Model, constant_of

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import length_hint
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.calibration.collect import Progress, Runner, tapped
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.gram import ROWS, Gram, Moments, batch_samples, observe, quota_for, sampled
-from onnxslim.calibration.sources.arrays import Feeds
+from onnxslim.calibration.gram import ROWS, Gram, Moments, observe
+from onnxslim.calibration.stream import Progress, Taps, stream, tapped
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Layer as Observed
@@ -96,18 +94,15 @@ def against(
     assert isinstance(seen, Observed)
     ours = _cut(student, layer.node.inputs[0].name, target)
     theirs = _cut(teacher, layer.output, target)
-    train, held, first, batches = Moments(), Moments(), 0, length_hint(data, 1)
-    left_out = 0
-    for feeds in data:
-        x, y = ours(feeds), theirs(feeds)
-        samples, rows = batch_samples(feeds), seen.count(x)
-        at = sampled(rows, samples, first, quota_for(ROWS, samples * batches))
-        out = _held_out(first, samples)[at * samples // rows]
+    train, held, left_out = Moments(), Moments(), 0
+    for batch in stream(data, lambda _, feeds: (ours(feeds), theirs(feeds))):
+        x, y = batch.values
+        rows = seen.count(x)
+        at = batch.positions(rows, ROWS)
+        out = _held_out(batch.first, batch.samples)[at * batch.samples // rows]
         left_out += int(out.sum())
         for moments, part in ((train, at[~out]), (held, at[out])):
-            if part.size:
-                moments.update(seen.columns(x, part), seen.outputs(y, part))
-        first += samples
+            moments.update(seen.columns(x, part), seen.outputs(y, part))
     fitted_to = train.result()
     return fitted_to, held.result() if left_out else fitted_to
 
@@ -118,15 +113,15 @@ def _held_out(first: int, samples: int) -> NDArray[np.bool_]:
     return out
 
 
-def _cut(model: Model, name: str, target: Target) -> Callable[[Feeds], Array]:
+def _cut(model: Model, name: str, target: Target) -> Callable[[Mapping[str, Array]], Array]:
     """Computes one tensor, with no more of the model than that takes."""
     if any(tensor.name == name for tensor in model.graph.inputs):
         return lambda feeds: feeds[name]
     part = tapped(model, [name])
     part.graph.outputs[:] = [tensor for tensor in part.graph.outputs if tensor.name == name]
     remove_nodes(part, list(part.nodes()))
-    runner = Runner(part, target)
-    return lambda feeds: np.asarray(runner.run(feeds, [name])[name])
+    taps = Taps(part, [name], target)
+    return lambda feeds: taps(0, feeds)[name]
 
 
 def problem_of(layer: Layer, gram: Gram | None) -> Problem:

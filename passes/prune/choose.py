@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxslim.calibration.collect import Channels
-from onnxslim.calibration.covariance import covariances
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
-from onnxslim.calibration.gram import Gram
+from onnxslim.calibration.gram import Gram, covariances
+from onnxslim.calibration.stream import Channels
 from onnxslim.engine.base import Context, Log
 from onnxslim.engine.matching import hit, names_of
 from onnxslim.families.analysis import Analysis, Family

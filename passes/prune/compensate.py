@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from onnxslim.calibration.collect import Channels
 from onnxslim.calibration.gram import Gram
+from onnxslim.calibration.stream import Channels
 from onnxslim.families.analysis import Consumer
 from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import Array, Constant

@@ -17,8 +17,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.calibration.collect import Channels
 from onnxslim.calibration.gram import Gram
+from onnxslim.calibration.stream import Channels
 from onnxslim.families.analysis import Consumer, Family
 from onnxslim.ir.graph import Array
 

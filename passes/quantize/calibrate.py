@@ -8,9 +8,10 @@ from typing import TypeAlias
 import numpy as np
 
 from onnxslim.calibration import observers
-from onnxslim.calibration.collect import Channels, Statistics, collect, merge
+from onnxslim.calibration.collect import Statistics, collect, merge
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import Distribution, Histogram, Range
+from onnxslim.calibration.stream import Channels
 from onnxslim.engine.base import Context
 from onnxslim.ir.graph import Array, Constant, Tensor
 from onnxslim.ir.model import Model

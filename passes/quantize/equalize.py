@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.calibration.collect import Runner, tapped
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.stream import Taps, stream
 from onnxslim.engine.base import Log
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Namer, Node, Variable, producer
@@ -105,11 +105,10 @@ class _Equalizer:
             name = mixer.layer.node.inputs[0].name
             if name in self._quantized:
                 axes.setdefault(name, mixer.layer.axis)
-        runner = Runner(tapped(self._model, list(axes)), target or Target.cpu())
-        for feeds in data.bind(self._model.inputs()):
-            values = runner.run(feeds, list(axes))
+        for batch in stream(data.bind(self._model.inputs()), Taps(self._model, list(axes), target)):
             for name, axis in axes.items():
-                rows = np.moveaxis(values[name], axis, 0).reshape(values[name].shape[axis], -1)
+                channels = np.moveaxis(batch.values[name], axis, 0)
+                rows = channels.reshape(len(channels), -1)
                 self._seen.setdefault(name, _nothing(len(rows))).update(rows)
 
     def move(self, log: Log) -> int:

@@ -9,22 +9,25 @@ branches too).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.calibration.collect import Progress
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.gram import Gram, Moments, batch_samples, quota_for, sampled
-from onnxslim.calibration.stages import SpillStore, StagedRunner, Stop, Values
+from onnxslim.calibration.feeds import batch_samples
+from onnxslim.calibration.gram import Gram, Moments
+from onnxslim.calibration.stages import SpillStore, StagedRunner, Stop
+from onnxslim.calibration.stream import Batch, Progress, Values, stream
 from onnxslim.engine.base import Changes, Log
 from onnxslim.errors import CalibrationError
 from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops.channels.cut import Kept
 from onnxslim.ops.layers import Floats, Positions, values_at
@@ -121,32 +124,14 @@ class _Sums:
     rows: tuple[list[Rows], list[Rows]] = field(default_factory=lambda: ([], []))
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Tensors of both models for one batch.
-
-    Attributes:
-        teacher, student: by name.
-        first: number of samples in the batches before.
-        held: for each of its samples, whether it is held out.
-        samples: in all batches together.
-    """
+class _Sides(NamedTuple):
+    """Tensors of both models for one batch, by name."""
 
     teacher: Values
     student: Values
-    first: int
-    held: NDArray[np.bool_]
-    samples: int
 
-    def positions(self, job: Job) -> tuple[Positions, Positions]:
-        """Positions of a job's goal to fit on, and those to check on."""
-        count = job.count(self.student)
-        at = sampled(count, self.held.size, self.first, quota_for(_rows(job), self.samples))
-        if self.samples > _FEW:
-            out = self.held[at * self.held.size // max(count, 1)]
-        else:
-            out = np.arange(at.size) % _FEW == 0
-        return at[~out], at[out]
+
+_Batch: TypeAlias = Batch[_Sides]
 
 
 class _Repair:
@@ -194,7 +179,7 @@ class _Repair:
         done, total = 0, sum(map(len, self.stages))
         for stage, jobs in enumerate(self.stages):
             sums = [_Sums() for _ in jobs]
-            for batch in self._batches(stage, batches):
+            for batch in stream(batches, partial(self._sides, stage)):
                 for job, each in zip(jobs, sums, strict=True):
                     with np.errstate(invalid="ignore", over="ignore"):  # the moments tell
                         self._observe(job, each, batch)
@@ -206,25 +191,20 @@ class _Repair:
                 if progress:
                     progress("repairing", done, total)
 
-    def _batches(self, stage: int, batches: Sequence[Values]) -> Iterator[_Batch]:
-        """Run both models up to a stage."""
-        counts = [batch_samples(feeds) for feeds in batches]
-        first, held = 0, _held_out(sum(counts))
-        for index, (feeds, samples) in enumerate(zip(batches, counts, strict=True)):
-            teacher = self.original.run(stage, index, feeds)
-            student = self.copy.run(stage, index, {**feeds, **teacher})
-            yield _Batch(teacher, student, first, held[first : first + samples], held.size)
-            first += samples
+    def _sides(self, stage: int, index: int, feeds: Mapping[str, Array]) -> _Sides:
+        """Both models, run up to a stage."""
+        teacher = self.original.run(stage, index, feeds)
+        return _Sides(teacher, self.copy.run(stage, index, {**feeds, **teacher}))
 
     def _observe(self, job: Job, sums: _Sums, batch: _Batch) -> None:
-        seen = zip((sums.train, sums.held), sums.rows, batch.positions(job), strict=True)
+        seen = zip((sums.train, sums.held), sums.rows, _positions(job, batch), strict=True)
         for moments, rows, at in seen:
             for part in np.array_split(at, -(-at.size * job.size // _ELEMENTS) or 1):
                 goal = self._goal(job, batch, part)
                 if isinstance(goal, str):
                     sums.unfit = goal
                     return
-                x, present = job.rows(batch.student, part)
+                x, present = job.rows(batch.values.student, part)
                 sums.square += float(np.square(goal, dtype=np.float64).sum())
                 inputs, goal = x if self.method == "ridge" else x[:, :0], goal.reshape(present.shape)
                 moments.update(inputs, goal - present)
@@ -233,7 +213,7 @@ class _Repair:
 
     def _goal(self, job: Job, batch: _Batch, at: Positions) -> Floats | str:
         """The teacher's values at some positions, as far as the student still has their channels."""
-        value = batch.teacher[job.goal.tensor]
+        value = batch.values.teacher[job.goal.tensor]
         axis = job.axis % value.ndim if -job.axis <= value.ndim else 0
         channels: NDArray[np.intp] | None = None
         for (tensor, each), indices in self.kept.items():
@@ -243,7 +223,7 @@ class _Repair:
                 value = value.take(indices, each)
         size = value.shape[axis] if channels is None else channels.size
         positions = value.size // max(value.shape[axis], 1)
-        if positions != job.count(batch.student) or size != job.goal.scale.size:
+        if positions != job.count(batch.values.student) or size != job.goal.scale.size:
             return f"the original's '{job.goal.tensor}' has another shape, {value.shape}"
         found = values_at(value, axis, at)
         return found if channels is None else found[channels]
@@ -300,6 +280,18 @@ class _Repair:
             return None
         least, most = min(float(each.min()) for each in seen), max(float(each.max()) for each in seen)
         return tabulated(self.student, nodes, least, most)
+
+
+def _positions(job: Job, batch: _Batch) -> tuple[Positions, Positions]:
+    """Positions of a job's goal to fit on, and those to check on."""
+    count = job.count(batch.values.student)
+    at = batch.positions(count, _rows(job))
+    if batch.total > _FEW:
+        held = _held_out(batch.total)[batch.first : batch.first + batch.samples]
+        out = held[at * batch.samples // max(count, 1)]
+    else:
+        out = np.arange(at.size) % _FEW == 0
+    return at[~out], at[out]
 
 
 def _stop(jobs: Sequence[Job]) -> Stop:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxslim.calibration.collect import KEPT, collect, tapped, thinning
+from onnxslim.calibration.collect import KEPT, collect, thinning
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import Histogram
+from onnxslim.calibration.stream import tapped
 from onnxslim.errors import CalibrationError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model

@@ -415,7 +415,7 @@ def test_onnx_test_data_sets(tmp_path: Path) -> None:
     specs = [InputSpec("x", F32, ("N", 3)), InputSpec("ids", I64, (None,))]
     assert [list(feeds) for feeds in data.bind(specs)] == [["x", "ids"]] * 2
     data.check(specs)
-    with fails("batch 0: the model has no input '#1'; its inputs are x"):
+    with fails("batch 0: the model has no input '#1'; known are: x"):
         data.check(specs[:1])
     single = CalibrationData.from_dir(tmp_path / "test_data_set_10")
     assert firsts(single) == [10]
@@ -602,7 +602,7 @@ def test_check_accepts_what_the_model_takes() -> None:
     ("change", "text"),
     [
         ({"imagse": GOOD["images"]}, "the model has no input 'imagse'; did you mean 'images'"),
-        ({"zzz": GOOD["images"]}, "the model has no input 'zzz'; its inputs are images, ids, scale, text"),
+        ({"zzz": GOOD["images"]}, "the model has no input 'zzz'; known are: images, ids, scale, text"),
         ({"ids": None}, "input 'ids' is missing; given: images"),
         ({"ids": None, "images": None}, "input 'images' is missing; given: none"),
         ({"ids": np.zeros(2, np.int32)}, "input 'ids' is int32, the model expects int64; convert it"),

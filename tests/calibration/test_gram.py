@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.gram import Gram, Moments, observe, sampled
+from onnxslim.calibration.gram import Gram, Moments, observe
+from onnxslim.calibration.stream import sampled
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
