@@ -6,17 +6,15 @@ A room is a package, or a module that stands alone. What only type checkers see 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import networkx as nx
 import pytest
 
+from tests.structure import Product, room
+
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"onnxslim": ROOT / "onnxslim", "onnxslim.passes": ROOT / "passes"}
-PACKAGES |= {"onnxslim.calibration": ROOT / "calibration", "onnxslim.models": ROOT / "models"}
-LINKS = ("passes", "calibration", "models")
 
 # Highest first; rooms on one floor do not know of one another.
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -43,53 +41,28 @@ PASSES: tuple[tuple[str, ...], ...] = (
     ("dedupe", "eliminate", "fold", "inline"),
     ("dead", "predicates"),
 )
-# The face and the models stand beside the tower: anybody's callers, nobody's foundation.
-OUTSIDE = ("", "models")
+# The face stands beside the tower: anybody's caller, nobody's foundation.
+FACE = ""
 # A report prints itself: the only arrows up, taken when somebody asks for the text.
 UPWARDS = {("engine.pipeline", "report.text"), ("validation.verdict", "report.text")}
 MOST_IN_THE_HALL = 8
 
-
-@cache
-def known() -> dict[str, Path]:
-    """Every module of the product under its installed name, without `onnxslim.`."""
-    found = {}
-    for package, folder in PACKAGES.items():
-        for path in sorted(folder.rglob("*.py")):
-            parts = path.relative_to(folder).with_suffix("").parts
-            if package == "onnxslim" and parts[0] in LINKS:
-                continue
-            whole = (*package.split(".")[1:], *parts)
-            found[".".join(part for part in whole if part != "__init__")] = path
-    return found
+PRODUCT = Product.of(ROOT)
+ARROWS = set(PRODUCT.arrows())
 
 
 @cache
 def imports(name: str) -> frozenset[str]:
     """Modules that a module of the product imports, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(known()[name].read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(PRODUCT.modules[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{name}: imports are absolute"
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner.removeprefix("onnxslim.") in known() else str(node.module))
-    return frozenset(found)
-
-
-def arrows() -> Iterator[tuple[str, str]]:
-    """Pairs of modules of the product, of which the first imports the second."""
-    for name in known():
-        for imported in imports(name):
-            package, _, other = imported.partition(".")
-            if package == "onnxslim":
-                yield name, other
-
-
-def room(name: str) -> str:
-    return name.split(".")[0]
+            if not str(node.module).startswith("onnxslim"):
+                found.add(str(node.module))
+    return frozenset(found | {f"onnxslim.{other}".rstrip(".") for mine, other in ARROWS if mine == name})
 
 
 def floor(room: str, floors: tuple[tuple[str, ...], ...]) -> int:
@@ -98,11 +71,11 @@ def floor(room: str, floors: tuple[tuple[str, ...], ...]) -> int:
     return found[0]
 
 
-@pytest.mark.parametrize("name", sorted(known()))
+@pytest.mark.parametrize("name", sorted(PRODUCT.modules))
 def test_imports_point_down(name: str) -> None:
     for imported in imports(name):
         package, _, other = imported.partition(".")
-        if package != "onnxslim" or room(name) in OUTSIDE or (name, other) in UPWARDS:
+        if package != "onnxslim" or name == FACE or (name, other) in UPWARDS:
             continue
         if not other:
             assert room(name) == "cli", f"{name} imports the package's face; import the module"
@@ -111,7 +84,7 @@ def test_imports_point_down(name: str) -> None:
             assert below, f"{name} imports {other}, which is not below it"
 
 
-@pytest.mark.parametrize("name", sorted(name for name in known() if name.startswith("passes.")))
+@pytest.mark.parametrize("name", sorted(name for name in PRODUCT.modules if name.startswith("passes.")))
 def test_passes_stand_on_one_another(name: str) -> None:
     mine = name.split(".")[1]
     for imported in imports(name):
@@ -121,9 +94,8 @@ def test_passes_stand_on_one_another(name: str) -> None:
 
 
 def test_modules_make_no_circles() -> None:
-    faces = {"", "passes"}  # they name what is inside them, for type checkers
-    inside = (pair for pair in arrows() if room(pair[0]) not in OUTSIDE and not faces & set(pair))
-    graph = nx.DiGraph(pair for pair in inside if pair not in UPWARDS)
+    faces = {FACE, "passes"}  # they name what is inside them, for type checkers
+    graph = nx.DiGraph(pair for pair in ARROWS - UPWARDS if not faces & set(pair))
     assert [part for part in nx.strongly_connected_components(graph) if len(part) > 1] == []
 
 
@@ -133,7 +105,7 @@ def test_the_hall_is_small() -> None:
 
 
 def test_exceptions_are_still_needed() -> None:
-    assert set(arrows()) >= UPWARDS
+    assert ARROWS >= UPWARDS
 
 
 @pytest.mark.parametrize(
@@ -146,16 +118,14 @@ def test_exceptions_are_still_needed() -> None:
 )
 def test_libraries_have_one_door(library: str, owners: set[str]) -> None:
     found = {
-        room(name)
-        for name in known()
-        if room(name) != "models" and any(each.split(".")[0] == library for each in imports(name))
+        room(name) for name in PRODUCT.modules if any(each.split(".")[0] == library for each in imports(name))
     }
     assert found == owners
 
 
 def test_passes_neither_load_nor_save_nor_print() -> None:
     forbidden = ("print", "open", "load_model", "save_model", "InferenceSession", "Session")
-    for name, path in known().items():
+    for name, path in PRODUCT.modules.items():
         if room(name) != "passes":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

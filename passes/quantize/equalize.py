@@ -30,8 +30,8 @@ Doubles = NDArray[np.float64]
 
 # How much of the differences between activations goes over to weights; the rest stays where it is.
 SHARES = (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
-# What rounding by second moments leaves of the noise of the nearest codes: 23.7 to 26.2 dB (decision 28) are
-# 0.56 for activations and weights together, of which activations are the part that stays.
+# What rounding by second moments leaves of the noise of the nearest codes. Not tuned: of weights and
+# activations together it leaves 0.56 (23.7 to 26.2 dB, decision 28).
 ROUNDED = 0.4
 # A Mul has to lower the noise that it is there for by this factor.
 WORTH = 2.0

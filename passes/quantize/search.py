@@ -35,7 +35,7 @@ ENOUGH = 30.0
 # Not tuned: repeated runs of a network on other samples held out move by more.
 MARGIN = 0.2
 # What ranges of all data may cost, in dB, on the part held out before: they are worth it on what is unseen.
-# Not tuned: a decibel is what was lost where they turned out to be wrong (values that only held out data have).
+# Not tuned: more was lost where data held out has values of its own that stretch a range.
 HARMLESS = 1.0
 # Samples that rank layers; verification takes all there are. Noise of layers adds up (decision 29), so that
 # few samples tell their order.

@@ -77,7 +77,7 @@ class Wanting:
         return bool(trial.score.sqnr >= self.sqnr)
 
     def missing(self, trial: Any) -> float:
-        return max(self.sqnr - trial.score.sqnr, 0.0)
+        return max(self.sqnr - float(trial.score.sqnr), 0.0)
 
 
 def searching(*scores: float, times: list[float] | None = None) -> tuple[Any, Judging]:
@@ -164,7 +164,7 @@ def test_as_few_layers_as_that_takes_are_kept(scores: list[float], kept: list[st
 
 def test_kept_layers_go_back_where_the_goal_allows_it() -> None:
     search, _ = searching(10.0, 30.0, 24.0, 26.0, 24.0)
-    # Two layers are enough, the first alone is not; put back in turn, the first does no harm, the second does.
+    # Two layers are enough, one is not; put back in turn, the first does no harm and the second does.
     trial = search.attempt(Variant(), Building())
     found = search.keep(trial, _layers(worst=0.05, middle=0.049), Wanting(25.0))
     assert found.variant.kept.keys() == {"middle"}
