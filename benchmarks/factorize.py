@@ -45,12 +45,9 @@ def factorized(model: Any, data: Any, **options: Any) -> Any:
 def ratio(before: Any, after: Any, feeds: dict[str, Any]) -> float:
     """Time of one run on one thread relative to the model before; that thread's own time."""
     from onnxslim import Target
-    from onnxslim.runtime.session import Session
-    from onnxslim.runtime.timing import latencies
+    from onnxslim.runtime.timing import compare
 
-    sessions = [Session(each, Target.cpu(threads=1)) for each in (before, after)]
-    _, ratios = latencies(sessions, feeds, rounds=200, seconds=10, clock=time.thread_time)
-    return ratios[1]
+    return compare((before, after), feeds, Target.cpu(threads=1), rounds=200, seconds=10)[1][1]
 
 
 def fashion(net: str) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from onnxslim.ir.graph import MASK_MAGNITUDE, Array, Dim, Tensor, producer
 from onnxslim.ir.model import Model
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from onnxslim.runtime.timing import latencies
+from onnxslim.runtime.timing import compare
 
 # Samples and bytes of reference outputs that are enough to rank candidates.
 SAMPLES = 16
@@ -158,8 +158,10 @@ class Judge:
         All are timed in turn, on one thread: more would wait for one another on a busy machine.
         """
         single = self._target.with_threads(1)
-        sessions = [Session(model, single) for model in (self._model, *models)]
-        return latencies(sessions, self._feeds[0], rounds=20, least=3, seconds=seconds)[1][1:]
+        _, ratios = compare(
+            (self._model, *models), self._feeds[0], single, rounds=20, least=3, seconds=seconds
+        )
+        return ratios[1:]
 
     def _batches(self, samples: int | None) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Any]]]:
         seen = index = 0

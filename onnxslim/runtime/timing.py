@@ -90,15 +90,22 @@ class Timing:
     ratios: Mapping[str, float]
 
 
-def compare(models: Sequence[Model], feeds: Mapping[str, Array], target: Target) -> tuple[float, list[float]]:
-    """Time models in turn on the same inputs.
+def compare(
+    models: Sequence[Model],
+    feeds: Mapping[str, Array],
+    target: Target,
+    *,
+    rounds: int = 2 * ROUNDS,
+    least: int = 5,
+    seconds: float = 5.0,
+) -> tuple[list[Latency], list[float]]:
+    """Time models in turn on the same inputs, by the clock that says most about them; see `latencies`.
 
-    Returns:
-        Median milliseconds of the first, and of each the median ratio to the first.
+    Raises:
+        LoadError: a model does not run.
     """
     sessions = [Session(model, target) for model in models]
-    found, ratios = latencies(sessions, feeds, rounds=2 * ROUNDS, clock=_clock(target))
-    return found[0].median, ratios
+    return latencies(sessions, feeds, rounds=rounds, least=least, seconds=seconds, clock=_clock(target))
 
 
 class Bench:
@@ -141,9 +148,8 @@ class Bench:
         milliseconds, ratios = 0.0, dict[str, float]()
         reference = first()
         for part in _portions(reference, others):
-            sessions = [Session(model, self._target) for model in (reference, *part.values())]
-            timed, found = latencies(
-                sessions, feeds, rounds=ROUNDS, seconds=SECONDS, clock=_clock(self._target)
+            timed, found = compare(
+                (reference, *part.values()), feeds, self._target, rounds=ROUNDS, seconds=SECONDS
             )
             milliseconds = timed[0].median
             ratios.update(zip(part, found[1:], strict=True))

@@ -228,8 +228,8 @@ class _Work:
 
     def _in_time(self, entries: Sequence[Entry], whole: Model) -> list[Candidate | None]:
         """Candidates with which the whole model is as fast as asked for: a budget for layers, corrected."""
-        milliseconds, (_, now) = timing.compare([whole, self._model], self._sample, self._ctx.target)
-        budget = sum(entry.milliseconds for entry in entries) - milliseconds * (now - self._share)
+        (first, _), (_, now) = timing.compare([whole, self._model], self._sample, self._ctx.target)
+        budget = sum(entry.milliseconds for entry in entries) - first.median * (now - self._share)
         found: list[Candidate | None] = []
         ratio = now
         for _ in range(CORRECTIONS):
@@ -238,7 +238,7 @@ class _Work:
             _, (_, ratio) = timing.compare([whole, self._shaped(picks)], self._sample, self._ctx.target)
             if not met or abs(ratio - self._share) <= TOLERANCE:
                 break
-            budget -= (ratio - self._share) * milliseconds
+            budget -= (ratio - self._share) * first.median
         self._figures = replace(
             self._figures, budget=f"{1 / ratio:.2f} times as fast, {1 / self._share:.2f} wanted"
         )

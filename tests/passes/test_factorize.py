@@ -481,9 +481,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         factored = any("factor" in node.name for node in model.nodes())
         return speed["base"] + macs * (speed["slow"] if factored else 1.0)
 
-    def compare(models: list[Model], feeds: Mapping[str, Array], target: Target) -> tuple[float, list[float]]:
+    def compare(
+        models: list[Model], feeds: Mapping[str, Array], target: Target
+    ) -> tuple[list[Latency], list[float]]:
         times = [seconds(model, feeds) for model in models]
-        return times[0], [time / times[0] for time in times]
+        return [Latency(time, time) for time in times], [time / times[0] for time in times]
 
     def bench(self: Bench, what: str, first: Any, others: Any, feeds: Mapping[str, Array]) -> timing.Timing:
         whole = seconds(first(), feeds)
@@ -616,7 +618,7 @@ def test_nothing_slower_gets_through_the_gate(net: Model, clock: dict[str, float
 def test_a_whole_that_is_not_faster_is_taken_back_if_speed_was_asked_for(
     net: Model, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timing, "compare", lambda models, *_: (1e6, [1.0, 1.2][: len(models)]))
+    monkeypatch.setattr(timing, "compare", lambda *_: ([Latency(1e6, 1e6)] * 2, [1.0, 1.2]))
     found, changes = _factorize(net, _data(), speedup=1.3)
     assert not changes
     assert any("1.20 of its time" in reason for reason in _reasons(changes).values())
