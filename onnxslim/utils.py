@@ -8,19 +8,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import onnx
 from rich.console import Console
 
 from onnxslim import shapes
-from onnxslim.formats import clean, size
+from onnxslim.formats import size
 from onnxslim.ir.graph import Tensor
-from onnxslim.ir.model import Model, load
-from onnxslim.report.text import WIDTH, table
-
-Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
+from onnxslim.ir.model import Source, load
+from onnxslim.report.inspect import Summary, summarize
+from onnxslim.report.text import WIDTH, Rows, sectioned
 
 COLUMNS = ("NodeName", "OpType", "OutputDtype", "OutputShape")
 
@@ -49,26 +47,43 @@ class OperatorInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Summary of a model.
+    """Summary of a model, under the names that these callers know.
 
     Attributes:
         tag: how tables call it.
-        op_set: version of the standard operators.
-        ir_version: of the file format.
-        model_size: bytes when saved, data files included.
-        op_type_counts: nodes per operator, those of nested graphs and Constant nodes included.
+        summary: what was counted.
         op_info: nodes by name; those without one by their operator and first output.
         input_info, output_info: what is fed and returned, in order.
     """
 
     tag: str
-    op_set: str
-    ir_version: str
-    model_size: int
-    op_type_counts: dict[str, int]
+    summary: Summary
     op_info: dict[str, OperatorInfo]
     input_info: list[TensorInfo]
     output_info: list[TensorInfo]
+
+    @property
+    def op_set(self) -> str:
+        """Version of the standard operators."""
+        return str(self.summary.opsets.get("", 1))
+
+    @property
+    def ir_version(self) -> str:
+        """Of the file format."""
+        return str(self.summary.ir_version)
+
+    @property
+    def model_size(self) -> int:
+        """Bytes when saved, data files included."""
+        return self.summary.bytes
+
+    @property
+    def op_type_counts(self) -> dict[str, int]:
+        """Nodes per operator, whatever its domain; those of nested graphs and Constant nodes included."""
+        found: Counter[str] = Counter()
+        for name, count in self.summary.operators.items():
+            found[name.rpartition(".")[2]] += count
+        return dict(found)
 
     @property
     def input_maps(self) -> dict[str, TensorInfo]:
@@ -94,16 +109,12 @@ def summarize_model(model: Source, tag: str = "OnnxModel") -> ModelInfo:
     if isinstance(model, str | os.PathLike):
         tag = Path(model).name
     twin = load(model).copy()
-    stats = twin.stats()
+    summary = summarize(twin)
     shapes.infer(twin)
-    nodes = list(twin.nodes())
     return ModelInfo(
         tag=tag,
-        op_set=str(twin.opset),
-        ir_version=str(twin.ir_version),
-        model_size=stats.bytes,
-        op_type_counts=dict(Counter(node.op for node in nodes)),
-        op_info={node.label: OperatorInfo(node.name, node.op, _known(node.outputs)) for node in nodes},
+        summary=summary,
+        op_info={node.label: OperatorInfo(node.name, node.op, _known(node.outputs)) for node in twin.nodes()},
         input_info=[_info(tensor) for tensor in twin.graph.inputs],
         output_info=[_info(tensor) for tensor in twin.graph.outputs],
     )
@@ -129,37 +140,31 @@ def print_model_info_as_table(
         elapsed_time: seconds the work took, for the last line.
     """
     infos = [model_info_list] if isinstance(model_info_list, ModelInfo) else list(model_info_list)
-    grid = table("Model Name", *(clean(info.tag) for info in infos))
-    sections = (_head(infos), _tensors("IN", infos), _tensors("OUT", infos), _operators(infos), _size(infos))
-    for rows in sections:
-        for index, row in enumerate(rows):
-            grid.add_row(*(clean(cell) for cell in row), end_section=index == len(rows) - 1)
+    sections = [_head(infos), _tensors("IN", infos), _tensors("OUT", infos), _operators(infos), _size(infos)]
     if elapsed_time is not None:
-        grid.add_row("Elapsed Time", f"{elapsed_time:.2f} s")
+        sections.append([("Elapsed Time", f"{elapsed_time:.2f} s")])
+    grid = sectioned(("Model Name", *(info.tag for info in infos)), sections)
     console = Console(highlight=False)
     (console if console.is_terminal else Console(highlight=False, width=WIDTH)).print(grid)
 
 
-Rows: TypeAlias = list[list[str]]
-
-
 def _head(infos: Sequence[ModelInfo]) -> Rows:
-    return [["Model Info", *(f"Op Set: {info.op_set} / IR Version: {info.ir_version}" for info in infos)]]
+    return [("Model Info", *(f"Op Set: {info.op_set} / IR Version: {info.ir_version}" for info in infos))]
 
 
 def _tensors(kind: str, infos: Sequence[ModelInfo]) -> Rows:
     maps = [info.input_maps if kind == "IN" else info.output_maps for info in infos]
     names = dict.fromkeys(name for each in maps for name in each)
-    return [[f"{kind}: {name}", *(str(each.get(name, "")) for each in maps)] for name in names]
+    return [(f"{kind}: {name}", *(str(each.get(name, "")) for each in maps)) for name in names]
 
 
 def _operators(infos: Sequence[ModelInfo]) -> Rows:
     ops = sorted({op for info in infos for op in info.op_type_counts})
-    return [[op, *(str(info.op_type_counts.get(op, 0)) for info in infos)] for op in ops]
+    return [(op, *(str(info.op_type_counts.get(op, 0)) for info in infos)) for op in ops]
 
 
 def _size(infos: Sequence[ModelInfo]) -> Rows:
-    return [["Model Size", *(size(info.model_size) for info in infos)]]
+    return [("Model Size", *(size(info.model_size) for info in infos))]
 
 
 def dump_model_info_to_disk(model_info: ModelInfo) -> Path:

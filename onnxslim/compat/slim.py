@@ -24,13 +24,12 @@ from onnxslim.errors import UsageError, ValidationError, nearest
 from onnxslim.ir import files, proto
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Dim, Namer, Tensor, Variable
-from onnxslim.ir.model import InputSpec, Model, load
+from onnxslim.ir.model import InputSpec, Model, Source, load
 from onnxslim.passes import dead, eliminate, fuse
 from onnxslim.passes.eliminate import control, noop
 from onnxslim.passes.slim import Slim
 from onnxslim.runtime.probe import Feeds, make_feeds, probes
 from onnxslim.runtime.session import Session
-from onnxslim.utils import Source
 
 logger = logging.getLogger("onnxslim")
 

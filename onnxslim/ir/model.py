@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -259,7 +259,11 @@ class Model:
             files.commit(staged, final)
 
 
-def load(source: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
+Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
+"""What a model is read from: a file, a ModelProto, or a Model."""
+
+
+def load(source: Source) -> Model:
     """Read a model.
 
     Args:

@@ -30,12 +30,12 @@ from onnxslim.engine.pipeline import Pipeline, Report, Result
 from onnxslim.errors import OnnxSlimError, UsageError, nearest
 from onnxslim.formats import plain
 from onnxslim.ir.graph import Array, Constant
-from onnxslim.ir.model import Model, load
+from onnxslim.ir.model import Model, Source, load
 from onnxslim.ir.proto import encode_embedded
 from onnxslim.recipes.data import Batches, Data
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
-from onnxslim.validation.compare import Source, validate
+from onnxslim.validation.compare import validate
 from onnxslim.validation.verdict import Verdict, check_limits
 from onnxslim.version import version
 

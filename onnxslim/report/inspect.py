@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import onnx
 
 from onnxslim.ir.graph import Constant, Graph, Node, Tensor, bit_width
-from onnxslim.ir.model import DEFAULT_DOMAINS, Model, is_literal, load
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model, Source, is_literal, load
 from onnxslim.ops import Trait, has, spec_of
 from onnxslim.shapes import cost
-
-Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
 
 
 @dataclass(frozen=True)
@@ -52,15 +48,32 @@ class Coverage:
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """What `inspect` finds.
+class Summary:
+    """What a model is and consists of, as far as it only has to be counted.
 
     Attributes:
         name: of the file; empty for a model in memory.
         opsets: version by domain.
-        inputs, outputs: `type[sizes]` by name, as declared.
         operators: nodes by operator, those of bodies and Constant nodes included; others with their domain.
         bytes: when saved, data files included.
+    """
+
+    name: str
+    ir_version: int
+    opsets: Mapping[str, int]
+    producer: str
+    operators: Mapping[str, int]
+    nodes: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection(Summary):
+    """What `inspect` finds.
+
+    Attributes:
+        inputs, outputs: `type[sizes]` by name, as declared.
         macs: multiply-accumulates of one sample; None if a shape is unknown.
         dtypes: bytes of constants by type.
         free: inputs and outputs with axes of free size, and their names for these.
@@ -69,16 +82,8 @@ class Inspection:
         custom: operators of domains other than the standard's, which only some runtimes have.
     """
 
-    name: str
-    ir_version: int
-    opsets: Mapping[str, int]
-    producer: str
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
-    operators: Mapping[str, int]
-    nodes: int
-    parameters: int
-    bytes: int
     macs: int | None
     memory: Memory
     dtypes: Mapping[str, int]
@@ -109,8 +114,23 @@ class Difference:
         return bool(self.removed or self.added or self.changed or self.constants)
 
 
+def summarize(model: Model) -> Summary:
+    """Count what a model consists of."""
+    stats, shell = model.stats(), model.shell
+    return Summary(
+        name=model.source.name if model.source else "",
+        ir_version=model.ir_version,
+        opsets=dict(model.opsets),
+        producer=" ".join(filter(None, (shell.producer_name, shell.producer_version))),
+        operators=dict(Counter(_operator(node) for node in model.nodes()).most_common()),
+        nodes=stats.nodes,
+        parameters=stats.parameters,
+        bytes=stats.bytes,
+    )
+
+
 def inspect(model: Source) -> Inspection:
-    """Count what a model consists of and needs.
+    """Find out what a model consists of and needs.
 
     Args:
         model: a file, a ModelProto or a Model; left as it is.
@@ -119,21 +139,14 @@ def inspect(model: Source) -> Inspection:
         LoadError: it is missing, broken, or not an ONNX model.
     """
     loaded = load(model)
-    stats, sized = loaded.stats(), cost.sized(loaded)
+    sized = cost.sized(loaded)
     declared = (*loaded.graph.inputs, *loaded.graph.outputs)
     domains = {node.domain or "" for node in loaded.nodes()} - set(DEFAULT_DOMAINS)
     foreign = {f"{n.domain}.{n.op}" for n in loaded.nodes() if n.domain in domains}
     return Inspection(
-        name=loaded.source.name if loaded.source else "",
-        ir_version=loaded.ir_version,
-        opsets=dict(loaded.opsets),
-        producer=" ".join(filter(None, (loaded.shell.producer_name, loaded.shell.producer_version))),
+        **vars(summarize(loaded)),
         inputs={tensor.name: _typed(tensor) for tensor in loaded.graph.inputs},
         outputs={tensor.name: _typed(tensor) for tensor in loaded.graph.outputs},
-        operators=dict(Counter(_operator(node) for node in loaded.nodes()).most_common()),
-        nodes=stats.nodes,
-        parameters=stats.parameters,
-        bytes=stats.bytes,
         macs=cost.macs(loaded),
         memory=_memory(sized.graph),
         dtypes=_dtypes(loaded),

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from onnxslim.validation.verdict import OutputRow, ProviderVerdict, Verdict
 
 WIDTH = 110
+Rows: TypeAlias = "list[tuple[str, ...]]"
 SHOWN_GROUPS = 20
 
 
@@ -101,18 +102,10 @@ def show_passes(console: Console, known: Mapping[str, tuple[str, Sequence[Option
 
 def show_inspections(console: Console, found: Sequence[Inspection], difference: Difference | None) -> None:
     """Print what models consist of side by side, and how the second differs from the first."""
-    grid = table("Model Name", *(clean(each.name) for each in found), left=1 + len(found))
-    sections = list(_sections(found))
-    for rows in sections:
-        for index, (name, *cells) in enumerate(rows):
-            last = index == len(rows) - 1 and rows is not sections[-1]
-            grid.add_row(clean(name), *map(clean, cells), end_section=last)
-    console.print(grid)
+    head = ("Model Name", *(each.name for each in found))
+    console.print(sectioned(head, list(_sections(found)), left=len(head)))
     if difference is not None:
         lines(console, _difference(difference))
-
-
-Rows: TypeAlias = "list[tuple[str, ...]]"
 
 
 def _sections(found: Sequence[Inspection]) -> Iterator[Rows]:
@@ -317,6 +310,15 @@ def table(*columns: str, left: int = 1) -> PlainTable:
             no_wrap=not words,
             min_width=8 if words else None,
         )
+    return grid
+
+
+def sectioned(head: Sequence[str], sections: Sequence[Rows], *, left: int = 1) -> PlainTable:
+    """A table with a line after each section but the last."""
+    grid = table(*head, left=left)
+    for rows in sections:
+        for index, row in enumerate(rows):
+            grid.add_row(*row, end_section=index == len(rows) - 1 and rows is not sections[-1])
     return grid
 
 

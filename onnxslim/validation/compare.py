@@ -7,14 +7,12 @@ float64, over blocks.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-import onnx
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.noise import Noise
@@ -23,7 +21,7 @@ from onnxslim.engine.base import Progress
 from onnxslim.engine.pipeline import sample_shapes
 from onnxslim.errors import CalibrationError, LoadError, UsageError, ValidationError
 from onnxslim.ir.graph import Array
-from onnxslim.ir.model import Model, load
+from onnxslim.ir.model import Model, Source, load
 from onnxslim.runtime.metric import Metric, measure
 from onnxslim.runtime.probe import Feeds, probes
 from onnxslim.runtime.profile import available, may_stray, placement
@@ -33,7 +31,6 @@ from onnxslim.runtime.timing import Latency, latencies
 from onnxslim.shapes import cost
 from onnxslim.validation.verdict import BeforeAfter, Footprint, OutputRow, ProviderVerdict, Verdict
 
-Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
 T = TypeVar("T")
 
 BLOCK = 1 << 20
