@@ -24,7 +24,7 @@ class Target:
         threads: threads per operator; 0 lets ONNX Runtime choose.
         libraries: files of custom operators to load. They run as code of this process, so their names must
             come from the caller, never from a model or a recipe.
-        quantized: how quantized models are laid out for it, usually one of `LAYOUTS`.
+        layout: how quantized models are laid out for it, usually one of `LAYOUTS`.
         threads_option: the provider option that takes the number of threads, for providers that do not go by
             the session's.
         backend: what opens models for it, one of `onnxslim.runtime.session.BACKENDS`.
@@ -35,7 +35,7 @@ class Target:
     options: tuple[tuple[str, str], ...] = ()
     threads: int = 0
     libraries: tuple[str, ...] = ()
-    quantized: IntegerLayout = field(default_factory=IntegerLayout)
+    layout: IntegerLayout = field(default_factory=IntegerLayout)
     threads_option: str = ""
     backend: BackendName = "onnxruntime"
 
@@ -86,17 +86,17 @@ class Target:
 
 
 _ENTRIES = (
-    Target("tensorrt", "TensorrtExecutionProvider", quantized=LAYOUTS["tensorrt"]),
+    Target("tensorrt", "TensorrtExecutionProvider", layout=LAYOUTS["tensorrt"]),
     # TF32 is off so that results can be compared.
-    Target("cuda", "CUDAExecutionProvider", (("use_tf32", "0"),), quantized=LAYOUTS["cuda"]),
+    Target("cuda", "CUDAExecutionProvider", (("use_tf32", "0"),), layout=LAYOUTS["cuda"]),
     Target(
         "openvino",
         "OpenVINOExecutionProvider",
         (("device_type", "CPU"),),
-        quantized=LAYOUTS["openvino"],
+        layout=LAYOUTS["openvino"],
         threads_option="num_of_threads",
     ),
-    Target("cpu", CPU, quantized=LAYOUTS["cpu"]),
+    Target("cpu", CPU, layout=LAYOUTS["cpu"]),
     # Not a provider of ONNX Runtime: operators as the standard's own NumPy code computes them.
     Target("reference", "onnx.reference", backend="reference"),
 )
@@ -106,5 +106,5 @@ REGISTRY: dict[str, Target] = {target.name: target for target in _ENTRIES}
 
 def layouts() -> dict[str, IntegerLayout]:
     """What a quantized model can be laid out for: the table of layouts, and targets with integer kernels."""
-    mine = {target.name: target.quantized for target in REGISTRY.values() if target.quantized.kernels}
+    mine = {target.name: target.layout for target in REGISTRY.values() if target.layout.kernels}
     return {**LAYOUTS, **mine}

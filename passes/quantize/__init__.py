@@ -137,8 +137,8 @@ class Quantize(Pass):
             )
         log = Log()
         ctx = replace(ctx, target=self._target(ctx.target))
-        wide = self.weights == "int4" or ctx.target.quantized.activation.itemsize > 1
-        prepare(model, ctx.target.quantized, log, WIDE_OPSET if wide else MIN_OPSET)
+        wide = self.weights == "int4" or ctx.target.layout.activation.itemsize > 1
+        prepare(model, ctx.target.layout, log, WIDE_OPSET if wide else MIN_OPSET)
         tell_idle(self.exclude, model, log)
         trained = strip(model)
         shapes.infer(model)
@@ -172,12 +172,12 @@ class Quantize(Pass):
     def _target(self, target: Target) -> Target:
         """The target with the wanted layout and type of activations."""
         if self.layout != "target":
-            target = replace(target, quantized=layouts()[self.layout])
+            target = replace(target, layout=layouts()[self.layout])
         if not self._way.calibrated or self.activations in (None, "auto"):
             return target
         kind = np.dtype(self.activations)
-        rules = replace(target.quantized, activation=kind, symmetric=kind.kind == "i")
-        return replace(target, quantized=rules)
+        rules = replace(target.layout, activation=kind, symmetric=kind.kind == "i")
+        return replace(target, layout=rules)
 
     def _candidate(
         self, model: Model, trained: Trained, original: Model, ctx: Context, log: Log
@@ -213,7 +213,7 @@ class Quantize(Pass):
             weights=self.weights,
             gptq=self.algorithm == "gptq",
         )
-        return self._way(settings, target.quantized)
+        return self._way(settings, target.layout)
 
     def _search(self, search: Search, build: Builder, goal: Goal, log: Log) -> tuple[Trial, QuantizeFigures]:
         """The candidate to take, and what was measured until it was found."""

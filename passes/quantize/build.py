@@ -106,7 +106,7 @@ class Builder:
         while True:
             planner = Planner(
                 model,
-                self.ctx.target.quantized,
+                self.ctx.target.layout,
                 log,
                 refuse=refusal(self._settings, variant),
                 kept=self.strategy.in_floats(model, variant),
@@ -128,7 +128,7 @@ class Builder:
         if self._trained:
             return None
         twin = self.model.copy()
-        levels = (1 << 8 * self.ctx.target.quantized.activation.itemsize) - 1, 2 * self.strategy.limit
+        levels = (1 << 8 * self.ctx.target.layout.activation.itemsize) - 1, 2 * self.strategy.limit
         if not equalize(twin, plan, self.ctx.data, levels, log, self.ctx.target):
             return None
         shapes.infer(twin)
@@ -149,7 +149,7 @@ class Builder:
         ]
         stored = {node.inputs[1].name for node in plan.stored}
         if self.strategy.calibrated:
-            inserter = Inserter(student, plan, self.ctx.target.quantized, log, self._coder.encoder())
+            inserter = Inserter(student, plan, self.ctx.target.layout, log, self._coder.encoder())
             inserter.apply(self._calibration.ranges(plan, variant), True, activations_only=True)
         found = [tensor.name for tensor in layers if tensor.name in known]
         if not found or not self._settings.per_channel:

@@ -34,7 +34,7 @@ class Calibration:
 
     def __init__(self, ctx: Context, *, means: bool, seen: Statistics | None = None) -> None:
         self._ctx = ctx
-        self._rules = ctx.target.quantized
+        self._rules = ctx.target.layout
         self._means = means
         self.seen = seen or Statistics({}, {})
 

@@ -103,7 +103,7 @@ class WeightCoder:
             corrected: whether a bias takes in what the integers do to the mean.
             kept: whether the layer stays in floating point and only stores its weight so.
         """
-        axis, rules = spec_of(layer.node).channel_axis, self._ctx.target.quantized
+        axis, rules = spec_of(layer.node).channel_axis, self._ctx.target.layout
         assert axis is not None
         pair_axis = None if kept else pair_axis_of(layer.node, rules)
         weight = layer.restored(wanted).astype(np.float32)

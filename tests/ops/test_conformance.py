@@ -27,7 +27,7 @@ from onnxslim.shapes.cost import macs
 from tests.helpers import parse
 
 EXAMPLES = {op: spec for (_, op), spec in REGISTRY.items() if spec.example}
-KERNELS = Target.cpu().quantized.kernels
+KERNELS = Target.cpu().layout.kernels
 # These sum over time steps as well, so that ones do not count their products.
 RECURRENT = ("LSTM", "GRU", "RNN")
 
@@ -190,10 +190,10 @@ def _wide() -> Target:
     from dataclasses import replace
 
     target = Target.cpu()
-    return replace(target, quantized=replace(target.quantized, min_channels=1))
+    return replace(target, layout=replace(target.layout, min_channels=1))
 
 
-@pytest.mark.parametrize("spec", _rows(Role.MOVE, but=Target.cpu().quantized.slow))
+@pytest.mark.parametrize("spec", _rows(Role.MOVE, but=Target.cpu().layout.slow))
 def test_moves_keep_one_scale_on_both_sides(spec: OpSpec) -> None:
     model = parse(spec.example)
     if len(model.graph.outputs) > 1:

@@ -316,8 +316,8 @@ def test_what_cannot_be_quantized_says_why(body: str, reason: str) -> None:
 
 
 def test_symmetric_targets_get_symmetric_integers(block: Model, feeds: dict[str, Array]) -> None:
-    rules = Target.tensorrt().quantized
-    after, _ = _quantize(block, feeds, target=Target("tensorrt", "CPUExecutionProvider", quantized=rules))
+    rules = Target.tensorrt().layout
+    after, _ = _quantize(block, feeds, target=Target("tensorrt", "CPUExecutionProvider", layout=rules))
     zeros = [t for t in after.constants() if t.name.endswith("_zero_point")]
     assert zeros
     assert all(t.dtype == np.int8 and not t.values.any() for t in zeros)

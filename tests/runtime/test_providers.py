@@ -122,7 +122,7 @@ def test_a_silent_fallback_is_refused(
 def test_a_new_provider_is_one_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    npu = Target("npu", CPU, quantized=LAYOUTS["qnn"])
+    npu = Target("npu", CPU, layout=LAYOUTS["qnn"])
     monkeypatch.setitem(REGISTRY, npu.name, npu)
     assert Target.named("NPU") is npu
     assert npu in available()
@@ -137,7 +137,7 @@ def test_a_new_provider_is_one_entry(
     assert provider["target"] == "npu"
     assert cli.main(["quantize", "--help"]) == 0
     assert "npu" in capsys.readouterr().out
-    assert Quantize(layout="npu")._target(Target.cpu()).quantized.activation == np.uint16
+    assert Quantize(layout="npu")._target(Target.cpu()).layout.activation == np.uint16
     with pytest.raises(UsageError, match=r"'layout': input should be 'target', .* or 'npu', not 'tpu'"):
         passes.create("quantize", {"layout": "tpu"})
 
