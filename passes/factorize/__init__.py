@@ -17,20 +17,20 @@ from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
-from onnxslim.passes.factorize import chains, fit, plan
+from onnxslim.passes.factorize import candidates, chains, fit
+from onnxslim.passes.factorize.candidates import Factoring, LayerOptions, Unit
 from onnxslim.passes.factorize.fit import Fitted
-from onnxslim.passes.factorize.gate import Gate
+from onnxslim.passes.factorize.gate import SpeedGate
 from onnxslim.passes.factorize.layers import Layer
-from onnxslim.passes.factorize.plan import Candidate, Entry, Unit
 from onnxslim.passes.factorize.schemes import SCHEMES
-from onnxslim.passes.factorize.search import MeasuredFactors, Search, Wanted, layers_of, with_factors
+from onnxslim.passes.factorize.search import FactorSearch, MeasuredFactors, Wanted, layers_of, with_factors
 from onnxslim.passes.repair import repair
 from onnxslim.runtime import timing
 from onnxslim.runtime.probe import make_feeds
 from onnxslim.shapes import cost
 
 SchemeName = Literal["auto", "svd", "output", "input", "spatial", "tucker"]
-Picks = list[tuple[Entry, Candidate]]
+Picks = list[tuple[LayerOptions, Factoring]]
 
 # What is asked for if nothing is said: half of the multiply-accumulates.
 DEFAULT_MACS = 0.5
@@ -150,12 +150,14 @@ class _Work:
             self._repair(teacher)
         return self._judged(teacher)
 
-    def _search(self, layers: Sequence[Layer]) -> list[Entry]:
+    def _search(self, layers: Sequence[Layer]) -> list[LayerOptions]:
         wish = self._wish
         schemes = tuple(SCHEMES) if "auto" in wish.schemes else wish.schemes
         wanted = Wanted(wish.unit, schemes, wish.align, wish.min_gain)
         bench = timing.Bench(self._ctx.target, timing.folder() if wish.cache else None)
-        search = Search(self._model, wanted, self._ctx, Gate(self._model, bench), self._data, self._log)
+        search = FactorSearch(
+            self._model, wanted, self._ctx, SpeedGate(self._model, bench), self._data, self._log
+        )
         found = search(layers)
         self._figures = replace(self._figures, candidates=tuple(search.measured))
         return found
@@ -192,14 +194,14 @@ class _Work:
         found, known = layers_of(model, self._shapes, (), Log())
         return sum(layer.macs for layer in (*found, *itertools.chain.from_iterable(known)))
 
-    def _choose(self, entries: Sequence[Entry], whole: Model) -> Picks:
+    def _choose(self, entries: Sequence[LayerOptions], whole: Model) -> Picks:
         """A candidate for each layer that gets one; says what keeps others whole."""
         wish, why = self._wish, "the budget is met without it"
         if not entries:
             self._log.skip(self._name, "no layer has factors that save anything")
             return []
         if wish.energy is not None:
-            found = plan.by_energy(entries, 1.0 - wish.energy, wish.unit)
+            found = candidates.by_energy(entries, 1.0 - wish.energy, wish.unit)
             why = f"no factors that save keep {wish.energy:.1%} of its power"
         elif wish.unit == "time":
             found = self._in_time(entries, whole)
@@ -210,10 +212,10 @@ class _Work:
                 self._log.skip(entry.layer.name, f"left whole: {why}")
         return [(entry, pick) for entry, pick in zip(entries, found, strict=True) if pick is not None]
 
-    def _in_size(self, entries: Sequence[Entry], whole: Model) -> list[Candidate | None]:
+    def _in_size(self, entries: Sequence[LayerOptions], whole: Model) -> list[Factoring | None]:
         unit, total = self._wish.unit, self._total(whole)
         fixed = self._total(self._model) - sum(entry.cost(unit) for entry in entries)
-        found, met = plan.chosen(entries, unit, self._share * total - fixed)
+        found, met = candidates.chosen(entries, unit, self._share * total - fixed)
         left = fixed + sum(
             entry.cost(unit) * (pick.cost(unit) if pick else 1.0)
             for entry, pick in zip(entries, found, strict=True)
@@ -226,14 +228,14 @@ class _Work:
             self._log.skip(self._name, why)
         return found
 
-    def _in_time(self, entries: Sequence[Entry], whole: Model) -> list[Candidate | None]:
+    def _in_time(self, entries: Sequence[LayerOptions], whole: Model) -> list[Factoring | None]:
         """Candidates with which the whole model is as fast as asked for: a budget for layers, corrected."""
         (first, _), (_, now) = timing.compare([whole, self._model], self._sample, self._ctx.target)
         budget = sum(entry.milliseconds for entry in entries) - first.median * (now - self._share)
-        found: list[Candidate | None] = []
+        found: list[Factoring | None] = []
         ratio = now
         for _ in range(CORRECTIONS):
-            found, met = plan.chosen(entries, "time", budget)
+            found, met = candidates.chosen(entries, "time", budget)
             picks = [(entry, pick) for entry, pick in zip(entries, found, strict=True) if pick]
             _, (_, ratio) = timing.compare([whole, self._shaped(picks)], self._sample, self._ctx.target)
             if not met or abs(ratio - self._share) <= TOLERANCE:
@@ -281,7 +283,7 @@ class _Work:
                 self._figures, fitted="to the weights: with calibration data, factors lose much less"
             )
 
-    def _fitted(self, layer: Layer, pick: Candidate, teacher: Model) -> Fitted:
+    def _fitted(self, layer: Layer, pick: Factoring, teacher: Model) -> Fitted:
         if self._data is None or not fit.observable(layer):
             return fit.fit(layer, pick.scheme, pick.ranks)
         seen = fit.against(self._model, teacher, self._data, layer, self._ctx.target)

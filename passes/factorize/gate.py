@@ -17,7 +17,7 @@ from onnxslim.passes.factorize.schemes import Ranks, Scheme
 from onnxslim.runtime.timing import Bench, Timing
 
 
-class Gate:
+class SpeedGate:
     """Times factors against their layer.
 
     Args:

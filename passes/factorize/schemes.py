@@ -181,7 +181,7 @@ def _kernel(layer: Layer, axes: Sizes) -> Sizes:
     return tuple(size if axis in axes else 1 for axis, size in enumerate(layer.kernel))
 
 
-class Pair(Scheme):
+class TwoFactors(Scheme):
     """Two factors; the first has the leading kernel axes, as many as `leading` says."""
 
     @abstractmethod
@@ -204,7 +204,7 @@ class Pair(Scheme):
         return PairDecomposition.of(problem, first, second, most[0])
 
 
-class Output(Pair):
+class Output(TwoFactors):
     """The kernel first, with fewer outputs; then 1x1."""
 
     name = "output"
@@ -228,7 +228,7 @@ class Svd(Output):
         return "its kernel has several positions" if math.prod(layer.kernel) > 1 else None
 
 
-class Input(Pair):
+class Input(TwoFactors):
     """1x1 first, to fewer channels; then the kernel."""
 
     name = "input"
@@ -242,7 +242,7 @@ class Input(Pair):
         return 0
 
 
-class Spatial(Pair):
+class Spatial(TwoFactors):
     """Along the first kernel axis, then along the others."""
 
     name = "spatial"

@@ -16,12 +16,12 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Node
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops.spec import sizes
-from onnxslim.passes.factorize import chains, fit, plan
+from onnxslim.passes.factorize import candidates, chains, fit
+from onnxslim.passes.factorize.candidates import Factoring, LayerOptions, Unit
 from onnxslim.passes.factorize.chains import Chain
 from onnxslim.passes.factorize.fit import Fitted
-from onnxslim.passes.factorize.gate import Gate
+from onnxslim.passes.factorize.gate import SpeedGate
 from onnxslim.passes.factorize.layers import Layer, form_of, layer_of
-from onnxslim.passes.factorize.plan import Candidate, Entry, Unit
 from onnxslim.shapes import cost
 
 # Samples on which factors of single layers are measured end to end.
@@ -118,7 +118,7 @@ def _shapes(model: Model, inputs: Mapping[str, tuple[int, ...]]) -> dict[str, tu
     return {name: shape for name, shape in known.items() if shape is not None}
 
 
-class Search:
+class FactorSearch:
     """Judges candidates.
 
     Args:
@@ -131,7 +131,13 @@ class Search:
     """
 
     def __init__(
-        self, model: Model, wanted: Wanted, ctx: Context, gate: Gate, data: CalibrationData | None, log: Log
+        self,
+        model: Model,
+        wanted: Wanted,
+        ctx: Context,
+        gate: SpeedGate,
+        data: CalibrationData | None,
+        log: Log,
     ) -> None:
         self._model = model
         self._wanted = wanted
@@ -143,7 +149,7 @@ class Search:
         self._log = log
         self.measured: list[MeasuredFactors] = []
 
-    def __call__(self, layers: Sequence[Layer]) -> list[Entry]:
+    def __call__(self, layers: Sequence[Layer]) -> list[LayerOptions]:
         """Layers that have candidates, with what is known of these."""
         found, usable = [], [layer for layer in layers if self._proposals(layer)]
         for index, (layer, gram) in enumerate(self._observed(usable)):
@@ -155,9 +161,9 @@ class Search:
         order = {id(layer): index for index, layer in enumerate(layers)}
         return sorted(found, key=lambda entry: order[id(entry.layer)])
 
-    def _proposals(self, layer: Layer) -> list[plan.Proposal]:
+    def _proposals(self, layer: Layer) -> list[candidates.Proposal]:
         wanted = self._wanted
-        found = list(plan.proposals(layer, wanted.schemes, wanted.align, wanted.unit, wanted.most))
+        found = list(candidates.proposals(layer, wanted.schemes, wanted.align, wanted.unit, wanted.most))
         if not found:
             self._log.skip(layer.name, f"no rank that is a multiple of {wanted.align} saves enough")
         return found
@@ -170,16 +176,16 @@ class Search:
         others = {id(layer) for layer in seen}
         yield from ((layer, None) for layer in layers if id(layer) not in others)
 
-    def _entry(self, layer: Layer, gram: Gram | None) -> Entry | None:
-        found = plan.candidates(layer, self._proposals(layer), gram)
-        entry = Entry(layer, tuple(plan.undominated(found, self._wanted.unit)))
+    def _entry(self, layer: Layer, gram: Gram | None) -> LayerOptions | None:
+        found = candidates.factorings(layer, self._proposals(layer), gram)
+        entry = LayerOptions(layer, tuple(candidates.undominated(found, self._wanted.unit)))
         if self._wanted.unit != "params":
-            entry = self._passed(plan.timed(entry, self._gate))
+            entry = self._passed(candidates.timed(entry, self._gate))
         if not entry.candidates:
             return None
-        return plan.expected(entry, self._measured(entry, gram))
+        return candidates.expected(entry, self._measured(entry, gram))
 
-    def _passed(self, entry: Entry) -> Entry:
+    def _passed(self, entry: LayerOptions) -> LayerOptions:
         """Without the candidates that are not faster by enough."""
         limit = 1.0 / self._wanted.min_gain
         self.measured += [
@@ -195,20 +201,21 @@ class Search:
             )
         return replace(entry, candidates=passed)
 
-    def _measured(self, entry: Entry, gram: Gram | None) -> dict[str, float]:
+    def _measured(self, entry: LayerOptions, gram: Gram | None) -> dict[str, float]:
         """Error of the model's outputs with single candidates in place, by label."""
         if self._judge is None:
             return {}
         return {
-            each.label: self._judge(self._with(entry.layer, each, gram)).error for each in plan.probed(entry)
+            each.label: self._judge(self._with(entry.layer, each, gram)).error
+            for each in candidates.probed(entry)
         }
 
-    def _with(self, layer: Layer, candidate: Candidate, gram: Gram | None) -> Model:
+    def _with(self, layer: Layer, candidate: Factoring, gram: Gram | None) -> Model:
         fitted = fit.fit(layer, candidate.scheme, candidate.ranks, gram)
         return with_factors(self._model, [(layer, candidate, fitted)])
 
 
-def with_factors(model: Model, parts: Sequence[tuple[Layer, Candidate, Fitted]]) -> Model:
+def with_factors(model: Model, parts: Sequence[tuple[Layer, Factoring, Fitted]]) -> Model:
     """A copy of the model with factors in place of layers."""
     copy = model.copy()
     made_by = {node.outputs[0].name: node for node in copy.graph.nodes if node.outputs}

@@ -20,11 +20,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from onnxslim.engine.allocate import fewest, settled
 from onnxslim.ir.graph import Constant, Node, Tensor, Variable
 
 
 @dataclass(frozen=True)
-class Plan:
+class FoldPlan:
     """What to store and what thereby becomes unnecessary.
 
     Attributes:
@@ -74,7 +75,7 @@ def plan(
     fixed: set[int],
     max_growth: int,
     narrow: Callable[[Tensor], int | None] = lambda _: None,
-) -> Plan:
+) -> FoldPlan:
     """Store as much as the budget allows.
 
     Args:
@@ -104,24 +105,32 @@ def plan(
     return _spend(account.offers(narrow), found, lambda bought: settle(bought).plan(), max_growth)
 
 
-def _spend(offers: list[_Offer], base: Plan, settle: Callable[[Bought], Plan], limit: int) -> Plan:
+def _spend(
+    offers: list[_Offer], base: FoldPlan, settle: Callable[[Bought], FoldPlan], limit: int
+) -> FoldPlan:
     """Buy results that remove most nodes per byte first, as many as the limit allows, and some more."""
     offers.sort(key=lambda offer: offer.cost / offer.gain)
-    found, least, most = base, 0, len(offers)
-    while least < most:
-        middle = (least + most + 1) // 2
-        trial = settle({offer.node: offer.narrow for offer in offers[:middle]})
-        if trial.growth <= limit:
-            found, least = trial, middle
-        else:
-            most = middle - 1
-    bought = {offer.node: offer.narrow for offer in offers[:least]}
-    for offer in offers[least : least + MAX_TRIALS]:
-        if found.growth + offer.cost <= limit:
-            trial = settle({**bought, offer.node: offer.narrow})
-            if trial.growth <= limit and trial.gain > found.gain:
-                found, bought = trial, {**bought, offer.node: offer.narrow}
-    return found
+    plans = {0: base}
+
+    def exceeds(count: int) -> bool:
+        plans[count] = settle(_bought(offers[:count]))
+        return plans[count].growth > limit
+
+    def more(now: tuple[Bought, FoldPlan], offer: _Offer) -> tuple[Bought, FoldPlan]:
+        bought, found = {**now[0], offer.node: offer.narrow}, now[1]
+        if found.growth + offer.cost > limit:
+            return now
+        trial = settle(bought)
+        return (bought, trial) if trial.gain > found.gain else now
+
+    count = fewest(exceeds, len(offers)) - 1
+    further = offers[count : count + MAX_TRIALS]
+    reached = _bought(offers[:count]), plans[count]
+    return settled(reached, lambda now: now[1].growth <= limit, lambda _: further, more)[1]
+
+
+def _bought(offers: Iterable[_Offer]) -> Bought:
+    return {offer.node: offer.narrow for offer in offers}
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ class _Account:
         """Whether the nodes at a tensor belong together; tiny ones, such as sizes, say nothing."""
         return self._nbytes(tensor) > (TINY_BYTES if tensor.inputs else self._small)
 
-    def plan(self) -> Plan:
+    def plan(self) -> FoldPlan:
         """The result, once `refuse` has nothing more to refuse."""
         removed = tuple(node for node in self._nodes if id(node) not in self._kept)
         stored = tuple(reversed(self._stored))
@@ -168,7 +177,7 @@ class _Account:
         narrowed = frozenset(id(tensor) for tensor in stored if self._narrower(tensor) is not None)
         refused = tuple(self._refused[id(node)] for node in self._nodes if id(node) in self._refused)
         kept = tuple(node for node in self._nodes if id(node) in self._kept)
-        return Plan(stored, removed, refused, cost - freed, narrowed, kept)
+        return FoldPlan(stored, removed, refused, cost - freed, narrowed, kept)
 
     def offers(self, narrow: Callable[[Tensor], int | None]) -> list[_Offer]:
         """What storing the results of each node that stays would cost and bring."""

@@ -78,7 +78,7 @@ class Values:
         self._values = {}
         return bool(plan.removed)
 
-    def _to_be_priced(self, plan: budget.Plan) -> set[int]:
+    def _to_be_priced(self, plan: budget.FoldPlan) -> set[int]:
         """Results of nodes that stay and could be stored in a narrower type, as far as their size tells."""
         results = {id(tensor): tensor for node in plan.kept for tensor in node.outputs if tensor.name}
         sizes = sorted((self._nbytes(tensor), key) for key, tensor in results.items())

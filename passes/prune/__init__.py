@@ -13,6 +13,7 @@ from pydantic import Field
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.holdout import split
 from onnxslim.calibration.sources.arrays import Feeds
+from onnxslim.engine.allocate import Joint, allocate
 from onnxslim.engine.base import Change, Changes, Context, Figures, Log, Pass, captioned, options
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.errors import UsageError
@@ -23,7 +24,7 @@ from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Kept
-from onnxslim.passes.prune.budget import TOLERANCE, allocate, uniform
+from onnxslim.passes.prune.budget import TOLERANCE, uniform
 from onnxslim.passes.prune.choose import SAMPLES, Candidates, candidates, criterion_of, damages, spared
 from onnxslim.passes.prune.compensate import compensate
 from onnxslim.passes.prune.cut import cut, prepare, reshare
@@ -194,7 +195,7 @@ class _Run:
         )
         assert goal is not None
         curves = damages(self._model, found, self._split.held if self._split else None, self._ctx)
-        gone = allocate(found.limits, curves, cost, whole * goal**progress)
+        gone = allocate(Joint(curves, cost), whole * goal**progress, dict.fromkeys(curves, 0))
         reached = cost(gone) / whole if whole else 1.0
         if progress == 1 and abs(reached - goal) > TOLERANCE:
             self._log.skip(

@@ -17,7 +17,7 @@ from onnxslim.families.analysis import Analysis, Family
 from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
-from onnxslim.passes.prune.budget import Limits, convex
+from onnxslim.passes.prune.budget import Allowance, convex
 from onnxslim.passes.prune.compensate import compensate
 from onnxslim.passes.prune.cut import cut
 from onnxslim.passes.prune.importance import WITH_DATA, Ranking, rank
@@ -43,7 +43,7 @@ class Candidates:
 
     analysis: Analysis
     families: Mapping[str, Family]
-    limits: Mapping[str, Limits]
+    limits: Mapping[str, Allowance]
     rankings: Mapping[str, Ranking]
     grams: Mapping[Channels, Gram]
 
@@ -77,7 +77,7 @@ def candidates(
         ctx, log: of the pass.
     """
     families = {family.name: family for family in analysis.families if not _left_alone(family, spared, log)}
-    limits = {name: Limits.of(family, align, max_ratio) for name, family in families.items()}
+    limits = {name: Allowance.of(family, align, max_ratio) for name, family in families.items()}
     for name, limit in limits.items():
         if len(limit.allowed) == 1:
             family = families[name]

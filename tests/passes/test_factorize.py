@@ -372,45 +372,6 @@ def test_balancing_leaves_the_product_alone(scheme: str, seed: int) -> None:
 # --------------------------------------------------------------------------------------------- the choice
 
 
-@st.composite
-def knapsacks(draw: st.DrawFn) -> tuple[list[list[float]], list[list[float]], float]:
-    costs, errors = [], []
-    for _ in range(draw(st.integers(1, 4))):
-        count = draw(st.integers(1, 4))
-        costs.append([float(draw(st.integers(1, 20))) for _ in range(count)])
-        errors.append([float(draw(st.integers(0, 20))) for _ in range(count)])
-    return costs, errors, float(draw(st.integers(1, 60)))
-
-
-@given(knapsacks())
-def test_choice_keeps_to_the_budget_and_comes_close_to_the_best(
-    problem: tuple[list[list[float]], list[list[float]], float],
-) -> None:
-    costs, errors, budget = problem
-    found = ranks.choose(costs, errors, budget)
-    every = [
-        (
-            sum(c[i] for c, i in zip(costs, picks, strict=True)),
-            sum(e[i] for e, i in zip(errors, picks, strict=True)),
-        )
-        for picks in itertools.product(*(range(len(c)) for c in costs))
-    ]
-    within = [error for cost, error in every if cost <= budget]
-    assert found.met == bool(within)
-    if not within:
-        assert found.cost == min(cost for cost, _ in every)
-        return
-    assert found.cost <= budget
-    # Lagrangian relaxation misses the best by less than one layer's choice is worth.
-    assert found.error <= min(within) + max(max(e) - min(e) for e in errors)
-
-
-def test_choice_spends_what_is_left() -> None:
-    # The line from (10, 0) to (1, 9) runs below (5, 6), which no price picks; the budget fits it.
-    found = ranks.choose([[10.0, 5.0, 1.0]], [[0.0, 6.0, 9.0]], 6.0)
-    assert found.picks == (1,)
-
-
 def test_power_law_goes_through_its_points() -> None:
     factor, exponent = ranks.curve([(0.1, 0.02), (0.4, 0.08)])
     assert factor == pytest.approx(0.2)

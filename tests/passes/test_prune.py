@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,7 +26,7 @@ from onnxslim.ops import REGISTRY, Channels
 from onnxslim.ops.channels.labels import Block, Trace
 from onnxslim.passes.half import Half
 from onnxslim.passes.prune import Prune, PruneFigures, PruningPlan
-from onnxslim.passes.prune.budget import Limits, allocate, convex
+from onnxslim.passes.prune.budget import convex
 from onnxslim.passes.prune.cut import cut, prepare, zero
 from onnxslim.passes.prune.importance import rank
 from onnxslim.passes.quantize import Quantize
@@ -285,36 +284,6 @@ def test_a_convex_curve_lies_below_and_has_rising_slopes(heights: list[float]) -
     assert all(low <= high + 1e-9 for low, high in zip(hull, heights, strict=True))
     slopes = np.diff(hull)
     assert (np.diff(slopes) >= -1e-9).all()
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.data())
-def test_allocation_is_close_to_the_best_there_is(draw: st.DataObject) -> None:
-    """Against all combinations: what the greedy choice leaves on the table is at most one step's damage."""
-    count, sizes = 3, draw.draw(st.lists(st.integers(2, 5), min_size=3, max_size=3))
-    limits = {str(i): Limits(tuple(range(sizes[i]))) for i in range(count)}
-    damage = {
-        name: convex({n: draw.draw(st.floats(0, 1)) * n for n in limit.allowed})
-        for name, limit in limits.items()
-    }
-    price = {name: draw.draw(st.integers(1, 9)) for name in limits}
-    whole = sum(price[name] * (len(limit.allowed)) for name, limit in limits.items())
-
-    def cost(gone: Mapping[str, int]) -> int:
-        return whole - sum(price[name] * n for name, n in gone.items())
-
-    goal = draw.draw(st.integers(sum(price.values()), whole))
-    found = allocate(limits, damage, cost, goal)
-    total = sum(damage[name][n] for name, n in found.items())
-    fitting = [
-        sum(damage[name][n] for name, n in zip(limits, choice, strict=True))
-        for choice in itertools.product(*(limit.allowed for limit in limits.values()))
-        if cost(dict(zip(limits, choice, strict=True))) <= goal
-    ]
-    steps = [np.diff([damage[name][n] for n in limits[name].allowed]).max(initial=0) for name in limits]
-    if fitting:
-        assert cost(found) <= goal
-        assert total <= min(fitting) + max(steps) + 1e-9
 
 
 def test_elimination_predicts_from_what_is_left() -> None:

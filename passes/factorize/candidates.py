@@ -11,10 +11,11 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from onnxslim.calibration.gram import Gram
-from onnxslim.passes.factorize import ranks as knapsack
+from onnxslim.engine.allocate import Additive, allocate
 from onnxslim.passes.factorize.fit import problem_of
-from onnxslim.passes.factorize.gate import Gate, label
+from onnxslim.passes.factorize.gate import SpeedGate, label
 from onnxslim.passes.factorize.layers import Layer
+from onnxslim.passes.factorize.ranks import curve, step, steps
 from onnxslim.passes.factorize.schemes import SCHEMES, Ranks, Scheme
 
 Proposal: TypeAlias = tuple[Scheme, Ranks]
@@ -29,7 +30,7 @@ EXACT = 1e-9
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Factoring:
     """A way to factorize one layer.
 
     Attributes:
@@ -65,7 +66,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Entry:
+class LayerOptions:
     """A layer with its candidates.
 
     Attributes:
@@ -75,7 +76,7 @@ class Entry:
     """
 
     layer: Layer
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Factoring, ...]
     milliseconds: float = math.nan
 
     def cost(self, unit: Unit) -> float:
@@ -112,16 +113,15 @@ def _cost(layer: Layer, scheme: Scheme, ranks: Ranks, unit: Unit) -> float:
 def _ranks(layer: Layer, scheme: Scheme, align: int) -> Iterator[Ranks]:
     largest = scheme.largest(layer)
     if len(largest) == 1:
-        yield from ((rank,) for rank in knapsack.steps(largest[0], align, layer.groups, RANKS))
+        yield from ((rank,) for rank in steps(largest[0], align, layer.groups, RANKS))
         return
     # Both widths of Tucker-2 are the same share of the channels.
-    step = knapsack.step(align, layer.groups)
+    unit = step(align, layer.groups)
     for share in np.linspace(1 / RANKS, 1.0, RANKS):
-        ranks = tuple(min(max(round(share * size / step), 1) * step, size) for size in largest)
-        yield ranks
+        yield tuple(min(max(round(share * size / unit), 1) * unit, size) for size in largest)
 
 
-def candidates(layer: Layer, found: Sequence[Proposal], gram: Gram | None) -> list[Candidate]:
+def factorings(layer: Layer, found: Sequence[Proposal], gram: Gram | None) -> list[Factoring]:
     """What each of these costs and loses; one decomposition serves all ranks of a scheme."""
     problem = problem_of(layer, gram)
     result = []
@@ -130,7 +130,7 @@ def candidates(layer: Layer, found: Sequence[Proposal], gram: Gram | None) -> li
         most = tuple(max(column) for column in zip(*every, strict=True))
         parts = scheme.decompose(layer, problem, most)
         result += [
-            Candidate(
+            Factoring(
                 scheme,
                 ranks,
                 scheme.macs(layer, ranks) / layer.macs,
@@ -142,7 +142,7 @@ def candidates(layer: Layer, found: Sequence[Proposal], gram: Gram | None) -> li
     return result
 
 
-def undominated(found: Sequence[Candidate], unit: Unit) -> list[Candidate]:
+def undominated(found: Sequence[Factoring], unit: Unit) -> list[Factoring]:
     """Without those that another one beats clearly, by a margin that measured time may well differ by."""
     margin = 1.0 if unit == "params" else DOMINATED
     costs = [candidate.cost("params" if unit == "params" else "macs") for candidate in found]
@@ -156,14 +156,14 @@ def undominated(found: Sequence[Candidate], unit: Unit) -> list[Candidate]:
     ]
 
 
-def timed(entry: Entry, gate: Gate) -> Entry:
+def timed(entry: LayerOptions, gate: SpeedGate) -> LayerOptions:
     """The entry with the time of the layer and of every candidate."""
     timing = gate(entry.layer, [(each.scheme, each.ranks) for each in entry.candidates])
     measured = tuple(replace(each, time=timing.ratios[each.label]) for each in entry.candidates)
-    return Entry(entry.layer, measured, timing.milliseconds)
+    return LayerOptions(entry.layer, measured, timing.milliseconds)
 
 
-def expected(entry: Entry, points: Mapping[str, float]) -> Entry:
+def expected(entry: LayerOptions, points: Mapping[str, float]) -> LayerOptions:
     """The entry with the error of every candidate, from what a few of them were measured to cost.
 
     Args:
@@ -178,53 +178,51 @@ def expected(entry: Entry, points: Mapping[str, float]) -> Entry:
     return replace(entry, candidates=tuple(judged))
 
 
-def _curve(found: Sequence[Candidate], points: Mapping[str, float]) -> tuple[float, float]:
+def _curve(found: Sequence[Factoring], points: Mapping[str, float]) -> tuple[float, float]:
     known = [(each.lost, points[each.label]) for each in found if each.label in points]
-    return knapsack.curve(known) if known else (1.0, 1.0)
+    return curve(known) if known else (1.0, 1.0)
 
 
-def _by_scheme(entry: Entry) -> dict[str, list[Candidate]]:
+def _by_scheme(entry: LayerOptions) -> dict[str, list[Factoring]]:
     """Candidates by scheme, those that lose least first."""
-    found: dict[str, list[Candidate]] = {}
+    found: dict[str, list[Factoring]] = {}
     for each in sorted(entry.candidates, key=lambda each: each.lost):
         found.setdefault(each.scheme.name, []).append(each)
     return found
 
 
-def probed(entry: Entry) -> list[Candidate]:
+def probed(entry: LayerOptions) -> list[Factoring]:
     """The candidates to measure end to end: of each scheme the one that loses most, and one halfway down.
 
     Schemes that lose as much of a layer do not lose the same directions of it.
     """
-    found: dict[str, Candidate] = {}
+    found: dict[str, Factoring] = {}
     for kind in _by_scheme(entry).values():
         usable = [each for each in kind if each.lost > EXACT]
         found.update((each.label, each) for each in (*usable[-1:], *usable[(len(usable) - 1) // 2 :][:1]))
     return list(found.values())
 
 
-def chosen(entries: Sequence[Entry], unit: Unit, budget: float) -> tuple[list[Candidate | None], bool]:
+def chosen(entries: Sequence[LayerOptions], unit: Unit, budget: float) -> tuple[list[Factoring | None], bool]:
     """A candidate for each layer, or None to leave it whole, within a budget for all of them together.
 
     Returns:
         The choice, and whether it is within the budget.
     """
-    costs = [
-        [entry.cost(unit), *(entry.cost(unit) * each.cost(unit) for each in entry.candidates)]
-        for entry in entries
-    ]
-    errors = [[0.0, *(each.error for each in entry.candidates)] for entry in entries]
-    found = knapsack.choose(costs, errors, budget)
-    picks = [
-        None if pick == 0 else entry.candidates[pick - 1]
-        for entry, pick in zip(entries, found.picks, strict=True)
-    ]
-    return picks, found.met
+    costs, errors = {}, {}
+    for entry in entries:
+        whole, key = entry.cost(unit), entry.layer.output
+        costs[key] = dict(enumerate([whole, *(whole * each.cost(unit) for each in entry.candidates)]))
+        errors[key] = dict(enumerate([0.0, *(each.error for each in entry.candidates)]))
+    choices = Additive(errors, costs)
+    found = allocate(choices, budget, choices.best())
+    picks = [entry.candidates[pick - 1] if (pick := found[entry.layer.output]) else None for entry in entries]
+    return picks, choices.cost(found) <= budget
 
 
-def by_energy(entries: Sequence[Entry], lost: float, unit: Unit) -> list[Candidate | None]:
+def by_energy(entries: Sequence[LayerOptions], lost: float, unit: Unit) -> list[Factoring | None]:
     """For each layer the cheapest candidate that loses no more than this share, if there is one."""
-    found: list[Candidate | None] = []
+    found: list[Factoring | None] = []
     for entry in entries:
         usable = [each for each in entry.candidates if each.lost <= lost]
         found.append(min(usable, key=lambda each: each.cost(unit), default=None))
