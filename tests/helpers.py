@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx.parser
 from onnx import numpy_helper
 
+from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.noise import sqnr
 from onnxslim.engine.base import Changes, Context, Pass
 from onnxslim.engine.check import difference, interface, wellformed
 from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
+from onnxslim.passes.quantize import Quantize
+from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.probe import make_feeds
 from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
+
+ROOT = Path(__file__).parent.parent
+FASHION = ROOT / "models" / "fashion"
+NETS = ("resnet", "mobilenet", "vit")
+"""Networks in `FASHION` that ship with the package."""
 
 
 def parse(
@@ -27,7 +37,7 @@ def parse(
 
     Args:
         text: a text that starts with the graph gets a header.
-        constants: values of what the text declares as inputs, to make initializers of them.
+        constants: values of initializers; the text need not declare them.
         opset, ir_version: for the header.
     """
     if not text.lstrip().startswith("<"):
@@ -41,6 +51,33 @@ def parse(
     return load(model)
 
 
+def normal(*shape: int, seed: int = 0) -> Array:
+    """Values of a normal distribution, float32."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def normals(**shapes: tuple[int, ...]) -> dict[str, Array]:
+    """Such values for each of these names, all different."""
+    random = np.random.default_rng(0)
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def filled(model: Model, scale: float = 1.0) -> Model:
+    """The model with normal values times `scale` in all its initializers but scalars."""
+    for index, constant in enumerate(model.graph.initializers.values()):
+        if constant.shape:
+            constant.values = normal(*constant.shape, seed=index + 1) * np.float32(scale)
+    return model
+
+
+def replaced(model: Model, **values: Array) -> Model:
+    """A copy with these values in its initializers of these names."""
+    twin = model.copy()
+    for name, array in values.items():
+        twin.graph.initializers[name].values = array
+    return twin
+
+
 def run(model: Model, feeds: Mapping[str, Array] | None = None) -> dict[str, Any]:
     """Outputs of the model as it is written, without ONNX Runtime's own optimizations."""
     return Session(model, optimize="none").run(feeds_for(model) if feeds is None else feeds)
@@ -51,10 +88,56 @@ def feeds_for(model: Model, *, batch: int = 2, size: int = 3, seed: int = 0) -> 
     return make_feeds(model.inputs(), batch=batch, size=size, seed=seed)
 
 
-def apply(step: Pass, model: Model) -> tuple[Model, Changes]:
-    """A rewritten copy of the model and what was done to it."""
+def runs(model: Model, feeds: Mapping[str, Array]) -> bool:
+    """Whether ONNX Runtime takes the model as it is written, and these inputs."""
+    try:
+        run(model, feeds)
+    except LoadError:
+        return False
+    return True
+
+
+def apply(
+    step: Pass, model: Model, data: Iterable[Mapping[str, Array]] | None = None, **known: Any
+) -> tuple[Model, Changes]:
+    """A rewritten copy of the model and what was done to it.
+
+    Args:
+        step: the pass.
+        model: stays as it is.
+        data: batches to calibrate with.
+        known: what else the pass is told: fields of `Context`.
+    """
     twin = model.copy()
-    return twin, step.run(twin, Context())
+    given = None if data is None else CalibrationData(list(data))
+    return twin, step.run(twin, Context(data=given, **known))
+
+
+def settled(step: Pass, model: Model) -> tuple[Model, Changes]:
+    """The same, of a pass that keeps every bit of the outputs and leaves alone what it has made."""
+    result, changes = apply(step, model)
+    same_outputs(model, result, exact=True)
+    again, more = apply(step, result)
+    assert not more
+    assert again.to_proto() == result.to_proto()
+    return result, changes
+
+
+def quantize(
+    model: Model,
+    data: Iterable[Mapping[str, Array]] | None = None,
+    *,
+    target: Target | None = None,
+    metric: Metric | None = None,
+    **options: Any,
+) -> tuple[Model, Changes]:
+    """The same, of `Quantize` with these options."""
+    return apply(Quantize(**options), model, data, target=target or Target.cpu(), metric=metric)
+
+
+def reasons(changes: Changes) -> dict[str, str]:
+    """Why nodes were left alone, by their labels."""
+    return {skip.node: skip.reason for skip in changes.skipped}
 
 
 def same_outputs(
@@ -67,7 +150,7 @@ def same_outputs(
         feeds: their inputs; made up if None.
         exact: whether every bit must be equal, instead of equal up to rounding.
     """
-    if _is_wellformed(before):
+    if is_wellformed(before):
         wellformed(after)
     assert interface(after) == interface(before)
     fed = feeds_for(before) if feeds is None else feeds
@@ -79,7 +162,8 @@ def same_outputs(
             assert not difference(value, actual[name]), f"{name} {difference(value, actual[name])}"
 
 
-def _is_wellformed(model: Model) -> bool:
+def is_wellformed(model: Model) -> bool:
+    """Whether the model is valid as the standard says."""
     try:
         wellformed(model)
     except LoadError:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import ast
 from functools import cache
-from pathlib import Path
 
 import networkx as nx
 import pytest
 
+from tests.helpers import ROOT
 from tests.structure import Product, room
-
-ROOT = Path(__file__).parent.parent
 
 # Highest first; rooms on one floor do not know of one another.
 FLOORS: tuple[tuple[str, ...], ...] = (

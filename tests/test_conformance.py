@@ -29,6 +29,7 @@ from onnxslim.ir.model import Model, load
 from onnxslim.passes.slim import Slim
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
+from tests.helpers import is_wellformed
 
 pytestmark = pytest.mark.conformance
 
@@ -120,7 +121,7 @@ def slimmed_is_equal(model: Model, feeds: Mapping[str, Array]) -> bool:
     result = model.copy()
     Slim().run(result, Context())
     assert interface(result) == interface(model), "the interface changed"
-    if _is_wellformed(model):
+    if is_wellformed(model):
         wellformed(result)
     written = result.to_proto()
     assert not Slim().run(result, Context()), "slimming again changes it again"
@@ -135,14 +136,6 @@ def slimmed_is_equal(model: Model, feeds: Mapping[str, Array]) -> bool:
         problem = difference(value, actual[name])
         random = problem and difference(value, session.run(feeds)[name])
         assert not problem or random, f"{name} {problem}"
-    return True
-
-
-def _is_wellformed(model: Model) -> bool:
-    try:
-        wellformed(model)
-    except LoadError:
-        return False
     return True
 
 

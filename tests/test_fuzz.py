@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
+
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
 # The numbers of the cases; others every day, so that the search goes on.
 TODAY = int(time.time()) // 86_400 * 1_000_000

@@ -25,11 +25,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxslim import cli
 from onnxslim.ir.model import load
-from tests.helpers import parse
+from tests.helpers import ROOT, parse
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="links, signals and limits of Unix")
 
-ROOT = Path(__file__).parent.parent
 SECRET = b"CANARY-0123456789-CANARY"
 # Of a process that imports onnx and onnxruntime: 0.1 GB, 1.5 s.
 MAX_RSS = 1_000_000_000

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import onnxslim
+from tests.helpers import ROOT
 
 tomllib: Any = pytest.importorskip("tomllib", reason="reading pyproject.toml takes Python 3.11")
-ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 LINKED = ("passes", "calibration", "models")

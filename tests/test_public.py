@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -16,8 +15,8 @@ import onnxslim
 import onnxslim.errors
 import onnxslim.passes
 import onnxslim.validation.compare
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 FACE = ROOT / "onnxslim" / "__init__.py"
 
 

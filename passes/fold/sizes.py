@@ -81,8 +81,8 @@ def _reshape_target(node: Node, dims: Dims) -> list[int] | None:
 def _stated(wanted: Sequence[Term | None], own: Sequence[Term]) -> list[int] | None:
     """A target with 0 for sizes that are kept and -1 for one that follows from the others.
 
-    -1 is right only beside sizes that are not zero: an empty tensor does not say what it stands for. A -1 that
-    the model itself states stays: beside it, the standard allows no size of zero, but for one that is copied.
+    -1 is right only beside sizes that are not zero: an empty tensor does not say what it stands for. The
+    -1 of the model itself stays: beside it the standard allows no size of zero, unless it is copied.
     """
     target: list[int] = []
     unknown: list[int] = []

@@ -13,21 +13,16 @@ from onnxslim.errors import CalibrationError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.runtime.session import Session
-from tests.helpers import parse
+from tests.helpers import normal, parse
 
 
 @pytest.fixture
 def model() -> Model:
     return parse(
-        """g (float[N,3,H,W] x) => (float[N,K] y) <float[4,3,3,3] w = {1}>
-        { c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) p = GlobalAveragePool(r) y = Flatten(p) }"""
+        """g (float[N,3,H,W] x) => (float[N,K] y)
+        { c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) p = GlobalAveragePool(r) y = Flatten(p) }""",
+        {"w": normal(4, 3, 3, 3)},
     )
-
-
-@pytest.fixture(autouse=True)
-def _weights(model: Model) -> None:
-    random = np.random.default_rng(0)
-    model.graph.initializers["w"].values = random.standard_normal((4, 3, 3, 3)).astype(np.float32)
 
 
 def _batches(*shapes: tuple[int, int, int]) -> list[dict[str, Array]]:

@@ -17,11 +17,7 @@ from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Layer, layer_of
-from tests.helpers import parse, run
-
-
-def random(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+from tests.helpers import normal, parse, run
 
 
 def layer(model: Model) -> Layer:
@@ -72,7 +68,7 @@ def windows(draw: st.DrawFn, op: str) -> tuple[str, Array, Array]:
         words.append(f'auto_pad="{mode}"')
     sizes = [7 - i for i in range(axes)]
     shape = (groups * outs, ins) if op == "Conv" else (groups * ins, outs)
-    return window(op, ", ".join(words), axes), random(2, groups * ins, *sizes), random(*shape, *kernel)
+    return window(op, ", ".join(words), axes), normal(2, groups * ins, *sizes), normal(*shape, *kernel)
 
 
 @settings(max_examples=60)
@@ -96,7 +92,7 @@ def test_transposed_convolutions_are_matrix_products(case: tuple[str, Array, Arr
     ],
 )
 def test_output_sizes_of_transposed_convolutions(attributes: str) -> None:
-    agrees(window("ConvTranspose", attributes, 2), random(2, 3, 6, 5), random(3, 2, 3, 3))
+    agrees(window("ConvTranspose", attributes, 2), normal(2, 3, 6, 5), normal(3, 2, 3, 3))
 
 
 @pytest.mark.parametrize("alpha", [1.0, -0.5])
@@ -104,14 +100,14 @@ def test_output_sizes_of_transposed_convolutions(attributes: str) -> None:
 def test_gemm_in_every_orientation(alpha: float, transposed: tuple[int, int]) -> None:
     a, b = transposed
     text = f"g (float[N,M] x) => (float[A,B] y) {{ y = Gemm<alpha={alpha}, transA={a}, transB={b}>(x, w) }}"
-    agrees(text, random(4, 5) if a else random(5, 4), random(3, 4) if b else random(4, 3))
+    agrees(text, normal(4, 5) if a else normal(5, 4), normal(3, 4) if b else normal(4, 3))
 
 
 @pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 5, 4), (2, 3, 5, 4)])
 def test_matmul_of_any_rank(shape: Sequence[int]) -> None:
     dims = ",".join("ABCD"[: len(shape)])
     text = f"g (float[{dims}] x) => (float[{','.join('ABCE'[: len(shape)])}] y) {{ y = MatMul(x, w) }}"
-    agrees(text, random(*shape), random(4, 3))
+    agrees(text, normal(*shape), normal(4, 3))
 
 
 @pytest.mark.parametrize(
@@ -119,8 +115,8 @@ def test_matmul_of_any_rank(shape: Sequence[int]) -> None:
     [
         ("g (float[N,4] x, float[4,3] v) => (float[N,3] y) { y = Gemm(x, v) }", None, "not a constant"),
         ("g (double[N,4] x) => (double[N,3] y) { y = MatMul(x, w) }", np.ones((4, 3)), "float64"),
-        ("g (float[N,2,4] x) => (float[N,2,3] y) { y = MatMul(x, w) }", random(2, 4, 3), "not a matrix"),
-        ("g (float[N,4] x) => (float[N,3] y) { y = Gemm<alpha=0.0>(x, w) }", random(4, 3), "alpha"),
+        ("g (float[N,2,4] x) => (float[N,2,3] y) { y = MatMul(x, w) }", normal(2, 4, 3), "not a matrix"),
+        ("g (float[N,4] x) => (float[N,3] y) { y = Gemm<alpha=0.0>(x, w) }", normal(4, 3), "alpha"),
     ],
 )
 def test_what_is_no_layer_says_why(text: str, weight: Array | None, reason: str) -> None:
@@ -150,7 +146,7 @@ def test_moments_are_those_of_the_rows(x: Array, y: Array, cut: int) -> None:
 
 
 def test_a_large_mean_does_not_cost_digits() -> None:
-    x = random(1, 4, 9000) + np.float32(1000.0)
+    x = normal(1, 4, 9000) + np.float32(1000.0)
     moments = Moments()
     for part in np.array_split(x, 9, axis=2):
         moments.update(part, part[:, :1])
@@ -165,8 +161,8 @@ def test_what_cannot_be_summed_is_an_error() -> None:
     with pytest.raises(CalibrationError, match="no rows"):
         moments.result()
     with pytest.raises(ValueError, match=r"\(g, k, n\)"):
-        moments.update(random(1, 2, 3), random(1, 2, 4))
-    moments.update(np.full((1, 1, 2), np.nan, np.float32), random(1, 1, 2))
+        moments.update(normal(1, 2, 3), normal(1, 2, 4))
+    moments.update(np.full((1, 1, 2), np.nan, np.float32), normal(1, 1, 2))
     with pytest.raises(CalibrationError, match="NaN"):
         moments.result()
 
@@ -193,12 +189,12 @@ def small() -> Model:
         """g (float[N,2,6,6] x) => (float[N,3] y)
         { c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) p = GlobalAveragePool(r) f = Flatten(p)
           m = MatMul(f, v) y = Add(m, a) }""",
-        {"w": random(4, 2, 3, 3), "b": random(4), "v": random(4, 3), "a": random(3)},
+        {"w": normal(4, 2, 3, 3), "b": normal(4), "v": normal(4, 3), "a": normal(3)},
     )
 
 
 def test_observed_moments_give_the_weights_back() -> None:
-    data = CalibrationData([{"x": random(4, 2, 6, 6, seed=i)} for i in range(4)])
+    data = CalibrationData([{"x": normal(4, 2, 6, 6, seed=i)} for i in range(4)])
     model = small()
     found = observe(model, data, ["c", "m"], against={"m": "y"})
     weight = np.linalg.solve(found["c"].gram, found["c"].cross.swapaxes(1, 2)).swapaxes(1, 2)
@@ -215,7 +211,7 @@ def test_observed_moments_give_the_weights_back() -> None:
 
 
 def test_the_cut_into_batches_does_not_matter() -> None:
-    whole = random(12, 2, 6, 6)
+    whole = normal(12, 2, 6, 6)
     one = observe(small(), [{"x": whole}], ["c"], rows=120)["c"]
     many = observe(small(), [{"x": whole[i : i + 4]} for i in (0, 4, 8)], ["c"], rows=120)["c"]
     assert one.count == many.count == 120
@@ -234,7 +230,7 @@ def test_the_cut_into_batches_does_not_matter() -> None:
 )
 def test_unknown_names_are_errors(layers: list[str], against: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        observe(small(), [{"x": random(1, 2, 6, 6)}], layers, against=against)
+        observe(small(), [{"x": normal(1, 2, 6, 6)}], layers, against=against)
 
 
 def test_values_that_are_not_finite_name_the_layer() -> None:

@@ -24,9 +24,7 @@ from onnxslim.errors import PassError
 from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model, load
 from onnxslim.runtime.session import Session
-from tests.helpers import parse
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import FASHION, ROOT, normal, normals, parse
 
 
 @options
@@ -394,14 +392,10 @@ def test_bad_data(run: Run, folder: Path, data: str, message: str) -> None:
 
 def _classifier(folder: Path) -> None:
     """Two matrix products, `net.onnx`, and what it says of some inputs as their labels, `net.npz`."""
-    model = parse("""g (float[N,16] x) => (float[N,8] y) <float[16,16] w = {0}, float[16,8] v = {0}>
-        { a = MatMul(x, w) r = Relu(a) y = MatMul(r, v) }""")
-    random = np.random.default_rng(0)
-    for name in ("w", "v"):
-        constant = model.graph.initializers[name]
-        constant.values = random.standard_normal(constant.shape).astype(np.float32)
+    text = "g (float[N,16] x) => (float[N,8] y) { a = MatMul(x, w) r = Relu(a) y = MatMul(r, v) }"
+    model = parse(text, normals(w=(16, 16), v=(16, 8)))
     model.save(folder / "net.onnx")
-    x = random.standard_normal((64, 16)).astype(np.float32)
+    x = normal(64, 16, seed=1)
     labels = Session(model).run({"x": x})["y"].argmax(1)
     np.savez(folder / "net.npz", x=x, label=labels)
 
@@ -585,7 +579,7 @@ def test_constants_of_stand_ins_are_constants() -> None:
     assert not Scale().run(model, Context())
 
 
-RESNET = Path(__file__).parents[2] / "models" / "fashion" / "resnet.onnx"
+RESNET = FASHION / "resnet.onnx"
 
 
 def test_prune_tells_families_and_replays_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,7 @@ from onnxslim.cli import demo
 from onnxslim.formats import to_json
 from onnxslim.ir.model import load
 from onnxslim.runtime.session import Session
-
-FASHION = Path(__file__).parents[2] / "models" / "fashion"
+from tests.helpers import FASHION
 
 
 def accuracy(model: Path) -> float:

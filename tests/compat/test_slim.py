@@ -397,12 +397,7 @@ def _convolution(neighbour: str) -> onnx.ModelProto:
         constants = {name: np.full(2, index + 1, np.float32) for index, name in enumerate("smbv")}
         body = "h = Conv(x, w)  y = BatchNormalization(h, s, m, b, v)"
     constants["w"] = np.ones((2, 1, 3, 3), np.float32)
-    declared = ", ".join(
-        f"{'int64' if name == 'p' else 'float'}{list(values.shape)} {name}"
-        for name, values in constants.items()
-    )
-    text = f"g (float[1,1,8,8] x, {declared}) => (float[1,2,H,W] y) {{ {body} }}"
-    return parse(text, constants).to_proto()
+    return parse(f"g (float[1,1,8,8] x) => (float[1,2,H,W] y) {{ {body} }}", constants).to_proto()
 
 
 def test_patterns_without_counterpart_are_reported(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,11 +18,7 @@ from onnxslim.passes.slim import Slim
 from onnxslim.runtime.probe import Feeds, probes
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from tests.helpers import ops, parse
-
-
-def _normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+from tests.helpers import normal, ops, parse
 
 
 def _refuses(model: Model, name: str, values: Array) -> bool:
@@ -39,16 +35,16 @@ def _refuses(model: Model, name: str, values: Array) -> bool:
 def test_a_mask_value_does_not_hide_an_error() -> None:
     model = parse(
         "g (float[N,8] x, float[8,8] w, float[1,8] k) => (float[N,8] y) { a = MatMul(x, w) y = Add(a, k) }",
-        {"w": _normal(8, 8), "k": np.array([[0.0] * 7 + [-3.4e38]], np.float32)},
+        {"w": normal(8, 8), "k": np.array([[0.0] * 7 + [-3.4e38]], np.float32)},
     )
-    assert _refuses(model, "w", _normal(8, 8, seed=1))
+    assert _refuses(model, "w", normal(8, 8, seed=1))
     assert not _refuses(model, "w", model.graph.initializers["w"].values * np.float32(1 + 1e-6))
 
 
 def test_words_beyond_the_first_two_are_looked_up() -> None:
     model = parse(
         "g (int64[B,S] ids, float[100,8] e) => (float[B,S,8] y) { y = Gather(e, ids) }",
-        {"e": _normal(100, 8)},
+        {"e": normal(100, 8)},
     )
     changed = model.graph.initializers["e"].values.copy()
     changed[10:] = 0
@@ -57,7 +53,7 @@ def test_words_beyond_the_first_two_are_looked_up() -> None:
 
 def test_inputs_that_take_only_zeros_and_ones_get_those() -> None:
     model = parse(
-        "g (int64[B,S] ids, float[2,8] e) => (float[B,S,8] y) { y = Gather(e, ids) }", {"e": _normal(2, 8)}
+        "g (int64[B,S] ids, float[2,8] e) => (float[B,S,8] y) { y = Gather(e, ids) }", {"e": normal(2, 8)}
     )
     feeds = Checker(model, Target.cpu()).feeds
     assert feeds
@@ -139,7 +135,7 @@ def test_outputs_of_saturated_gates_may_differ_by_their_rounding() -> None:
     model = parse(
         """g (float[N,3,6,6] x, float[4,3,3,3] w, float[4] s, float[4] b, float[4] m) => (float[N,4,4,4] y)
         { a = Conv(x, w) c = BatchNormalization(a, s, b, m, s) y = Sigmoid(c) }""",
-        {"w": _normal(4, 3, 3, 3), "s": scale, "b": bias, "m": mean},
+        {"w": normal(4, 3, 3, 3), "s": scale, "b": bias, "m": mean},
     )
     step = Pipeline(Slim(), on_error="raise")(model).report.steps[0]
     assert step.after.nodes == 2
@@ -148,7 +144,7 @@ def test_outputs_of_saturated_gates_may_differ_by_their_rounding() -> None:
 def test_rounding_of_gates_does_not_hide_an_error() -> None:
     model = parse(
         "g (float[N,8] x, float[8,8] w, float[8] b) => (float[N,8] y) { a = Gemm(x, w, b) y = Sigmoid(a) }",
-        {"w": _normal(8, 8), "b": np.full(8, -14.0, np.float32)},
+        {"w": normal(8, 8), "b": np.full(8, -14.0, np.float32)},
     )
     assert _refuses(model, "b", np.full(8, -13.0, np.float32))
     assert not _refuses(model, "w", model.graph.initializers["w"].values * np.float32(1 + 1e-6))

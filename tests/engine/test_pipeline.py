@@ -15,7 +15,7 @@ from onnxslim.ir.model import Model
 from onnxslim.passes.fuse import Fuse
 from onnxslim.passes.quantize import Quantize
 from onnxslim.passes.slim import Slim
-from tests.helpers import ops, parse
+from tests.helpers import filled, ops, parse
 
 TEXT = """g (float[N,8] x) => (float[N,8] y) <float[8,8] w = {1}, float[8,8] v = {1}>
 { i = Identity(x) [first] a = MatMul(i, w) r = Relu(a) [second] b = MatMul(r, v) y = Tanh(b) }"""
@@ -23,11 +23,7 @@ TEXT = """g (float[N,8] x) => (float[N,8] y) <float[8,8] w = {1}, float[8,8] v =
 
 @pytest.fixture
 def model() -> Model:
-    model = parse(TEXT)
-    random = np.random.default_rng(0)
-    for constant in model.graph.initializers.values():
-        constant.values = random.standard_normal(constant.shape).astype(np.float32) * 0.3
-    return model
+    return filled(parse(TEXT), 0.3)
 
 
 class _Edit(Pass):

@@ -15,14 +15,9 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.passes.prune.cut import cut, prepare, zero
 from onnxslim.runtime.targets import Target
-from tests.helpers import parse, same_outputs
+from tests.helpers import normals, parse, same_outputs
 
 EXACT = 1e-5
-
-
-def constants(**shapes: tuple[int, ...]) -> dict[str, Array]:
-    random = np.random.default_rng(0)
-    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def analyzed(text: str, values: Mapping[str, Array], opset: int = 17) -> tuple[Model, Analysis]:
@@ -53,7 +48,7 @@ def prove(model: Model, analysis: Analysis) -> None:
 def test_a_residual_sum_ties_the_layers_around_it() -> None:
     text = """g (float[N,3,8,8] x) => (float[N,2,8,8] y)
     { a = Conv(x, w) b = Conv<pads=[1,1,1,1]>(a, v, d) c = Relu(b) s = Add(a, c) y = Conv(s, u) }"""
-    model, analysis = analyzed(text, constants(w=(6, 3, 1, 1), v=(6, 6, 3, 3), d=(6,), u=(2, 6, 1, 1)))
+    model, analysis = analyzed(text, normals(w=(6, 3, 1, 1), v=(6, 6, 3, 3), d=(6,), u=(2, 6, 1, 1)))
     assert families(analysis) == {"w:0 v:0 v:1 d:0 u:1": 6}
     prove(model, analysis)
 
@@ -62,7 +57,7 @@ def test_a_broadcast_gate_has_the_channels_of_what_it_scales() -> None:
     text = """g (float[N,4,8,8] x) => (float[N,2,8,8] y)
     { a = Conv(x, w) p = GlobalAveragePool(a) q = Conv(p, r) h = Relu(q) e = Conv(h, t) z = Sigmoid(e)
       s = Mul(a, z) y = Conv(s, u) }"""
-    values = constants(w=(6, 4, 1, 1), r=(2, 6, 1, 1), t=(6, 2, 1, 1), u=(2, 6, 1, 1))
+    values = normals(w=(6, 4, 1, 1), r=(2, 6, 1, 1), t=(6, 2, 1, 1), u=(2, 6, 1, 1))
     model, analysis = analyzed(text, values)
     assert families(analysis) == {"w:0 r:1 t:0 u:1": 6, "r:0 t:1": 2}
     prove(model, analysis)
@@ -72,7 +67,7 @@ def test_concat_and_split_carry_their_parts() -> None:
     text = """g (float[N,4] x) => (float[N,2] y)
     { a = MatMul(x, w) b = MatMul(x, v) c = Concat<axis=1>(a, b) l, r = Split<axis=1>(c, s)
       p = MatMul(l, u) q = MatMul(r, t) y = Add(p, q) }"""
-    values = constants(w=(4, 3), v=(4, 5), u=(2, 2), t=(6, 2)) | {"s": np.array([2, 6], np.int64)}
+    values = normals(w=(4, 3), v=(4, 5), u=(2, 2), t=(6, 2)) | {"s": np.array([2, 6], np.int64)}
     model, analysis = analyzed(text, values)
     assert families(analysis) == {"w:1 u:0": 2, "v:1 t:0": 5}  # the third column of w is alone
     prove(model, analysis)
@@ -80,7 +75,7 @@ def test_concat_and_split_carry_their_parts() -> None:
 
 def test_flattened_channels_go_with_all_their_positions() -> None:
     text = """g (float[N,3,4,4] x) => (float[N,2] y) { a = Conv(x, w) b = Flatten(a) y = Gemm(b, u) }"""
-    model, analysis = analyzed(text, constants(w=(6, 3, 3, 3), u=(24, 2)))
+    model, analysis = analyzed(text, normals(w=(6, 3, 3, 3), u=(24, 2)))
     assert families(analysis) == {"w:0 u:0": 6}
     assert analysis.families[0].width == 4
     prove(model, analysis)
@@ -89,7 +84,7 @@ def test_flattened_channels_go_with_all_their_positions() -> None:
 def test_a_depthwise_convolution_follows_and_a_grouped_one_loses_equally() -> None:
     text = """g (float[N,3,8,8] x) => (float[N,2,8,8] y)
     { a = Conv(x, w) b = Conv<group=8, pads=[1,1,1,1]>(a, v) c = Conv<group=2>(b, t) y = Conv(c, u) }"""
-    values = constants(w=(8, 3, 1, 1), v=(8, 1, 3, 3), t=(4, 4, 1, 1), u=(2, 4, 1, 1))
+    values = normals(w=(8, 3, 1, 1), v=(8, 1, 3, 3), t=(4, 4, 1, 1), u=(2, 4, 1, 1))
     model, analysis = analyzed(text, values)
     assert families(analysis) == {"w:0 v:0 t:1": 4, "t:0 u:1": 2}
     assert [family.width for family in analysis.families] == [2, 2]
@@ -104,7 +99,7 @@ ATTENTION = """g (float[N,5,8] x) => (float[N,5,3] y)
 
 
 def test_packed_attention_loses_whole_heads() -> None:
-    values = constants(w=(8, 24), u=(8, 3)) | {
+    values = normals(w=(8, 24), u=(8, 3)) | {
         "split": np.array([0, 5, 3, 4, 2], np.int64),
         "merged": np.array([0, 5, 8], np.int64),
         **{f"i{index}": np.array(index, np.int64) for index in range(3)},
@@ -121,7 +116,7 @@ def test_query_heads_that_share_keys_go_together() -> None:
       d = MatMul(x, k) e = Reshape(d, few) f = Transpose<perm=[0,2,3,1]>(e) g = Unsqueeze(f, two)
       h = Expand(g, twice) i = Reshape(h, flat) s = MatMul(c, i) t = Softmax<axis=-1>(s)
       v = Transpose<perm=[0,2,1,3]>(t) w = Reshape(v, merged) y = MatMul(w, u) }"""
-    values = constants(q=(8, 8), k=(8, 4), u=(20, 3)) | {
+    values = normals(q=(8, 8), k=(8, 4), u=(20, 3)) | {
         "heads": np.array([0, 5, 4, 2], np.int64),
         "few": np.array([0, 5, 2, 2], np.int64),
         "two": np.array([2], np.int64),
@@ -138,7 +133,7 @@ def test_shuffled_channels_keep_their_groups_equal() -> None:
     text = """g (float[N,3,4,4] x) => (float[N,2,4,4] y)
     { a = Conv(x, w) b = Reshape(a, apart) c = Transpose<perm=[0,2,1,3,4]>(b) d = Reshape(c, again)
       y = Conv(d, u) }"""
-    values = constants(w=(8, 3, 1, 1), u=(2, 8, 1, 1)) | {
+    values = normals(w=(8, 3, 1, 1), u=(2, 8, 1, 1)) | {
         "apart": np.array([0, 2, 4, 4, 4], np.int64),
         "again": np.array([0, 8, 4, 4], np.int64),
     }
@@ -150,7 +145,7 @@ def test_shuffled_channels_keep_their_groups_equal() -> None:
 def test_normalizations_are_told() -> None:
     text = """g (float[N,4] x) => (float[N,2] y)
     { a = MatMul(x, w) b = LayerNormalization(a, s, t) y = MatMul(b, u) }"""
-    _, analysis = analyzed(text, constants(w=(4, 6), s=(6,), t=(6,), u=(6, 2)))
+    _, analysis = analyzed(text, normals(w=(4, 6), s=(6,), t=(6,), u=(6, 2)))
     assert families(analysis) == {"w:1 s:0 t:0 u:0": 6}
     assert analysis.families[0].crosses == ("LayerNormalization→b",)
 
@@ -159,7 +154,7 @@ def test_decomposed_normalization_over_channels_is_told_too() -> None:
     text = """g (float[N,4] x) => (float[N,2] y)
     { a = MatMul(x, w) q = Mul(a, a) m = ReduceMean<axes=[-1]>(q) e = Add(m, eps) r = Sqrt(e) n = Div(a, r)
       k = Mul(n, s) y = MatMul(k, u) }"""
-    values = constants(w=(4, 6), s=(6,), u=(6, 2)) | {"eps": np.array(1e-5, np.float32)}
+    values = normals(w=(4, 6), s=(6,), u=(6, 2)) | {"eps": np.array(1e-5, np.float32)}
     _, analysis = analyzed(text, values)
     assert families(analysis) == {"w:1 s:0 u:0": 6}
     assert analysis.families[0].crosses == ("ReduceMean→m",)
@@ -168,7 +163,7 @@ def test_decomposed_normalization_over_channels_is_told_too() -> None:
 def test_hidden_units_of_recurrent_layers() -> None:
     text = """g (float[T,N,4] x) => (float[T,N,2] y)
     { a = MatMul(x, p) h = LSTM<hidden_size=6>(a, w, r, b) s = Squeeze(h, one) y = MatMul(s, u) }"""
-    values = constants(p=(4, 3), w=(1, 24, 3), r=(1, 24, 6), b=(1, 48), u=(6, 2))
+    values = normals(p=(4, 3), w=(1, 24, 3), r=(1, 24, 6), b=(1, 48), u=(6, 2))
     model, analysis = analyzed(text, values | {"one": np.array([1], np.int64)})
     assert families(analysis) == {"p:1 w:2": 3, "w:1 r:1 r:2 b:1 u:0": 6}
     prove(model, analysis)
@@ -191,7 +186,7 @@ def test_hidden_units_of_recurrent_layers() -> None:
 def test_what_pins_an_axis_is_named(body: str, reason: str) -> None:
     text = f"""<ir_version: 8, opset_import: ["" : 17, "com.example" : 1]>
     g (float[N,4] x) => (float y) {{ {body} }}"""
-    values = constants(w=(4, 6), u=(6, 2)) | {"one": np.array(1, np.int64)}
+    values = normals(w=(4, 6), u=(6, 2)) | {"one": np.array(1, np.int64)}
     _, analysis = analyzed(text, values)
     told = analysis.explain("w")
     assert any("axis 1 of 'w' (6) is pinned" in line and reason in line for line in told), told
@@ -202,13 +197,13 @@ def test_a_body_pins_what_it_reads() -> None:
     text = """g (float[N,4] x, bool c) => (float[N,6] y)
     { a = MatMul(x, w) y = If (c) <then_branch = p () => (float[N,6] e) { e = Relu(a) },
                                   else_branch = q () => (float[N,6] f) { f = Neg(a) }> }"""
-    _, analysis = analyzed(text, constants(w=(4, 6)))
+    _, analysis = analyzed(text, normals(w=(4, 6)))
     assert analysis.families == ()
     assert "a body of this If reads it" in analysis.explain("w")[1]
 
 
 def test_an_unknown_tensor_is_refused() -> None:
-    _, analysis = analyzed("g (float[N,4] x) => (float[N,2] y) { y = MatMul(x, u) }", constants(u=(4, 2)))
+    _, analysis = analyzed("g (float[N,4] x) => (float[N,2] y) { y = MatMul(x, u) }", normals(u=(4, 2)))
     with pytest.raises(UsageError, match="nowhere"):
         analysis.explain("nowhere")
 
@@ -216,7 +211,7 @@ def test_an_unknown_tensor_is_refused() -> None:
 def test_equal_biases_do_not_tie_layers() -> None:
     text = """g (float[N,3,4,4] x) => (float[N,2,4,4] y)
     { a = Conv(x, w, z) b = Relu(a) c = Conv(b, v, z) d = Relu(c) y = Conv(d, u) }"""
-    model, analysis = analyzed(text, constants(w=(6, 3, 1, 1), v=(6, 6, 1, 1), z=(6,), u=(2, 6, 1, 1)))
+    model, analysis = analyzed(text, normals(w=(6, 3, 1, 1), v=(6, 6, 1, 1), z=(6,), u=(2, 6, 1, 1)))
     assert sorted(families(analysis).values()) == [6, 6]
     prove(model, analysis)
 
@@ -224,7 +219,7 @@ def test_equal_biases_do_not_tie_layers() -> None:
 def test_tied_matrices_stay_tied() -> None:
     text = """g (int64[N,5] i) => (float[N,5,9] y)
     { e = Gather(t, i) h = MatMul(e, w) r = Relu(h) k = Transpose<perm=[1,0]>(t) y = MatMul(r, k) }"""
-    model, analysis = analyzed(text, constants(t=(9, 6), w=(6, 6)))
+    model, analysis = analyzed(text, normals(t=(9, 6), w=(6, 6)))
     assert families(analysis) == {"t:1 w:0 w:1": 6}
     prove(model, analysis)
 
@@ -232,7 +227,7 @@ def test_tied_matrices_stay_tied() -> None:
 def test_fifty_thousand_labels_take_seconds() -> None:
     """Labels are arrays: an axis of many slices is as cheap as a narrow one."""
     text = "g (float[N,4] x) => (float[N,2] y) { a = MatMul(x, w) b = Relu(a) y = MatMul(b, u) }"
-    _, analysis = analyzed(text, constants(w=(4, 50_000), u=(50_000, 2)))
+    _, analysis = analyzed(text, normals(w=(4, 50_000), u=(50_000, 2)))
     assert families(analysis) == {"w:1 u:0": 50_000}
 
 
@@ -254,7 +249,7 @@ def test_fifty_thousand_labels_take_seconds() -> None:
 def test_batch_axes_of_a_product_with_a_vector(
     text: str, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, int]
 ) -> None:
-    model, analysis = analyzed(text, constants(**shapes))
+    model, analysis = analyzed(text, normals(**shapes))
     assert families(analysis) == found
     prove(model, analysis)
 
@@ -268,7 +263,7 @@ def test_batch_axes_of_a_product_with_a_vector(
 )
 def test_statistics_that_are_an_output_stay(body: str, statistics: str) -> None:
     text = f"g (float[N,3,8] x) => (float[N,2,8] y, {statistics}) {{ a = Conv(x, w) {body} y = Conv(b, u) }}"
-    values = constants(w=(6, 3, 1), s=(6,), t=(6,), k=(6,), l=(6,), e=(8,), u=(2, 6, 1))
+    values = normals(w=(6, 3, 1), s=(6,), t=(6,), k=(6,), l=(6,), e=(8,), u=(2, 6, 1))
     _, analysis = analyzed(text, values)
     assert analysis.families == ()
     assert any("'m' is an output of the model" in line for line in analysis.explain("w"))
@@ -278,21 +273,21 @@ def test_a_batch_is_not_mistaken_for_a_size_of_the_model() -> None:
     """At a batch of five this Reshape would seem to move nothing."""
     text = """g (float[N,5] x) => (float[K] y)
     { a = MatMul(x, w) b = Reshape(a, s) y = ReduceSum<keepdims=0>(b, one) }"""
-    values = constants(w=(5, 5)) | {"s": np.array([5, -1], np.int64), "one": np.array([1], np.int64)}
+    values = normals(w=(5, 5)) | {"s": np.array([5, -1], np.int64), "one": np.array([1], np.int64)}
     _, analysis = analyzed(text, values)
     assert analysis.families == ()
 
 
 def test_an_axis_without_weights_says_so() -> None:
     text = "g (float[N,4] x) => (float[N,2] y) { a = MatMul(x, w) y = MatMul(a, u) }"
-    _, analysis = analyzed(text, constants(w=(4, 6), u=(6, 2)))
+    _, analysis = analyzed(text, normals(w=(4, 6), u=(6, 2)))
     assert analysis.explain("a")[0].endswith("is pinned: it runs along data alone")
 
 
 def test_a_transposed_table_that_is_also_summed_with_is_zeroed_where_it_is_read() -> None:
     text = """g (int64[N,5] i) => (float[N,5,9] y)
     { e = Gather(t, i) h = MatMul(e, w) s = Add(e, h) k = Transpose<perm=[1,0]>(t) y = MatMul(s, k) }"""
-    model, analysis = analyzed(text, constants(t=(9, 6), w=(6, 6)))
+    model, analysis = analyzed(text, normals(t=(9, 6), w=(6, 6)))
     assert families(analysis) == {"t:1 w:0 w:1": 6}
     prove(model, analysis)
 
@@ -301,7 +296,7 @@ def test_shapes_from_a_split_are_shared_by_layers() -> None:
     text = """g (float[N,3,8] x) => (float[N,6,8] y)
     { a = Conv(x, w) p = Shape(x) q = Shape(a) k = Concat<axis=0>(p, q) h, t = Split<axis=0>(k, l)
       b = Reshape(a, t) c = Relu(b) y = Reshape(c, t) }"""
-    model = parse(text, constants(w=(6, 3, 1)) | {"l": np.array([3, 3], np.int64)})
+    model = parse(text, normals(w=(6, 3, 1)) | {"l": np.array([3, 3], np.int64)})
     twin = model.copy()
     prepare(twin)
     same_outputs(model, twin)
@@ -310,5 +305,5 @@ def test_shapes_from_a_split_are_shared_by_layers() -> None:
 def test_data_of_batch_one_does_not_hide_that_the_batch_is_moved() -> None:
     text = """g (float[N,16] x) => (float[3,K] y)
     { a = MatMul(x, w) r = Relu(a) b = Reshape(r, s) y = MatMul(u, b) }"""
-    model = parse(text, constants(w=(16, 16), u=(3, 16)) | {"s": np.array([16, -1], np.int64)})
+    model = parse(text, normals(w=(16, 16), u=(3, 16)) | {"s": np.array([16, -1], np.int64)})
     assert analyze(model, sizes={"x": (1, 16)}).families == ()

@@ -9,18 +9,9 @@ import onnx
 import onnx.parser
 import pytest
 
-from onnxslim.engine.base import Changes
-from onnxslim.ir.model import Model, load
+from onnxslim.ir.model import load
 from onnxslim.passes.dead import Dead
-from tests.helpers import apply, ops, parse, run, same_outputs
-
-
-def cleared(model: Model) -> tuple[Model, Changes]:
-    """A copy without dead parts that computes the same to the bit, and in which nothing is left to remove."""
-    result, changes = apply(Dead(), model)
-    same_outputs(model, result, exact=True)
-    assert not apply(Dead(), result)[1]
-    return result, changes
+from tests.helpers import apply, ops, parse, run, same_outputs, settled
 
 
 def test_unused_nodes_go_with_all_that_only_they_read() -> None:
@@ -28,7 +19,7 @@ def test_unused_nodes_go_with_all_that_only_they_read() -> None:
         "g (float x) => (float y) <float c = {1.0}, float d = {2.0}, float e = {3.0}> "
         "{ a = Neg(x) b = Exp(a) f = Add(b, c) y = Add(a, d) }"
     )
-    result, changes = cleared(model)
+    result, changes = settled(Dead(), model)
     assert ops(result) == {"Neg": 1, "Add": 1}
     assert list(result.graph.initializers) == ["d"]
     assert {change.node for change in changes.changed} == {"Add→f", "Exp→b", "c", "e"}
@@ -41,7 +32,7 @@ def test_inputs_stay_used_or_not_and_so_do_constants_that_are_outputs() -> None:
     )
     for name in ("c", "w", "v"):
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1, np.float32), name))
-    result, changes = cleared(load(proto))
+    result, changes = settled(Dead(), load(proto))
     assert [tensor.name for tensor in result.graph.inputs] == ["x", "z", "w"]
     assert list(result.graph.defaults) == ["w"]
     assert [change.node for change in changes.changed] == ["v"]
@@ -72,7 +63,7 @@ def test_a_dead_node_takes_its_bodies_and_what_only_they_read_along() -> None:
             y = Sqrt(c)
         }"""
     )
-    result, changes = cleared(model)
+    result, changes = settled(Dead(), model)
     assert ops(result) == {"Abs": 1, "Sqrt": 1}
     assert {change.node for change in changes.changed} == {"If→z", "Neg→a", "Exp→b"}
     assert [node.op for node in result.graph.nodes[0].outputs[0].outputs] == ["Sqrt"]
@@ -129,7 +120,7 @@ g (bool t, float x) => (float y) {
 
 def test_functions_that_nothing_calls_go_from_the_copy_only() -> None:
     model = parse(FUNCTIONS)
-    result, changes = cleared(model)
+    result, changes = settled(Dead(), model)
     assert [item.name for item in result.shell.functions] == ["Outer", "Inner"]
     assert [item.name for item in model.shell.functions] == ["Outer", "Inner", "Unused", "Other"]
     assert [change.node for change in changes.changed] == ["Unused", "Other"]
@@ -142,7 +133,7 @@ def test_overloads_are_functions_of_their_own() -> None:
         <domain: "own", opset_import: ["" : 17]> F (a) => (b) { b = Neg(a) }"""
     )
     proto.functions[1].overload = proto.graph.node[0].overload = "second"
-    result, _ = cleared(load(proto))
+    result, _ = settled(Dead(), load(proto))
     assert [item.overload for item in result.shell.functions] == ["second"]
 
 
@@ -152,7 +143,7 @@ def test_overloads_are_functions_of_their_own() -> None:
 def lists(body: str, opset: int = 17, **constants: Any) -> tuple[int, int]:
     """Lengths of the lists of inputs and outputs of the first node after the pass."""
     model = parse(f"g (float[1,2,4,4] x) => (float[] y) {{ {body} }}", constants, opset=opset)
-    result, _ = cleared(model)
+    result, _ = settled(Dead(), model)
     node = result.graph.nodes[0]
     return len(node.inputs), len(node.outputs)
 
@@ -203,7 +194,7 @@ def test_inputs_that_an_operator_insists_on_stay() -> None:
                 { s = Constant<value_float = 40.0>() w = Add(v, v) d = Less(w, s) }>
         }"""
     )
-    result, changes = cleared(model)
+    result, changes = settled(Dead(), model)
     assert not changes
     assert run(result, {"x": np.array(1, np.float32)})["y"] == 64
     proto = onnx.parser.parse_model(
@@ -215,6 +206,6 @@ def test_inputs_that_an_operator_insists_on_stay() -> None:
 def test_many_nodes_take_linear_time() -> None:
     lines = "".join(f"a{index + 1} = Neg(a{index}) " for index in range(3000))
     model = parse(f"g (float a0) => (float y) {{ {lines} y = Exp(a0) }}")
-    result, changes = cleared(model)
+    result, changes = settled(Dead(), model)
     assert ops(result) == {"Exp": 1}
     assert len(changes.changed) == 3000

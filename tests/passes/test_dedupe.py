@@ -10,20 +10,11 @@ import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxslim.engine.base import Changes
 from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model, load
 from onnxslim.passes import dedupe
 from onnxslim.passes.dedupe import Dedupe
-from tests.helpers import apply, ops, parse, run, same_outputs
-
-
-def deduped(model: Model) -> tuple[Model, Changes]:
-    """A copy without duplicates that computes the same to the bit, and in which nothing is left to merge."""
-    result, changes = apply(Dedupe(), model)
-    same_outputs(model, result, exact=True)
-    assert not apply(Dedupe(), result)[1]
-    return result, changes
+from tests.helpers import apply, ops, parse, run, same_outputs, settled
 
 
 def with_initializers(text: str, *tensors: TensorProto) -> Model:
@@ -38,8 +29,8 @@ SUM = "g (float[2] x) => (float[2] y) { p = Add(x, a) y = Mul(p, b) }"
 
 
 def test_equal_constants_become_one() -> None:
-    result, changes = deduped(
-        parse(SUM, {"a": np.array([1, 2], np.float32), "b": np.array([1, 2], np.float32)})
+    result, changes = settled(
+        Dedupe(), parse(SUM, {"a": np.array([1, 2], np.float32), "b": np.array([1, 2], np.float32)})
     )
     assert list(result.graph.initializers) == ["a"]
     assert [(change.node, change.action) for change in changes.changed] == [("b", "merged with 'a'")]
@@ -64,7 +55,7 @@ def test_other_types_with_the_same_bytes_are_other_constants() -> None:
         "g (float[2] x, int32[2] i) => (float[2] y, int32[2] j) { y = Add(x, a) j = Add(i, b) }",
         {"a": np.zeros(2, np.float32), "b": np.zeros(2, np.int32)},
     )
-    assert not deduped(model)[1]
+    assert not settled(Dedupe(), model)[1]
 
 
 def test_not_a_number_is_equal_to_itself_but_not_to_others() -> None:
@@ -79,7 +70,7 @@ def test_how_a_tensor_is_stored_does_not_matter() -> None:
     typed = helper.make_tensor("b", TensorProto.FLOAT, [2], [1.0, 2.0])
     assert raw.raw_data
     assert typed.float_data
-    result, _ = deduped(with_initializers(SUM, raw, typed))
+    result, _ = settled(Dedupe(), with_initializers(SUM, raw, typed))
     assert list(result.graph.initializers) == ["a"]
 
 
@@ -89,7 +80,7 @@ def test_strings_and_packed_types() -> None:
         "{ p = StringConcat(x, a) q = StringConcat(p, b) y = StringConcat(q, c) }",
         opset=20,
     )
-    assert set(deduped(model)[0].graph.initializers) == {"a", "c"}
+    assert set(settled(Dedupe(), model)[0].graph.initializers) == {"a", "c"}
     four = [
         helper.make_tensor(name, TensorProto.INT4, [3], values)
         for name, values in (("a", [1, 2, 3]), ("b", [1, 2, 3]), ("c", [1, 2, 4]))
@@ -100,7 +91,7 @@ def test_strings_and_packed_types() -> None:
         t = Add(p, q) u = Add(t, r) y = Add(u, x) }"""
     )
     proto.graph.initializer.extend(four)
-    result, _ = deduped(load(proto))
+    result, _ = settled(Dedupe(), load(proto))
     assert set(result.graph.initializers) == {"a", "c", "s"}
     assert ops(result)["DequantizeLinear"] == 2
 
@@ -109,7 +100,7 @@ def test_a_constant_that_is_an_output_stays_and_so_does_its_equal() -> None:
     text = "g (float[2] x) => (float[2] y, float[2] b, float[2] c) { p = Add(x, a) y = Mul(p, b) }"
     values = np.array([1, 2], np.float32)
     model = with_initializers(text, *(numpy_helper.from_array(values, name) for name in "abc"))
-    result, _ = deduped(model)
+    result, _ = settled(Dedupe(), model)
     assert set(result.graph.initializers) == {"b", "c"}
     assert [tensor.name for tensor in result.graph.outputs] == ["y", "b", "c"]
 
@@ -118,7 +109,7 @@ def test_a_default_of_an_input_is_no_duplicate() -> None:
     text = "g (float[2] x, float[2] b) => (float[2] y) { p = Add(x, a) y = Mul(p, b) }"
     values = np.array([1, 2], np.float32)
     model = with_initializers(text, *(numpy_helper.from_array(values, name) for name in "ab"))
-    result, changes = deduped(model)
+    result, changes = settled(Dedupe(), model)
     assert not changes
     feeds = {"x": values, "b": values * 3}
     np.testing.assert_array_equal(run(result, feeds)["y"], run(model, feeds)["y"])
@@ -147,14 +138,14 @@ def branches(size: int, inner: str = "a", outer: str = "c") -> Model:
 @pytest.mark.parametrize("taken", [True, False])
 def test_large_constants_of_bodies_are_shared(taken: bool) -> None:
     model = branches(400)
-    result, _ = deduped(model)
+    result, _ = settled(Dedupe(), model)
     assert result.nbytes() == 1600
     feeds = {"t": np.array(taken), "x": np.ones(400, np.float32)}
     same_outputs(model, result, feeds, exact=True)
 
 
 def test_small_constants_stay_in_their_bodies() -> None:
-    assert not deduped(branches(4))[1]
+    assert not settled(Dedupe(), branches(4))[1]
 
 
 def test_two_bodies_share_a_constant_that_moves_out() -> None:
@@ -177,7 +168,7 @@ def test_a_body_cannot_read_a_constant_whose_name_it_has_itself() -> None:
 def test_a_hash_is_not_taken_for_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dedupe, "_digest", lambda constant: b"")
     model = parse(SUM, {"a": np.array([1, 2], np.float32), "b": np.array([1, 3], np.float32)})
-    assert not deduped(model)[1]
+    assert not settled(Dedupe(), model)[1]
 
 
 def test_training_information_keeps_constants_apart() -> None:
@@ -193,7 +184,7 @@ def test_training_information_keeps_constants_apart() -> None:
 
 def left(body: str, outputs: str = "float[] y", **constants: Any) -> dict[str, int]:
     """Operators left of a body over x, float[2,3], whose duplicates were merged."""
-    return dict(ops(deduped(parse(f"g (float[2,3] x) => ({outputs}) {{ {body} }}", constants))[0]))
+    return dict(ops(settled(Dedupe(), parse(f"g (float[2,3] x) => ({outputs}) {{ {body} }}", constants))[0]))
 
 
 def test_whole_chains_of_equal_nodes_collapse() -> None:
@@ -225,7 +216,7 @@ def test_nodes_that_differ_are_kept(body: str) -> None:
         f"g (float[2,3] x) => (float[] y) {{ {body} }}",
         {"k": np.array(0.5, np.float32), "z": np.ones((1, 2, 3), np.float32)},
     )
-    assert not deduped(model)[1]
+    assert not settled(Dedupe(), model)[1]
 
 
 def test_random_nodes_are_kept() -> None:
@@ -251,20 +242,20 @@ def test_random_nodes_are_kept() -> None:
 )
 def test_nodes_that_are_equal_are_merged(body: str) -> None:
     model = parse(f"g (float[2,3] x) => (float[] y) {{ {body} }}", {"k": np.array(0.5, np.float32)}, opset=19)
-    result, changes = deduped(model)
+    result, changes = settled(Dedupe(), model)
     assert len(changes.changed) == 1
     assert sum(ops(result).values()) == sum(ops(model).values()) - 1
 
 
 def test_an_output_keeps_its_name_whichever_comes_first() -> None:
     for body in ("a = Relu(x) y = Relu(x) z = Neg(a)", "y = Relu(x) a = Relu(x) z = Neg(a)"):
-        result, _ = deduped(parse(f"g (float[N] x) => (float[N] y, float[N] z) {{ {body} }}"))
+        result, _ = settled(Dedupe(), parse(f"g (float[N] x) => (float[N] y, float[N] z) {{ {body} }}"))
         assert ops(result) == {"Relu": 1, "Neg": 1}
 
 
 def test_two_outputs_need_two_nodes() -> None:
     model = parse("g (float[N] x) => (float[N] y, float[N] z) { y = Relu(x) z = Relu(x) }")
-    assert not deduped(model)[1]
+    assert not settled(Dedupe(), model)[1]
 
 
 def test_bodies_read_the_node_that_stays() -> None:
@@ -275,7 +266,7 @@ def test_bodies_read_the_node_that_stays() -> None:
                        else_branch = q () => (float[2] v) { c = Exp(b) d = Exp(b) v = Mul(c, d) }>
         }"""
     )
-    result, _ = deduped(model)
+    result, _ = settled(Dedupe(), model)
     assert ops(result) == {"Neg": 1, "If": 1, "Add": 1, "Exp": 1, "Mul": 1}
     for taken in (True, False):
         same_outputs(model, result, {"t": np.array(taken), "x": np.ones(2, np.float32)}, exact=True)
@@ -289,11 +280,11 @@ def test_control_flow_functions_and_other_domains_are_kept() -> None:
     model = parse(
         f"g (bool t, float x) => (float y) {{ a = {branch.format(1)} b = {branch.format(2)} y = Add(a, b) }}"
     )
-    assert not deduped(model)[1]
+    assert not settled(Dedupe(), model)[1]
     text = """<ir_version: 8, opset_import: ["" : 17, "own" : 1]>
     g (float x) => (float y) { a = own.F(x) b = own.F(x) y = Add(a, b) }
     <domain: "own", opset_import: ["" : 17]> F (v) => (w) { w = Neg(v) }"""
-    assert not deduped(parse(text))[1]
+    assert not settled(Dedupe(), parse(text))[1]
     text = """<ir_version: 8, opset_import: ["" : 17]>
     g (float x) => (float y) { a = Neg(x) b = Neg(x) y = Add(a, b) }
     <domain: "", opset_import: ["" : 17]> Neg (v) => (w) { w = RandomUniformLike(v) }"""

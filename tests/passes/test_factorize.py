@@ -36,7 +36,7 @@ from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import Bench, Latency
 from onnxslim.shapes import cost
-from tests.helpers import feeds_for, ops, parse, run, same_outputs
+from tests.helpers import feeds_for, normal, ops, parse, reasons, run, same_outputs
 
 SEVERAL = [name for name in SCHEMES if name != "svd"]
 
@@ -44,10 +44,6 @@ SEVERAL = [name for name in SCHEMES if name != "svd"]
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONNXSLIM_CACHE", str(tmp_path / "cache"))
-
-
-def _normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def _layers(model: Model, exclude: tuple[str, ...] = ()) -> tuple[list[Layer], dict[str, str]]:
@@ -113,10 +109,10 @@ def convolutions(draw: st.DrawFn, transposed: bool = False, least: int = 2) -> M
     words = [f"{name}={json.dumps(value)}" for name, value in attrs.items()]
     words += [] if mode == "pads" else [f'auto_pad="{mode}"']
     weight = [inputs, outputs // groups] if transposed else [outputs, inputs // groups]
-    constants = {"w": _normal(*weight, *kernel)}
+    constants = {"w": normal(*weight, *kernel)}
     bias = draw(st.booleans())
     if bias:
-        constants["b"] = _normal(outputs, seed=1)
+        constants["b"] = normal(outputs, seed=1)
     op = "ConvTranspose" if transposed else "Conv"
     free = ",".join("ABCDE"[: axes + 2])
     text = (
@@ -145,7 +141,7 @@ def test_transposed_convolution_is_exact_at_full_rank(model: Model, scheme: str)
 def test_a_kernel_of_one_position_is_a_matrix(op: str, stride: int) -> None:
     model = parse(
         f"g (float[N,6,5,7] x) => (float[N,C,H,W] y) {{ y = {op}<strides=[{stride},{stride}]>(x, w, b) }}",
-        {"w": _normal(6, 6, 1, 1), "b": _normal(6)},
+        {"w": normal(6, 6, 1, 1), "b": normal(6)},
     )
     for scheme in SEVERAL:
         assert SCHEMES[scheme].refuses(_layer(model))
@@ -176,9 +172,9 @@ def test_gemm_is_exact_at_full_rank(
     a, b = ((3, 4) if trans_a else (4, 3)), ((5, 3) if trans_b else (3, 5))
     attrs = {"transA": int(trans_a), "transB": int(trans_b), "alpha": alpha, "beta": beta}
     words = ", ".join(f"{name}={value}" for name, value in attrs.items() if value)
-    constants = {"w": _normal(*(a if left else b))}
+    constants = {"w": normal(*(a if left else b))}
     if bias is not None:
-        constants["c"] = _normal(*bias, seed=1)
+        constants["c"] = normal(*bias, seed=1)
     sides = ("w, x" if left else "x, w") + ("" if bias is None else ", c")
     shape = list(b if left else a)
     text = f"g (float{shape} x) => (float[4,5] y) {{ y = Gemm<{words}>({sides}) }}".replace("<>", "")
@@ -199,7 +195,7 @@ def test_gemm_is_exact_at_full_rank(
 def test_matmul_is_exact_at_full_rank(data: str, product: str, weight: tuple[int, ...]) -> None:
     kind = data.split("[")[0]
     rank = {1: "A", 3: "A,B,C"}[data.count(",") + 1]
-    constants = {"w": _normal(*weight).astype(np.float16 if kind == "float16" else np.float32)}
+    constants = {"w": normal(*weight).astype(np.float16 if kind == "float16" else np.float32)}
     model = parse(f"g ({data}) => ({kind}[{rank}] y) {{ y = MatMul({product}) }}", constants)
     if kind == "float16":
         before, after = run(model)["y"], run(_at_full_rank(model, "svd"))["y"]
@@ -221,8 +217,8 @@ def _gram(rows: Array) -> Array:
 def test_directions_lose_what_they_say_and_nothing_loses_less(
     rows: int, columns: int, seed: int, weighted: bool
 ) -> None:
-    matrix = _normal(rows, columns, seed=seed).astype(np.float64)
-    data = _normal(40, rows, seed=seed + 1).astype(np.float64)
+    matrix = normal(rows, columns, seed=seed).astype(np.float64)
+    data = normal(40, rows, seed=seed + 1).astype(np.float64)
     metric = data.T @ data if weighted else np.eye(rows)
     # What is best is known: the singular values of the product with the data.
     values = np.linalg.svd(data @ matrix if weighted else matrix, compute_uv=False)
@@ -237,7 +233,7 @@ def test_directions_lose_what_they_say_and_nothing_loses_less(
 
 
 def test_random_projection_comes_close_to_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    left, right = (np.linalg.qr(_normal(200, 200, seed=seed))[0] for seed in (0, 1))
+    left, right = (np.linalg.qr(normal(200, 200, seed=seed))[0] for seed in (0, 1))
     matrix = (left * 0.9 ** np.arange(200)) @ right.T
     best = directions(matrix, 20)
     monkeypatch.setattr(schemes, "LARGE", 100)
@@ -256,9 +252,9 @@ def _patches(layer: Layer, x: Array) -> Array:
     ("scheme", "ranks"), [("output", (3,)), ("input", (2,)), ("spatial", (5,)), ("tucker", (3, 4))]
 )
 def test_last_factor_is_the_least_squares_solution(scheme: str, ranks: tuple[int, ...]) -> None:
-    model = parse("g (float[N,4,8,8] x) => (float[N,C,H,W] y) { y = Conv(x, w) }", {"w": _normal(6, 4, 3, 3)})
+    model = parse("g (float[N,4,8,8] x) => (float[N,C,H,W] y) { y = Conv(x, w) }", {"w": normal(6, 4, 3, 3)})
     layer, kind = _layer(model), SCHEMES[scheme]
-    x = _normal(8, 4, 8, 8) * np.array([3, 1, 0.3, 0.1], np.float32)[:, None, None]
+    x = normal(8, 4, 8, 8) * np.array([3, 1, 0.3, 0.1], np.float32)[:, None, None]
     rows = _patches(layer, x)
     problem = Problem(layer.weight.astype(np.float64), _gram(rows))
     parts = kind.decompose(layer, problem, kind.largest(layer))
@@ -302,10 +298,10 @@ def test_factors_lose_on_the_data_what_they_are_said_to(
     text = (
         f"g ({data}) => ({result}) {{ y = {op}{'<' + attrs if attrs else ''}(x, w{', b' if added else ''}) }}"
     )
-    model = parse(text, {"w": _normal(*weight), **({"b": _normal(6)} if added else {})})
+    model = parse(text, {"w": normal(*weight), **({"b": normal(6)} if added else {})})
     layer, kind = _layer(model), SCHEMES[scheme]
     # Not centred, so that a bias has something to do.
-    x = _normal(16, *layer.shape[1:]) + 1.0
+    x = normal(16, *layer.shape[1:]) + 1.0
     (_, gram), *_ = fit.moments(model, CalibrationData([{"x": x}]), [layer], Target.cpu(1), None)
     ranks_ = tuple(max(most // 2, 1) for most in kind.largest(layer))
     lost = kind.decompose(layer, fit.problem_of(layer, gram), ranks_).lost(ranks_)
@@ -333,11 +329,11 @@ BEHIND = {
 @pytest.mark.parametrize("kind", BEHIND)
 def test_a_bias_that_is_added_behind_a_product_is_fitted_with_it(kind: str) -> None:
     body, outputs, moves = BEHIND[kind]
-    constants = {"w": _normal(4, 6), "b": _normal(6), "c": _normal(1, 6), "o": _normal(1)}
+    constants = {"w": normal(4, 6), "b": normal(6), "c": normal(1, 6), "o": normal(1)}
     text = f"g (float[N,4] x) => (float[N,6] y{outputs}) {{ z = MatMul(x, w) {body} }}"
     model = parse(text, constants)
     (layer,), _ = layers_of(model, {"x": (8, 4)}, (), Log())
-    x = _normal(64, 4) + 3.0
+    x = normal(64, 4) + 3.0
     (_, gram), *_ = fit.moments(model, CalibrationData([{"x": x}]), [layer], Target.cpu(1), None)
     found = fit.fit(layer, SCHEMES["svd"], (2,), gram)
     assert (found.bias is not None) == moves
@@ -357,7 +353,7 @@ def test_a_bias_that_is_added_behind_a_product_is_fitted_with_it(kind: str) -> N
 @given(st.sampled_from(SEVERAL), st.integers(0, 99))
 def test_balancing_leaves_the_product_alone(scheme: str, seed: int) -> None:
     model = parse(
-        "g (float[N,4,8,8] x) => (float[N,C,H,W] y) { y = Conv(x, w) }", {"w": _normal(6, 4, 3, 3, seed=seed)}
+        "g (float[N,4,8,8] x) => (float[N,C,H,W] y) { y = Conv(x, w) }", {"w": normal(6, 4, 3, 3, seed=seed)}
     )
     layer, kind = _layer(model), SCHEMES[scheme]
     most = kind.largest(layer)
@@ -407,8 +403,8 @@ NET = """g (float[N,8,10,10] x) => (float[N,5] y)
 def _low(outputs: int, inputs: int, *kernel: int, rank: int, seed: int) -> Array:
     """A weight that is close to one of low rank, as trained ones are."""
     inner = inputs * math.prod(kernel)
-    left, right = _normal(outputs, rank, seed=seed), _normal(rank, inner, seed=seed + 100)
-    noise = 0.05 * _normal(outputs, inner, seed=seed + 200)
+    left, right = normal(outputs, rank, seed=seed), normal(rank, inner, seed=seed + 100)
+    noise = 0.05 * normal(outputs, inner, seed=seed + 200)
     weight: Array = (left @ right / np.sqrt(rank) + noise) / np.sqrt(inner)
     return weight.reshape(outputs, inputs, *kernel).astype(np.float32)
 
@@ -417,18 +413,18 @@ def _low(outputs: int, inputs: int, *kernel: int, rank: int, seed: int) -> Array
 def net() -> Model:
     constants = {
         "w1": _low(32, 8, 3, 3, rank=6, seed=1),
-        "b1": _normal(32, seed=11),
+        "b1": normal(32, seed=11),
         "w2": _low(32, 32, 3, 3, rank=8, seed=2),
         "w3": _low(48, 32, 3, 3, rank=12, seed=3),
-        "b3": _normal(48, seed=13),
-        "w4": _normal(5, 48, seed=4),
-        "b4": _normal(5, seed=14),
+        "b3": normal(48, seed=13),
+        "w4": normal(5, 48, seed=4),
+        "b4": normal(5, seed=14),
     }
     return parse(NET, constants)
 
 
 def _data(count: int = 6, batch: int = 4) -> CalibrationData:
-    return CalibrationData([{"x": _normal(batch, 8, 10, 10, seed=seed)} for seed in range(count)])
+    return CalibrationData([{"x": normal(batch, 8, 10, 10, seed=seed)} for seed in range(count)])
 
 
 @pytest.fixture
@@ -459,12 +455,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 def _factorize(model: Model, data: CalibrationData | None = None, **options: Any) -> tuple[Model, Changes]:
     twin = model.copy()
-    context = Context(target=Target.cpu(1), data=data, sample={"x": _normal(1, 8, 10, 10)})
+    context = Context(target=Target.cpu(1), data=data, sample={"x": normal(1, 8, 10, 10)})
     return twin, Factorize(**{"align": 4, "repair": False, **options}).run(twin, context)
-
-
-def _reasons(changes: Changes) -> dict[str, str]:
-    return {skip.node: skip.reason for skip in changes.skipped}
 
 
 @pytest.mark.parametrize(
@@ -482,7 +474,7 @@ def test_what_cannot_be_factorized_is_named(
 ) -> None:
     model = parse(
         f"g (float[2,4,8,8] x) => (float[A,B,C,D] y) {{ {text} }}",
-        {k: _normal(*v) for k, v in shapes.items()},
+        {k: normal(*v) for k, v in shapes.items()},
     )
     assert reason in _layers(model)[1]["it"]
 
@@ -504,14 +496,14 @@ def test_layers_in_branches_and_excluded_ones_are_left_alone(net: Model) -> None
     model = parse(
         f"g (float[2,4] x, bool c) => (float[2,4] y) {{ y = If(c) <then_branch = {branch}, "
         f"else_branch = {branch.replace('inner', 'other')}> }}",
-        {"w": _normal(4, 4)},
+        {"w": normal(4, 4)},
     )
     assert set(_layers(model)[1].values()) == {"it is inside a branch or a loop"}
 
 
 def test_unknown_sizes_are_a_reason() -> None:
     model = parse(
-        "g (float[N,4,H,W] x) => (float[A,B,C,D] y) { [it] y = Conv(x, w) }", {"w": _normal(4, 4, 3, 3)}
+        "g (float[N,4,H,W] x) => (float[A,B,C,D] y) { [it] y = Conv(x, w) }", {"w": normal(4, 4, 3, 3)}
     )
     log = Log()
     assert layers_of(model, {"x": (1, 4, 8, 8)}, (), log)[0]
@@ -539,7 +531,7 @@ def test_budgets_in_size_are_kept(net: Model, clock: dict[str, float], unit: str
 
 
 def test_data_is_worth_more_than_weights_alone(net: Model, clock: dict[str, float]) -> None:
-    judge = Judge(net, CalibrationData([{"x": _normal(64, 8, 10, 10, seed=99)}]), Target.cpu(1))
+    judge = Judge(net, CalibrationData([{"x": normal(64, 8, 10, 10, seed=99)}]), Target.cpu(1))
     fitted, _ = _factorize(net, _data(12, 8), macs=0.4)
     plain, changes = _factorize(net, macs=0.4)
     assert "calibration" in (FactorizeFigures.of(changes).fitted or "")
@@ -550,7 +542,7 @@ def test_data_is_worth_more_than_weights_alone(net: Model, clock: dict[str, floa
 def test_speed_is_reached_by_measuring_the_whole(net: Model, clock: dict[str, float]) -> None:
     clock["base"] = 5e4
     found, _ = _factorize(net, _data(), speedup=1.5)
-    _, (_, ratio) = timing.compare([net, found], {"x": _normal(1, 8, 10, 10)}, Target.cpu(1))
+    _, (_, ratio) = timing.compare([net, found], {"x": normal(1, 8, 10, 10)}, Target.cpu(1))
     assert 1.4 < 1 / ratio < 1.8
 
 
@@ -563,14 +555,14 @@ def test_energy_bounds_what_every_layer_loses(net: Model, clock: dict[str, float
     assert kept[0.8] != kept[0.99]
     _, changes = _factorize(net, _data(), energy=0.999999)
     assert not changes
-    assert "of its power" in _reasons(changes)["two"]
+    assert "of its power" in reasons(changes)["two"]
 
 
 def test_nothing_slower_gets_through_the_gate(net: Model, clock: dict[str, float]) -> None:
     clock["slow"] = 100.0
     found, changes = _factorize(net, _data(), macs=0.5)
     assert not changes
-    assert "of its time, more than 0.91" in _reasons(changes)["two"]
+    assert "of its time, more than 0.91" in reasons(changes)["two"]
     assert {node.name for node in found.nodes()} == {node.name for node in net.nodes()}
     _, changes = _factorize(net, _data(), params=0.5)
     assert changes, "time does not count where only the size does"
@@ -582,17 +574,17 @@ def test_a_whole_that_is_not_faster_is_taken_back_if_speed_was_asked_for(
     monkeypatch.setattr(timing, "compare", lambda *_: ([Latency(1e6, 1e6)] * 2, [1.0, 1.2]))
     found, changes = _factorize(net, _data(), speedup=1.3)
     assert not changes
-    assert any("1.20 of its time" in reason for reason in _reasons(changes).values())
+    assert any("1.20 of its time" in reason for reason in reasons(changes).values())
     same_outputs(net, found, exact=True)
     _, changes = _factorize(net, _data(), macs=0.5)
     assert changes
-    assert any("1.20 of its time" in reason for reason in _reasons(changes).values())
+    assert any("1.20 of its time" in reason for reason in reasons(changes).values())
 
 
 def test_a_budget_out_of_reach_is_said_to_be(net: Model, clock: dict[str, float]) -> None:
     _, changes = _factorize(net, _data(), macs=0.01)
     assert changes
-    assert any("out of reach" in reason for reason in _reasons(changes).values())
+    assert any("out of reach" in reason for reason in reasons(changes).values())
 
 
 @pytest.mark.parametrize("options", [{"macs": 0.5}, {"params": 0.5}, {"energy": 0.9}, {"speedup": 1.5}])
@@ -639,7 +631,7 @@ def test_factors_are_recognised_and_count_as_the_layer_they_stand_for(model: Mod
 def test_products_are_recognised_as_factors(node: str) -> None:
     shape = (24, 16) if "transB" in node else (16, 24)
     data = "float[16,3] x" if "transA" in node else "float[3,16] x"
-    model = parse(f"g ({data}) => (float[A,B] y) {{ y = {node} }}", {"w": _normal(*shape), "b": _normal(24)})
+    model = parse(f"g ({data}) => (float[A,B] y) {{ y = {node} }}", {"w": normal(*shape), "b": normal(24)})
     twin = model.copy()
     layer, edit = _layer(twin), Editor(twin)
     factors = [Factor(np.ones((1, 16, 2), np.float32)), Factor(np.ones((1, 2, 24), np.float32))]
@@ -654,10 +646,10 @@ def test_products_are_recognised_as_factors(node: str) -> None:
 def test_layers_that_are_no_factors(net: Model) -> None:
     """Two layers in a row are one map; they are factors of it only if they are the smaller for it."""
     wide = "g (float[N,8] x) => (float[N,M] y) { [a] h = MatMul(x, w1) [b] y = MatMul(h, w2) }"
-    found, skipped = _layers(parse(wide, {"w1": _normal(8, 32), "w2": _normal(32, 8)}))
+    found, skipped = _layers(parse(wide, {"w1": normal(8, 32), "w2": normal(32, 8)}))
     assert len(found) == 2, skipped
     seen = "g (float[N,8] x) => (float[N,M] y, float[N,2] h) { [a] h = MatMul(x, w1) [b] y = MatMul(h, w2) }"
-    found, skipped = _layers(parse(seen, {"w1": _normal(8, 2), "w2": _normal(2, 8)}))
+    found, skipped = _layers(parse(seen, {"w1": normal(8, 2), "w2": normal(2, 8)}))
     assert len(found) == 2, skipped
 
 
@@ -703,14 +695,14 @@ def test_few_samples_do(net: Model, clock: dict[str, float], samples: int) -> No
 def test_data_that_says_nothing(clock: dict[str, float]) -> None:
     """Inputs that are always zero behind a Relu, and a weight of zeros."""
     text = "g (float[N,32] x) => (float[N,M] y) { h = MatMul(x, w1) r = Relu(h) [it] y = Gemm(r, w2) }"
-    weights = {"w1": -np.abs(_normal(32, 32)), "w2": _low(32, 32, rank=3, seed=2)}
-    data = CalibrationData([{"x": np.abs(_normal(4, 32, seed=seed))} for seed in range(4)])
-    context = Context(target=Target.cpu(1), data=data, sample={"x": _normal(1, 32)})
+    weights = {"w1": -np.abs(normal(32, 32)), "w2": _low(32, 32, rank=3, seed=2)}
+    data = CalibrationData([{"x": np.abs(normal(4, 32, seed=seed))} for seed in range(4)])
+    context = Context(target=Target.cpu(1), data=data, sample={"x": normal(1, 32)})
     for constants in (weights, {**weights, "w2": np.zeros((32, 32), np.float32)}):
         model = parse(text, constants)
         changes = Factorize(params=0.5, align=4, repair=False).run(model, context)
         assert "it" in {change.node for change in changes.changed}
-        assert np.isfinite(run(model, {"x": _normal(4, 32)})["y"]).all()
+        assert np.isfinite(run(model, {"x": normal(4, 32)})["y"]).all()
 
 
 def test_on_the_command_line(
@@ -718,7 +710,7 @@ def test_on_the_command_line(
 ) -> None:
     model, data = tmp_path / "in.onnx", tmp_path / "data.npz"
     net.save(model)
-    np.savez(data, x=_normal(16, 8, 10, 10))
+    np.savez(data, x=normal(16, 8, 10, 10))
     words = ["factorize", str(model), str(tmp_path / "out.onnx"), "--data", str(data), "--batch-size", "4"]
     assert cli.main([*words, "--macs", "0.5", "--align", "4", "--schemes", "spatial", "--no-cache"]) == 0
     assert "spatial factors" in capsys.readouterr().out
@@ -742,7 +734,7 @@ def test_after_pruning(net: Model, clock: dict[str, float]) -> None:
 def test_layers_without_a_name_go_by_their_output(clock: dict[str, float]) -> None:
     text = "g (float[N,32] x) => (float[N,M] y) { h = MatMul(x, w1) r = Relu(h) y = MatMul(r, w2) }"
     model = parse(text, {"w1": _low(32, 32, rank=3, seed=1), "w2": _low(32, 32, rank=3, seed=2)})
-    context = Context(target=Target.cpu(1), sample={"x": _normal(1, 32)})
+    context = Context(target=Target.cpu(1), sample={"x": normal(1, 32)})
     changes = Factorize(params=0.4, align=4).run(model, context)
     assert [change.node for change in changes.changed] == ["MatMul→h", "MatMul→y"]
     assert list(FactorizeFigures.of(changes).layers or {}) == ["MatMul→h", "MatMul→y"]

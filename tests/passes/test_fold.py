@@ -14,35 +14,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxslim.engine.base import Changes
 from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model, load
 from onnxslim.passes.fold import Fold
 from onnxslim.passes.fold.values import WORKING_BYTES, narrower
-from tests.helpers import apply, feeds_for, ops, parse, run, same_outputs
-
-
-def folded(model: Model, **options: Any) -> tuple[Model, Changes]:
-    """A folded copy that computes the same to the bit, and that folding again leaves alone."""
-    result, changes = apply(Fold(**options), model)
-    same_outputs(model, result, exact=True)
-    again, more = apply(Fold(**options), result)
-    assert not more
-    assert again.to_proto() == result.to_proto()
-    return result, changes
-
-
-def reasons(changes: Changes) -> str:
-    return "; ".join(f"{skip.node}: {skip.reason}" for skip in changes.skipped)
+from tests.helpers import apply, feeds_for, normal, ops, parse, reasons, run, same_outputs, settled
 
 
 def constant(model: Model, name: str) -> np.ndarray[Any, Any]:
     return model.graph.initializers[name].values
-
-
-def weight(*shape: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(7).standard_normal(shape).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------- Constant nodes
@@ -66,7 +47,7 @@ def test_every_form_of_constant_keeps_its_type() -> None:
             f = Identity(word)
         }"""
     )
-    result, changes = folded(model)
+    result, changes = settled(Fold(), model)
     assert ops(result) == {"Add": 4, "Constant": 2}
     kinds = {name: (value.dtype, value.shape) for name, value in result.graph.initializers.items()}
     assert kinds == {
@@ -91,18 +72,18 @@ def sparse_constant(size: int) -> Model:
 
 
 def test_a_sparse_constant_becomes_dense_only_if_that_is_not_larger() -> None:
-    small, _ = folded(sparse_constant(5))
+    small, _ = settled(Fold(), sparse_constant(5))
     np.testing.assert_array_equal(constant(small, "c"), [0, 1, 0, 2, 0])
-    large, changes = folded(sparse_constant(5000))
+    large, changes = settled(Fold(), sparse_constant(5000))
     assert ops(large) == {"Constant": 1, "Add": 1}
-    assert "sparse" in reasons(changes)
+    assert "sparse" in str(reasons(changes))
 
 
 def test_a_constant_that_is_an_output_stays_a_node_and_is_folded_through() -> None:
     model = parse(
         "g (float x) => (float c, float y) { c = Constant<value_float = 3.0>() d = Neg(c) y = Add(x, d) }"
     )
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert ops(result) == {"Constant": 1, "Add": 1}
 
 
@@ -118,7 +99,7 @@ BRANCHES = """g (bool b, float[2] x) => (float[2] y) {
 @pytest.mark.parametrize("taken", [True, False])
 def test_two_bodies_with_one_name_for_different_constants(ir_version: int, taken: bool) -> None:
     model = parse(BRANCHES, ir_version=ir_version, opset=12)
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert ops(result) == {"If": 1, "Mul": 2}
     feeds = {"b": np.array(taken), "x": np.ones(2, np.float32)}
     same_outputs(model, result, feeds, exact=True)
@@ -134,7 +115,7 @@ def test_a_chain_becomes_one_constant_and_leaves_nothing_behind() -> None:
             c = Mul(a, b) d = Sqrt(c) e = Neg(d) y = Add(x, e)
         }"""
     )
-    result, changes = folded(model)
+    result, changes = settled(Fold(), model)
     assert ops(result) == {"Add": 1}
     assert list(result.graph.initializers) == ["e"]
     assert [change.node for change in changes.changed] == ["Mul→c", "Sqrt→d", "Neg→e"]
@@ -142,21 +123,21 @@ def test_a_chain_becomes_one_constant_and_leaves_nothing_behind() -> None:
 
 def test_unused_constants_that_were_there_before_are_not_its_business() -> None:
     model = parse("g (float x) => (float y) <float a = {1.0}, float z = {2.0}> { b = Neg(a) y = Add(x, b) }")
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert set(result.graph.initializers) == {"b", "z"}
 
 
 def test_a_folded_output_keeps_its_name_type_and_declared_shape() -> None:
     model = parse("g (float x) => (float[M] y, float z) <float[2] a = {1, 2}> { y = Neg(a) z = Neg(x) }")
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert ops(result) == {"Constant": 1, "Neg": 1}
 
 
 def test_an_output_that_an_old_constant_node_cannot_hold_stays() -> None:
     model = parse("g (float x) => (bool y, float z) <bool a = {1}> { y = Not(a) z = Neg(x) }", opset=8)
-    result, changes = folded(model)
+    result, changes = settled(Fold(), model)
     assert ops(result) == {"Not": 1, "Neg": 1}
-    assert "no Constant of type bool" in reasons(changes)
+    assert "no Constant of type bool" in str(reasons(changes))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int8, np.uint16, np.bool_, ml_dtypes.bfloat16])
@@ -166,7 +147,7 @@ def test_types_are_exact(dtype: Any) -> None:
         f"g (float[3] x) => (float[3] y) {{ c = Cast<to = {kind}>(w) d = Cast<to = 1>(c) y = Add(x, d) }}",
         {"w": np.array([1.3, 0.0, 2.7], np.float32)},
     )
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert ops(result) == {"Add": 1}
     # Stopped half way, the constant has the type itself.
     model = parse(
@@ -175,7 +156,7 @@ def test_types_are_exact(dtype: Any) -> None:
         "else_branch = e () => (float[3] q) { q = Identity(w) }> }",
         {"w": np.array([1.3, 0.0, 2.7], np.float32)},
     )
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert ops(result) == {"If": 1, "Constant": 2}
 
 
@@ -194,7 +175,7 @@ def test_strings_are_folded() -> None:
         "{ b = StringConcat(a, a) y = StringConcat(x, b) }",
         opset=20,
     )
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert constant(result, "b").tolist() == ["pp", "qq"]
 
 
@@ -220,7 +201,7 @@ def test_operators_of_other_domains_and_functions_that_hide_standard_ones_are_le
     text = """<ir_version: 8, opset_import: ["" : 17, "own" : 1]>
     g (float x) => (float y) <float a = {4.0}> { b = own.Twice(a) y = Add(x, b) }
     <domain: "own", opset_import: ["" : 17]> Twice (v) => (w) { w = Add(v, v) }"""
-    assert not folded(parse(text))[1]
+    assert not settled(Fold(), parse(text))[1]
     text = """<ir_version: 8, opset_import: ["" : 17]>
     g (float x) => (float y) <float a = {4.0}> { b = Sqrt(a) y = Add(x, b) }
     <domain: "", opset_import: ["" : 17]> Sqrt (v) => (w) { w = Neg(v) }"""
@@ -235,7 +216,7 @@ def test_a_default_that_the_caller_may_replace_is_no_constant() -> None:
     )
     model.graph.initializer.append(numpy_helper.from_array(np.ones(2, np.float32), "w"))
     model.graph.initializer.append(numpy_helper.from_array(np.array([2], np.int64), "s"))
-    assert not folded(load(model))[1]
+    assert not settled(Fold(), load(model))[1]
 
 
 def test_what_onnx_runtime_cannot_compute_stays_and_stops_nothing_else() -> None:
@@ -252,8 +233,8 @@ def test_what_onnx_runtime_cannot_compute_stays_and_stops_nothing_else() -> None
     result, changes = apply(Fold(), model)
     assert ops(result) == {"Neg": 1, "Abs": 1, "Add": 1}
     np.testing.assert_array_equal(constant(result, "c"), [-2, -3])
-    assert "Neg→k: ONNX Runtime refuses" in reasons(changes)
-    assert "Abs" not in reasons(changes)
+    assert "ONNX Runtime refuses" in reasons(changes)["Neg→k"]
+    assert "Abs" not in str(reasons(changes))
 
 
 @pytest.mark.parametrize("op", ["Div", "Mod"])
@@ -269,7 +250,7 @@ def test_divisions_that_would_end_the_process_are_not_tried(op: str, dividend: i
     )
     result, changes = apply(Fold(), model)
     assert ops(result) == {"If": 1, "Identity": 1, op: 1, "Add": 1}
-    assert "end the process" in reasons(changes)
+    assert "end the process" in str(reasons(changes))
 
 
 def test_divisions_by_what_was_folded_before_are() -> None:
@@ -277,7 +258,7 @@ def test_divisions_by_what_was_folded_before_are() -> None:
         "g (int32[1] x) => (int32[1] y) { z = Neg(n) d = Div(a, z) y = Add(x, d) }",
         {"a": np.array([7], np.int32), "n": np.array([-2], np.int32)},
     )
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert constant(result, "d").tolist() == [3]
 
 
@@ -296,9 +277,10 @@ def test_range_gets_the_scalars_it_wants() -> None:
 
 def test_transposing_a_weight_is_free() -> None:
     model = parse(
-        "g (float[N,64] x) => (float[N,32] y) { t = Transpose(w) y = MatMul(x, t) }", {"w": weight(32, 64)}
+        "g (float[N,64] x) => (float[N,32] y) { t = Transpose(w) y = MatMul(x, t) }",
+        {"w": normal(32, 64, seed=7)},
     )
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert ops(result) == {"MatMul": 1}
     assert result.nbytes() == model.nbytes()
 
@@ -315,20 +297,20 @@ def test_a_tied_weight_is_not_copied() -> None:
     model = parse(
         "g (int64[N] i, float[M,64] x) => (float[N,64] e, float[M,32] y) "
         "{ e = Gather(w, i) t = Transpose(w) y = MatMul(x, t) }",
-        {"w": weight(32, 64)},
+        {"w": normal(32, 64, seed=7)},
     )
-    _, changes = folded(model)
+    _, changes = settled(Fold(), model)
     assert not changes
-    assert "8192 bytes" in reasons(changes)
+    assert "8192 bytes" in str(reasons(changes))
 
 
 def test_two_layouts_of_one_weight_are_not_both_stored() -> None:
     model = parse(
         "g (float[N,64] x, float[M,32] z) => (float[N,32] y, float[M,64] v) "
         "{ t = Transpose(w) n = Neg(w) y = MatMul(x, t) v = MatMul(z, n) }",
-        {"w": weight(32, 64)},
+        {"w": normal(32, 64, seed=7)},
     )
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert result.nbytes() <= model.nbytes()
     assert ops(result)["MatMul"] == 2
 
@@ -337,9 +319,9 @@ def test_pieces_of_a_weight_are_stored_as_they_add_up_to_it() -> None:
     model = parse(
         "g (float[N,64] x) => (float[N,32] y) "
         "{ a, b = Split<axis = 1>(w) c = MatMul(x, a) d = MatMul(x, b) y = Add(c, d) }",
-        {"w": weight(64, 64)},
+        {"w": normal(64, 64, seed=7)},
     )
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert ops(result) == {"MatMul": 2, "Add": 1}
     assert result.nbytes() == model.nbytes()
 
@@ -355,7 +337,7 @@ def test_results_that_have_no_size_in_advance_are_judged_by_their_real_size() ->
     same_outputs(model, result, feeds, exact=True)
     result, changes = apply(Fold(), parse(text, {"m": np.ones(2000, np.bool_)}))
     assert ops(result) == {"NonZero": 1, "Add": 1}
-    assert "16000 bytes" in reasons(changes)
+    assert "16000 bytes" in str(reasons(changes))
 
 
 @pytest.mark.parametrize(
@@ -387,7 +369,7 @@ def test_bombs_are_neither_stored_nor_allocated(make: str, sides: tuple[int, int
     assert peak < 32 << 20
     assert result.nbytes() < 200
     assert ops(result)["Mul"] == 1
-    assert "bytes" in reasons(changes) or "not known" in reasons(changes)
+    assert "bytes" in str(reasons(changes)) or "not known" in str(reasons(changes))
 
 
 def test_only_what_is_stored_counts_within_reason() -> None:
@@ -395,12 +377,12 @@ def test_only_what_is_stored_counts_within_reason() -> None:
         "g (float x) => (float y) { big = Expand(one, shape) s = ReduceSum<keepdims = 0>(big) y = Add(x, s) }"
     )
     constants: dict[str, Any] = {"one": np.ones(1, np.float32), "shape": np.array([1 << 20], np.int64)}
-    result, _ = folded(parse(text, constants))
+    result, _ = settled(Fold(), parse(text, constants))
     assert ops(result) == {"Add": 1}
     constants["shape"] = np.array([(WORKING_BYTES >> 2) + 1000], np.int64)
     result, changes = apply(Fold(), parse(text, constants))
     assert ops(result)["Expand"] == 1
-    assert "too large" in reasons(changes)
+    assert "too large" in str(reasons(changes))
 
 
 def test_growth_is_a_matter_of_the_option() -> None:
@@ -483,9 +465,9 @@ def test_a_model_never_grows(steps: list[tuple[str, int, bool]]) -> None:
         if used:
             lines.append(f"y{index} = Mul(t{index}, x)")
             results.append(f"float[] y{index}")
-    constants = {"w": weight(20, 20), "a": np.array([0]), "b": np.array([10])}
+    constants = {"w": normal(20, 20, seed=7), "a": np.array([0]), "b": np.array([10])}
     model = parse(f"g (float x) => ({', '.join(results)}) {{ {' '.join(lines)} }}", constants)
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert result.to_proto().ByteSize() <= model.to_proto().ByteSize()
 
 
@@ -498,7 +480,7 @@ def sizes_of(text: str, **constants: Any) -> str:
         f"g (float[N,3,H,8] x) => (int64[] y) {{ {text} }}",
         {name: np.array(value, np.int64) for name, value in constants.items()},
     )
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     values = run(result)["y"]
     return f"{values.tolist()}" if ops(result) == {"Constant": 1} else " ".join(sorted(ops(result)))
 
@@ -571,7 +553,7 @@ def test_sizes_that_onnx_runtime_computes_in_its_own_way() -> None:
         ' r = Resize<mode = "nearest">(x, , c) t = Shape(r) }',
         {"c": np.array([1, 1, 3.1, 1.1], np.float32)},
     )
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert ops(result) == {"MaxPool": 1, "Constant": 2}
 
 
@@ -627,7 +609,7 @@ def test_targets_that_can_be_stated(pieces: list[str], target: list[int] | None)
 def test_a_zero_that_does_not_copy_stays_computed() -> None:
     assert "Shape" in ops(apply(Fold(), reshape(["0", "S", "12"], allowzero=True))[0])
     for pieces in (["NS", "12"], ["N", "S", "2", "6"]):
-        result, _ = folded(reshape(pieces, allowzero=True))
+        result, _ = settled(Fold(), reshape(pieces, allowzero=True))
         assert ops(result) == {"Reshape": 1, "Neg": 1}
         assert "allowzero" not in result.graph.nodes[0].attrs
 
@@ -691,7 +673,7 @@ def test_equal_sizes_of_several_tensors_are_computed_once() -> None:
         }""",
         {"zero": np.array([0]), "one": np.array([1]), "two": np.array([2])},
     )
-    result, _ = folded(model)
+    result, _ = settled(Fold(), model)
     assert ops(result) == {"Exp": 1, "Shape": 2, "Concat": 1, "ConstantOfShape": 2}
 
 

@@ -138,9 +138,8 @@ def test_does_not_make_the_file_grow() -> None:
     calls = " ".join(f"a{i} = Conv(x, w) y{i} = Mul(a{i}, c{i})" for i in range(4))
     outputs = ", ".join(f"float[N,16,3,3] y{i}" for i in range(4))
     factors = {f"c{i}": values(16, 1, 1) for i in range(4)}
-    declared = ", ".join(f"float[16,1,1] c{i}" for i in range(4))
     model = parse(
-        f"g (float[N,16,5,5] x, float[16,16,3,3] w, {declared}) => ({outputs}) {{ {calls} }}",
+        f"g (float[N,16,5,5] x) => ({outputs}) {{ {calls} }}",
         {"w": values(16, 16, 3, 3), **factors},
     )
     after, changes = apply(Fuse(), model)
@@ -311,11 +310,7 @@ def test_folding_into_products(data: st.DataObject) -> None:
 
 
 def _model(given: str, made: str, body: list[str], constants: Mapping[str, Array]) -> Model:
-    declared = ", ".join(
-        f"{'int64' if each.dtype == np.int64 else 'float'}{list(each.shape) or ''} {name}"
-        for name, each in constants.items()
-    )
-    return parse(f"g ({given}, {declared}) => ({made}) {{ {' '.join(body)} }}", constants)
+    return parse(f"g ({given}) => ({made}) {{ {' '.join(body)} }}", constants)
 
 
 def _before(data: st.DataObject, channels: int, constants: dict[str, Array], axes: int = 4) -> list[str]:
@@ -369,9 +364,8 @@ def test_runs_under_onnx_runtime_without_a_fused_node_left_over() -> None:
     names = [f"{kind}{i}" for i in (1, 2) for kind in "wstmv"]
     shapes = {name: (2, 2, 3, 3) if name[0] == "w" else (2,) for name in names}
     constants = {name: values(*shape, positive=name[0] == "v") for name, shape in shapes.items()}
-    declared = ", ".join(f"float{list(shape)} {name}" for name, shape in shapes.items())
     model = parse(
-        f"g (float[N,2,6,6] x, {declared}) => (float[N,2,6,6] y) {{ a = Conv<pads=[1,1,1,1]>(x, w1)"
+        "g (float[N,2,6,6] x) => (float[N,2,6,6] y) { a = Conv<pads=[1,1,1,1]>(x, w1)"
         " b = BatchNormalization(a, s1, t1, m1, v1) c = Relu(b) d = Conv<pads=[1,1,1,1]>(c, w2)"
         " e = BatchNormalization(d, s2, t2, m2, v2) f = Add(e, x) y = Relu(f) }",
         constants,

@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.engine.base import Changes, Context
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.passes.half import Half
 from onnxslim.runtime.session import Session
-from onnxslim.runtime.targets import Target
-from tests.helpers import ops, parse
+from tests.helpers import apply, normal, normals, ops, parse, replaced
 
 NET = """g (float[N,3,8,8] x) => (float[N,10] y)
 <float[64,3,3,3] w = {0}, float[64] b = {0}, float[64,10] m = {0}, float[1] big = {30000.0}>
@@ -21,26 +19,14 @@ NET = """g (float[N,3,8,8] x) => (float[N,10] y)
   p = GlobalAveragePool(s) f = Flatten(p) [product] y = MatMul(f, m) }"""
 
 
-def _normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
 @pytest.fixture
 def net() -> Model:
-    model = parse(NET)
-    for name, shape in (("w", (64, 3, 3, 3)), ("b", (64,)), ("m", (64, 10))):
-        model.graph.initializers[name].values = _normal(*shape, seed=len(name))
-    return model
+    return replaced(parse(NET), **normals(w=(64, 3, 3, 3), b=(64,), m=(64, 10)))
 
 
 @pytest.fixture
 def feeds() -> dict[str, Array]:
-    return {"x": _normal(4, 3, 8, 8, seed=5)}
-
-
-def _run(half: Half, model: Model, feeds: dict[str, Array]) -> tuple[Model, Changes]:
-    twin = model.copy()
-    return twin, half.run(twin, Context(target=Target.cpu(), data=CalibrationData([feeds])))
+    return {"x": normal(4, 3, 8, 8, seed=5)}
 
 
 def _error(before: Model, after: Model, feeds: dict[str, Array]) -> float:
@@ -52,7 +38,7 @@ def _error(before: Model, after: Model, feeds: dict[str, Array]) -> float:
 def test_nodes_compute_in_half_precision_but_for_those_that_would_overflow(
     net: Model, feeds: dict[str, Array]
 ) -> None:
-    result, changes = _run(Half(), net, feeds)
+    result, changes = apply(Half(), net, [feeds])
     skipped = {skip.node for skip in changes.skipped}
     assert {"large", "small"} <= skipped
     assert {"conv", "product"} <= {change.node for change in changes.changed}
@@ -61,14 +47,13 @@ def test_nodes_compute_in_half_precision_but_for_those_that_would_overflow(
 
 
 def test_without_data_only_constants_tell_what_is_safe(net: Model) -> None:
-    twin = net.copy()
-    changes = Half().run(twin, Context(target=Target.cpu()))
+    _, changes = apply(Half(), net)
     assert {"conv", "product"} <= {change.node for change in changes.changed}
     assert {"large", "small"} <= {skip.node for skip in changes.skipped}
 
 
 def test_excluded_nodes_stay(net: Model, feeds: dict[str, Array]) -> None:
-    _, changes = _run(Half(exclude=("conv",)), net, feeds)
+    _, changes = apply(Half(exclude=("conv",)), net, [feeds])
     assert ("conv", "excluded by 'conv'") in {(skip.node, skip.reason) for skip in changes.skipped}
 
 
@@ -76,7 +61,7 @@ def test_excluded_nodes_stay(net: Model, feeds: dict[str, Array]) -> None:
 def test_weights_alone_halve_the_file_and_run_at_full_speed(
     net: Model, feeds: dict[str, Array], dtype: str, most: float
 ) -> None:
-    result, _ = _run(Half(dtype=dtype, weights_only=True), net, feeds)  # type: ignore[arg-type]
+    result, _ = apply(Half(dtype=dtype, weights_only=True), net, [feeds])  # type: ignore[arg-type]
     assert ops(result)["Cast"] == 1
     assert 0 < _error(net, result, feeds) < most
 

@@ -32,22 +32,17 @@ from onnxslim.passes.prune.importance import rank
 from onnxslim.passes.quantize import Quantize
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from tests.helpers import parse
+from tests.helpers import normals, parse
 
 CHAIN = """g (float[N,3,8,8] x) => (float[N,2,8,8] y)
 { a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) c = Conv<pads=[1,1,1,1]>(r, v, d) q = Relu(c)
   y = Conv(q, u) }"""
 
 
-def values(**shapes: tuple[int, ...]) -> dict[str, Array]:
-    random = np.random.default_rng(0)
-    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-
-
 def chain(width: int = 32) -> Model:
     return parse(
         CHAIN,
-        values(w=(width, 3, 3, 3), b=(width,), v=(width, width, 3, 3), d=(width,), u=(2, width, 1, 1)),
+        normals(w=(width, 3, 3, 3), b=(width,), v=(width, width, 3, 3), d=(width,), u=(2, width, 1, 1)),
     )
 
 
@@ -110,7 +105,7 @@ def test_a_layer_excluded_by_its_name_keeps_the_channels_it_makes() -> None:
 
 
 def test_nothing_pruned_says_why() -> None:
-    model = parse("g (float[N,4] x) => (float[N,6] y) { a = MatMul(x, w) y = Softmax(a) }", values(w=(4, 6)))
+    model = parse("g (float[N,4] x) => (float[N,6] y) { a = MatMul(x, w) y = Softmax(a) }", normals(w=(4, 6)))
     step = prune(model, ratio=0.5).report.steps[0]
     assert not step.changes
     assert any("Softmax" in skip.reason for skip in step.changes.skipped)
@@ -167,7 +162,7 @@ def test_a_plan_can_be_replayed_on_other_names() -> None:
 
 
 def _values() -> dict[str, Array]:
-    return values(w=(32, 3, 3, 3), b=(32,), v=(32, 32, 3, 3), d=(32,), u=(2, 32, 1, 1))
+    return normals(w=(32, 3, 3, 3), b=(32,), v=(32, 32, 3, 3), d=(32,), u=(2, 32, 1, 1))
 
 
 def _json(result: Result) -> str:
@@ -238,12 +233,12 @@ def saturated() -> Model:
     return parse(
         """g (float[N,3,8,8] x) => (float[N,2,8,8] y)
         { a = Conv(x, w) r = Relu(a) c = Conv(r, v, d) y = Sigmoid(c) }""",
-        {**values(w=(16, 3, 1, 1), v=(2, 16, 1, 1)), "d": np.full(2, -200.0, np.float32)},
+        {**normals(w=(16, 3, 1, 1), v=(2, 16, 1, 1)), "d": np.full(2, -200.0, np.float32)},
     )
 
 
 def test_allowed_outputs_may_shrink() -> None:
-    model = parse("g (float[N,4] x) => (float[N,16] y) { a = MatMul(x, w) y = Relu(a) }", values(w=(4, 16)))
+    model = parse("g (float[N,4] x) => (float[N,16] y) { a = MatMul(x, w) y = Relu(a) }", normals(w=(4, 16)))
     result = prune(model, ratio=0.5, allow_outputs=True)
     assert result.model.graph.outputs[0].shape == ("N", 8)
     x = np.ones((2, 4), np.float32)
@@ -289,7 +284,8 @@ def test_a_convex_curve_lies_below_and_has_rising_slopes(heights: list[float]) -
 def test_elimination_predicts_from_what_is_left() -> None:
     """What reads a + b + (a + b) needs the sum only: both of its terms can go for nothing."""
     model = parse(
-        "g (float[N,4] x) => (float[N,2] y) { a = MatMul(x, w) y = MatMul(a, u) }", values(w=(4, 3), u=(3, 2))
+        "g (float[N,4] x) => (float[N,2] y) { a = MatMul(x, w) y = MatMul(a, u) }",
+        normals(w=(4, 3), u=(3, 2)),
     )
     family = analyze(model).families[0]
     x = np.random.default_rng(0).standard_normal((1000, 2))
@@ -392,7 +388,7 @@ def test_constants_that_a_cut_leaves_equal_are_shared_again() -> None:
     model = parse(
         """g (float[N,3,6,6] x) => (float[N,8,6,6] y)
         { p = Mul(x, k) q = Mul(p, k) a = Conv(q, w) r = Relu(a) y = Conv(r, v) }""",
-        values(k=(3, 1, 1), w=(16, 3, 1, 1), v=(8, 16, 1, 1)),
+        normals(k=(3, 1, 1), w=(16, 3, 1, 1), v=(8, 16, 1, 1)),
     )
     result = prune(model, ratio=0.5)
     assert {name: c.shape for name, c in result.model.graph.initializers.items()} == {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.engine.base import Changes, Context
+from onnxslim.engine.base import Context
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import CalibrationError
 from onnxslim.ir.graph import Array, Constant
@@ -19,32 +19,7 @@ from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize, QuantizeFigures, weights
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from tests.helpers import ops, parse, same_outputs, sqnr_of
-
-
-def _normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def _with(model: Model, **values: Array) -> Model:
-    """The model with these initializers in place of the ones of the same name."""
-    for name, array in values.items():
-        model.graph.initializers[name].values = array
-    return model
-
-
-def _quantize(
-    model: Model, *batches: dict[str, Array], target: Target | None = None, **options: Any
-) -> tuple[Model, Changes]:
-    twin = model.copy()
-    data = CalibrationData(list(batches))
-    changes = Quantize(**options).run(twin, Context(target=target or Target.cpu(), data=data))
-    return twin, changes
-
-
-def _skips(changes: Changes) -> dict[str, str]:
-    return {skip.node: skip.reason for skip in changes.skipped}
-
+from tests.helpers import filled, normal, ops, parse, quantize, reasons, replaced, same_outputs, sqnr_of
 
 BLOCK = """g (float[N,8,6,6] x) => (float[N,10] y)
 <float[16,8,3,3] w1 = {0}, float[16] b1 = {0}, float[16,16,1,1] w2 = {0}, float[16] b2 = {0},
@@ -67,19 +42,16 @@ BLOCK = """g (float[N,8,6,6] x) => (float[N,10] y)
 
 @pytest.fixture
 def block() -> Model:
-    model = parse(BLOCK.replace("{0}", "{1}"))
-    shapes = {name: value.shape for name, value in model.graph.initializers.items()}
-    values = {name: _normal(*shape, seed=i) * 0.3 for i, (name, shape) in enumerate(shapes.items())}
-    return _with(model, **values)
+    return filled(parse(BLOCK), 0.3)
 
 
 @pytest.fixture
 def feeds() -> dict[str, Array]:
-    return {"x": _normal(4, 8, 6, 6)}
+    return {"x": normal(4, 8, 6, 6)}
 
 
 def test_a_residual_block_runs_in_integers_and_fuses(block: Model, feeds: dict[str, Array]) -> None:
-    after, changes = _quantize(block, feeds)
+    after, changes = quantize(block, [feeds])
     assert QuantizeFigures.of(changes).fused == {"Conv": 4, "Add": 1}
     assert QuantizeFigures.of(changes).unfused == ()
     assert ops(after)["Relu"] == 0, "ranges that begin at zero do the work of Relu"
@@ -90,10 +62,10 @@ def test_a_residual_block_runs_in_integers_and_fuses(block: Model, feeds: dict[s
 def test_the_last_pooling_and_classifier_stay_in_float_unless_asked(
     block: Model, feeds: dict[str, Array]
 ) -> None:
-    _, changes = _quantize(block, feeds)
-    assert "classifier" in _skips(changes)["head"]
-    assert "gap" in _skips(changes)
-    _, changes = _quantize(block, feeds, classifier=True)
+    _, changes = quantize(block, [feeds])
+    assert "classifier" in reasons(changes)["head"]
+    assert "gap" in reasons(changes)
+    _, changes = quantize(block, [feeds], classifier=True)
     assert QuantizeFigures.of(changes).fused == {"Conv": 4, "Add": 1, "GlobalAveragePool": 1, "Gemm": 1}
 
 
@@ -102,18 +74,18 @@ def test_a_large_classifier_stores_integers_and_computes_in_float() -> None:
         """g (float[N,64] x) => (float[N,64] y) <float[64,64] w = {1}, float[64,64] v = {1}>
         { a = MatMul(x, w) r = Relu(a) [head] h = MatMul(r, v) y = Softmax(h) }"""
     )
-    _with(model, w=0.1 * _normal(64, 64), v=0.1 * _normal(64, 64, seed=1))
-    feeds = {"x": _normal(32, 64)}
-    after, changes = _quantize(model, feeds)
+    model = replaced(model, w=0.1 * normal(64, 64), v=0.1 * normal(64, 64, seed=1))
+    feeds = {"x": normal(32, 64)}
+    after, changes = quantize(model, [feeds])
     assert QuantizeFigures.of(changes).fused == {"MatMul": 1}
     assert sum(t.nbytes for t in after.constants()) < 0.3 * model.nbytes()
     assert sqnr_of(model, after, feeds) > 25
-    after, _ = _quantize(model, feeds, exclude=("head",))
+    after, _ = quantize(model, [feeds], exclude=("head",))
     assert sum(t.nbytes for t in after.constants()) > 0.5 * model.nbytes()
 
 
 def test_pooling_shares_the_scale_of_its_input(block: Model, feeds: dict[str, Array]) -> None:
-    after, _ = _quantize(block, feeds)
+    after, _ = quantize(block, [feeds])
     pool = next(node for node in after.graph.nodes if node.name == "pool")
     before, behind = pool.inputs[0].inputs[0], pool.outputs[0].outputs[0]
     assert (before.op, behind.op) == ("DequantizeLinear", "QuantizeLinear")
@@ -121,7 +93,7 @@ def test_pooling_shares_the_scale_of_its_input(block: Model, feeds: dict[str, Ar
 
 
 def test_the_interface_and_float_weights_are_what_is_expected(block: Model, feeds: dict[str, Array]) -> None:
-    after, _ = _quantize(block, feeds)
+    after, _ = quantize(block, [feeds])
     assert after.inputs() == block.inputs()
     left = {tensor.name for tensor in after.constants() if tensor.dtype == np.float32 and tensor.size > 32}
     assert left == {"wc"}
@@ -129,8 +101,8 @@ def test_the_interface_and_float_weights_are_what_is_expected(block: Model, feed
 
 @pytest.mark.parametrize("name", ["conv2", "conv*", "Conv"])
 def test_excluded_nodes_stay_in_float(block: Model, feeds: dict[str, Array], name: str) -> None:
-    _, changes = _quantize(block, feeds, exclude=(name,))
-    assert _skips(changes)["conv2"] == f"excluded by '{name}'"
+    _, changes = quantize(block, [feeds], exclude=(name,))
+    assert reasons(changes)["conv2"] == f"excluded by '{name}'"
 
 
 def test_without_data_there_is_one_clear_error(block: Model) -> None:
@@ -152,8 +124,8 @@ def test_one_scale_for_concatenated_tensors(feeds: dict[str, Array]) -> None:
         float[8,16,1,1] u = {1}>
         { a = Conv(x, w) b = Conv(x, v) [cat] c = Concat<axis=1>(a, b) y = Conv(c, u) }"""
     )
-    _with(model, w=_normal(8, 8, 1, 1), v=10 * _normal(8, 8, 1, 1), u=_normal(8, 16, 1, 1))
-    after, changes = _quantize(model, feeds)
+    model = replaced(model, w=normal(8, 8, 1, 1), v=10 * normal(8, 8, 1, 1), u=normal(8, 16, 1, 1))
+    after, changes = quantize(model, [feeds])
     cat = next(node for node in after.graph.nodes if node.name == "cat")
     assert len({id(tensor.inputs[0].inputs[1]) for tensor in cat.inputs}) == 1
     assert QuantizeFigures.of(changes).fused == {"Conv": 3, "Concat": 1}
@@ -168,8 +140,8 @@ def test_a_relu_behind_one_of_the_joined_tensors_keeps_its_kernel(feeds: dict[st
         { a = Conv(x, w) r = Relu(a) p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r)
           b = Conv<strides=[2,2]>(x, v) c = Concat<axis=1>(p, b) y = Conv(c, u) }"""
     )
-    _with(model, w=_normal(8, 8, 1, 1), v=_normal(8, 8, 1, 1, seed=1), u=_normal(8, 16, 1, 1))
-    after, changes = _quantize(model, feeds)
+    model = replaced(model, w=normal(8, 8, 1, 1), v=normal(8, 8, 1, 1, seed=1), u=normal(8, 16, 1, 1))
+    after, changes = quantize(model, [feeds])
     assert QuantizeFigures.of(changes).fused == {"Conv": 3, "Concat": 1}
     assert QuantizeFigures.of(changes).unfused == ()
     assert sqnr_of(model, after, feeds) > 30
@@ -181,8 +153,8 @@ def test_pooling_of_what_is_made_in_float_stays_in_float(feeds: dict[str, Array]
         { t = Tanh(x) [pool] p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(t)
           y = Conv(p, w) z = Conv(t, w) }"""
     )
-    after, changes = _quantize(_with(model, w=_normal(8, 8, 1, 1)), feeds)
-    assert "made in floating point" in _skips(changes)["pool"]
+    after, changes = quantize(replaced(model, w=normal(8, 8, 1, 1)), [feeds])
+    assert "made in floating point" in reasons(changes)["pool"]
     assert ops(after)["QuantizeLinear"] == 4, "of both results, of the pooled and of the other data"
 
 
@@ -194,8 +166,10 @@ def test_squeeze_excite_and_hardswish_run_in_integers(feeds: dict[str, Array]) -
           q = Conv(t, e) g = HardSigmoid<alpha=0.1667, beta=0.5>(q) m = Mul(h, g) y = Conv(m, u) }""",
     )
     shapes = {"w": (8, 8, 1, 1), "d": (4, 8, 1, 1), "e": (8, 4, 1, 1), "u": (8, 8, 1, 1)}
-    _with(model, **{name: _normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())})
-    after, changes = _quantize(model, feeds)
+    model = replaced(
+        model, **{name: normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    )
+    after, changes = quantize(model, [feeds])
     assert QuantizeFigures.of(changes).fused == {"Conv": 4, "GlobalAveragePool": 1, "Mul": 2, "Add": 2}
     assert QuantizeFigures.of(changes).unfused == ()
     assert sqnr_of(model, after, feeds) > 30
@@ -210,9 +184,9 @@ def test_hardsigmoid_in_integers_is_within_a_step(alpha: float, beta: float) -> 
            y = Softsign(m) }}"""
     )
     identity = np.eye(4, dtype=np.float32)
-    _with(model, w=identity, v=identity)
+    model = replaced(model, w=identity, v=identity)
     x = np.linspace(-8, 8, 64, dtype=np.float32).reshape(16, 4)
-    after, _ = _quantize(model, {"x": x}, observer="minmax")
+    after, _ = quantize(model, [{"x": x}], observer="minmax")
     expected, actual = Session(model).run({"x": x})["y"], Session(after, optimize="none").run({"x": x})["y"]
     # A step of the input, a step of the result, and that of the bias, each rounded to the nearest.
     assert np.abs(expected - actual).max() <= 0.5 * (16 * alpha + 1 + beta) / 255 + 4e-3
@@ -224,11 +198,11 @@ def test_mask_constants_never_set_a_range() -> None:
         float low = {-3.4e38}>
         { m = Mul(mask, low) a = MatMul(x, w) s = Add(a, m) y = MatMul(s, v) }"""
     )
-    _with(model, w=_normal(8, 8), v=_normal(8, 8, seed=1))
+    model = replaced(model, w=normal(8, 8), v=normal(8, 8, seed=1))
     mask = np.zeros((2, 4, 8), np.float32)
     mask[0, 0, 0] = 1.0
-    after, changes = _quantize(model, {"x": _normal(2, 4, 8), "mask": mask}, classifier=True)
-    assert any("mask values" in reason for reason in _skips(changes).values())
+    after, changes = quantize(model, [{"x": normal(2, 4, 8), "mask": mask}], classifier=True)
+    assert any("mask values" in reason for reason in reasons(changes).values())
     scales = [float(t.values) for t in after.constants() if t.name.endswith("_scale") and t.size == 1]
     assert max(scales) < 1.0
 
@@ -238,7 +212,7 @@ def test_a_shared_weight_is_stored_once() -> None:
         """g (float[N,8] x) => (float[N,8] y) <float[8,8] w = {1}>
         { a = MatMul(x, w) b = Tanh(a) c = MatMul(b, w) y = Tanh(c) }"""
     )
-    after, changes = _quantize(_with(model, w=_normal(8, 8)), {"x": _normal(16, 8)})
+    after, changes = quantize(replaced(model, w=normal(8, 8)), [{"x": normal(16, 8)}])
     assert QuantizeFigures.of(changes).fused == {"MatMul": 2}
     assert [t.shape for t in after.constants() if t.dtype == np.int8 and len(t.shape) == 2] == [(8, 8)]
 
@@ -248,11 +222,11 @@ def test_a_bias_beside_vanishing_weights_survives() -> None:
         """g (float[N,4,3,3] x) => (float[N,2,3,3] y) <float[2,4,1,1] w = {1}, float[2] b = {1}>
         { y = Conv(x, w, b) }"""
     )
-    weight = _normal(2, 4, 1, 1)
+    weight = normal(2, 4, 1, 1)
     weight[1] = 1e-20
-    _with(model, w=weight, b=np.array([1.0, 3.0], np.float32))
-    feeds = {"x": _normal(2, 4, 3, 3)}
-    after, _ = _quantize(model, feeds)
+    model = replaced(model, w=weight, b=np.array([1.0, 3.0], np.float32))
+    feeds = {"x": normal(2, 4, 3, 3)}
+    after, _ = quantize(model, [feeds])
     assert np.abs(Session(after).run(feeds)["y"][:, 1] - 3.0).max() < 0.05
 
 
@@ -263,9 +237,9 @@ def test_what_a_body_reads_is_the_dequantized_tensor() -> None:
           y = If (c) < then_branch = t () => (float[N,4] u) { u = Neg(r) },
                        else_branch = e () => (float[N,4] o) { o = Identity(b) }> }"""
     )
-    _with(model, w=_normal(4, 4), v=_normal(4, 4, seed=1))
-    feeds = {"x": _normal(8, 4), "c": np.array(True)}
-    after, _ = _quantize(model, feeds)
+    model = replaced(model, w=normal(4, 4), v=normal(4, 4, seed=1))
+    feeds = {"x": normal(8, 4), "c": np.array(True)}
+    after, _ = quantize(model, [feeds])
     assert sqnr_of(model, after, feeds) > 30
 
 
@@ -276,17 +250,17 @@ def test_a_weight_that_a_body_reads_is_not_stored_twice() -> None:
             y = If(c) <then_branch = t () => (float[N,32] p) { p = MatMul(b, w) },
                        else_branch = e () => (float[N,32] q) { q = Identity(b) }>
         }""",
-        {"w": _normal(32, 32), "v": _normal(32, 32)},
+        {"w": normal(32, 32), "v": normal(32, 32)},
     )
-    after, changes = _quantize(model, {"x": _normal(8, 32), "c": np.array(True)}, classifier=True)
-    assert "would be stored twice" in _skips(changes)["MatMul→a"]
+    after, changes = quantize(model, [{"x": normal(8, 32), "c": np.array(True)}], classifier=True)
+    assert "would be stored twice" in reasons(changes)["MatMul→a"]
     assert after.nbytes() < 0.75 * model.nbytes()
     assert "w" in after.graph.initializers
 
 
 def test_an_old_opset_is_raised() -> None:
     model = parse("g (float[N,4] x) => (float[N,4] y) <float[4,4] w = {1}> { y = MatMul(x, w) }", opset=11)
-    after, changes = _quantize(_with(model, w=_normal(4, 4)), {"x": _normal(8, 4)}, classifier=True)
+    after, changes = quantize(replaced(model, w=normal(4, 4)), [{"x": normal(8, 4)}], classifier=True)
     assert after.opset == 13
     assert changes.changed[0].action == "raised to opset 13"
     assert model.opset == 11
@@ -307,9 +281,9 @@ def test_what_cannot_be_quantized_says_why(body: str, reason: str) -> None:
     if "wh" not in body:
         del model.graph.initializers["wh"], model.graph.initializers["h"]
     else:
-        _with(model, wh=_normal(4, 4).astype(np.float16))
-    feeds = {"x": _normal(2, 4), "z": _normal(2, 4, 4)}
-    after, changes = _quantize(model, feeds, classifier=True)
+        model = replaced(model, wh=normal(4, 4).astype(np.float16))
+    feeds = {"x": normal(2, 4), "z": normal(2, 4, 4)}
+    after, changes = quantize(model, [feeds], classifier=True)
     assert any(reason in skip.reason for skip in changes.skipped)
     assert not changes
     same_outputs(model, after, feeds)
@@ -317,7 +291,7 @@ def test_what_cannot_be_quantized_says_why(body: str, reason: str) -> None:
 
 def test_symmetric_targets_get_symmetric_integers(block: Model, feeds: dict[str, Array]) -> None:
     rules = Target.tensorrt().layout
-    after, _ = _quantize(block, feeds, target=Target("tensorrt", "CPUExecutionProvider", layout=rules))
+    after, _ = quantize(block, [feeds], target=Target("tensorrt", "CPUExecutionProvider", layout=rules))
     zeros = [t for t in after.constants() if t.name.endswith("_zero_point")]
     assert zeros
     assert all(t.dtype == np.int8 and not t.values.any() for t in zeros)
@@ -366,9 +340,9 @@ def test_rounding_is_to_the_nearest_code(weight: Array, axis: int) -> None:
 @settings(deadline=None)
 def test_the_lost_mean_is_what_the_outputs_lose(groups: int, per_channel: bool, transposed: bool) -> None:
     pixels, channels = 50, 4 * groups
-    weight = _normal(6 * groups, 4, 1, 1)
+    weight = normal(6 * groups, 4, 1, 1)
     encoded = weights.encode(weight, 0, per_channel=per_channel)
-    data = _normal(1, channels, pixels, 1) + 1.0
+    data = normal(1, channels, pixels, 1) + 1.0
     error = weight - encoded.codes * encoded.scales.reshape([-1 if encoded.scales.ndim else 1, 1, 1, 1])
     by_group = np.split(data[0, :, :, 0], groups)
     lost = [np.squeeze(w, (2, 3)) @ x for w, x in zip(np.split(error, groups), by_group, strict=True)]
@@ -389,19 +363,19 @@ def test_bias_correction_keeps_the_mean_of_every_channel() -> None:
         """g (float[N,8,6,6] x) => (float[N,4,6,6] y) <float[4,8,1,1] w = {1}, float[4] b = {1}>
         { y = Conv(x, w, b) }"""
     )
-    _with(model, w=_normal(4, 8, 1, 1), b=_normal(4))
-    feeds = {"x": np.abs(_normal(16, 8, 6, 6)) + 2.0}
+    model = replaced(model, w=normal(4, 8, 1, 1), b=normal(4))
+    feeds = {"x": np.abs(normal(16, 8, 6, 6)) + 2.0}
     expected = Session(model).run(feeds)["y"].mean(axis=(0, 2, 3))
 
     def shift(**options: Any) -> float:
-        after, _ = _quantize(model, feeds, per_channel=False, **options)
+        after, _ = quantize(model, [feeds], per_channel=False, **options)
         return float(np.abs(Session(after).run(feeds)["y"].mean(axis=(0, 2, 3)) - expected).max())
 
     assert shift() < 0.2 * shift(bias_correction=False)
 
 
 def test_tightening_costs_less_than_seven_bits() -> None:
-    weight = _normal(64, 64, 3, 3)
+    weight = normal(64, 64, 3, 3)
 
     def error(codes: Array, scales: Array) -> float:
         return float(np.square(codes * scales.reshape(-1, 1, 1, 1) - weight).mean())

@@ -19,18 +19,13 @@ from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize, QuantizeFigures, weights
 from onnxslim.runtime.session import Session
-from tests.helpers import parse
-
-
-def _normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Array:
-    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
-
+from tests.helpers import normal, parse, quantize, reasons
 
 # Weights by name: w is 3x3, v and u are 1x1 convolutions of 8 channels.
 WEIGHTS = {
-    "w": _normal(8, 8, 3, 3, scale=0.2),
-    "v": _normal(8, 8, 1, 1, seed=1, scale=0.3),
-    "u": _normal(8, 8, 1, 1, seed=2, scale=0.3),
+    "w": 0.2 * normal(8, 8, 3, 3),
+    "v": 0.3 * normal(8, 8, 1, 1, seed=1),
+    "u": 0.3 * normal(8, 8, 1, 1, seed=2),
 }
 
 
@@ -40,19 +35,12 @@ def _net(
     """A model of x, float[N,8,6,6], with those weights that its body names."""
     words = body.replace("(", " ").replace(")", " ").replace(",", " ").split()
     used = {name: value for name, value in {**WEIGHTS, **constants}.items() if name in words}
-    kinds = {"float32": "float", "int64": "int64"}
-    declared = "".join(
-        f", {kinds[value.dtype.name]}[{','.join(map(str, value.shape))}] {name}"
-        for name, value in used.items()
-    )
-    text = f"g (float[N,8,6,6] x{declared}) => ({outputs}) {{ {body} }}"
+    text = f"g (float[N,8,6,6] x) => ({outputs}) {{ {body} }}"
     return parse(text, used, opset=opset, ir_version=ir_version)
 
 
 def _quantized(model: Model, feeds: dict[str, Array] | None = None, **chosen: Any) -> tuple[Model, Changes]:
-    twin = model.copy()
-    data = CalibrationData([feeds or {"x": _normal(8, 8, 6, 6)}])
-    changes = Quantize(classifier=True, **chosen).run(twin, Context(data=data))
+    twin, changes = quantize(model, [feeds or {"x": normal(8, 8, 6, 6)}], classifier=True, **chosen)
     wellformed(twin)
     assert interface(twin) == interface(model)
     return twin, changes
@@ -62,17 +50,13 @@ def _assert_close(
     before: Model, after: Model, feeds: dict[str, Array] | None = None, least: float = 25
 ) -> None:
     """Every output is close to the original's, as ONNX Runtime fuses the model and as it is written."""
-    feeds = feeds or {"x": _normal(8, 8, 6, 6)}
+    feeds = feeds or {"x": normal(8, 8, 6, 6)}
     expected = Session(before).run(feeds)
     found = [Session(after, optimize=level).run(feeds) for level in ("all", "none")]
     for name, reference in expected.items():
         ratios = [sqnr(reference, outputs[name]) for outputs in found]
         assert min(ratios) > least, (name, ratios)
         assert abs(ratios[0] - ratios[1]) < 1.0 or min(ratios) > 100, (name, ratios)
-
-
-def _skips(changes: Changes) -> dict[str, str]:
-    return {skip.node: skip.reason for skip in changes.skipped}
 
 
 # Operators
@@ -106,7 +90,7 @@ def test_positions_that_a_pooling_found_are_not_quantized() -> None:
     after, changes = _quantized(model)
     assert QuantizeFigures.of(changes).fused == {"Conv": 2}
     assert len([node for node in after.nodes() if node.op == "QuantizeLinear"]) == 4
-    feeds = {"x": _normal(8, 8, 6, 6)}
+    feeds = {"x": normal(8, 8, 6, 6)}
     assert Session(after).run(feeds)["i"].dtype == np.int64
 
 
@@ -117,7 +101,7 @@ def test_pooling_that_integer_kernels_get_wrong_never_stands_between_pairs(attri
     body = f"a = Conv(x, v) p = AveragePool<kernel_shape=[3,3], {attributes}>(a) r = Relu(p) y = Conv(r, u)"
     model = _net(body.replace("3,3", "2,2") if "dilations" in body else body, opset=19, ir_version=9)
     after, changes = _quantized(model)
-    assert "integer kernel of AveragePool" in _skips(changes)["AveragePool→p"]
+    assert "integer kernel of AveragePool" in reasons(changes)["AveragePool→p"]
     assert QuantizeFigures.of(changes).fused == {"Conv": 1}
     _assert_close(model, after)
 
@@ -133,39 +117,39 @@ def test_resizing_that_extrapolates_has_a_range_of_its_own() -> None:
     _assert_close(model, after)
 
 
-@pytest.mark.parametrize("bias", [np.float32(2), _normal(1), _normal(8, 1), _normal(8, 5)])
+@pytest.mark.parametrize("bias", [np.float32(2), normal(1), normal(8, 1), normal(8, 5)])
 def test_a_bias_that_is_no_row_keeps_its_gemm_in_float(bias: Array) -> None:
     text = "g (float[8,4] x, float[4,5] k, float b) => (float[8,M] y) { y = Gemm(x, k, b) }"
     shape = f"float[{','.join(map(str, bias.shape))}] b" if np.ndim(bias) else "float b"
-    model = parse(text.replace("float b", shape), {"k": _normal(4, 5), "b": bias})
-    _, changes = _quantized(model, {"x": _normal(8, 4)})
-    assert _skips(changes)["Gemm→y"] == "its bias is not one value per column"
+    model = parse(text.replace("float b", shape), {"k": normal(4, 5), "b": bias})
+    _, changes = _quantized(model, {"x": normal(8, 4)})
+    assert reasons(changes)["Gemm→y"] == "its bias is not one value per column"
 
 
 def test_a_single_column_is_quantized() -> None:
     text = "g (float[N,4] x, float[4,1] k, float[1] b) => (float[N,1] y) { y = Gemm(x, k, b) }"
-    model = parse(text, {"k": _normal(4, 1), "b": _normal(1)})
-    after, changes = _quantized(model, {"x": _normal(8, 4)})
+    model = parse(text, {"k": normal(4, 1), "b": normal(1)})
+    after, changes = _quantized(model, {"x": normal(8, 4)})
     assert QuantizeFigures.of(changes).fused == {"Gemm": 1}
-    _assert_close(model, after, {"x": _normal(8, 4)})
+    _assert_close(model, after, {"x": normal(8, 4)})
 
 
 def test_an_empty_weight_is_left_alone() -> None:
     model = parse(
-        "g (float[N,0] x, float[0,4] k) => (float[N,4] y) { y = MatMul(x, k) }", {"k": _normal(0, 4)}
+        "g (float[N,0] x, float[0,4] k) => (float[N,4] y) { y = MatMul(x, k) }", {"k": normal(0, 4)}
     )
     _, changes = _quantized(model, {"x": np.zeros((3, 0), np.float32)})
-    assert _skips(changes)["MatMul→y"] == "its weight is empty"
+    assert reasons(changes)["MatMul→y"] == "its weight is empty"
 
 
 def test_weights_in_constant_nodes_are_quantized() -> None:
-    values = ",".join(f"{value:.3f}" for value in _normal(16))
+    values = ",".join(f"{value:.3f}" for value in normal(16))
     model = parse(
         f"""g (float[N,4] x, bool c) => (float[N,4] y) {{ k = Constant<value=float[4,4] {{{values}}}>()
         a = MatMul(x, k) y = If (c) < then_branch = t () => (float[N,4] p) {{ p = Abs(a) }},
                                       else_branch = e () => (float[N,4] q) {{ q = Neg(a) }}> }}"""
     )
-    feeds = {"x": _normal(8, 4), "c": np.array(True)}
+    feeds = {"x": normal(8, 4), "c": np.array(True)}
     after, changes = _quantized(model, feeds)
     assert QuantizeFigures.of(changes).fused == {"MatMul": 1}
     _assert_close(model, after, feeds)
@@ -179,7 +163,7 @@ def test_nothing_is_quantized_twice() -> None:
     twice, changes = _quantized(once)
     assert QuantizeFigures.of(changes).trained == (3, 2)
     assert sorted(node.op for node in twice.nodes()) == sorted(node.op for node in once.nodes())
-    feeds = {"x": _normal(8, 8, 6, 6, seed=9)}
+    feeds = {"x": normal(8, 8, 6, 6, seed=9)}
     np.testing.assert_array_equal(Session(once).run(feeds)["y"], Session(twice).run(feeds)["y"])
 
 
@@ -200,7 +184,7 @@ def test_a_partly_quantized_model_is_completed() -> None:
 def test_raising_the_opset_keeps_interface_and_metadata(opset: int) -> None:
     model = _net("a = Conv(x, v) r = Relu(a) y = Conv(r, u)", "float[N,C,H,W] y", opset=opset, ir_version=4)
     model.shell.metadata_props.add(key="stride", value="32")
-    result = Pipeline(Quantize(), on_error="raise")(model, data=CalibrationData([{"x": _normal(8, 8, 6, 6)}]))
+    result = Pipeline(Quantize(), on_error="raise")(model, data=CalibrationData([{"x": normal(8, 8, 6, 6)}]))
     assert result.model.opset == 13
     assert result.model.metadata == {"stride": "32"}
     written = result.model.to_proto().graph.output[0].type.tensor_type.shape
@@ -216,7 +200,7 @@ def test_an_output_in_front_of_what_is_moved_stays_exact() -> None:
     after, changes = _quantized(model)
     assert QuantizeFigures.of(changes).fused == {"Conv": 1}
     _assert_close(model, after)
-    feeds = {"x": _normal(8, 8, 6, 6)}
+    feeds = {"x": normal(8, 8, 6, 6)}
     np.testing.assert_array_equal(Session(after).run(feeds)["a"], Session(model).run(feeds)["a"])
 
 
@@ -226,19 +210,19 @@ def test_what_a_body_reads_in_front_of_what_is_moved_stays_exact() -> None:
         y = If (c) < then_branch = t () => (float[N,8,6,6] p) {{ p = Neg(a) }},
                      else_branch = e () => (float[N,8,6,6] q) {{ q = Identity(z) }}> }}"""
     model = parse(text, {"v": WEIGHTS["v"]})
-    feeds = {"x": _normal(8, 8, 6, 6), "c": np.array(True)}
+    feeds = {"x": normal(8, 8, 6, 6), "c": np.array(True)}
     after, changes = _quantized(model, feeds)
-    assert "QuantizeLinear" in _skips(changes)["Conv→z"]
+    assert "QuantizeLinear" in reasons(changes)["Conv→z"]
     _assert_close(model, after, feeds)
 
 
 def test_a_tensor_of_nothing_but_mask_values_is_no_error() -> None:
     _, changes = _quantized(_net("y = Conv(x, v, b)", b=np.full(8, 1e31, np.float32)))
-    assert _skips(changes)["Conv→y"] == "its data holds mask values"
+    assert reasons(changes)["Conv→y"] == "its data holds mask values"
 
 
 def test_one_scale_for_a_weight_costs_no_more_than_it_must() -> None:
-    weight = _normal(32, 32, 3, 3)
+    weight = normal(32, 32, 3, 3)
     free = weights.encode(weight, 0, per_channel=False)
     safe = weights.encode(weight, 0, per_channel=False, pair_axis=1)
     half = np.abs(weight).max() / 63

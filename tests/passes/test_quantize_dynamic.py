@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from onnxslim.calibration.data import CalibrationData
-from onnxslim.engine.base import Changes, Context
 from onnxslim.errors import UsageError
-from onnxslim.ir.graph import Array, Constant
-from onnxslim.ir.model import Model
-from onnxslim.passes.quantize import Quantize, QuantizeFigures
+from onnxslim.ir.graph import Constant
+from onnxslim.passes.quantize import QuantizeFigures
 from onnxslim.passes.quantize.weights import MAX_PAIR
 from onnxslim.runtime.profile import optimized_model
-from onnxslim.runtime.targets import Target
-from tests.helpers import ops, parse, sqnr_of
+from tests.helpers import filled, normal, ops, parse, quantize, sqnr_of
 
-
-def _normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def _dynamic(model: Model, data: Any = None, **options: Any) -> tuple[Model, Changes]:
-    twin = model.copy()
-    given = CalibrationData(data) if data else None
-    options = {"activations": "dynamic", **options}
-    return twin, Quantize(**options).run(twin, Context(target=Target.cpu(), data=given))
-
-
-def _filled(text: str) -> Model:
-    model = parse(text)
-    for index, constant in enumerate(model.graph.initializers.values()):
-        if constant.shape:
-            constant.values = _normal(*constant.shape, seed=index + 1)
-    return model
+_dynamic = partial(quantize, activations="dynamic")
 
 
 # Three products of one input, as in attention; a bias that is added; one that is last.
@@ -49,7 +29,7 @@ BLOCK = """g (float[B,S,32] x) => (float[B,S,8] y)
 
 
 def test_products_by_constants_run_in_integers_without_data() -> None:
-    model = _filled(BLOCK)
+    model = filled(parse(BLOCK))
     result, changes = _dynamic(model)
     assert {change.node for change in changes.changed} == {"q", "k", "v", "up"}
     assert QuantizeFigures.of(changes).fused == {"MatMul": 4}
@@ -60,7 +40,7 @@ def test_products_by_constants_run_in_integers_without_data() -> None:
     assert ran.count("MatMulIntegerToFloat") == 3
     assert ran.count("DynamicQuantizeMatMul") == 1
     for shape in ((1, 1), (2, 7), (3, 40)):
-        feeds = {"x": _normal(*shape, 32, seed=9)}
+        feeds = {"x": normal(*shape, 32, seed=9)}
         assert sqnr_of(model, result, feeds) > 28
         assert sqnr_of(model, result, feeds, "none") > 28
     assert not any(name.startswith("w") and name[-1] in "qkv1" for name in result.graph.initializers)
@@ -77,10 +57,10 @@ def test_products_by_constants_run_in_integers_without_data() -> None:
     ],
 )
 def test_gemms_of_every_kind(text: str) -> None:
-    model = _filled(f"g (float[N,32] x) => (float[N,48] y) <{text} y = Exp(h) }}")
+    model = filled(parse(f"g (float[N,32] x) => (float[N,48] y) <{text} y = Exp(h) }}"))
     result, changes = _dynamic(model, classifier=True)
     assert QuantizeFigures.of(changes).fused == {"MatMul": 1}
-    feeds = {"x": 0.1 * _normal(16, 32, seed=9)}
+    feeds = {"x": 0.1 * normal(16, 32, seed=9)}
     assert sqnr_of(model, result, feeds) > 35
 
 
@@ -94,18 +74,18 @@ def test_gemms_of_every_kind(text: str) -> None:
 )
 def test_what_cannot_be_written_that_way_stores_its_weight(text: str, reason: str) -> None:
     shape = "2,N,48" if "[2,32" in text else "N,48"
-    model = _filled(
-        f"g (float[N,32] x) => (float[{shape}] y) <{text} y = Exp(h) }}".replace("[N,32]", "[40,32]")
+    model = filled(
+        parse(f"g (float[N,32] x) => (float[{shape}] y) <{text} y = Exp(h) }}".replace("[N,32]", "[40,32]"))
     )
     result, changes = _dynamic(model)
     assert "DynamicQuantizeLinear" not in ops(result)
     assert reason in [skip.reason for skip in changes.skipped]
-    assert sqnr_of(model, result, {"x": 0.1 * _normal(40, 32, seed=9)}) > 30
+    assert sqnr_of(model, result, {"x": 0.1 * normal(40, 32, seed=9)}) > 30
 
 
 def test_no_pair_of_codes_can_saturate() -> None:
     """Weights of one sign at their largest: the sum of two neighbouring products would not fit in 16 bits."""
-    model = _filled(BLOCK)
+    model = filled(parse(BLOCK))
     model.graph.initializers["w1"].values = np.abs(model.graph.initializers["w1"].values) ** 0.1
     _, changes = _dynamic(model, exclude=("q",))
     assert (QuantizeFigures.of(changes).tightened or {})["up"] == 64
@@ -119,15 +99,17 @@ def test_no_pair_of_codes_can_saturate() -> None:
 
 def test_with_data_the_worst_products_keep_their_data_in_float() -> None:
     """One input channel a thousand times the others that hardly matters: one range is too coarse."""
-    model = _filled("""g (float[N,256] x) => (float[N,32] y)
+    model = filled(
+        parse("""g (float[N,256] x) => (float[N,32] y)
         <float[256,64] w1 = {0}, float[64,64] w2 = {0}, float[64,32] w3 = {0}>
         { [a] a = MatMul(x, w1) ar = Relu(a) [b] b = MatMul(ar, w2) br = Relu(b) [c] y = MatMul(br, w3) }""")
+    )
     values = model.graph.initializers["w1"].values.copy()
     values[0] *= 1e-4
     model.graph.initializers["w1"].values = values
     scale = np.ones(256, np.float32)
     scale[0] = 1000
-    data = [{"x": _normal(8, 256, seed=seed) * scale} for seed in range(8)]
+    data = [{"x": normal(8, 256, seed=seed) * scale} for seed in range(8)]
     plain, _ = _dynamic(model, data, require_sqnr=0)
     kept, changes = _dynamic(model, data, require_sqnr=15)
     assert sqnr_of(model, plain, data[0]) < 5
@@ -141,21 +123,25 @@ def test_with_data_the_worst_products_keep_their_data_in_float() -> None:
 
 
 def test_what_several_products_read_is_stored_once() -> None:
-    model = _filled("""g (float[N,48] x) => (float[N,48] y) <float[48,48] w = {0}, float h = {0.1}>
+    model = filled(
+        parse("""g (float[N,48] x) => (float[N,48] y) <float[48,48] w = {0}, float h = {0.1}>
         { [a] a = MatMul(x, w) r = Relu(a) s = Mul(r, h) [b] b = MatMul(s, w) y = Neg(b) }""")
+    )
     result, changes = _dynamic(model, classifier=True)
     assert QuantizeFigures.of(changes).fused == {"MatMul": 2}
     products = [node for node in result.graph.nodes if node.op == "MatMulInteger"]
     assert products[0].inputs[1] is products[1].inputs[1]
     assert "w" not in result.graph.initializers
-    assert sqnr_of(model, result, {"x": _normal(9, 48)}) > 28
+    assert sqnr_of(model, result, {"x": normal(9, 48)}) > 28
 
 
 def test_reasons_tell_what_stands_in_the_way() -> None:
-    model = _filled("""g (float[N,32] x, float[32,48] v) => (float[N,48] y)
+    model = filled(
+        parse("""g (float[N,32] x, float[32,48] v) => (float[N,48] y)
         <float[32,32] c = {0}, float[32,8] small = {0}, float[8,32] back = {0}>
         { [given] a = MatMul(x, v) [one] b = MatMul(x, small) [two] d = MatMul(b, back)
           [big] e = MatMul(d, c) f = Relu(e) [last] g = MatMul(f, v) h = Add(a, g) y = Neg(h) }""")
+    )
     _, changes = _dynamic(model, classifier=True)
     reasons = {skip.node: skip.reason for skip in changes.skipped}
     assert reasons["given"] == reasons["last"] == "its weight is computed, not stored"
@@ -175,12 +161,12 @@ def test_models_in_other_precision_are_told_what_to_do(kind: str) -> None:
 
 def test_four_bits_are_refused() -> None:
     with pytest.raises(UsageError, match="activations=none"):
-        _dynamic(_filled(BLOCK), weights="int4")
+        _dynamic(filled(parse(BLOCK)), weights="int4")
 
 
 def test_where_only_weights_are_stored_the_worst_layers_get_more_bits() -> None:
-    model = _filled(BLOCK)
-    data = [{"x": _normal(2, 8, 32, seed=seed)} for seed in range(8)]
+    model = filled(parse(BLOCK))
+    data = [{"x": normal(2, 8, 32, seed=seed)} for seed in range(8)]
     limits = {"int4": 18.0, "int8": 40.0}
     for bits, limit in limits.items():
         options: dict[str, Any] = {"activations": "none", "weights": bits}

@@ -10,16 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxslim import shapes
-from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.noise import sqnr
-from onnxslim.engine.base import Changes, Context
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
-from onnxslim.passes.quantize import Quantize, rounding, storing
+from onnxslim.passes.quantize import rounding, storing
 from onnxslim.passes.quantize.scaling import Scaling
 from onnxslim.runtime.session import Session
-from onnxslim.runtime.targets import Target
-from tests.helpers import ops, parse
+from tests.helpers import ops, parse, quantize
 
 CONV = "float[8,4,3,3] w1, float[8] b1"
 HEAD = "a = Conv<pads=[1,1,1,1]>(x, w1, b1)"
@@ -156,12 +153,6 @@ def test_outputs_are_not_scaled() -> None:
 # ------------------------------------------------------------------------------------ the whole pass
 
 
-def _quantize(model: Model, data: list[dict[str, Array]], **options: Any) -> tuple[Model, Changes]:
-    twin = model.copy()
-    changes = Quantize(**options).run(twin, Context(target=Target.cpu(), data=CalibrationData(data)))
-    return twin, changes
-
-
 def _noise(before: Model, after: Model, data: list[dict[str, Array]]) -> float:
     runs = ([session.run(feeds) for feeds in data] for session in (Session(before), Session(after)))
     return sqnr(*runs)
@@ -182,8 +173,8 @@ def uneven() -> Model:
 
 def test_uneven_channels_are_scaled(uneven: Model) -> None:
     data, other = [_feeds(i, 4, 8, 10, 10) for i in range(8)], [_feeds(99, 16, 8, 10, 10)]
-    plain, _ = _quantize(uneven, data, equalization=False, algorithm="rtn", require_sqnr=0)
-    scaled, changes = _quantize(uneven, data, algorithm="rtn", require_sqnr=0)
+    plain, _ = quantize(uneven, data, equalization=False, algorithm="rtn", require_sqnr=0)
+    scaled, changes = quantize(uneven, data, algorithm="rtn", require_sqnr=0)
     assert _noise(uneven, scaled, other) > _noise(uneven, plain, other) + 6
     assert any("scaled alike" in change.action for change in changes.changed)
     assert ops(scaled) == ops(plain)
@@ -205,8 +196,8 @@ def test_what_cannot_be_moved_is_multiplied() -> None:
         opset=20,
     )
     data = [_feeds(i, 64, 16) for i in range(8)]
-    plain, _ = _quantize(model, data, equalization=False, algorithm="rtn", require_sqnr=0)
-    scaled, _ = _quantize(model, data, algorithm="rtn", require_sqnr=0)
+    plain, _ = quantize(model, data, equalization=False, algorithm="rtn", require_sqnr=0)
+    scaled, _ = quantize(model, data, algorithm="rtn", require_sqnr=0)
     assert ops(scaled)["Mul"] >= 1
     other = [_feeds(99, 256, 16)]
     assert _noise(model, scaled, other) > _noise(model, plain, other) + 3
@@ -220,17 +211,16 @@ def deep() -> Model:
     constants = {
         name: (rng.standard_normal((24, 24)) * np.sqrt(2 / 24)).astype(np.float32) for name in names
     } | {f"b{i}": np.zeros(24, np.float32) for i in range(8)}
-    declared = ", ".join(f"float{list(v.shape)} {k}" for k, v in constants.items())
     lines = [f"t{i} = Gemm({'x' if not i else f'r{i - 1}'}, w{i}, b{i}) r{i} = Relu(t{i})" for i in range(7)]
     body = "\n".join([*lines, "y = Gemm(r6, w7, b7)"])
-    return parse(f"g (float[N,24] x, {declared}) => (float[N,24] y) {{ {body} }}", constants)
+    return parse(f"g (float[N,24] x) => (float[N,24] y) {{ {body} }}", constants)
 
 
 def test_fitting_in_turn_beats_layers_on_their_own(deep: Model) -> None:
     data, other = [_feeds(i, 64, 24) for i in range(16)], [_feeds(99, 512, 24)]
-    same = {"weights": "int4", "equalization": False, "require_sqnr": 0, "classifier": True}
-    alone, _ = _quantize(deep, data, **same, sequential=False)
-    turn, _ = _quantize(deep, data, **same)
+    same: dict[str, Any] = {"weights": "int4", "equalization": False, "require_sqnr": 0, "classifier": True}
+    alone, _ = quantize(deep, data, **same, sequential=False)
+    turn, _ = quantize(deep, data, **same)
     assert _noise(deep, turn, other) > _noise(deep, alone, other) + 1
 
 
@@ -243,9 +233,9 @@ def test_four_bits_beat_the_nearest(deep: Model, algorithm: str) -> None:
     model = parse(text, {k: (rng.standard_normal(s) / 11).astype(np.float32) for k, s in shape.items()})
     mixing = (rng.standard_normal((128, 128)) * np.geomspace(1, 0.02, 128)[:, None]).astype(np.float32)
     data = [{"x": feeds["x"] @ mixing} for feeds in (_feeds(i, 64, 128) for i in range(16))]
-    same = {"weights": "int4", "activations": "none", "require_sqnr": 0}
-    near, _ = _quantize(model, data, **same, algorithm="rtn")
-    better, _ = _quantize(model, data, **same, algorithm=algorithm)
+    same: dict[str, Any] = {"weights": "int4", "activations": "none", "require_sqnr": 0}
+    near, _ = quantize(model, data, **same, algorithm="rtn")
+    better, _ = quantize(model, data, **same, algorithm=algorithm)
     other = [{"x": _feeds(99, 256, 128)["x"] @ mixing}]
     assert _noise(model, better, other) > _noise(model, near, other) + 3
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.holdout import split
-from onnxslim.engine.base import Changes, Context
+from onnxslim.engine.base import Context
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
@@ -21,31 +19,7 @@ from onnxslim.runtime.metric import Metric, Run
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from tests.helpers import ops, parse, sqnr_of
-
-
-def _normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def _with(model: Model, **values: Array) -> Model:
-    for name, array in values.items():
-        model.graph.initializers[name].values = array
-    return model
-
-
-def _quantize(
-    model: Model, data: list[dict[str, Array]], metric: Metric | None = None, **options: Any
-) -> tuple[Model, Changes]:
-    twin = model.copy()
-    context = Context(target=Target.cpu(), data=CalibrationData(data), metric=metric)
-    changes = Quantize(**options).run(twin, context)
-    return twin, changes
-
-
-def _constants(model: Model) -> list[Constant]:
-    return [tensor for node in model.graph.nodes for tensor in node.inputs if isinstance(tensor, Constant)]
-
+from tests.helpers import normal, ops, parse, quantize, replaced, sqnr_of
 
 CHAIN = """g (float[N,8,6,6] x) => (float[N,8,6,6] y)
 <float[8,8,1,1] w1 = {0}, float[8] b1 = {0}, float[16,8,3,3] w2 = {0}, float[16] b2 = {0},
@@ -57,27 +31,27 @@ CHAIN = """g (float[N,8,6,6] x) => (float[N,8,6,6] y)
 
 @pytest.fixture
 def chain() -> Model:
-    return _with(
+    return replaced(
         parse(CHAIN),
-        w1=_normal(8, 8, 1, 1),
-        b1=_normal(8, seed=1),
-        w2=_normal(16, 8, 3, 3, seed=2) * np.geomspace(0.01, 1, 16).astype(np.float32)[:, None, None, None],
-        b2=_normal(16, seed=3),
-        w3=_normal(8, 16, 1, 1, seed=4),
-        b3=_normal(8, seed=5),
+        w1=normal(8, 8, 1, 1),
+        b1=normal(8, seed=1),
+        w2=normal(16, 8, 3, 3, seed=2) * np.geomspace(0.01, 1, 16).astype(np.float32)[:, None, None, None],
+        b2=normal(16, seed=3),
+        w3=normal(8, 16, 1, 1, seed=4),
+        b3=normal(8, seed=5),
     )
 
 
 @pytest.fixture
 def batches() -> list[dict[str, Array]]:
-    return [{"x": _normal(4, 8, 6, 6, seed=seed)} for seed in range(8)]
+    return [{"x": normal(4, 8, 6, 6, seed=seed)} for seed in range(8)]
 
 
 def test_a_convolution_left_in_float_between_integers_is_really_left_alone(
     chain: Model, batches: list[dict[str, Array]]
 ) -> None:
     """ONNX Runtime quantizes float weights between a DQ and a Q itself, with one scale for all."""
-    result, _ = _quantize(chain, batches, exclude=("middle",))
+    result, _ = quantize(chain, batches, exclude=("middle",))
     ran = {node.name: node.op_type for node in optimized_model(result).graph.node}
     assert ran["first"] == ran["last"] == "QLinearConv"
     assert ran["middle"] in ("Conv", "FusedConv")
@@ -91,15 +65,15 @@ def _with_outlier(chain: Model) -> Model:
     b1, w2 = chain.graph.initializers["b1"].values.copy(), chain.graph.initializers["w2"].values.copy()
     b1[0] += 800.0
     w2[:, 0] *= 1e-3
-    return _with(chain, b1=b1, w2=w2)
+    return replaced(chain, b1=b1, w2=w2)
 
 
 def test_the_layer_that_loses_most_is_kept_and_the_report_ranks_all(
     chain: Model, batches: list[dict[str, Array]]
 ) -> None:
     model = _with_outlier(chain)
-    plain, _ = _quantize(model, batches, require_sqnr=0, equalization=False, sequential=False)
-    kept, changes = _quantize(model, batches, require_sqnr=25, equalization=False, sequential=False)
+    plain, _ = quantize(model, batches, require_sqnr=0, equalization=False, sequential=False)
+    kept, changes = quantize(model, batches, require_sqnr=25, equalization=False, sequential=False)
     figures = QuantizeFigures.of(changes)
     assert figures.everything is not None
     assert figures.sqnr is not None
@@ -108,14 +82,14 @@ def test_the_layer_that_loses_most_is_kept_and_the_report_ranks_all(
     assert [row.sqnr for row in rows] == sorted(row.sqnr for row in rows)
     assert {row.node for row in rows} == {"first", "middle", "last"}
     assert 0 < sum(row.kept for row in rows) < 3
-    fresh = {"x": _normal(16, 8, 6, 6, seed=99)}
+    fresh = {"x": normal(16, 8, 6, 6, seed=99)}
     assert sqnr_of(model, kept, fresh) > max(sqnr_of(model, plain, fresh), 23)
 
 
 def test_nothing_is_searched_where_enough_is_kept(chain: Model, batches: list[dict[str, Array]]) -> None:
-    _, changes = _quantize(chain, batches, require_sqnr=15)
+    _, changes = quantize(chain, batches, require_sqnr=15)
     assert QuantizeFigures.of(changes).layers is None
-    _, changes = _quantize(chain, batches, require_sqnr=15, layers=True)
+    _, changes = quantize(chain, batches, require_sqnr=15, layers=True)
     assert len(QuantizeFigures.of(changes).layers or ()) == 3
     assert not any(row.kept for row in QuantizeFigures.of(changes).layers or ())
 
@@ -125,7 +99,7 @@ def test_nothing_is_searched_where_enough_is_kept(chain: Model, batches: list[di
 
 def _closeness(model: Model) -> Metric:
     """Minus the relative error of the outputs on samples of its own, so that 0 is perfect."""
-    feeds = {"x": _normal(16, 8, 6, 6, seed=77)}
+    feeds = {"x": normal(16, 8, 6, 6, seed=77)}
     wanted = Session(model).run(feeds)["y"]
 
     def closeness(run: Run) -> float:
@@ -140,7 +114,7 @@ def test_a_metric_decides_how_many_layers_stay_in_float(
     model = _with_outlier(chain)
     metric, rows, drops = _closeness(model), {}, {}
     for limit in (1.0, 0.1):
-        result, changes = _quantize(
+        result, changes = quantize(
             model, batches, metric=metric, max_drop=limit, equalization=False, sequential=False
         )
         before, after = QuantizeFigures.of(changes).metric or (-1.0, -1.0)
@@ -156,7 +130,7 @@ def test_a_metric_decides_how_many_layers_stay_in_float(
 def test_a_goal_that_cannot_be_reached_is_told(chain: Model, batches: list[dict[str, Array]]) -> None:
     """To a metric that says that anything but the original is worthless, it is all the same."""
     values = iter([1.0])
-    result, changes = _quantize(chain, batches, metric=lambda run: next(values, 0.0), max_drop=0.5)
+    result, changes = quantize(chain, batches, metric=lambda run: next(values, 0.0), max_drop=0.5)
     reasons = [skip.reason for skip in changes.skipped]
     assert "the metric drops from 1 to 0, more than 0.5" in reasons
     assert not changes
@@ -168,7 +142,7 @@ def test_a_limit_without_a_metric_is_the_callers_mistake(
     chain: Model, batches: list[dict[str, Array]]
 ) -> None:
     with pytest.raises(UsageError, match="max_drop needs a metric"):
-        _quantize(chain, batches, max_drop=0.1)
+        quantize(chain, batches, max_drop=0.1)
     with pytest.raises(CalibrationError, match="max_drop needs calibration data"):
         Quantize(activations=None, max_drop=0.1).run(chain.copy(), Context(metric=lambda run: 1.0))
 
@@ -183,13 +157,13 @@ PRODUCTS = """g (int64[N,S] i) => (float[N,S,48] y)
 
 @pytest.fixture
 def products() -> Model:
-    mixed = _normal(64, 64, seed=7) * np.geomspace(0.05, 1, 64).astype(np.float32)
-    return _with(
+    mixed = normal(64, 64, seed=7) * np.geomspace(0.05, 1, 64).astype(np.float32)
+    return replaced(
         parse(PRODUCTS, opset=21),
-        table=_normal(3000, 64) @ mixed,
-        w1=_normal(64, 96, seed=1),
-        b1=_normal(96, seed=2),
-        w2=_normal(96, 48, seed=3),
+        table=normal(3000, 64) @ mixed,
+        w1=normal(64, 96, seed=1),
+        b1=normal(96, seed=2),
+        w2=normal(96, 48, seed=3),
     )
 
 
@@ -203,7 +177,7 @@ def sentences() -> list[dict[str, Array]]:
 def test_weights_alone_are_stored_as_integers(
     products: Model, sentences: list[dict[str, Array]], bits: str, size: float, least: float
 ) -> None:
-    result, _ = _quantize(products, sentences, weights=bits, activations="none", require_sqnr=0)
+    result, _ = quantize(products, sentences, weights=bits, activations="none", require_sqnr=0)
     assert result.nbytes() < size * products.nbytes()
     assert "QuantizeLinear" not in ops(result)
     assert sqnr_of(products, result, sentences[0]) > least
@@ -217,7 +191,7 @@ def test_four_bits_chosen_by_outputs_beat_the_nearest_ones(
     found = {
         algorithm: sqnr_of(
             products,
-            _quantize(
+            quantize(
                 products, sentences, weights="int4", activations=None, algorithm=algorithm, require_sqnr=0
             )[0],
             fresh,
@@ -235,9 +209,9 @@ def test_weights_alone_need_no_data(products: Model) -> None:
 
 
 def test_four_bit_weights_run_in_integer_kernels(chain: Model, batches: list[dict[str, Array]]) -> None:
-    result, changes = _quantize(chain, batches, weights="int4", require_sqnr=0)
+    result, changes = quantize(chain, batches, weights="int4", require_sqnr=0)
     assert QuantizeFigures.of(changes).fused == {"Conv": 3}
-    stored = {constant.dtype.name for constant in _constants(result)}
+    stored = {constant.dtype.name for constant in result.constants()}
     assert "int4" in stored
     assert sqnr_of(chain, result, batches[0]) > 12
     assert sqnr_of(chain, result, batches[0]) == pytest.approx(
@@ -246,12 +220,12 @@ def test_four_bit_weights_run_in_integer_kernels(chain: Model, batches: list[dic
 
 
 def test_four_bits_in_integer_kernels_gain_by_outputs_too(chain: Model) -> None:
-    mixed = _normal(3, 8, seed=5)
-    images = [np.einsum("ncij,cd->ndij", _normal(8, 3, 6, 6, seed=seed), mixed) for seed in range(9)]
+    mixed = normal(3, 8, seed=5)
+    images = [np.einsum("ncij,cd->ndij", normal(8, 3, 6, 6, seed=seed), mixed) for seed in range(9)]
     *data, fresh = ({"x": image} for image in images)
     found = {
         algorithm: sqnr_of(
-            chain, _quantize(chain, data, weights="int4", algorithm=algorithm, require_sqnr=0)[0], fresh
+            chain, quantize(chain, data, weights="int4", algorithm=algorithm, require_sqnr=0)[0], fresh
         )
         for algorithm in ("rtn", "cd")
     }
@@ -264,7 +238,7 @@ def test_four_bits_in_integer_kernels_gain_by_outputs_too(chain: Model) -> None:
 def test_parts_of_a_concat_are_judged_one_by_one() -> None:
     model = parse("""g (float[N,2,4] x, float[N,3,4] z) => (float[N,4,5] y)
         { c = Concat<axis=1>(x, z) y = Transpose<perm=[0,2,1]>(c) }""")
-    feeds = {"x": 100 * _normal(2, 2, 4), "z": _normal(2, 3, 4, seed=1)}
+    feeds = {"x": 100 * normal(2, 2, 4), "z": normal(2, 3, 4, seed=1)}
     other = parse("""g (float[N,2,4] x, float[N,3,4] z) => (float[N,4,5] y)
         <float[1] h = {0.5}> { zh = Mul(z, h) c = Concat<axis=1>(x, zh) y = Transpose<perm=[0,2,1]>(c) }""")
     score = Judge(model, CalibrationData([feeds]), Target.cpu())(other)
@@ -279,7 +253,7 @@ def test_error_is_the_share_of_the_variance_and_integers_count_only_alone() -> N
     other = parse("""g (float[N,8] x) => (float[N,8] y, int64[N,1] c)
         <float h = {100}, float s = {0.5}, int64 z = {0}>
         { xs = Mul(x, s) y = Add(xs, h) a = ArgMax<axis=1>(y) c = Mul(a, z) }""")
-    data = CalibrationData([{"x": _normal(64, 8, seed=seed)} for seed in range(4)])
+    data = CalibrationData([{"x": normal(64, 8, seed=seed)} for seed in range(4)])
     score = Judge(model, data, Target.cpu(), 256)(other)
     assert score.parts.keys() == {"y"}
     assert score.error == pytest.approx(0.25, rel=0.01)
@@ -350,7 +324,7 @@ def test_refined_codes_lower_the_error_and_keep_their_limits(
 def test_graphs_obey_the_layout_of_a_target(
     chain: Model, batches: list[dict[str, Array]], layout: str, activation: str, bias: str, symmetric: bool
 ) -> None:
-    result, _ = _quantize(chain, batches, layout=layout, require_sqnr=0)
+    result, _ = quantize(chain, batches, layout=layout, require_sqnr=0)
     pairs = [node for node in result.graph.nodes if node.op == "QuantizeLinear"]
     zeros = [node.inputs[2] for node in pairs if isinstance(node.inputs[2], Constant)]
     assert len(zeros) == len(pairs) > 0
@@ -367,7 +341,7 @@ def test_graphs_obey_the_layout_of_a_target(
 def test_sixteen_bits_lose_less_than_eight(chain: Model, batches: list[dict[str, Array]]) -> None:
     found = {
         kind: sqnr_of(
-            chain, _quantize(chain, batches, activations=kind, algorithm="rtn")[0], batches[0], "none"
+            chain, quantize(chain, batches, activations=kind, algorithm="rtn")[0], batches[0], "none"
         )
         for kind in ("uint8", "uint16")
     }
@@ -379,7 +353,7 @@ def test_latency_is_measured_and_may_be_what_decides(
 ) -> None:
     """Timing itself is made up: only what is done with it can be tested."""
     monkeypatch.setattr(Judge, "latencies", lambda self, models, seconds: [1.0, 0.9, 0.8, 0.7][: len(models)])
-    _, changes = _quantize(chain, batches, optimize_for="latency", require_sqnr=0)
+    _, changes = quantize(chain, batches, optimize_for="latency", require_sqnr=0)
     assert QuantizeFigures.of(changes).latency == 1.0
     reasons = [skip.reason for skip in changes.skipped]
     assert reasons.count("it is faster in floating point") == 2

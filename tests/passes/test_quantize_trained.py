@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pytest
 
-from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.noise import sqnr
-from onnxslim.engine.base import Changes, Context
 from onnxslim.ir.graph import Array, Constant, Node
 from onnxslim.ir.model import Model
-from onnxslim.passes.quantize import Quantize, QuantizeFigures
+from onnxslim.passes.quantize import QuantizeFigures
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.session import Session
-from onnxslim.runtime.targets import Target
-from tests.helpers import ops, parse
+from tests.helpers import normal, ops, parse, quantize
 
-
-def _normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-DATA = [{"x": _normal(4, 8, 6, 6, seed=seed)} for seed in range(6)]
-W1, W2 = _normal(16, 8, 3, 3, seed=10), _normal(8, 16, 1, 1, seed=11)
-FLOATS = {"w1": W1, "b1": _normal(16, seed=12), "w2": W2, "b2": _normal(8, seed=13)}
+DATA = [{"x": normal(4, 8, 6, 6, seed=seed)} for seed in range(6)]
+W1, W2 = normal(16, 8, 3, 3, seed=10), normal(8, 16, 1, 1, seed=11)
+FLOATS = {"w1": W1, "b1": normal(16, seed=12), "w2": W2, "b2": normal(8, seed=13)}
 
 
 def _scale(weight: Array) -> Array:
@@ -40,7 +31,7 @@ def _codes(weight: Array) -> Array:
 ZEROS = {"k1": np.zeros(16, np.int8), "k2": np.zeros(8, np.int8)}
 SCALES = {"s1": _scale(W1), "s2": _scale(W2)}
 CODES = {"c1": _codes(W1), "c2": _codes(W2)}
-HEAD = "g (float[N,8,6,6] x{inputs}) => (float[N,8,6,6] y)"
+HEAD = "g (float[N,8,6,6] x) => (float[N,8,6,6] y)"
 # Fake quantization of weights that are still floats, behind zero points that are copies of each other.
 EXPORTED = """{ kc = Identity(k1)
   q1 = QuantizeLinear<axis=0>(w1, s1, kc) d1 = DequantizeLinear<axis=0>(q1, s1, kc)
@@ -70,22 +61,12 @@ SYMMETRIC = _grids(np.int8, (0, 0, 0), (0.04, 0.25, 0.3))
 
 def _model(weights: str, body: str, *constants: Mapping[str, Array]) -> Model:
     values = {key: value for group in constants for key, value in group.items()}
-    types = {"float32": "float", "int8": "int8", "uint8": "uint8"}
-    inputs = ""
-    for name, array in values.items():
-        inputs += f", {types[array.dtype.name]}[{','.join(map(str, array.shape))}] {name}"
-    return parse(HEAD.replace("{inputs}", inputs) + weights + body, values)
-
-
-def _quantize(model: Model, **options: Any) -> tuple[Model, Changes]:
-    twin = model.copy()
-    changes = Quantize(**options).run(twin, Context(target=Target.cpu(), data=CalibrationData(DATA)))
-    return twin, changes
+    return parse(HEAD + weights + body, values)
 
 
 def _sqnr(before: Model, after: Model, optimize: str = "all") -> float:
     """Against the model as it was trained: without kernels in integers."""
-    feeds = {"x": _normal(8, 8, 6, 6, seed=99)}
+    feeds = {"x": normal(8, 8, 6, 6, seed=99)}
     return sqnr(Session(before, optimize="none").run(feeds), Session(after, optimize=optimize).run(feeds))
 
 
@@ -114,7 +95,7 @@ def _signed(constant: Constant) -> Array:
 @pytest.mark.parametrize("weights", [EXPORTED, STORED], ids=["exported", "stored"])
 def test_what_was_trained_stays_as_it_was_and_runs_in_integers(weights: str, grids: dict[str, Array]) -> None:
     model = _model(weights, PAIRED, FLOATS, ZEROS, SCALES, CODES, grids)
-    result, changes = _quantize(model)
+    result, changes = quantize(model, DATA)
     assert QuantizeFigures.of(changes).trained == (3, 2)
     assert (QuantizeFigures.of(changes).fused or {})["Conv"] == 2
     assert _sqnr(model, result) > 50
@@ -131,7 +112,7 @@ def test_what_was_trained_stays_as_it_was_and_runs_in_integers(weights: str, gri
 def test_codes_that_could_saturate_are_stored_as_uint8() -> None:
     codes = {**CODES, "c1": np.full((16, 8, 3, 3), 120, np.int8)}
     model = _model(STORED, PAIRED, FLOATS, ZEROS, SCALES, codes, AFFINE)
-    result, _ = _quantize(model)
+    result, _ = quantize(model, DATA)
     assert _weight(result, "one").values.dtype == np.uint8
     assert (_weight(result, "one").values == 248).all()
     assert _sqnr(model, result) > 50
@@ -141,7 +122,7 @@ def test_codes_that_could_saturate_are_stored_as_uint8() -> None:
 @pytest.mark.parametrize("weights", [EXPORTED, STORED], ids=["exported", "stored"])
 def test_only_weights_were_trained(weights: str, algorithm: str) -> None:
     model = _model(weights, BARE, FLOATS, ZEROS, SCALES, CODES)
-    result, changes = _quantize(model, algorithm=algorithm)
+    result, changes = quantize(model, DATA, algorithm=algorithm)
     assert QuantizeFigures.of(changes).trained == (0, 2)
     assert (QuantizeFigures.of(changes).fused or {})["Conv"] == 2
     np.testing.assert_array_equal(_signed(_weight(result, "two")), CODES["c2"])
@@ -150,7 +131,7 @@ def test_only_weights_were_trained(weights: str, algorithm: str) -> None:
 
 def test_only_activations_were_trained() -> None:
     model = _model(PLAIN, PAIRED, PLAIN_FLOATS, AFFINE)
-    result, changes = _quantize(model)
+    result, changes = quantize(model, DATA)
     assert QuantizeFigures.of(changes).trained == (3, 0)
     assert (QuantizeFigures.of(changes).fused or {})["Conv"] == 2
     assert _scales_of(result, "QuantizeLinear") == {float(AFFINE[f"s{name}"][0]) for name in "xrh"}
@@ -160,7 +141,7 @@ def test_only_activations_were_trained() -> None:
 def test_what_stays_in_float_keeps_its_pairs_and_its_stored_weight() -> None:
     """Excluded nodes compute what they were trained to compute, and the file does not grow."""
     model = _model(STORED, PAIRED, FLOATS, ZEROS, SCALES, CODES, SYMMETRIC)
-    result, changes = _quantize(model, exclude=("two",))
+    result, changes = quantize(model, DATA, exclude=("two",))
     assert (QuantizeFigures.of(changes).fused or {})["Conv"] == 1
     assert _sqnr(model, result, "none") > 50
     assert _weight(result, "two").values.dtype == np.int8
@@ -169,11 +150,11 @@ def test_what_stays_in_float_keeps_its_pairs_and_its_stored_weight() -> None:
 
 def test_quantizing_twice_is_quantizing_once() -> None:
     model = _model(PLAIN, BARE, PLAIN_FLOATS)
-    once, _ = _quantize(model)
-    again, changes = _quantize(once)
+    once, _ = quantize(model, DATA)
+    again, changes = quantize(once, DATA)
     assert (QuantizeFigures.of(changes).trained or (0, 0))[0] > 0
     assert ops(again)["QuantizeLinear"] == ops(once)["QuantizeLinear"]
-    feeds = {"x": _normal(8, 8, 6, 6, seed=99)}
+    feeds = {"x": normal(8, 8, 6, 6, seed=99)}
     np.testing.assert_array_equal(Session(once).run(feeds)["y"], Session(again).run(feeds)["y"])
 
 
@@ -184,9 +165,8 @@ def test_pairs_of_other_kinds_are_left_alone() -> None:
         { q = QuantizeLinear(x, a, o) y = DequantizeLinear(q, a, o)
           p = QuantizeLinear(x, b, o) r = DequantizeLinear(p, a, o) z = Sin(r)
           t = QuantizeLinear(x, s, o) u = DequantizeLinear(t, s, o) v = Sin(u) }""")
-    twin = model.copy()
-    feeds = {"x": _normal(4, 8), "s": np.array(0.3, np.float32)}
-    Quantize().run(twin, Context(target=Target.cpu(), data=CalibrationData([feeds])))
+    feeds = {"x": normal(4, 8), "s": np.array(0.3, np.float32)}
+    twin, _ = quantize(model, [feeds])
     assert ops(twin) == ops(model)
     for name, value in Session(model).run(feeds).items():
         np.testing.assert_array_equal(Session(twin).run(feeds)[name], value)

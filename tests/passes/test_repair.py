@@ -22,19 +22,15 @@ from onnxslim.passes.repair.activation import Table, behind, tabulated
 from onnxslim.passes.repair.descent import Rows, refined
 from onnxslim.passes.repair.solve import fit
 from onnxslim.runtime.session import Session
-from tests.helpers import parse
+from tests.helpers import normal, parse, replaced
 
 Feeds = Mapping[str, Array]
-
-
-def random(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
 def mixing(size: int, groups: int = 1) -> Array:
     """A well-conditioned invertible map that keeps groups of channels apart."""
     blocks = [
-        np.eye(size // groups) + 0.3 * random(size // groups, size // groups, seed=i) for i in range(groups)
+        np.eye(size // groups) + 0.3 * normal(size // groups, size // groups, seed=i) for i in range(groups)
     ]
     found = np.zeros((size, size), np.float32)
     for i, block in enumerate(blocks):
@@ -44,18 +40,11 @@ def mixing(size: int, groups: int = 1) -> Array:
 
 
 def batches(*shape: int, count: int = 4, name: str = "x", seed: int = 5) -> CalibrationData:
-    return CalibrationData([{name: random(*shape, seed=seed + i)} for i in range(count)])
+    return CalibrationData([{name: normal(*shape, seed=seed + i)} for i in range(count)])
 
 
 def values(model: Model, name: str) -> Array:
     return np.array(model.graph.initializers[name].values)
-
-
-def replaced(model: Model, **constants: Array) -> Model:
-    twin = model.copy()
-    for name, array in constants.items():
-        twin.graph.initializers[name].values = np.asarray(array)
-    return twin
 
 
 def error(student: Model, teacher: Model, feeds: Feeds, output: str = "y") -> float:
@@ -83,15 +72,15 @@ def restored(student: Model, teacher: Model, feeds: Feeds, limit: float = 1e-4, 
 @settings(max_examples=15)
 @given(st.permutations(range(6)), st.integers(0, 99))
 def test_channels_that_follow_from_others_can_go(order: list[int], seed: int) -> None:
-    first = random(6, 3, 3, 3, seed=seed)
-    gain = np.abs(random(3, seed=seed)) + 0.5
+    first = normal(6, 3, 3, 3, seed=seed)
+    gain = np.abs(normal(3, seed=seed)) + 0.5
     first[order[3:]] = first[order[:3]] * gain[:, None, None, None]  # a Relu keeps positive multiples
     text = """g (float[N,3,H,W] x) => (float[N,4,A,B] y)
     { c = Conv(x, v) r = Relu(c) y = Conv<pads=[1,1,1,1]>(r, w, b) }"""
-    teacher = parse(text, {"v": first, "w": random(4, 6, 3, 3, seed=seed), "b": random(4)})
+    teacher = parse(text, {"v": first, "w": normal(4, 6, 3, 3, seed=seed), "b": normal(4)})
     keep = np.sort(order[:3])
     student = replaced(teacher, v=first[keep], w=values(teacher, "w")[:, keep])
-    restored(student, teacher, {"x": random(8, 3, 9, 9, seed=seed)}, kept={("c", 1): keep, ("r", 1): keep})
+    restored(student, teacher, {"x": normal(8, 3, 9, 9, seed=seed)}, kept={("c", 1): keep, ("r", 1): keep})
     np.testing.assert_array_equal(values(student, "v"), first[keep])
 
 
@@ -122,14 +111,14 @@ def test_convolutions_undo_a_map_of_their_input(kind: str) -> None:
     free = ",".join("HWD"[: len(size) - 1])
     text = f"g (float[N,{size[0]},{free}] x) => (float y) {{ h = Conv(x, v) z0 = {tail} }}"
     ones = (1,) * (len(size) - 1)
-    positive = np.abs(random(5)) + 0.5
-    present = {"b": random(12)[: shape[0]] if "Transpose" not in call else random(5), "s": random(5, 1, 1)}
-    present |= {"t": random(5, 1, 1, seed=1), "p": positive, "q": random(5)}
-    weights = {"v": mixing(size[0]).reshape(size[0], size[0], *ones), "w": random(*shape)}
+    positive = np.abs(normal(5)) + 0.5
+    present = {"b": normal(12)[: shape[0]] if "Transpose" not in call else normal(5), "s": normal(5, 1, 1)}
+    present |= {"t": normal(5, 1, 1, seed=1), "p": positive, "q": normal(5)}
+    weights = {"v": mixing(size[0]).reshape(size[0], size[0], *ones), "w": normal(*shape)}
     teacher = parse(text, {**weights, **present})
     changed = mixing(size[0], groups) @ mixing(size[0])
     student = replaced(teacher, v=changed.reshape(size[0], size[0], *ones))
-    restored(student, teacher, {"x": random(16, *size)})
+    restored(student, teacher, {"x": normal(16, *size)})
     np.testing.assert_array_equal(values(student, "v").reshape(changed.shape), changed)
 
 
@@ -151,10 +140,10 @@ def test_products_undo_a_map_of_their_input(kind: str) -> None:
     call, size, shape = PRODUCTS[kind]
     tail = call if "y =" in call else f"{call} y = Relu(z0)"
     text = f"g (float[{','.join('NABC'[: len(size)])}] x) => (float y) {{ h = MatMul(x, v) z0 = {tail} }}"
-    biases = {"b": random(5) + 0.1, "r": random(1, 5), "o": random(1)}
-    teacher = parse(text, {"v": mixing(6), "w": random(*shape), **biases})
+    biases = {"b": normal(5) + 0.1, "r": normal(1, 5), "o": normal(1)}
+    teacher = parse(text, {"v": mixing(6), "w": normal(*shape), **biases})
     student = replaced(teacher, v=mixing(6) @ mixing(6))
-    restored(student, teacher, {"x": random(*size)})
+    restored(student, teacher, {"x": normal(*size)})
 
 
 NORMALIZATIONS = {
@@ -172,11 +161,11 @@ NORMALIZATIONS = {
 def test_scales_and_shifts_are_refitted(kind: str) -> None:
     text = f"g (float[N,6,6] x) => (float y) {{ a = Mul(x, v) h = Add(a, u) {NORMALIZATIONS[kind]} }}"
     constants = {"v": np.ones(6, np.float32), "u": np.zeros(6, np.float32)}
-    teacher = parse(text, {**constants, "g": np.abs(random(6)) + 0.5, "e": np.abs(random(6)) + 0.1})
-    gain = np.abs(random(6, seed=1)) + 0.5 if kind != "shift" else constants["v"]
-    shift = random(6, seed=3) if kind not in ("scale", "layer norm without bias") else constants["u"]
+    teacher = parse(text, {**constants, "g": np.abs(normal(6)) + 0.5, "e": np.abs(normal(6)) + 0.1})
+    gain = np.abs(normal(6, seed=1)) + 0.5 if kind != "shift" else constants["v"]
+    shift = normal(6, seed=3) if kind not in ("scale", "layer norm without bias") else constants["u"]
     student = replaced(teacher, v=gain, u=shift)
-    feeds = {"x": random(3, 6, 6, seed=9)}
+    feeds = {"x": normal(3, 6, 6, seed=9)}
     before = error(student, teacher, feeds)
     changes = repair(student, teacher, batches(30, 6, 6), layers=["y"])
     after = error(student, teacher, feeds)
@@ -193,15 +182,15 @@ def block(width: int = 4) -> tuple[Model, Model]:
     text = """g (float[N,4,H,W] x) => (float[N,4,A,B] y)
     { s = Conv(x, v) r = Relu(s) a = Conv<pads=[1,1,1,1]>(r, w, b) p = Relu(a)
       c = Conv<pads=[1,1,1,1]>(p, z, d) y = Add(c, r) }"""
-    weights = {"w": random(width, 4, 3, 3), "z": random(4, width, 3, 3, seed=1) / np.float32(width)}
-    weights |= {"b": random(width), "d": random(4)}
+    weights = {"w": normal(width, 4, 3, 3), "z": normal(4, width, 3, 3, seed=1) / np.float32(width)}
+    weights |= {"b": normal(width), "d": normal(4)}
     teacher = parse(text, {"v": mixing(4).reshape(4, 4, 1, 1), **weights})
-    harmed = (mixing(4) + 0.3 * random(4, 4, seed=2)).reshape(4, 4, 1, 1).astype(np.float32)
+    harmed = (mixing(4) + 0.3 * normal(4, 4, seed=2)).reshape(4, 4, 1, 1).astype(np.float32)
     return replaced(teacher, v=harmed), teacher
 
 
 def test_a_branch_makes_up_for_the_skip_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    feeds = {"x": random(4, 4, 8, 8, seed=9)}
+    feeds = {"x": normal(4, 4, 8, 8, seed=9)}
     student, teacher = block(16)
     plain = student.copy()
     repair(student, teacher, batches(4, 4, 8, 8, count=8))
@@ -214,19 +203,19 @@ def test_a_branch_makes_up_for_the_skip_beside_it(monkeypatch: pytest.MonkeyPatc
 def test_what_is_added_may_be_one_value_per_channel() -> None:
     text = """g (float[N,4,H,W] x) => (float[N,4,A,B] y)
     { s = Conv(x, v) p = GlobalAveragePool(x) c = Conv(s, w) y = Add(p, c) }"""
-    teacher = parse(text, {"v": mixing(4).reshape(4, 4, 1, 1), "w": random(4, 4, 3, 3)})
+    teacher = parse(text, {"v": mixing(4).reshape(4, 4, 1, 1), "w": normal(4, 4, 3, 3)})
     student = replaced(teacher, v=(mixing(4) @ mixing(4)).reshape(4, 4, 1, 1))
-    changes = restored(student, teacher, {"x": random(8, 4, 8, 7)})
+    changes = restored(student, teacher, {"x": normal(8, 4, 8, 7)})
     assert changes.changed[0].action == "refitted to 'y'"
 
 
 def test_two_branches_of_a_sum_take_turns() -> None:
     text = """g (float[N,4,H,W] x) => (float[N,4,A,B] y)
     { s = Conv(x, v) a = Conv(s, w) k = Conv(s, z) y = Add(a, k) }"""
-    weights = {"w": random(4, 4, 1, 1), "z": random(4, 4, 1, 1, seed=1)}
+    weights = {"w": normal(4, 4, 1, 1), "z": normal(4, 4, 1, 1, seed=1)}
     teacher = parse(text, {"v": mixing(4).reshape(4, 4, 1, 1), **weights})
     student = replaced(teacher, v=(mixing(4) @ mixing(4)).reshape(4, 4, 1, 1))
-    changes = restored(student, teacher, {"x": random(8, 4, 6, 6)})
+    changes = restored(student, teacher, {"x": normal(8, 4, 6, 6)})
     assert changes.changed[0].action == "refitted to 'a'"
 
 
@@ -243,10 +232,10 @@ BIASES = {
 @pytest.mark.parametrize("kind", BIASES)
 def test_means_alone(kind: str) -> None:
     text = f"g (float[N,6] x) => (float[N,5] y) {{ h = Add(x, u) {BIASES[kind]} y = Relu(z) }}"
-    constants = {"w": random(6, 5), "b": random(5), "o": random(1), "s": np.abs(random(5)) + 0.5}
+    constants = {"w": normal(6, 5), "b": normal(5), "o": normal(1), "s": np.abs(normal(5)) + 0.5}
     teacher = parse(text, {"u": np.zeros(6, np.float32), **constants})
-    student = replaced(teacher, u=random(6))
-    changes = restored(student, teacher, {"x": random(50, 6)}, method="bias", layers=["z"])
+    student = replaced(teacher, u=normal(6))
+    changes = restored(student, teacher, {"x": normal(50, 6)}, method="bias", layers=["z"])
     assert len(changes.changed) == 1
     for name in "ws":
         np.testing.assert_array_equal(values(student, name), constants[name])
@@ -254,7 +243,7 @@ def test_means_alone(kind: str) -> None:
 
 def test_no_bias_to_correct_is_told() -> None:
     text = "g (float[N,6] x) => (float[N,5] y) { h = Relu(x) k = MatMul(h, w) y = Relu(k) }"
-    teacher = parse(text, {"w": random(6, 5)})
+    teacher = parse(text, {"w": normal(6, 5)})
     student = teacher.copy()
     student.graph.nodes[0].op = "Abs"
     changes = repair(student, teacher, batches(50, 6), method="bias")
@@ -266,7 +255,7 @@ def test_no_bias_to_correct_is_told() -> None:
 def test_the_error_on_rows_held_out_is_what_it_says_and_the_least(
     count: int, more: int, groups: int, bias: bool, seed: int
 ) -> None:
-    x, r = random(groups, 4, count + more, seed=seed), random(groups, 2, count + more, seed=seed + 100)
+    x, r = normal(groups, 4, count + more, seed=seed), normal(groups, 2, count + more, seed=seed + 100)
     r += 0.3 * x[:, :2]
     train, held = Moments(), Moments()
     train.update(x[..., :count], r[..., :count])
@@ -286,8 +275,8 @@ def test_the_error_on_rows_held_out_is_what_it_says_and_the_least(
 
 @given(st.integers(12, 40), st.integers(8, 40), st.booleans(), st.integers(0, 99))
 def test_weights_come_from_all_rows(count: int, more: int, bias: bool, seed: int) -> None:
-    x = random(1, 4, count + more, seed=seed)
-    r = x[:, 1:3] + random(1, 2, count + more, seed=seed + 100) * np.float32(0.1) + np.float32(bias)
+    x = normal(1, 4, count + more, seed=seed)
+    r = x[:, 1:3] + normal(1, 2, count + more, seed=seed + 100) * np.float32(0.1) + np.float32(bias)
     train, held = Moments(), Moments()
     train.update(x[..., :count], r[..., :count])
     held.update(x[..., count:], r[..., count:])
@@ -304,10 +293,10 @@ def test_weights_come_from_all_rows(count: int, more: int, bias: bool, seed: int
 def test_what_the_data_says_nothing_about_stays() -> None:
     """One channel of the input is constant: its weights and the bias could be traded for each other."""
     text = "g (float[N,3,H,W] x) => (float y) { h = Mul(x, u) z = Conv<group=3>(h, w, b) y = Relu(z) }"
-    constants = {"w": random(3, 1, 2, 2), "b": random(3)}
+    constants = {"w": normal(3, 1, 2, 2), "b": normal(3)}
     teacher = parse(text, {"u": np.ones((3, 1, 1), np.float32), **constants})
     student = replaced(teacher, u=np.array([0.5, 3, 2], np.float32).reshape(3, 1, 1))
-    x = random(9, 3, 6, 6)
+    x = normal(9, 3, 6, 6)
     x[:, 1] = 0.3
     repair(student, teacher, CalibrationData([{"x": x[:4]}, {"x": x[4:]}]))
     assert error(student, teacher, {"x": x}) < 1e-4
@@ -316,7 +305,7 @@ def test_what_the_data_says_nothing_about_stays() -> None:
 
 
 def test_an_input_that_hardly_varies_gets_no_large_weight() -> None:
-    x, r = random(2, 3, 400), random(2, 1, 400)
+    x, r = normal(2, 3, 400), normal(2, 1, 400)
     x[1] *= np.float32(1e-10)
     moments = Moments()
     moments.update(x, r)
@@ -327,12 +316,12 @@ def test_an_input_that_hardly_varies_gets_no_large_weight() -> None:
 
 def test_weights_stay_where_others_are_no_better() -> None:
     text = "g (float[N,30] x) => (float[N,5] y) { h = Relu(x) n = Neg(h) y = MatMul(h, w) }"
-    teacher = parse(text, {"w": random(30, 5) * np.float32(1e-3)})
+    teacher = parse(text, {"w": normal(30, 5) * np.float32(1e-3)})
     stayed = 0
     for seed in range(12):  # so few samples, of noise, that some tell nothing
         student = teacher.copy()
         student.graph.nodes[0].op = "Sin"
-        changes = repair(student, teacher, CalibrationData([{"x": random(8, 30, seed=seed)}]))
+        changes = repair(student, teacher, CalibrationData([{"x": normal(8, 30, seed=seed)}]))
         if changes:
             before, after = map(float, changes.changed[0].reason.split("out ")[1].split(" -> "))
             assert after <= before  # as printed
@@ -373,7 +362,7 @@ def linear_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_the_function_behind_a_layer_is_found(kind: str) -> None:
-    model = activated(kind, w=random(8, 8), b=random(8), u=np.ones(8, np.float32))
+    model = activated(kind, w=normal(8, 8), b=normal(8), u=np.ones(8, np.float32))
     start = next(node.outputs[0] for node in model.graph.nodes if node.op == "Gemm")
     chain = behind(model.graph, start)
     assert chain is not None
@@ -397,7 +386,7 @@ def test_the_function_behind_a_layer_is_found(kind: str) -> None:
 )
 def test_what_is_no_function_of_one_value_is_not_taken_for_one(body: str) -> None:
     text = f"g (float[N,8] x) => (float[N,8] y) {{ z = MatMul(x, w) {body} }}"
-    model = parse(text, {"w": random(8, 8), "v": random(8, 8), "u": random(8)})
+    model = parse(text, {"w": normal(8, 8), "v": normal(8, 8), "u": normal(8)})
     chain = behind(model.graph, model.graph.nodes[0].outputs[0])
     assert chain is None or chain.end.name == "r"
     assert body.startswith("r") or chain is None
@@ -413,7 +402,7 @@ def test_what_comes_out_of_an_activation_counts(
 ) -> None:
     """What is negative is lost, so that no weights are right everywhere."""
     wide = 4 if "Conv" in layer else 8
-    weights = {"w": random(8, 8), "k": random(4, 1, 3, 3), "q": random(4, 2, 3, 3), "b": random(wide)}
+    weights = {"w": normal(8, 8), "k": normal(4, 1, 3, 3), "q": normal(4, 2, 3, 3), "b": normal(wide)}
     teacher = activated(kind, layer, u=np.ones(1, np.float32), **weights)
     student = replaced(teacher, u=np.full(1, -0.3, np.float32))
     student.graph.nodes[0].op = "Max"
@@ -421,7 +410,7 @@ def test_what_comes_out_of_an_activation_counts(
     repair(student, teacher, data, method=method, layers=["z"])
     linear_only(monkeypatch)
     repair(plain, teacher, data, method=method, layers=["z"])
-    fresh = {"x": random(*((800, 8) if wide == 8 else (80, 4, 6, 6)), seed=99)}
+    fresh = {"x": normal(*((800, 8) if wide == 8 else (80, 4, 6, 6)), seed=99)}
     assert error(student, teacher, fresh) <= 1.002 * error(plain, teacher, fresh)
     if kind == "Relu":
         assert error(student, teacher, fresh) < 0.99 * error(plain, teacher, fresh)
@@ -463,8 +452,8 @@ def rows_of(count: int, groups: int, seed: int) -> tuple[list[Rows], list[Gram]]
     """Rows to fit on and rows held out, and their moments."""
     parts, found = [], []
     for index in range(2):
-        x, present = random(groups, 4, count, seed=seed + index), random(groups, 2, count, seed=seed + index)
-        noise = random(groups, 2, count, seed=seed + 7)
+        x, present = normal(groups, 4, count, seed=seed + index), normal(groups, 2, count, seed=seed + index)
+        noise = normal(groups, 2, count, seed=seed + 7)
         change: Array = 0.5 * x[:, :2] - 0.3 * x[:, 2:] + 0.5 + 0.3 * noise
         wanted = (present + change).astype(np.float32)
         parts.append(Rows(x, wanted, present))
@@ -480,9 +469,9 @@ def rows_of(count: int, groups: int, seed: int) -> tuple[list[Rows], list[Gram]]
 def test_layers_that_see_what_they_saw_are_not_touched() -> None:
     text = """g (float[N,4] x) => (float[N,4] y, float[N,4] z)
     { a = Gemm(x, w, b) h = Relu(a) z = Gemm(h, v, b) c = Gemm(x, u, b) k = Relu(c) y = Gemm(k, t, d) }"""
-    constants = {name: random(4, 4, seed=i) for i, name in enumerate("wvut")}
-    teacher = parse(text, {**constants, "b": random(4), "d": random(4)})
-    harmed = constants["u"] + 0.2 * random(4, 4, seed=7)
+    constants = {name: normal(4, 4, seed=i) for i, name in enumerate("wvut")}
+    teacher = parse(text, {**constants, "b": normal(4), "d": normal(4)})
+    harmed = constants["u"] + 0.2 * normal(4, 4, seed=7)
     student = replaced(teacher, u=harmed)
     changes = repair(student, teacher, batches(40, 4))
     assert [change.node for change in changes.changed] == ["Gemm→y"]
@@ -505,25 +494,25 @@ def test_nothing_changes_where_only_the_opset_does() -> None:
 
 def test_only_the_layers_asked_for() -> None:
     """The last factor of a pair has other weights than the teacher, and only its output in common with it."""
-    bias = random(5)
-    full = (random(8, 2) @ random(2, 5)).astype(np.float32)
+    bias = normal(5)
+    full = (normal(8, 2) @ normal(2, 5)).astype(np.float32)
     teacher = parse(
         "g (float[N,8] x) => (float[N,5] y) { h = Relu(x) z = MatMul(h, w) y = Add(z, b) }",
         {"w": full, "b": bias},
     )
     student = parse(
         "g (float[N,8] x) => (float[N,5] y) { h = Relu(x) p = MatMul(h, s) z = MatMul(p, t) y = Add(z, b) }",
-        {"s": random(8, 2), "t": random(2, 5, seed=4), "b": bias + 1},
+        {"s": normal(8, 2), "t": normal(2, 5, seed=4), "b": bias + 1},
     )
-    changes = restored(student, teacher, {"x": random(60, 8)}, layers=["y"])
+    changes = restored(student, teacher, {"x": normal(60, 8)}, layers=["y"])
     assert [change.node for change in changes.changed] == ["MatMul→z"]
-    np.testing.assert_array_equal(values(student, "s"), random(8, 2))
+    np.testing.assert_array_equal(values(student, "s"), normal(8, 2))
 
 
 def test_shared_weights_are_left_alone_and_shared_biases_are_parted() -> None:
     text = """g (float[N,4] x) => (float[N,4] y) { h = MatMul(x, v) a = Gemm(h, w, b) k = Relu(a)
       c = Gemm(k, w, b) l = Relu(c) d = Gemm(l, z, b) y = Relu(d) }"""
-    weights = {"w": random(4, 4), "z": random(4, 4, seed=1), "b": random(4)}
+    weights = {"w": normal(4, 4), "z": normal(4, 4, seed=1), "b": normal(4)}
     teacher = parse(text, {"v": mixing(4), **weights})
     student = replaced(teacher, v=mixing(4) @ mixing(4))
     changes = repair(student, teacher, batches(40, 4))
@@ -548,12 +537,12 @@ def test_shared_weights_are_left_alone_and_shared_biases_are_parted() -> None:
 )
 def test_what_cannot_be_refitted_says_why(body: str, reason: str) -> None:
     text = f"g (float[3,4] x, float[4,4] other) => (float y) {{ h = MatMul(x, v) {body} }}"
-    constants = {"v": mixing(4), "w": random(4, 4), "wide": np.eye(4), "full": random(3, 4)}
+    constants = {"v": mixing(4), "w": normal(4, 4), "wide": np.eye(4), "full": normal(3, 4)}
     teacher = parse(text, constants)
     student = replaced(teacher, v=mixing(4) @ mixing(4))
     if "q =" in body:
         student.graph.nodes[1].outputs[0].name = "new"
-    data = CalibrationData([{"x": random(3, 4, seed=i), "other": random(4, 4)} for i in range(9)])
+    data = CalibrationData([{"x": normal(3, 4, seed=i), "other": normal(4, 4)} for i in range(9)])
     changes = repair(student, teacher, data)
     assert not changes
     assert [skip.reason for skip in changes.skipped] == [reason]
@@ -577,7 +566,7 @@ def test_masks_and_scales_of_groups_are_no_channels(body: str) -> None:
 
 def test_other_shapes_than_told_are_named() -> None:
     text = "g (float[N,4] x) => (float[N,K] y) { h = MatMul(x, v) z = MatMul(h, w) y = Relu(z) }"
-    teacher = parse(text, {"v": mixing(4), "w": random(4, 6)})
+    teacher = parse(text, {"v": mixing(4), "w": normal(4, 6)})
     student = replaced(teacher, v=mixing(4) @ mixing(4), w=values(teacher, "w")[:, :3])
     changes = repair(student, teacher, batches(9, 4))
     assert changes.skipped[0].reason == "the original's 'z' has another shape, (9, 6)"
@@ -586,14 +575,14 @@ def test_other_shapes_than_told_are_named() -> None:
 
 def test_kept_along_several_axes() -> None:
     text = "g (float[N,5,4] x) => (float y) { h = MatMul(x, v) z = MatMul(h, w) y = Relu(z) }"
-    teacher = parse(text, {"v": mixing(4), "w": random(4, 6)})
+    teacher = parse(text, {"v": mixing(4), "w": normal(4, 6)})
     student = parse(
         """g (float[N,5,4] x) => (float y)
         { k = MatMul(x, v) h = Gather<axis=1>(k, i) z = MatMul(h, w) y = Relu(z) }""",
-        {"v": mixing(4) @ mixing(4), "w": random(4, 6)[:, [4, 0]], "i": np.array([3, 1])},
+        {"v": mixing(4) @ mixing(4), "w": normal(4, 6)[:, [4, 0]], "i": np.array([3, 1])},
     )
     repair(student, teacher, batches(20, 5, 4), kept={("z", 1): np.array([3, 1]), ("z", 2): np.array([4, 0])})
-    feeds = {"x": random(7, 5, 4)}
+    feeds = {"x": normal(7, 5, 4)}
     wanted, found = (Session(model).run(feeds)["y"] for model in (teacher, student))
     np.testing.assert_allclose(found, wanted[:, [3, 1]][:, :, [4, 0]], atol=1e-3)
 
@@ -607,10 +596,10 @@ def test_bodies_of_control_flow_are_left_alone_and_what_they_read_is_there() -> 
         then_branch = t () => (float[N,4] p) { p = Gemm(h, z) },
         else_branch = e () => (float[N,4] q) { q = Add(h, a) } >
       y = MatMul(k, u) }"""
-    constants = {"v": mixing(4), "w": random(4, 4), "z": random(4, 4, seed=1), "u": random(4, 4, seed=2)}
+    constants = {"v": mixing(4), "w": normal(4, 4), "z": normal(4, 4, seed=1), "u": normal(4, 4, seed=2)}
     teacher = parse(text, constants)
-    student = replaced(teacher, v=mixing(4) + 0.1 * random(4, 4, seed=8))
-    data = [{"x": random(20, 4, seed=i), "c": np.array(i % 2 == 0)} for i in range(6)]
+    student = replaced(teacher, v=mixing(4) + 0.1 * normal(4, 4, seed=8))
+    data = [{"x": normal(20, 4, seed=i), "c": np.array(i % 2 == 0)} for i in range(6)]
     changes = repair(student, teacher, CalibrationData(data))
     assert [change.node for change in changes.changed] == ["MatMul→a", "MatMul→y"]
     told = [(skip.node, skip.reason) for skip in changes.skipped]
@@ -624,19 +613,19 @@ def test_layers_behind_a_body_wait_for_what_it_reads() -> None:
         then_branch = t () => (float[N,4] p) { p = Relu(a) },
         else_branch = e () => (float[N,4] q) { q = Neg(a) } >
       y = MatMul(k, u) }"""
-    teacher = parse(text, {"v": mixing(4), "w": random(4, 4), "u": random(4, 4, seed=2)})
+    teacher = parse(text, {"v": mixing(4), "w": normal(4, 4), "u": normal(4, 4, seed=2)})
     student = replaced(teacher, v=mixing(4) @ mixing(4))
-    data = [{"x": random(20, 4, seed=i), "c": np.array(i % 2 == 0)} for i in range(6)]
+    data = [{"x": normal(20, 4, seed=i), "c": np.array(i % 2 == 0)} for i in range(6)]
     changes = restored(student, teacher, data[0], data=CalibrationData(data))
     assert [change.node for change in changes.changed] == ["MatMul→a"]
 
 
 def test_half_precision_is_fitted_in_single() -> None:
     text = "g (float16[N,6] x) => (float16[N,5] y) { h = MatMul(x, v) z = Gemm(h, w, b) y = Relu(z) }"
-    constants = {"v": mixing(6), "w": random(6, 5), "b": random(5)}
+    constants = {"v": mixing(6), "w": normal(6, 5), "b": normal(5)}
     teacher = parse(text, {name: array.astype(np.float16) for name, array in constants.items()})
     student = replaced(teacher, v=(mixing(6) @ mixing(6)).astype(np.float16))
-    restored(student, teacher, {"x": random(200, 6).astype(np.float16)}, limit=3e-3)
+    restored(student, teacher, {"x": normal(200, 6).astype(np.float16)}, limit=3e-3)
     assert values(student, "w").dtype == values(student, "b").dtype == np.float16
 
 
@@ -646,18 +635,18 @@ def test_weights_in_constant_nodes_and_old_files() -> None:
     { h = MatMul(x, v) w = Constant<value = float[3,2] {1,2,3,4,5,6}>() y = MatMul(h, w) }"""
     teacher = parse(text, {"v": np.eye(3, dtype=np.float32)})
     student = replaced(teacher, v=mixing(3))
-    restored(student, teacher, {"x": random(60, 3)})
+    restored(student, teacher, {"x": normal(60, 3)})
 
 
 def test_several_inputs_of_other_types_and_batches_of_all_sizes() -> None:
     text = """g (int64[N,M] i, float[N,M] s) => (float[N,M,3] y)
     { e = Gather(t, i) o = Constant<value_ints=[2]>() u = Unsqueeze(s, o) p = Mul(e, u) h = MatMul(p, v)
       n = Shape(h) r = Reshape(h, n) y = MatMul(r, w) }"""
-    teacher = parse(text, {"t": random(50, 4), "v": mixing(4), "w": random(4, 3)})
+    teacher = parse(text, {"t": normal(50, 4), "v": mixing(4), "w": normal(4, 3)})
     student = replaced(teacher, v=mixing(4) @ mixing(4))
 
     def feeds(rows: int, columns: int) -> dict[str, Array]:
-        return {"i": np.arange(rows * columns).reshape(rows, columns) % 50, "s": random(rows, columns)}
+        return {"i": np.arange(rows * columns).reshape(rows, columns) % 50, "s": normal(rows, columns)}
 
     data = CalibrationData([feeds(8, 5), feeds(8, 7), feeds(3, 4)])
     restored(student, teacher, feeds(8, 9), data=data)
@@ -677,7 +666,7 @@ def test_the_same_data_gives_the_same_bytes() -> None:
 
 
 def test_the_cut_into_batches_does_not_matter() -> None:
-    whole = random(24, 4, 40, 40)  # more positions than are looked at
+    whole = normal(24, 4, 40, 40)  # more positions than are looked at
     data = [CalibrationData([{"x": whole[i : i + step]} for i in range(0, 24, step)]) for step in (24, 5)]
     one, two = (run_repair(each)[0] for each in data)
     for name in "wz":
@@ -723,7 +712,7 @@ def test_errors(data: CalibrationData, options: dict[str, Any], kind: type[Excep
 
 
 def test_values_that_are_not_finite_leave_a_layer_alone() -> None:
-    feeds = random(4, 4, 8, 8)
+    feeds = normal(4, 4, 8, 8)
     feeds[0, 0, 0, 0] = np.inf
     _, changes = run_repair(CalibrationData([{"x": feeds}]))
     assert not changes
@@ -737,7 +726,7 @@ def test_each_node_runs_once_per_batch() -> None:
     _, model = block()
     store = SpillStore(1 << 20)
     staged = StagedRunner(model, [Stop(["s"]), Stop(["p", "r"]), Stop(["y"])], store)
-    feeds = [random(2, 4, 8, 8, seed=i) for i in range(3)]
+    feeds = [normal(2, 4, 8, 8, seed=i) for i in range(3)]
     for stage, name in enumerate(("s", "p", "y")):
         for batch, x in enumerate(feeds):
             found = staged.run(stage, batch, {"x": x} if stage == 0 else {})[name]
@@ -752,7 +741,7 @@ def test_peeks_are_computed_again() -> None:
     _, model = block()
     conv = next(node for node in model.graph.nodes if node.outputs[0].name == "a")
     staged = StagedRunner(model, [Stop(["r"], [conv]), Stop(["p"])], SpillStore(1 << 20))
-    before = staged.run(0, 0, {"x": random(2, 4, 8, 8)})["a"]
+    before = staged.run(0, 0, {"x": normal(2, 4, 8, 8)})["a"]
     for name in "wb":
         model.graph.initializers[name].values = values(model, name) * np.float32(2)
     np.testing.assert_allclose(staged.run(1, 0, {})["p"], np.maximum(2 * before, 0), rtol=1e-4, atol=1e-4)

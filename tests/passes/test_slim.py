@@ -17,11 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxslim.engine.base import Context
 from onnxslim.engine.pipeline import Pipeline
-from onnxslim.errors import LoadError, UsageError
+from onnxslim.errors import UsageError
 from onnxslim.ir.model import Model, load
 from onnxslim.passes import eliminate, fuse
 from onnxslim.passes.slim import Slim
-from tests.helpers import apply, feeds_for, ops, parse, run, same_outputs
+from tests.helpers import apply, feeds_for, normals, ops, parse, runs, same_outputs
 from tests.shapes.test_dims import FREE, Program
 
 LIGHT = sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx"))
@@ -64,11 +64,8 @@ ATTENTION = """g (float[N,S,64] x) => (float[N,S,64] y) {
 
 
 def attention() -> Model:
-    generator = np.random.default_rng(0)
-    weights = {
-        name: generator.standard_normal((64, 64)).astype(np.float32) for name in ("wq", "wk", "wv", "wo")
-    }
-    return parse(ATTENTION, weights)
+    square = (64, 64)
+    return parse(ATTENTION, normals(wq=square, wk=square, wv=square, wo=square))
 
 
 def test_an_exported_attention_block_becomes_what_it_is() -> None:
@@ -110,14 +107,6 @@ def sized(free: tuple[int, int]) -> dict[str, Any]:
     batch, length = free
     x = np.arange(batch * length * 4, dtype=np.float32).reshape(batch, length, 4)
     return {"x": x, "z": np.ones((length, 4), np.float32)}
-
-
-def runs(model: Model, feeds: dict[str, Any]) -> bool:
-    try:
-        run(model, feeds)
-    except LoadError:
-        return False
-    return True
 
 
 def test_parts_and_rules_can_be_left_out() -> None:

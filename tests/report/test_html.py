@@ -32,10 +32,8 @@ from onnxslim.report.layers import analyse
 from onnxslim.runtime.targets import Target
 from onnxslim.validation.compare import validate
 from onnxslim.validation.verdict import Verdict
-from tests.helpers import parse
+from tests.helpers import FASHION, ROOT, parse
 
-ROOT = Path(__file__).parents[2]
-FASHION = ROOT / "models" / "fashion"
 HOSTILE = (
     "<script>document.title='owned'</script>",
     '"onmouseover="alert(1)',

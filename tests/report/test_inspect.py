@@ -14,9 +14,7 @@ from onnxslim.engine.pipeline import Pipeline
 from onnxslim.ir.model import load
 from onnxslim.passes.quantize import Quantize
 from onnxslim.report.inspect import Coverage, Difference, Memory, compare, inspect
-from tests.helpers import parse
-
-FASHION = Path(__file__).parents[2] / "models" / "fashion"
+from tests.helpers import FASHION, parse
 
 RICH = """<ir_version: 10, producer_name: "me", producer_version: "2", opset_import: ["" : 20, "my" : 1]>
 g (float[N,4] x, int64[M] ids) => (float[N,4] y, float[?] z) <float[4] w = {1,2,3,4}, int8[2] q = {1,2}> {

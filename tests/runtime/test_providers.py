@@ -26,10 +26,8 @@ from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import CPU, REGISTRY, Target
 from onnxslim.validation.compare import validate
 from onnxslim.validation.verdict import Verdict
-from tests.helpers import parse
+from tests.helpers import FASHION, NETS, parse
 
-FASHION = Path(__file__).parents[2] / "models" / "fashion"
-NETS = ("resnet", "mobilenet", "vit")
 AZURE = "AzureExecutionProvider"
 INSTALLED = onnxruntime().get_available_providers()
 PRODUCT = "g (float[N,2] x) => (float[N,2] y) <float[2,2] w = {1,2,3,4}> { p = MatMul(x, w)  y = Relu(p) }"
