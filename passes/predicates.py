@@ -103,27 +103,40 @@ def _limits(dtype: np.dtype[Any]) -> Any:
     return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
 
-_COPYING = frozenset(
-    ("Expand", "Tile", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Identity")
-)
 _MAX_STEPS = 6
+
+
+def origin(tensor: Tensor) -> Tensor:
+    """The tensor whose elements those of a tensor are, wherever they were moved."""
+    for _ in range(_MAX_STEPS):
+        maker = ir.producer(tensor)
+        if maker is None or not has(maker, Trait.MOVES):
+            break
+        tensor = maker.inputs[0]
+    return tensor
+
+
+def filling(tensor: Tensor) -> Array | None:
+    """The number that a ConstantOfShape fills a tensor with, as an array without axes."""
+    maker = made_by(tensor, "ConstantOfShape")
+    if maker is None:
+        return None
+    told = maker.attrs.get("value")
+    return np.zeros((), np.float32) if told is None else numpy_helper.to_array(told.t).reshape(())
 
 
 def is_uniform(tensor: Tensor, wanted: float, steps: int = _MAX_STEPS) -> bool:
     """Whether every element of a tensor is known to be this number, from a constant or copies of one."""
-    values = constant_of(tensor)
+    source = origin(tensor)
+    values = constant_of(source)
+    values = filling(source) if values is None else values
     if values is not None:
         return (values.dtype.kind in "iub" or values.dtype in FLOATS) and is_all(values, wanted)
-    node = made_by(tensor, "ConstantOfShape", "Where", *_COPYING) if steps else None
+    node = made_by(source, "Where") if steps else None
     if node is None:
         return False
-    if node.op == "ConstantOfShape":
-        value = node.attrs.get("value")
-        return wanted == (0 if value is None else number(numpy_helper.to_array(value.t)))
-    if node.op == "Where":
-        taken = (index for index, flag in ((1, 1), (2, 0)) if is_uniform(node.inputs[0], flag, steps - 1))
-        return any(is_uniform(node.inputs[index], wanted, steps - 1) for index in taken)
-    return is_uniform(node.inputs[0], wanted, steps - 1)
+    taken = (index for index, flag in ((1, 1), (2, 0)) if is_uniform(node.inputs[0], flag, steps - 1))
+    return any(is_uniform(node.inputs[index], wanted, steps - 1) for index in taken)
 
 
 def plain_number(values: Array | None) -> float | None:

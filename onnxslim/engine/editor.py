@@ -12,7 +12,7 @@ import numpy as np
 from onnxslim import shapes
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Attribute, Constant, Graph, Namer, Node, Shape, Tensor, Variable
-from onnxslim.ir.model import Model
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 
 
 class Editor:
@@ -67,6 +67,14 @@ class Editor:
     def can_edit(self, graph: Graph) -> bool:
         """Whether every tensor around a graph is known in it by name; only then are its nodes rewritten."""
         return id(graph) not in self._hiding
+
+    def is_standard(self, node: Node) -> bool:
+        """Whether a node is of the standard domain, and not of a function of the model that hides it."""
+        return node.domain in DEFAULT_DOMAINS and ("", node.op) not in self._own
+
+    @cached_property
+    def _own(self) -> frozenset[tuple[str, str]]:
+        return self.model.functions
 
     @cached_property
     def _homes(self) -> dict[int, Graph]:

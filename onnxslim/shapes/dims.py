@@ -122,7 +122,7 @@ class Dims:
         self._better.clear()
         for node in self._nodes:
             tensor = node.outputs[0]
-            if node.op in shape_rules.RULES and isinstance(tensor, Variable):
+            if isinstance(tensor, Variable):
                 self._improve(node, tensor)
             if node.op in value_rules.RULES:
                 found = value_rules.RULES[node.op](node, self)
@@ -136,7 +136,8 @@ class Dims:
             fact = Fact(self.dtype(node.inputs[0]), None)
         if fact is None or fact.dtype is None or (fact.shape and all(map(self._is_known, fact.shape))):
             return
-        found = shape_rules.RULES[node.op](node, self)
+        rule = shape_rules.rule_of(node)
+        found = rule(node, self) if rule else None
         if found is None or (fact.shape is not None and len(fact.shape) != len(found)):
             return
         before: tuple[Dim, ...] = fact.shape if fact.shape is not None else (None,) * len(found)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from onnxslim.ir.graph import Node
+from onnxslim.ops import Trait, has, spec_of
 from onnxslim.shapes import symbols
 from onnxslim.shapes.ort_differences import OPEN_END
 from onnxslim.shapes.symbols import Term
@@ -44,8 +45,9 @@ def _tile(node: Node, dims: Known) -> Sizes | None:
 
 
 def _elementwise(node: Node, dims: Known) -> Sizes | None:
-    shapes = [shape for tensor in node.inputs if (shape := dims.shape(tensor)) is not None]
-    return _broadcast(shapes) if len(shapes) == len(node.inputs) else None
+    found = [dims.shape(node.inputs[index]) for index in spec_of(node).data_inputs(node)]
+    known = [shape for shape in found if shape is not None]
+    return _broadcast(known) if known and len(known) == len(found) else None
 
 
 def _broadcast(shapes: Sequence[Sizes]) -> Sizes:
@@ -156,59 +158,10 @@ def _axes(node: Node, dims: Known) -> tuple[int, ...] | None:
     return None if wanted is None else wanted.numbers
 
 
-# Operators whose first output has the shape of their first input.
-_SAME = [
-    "Cast",
-    "Elu",
-    "Erf",
-    "Exp",
-    "Gelu",
-    "HardSigmoid",
-    "HardSwish",
-    "Identity",
-    "IsNaN",
-    "LayerNormalization",
-    "LeakyRelu",
-    "Log",
-    "Neg",
-    "Not",
-    "RMSNormalization",
-    "Reciprocal",
-    "Relu",
-    "Sigmoid",
-    "Softmax",
-    "Sqrt",
-    "Tanh",
-]
-_ELEMENTWISE = [
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Pow",
-    "Mod",
-    "And",
-    "Or",
-    "Xor",
-    "Equal",
-    "Greater",
-    "Less",
-    "GreaterOrEqual",
-    "LessOrEqual",
-    "Where",
-    "Min",
-    "Max",
-    "Sum",
-    "Mean",
-    "BitwiseAnd",
-    "BitwiseOr",
-    "BitwiseXor",
-]
-
 # Of these onnx infers not even the type, which is that of the first input.
 SAME_TYPE = ("GroupNormalization",)
 
-RULES: dict[str, Rule] = {
+_RULES: dict[str, Rule] = {
     "Range": _range,
     "Expand": _expand,
     "Tile": _tile,
@@ -218,9 +171,15 @@ RULES: dict[str, Rule] = {
     "Flatten": _flatten,
     "Concat": _concat,
     "GroupNormalization": _same,
+    "LayerNormalization": _same,
+    "RMSNormalization": _same,
+    "Softmax": _same,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Squeeze": _squeeze,
-    **dict.fromkeys(_SAME, _same),
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
 }
+
+
+def rule_of(node: Node) -> Rule | None:
+    """What is known of the shape of a standard operator's result; None if that is left to inference."""
+    return _RULES.get(node.op) or (_elementwise if has(node, Trait.ELEMENTWISE) else None)

@@ -8,17 +8,13 @@ import numpy as np
 
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.rewrite import Rule
+from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Node, Tensor
 from onnxslim.ir.model import constant_of
+from onnxslim.ops import Trait, has, spec_of
 from onnxslim.passes import predicates
 from onnxslim.passes.eliminate.movement import Order, order
 
-_UNARY = (
-    *("Abs", "Ceil", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish"),
-    *("LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign"),
-    *("Sin", "Softplus", "Softsign", "Sqrt", "Tanh", "ThresholdedRelu", "Cast"),
-)
-_BINARY = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "PRelu")
 # Operators between two transposes.
 MAX_LENGTH = 16
 
@@ -62,7 +58,7 @@ class TransposeAround(Rule[Around]):
         tensor = node.inputs[0]
         reader = node
         while len(steps) < MAX_LENGTH and edit.sole_consumer(tensor) is reader:
-            step = _step(tensor)
+            step = _step(tensor, edit)
             if step is None:
                 break
             steps.append(step)
@@ -84,7 +80,7 @@ class TransposeAround(Rule[Around]):
                 shared = edit.sole_consumer(tensor) is not step.node
                 if values.size > 1 and shared and values.nbytes > predicates.MAX_COPY_BYTES:
                     return f"a constant of {step.node.label} is read elsewhere"
-                if values.size > 1 and step.node.op not in _BINARY:
+                if values.size > 1 and spec_of(step.node).is_unary:
                     return f"input {index} of {step.node.label} is no number"
         return None
 
@@ -115,11 +111,11 @@ def _transposed(values: Array, back: Order) -> Array:
     return np.ascontiguousarray(wide.transpose(back))
 
 
-def _step(tensor: Tensor) -> Step | None:
-    node = predicates.made_by(tensor, *_UNARY, *_BINARY)
-    if node is None or len(node.outputs) != 1:
+def _step(tensor: Tensor, edit: Editor) -> Step | None:
+    node = ir.producer(tensor)
+    if node is None or not edit.is_standard(node) or not has(node, Trait.ELEMENTWISE):
         return None
-    if node.op in _UNARY:
+    if spec_of(node).is_unary:
         return Step(node, 0)
     varying = [index for index, each in enumerate(node.inputs) if constant_of(each) is None]
     return Step(node, varying[0]) if len(node.inputs) == 2 and len(varying) == 1 else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from onnx import numpy_helper
 
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.rewrite import Rule
@@ -11,9 +10,6 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Node, Tensor
 from onnxslim.ir.model import constant_of
 from onnxslim.passes import predicates
-
-_COPYING = ("Expand", "Tile", "Slice", "Split", "Reshape", "Squeeze", "Unsqueeze", "Transpose")
-_MAX_STEPS = 6
 
 
 class ZeroState(Rule[tuple[Node, tuple[int, ...]]]):
@@ -41,17 +37,9 @@ class ZeroState(Rule[tuple[Node, tuple[int, ...]]]):
 
 def _is_zero(tensor: Tensor) -> bool:
     """Whether all elements are known to be +0, from a constant or copies of elements of one."""
-    values = constant_of(tensor)
-    for _ in range(_MAX_STEPS):
-        maker = predicates.made_by(tensor, "ConstantOfShape", *_COPYING)
-        if maker is None:
-            break
-        if maker.op == "ConstantOfShape":
-            value = maker.attrs.get("value")
-            values = np.zeros(1, np.float32) if value is None else numpy_helper.to_array(value.t)
-            break
-        tensor = maker.inputs[0]
-        values = constant_of(tensor)
+    source = predicates.origin(tensor)
+    values = constant_of(source)
+    values = predicates.filling(source) if values is None else values
     return values is not None and _all_zero(values)
 
 

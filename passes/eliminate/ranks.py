@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from onnxslim.engine.editor import Editor
+from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Graph, Node, Tensor
-from onnxslim.ir.model import DEFAULT_DOMAINS
 from onnxslim.ops import spec_of
 from onnxslim.passes import predicates
 
 # Operators on a path that is followed, and nested Ifs.
 _MAX_STEPS = 8
-_KEEPING = frozenset(
-    ("Identity", "Cast", "Relu", "Sigmoid", "Tanh", "Neg", "Abs", "Sqrt", "Exp", "LeakyRelu")
-)
 _SHIFTING = {"Unsqueeze": 1, "Squeeze": -1}
 
 
@@ -21,8 +18,8 @@ def possible(tensor: Tensor, edit: Editor, steps: int = _MAX_STEPS) -> frozenset
     shape = edit.shape(tensor)
     if shape is not None:
         return frozenset((len(shape),))
-    maker = predicates.made_by(tensor, "If", *_KEEPING, *_SHIFTING)
-    if maker is None or steps == 0:
+    maker = ir.producer(tensor)
+    if maker is None or steps == 0 or not edit.is_standard(maker):
         return None
     if maker.op != "If":
         shift = _shift(maker)
@@ -42,7 +39,7 @@ def branch_results(node: Node, index: int) -> list[Tensor]:
 def wanted(tensor: Tensor, edit: Editor, home: Graph, steps: int = _MAX_STEPS) -> int | None:
     """The only number of axes with which what reads a tensor in this graph runs; None if there is none."""
     for node in tensor.outputs if steps else ():
-        if edit.home(node) is not home or node.domain not in DEFAULT_DOMAINS:
+        if edit.home(node) is not home or not edit.is_standard(node):
             continue
         count = _wanted_by(node, tensor, edit)
         if count is not None and _is_used(node, edit, home):
@@ -65,7 +62,7 @@ def _wanted_by(node: Node, tensor: Tensor, edit: Editor) -> int | None:
 
 def _shift(node: Node) -> int | None:
     """How many axes a node adds; None if that is not known."""
-    if node.op in _KEEPING:
+    if spec_of(node).is_unary:
         return 0
     axes = predicates.ints(node, "axes", 1) if node.op in _SHIFTING else None
     return None if axes is None else _SHIFTING[node.op] * len(axes)

@@ -11,8 +11,7 @@ from onnxslim.engine.editor import Editor
 from onnxslim.engine.rewrite import Rule
 from onnxslim.ir.graph import Constant, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS
-from onnxslim.ops import Role, spec_of
-from onnxslim.ops.channels import elementwise
+from onnxslim.ops import Role, Trait, has, spec_of
 from onnxslim.passes import predicates
 
 # Inputs of a node that have a given axis of its output, and which of their axes that is.
@@ -178,15 +177,13 @@ def _along(node: Node, axis: int, edit: Editor) -> _Axes | None:
         return {0: axis} if same and target is not None and None not in shape[: axis + 1] else None
     if node.op in ("Softmax", "LogSoftmax"):
         return {0: axis} if edit.opset >= 13 and int(node.attrs.get("axis", -1)) % rank != axis else None
-    if node.op in ("LayerNormalization", "RMSNormalization"):
+    if spec_of(node).norm_axis == -1:
         return (
             {0: axis}
             if int(node.attrs.get("axis", -1)) % rank > axis and _narrow(node, axis, rank, edit)
             else None
         )
-    spec = spec_of(node)
-    trace = spec.channels.trace if spec.channels and spec.pure else None
-    return _aligned(node, axis, edit) if trace in (elementwise.same, elementwise.broadcast) else None
+    return _aligned(node, axis, edit) if has(node, Trait.ELEMENTWISE) else None
 
 
 def _rows(node: Node, axis: int, rank: int, edit: Editor) -> _Axes | None:

@@ -11,7 +11,9 @@ import numpy as np
 
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.rewrite import Rule
+from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Node, Tensor
+from onnxslim.ops import Trait, has
 from onnxslim.passes import predicates
 from onnxslim.passes.fuse import uniform
 from onnxslim.passes.fuse.layer import LAYERS, Folded, Layer, fold, layer, per_channel, store, training
@@ -229,10 +231,8 @@ class ScaleBehindViews(Rule[Behind]):
 
     def _behind(self, node: Node, data: Tensor, factor: float, edit: Editor) -> Behind | None:
         reader, current = node, data
-        while (view := predicates.made_by(current, *_VIEWS)) is not None and edit.sole_consumer(
-            current
-        ) is reader:
-            reader, current = view, view.inputs[0]
+        while (moved := self._moved(current, edit)) and edit.sole_consumer(current) is reader:
+            reader, current = moved, moved.inputs[0]
         if reader is node or edit.sole_consumer(current) is not reader:
             return None
         added = predicates.made_by(current, "Add")
@@ -244,6 +244,11 @@ class ScaleBehindViews(Rule[Behind]):
             return None
         factors = {"outputs": np.full(found.outputs, factor)}
         return Behind(node, found, edit, factors, added if reader is added else None)
+
+    def _moved(self, tensor: Tensor, edit: Editor) -> Node | None:
+        node = ir.producer(tensor)
+        moved = node is not None and edit.is_standard(node) and has(node, Trait.MOVES)
+        return node if moved and node is not None and len(node.outputs) == 1 else None
 
     def check(self, match: Behind, edit: Editor) -> str | None:
         if isinstance(match.folded, str):
@@ -276,8 +281,6 @@ def _data(node: Node) -> Tensor:
     """What a node combines with a constant."""
     return node.inputs[0 if predicates.constant(node, 1) is not None else 1]
 
-
-_VIEWS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 
 RULES = (
     BatchNormAfter(),

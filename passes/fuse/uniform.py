@@ -12,36 +12,20 @@ from onnxslim.ir.graph import Array, Node, Tensor
 from onnxslim.ir.model import constant_of
 from onnxslim.passes import predicates
 
-_VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Flatten", "Expand")
-_MAX_STEPS = 4
-
 
 def values(tensor: Tensor | None, edit: Editor) -> Array | None:
-    """Values of a constant, or of a ConstantOfShape seen in another shape: an array that takes no memory."""
+    """Values of a constant, or of a ConstantOfShape, moved or not: an array that takes no memory."""
     known = constant_of(tensor)
     if known is not None or tensor is None:
         return known
     size = predicates.product(edit.shape(tensor))
-    found = _filler(tensor) if size else None
+    found = predicates.filling(predicates.origin(tensor)) if size else None
     return None if found is None else np.broadcast_to(found, edit.shape(tensor) or ())  # type: ignore[arg-type]
 
 
 def value(node: Node, index: int, edit: Editor) -> Array | None:
     """Likewise for an input of a node."""
     return values(node.input(index), edit)
-
-
-def _filler(tensor: Tensor) -> Array | None:
-    """The number that a ConstantOfShape fills a tensor with."""
-    for _ in range(_MAX_STEPS):
-        maker = predicates.made_by(tensor, "ConstantOfShape", *_VIEWS)
-        if maker is None:
-            return None
-        if maker.op == "ConstantOfShape":
-            told = maker.attrs.get("value")
-            return np.zeros((), np.float32) if told is None else numpy_helper.to_array(told.t).reshape(())
-        tensor = maker.inputs[0]
-    return None
 
 
 def is_uniform(array: Array) -> bool:

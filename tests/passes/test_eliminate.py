@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from onnxslim.engine.editor import Editor
 from onnxslim.errors import UsageError
+from onnxslim.ir.graph import Node, Variable
 from onnxslim.ir.model import Model, load
+from onnxslim.ops import REGISTRY, OpSpec
 from onnxslim.passes import predicates
 from onnxslim.passes.eliminate import RULES, Eliminate
 from onnxslim.passes.eliminate.arithmetic import Bounds
@@ -40,6 +42,26 @@ def test_a_rule_can_be_left_out() -> None:
 def test_leaving_out_what_is_not_there_is_an_error() -> None:
     with pytest.raises(UsageError, match=r"no rule 'nonsense' to skip; known are: if, if-rank, identity"):
         Eliminate(skip=("nonsense",))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(spec, id=spec.op) for spec in REGISTRY.values() if spec.is_unary and spec.example],
+)
+def test_transposes_cancel_around_all_that_works_element_by_element(spec: OpSpec) -> None:
+    model = parse(spec.example)
+    if model.graph.inputs[1:]:
+        pytest.skip("an operand is computed")
+    node = next(node for node in model.graph.nodes if node.op == spec.op)
+    data, result = node.inputs[0], node.outputs[0]
+    turned, made = Variable("turned", data.dtype), Variable("made", result.dtype)
+    node.inputs[0], node.outputs[0] = turned, made
+    model.graph.nodes.insert(0, Node("Transpose", "there", {"perm": (0, 2, 3, 1)}, [data], [turned]))
+    model.graph.nodes.append(Node("Transpose", "back", {"perm": (0, 3, 1, 2)}, [made], [result]))
+    after, _ = apply(Eliminate(), model)
+    # What changes nothing goes itself; one node has to lie between input and output.
+    assert ops(after)["Transpose"] == 0 or not ops(after)[spec.op]
+    same_outputs(model, after)
 
 
 @pytest.mark.parametrize(
