@@ -37,7 +37,7 @@ def page() -> str:
 
 def _section(cls: type[Pass]) -> Iterator[str]:
     kind = "lossless" if cls.lossless else "lossy"
-    needs = ", needs calibration data" if cls.needs_data else ""
+    needs = ", needs calibration data" if cls().needs_data else ""
     yield from (f"## {cls.name}", "", f"`onnxslim.passes.{cls.__name__}`: {kind}{needs}.", "")
     yield from (inspect.getdoc(cls) or "", "")
     if cls is Slim:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from onnxslim.passes.dead import Dead
     from onnxslim.passes.dedupe import Dedupe
     from onnxslim.passes.eliminate import Eliminate
+    from onnxslim.passes.extract import Extract
     from onnxslim.passes.factorize import Factorize
     from onnxslim.passes.fold import Fold
     from onnxslim.passes.fuse import Fuse
@@ -30,13 +31,17 @@ if TYPE_CHECKING:
     from onnxslim.passes.inline import Inline
     from onnxslim.passes.prune import Prune
     from onnxslim.passes.quantize import Quantize
+    from onnxslim.passes.shapes import FixShapes
+    from onnxslim.passes.single import Single
     from onnxslim.passes.slim import Slim
 
 __all__ = [
     "Dead",
     "Dedupe",
     "Eliminate",
+    "Extract",
     "Factorize",
+    "FixShapes",
     "Fold",
     "Fuse",
     "Half",
@@ -44,6 +49,7 @@ __all__ = [
     "Option",
     "Prune",
     "Quantize",
+    "Single",
     "Slim",
     "create",
     "get",
@@ -65,6 +71,9 @@ REGISTRY: tuple[tuple[str, str], ...] = (
     ("factorize", "Factorize"),
     ("quantize", "Quantize"),
     ("half", "Half"),
+    ("extract", "Extract"),
+    ("shapes", "FixShapes"),
+    ("single", "Single"),
 )
 
 
@@ -124,7 +133,7 @@ def options_of(cls: type[Pass]) -> tuple[Option, ...]:
     found = []
     for name, info in _fields(cls).items():
         default = "" if info.is_required() else _shown(info.get_default(call_default_factory=True))
-        many = get_origin(info.annotation) in (tuple, list, frozenset)
+        many = get_origin(info.annotation) in (tuple, list, frozenset, dict)
         found.append(
             Option(
                 name,
@@ -223,6 +232,8 @@ def _type_text(annotation: Any) -> str:
         return "|".join(str(value) for value in arguments)
     if origin in (Union, UnionType):
         return "|".join(_type_text(each) for each in arguments if each is not type(None))
+    if origin is dict:
+        return f"name:{_type_text(arguments[1])}"
     if origin in (tuple, list, frozenset):
         return f"{_type_text(arguments[0])},…"
     name = getattr(annotation, "__name__", str(annotation))
@@ -232,6 +243,6 @@ def _type_text(annotation: Any) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, (tuple, list, frozenset)):
+    if isinstance(value, (tuple, list, frozenset, dict)):
         return ",".join(str(item) for item in value) or "none"
     return "none" if value is None else str(value)

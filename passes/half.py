@@ -14,12 +14,15 @@ from onnxslim import shapes
 from onnxslim.calibration.collect import collect
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import Histogram
-from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.base import Changes, Context, InterfacePart, Log, Pass, options
 from onnxslim.engine.matching import GLOBS, excluded, tell_idle
+from onnxslim.errors import UsageError
 from onnxslim.ir import graph as ir
-from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
+from onnxslim.ir.graph import Array, Constant, Graph, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import Trait, has
+from onnxslim.passes.dead import Dead
+from onnxslim.passes.eliminate import Eliminate
 
 SINGLE = np.dtype(np.float32)
 TYPES: Mapping[str, np.dtype[Any]] = {
@@ -36,9 +39,10 @@ MIN_BYTES = 4096
 class Half(Pass):
     """Compute in half precision where measured ranges allow it, and store weights so.
 
-    Inputs and outputs of the model keep their types. A node stays in single precision if a tensor it reads or
-    makes exceeds a quarter of what the type can hold on the calibration data (all nodes count as safe without
-    data, but for constants), if its operator is sensitive to rounding, or if it does not take the type.
+    Inputs and outputs of the model keep their types, unless `everywhere` is asked for. A node stays in single
+    precision if a tensor it reads or makes exceeds a quarter of what the type can hold on the calibration
+    data (all nodes count as safe without data, but for constants), if its operator is sensitive to rounding,
+    or if it does not take the type.
     """
 
     name: ClassVar[str] = "half"
@@ -47,7 +51,18 @@ class Half(Pass):
     weights_only: bool = Field(
         False, description="compute in single precision; weights are turned back when the model is loaded"
     )
+    everywhere: bool = Field(False, description="inputs and outputs of the model too")
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to keep in float")
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if self.everywhere and self.weights_only:
+            raise UsageError("pass 'half': inputs and outputs cannot be converted with weights_only")
+
+    @property
+    def interface(self) -> frozenset[InterfacePart]:
+        """Types of inputs and outputs, where that was asked for."""
+        return frozenset(("types",) if self.everywhere else ())
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Convert the model in place.
@@ -70,6 +85,10 @@ class Half(Pass):
             elif any(tensor.dtype == SINGLE for tensor in (*node.inputs, *node.outputs)):
                 log.skip(node.label, reason)
         _Converter(model, kind, log).apply(chosen)
+        if self.everywhere:
+            _narrow_interface(model, kind, log)
+            for step in (Eliminate(), Dead()):
+                step.run(model, ctx)
         return log.done()
 
 
@@ -193,6 +212,37 @@ class _Converter:
         for name in [name for name, constant in kept.items() if id(constant) in self._halves]:
             if not kept[name].outputs and id(kept[name]) not in self._outputs:
                 del kept[name]
+
+
+def _narrow_interface(model: Model, kind: np.dtype[Any], log: Log) -> None:
+    """Take and give half precision where it was single precision; Casts to what the model computes in."""
+    graph, name = model.graph, Namer(model.graph)
+    graph.defaults = {
+        key: Constant(key, value.values.astype(kind) if value.dtype == SINGLE else value.values)
+        for key, value in graph.defaults.items()
+    }
+    for tensor in graph.inputs:
+        if tensor.dtype == SINGLE:
+            wide = Variable(name(f"{tensor.name}_float32"), SINGLE, tensor.shape)
+            ir.replace_uses(tensor, wide)
+            tensor.dtype = kind
+            graph.nodes.insert(0, Node("Cast", name(f"{tensor.name}_Cast"), {"to": 1}, [tensor], [wide]))
+            log.change(tensor.name, f"taken in {kind.name}", "half precision")
+    for index, output in enumerate(graph.outputs):
+        if output.dtype == SINGLE and not any(output is tensor for tensor in graph.outputs[:index]):
+            _narrow_output(graph, output, kind, name)
+            log.change(graph.outputs[index].name, f"given in {kind.name}", "half precision")
+
+
+def _narrow_output(graph: Graph, output: Tensor, kind: np.dtype[Any], name: Namer) -> None:
+    """Give an output, which keeps its name, the type of half precision."""
+    narrow = Variable(output.name, kind, output.shape)
+    graph.outputs[:] = [narrow if tensor is output else tensor for tensor in graph.outputs]
+    if isinstance(output, Constant):
+        graph.initializers.pop(output.name, None)
+    output.name = name(f"{output.name}_float32")
+    attrs = {"to": int(onnx.helper.np_dtype_to_tensor_dtype(kind))}
+    graph.nodes.append(Node("Cast", name(f"{narrow.name}_Cast"), attrs, [output], [narrow]))
 
 
 def _store(model: Model, kind: np.dtype[Any], exclude: Sequence[str], log: Log) -> None:

@@ -11,7 +11,13 @@ import typer
 from onnxslim import passes
 from onnxslim.cli import terminal
 from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
-from onnxslim.cli.running import named_metric, process, require_report, warn_of_made_up_inputs
+from onnxslim.cli.running import (
+    named_metric,
+    process,
+    require_report,
+    require_writable,
+    warn_of_made_up_inputs,
+)
 from onnxslim.cli.words import CustomOps, DataWords, Debug, Job, Json, MetricName, Quiet, expanded, limits
 from onnxslim.errors import UsageError
 
@@ -114,7 +120,7 @@ def _slim(
     if verbose:
         slim.be_verbose()
     job = replace(job, external_data=job.external_data or save_as_external_data)
-    process(job, data, [asked.step(passes.create("slim", ctx.obj))], asked=asked)
+    process(job, data, asked.passes(ctx.obj), asked=asked)
 
 
 @app.command("inspect")
@@ -174,9 +180,11 @@ def _prune(
     if families or explain:
         pruning.tell(job.source, families, explain or (), job.json)
         return
-    result = process(job, data, [passes.create("prune", ctx.obj)])
     if save_plan is not None:
-        pruning.save_plan(result, save_plan)
+        require_writable(save_plan)
+    outcome = process(job, data, [passes.create("prune", ctx.obj)])
+    if save_plan is not None:
+        pruning.save_plan(outcome.report, save_plan)
 
 
 # What commands named after passes do, for the list of commands; the pass itself tells its options.
@@ -221,6 +229,9 @@ def _run(
             metavar="FILE.yaml", readable=False, help="a recipe; may also simply come first, before IN"
         ),
     ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="let the recipe name files outside its own folder")
+    ] = False,
 ) -> None:
     """Run one pass after the other, or a recipe.
 
@@ -230,7 +241,7 @@ def _run(
     """
     if bool(chain) == bool(recipe):
         raise UsageError("give either passes (-p, --pass) or a recipe to run")
-    process(job, data, [passes.parse(text) for text in chain or ()], recipe=recipe)
+    process(job, data, [passes.parse(text) for text in chain or ()], recipe=recipe, trust=trust)
 
 
 @app.command("validate")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxslim.cli import terminal
-from onnxslim.engine.pipeline import Result
+from onnxslim.engine.pipeline import Report
 from onnxslim.errors import SaveError, UsageError
 
 
@@ -59,7 +59,7 @@ def tell(source: Path, families: bool, tensors: Sequence[str], as_json: bool) ->
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def save_plan(result: Result, path: Path) -> None:
+def save_plan(report: Report, path: Path) -> None:
     """Write the plan of the last pruning.
 
     Raises:
@@ -68,7 +68,7 @@ def save_plan(result: Result, path: Path) -> None:
     """
     from onnxslim.passes.prune import PruneFigures
 
-    told = [step.changes.figures for step in result.report.steps]
+    told = [step.changes.figures for step in report.steps]
     plans = [figures.plan for figures in told if isinstance(figures, PruneFigures)]
     if not plans:
         raise UsageError("--save-plan: nothing was pruned, so there is no plan")

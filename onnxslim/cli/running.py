@@ -1,12 +1,12 @@
-"""What commands that make a model do: read, run, check, tell, and only then save."""
+"""What commands that make a model do: a recipe out of words, run; the result told, and only then saved."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from onnxslim.cli import terminal
 from onnxslim.cli.words import DataWords, Job, limits
@@ -15,10 +15,8 @@ from onnxslim.errors import OnnxSlimError, SaveError, UsageError
 if TYPE_CHECKING:
     from onnxslim.compat.slim import Request
     from onnxslim.engine.base import Pass, Progress
-    from onnxslim.engine.pipeline import Report, Result
-    from onnxslim.ir.model import Model
-    from onnxslim.recipes.data import Batches
-    from onnxslim.recipes.recipe import Recipe
+    from onnxslim.engine.pipeline import Report
+    from onnxslim.recipes.recipe import Outcome, Recipe
     from onnxslim.report.html import Document
     from onnxslim.runtime.metric import Metric
     from onnxslim.validation.verdict import Verdict
@@ -32,106 +30,61 @@ def process(
     chain: Sequence[Pass] = (),
     *,
     recipe: Path | None = None,
+    trust: bool = False,
     asked: Request | None = None,
-) -> Result:
+) -> Outcome:
     """Run passes, or a recipe file, on a model.
 
     Args:
         job, words: options of the command; what was given wins over what the recipe file says.
         chain: the passes, without a recipe file.
         recipe: the recipe file.
+        trust: whether that may name files outside its folder.
         asked: what else OnnxSlim's options ask for.
     """
     _warn_of_rivals()
     _require_places(job, recipe)
-    wanted = _recipe(job, words, chain, recipe)
-    if job.save_recipe is not None and asked is not None:
-        _require_in_recipe(asked)
-    from onnxslim.ir.model import load
-
-    model = load(job.source)
+    wanted = _recipe(job, words, chain, recipe, trust)
+    _require_keepable(job, wanted, asked)
     for note in asked.notes if asked else ():
         terminal.log(f"warning: {note}")
-    model = asked.edit(model) if asked else model
-    opened = wanted.data.read(model) if wanted.data else None
-    metric = named_metric(job.metric)
-    for note in opened.notes if opened else ():
-        terminal.note(note, job.quiet)
     with terminal.progress(job.quiet) as progress:
-        result = _rewritten(job, wanted, model, opened, metric, asked, progress)
-        verdict = _verdict(job, wanted, model, result, opened, metric, progress)
-    _warn_of_idle_passes(result.report, job.quiet)
-    told = _document(job, wanted, model, result, opened, verdict)
+        outcome = _run(job, wanted, asked, progress)
+    if outcome.unmeasured:
+        terminal.log(f"warning: the report has no comparison of the models: {outcome.unmeasured}")
+    _warn_of_idle_passes(outcome.report, job.quiet)
+    told = outcome.document(layers=job.report is not None)
     _tell(job, told)
-    if verdict is not None:
-        verdict.require(**wanted.check)
-    _save(job, wanted, model, result, told)
-    return result
+    outcome.require()
+    _save(job, wanted, outcome, told)
+    return outcome
 
 
-def _recipe(job: Job, words: DataWords, chain: Sequence[Pass], file: Path | None) -> Recipe:
+def _recipe(job: Job, words: DataWords, chain: Sequence[Pass], file: Path | None, trust: bool) -> Recipe:
     from onnxslim.recipes.recipe import Recipe
 
     check = limits(job.check)
     if file is None:
         return Recipe(passes=tuple(chain), data=words.source(), check=dict(check), **job.settings())
-    base = Recipe.load(file)
+    base = Recipe.load(file, trust=trust)
     return replace(base, data=words.source(base.data), check={**base.check, **check}, **job.settings())
 
 
-def _rewritten(
-    job: Job,
-    recipe: Recipe,
-    model: Model,
-    opened: Batches | None,
-    metric: Metric | None,
-    asked: Request | None,
-    progress: Progress | None,
-) -> Result:
-    feeds = asked.feeds(model) if asked else None
-    data: Any = opened.data if opened else None
-    result = recipe.rewrite(
-        model,
-        data if feeds is None else [feeds],
-        libraries=job.custom_ops or (),
-        jobs=job.jobs,
-        progress=progress,
-        metric=metric or (opened.metric if opened else None),
-    )
-    return asked.finish(model, result, feeds) if asked else result
+def _run(job: Job, recipe: Recipe, asked: Request | None, progress: Progress | None) -> Outcome:
+    from onnxslim.recipes.recipe import Work
 
-
-def _verdict(
-    job: Job,
-    recipe: Recipe,
-    model: Model,
-    result: Result,
-    opened: Batches | None,
-    metric: Metric | None,
-    progress: Progress | None,
-) -> Verdict | None:
-    """Figures for the requirements, and for a report; where only a report wants them, they may be missing."""
-    if not recipe.check and job.report is None:
-        return None
-    from onnxslim.runtime.targets import Target
-    from onnxslim.validation.compare import validate
-
-    try:
-        return validate(
-            model,
-            result.model,
-            opened.data if opened else None,
-            [Target.named(recipe.target).with_libraries(job.custom_ops or ())],
-            labels=opened.labels if opened else None,
-            metric=metric,
-            rounds=30 if job.report or "latency" in recipe.check else 0,
-            progress=progress,
-        )
-    except OnnxSlimError as error:
-        if recipe.check:
-            raise
-        terminal.log(f"warning: the report has no comparison of the models: {error}")
-        return None
+    metric = named_metric(job.metric)
+    libraries = tuple(job.custom_ops or ())
+    work = Work(recipe, job.source, libraries, job.jobs, progress, metric, job.report is not None)
+    feeds = asked.feeds(work.original) if asked else None
+    if feeds is not None:
+        work.feed([feeds])
+    for note in work.opened.notes if work.opened else ():
+        terminal.note(note, job.quiet)
+    outcome = work.run()
+    if asked is None:
+        return outcome
+    return replace(outcome, report=asked.checked(outcome.original, outcome.model, outcome.report, feeds))
 
 
 def named_metric(name: str | None) -> Metric | None:
@@ -139,24 +92,6 @@ def named_metric(name: str | None) -> Metric | None:
     from onnxslim.recipes import data
 
     return None if name is None else data.metric(name)
-
-
-def _document(
-    job: Job,
-    recipe: Recipe,
-    model: Model,
-    result: Result,
-    opened: Batches | None,
-    verdict: Verdict | None,
-) -> Document:
-    """All there is to tell; the layers are looked at only for a report that is kept."""
-    from onnxslim.report import html
-
-    settings = recipe.to_dict()
-    if job.report is None:
-        return html.brief(model, result.model, result.report, verdict, recipe=settings)
-    data = opened.data if opened else None
-    return html.document(model, result.model, result.report, verdict, recipe=settings, data=data)
 
 
 def _tell(job: Job, told: Document) -> None:
@@ -169,21 +104,40 @@ def _tell(job: Job, told: Document) -> None:
         warn_of_made_up_inputs(told.verdict)
 
 
-def _save(job: Job, recipe: Recipe, model: Model, result: Result, told: Document) -> None:
+def _save(job: Job, recipe: Recipe, outcome: Outcome, told: Document) -> None:
+    """Save all that was asked for; a file that cannot be written takes none of the others with it."""
+    failed: list[OnnxSlimError | OSError] = []
+
+    def attempt(save: Callable[[], None]) -> None:
+        try:
+            save()
+        except (OnnxSlimError, OSError) as error:
+            failed.append(error)
+
+    attempt(lambda: _save_model(job, outcome))
+    if job.report is not None:
+        report = job.report
+        attempt(lambda: told.save(report))
+    if job.save_recipe is not None:
+        kept = job.save_recipe
+        attempt(lambda: recipe.save(kept))
+    for error in failed[1:]:
+        terminal.log(f"error: {error}")
+    if failed:
+        raise failed[0]
+
+
+def _save_model(job: Job, outcome: Outcome) -> None:
     from onnxslim.formats import size
 
-    if job.save_recipe is not None:
-        recipe.save(job.save_recipe)
     if job.output is None:
         terminal.note("nothing was saved: give OUT to save the result", job.quiet)
-    else:
-        result.save(job.output, external_data=True if job.external_data else None)
-        before, after = model.stats().bytes, result.model.stats().bytes
-        terminal.note(
-            f"saved {job.output}: {size(after)}, {100 * after / before:.1f} % of {size(before)}", job.quiet
-        )
-    if job.report is not None:
-        told.save(job.report)
+        return
+    outcome.save(job.output, external_data=True if job.external_data else None)
+    before, after = outcome.original.stats().bytes, outcome.model.stats().bytes
+    terminal.note(
+        f"saved {job.output}: {size(after)}, {100 * after / before:.1f} % of {size(before)}", job.quiet
+    )
 
 
 # ------------------------------------------------------------------------------------ before any work
@@ -203,7 +157,7 @@ def _require_places(job: Job, recipe: Path | None) -> None:
     require_report(job.report, taken)
     for path in (job.output, job.save_recipe):
         if path is not None:
-            _require_writable(path)
+            require_writable(path)
 
 
 def require_report(path: Path | None, taken: Mapping[Path, str]) -> None:
@@ -214,14 +168,17 @@ def require_report(path: Path | None, taken: Mapping[Path, str]) -> None:
         raise UsageError(f"--report {path} would overwrite {taken[path.resolve()]}")
     if path.suffix not in REPORTS:
         raise UsageError(f"--report {path}: a report is an .html or a .json file")
-    _require_writable(path)
+    require_writable(path)
 
 
-def _require_in_recipe(asked: Request) -> None:
-    named = ("input_shapes", "inputs", "outputs", "size_threshold", "model_check", "model_check_inputs")
-    for name in named:
-        if getattr(asked, name):
+def _require_keepable(job: Job, recipe: Recipe, asked: Request | None) -> None:
+    """Fail early if --save-recipe could not keep all that is asked for."""
+    if job.save_recipe is None:
+        return
+    for name in ("model_check", "model_check_inputs"):
+        if asked is not None and getattr(asked, name):
             raise UsageError(f"--save-recipe: a recipe cannot hold --{name.replace('_', '-')}")
+    recipe.text(job.save_recipe.absolute().parent)
 
 
 def _warn_of_rivals() -> None:
@@ -257,7 +214,7 @@ def warn_of_made_up_inputs(verdict: Verdict) -> None:
         )
 
 
-def _require_writable(path: Path) -> None:
+def require_writable(path: Path) -> None:
     """Fail before any work is done if a file could not be written in the end."""
     folder = path.absolute().parent
     if path.is_dir():

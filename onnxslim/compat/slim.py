@@ -7,26 +7,27 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 
-from onnxslim import shapes, utils
-from onnxslim.compat import precision
+from onnxslim import utils
+from onnxslim.compat import names
 from onnxslim.engine.base import Pass
 from onnxslim.engine.check import difference
-from onnxslim.engine.pipeline import Pipeline, Result
+from onnxslim.engine.pipeline import Pipeline, Report, Result
 from onnxslim.errors import UsageError, ValidationError, nearest
-from onnxslim.ir import files, proto
-from onnxslim.ir import graph as ir
-from onnxslim.ir.graph import Array, Dim, Namer, Tensor, Variable
+from onnxslim.ir import files
+from onnxslim.ir.graph import Array, Dim
 from onnxslim.ir.model import InputSpec, Model, Source, load
-from onnxslim.passes import dead, eliminate, fuse
-from onnxslim.passes.eliminate import control, noop
+from onnxslim.passes import create
+from onnxslim.passes.extract import Extract
+from onnxslim.passes.half import Half
+from onnxslim.passes.shapes import FixShapes, by_name, require_rank, sizes_of
+from onnxslim.passes.single import Single
 from onnxslim.passes.slim import Slim
 from onnxslim.runtime.probe import Feeds, make_feeds, probes
 from onnxslim.runtime.session import Session
@@ -34,13 +35,6 @@ from onnxslim.runtime.session import Session
 logger = logging.getLogger("onnxslim")
 
 Words: TypeAlias = "str | Iterable[str] | None"
-
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "fp16": np.dtype(np.float16),
-    "fp32": np.dtype(np.float32),
-    "int32": np.dtype(np.int32),
-    "bool": np.dtype(np.bool_),
-}
 
 
 def slim(
@@ -193,55 +187,40 @@ class Request:
             raise UsageError(f"there is no dtype '{self.dtype}'; known are: fp16, fp32")
         if self.size_threshold is not None and self.size_threshold < 0:
             raise UsageError(f"size_threshold {self.size_threshold}: a number of bytes is not negative")
-        for name in self.skip_optimizations:
-            if name not in OPTIMIZATIONS:
-                raise UsageError(f"there is no optimization '{name}' to skip; {nearest(name, OPTIMIZATIONS)}")
-        for name in self.skip_fusion_patterns:
-            if not name.startswith(_THEIRS) and name not in _RULES:
-                known = (*PATTERNS, *_RULES)
-                raise UsageError(f"there is no pattern '{name}' to skip; {nearest(name, known)}")
+        names.require_known(self.skip_optimizations, self.skip_fusion_patterns)
+        self.passes()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was asked for and is not done, or not done exactly."""
-        missing = [name for name in self.skip_fusion_patterns if not _rules(name)]
+        """What was asked for and is not done."""
+        missing = names.without_counterpart(self.skip_fusion_patterns)
         return tuple(f"fusion pattern '{name}' has no counterpart here, nothing to skip" for name in missing)
 
-    def step(self, base: Pass | None = None) -> Pass:
-        """The pass that does it.
+    def passes(self, given: Mapping[str, Any] | None = None) -> tuple[Pass, ...]:
+        """The passes that do it, in order.
 
         Args:
-            base: a Slim with further options; what is asked for here is left out besides.
+            given: options of Slim; what is asked for here wins, or is left out besides.
         """
-        given = {} if base is None else {item.name: getattr(base, item.name) for item in fields(base)}  # type: ignore[arg-type]
-        names = [
-            *given.pop("skip", ()),
-            *(rule for name in self.skip_optimizations for rule in OPTIMIZATIONS[name]),
-            *(rule for name in self.skip_fusion_patterns for rule in _rules(name)),
-        ]
-        if self.size_threshold is not None:
-            given["max_growth"] = self.size_threshold
-        return Slim(skip=tuple(dict.fromkeys(names)), **given)
-
-    def edit(self, model: Model) -> Model:
-        """The model with the shapes, inputs and outputs that were asked for; the one given stays as it is."""
-        if self.dtype == "fp32":
-            model = precision.to_single(model)
-        if not (self.inputs or self.outputs or self.input_shapes):
-            return model
-        twin = model.copy()
-        if self.inputs or self.outputs:
-            cut(twin, self.inputs, self.outputs)
-        if self.input_shapes:
-            fix_shapes(twin, self.input_shapes, infer=not self.no_shape_infer)
-        return twin
+        made = create(Slim.name, given or {})
+        assert isinstance(made, Slim)
+        skip = (*made.skip, *names.skipped(self.skip_optimizations, self.skip_fusion_patterns))
+        most = made.max_growth if self.size_threshold is None else self.size_threshold
+        sizes = by_name(self.input_shapes)
+        return (
+            *((Single(),) if self.dtype == "fp32" else ()),
+            *((Extract(inputs=self.inputs, outputs=self.outputs),) if self.inputs or self.outputs else ()),
+            *((FixShapes(inputs=sizes, infer=not self.no_shape_infer),) if sizes else ()),
+            Slim(skip=tuple(dict.fromkeys(skip)), max_growth=most),
+            *((Half(everywhere=True),) if self.dtype == "fp16" else ()),
+        )
 
     def feeds(self, model: Model) -> Feeds | None:
         """Inputs to compare on; None if nothing was said of them."""
         return check_inputs(model, self.model_check_inputs) if self.model_check_inputs else None
 
     def run(self, model: Model) -> Result:
-        """Edit, simplify and check.
+        """Simplify and check.
 
         Raises:
             UsageError: see `slim`.
@@ -249,259 +228,35 @@ class Request:
         """
         for note in self.notes:
             logger.warning(note)
-        original = self.edit(model)
-        feeds = self.feeds(original)
-        told = logger.isEnabledFor(logging.INFO)
-        result = Pipeline(self.step(), count=told)(original, data=None if feeds is None else [feeds])
-        return self.finish(original, result, feeds)
+        start, rest = Pipeline(*self.passes(), count=logger.isEnabledFor(logging.INFO)).prepared(model)
+        feeds = self.feeds(start.model)
+        result = rest(start.model, data=None if feeds is None else [feeds])
+        report = self.checked(start.model, result.model, start.report + result.report, feeds)
+        return replace(result, report=report)
 
-    def finish(self, original: Model, result: Result, feeds: Feeds | None) -> Result:
-        """Check the result and add to its report what was asked for and not done.
+    def checked(self, original: Model, model: Model, report: Report, feeds: Feeds | None) -> Report:
+        """The report with what was asked for and not done.
+
+        Args:
+            original: the model as the first passes prepared it.
+            model, report: the result.
+            feeds: what to compare on.
 
         Raises:
-            ValidationError: see `slim`.
+            UsageError: the model does not work in the type asked for.
+            ValidationError: `model_check` was asked for, and the result computes something else.
         """
+        failed = [step.error for step in report.steps if step.name == Half.name and step.error]
+        if failed:
+            raise UsageError(f"dtype 'fp16' does not work for this model: {failed[0]}")
         if self.model_check:
-            require_same_outputs(original, result.model, feeds)
-        for change in (change for step in result.report.steps for change in step.changes.changed):
+            # Half precision comes last, and is not what is to be checked.
+            lossless = (each for each in self.passes() if isinstance(each, Slim))
+            wide = Pipeline(*lossless)(original).model if self.dtype == "fp16" else model
+            require_same_outputs(original, wide, feeds)
+        for change in (change for step in report.steps for change in step.changes.changed):
             logger.debug("%s: %s %s", change.node, change.action, change.reason)
-        notes = [*result.report.notes, *self.notes]
-        model = result.model
-        if self.dtype == "fp16":
-            model = precision.to_half(model)
-            notes.append("converted to half precision; what that changes in the outputs was not measured")
-        return replace(result, model=model, report=replace(result.report, notes=tuple(notes)))
-
-
-# -------------------------------------------------------------------------------- names of what to skip
-
-# Eliminating rules that drop a node; the others make one node of two.
-_DROPPING = frozenset(
-    (*(rule.name for rule in (*control.RULES, *noop.RULES)), "same-shape", "transpose", "slice")
-)
-_ELIMINATING = tuple(rule.name for rule in eliminate.RULES)
-_RULES = (
-    *("inline", "fold", "eliminate", "fuse", "dedupe", "dead", "equal-constants", "equal-nodes"),
-    *_ELIMINATING,
-    *(rule.name for rule in fuse.RULES),
-)
-_THEIRS = ("Fusion", "Elimination")
-
-OPTIMIZATIONS: dict[str, tuple[str, ...]] = {
-    "constant_folding": ("fold",),
-    "graph_fusion": ("fuse", *(name for name in _ELIMINATING if name not in _DROPPING)),
-    "dead_node_elimination": ("dead", *(name for name in _ELIMINATING if name in _DROPPING)),
-    "subexpression_elimination": ("equal-nodes",),
-    "weight_tying": ("equal-constants",),
-}
-# The rules that do what OnnxSlim's patterns do; folding does the work of some without a rule of its own.
-PATTERNS: dict[str, tuple[str, ...]] = {
-    "EliminationConcat": ("concat-concat",),
-    "EliminationReshape": ("view-chain", "there-and-back"),
-    "EliminationReshapeAs": (),
-    "EliminationSlice": ("slice-chain",),
-    "EliminationTranspose": ("transpose-back", "transpose-chain"),
-    "EliminationTransposeAsReshape": ("transpose-view",),
-    "EliminationTransposeViewTranspose": (),
-    "EliminationUnsqueeze": ("axes-chain",),
-    "FusionConcatReshape": (),
-    "FusionConvAdd": ("layer-arithmetic",),
-    "FusionConvBN": ("layer-batchnorm",),
-    "FusionConvMul": ("layer-arithmetic",),
-    "FusionConvTransposeAdd": ("layer-arithmetic",),
-    "FusionConvTransposeBN": ("layer-batchnorm",),
-    "FusionConvTransposeMul": ("layer-arithmetic",),
-    "FusionGemm": ("matmul-arithmetic",),
-    "FusionGemmAdd": ("gemm-arithmetic",),
-    "FusionGemmMul": ("gemm-arithmetic",),
-    "FusionPadConv": ("pad-layer",),
-    "FusionReduce": (),
-}
-
-
-def _rules(name: str) -> tuple[str, ...]:
-    return (name,) if name in _RULES else PATTERNS.get(name, ())
-
-
-# ------------------------------------------------------------------------------------------- input shapes
-
-
-def fix_shapes(model: Model, asked: Sequence[str], *, infer: bool = True) -> None:
-    """Fix shapes of inputs and forget or infer anew what followed from the old ones.
-
-    Args:
-        model: edited in place.
-        asked: "name:1,3,224,224" each.
-        infer: whether to infer the shapes of inner tensors and outputs.
-
-    Raises:
-        UsageError: there is no such input, or it has another number of axes.
-    """
-    specs = {spec.name: spec for spec in model.inputs()}
-    wanted = {spec.name: _sizes(text, spec) for spec, text in _named(asked, specs)}
-    for tensor in model.graph.inputs:
-        tensor.shape = wanted.get(tensor.name, tensor.shape)
-    ranks = {id(out): len(out.shape) for out in model.graph.outputs if out.shape is not None}
-    _forget_shapes(model)
-    if infer:
-        _learn_shapes(model)
-    for out in model.graph.outputs:
-        if isinstance(out, Variable) and out.shape is None and id(out) in ranks:
-            out.shape = (None,) * ranks[id(out)]
-
-
-def _forget_shapes(model: Model) -> None:
-    for tensor in _made(model):
-        tensor.shape = None
-
-
-def _learn_shapes(model: Model) -> None:
-    """Fill in types, and shapes in numbers and symbols of the inputs, where they are certain."""
-    symbols = {dim for tensor in model.graph.inputs for dim in tensor.shape or ()}
-    facts = shapes.deduce(model)
-    for tensor in _made(model):
-        fact = facts.get(id(tensor))
-        if fact is None or fact.dtype is None:
-            continue
-        tensor.dtype = fact.dtype
-        if fact.shape is not None:
-            # Sizes that are only declared may be wrong, as exporters write 0 for some.
-            tensor.shape = tuple(
-                dim if isinstance(dim, int) or dim in symbols else None for dim in fact.shape
-            )
-
-
-def _made(model: Model) -> Iterator[Variable]:
-    """The tensors that are not inputs of the model."""
-    for graph in model.graphs():
-        for tensor in ir.tensors(graph):
-            if isinstance(tensor, Variable) and (tensor.inputs or graph is not model.graph):
-                yield tensor
-
-
-def _named(asked: Sequence[str], specs: Mapping[str, InputSpec]) -> Iterator[tuple[InputSpec, str]]:
-    """Inputs with what is said of them; names may contain colons themselves."""
-    for word in asked:
-        name = max((name for name in specs if word.startswith(f"{name}:")), key=len, default=None)
-        if name is None:
-            wrong = word.rpartition(":")[0] or word
-            raise UsageError(f"'{word}': there is no input '{wrong}'; {nearest(wrong, specs)}")
-        yield specs[name], word[len(name) + 1 :]
-
-
-def _sizes(text: str, spec: InputSpec) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(word) for word in text.split(",")) if text else ()
-    except ValueError:
-        raise UsageError(f"'{spec.name}:{text}' is not of the form name:1,3,224,224") from None
-    if any(size < 0 for size in sizes):
-        raise UsageError(f"'{spec.name}:{text}': sizes are not negative")
-    if spec.shape is not None and len(spec.shape) != len(sizes):
-        raise UsageError(f"'{spec.name}:{text}': the input has {len(spec.shape)} axes, not {len(sizes)}")
-    return sizes
-
-
-# ---------------------------------------------------------------------------------------------- cutting
-
-
-def cut(model: Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Make tensors the inputs or outputs of the model and remove what is not needed between them.
-
-    Args:
-        model: edited in place.
-        inputs, outputs: "name" or "name:dtype" each; where there are none, they stay what they are.
-
-    Raises:
-        UsageError: there is no such tensor, its type is unknown or another one, or the outputs depend on
-            inputs that are not among those named.
-    """
-    _learn_shapes(model)
-    # What the graph was read from lists other inputs and outputs, in another order.
-    if model.graph.proto is not None:
-        model.graph.proto = proto.fields_but(
-            model.graph.proto, "node", "initializer", "sparse_initializer", "input", "output", "value_info"
-        )
-    cutter = _Cutter(model)
-    if inputs:
-        model.graph.inputs = [cutter.input(word) for word in dict.fromkeys(inputs)]
-        _prune(model)
-        cutter.require_no_other()
-    if outputs:
-        idle = {id(tensor) for tensor in model.graph.inputs if not tensor.outputs}
-        model.graph.outputs = [cutter.output(word) for word in dict.fromkeys(outputs)]
-        _prune(model)
-        used = idle | {id(tensor) for tensor in model.graph.outputs}
-        model.graph.inputs = [each for each in model.graph.inputs if each.outputs or id(each) in used]
-    kept = {tensor.name for tensor in model.graph.inputs}
-    model.graph.defaults = {name: value for name, value in model.graph.defaults.items() if name in kept}
-
-
-def _prune(model: Model) -> None:
-    dead.remove_nodes(model, list(model.nodes()))
-    dead.remove_constants(model)
-
-
-class _Cutter:
-    """Finds the tensors of the main graph by what is said of them."""
-
-    def __init__(self, model: Model) -> None:
-        self._model, self._graph = model, model.graph
-        self._inputs = list(model.graph.inputs)
-
-    @cached_property
-    def _name(self) -> Namer:
-        return Namer(self._graph)
-
-    def input(self, word: str) -> Variable:
-        """A tensor as an input; what made it makes another one, which nobody reads."""
-        tensor, dtype = self._find(word)
-        if any(tensor is each for each in self._inputs):
-            assert isinstance(tensor, Variable)
-            return tensor
-        made = Variable(tensor.name, dtype, tensor.shape)
-        ir.replace_uses(tensor, made)
-        for graph in self._model.graphs():
-            graph.outputs = [made if out is tensor else out for out in graph.outputs]
-        tensor.name = self._name(f"{tensor.name}_cut")
-        return made
-
-    def output(self, word: str) -> Tensor:
-        """A tensor as an output."""
-        tensor, dtype = self._find(word)
-        if isinstance(tensor, Variable):
-            tensor.dtype = dtype
-        return tensor
-
-    def require_no_other(self) -> None:
-        """Raise UsageError if the model still needs an input it no longer has."""
-        kept = {id(tensor) for tensor in self._graph.inputs}
-        for tensor in self._inputs:
-            is_output = any(out is tensor for out in self._graph.outputs)
-            if id(tensor) not in kept and (tensor.outputs or is_output):
-                raise UsageError(
-                    f"the outputs also depend on input '{tensor.name}'; name it among the inputs"
-                )
-
-    def _find(self, word: str) -> tuple[Tensor, np.dtype[Any] | None]:
-        """A tensor and its type, which is None where there is none."""
-        found = {tensor.name: tensor for tensor in ir.tensors(self._graph)}
-        name, colon, kind = (word, "", "") if word in found or ":" not in word else word.rpartition(":")
-        if name not in found:
-            raise UsageError(f"'{word}': there is no tensor '{name}'; {nearest(name, found)}")
-        if colon and kind not in _DTYPES:
-            raise UsageError(f"'{word}': there is no type '{kind}'; known are: {', '.join(_DTYPES)}")
-        return found[name], _dtype(found[name], _DTYPES[kind] if colon else None)
-
-
-def _dtype(tensor: Tensor, asked: np.dtype[Any] | None) -> np.dtype[Any] | None:
-    """The type of a tensor, as known or as asked for."""
-    known = tensor.dtype
-    if asked is not None and known is not None and asked != known:
-        raise UsageError(f"tensor '{tensor.name}' is of type {known}, not {asked}")
-    is_unknown = known is None and not (isinstance(tensor, Variable) and tensor.proto is not None)
-    if asked is None and is_unknown:
-        raise UsageError(f"the type of tensor '{tensor.name}' is not known; add it, as in {tensor.name}:fp32")
-    return known if known is not None else asked
+        return report + Report(notes=self.notes)
 
 
 # -------------------------------------------------------------------------------------------- checking
@@ -523,7 +278,8 @@ def check_inputs(model: Model, asked: Sequence[str]) -> Feeds:
     for spec, text in _named(asked, specs):
         if text.endswith(".npy"):
             given[spec.name] = _read(text)
-        sizes = given[spec.name].shape if spec.name in given else _sizes(text, spec)
+        sizes = given[spec.name].shape if spec.name in given else sizes_of(text, spec.name)
+        require_rank(spec, sizes)
         known.update(
             (dim, size) for dim, size in zip(spec.shape or (), sizes, strict=False) if isinstance(dim, str)
         )
@@ -533,6 +289,16 @@ def check_inputs(model: Model, asked: Sequence[str]) -> Feeds:
         for spec in specs.values()
     ]
     return {**make_feeds(bound, batch=1, size=1), **given}
+
+
+def _named(asked: Sequence[str], specs: Mapping[str, InputSpec]) -> Iterator[tuple[InputSpec, str]]:
+    """Inputs with what is said of them; names and paths may contain colons themselves."""
+    for word in asked:
+        name = max((name for name in specs if word.startswith(f"{name}:")), key=len, default=None)
+        if name is None:
+            wrong = word.rpartition(":")[0] or word
+            raise UsageError(f"'{word}': there is no input '{wrong}'; {nearest(wrong, specs)}")
+        yield specs[name], word[len(name) + 1 :]
 
 
 def _read(path: str) -> Array:

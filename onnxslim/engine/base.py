@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import ConfigDict, GetCoreSchemaHandler
 from pydantic.dataclasses import dataclass as validated
@@ -18,6 +18,7 @@ from onnxslim.runtime.targets import Target
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 Progress: TypeAlias = Callable[[str, int, "int | None"], None]
+InterfacePart: TypeAlias = Literal["inputs", "outputs", "types", "shapes"]
 P = TypeVar("P")
 T = TypeVar("T")
 _CAPTION = "caption"
@@ -153,7 +154,7 @@ class Context:
     Attributes:
         target: where the result is to run.
         data: calibration batches, each a dict of one array per input; None if there are none.
-        teacher: the model as it came in, before any pass.
+        teacher: the model as it came in, before any pass but those that prepare it.
         seed: of everything random.
         jobs: processes that may work in parallel.
         progress: called with (what, done, total) by long steps.
@@ -177,20 +178,34 @@ class Pass:
 
     A subclass is a frozen dataclass (use `@options`): its fields are its options everywhere, on the command
     line, in recipes and in Python, and its docstring is their help.
+
+    Attributes:
+        name: how it is called everywhere.
+        lossless: whether outputs stay what they are, up to rounding.
+        prepares: whether it says what the model is, instead of making it smaller: data, checks and reports
+            refer to what it makes, and without it there is no use in going on.
     """
 
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
-    needs_data: ClassVar[bool] = False
+    prepares: ClassVar[bool] = False
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Rewrite the model; says what was done and, where nothing was, why."""
         raise NotImplementedError
 
     @property
-    def keeps_shapes(self) -> bool:
-        """Whether inputs and outputs have the shapes they had: always, unless somebody asked otherwise."""
-        return True
+    def needs_data(self) -> bool:
+        """Whether, with these options, it cannot do without calibration data."""
+        return False
+
+    @property
+    def interface(self) -> frozenset[InterfacePart]:
+        """What it may change of the model's interface: nothing, unless somebody asked for it.
+
+        Which tensors are inputs, which are outputs, their types, or their shapes.
+        """
+        return frozenset()
 
     def parts(self) -> tuple[Pass, ...]:
         """Smaller passes that do the same when run in turn until nothing changes; () if there are none.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import onnx
 import onnx.checker
 import onnx.shape_inference
 
+from onnxslim.engine.base import InterfacePart
 from onnxslim.errors import LoadError, OnnxSlimError
 from onnxslim.ir import proto
 from onnxslim.ir.graph import MASK_MAGNITUDE, Array, Constant, Node
@@ -47,16 +48,23 @@ class Checker:
         model: the original.
         target: where it runs.
         samples: real inputs for the comparison, if there are any.
+        notes: where to add to what others could not check.
 
     Attributes:
         feeds: the inputs models are compared on; none if there is nothing the original runs on.
         notes: what could not be checked, and why.
     """
 
-    def __init__(self, model: Model, target: Target, samples: Sequence[Mapping[str, Array]] = ()) -> None:
+    def __init__(
+        self,
+        model: Model,
+        target: Target,
+        samples: Sequence[Mapping[str, Array]] = (),
+        notes: list[str] | None = None,
+    ) -> None:
         self._target = target
         self._model = model
-        self.notes: list[str] = []
+        self.notes: list[str] = [] if notes is None else notes
         self._wellformed = self._noted("the input fails onnx.checker", lambda: wellformed(model))
         session = self._noted("the input does not run", lambda: _affordable(model, target))
         runs = probes(model, session, samples) if session else []
@@ -70,12 +78,10 @@ class Checker:
         # Where no operator draws numbers or runs graphs, that is looked up only if a result differs.
         pure = all(spec_of(node).pure for node in model.nodes()) and not model.shell.functions
         self._random = None if pure else self._unstable(session) if session else set()
-        self._interface = interface(model)
 
     def accept(self, model: Model) -> None:
         """Take a model that lossily differs from the original for what later lossless steps have to keep."""
         self._model = model
-        self._interface = interface(model)
         if self._runs:
             session = Session(model, self._target, once=True)
             self._expected = [session.run(feeds) for feeds in self.feeds]
@@ -104,28 +110,30 @@ class Checker:
             self._random = self._unstable(Session(self._model, self._target, once=True))
         return name in self._random
 
-    def __call__(self, model: Model, *, lossless: bool, shapes: bool = True) -> None:
+    def __call__(
+        self, model: Model, *, lossless: bool, changing: Collection[InterfacePart] = frozenset()
+    ) -> None:
         """Check a rewritten model.
 
         Args:
             model: the result of a pass.
             lossless: whether its outputs must be those of the original up to rounding.
-            shapes: whether inputs and outputs must have the shapes they had.
+            changing: what of the interface may be another one; then outputs are not compared.
 
         Raises:
             LoadError: says in one line what is wrong.
         """
-        kept = slice(None) if shapes else slice(2)  # names and types are never given up
-        if [each[kept] for each in interface(model)] != [each[kept] for each in self._interface]:
-            raise LoadError("the inputs or outputs changed")
+        require_interface(self._model, model, changing)
         if self._wellformed:
             self._require_wellformed(model)
         if not self._runs:
             return
         session = Session(model, self._target, once=True)
         for feeds, expected in zip(self.feeds, self._expected, strict=True):
+            if {"inputs", "types"} & set(changing):
+                continue  # there is nothing to feed
             actual = session.run(feeds)
-            if not shapes:
+            if changing:
                 continue  # there is nothing to compare with
             problem = self._problem(expected, actual, lossless)
             if problem and lossless:
@@ -213,10 +221,24 @@ def require_affordable(model: Model) -> None:
                     )
 
 
-def interface(model: Model) -> list[tuple[object, ...]]:
-    """Names, types and shapes of inputs and outputs, in order."""
-    tensors = (*model.graph.inputs, *model.graph.outputs)
-    return [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+def interface(model: Model, changing: Collection[InterfacePart] = frozenset()) -> list[tuple[object, ...]]:
+    """Names, types and shapes of inputs and outputs, in order, but for what may change."""
+    return [
+        (
+            tensor.name,
+            None if "types" in changing else tensor.dtype,
+            None if "shapes" in changing else tensor.shape,
+        )
+        for part, tensors in (("inputs", model.graph.inputs), ("outputs", model.graph.outputs))
+        for tensor in tensors
+        if part not in changing
+    ]
+
+
+def require_interface(before: Model, after: Model, changing: Collection[InterfacePart] = frozenset()) -> None:
+    """Raise LoadError if inputs or outputs are not what they were, but for what may change."""
+    if interface(before, changing) != interface(after, changing):
+        raise LoadError("the inputs or outputs changed")
 
 
 def wellformed(model: Model, *, declared: bool = True) -> None:

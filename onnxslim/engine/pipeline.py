@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
 from onnxslim.engine.base import Changes, Context, Log, Pass, Progress, Shapes
-from onnxslim.engine.check import Checker
+from onnxslim.engine.check import Checker, require_interface
 from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, OnnxSlimError, PassError
 from onnxslim.formats import plain
 from onnxslim.ir.graph import Array
@@ -53,6 +54,11 @@ class Report:
         from onnxslim.report.text import text
 
         return text(self)
+
+    def __add__(self, later: Report) -> Report:
+        """The report of one pipeline after the other."""
+        notes = dict.fromkeys((*self.notes, *later.notes))
+        return Report((*self.steps, *later.steps), tuple(notes))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: NaN is None, infinities are the strings "inf" and "-inf"."""
@@ -102,7 +108,8 @@ class Pipeline:
 
         Args:
             model: left as it is.
-            data: calibration batches for the passes that need them, and for checking.
+            data: calibration batches for the passes that need them, and for checking: of the model as those
+                passes see it that say what it is, such as Extract, if there are any.
             target: where the result is to run; processors by default.
             seed: of everything random.
             jobs: processes that may work in parallel.
@@ -111,52 +118,90 @@ class Pipeline:
             metric: runs a model on data of its own and says how good it is, more is better; for `max_drop`.
 
         Raises:
-            PassError: with on_error="raise", when a pass fails or breaks the model.
+            PassError: when a pass fails that prepares the model; with on_error="raise", when any fails or
+                breaks the model.
             CalibrationError: the data does not fit the model.
         """
-        target = target or Target.cpu()
-        checker = Checker(model, target, _samples(data))
-        sample = checker.feeds[-1] if checker.feeds else None
-        ctx = Context(target, data, model, seed, jobs, progress, sample, metric)
-        shapes = sample_shapes(model, checker.feeds[0]) if checker.feeds else None
-        stats, macs = model.stats(), self._macs(model, shapes)
+        ctx = Context(target or Target.cpu(), data, model, seed, jobs, progress, None, metric)
         steps: list[Step] = []
+        notes: list[str] = []
+        stats, macs, ground = model.stats(), None, None
         for each in self.passes:
+            if ground is None and not each.prepares:
+                ground = _Ground(model, ctx, notes, self.count)
+                macs = ground.macs(model)
             _announce(ctx, each, 0)
             start = time.perf_counter()
-            outcome, changes, error = self._attempt(each, model, ctx, checker, steps)
+            if ground is None or each.prepares:
+                outcome, changes, error = *_prepared(each, model, ctx), ""
+            else:
+                outcome, changes, error = self._attempt(each, model, ground, steps)
             seconds = time.perf_counter() - start
             before, macs_before = stats, macs
             if outcome is not model:
-                if not each.lossless:
-                    checker.accept(outcome)
-                model, stats, macs = outcome, outcome.stats(), self._macs(outcome, shapes)
+                stats, macs = outcome.stats(), ground.macs(outcome) if ground and not each.prepares else None
+                if each.prepares or each.interface:
+                    ground = None
+                elif ground is not None and not each.lossless:
+                    ground.checker.accept(outcome)
+                model = outcome
             steps.append(
                 Step(each.name, each.describe(), seconds, before, stats, macs_before, macs, changes, error)
             )
             _announce(ctx, each, 1)
-        return Result(model, Report(tuple(steps), tuple(checker.notes)))
+        return Result(model, Report(tuple(steps), tuple(dict.fromkeys(notes))))
 
-    def _macs(self, model: Model, shapes: Shapes | None) -> int | None:
-        return cost.macs(model, shapes) if self.count else None
+    def prepared(self, model: Model) -> tuple[Result, Pipeline]:
+        """The model as the passes that come first say it is, and a pipeline of the others.
+
+        That model is the one that data, checks and reports refer to.
+
+        Raises:
+            UsageError: as those passes do.
+        """
+        first = tuple(takewhile(lambda each: each.prepares, self.passes))
+        rest = Pipeline(*self.passes[len(first) :], on_error=self.on_error, count=self.count)
+        return Pipeline(*first)(model), rest
 
     def _attempt(
-        self, each: Pass, model: Model, ctx: Context, checker: Checker, steps: Sequence[Step]
+        self, each: Pass, model: Model, ground: _Ground, steps: Sequence[Step]
     ) -> tuple[Model, Changes, str]:
         candidate = model.copy()
         try:
-            changes = _run(each, candidate, ctx)
+            changes = _run(each, candidate, ground.ctx)
             if changes:
-                _check(each, candidate, changes, checker)
+                _check(each, candidate, changes, ground.checker)
             return candidate if changes else model, changes, ""
         except PassError as error:
             if self.on_error == "revert" and each.parts():
-                return _piecewise(each, model, ctx, checker, str(error))
+                return _piecewise(each, model, ground.ctx, ground.checker, str(error))
             failure = error
         if self.on_error == "raise":
             done = tuple(step.description for step in steps)
             raise type(failure)(str(failure), pass_name=each.name, node=failure.node, done=done) from failure
         return model, Changes(), str(failure)
+
+
+class _Ground:
+    """What passes start from and are held to, until one of them changes the model's interface.
+
+    Args:
+        model: it is that of which this interface is.
+        ctx: what passes may know besides.
+        notes: what cannot be checked goes there.
+        count: whether to count multiply-accumulates.
+    """
+
+    def __init__(self, model: Model, ctx: Context, notes: list[str], count: bool) -> None:
+        self.checker = Checker(model, ctx.target, _samples(ctx.data), notes)
+        feeds = self.checker.feeds
+        self.ctx = replace(ctx, teacher=model, sample=feeds[-1] if feeds else None)
+        self._shapes = sample_shapes(model, feeds[0]) if feeds else None
+        self._count = count
+
+    def macs(self, model: Model) -> int | None:
+        """Multiply-accumulates of one sample, where they are to be counted."""
+        return cost.macs(model, self._shapes) if self._count else None
 
 
 def sample_shapes(model: Model, feeds: Mapping[str, Array]) -> Shapes:
@@ -200,9 +245,20 @@ def _run(each: Pass, model: Model, ctx: Context) -> Changes:
         raise PassError(f"pass '{each.name}' failed with {reason}", pass_name=each.name) from error
 
 
+def _prepared(each: Pass, model: Model, ctx: Context) -> tuple[Model, Changes]:
+    """Run a pass that says what the model is: no model computes what it makes, and it cannot be left out."""
+    candidate = model.copy()
+    changes = _run(each, candidate, ctx)
+    try:
+        require_interface(model, candidate, each.interface)
+    except LoadError as error:
+        raise PassError(f"pass '{each.name}' failed: {error}", pass_name=each.name) from error
+    return candidate if changes else model, changes
+
+
 def _check(each: Pass, candidate: Model, changes: Changes, checker: Checker) -> None:
     try:
-        checker(candidate, lossless=each.lossless, shapes=each.keeps_shapes)
+        checker(candidate, lossless=each.lossless, changing=each.interface)
     except LoadError as error:
         nodes = list(dict.fromkeys(change.node for change in changes.changed))
         shown = ", ".join(f"'{node}'" for node in nodes[:3]) + (" …" if len(nodes) > 3 else "")

@@ -12,26 +12,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from onnx import TensorProto
 from pydantic import Field
-from pydantic import ValidationError as Invalid
 
-from onnxslim import passes
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.engine.base import Pass, Progress, options
 from onnxslim.engine.pipeline import Pipeline, Report, Result
-from onnxslim.errors import OnnxSlimError, UsageError, nearest
+from onnxslim.errors import CalibrationError, OnnxSlimError, UsageError
 from onnxslim.formats import plain
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model, Source, load
 from onnxslim.ir.proto import encode_embedded
+from onnxslim.recipes import reading
 from onnxslim.recipes.data import Batches, Data
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
@@ -39,22 +38,60 @@ from onnxslim.validation.compare import validate
 from onnxslim.validation.verdict import Verdict, check_limits
 from onnxslim.version import version
 
-MAX_BYTES = 1 << 20
-# Nodes of the YAML document, with every alias counted as often as it is used.
-MAX_NODES = 10_000
-SUFFIXES = (".yaml", ".yml")
-PREFIX = "onnxslim."
+if TYPE_CHECKING:
+    from onnxslim.report.html import Document
 
-T = TypeVar("T")
+PREFIX = "onnxslim."
+# Calls to time where somebody looks at the latency.
+ROUNDS = 30
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running a recipe gave; `verdict` is None where the recipe has no `check`."""
+    """What running a recipe gave.
+
+    Attributes:
+        model: the result.
+        report: what the passes did.
+        verdict: result and original side by side; None if nobody asked for it.
+        original: what the result is compared with: the model that was given, or what passes that say what the
+            model is, such as Extract, made of it.
+        recipe: what was run.
+        opened: the data it was run with, if any.
+        unmeasured: why there is no verdict although somebody asked for one, but for no figures of it.
+    """
 
     model: Model
     report: Report
-    verdict: Verdict | None = None
+    verdict: Verdict | None
+    original: Model
+    recipe: Recipe
+    opened: Batches | None = None
+    unmeasured: str = ""
+
+    def require(self) -> Outcome:
+        """Insist on what the recipe asks for.
+
+        Raises:
+            ValidationError: it is not met.
+        """
+        if self.verdict is not None:
+            self.verdict.require(**self.recipe.check)
+        return self
+
+    def document(self, *, layers: bool = False) -> Document:
+        """All there is to tell, to be saved as HTML or JSON.
+
+        Args:
+            layers: run both models once more, and compare them layer by layer.
+        """
+        from onnxslim.report import html
+
+        settings = self.recipe.to_dict()
+        if not layers:
+            return html.brief(self.original, self.model, self.report, self.verdict, recipe=settings)
+        data = self.opened.data if self.opened else None
+        return html.document(self.original, self.model, self.report, self.verdict, recipe=settings, data=data)
 
     def save(self, path: str | os.PathLike[str], *, external_data: bool | None = None) -> None:
         """Write the model; see `Model.save`."""
@@ -82,60 +119,54 @@ class Recipe:
         """Refuse what cannot be run."""
         if not self.passes:
             raise UsageError("a recipe needs at least one pass")
+        for before, after in zip(self.passes, self.passes[1:], strict=False):
+            if after.prepares and not before.prepares:
+                raise UsageError(
+                    f"pass '{after.name}' says what the model is, so it comes before '{before.name}'"
+                )
         check_limits(self.check)
         Target.named(self.target)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+    def load(cls, path: str | os.PathLike[str], *, trust: bool = False) -> Recipe:
         """Read a recipe file.
 
-        Its data must lie in the folder of the file, or below, and is never code to run.
+        Its data is never code to run.
+
+        Args:
+            path: the file.
+            trust: whether it may name files outside its own folder.
 
         Raises:
             UsageError: it cannot be read, or says something that means nothing; names the key.
         """
-        file = Path(path)
-        try:
-            return cls._of(_parsed(file), file.absolute().parent)
-        except UsageError as error:
-            raise UsageError(f"recipe '{file}': {error}") from None
-
-    @classmethod
-    def _of(cls, document: Mapping[str, Any], folder: Path) -> Recipe:
-        known = [item.name for item in fields(cls)]
-        _require_known(document, known, "")
-        given = dict(document)
-        given["passes"] = tuple(_passes(document.get("passes"), folder))
-        if given.get("data") is not None:
-            given["data"] = _data(given["data"], folder)
-        if "target" in given and not isinstance(given["target"], str):
-            raise UsageError("'target' is the name of an execution provider")
-        return _made(cls, given, "")
+        return reading.read(cls, Path(path), trust)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a recipe file that `load` reads back to an equal recipe.
 
+        Files in its folder are named from there, and others by their whole path, which takes trust to read.
+
         Raises:
-            UsageError: the data is code, or does not lie in the folder of the file.
+            UsageError: the data is code.
             OSError: it cannot be written.
         """
         file = Path(path)
-        folder = file.absolute().parent
+        file.write_text(self.text(file.absolute().parent), encoding="utf-8")
+
+    def text(self, folder: Path) -> str:
+        """What `save` writes into a file in this folder.
+
+        Raises:
+            UsageError: the data is code.
+        """
         document: dict[str, Any] = {"passes": [_written(each, folder) for each in self.passes]}
         if self.data is not None:
-            document["data"] = self._data_written(folder)
+            document["data"] = _data_written(self.data, folder)
         for name, default in (("target", "cpu"), ("seed", 0), ("on_error", "revert"), ("check", {})):
             if getattr(self, name) != default:
                 document[name] = getattr(self, name)
-        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
-        file.write_text(text, encoding="utf-8")
-
-    def _data_written(self, folder: Path) -> Any:
-        assert self.data is not None
-        if self.data.is_function:
-            raise UsageError(f"a recipe cannot hold data that is code ('{self.data.path}'); leave it out")
-        settings = {**_given(self.data), "path": _relative(self.data.path, folder)}
-        return settings if len(settings) > 1 else settings["path"]
+        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain data, defaults included."""
@@ -155,40 +186,6 @@ class Recipe:
         text = json.dumps(document, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def rewrite(
-        self,
-        model: Model,
-        data: Any = None,
-        *,
-        libraries: Sequence[str] = (),
-        jobs: int = 1,
-        progress: Progress | None = None,
-        metric: Metric | None = None,
-    ) -> Result:
-        """Run the passes; a model they changed tells in its metadata which recipe was run on which file.
-
-        Args:
-            model: left as it is.
-            data: calibration batches.
-            libraries: files of custom operators that the model needs to run; see `Target`.
-            jobs: processes that may work in parallel; the result does not depend on their number.
-            progress, metric: see `Pipeline`.
-
-        Raises:
-            PassError, CalibrationError: see `Pipeline`.
-        """
-        origin = source_sha256(model)
-        pipeline = Pipeline(*self.passes, on_error=self.on_error)
-        target = Target.named(self.target).with_libraries(libraries)
-        result = pipeline(
-            model, data=data, target=target, seed=self.seed, jobs=jobs, progress=progress, metric=metric
-        )
-        if result.model is model:
-            return result
-        stamps = {"version": version(), "recipe_sha256": self.sha256, "source_sha256": origin}
-        marked = result.model.with_metadata({PREFIX + key: value for key, value in stamps.items()})
-        return Result(marked, result.report)
-
     def run(
         self,
         model: Source,
@@ -207,7 +204,7 @@ class Recipe:
             data: batches instead of those the recipe names; see `CalibrationData.of`.
             labels: the class of every sample of `data`.
             libraries: files of custom operators that the model needs to run; see `Target`.
-            jobs: processes that may work in parallel.
+            jobs: processes that may work in parallel; the result does not depend on their number.
             progress: called with (what, done, total).
             metric: see `Pipeline`; accuracy if there are labels and it is not given.
 
@@ -215,32 +212,130 @@ class Recipe:
             ValidationError: the result does not meet what the recipe asks for.
             OnnxSlimError: whatever else went wrong.
         """
-        original = load(model)
-        opened = Batches(CalibrationData.of(data), labels) if data is not None else None
-        if opened is None and self.data is not None:
-            opened = self.data.read(original)
-        batches, labels = (opened.data, opened.labels) if opened else (None, None)
-        result = self.rewrite(
-            original,
-            batches,
-            libraries=libraries,
-            jobs=jobs,
-            progress=progress,
-            metric=metric or (opened.metric if opened else None),
+        work = Work(self, model, tuple(libraries), jobs, progress, metric)
+        if data is not None:
+            work.feed(data, labels)
+        return work.run().require()
+
+
+class Work:
+    """A recipe about to be run on a model. All that can be known before is checked before.
+
+    A model that passes changed tells in its metadata which recipe was run on which file.
+
+    Args:
+        recipe: what to run.
+        model: left as it is.
+        libraries, jobs, progress, metric: see `Recipe.run`.
+        reported: whether somebody wants to see the models compared, even where the recipe asks for nothing.
+
+    Attributes:
+        original: the model as the first passes say it is, which data, checks and reports refer to.
+
+    Raises:
+        UsageError: a pass needs a file that is not there, or does not fit the model.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Source,
+        libraries: tuple[str, ...] = (),
+        jobs: int = 1,
+        progress: Progress | None = None,
+        metric: Metric | None = None,
+        reported: bool = False,
+    ) -> None:
+        for each in recipe.passes:
+            for key, file in reading.files_of(each).items():
+                if not file.is_file():
+                    raise UsageError(f"pass '{each.name}', option '{key}': there is no file '{file}'")
+        self._recipe, self._jobs, self._progress, self._metric = recipe, jobs, progress, metric
+        self._reported = reported
+        self._target = Target.named(recipe.target).with_libraries(libraries)
+        self._source = load(model)
+        start, self._pipeline = Pipeline(*recipe.passes, on_error=recipe.on_error).prepared(self._source)
+        self.original, self._report = start.model, start.report
+        self._opened: Batches | None = None
+
+    @property
+    def opened(self) -> Batches | None:
+        """The data, opened when it is first asked for; None if there is none.
+
+        Raises:
+            CalibrationError: it cannot be read, or does not fit the model.
+        """
+        if self._opened is None and self._recipe.data is not None:
+            self._opened = self._recipe.data.read(self.original)
+        return self._opened
+
+    def feed(self, data: Any, labels: Array | None = None) -> None:
+        """Take other data than what the recipe names; see `CalibrationData.of`."""
+        self._opened = Batches(CalibrationData.of(data), labels)
+
+    def run(self) -> Outcome:
+        """Run the passes, and the models side by side where that is asked for.
+
+        Raises:
+            CalibrationError: the data does not fit the model, or is needed and not there.
+            UsageError: a check needs labels or a metric, and there is none.
+            PassError: see `Pipeline`.
+        """
+        self._require_enough()
+        result = self._rewritten()
+        report = self._report + result.report
+        verdict, unmeasured = None, ""
+        if self._reported or self._recipe.check:
+            try:
+                verdict = self._compared(result.model)
+            except OnnxSlimError as error:
+                if self._recipe.check:
+                    raise
+                unmeasured = str(error)
+        return Outcome(result.model, report, verdict, self.original, self._recipe, self._opened, unmeasured)
+
+    def _require_enough(self) -> None:
+        """Raise if a pass needs data that is not there, or a check something to measure it by."""
+        labels = self.opened.labels if self.opened else None
+        for each in self._recipe.passes:
+            if each.needs_data and self.opened is None:
+                raise CalibrationError(
+                    f"pass '{each.name}' needs calibration data: pass data=, or --data on the command line"
+                )
+        for name, there in (("max_accuracy_drop", labels), ("max_metric_drop", self._metric)):
+            if name in self._recipe.check and there is None:
+                what = "labels" if name == "max_accuracy_drop" else "a metric"
+                raise UsageError(f"the check of {name} needs {what}, and there is none")
+
+    def _rewritten(self) -> Result:
+        origin = source_sha256(self._source)
+        result = self._pipeline(
+            self.original,
+            data=self.opened.data if self.opened else None,
+            target=self._target,
+            seed=self._recipe.seed,
+            jobs=self._jobs,
+            progress=self._progress,
+            metric=self._metric or (self.opened.metric if self.opened else None),
         )
-        if not self.check:
-            return Outcome(result.model, result.report)
-        verdict = validate(
-            original,
-            result.model,
-            batches,
-            [Target.named(self.target).with_libraries(libraries)],
-            labels=labels,
-            metric=metric,
-            rounds=30 if "latency" in self.check else 0,
-            progress=progress,
+        if result.model is self._source:
+            return result
+        stamps = {"version": version(), "recipe_sha256": self._recipe.sha256, "source_sha256": origin}
+        marked = result.model.with_metadata({PREFIX + key: value for key, value in stamps.items()})
+        return Result(marked, result.report)
+
+    def _compared(self, model: Model) -> Verdict:
+        timed = self._reported or "latency" in self._recipe.check
+        return validate(
+            self.original,
+            model,
+            self.opened.data if self.opened else None,
+            [self._target],
+            labels=self.opened.labels if self.opened else None,
+            metric=self._metric,
+            rounds=ROUNDS if timed else 0,
+            progress=self._progress,
         )
-        return Outcome(result.model, result.report, verdict.require(**self.check))
 
 
 def source_sha256(model: Model) -> str:
@@ -267,130 +362,6 @@ def _hashed(digest: Any, constant: Constant) -> TensorProto:
     return TensorProto(name=constant.name)
 
 
-# --------------------------------------------------------------------------------------------- reading
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data only; a key that is there twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                raise _at(key, "a key is not text")
-            if key.value in seen:
-                raise _at(key, f"key '{key.value}' is there twice")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _parsed(file: Path) -> Mapping[str, Any]:
-    try:
-        with open(file, "rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UsageError(error.strerror or str(error)) from None
-    if len(content) > MAX_BYTES:
-        raise UsageError(f"larger than {MAX_BYTES} bytes")
-    try:
-        loader = _Loader(content)
-        node = loader.get_single_node()
-        if node is None:
-            raise UsageError("it is empty")
-        _require_small(node)
-        document = loader.construct_document(node)
-    except RecursionError:
-        raise UsageError("nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # a bad date or number is a ValueError
-        raise UsageError(f"not plain YAML: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(document, dict):
-        raise UsageError("expected keys such as 'passes', found a " + type(document).__name__)
-    return document
-
-
-def _require_small(root: yaml.Node) -> None:
-    """Refuse a document that its aliases make large, or endless."""
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node, above: frozenset[int]) -> int:
-        if id(node) in above:
-            raise _at(node, "it contains itself")
-        if id(node) not in sizes:
-            inner = above | {id(node)}
-            sizes[id(node)] = 1 + sum(size(each, inner) for each in _children(node))
-        if sizes[id(node)] > MAX_NODES:
-            raise _at(node, f"more than {MAX_NODES} values, aliases counted as often as they are used")
-        return sizes[id(node)]
-
-    size(root, frozenset())
-
-
-def _children(node: yaml.Node) -> Iterator[yaml.Node]:
-    for item in node.value if isinstance(node, yaml.CollectionNode) else ():
-        yield from item if isinstance(item, tuple) else (item,)
-
-
-def _at(node: yaml.Node, problem: str) -> UsageError:
-    return UsageError(f"line {node.start_mark.line + 1}: {problem}")
-
-
-def _passes(given: Any, folder: Path) -> Iterator[Pass]:
-    if not isinstance(given, list):
-        raise UsageError("'passes' is a list of names, or of `name: {option: value}`")
-    for index, item in enumerate(given):
-        where = f"passes[{index}]"
-        if isinstance(item, str):
-            item = {item: {}}
-        if not isinstance(item, dict) or len(item) != 1:
-            raise UsageError(f"{where}: expected a name, or `name: {{option: value}}`")
-        ((name, settings),) = item.items()
-        if not isinstance(settings or {}, dict):
-            raise UsageError(f"{where}: the options of '{name}' are `option: value`, not {settings!r}")
-        try:
-            made = passes.create(name, settings or {})
-            inside = {key: _inside(str(path), folder) for key, path in _files(made).items()}
-            yield passes.create(name, {**(settings or {}), **inside}) if inside else made
-        except OnnxSlimError as error:
-            raise UsageError(f"{where}: {error}") from None
-
-
-def _data(given: Any, folder: Path) -> Data:
-    settings = {"path": given} if isinstance(given, str) else given
-    if not isinstance(settings, dict):
-        raise UsageError(f"'data' is a path or `path: …` and its settings, not {given!r}")
-    _require_known(settings, [item.name for item in fields(Data)], "data: ")
-    made = _made(Data, settings, "data.")
-    return _made(Data, {**settings, "path": str(_inside(made.path, folder))}, "data.")
-
-
-def _inside(path: str, folder: Path) -> Path:
-    """A path of the recipe as a file; it may not leave the recipe's folder, links included."""
-    windows, posix = PureWindowsPath(path), PurePosixPath(path)
-    rooted = "\0" in path or windows.drive or windows.root or posix.is_absolute()
-    found = folder if rooted else (folder / path).resolve()
-    if rooted or ".." in (*windows.parts, *posix.parts) or not found.is_relative_to(folder.resolve()):
-        raise UsageError(f"'{path}' leaves the folder of the recipe")
-    if not found.exists():
-        raise UsageError(f"there is no '{path}' in the folder of the recipe")
-    return found
-
-
-def _made(cls: type[T], given: Mapping[str, Any], where: str) -> T:
-    try:
-        return cls(**given)
-    except Invalid as error:
-        problem = error.errors()[0]
-        name = where + ".".join(str(part) for part in problem["loc"])
-        text = problem["msg"][:1].lower() + problem["msg"][1:]
-        raise UsageError(f"'{name}': {text}, not {problem['input']!r}") from None
-
-
-def _require_known(given: Mapping[str, Any], known: list[str], where: str) -> None:
-    for key in given:
-        if key not in known:
-            raise UsageError(f"{where}there is no key '{key}'; {nearest(key, known)}")
-
-
 # --------------------------------------------------------------------------------------------- writing
 
 
@@ -407,26 +378,28 @@ def _given(value: Any) -> dict[str, Any]:
     return kept
 
 
-def _files(each: Pass) -> dict[str, Path]:
-    """The options of a pass that are files."""
-    return {key: value for key, value in vars(each).items() if isinstance(value, Path)}
-
-
 def _contents(each: Pass) -> dict[str, str]:
     """Hashes of the files that a pass reads."""
-    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in _files(each).items()}
+    return {
+        key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in reading.files_of(each).items()
+    }
 
 
-def _relative(path: str | Path, folder: Path) -> str:
-    try:
-        return Path(path).resolve().relative_to(folder.resolve()).as_posix()
-    except ValueError:
-        raise UsageError(
-            f"a recipe can only name files in its own folder, '{folder}', not '{path}'"
-        ) from None
+def _from(folder: Path, path: str | Path) -> str:
+    """A file as a recipe in a folder names it."""
+    found = Path(path).resolve()
+    inside = found.is_relative_to(folder.resolve())
+    return (found.relative_to(folder.resolve()) if inside else found).as_posix()
 
 
 def _written(each: Pass, folder: Path) -> Any:
-    settings = _given(each)
-    settings.update({key: _relative(path, folder) for key, path in _files(each).items()})
+    files = {key: _from(folder, path) for key, path in reading.files_of(each).items()}
+    settings = {**_given(each), **files}
     return {each.name: settings} if settings else each.name
+
+
+def _data_written(data: Data, folder: Path) -> Any:
+    if data.is_function:
+        raise UsageError(f"a recipe cannot hold data that is code ('{data.path}'); leave it out")
+    settings = {**_given(data), "path": _from(folder, data.path)}
+    return settings if len(settings) > 1 else settings["path"]

@@ -14,7 +14,17 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.holdout import split
 from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.engine.allocate import Joint, allocate
-from onnxslim.engine.base import Change, Changes, Context, Figures, Log, Pass, captioned, options
+from onnxslim.engine.base import (
+    Change,
+    Changes,
+    Context,
+    Figures,
+    InterfacePart,
+    Log,
+    Pass,
+    captioned,
+    options,
+)
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.errors import UsageError
 from onnxslim.families.analysis import Analysis, analyze
@@ -87,9 +97,9 @@ class Prune(Pass):
     plan: Path | None = Field(None, description="file of a plan to replay, instead of choosing")
 
     @property
-    def keeps_shapes(self) -> bool:
+    def interface(self) -> frozenset[InterfacePart]:
         """Outputs shrink only where that was asked for."""
-        return not self.allow_outputs
+        return frozenset(("shapes",) if self.allow_outputs else ())
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Prune the model in place.

@@ -53,7 +53,6 @@ class Quantize(Pass):
     """
 
     name: ClassVar[str] = "quantize"
-    needs_data: ClassVar[bool] = True
 
     weights: Bits = Field(
         "int8",
@@ -159,6 +158,11 @@ class Quantize(Pass):
         if trained:
             figures = replace(figures, trained=(len(trained.tensors), len(trained.constants)))
         return log.done(figures)
+
+    @property
+    def needs_data(self) -> bool:
+        """For ranges, and to rank layers on."""
+        return self._way.calibrated or self.max_drop is not None
 
     @property
     def _way(self) -> type[Strategy]:

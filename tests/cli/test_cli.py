@@ -267,7 +267,7 @@ def test_json_alone_is_on_the_standard_output(run: Run, folder: Path) -> None:
     code, out, err = run(*words, "--data", "data.npz", "--check", "sqnr=20")
     assert code == 0
     document = json.loads(out)
-    assert document["report"]["steps"][0]["name"] == "scale(by=1.001)"
+    assert document["report"]["steps"][0]["description"] == "scale(by=1.001)"
     assert document["verdict"]["providers"][0]["outputs"][0]["sqnr"] == pytest.approx(60, abs=0.1)
     assert json.loads((folder / "report.json").read_text()) == document
     assert "saved" in err
@@ -493,7 +493,7 @@ def test_mistakes_of_ours_are_one_line_unless_debugged(run: Run, monkeypatch: py
     def crash(*_: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("onnxslim.ir.model.load", crash)
+    monkeypatch.setattr("onnxslim.recipes.recipe.load", crash)
     words = ("run", "in.onnx", "-p", "scale")
     assert "internal error, ZeroDivisionError: oops" in error(run(*words), 1)
     code, _, err = run(*words, "--debug")

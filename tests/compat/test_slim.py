@@ -16,6 +16,7 @@ import pytest
 
 import onnxslim
 from onnxslim import cli, passes
+from onnxslim.compat import names as theirs
 from onnxslim.compat import slim
 from onnxslim.engine.base import Changes, Context, Log
 from onnxslim.engine.check import difference
@@ -133,9 +134,9 @@ def test_summaries_side_by_side(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_every_argument_of_theirs_is_there() -> None:
     known = list(inspect.signature(onnxslim.slim).parameters)
     assert known[:2] == ["model", "output_model"]
-    theirs = "model_check input_shapes inputs outputs no_shape_infer skip_optimizations skip_fusion_patterns "
-    theirs += "size_threshold dtype save_as_external_data model_check_inputs verbose inspect dump_to_disk"
-    assert set(known[2:-1]) == set(theirs.split())
+    wanted = "model_check input_shapes inputs outputs no_shape_infer skip_optimizations skip_fusion_patterns "
+    wanted += "size_threshold dtype save_as_external_data model_check_inputs verbose inspect dump_to_disk"
+    assert set(known[2:-1]) == set(wanted.split())
 
 
 # -------------------------------------------------------------------------------------------- mistakes
@@ -325,14 +326,14 @@ def test_an_untyped_tensor_needs_a_type() -> None:
 
 
 def test_all_names_to_skip_mean_rules_there_are() -> None:
-    for mapping in (slim.PATTERNS, slim.OPTIMIZATIONS):
+    for mapping in (theirs.PATTERNS, theirs.OPTIMIZATIONS):
         for rules in mapping.values():
             passes.Slim(skip=rules)
 
 
 def test_every_rule_belongs_to_one_optimization() -> None:
     counts = Counter(
-        rule for name in ("graph_fusion", "dead_node_elimination") for rule in slim.OPTIMIZATIONS[name]
+        rule for name in ("graph_fusion", "dead_node_elimination") for rule in theirs.OPTIMIZATIONS[name]
     )
     assert counts == dict.fromkeys(("fuse", "dead", *(rule.name for rule in eliminate.RULES)), 1)
 
@@ -362,7 +363,7 @@ def test_optimizations_can_be_skipped(name: str) -> None:
     model = proto(text)
     assert ops(onnxslim.slim(model))[op] < ops(model)[op]
     assert ops(onnxslim.slim(model, skip_optimizations=[name]))[op] == ops(model)[op]
-    assert onnxslim.slim(model, skip_optimizations=list(slim.OPTIMIZATIONS)) == load(model).to_proto()
+    assert onnxslim.slim(model, skip_optimizations=list(theirs.OPTIMIZATIONS)) == load(model).to_proto()
 
 
 def test_weights_are_not_tied_when_asked() -> None:

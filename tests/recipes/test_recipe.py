@@ -23,10 +23,15 @@ from hypothesis import strategies as st
 from onnxslim import cli, passes
 from onnxslim.errors import OnnxSlimError, UsageError, ValidationError
 from onnxslim.ir.model import Model, load
+from onnxslim.passes.extract import Extract
+from onnxslim.passes.half import Half
+from onnxslim.passes.prune import Prune
 from onnxslim.passes.quantize import Quantize
+from onnxslim.passes.shapes import FixShapes
 from onnxslim.passes.slim import Slim
 from onnxslim.recipes.data import Data
-from onnxslim.recipes.recipe import MAX_BYTES, Outcome, Recipe, source_sha256
+from onnxslim.recipes.reading import MAX_BYTES
+from onnxslim.recipes.recipe import Outcome, Recipe, source_sha256
 from tests.helpers import parse
 
 WEIGHTS = ",".join(str(n / 7) for n in range(16))
@@ -304,16 +309,121 @@ def test_files_of_passes_stay_in_the_folder_and_are_hashed(folder: Path) -> None
         Recipe.load(folder / "r.yaml")
 
 
-def test_recipes_only_name_data_in_their_own_folder(
+def test_files_are_named_from_the_folder_or_by_their_whole_path(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    recipe = Recipe(passes=(Slim(),), data=Data(path=str(folder / "data" / "x.npz")))
+    data = folder / "data" / "x.npz"
+    recipe = Recipe(passes=(Slim(),), data=Data(path=str(data)))
     recipe.save(folder / "r.yaml")
     assert (folder / "r.yaml").read_text() == "passes:\n- slim\ndata: data/x.npz\n"
-    with pytest.raises(UsageError, match="only name files in its own folder"):
-        recipe.save(tmp_path_factory.mktemp("other") / "r.yaml")
+    other = tmp_path_factory.mktemp("other") / "r.yaml"
+    recipe.save(other)
+    assert yaml.safe_load(other.read_text())["data"] == data.resolve().as_posix()
+    with pytest.raises(UsageError, match="leaves the folder of the recipe, which takes trust"):
+        Recipe.load(other)
+    assert Recipe.load(other, trust=True) == recipe
     with pytest.raises(UsageError, match="data that is code"):
         Recipe(passes=(Slim(),), data=Data(path="module:function")).save(folder / "s.yaml")
+
+
+def test_trust_is_of_files_and_not_of_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "evil.py").write_text("open('touched', 'w')\ndef batches(): return []")
+    monkeypatch.chdir(folder)
+    (folder / "r.yaml").write_text("passes: [slim]\ndata: 'evil:batches'")
+    with pytest.raises(UsageError, match="there is no 'evil:batches'"):
+        Recipe.load(folder / "r.yaml", trust=True)
+    assert not (folder / "touched").exists()
+
+
+def test_data_of_the_command_line_may_lie_anywhere(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, model = tmp_path_factory.mktemp("other") / "kept.yaml", str(folder / "in.onnx")
+    words = ["quantize", model, str(folder / "one.onnx"), "--data", str(folder / "data"), "--batch-size", "4"]
+    assert cli.main([*words, "--observer", "minmax", "--save-recipe", str(kept)]) == 0
+    again = ["run", str(kept), model, str(folder / "two.onnx")]
+    assert cli.main(again) == 2
+    assert "leaves the folder of the recipe" in capsys.readouterr().err
+    assert cli.main([*again, "--trust"]) == 0
+    assert (folder / "one.onnx").read_bytes() == (folder / "two.onnx").read_bytes()
+
+
+def test_a_recipe_that_cannot_be_kept_is_told_before_any_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "own.py").write_text("def batches(): raise AssertionError('it was called')")
+    monkeypatch.chdir(folder)
+    words = ["slim", "in.onnx", "out.onnx", "--data", "own:batches", "--save-recipe", "kept.yaml"]
+    assert cli.main(words) == 2
+    assert "a recipe cannot hold data that is code" in capsys.readouterr().err
+    assert not (folder / "out.onnx").exists()
+
+
+def test_what_was_computed_is_saved_though_the_recipe_cannot_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device", "kept.yaml")
+
+    monkeypatch.setattr(Recipe, "save", fail)
+    files = [str(folder / name) for name in ("in.onnx", "out.onnx", "report.json", "kept.yaml")]
+    words = ["slim", *files[:2], "--report", files[2], "--save-recipe", files[3]]
+    assert cli.main(words) == 6
+    assert "kept.yaml: No space left on device" in capsys.readouterr().err
+    assert load(files[1]).graph.nodes
+    assert json.loads(Path(files[2]).read_text())["recipe"]["passes"]
+
+
+# ----------------------------------------------------------------------------- what the model is
+
+
+def test_passes_that_say_what_the_model_is_come_first() -> None:
+    Recipe(passes=(Extract(outputs=("z",)), FixShapes(inputs={"x": (2, 4)}), Slim()))
+    with pytest.raises(UsageError, match="pass 'extract' says what the model is, so it comes before 'slim'"):
+        Recipe(passes=(Slim(), Extract(outputs=("z",))))
+
+
+def test_data_checks_and_reports_refer_to_the_model_that_was_cut_out(write: Write, folder: Path) -> None:
+    np.savez(folder / "data" / "z.npz", z=np.ones((16, 4), np.float32))
+    recipe = Recipe.load(
+        write("""
+            passes:
+              - extract: {inputs: [z], outputs: [p]}
+              - shapes: {inputs: {z: [8, 4]}}
+              - quantize: {observer: minmax, classifier: true}
+            data: data/z.npz
+            check: {sqnr: 10}
+        """)
+    )
+    outcome = recipe.run(folder / "in.onnx")
+    assert [spec.name for spec in outcome.original.inputs()] == ["z"]
+    assert outcome.opened is not None
+    assert {feeds["z"].shape for feeds in outcome.opened.data} == {(8, 4)}
+    assert outcome.verdict is not None
+    assert [row.name for row in outcome.verdict.providers[0].outputs] == ["p"]
+    assert [step.name for step in outcome.report.steps] == ["extract", "shapes", "quantize"]
+    told = outcome.model.metadata["onnxslim.source_sha256"]
+    assert told == hashlib.sha256((folder / "in.onnx").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe(passes=(Slim(), Quantize())), "pass 'quantize' needs calibration data"),
+        (Recipe(passes=(Slim(),), check={"max_accuracy_drop": 0.1}), "max_accuracy_drop needs labels"),
+        (Recipe(passes=(Slim(),), check={"max_metric_drop": 0.1}), "max_metric_drop needs a metric"),
+        (Recipe(passes=(Slim(), Prune(plan=Path("no.json")))), "option 'plan': there is no file 'no.json'"),
+    ],
+)
+def test_what_is_missing_is_told_before_any_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe, message: str
+) -> None:
+    def run(*_: object) -> None:
+        raise AssertionError("it was run")
+
+    monkeypatch.setattr(Slim, "run", run)
+    with pytest.raises(OnnxSlimError, match=message):
+        recipe.run(folder / "in.onnx")
 
 
 def test_the_command_line_saves_and_runs_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -348,12 +458,22 @@ def test_the_command_line_saves_and_runs_the_same(folder: Path, capsys: pytest.C
     assert "would overwrite the recipe" in capsys.readouterr().err
 
 
-def test_commands_of_passes_save_recipes_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["slim", str(folder / "in.onnx"), "--skip", "fuse", "--save-recipe", str(folder / "kept.yaml")]
+def test_commands_save_all_they_do_as_recipes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, one, two = (str(folder / name) for name in ("kept.yaml", "one.onnx", "two.onnx"))
+    words = ["slim", str(folder / "in.onnx"), one, "--skip", "fuse", "--save-recipe", kept]
     assert cli.main(words) == 0
-    assert Recipe.load(folder / "kept.yaml") == Recipe(passes=(Slim(skip=("fuse",)),))
-    assert cli.main([*words, "--input-shapes", "x:1,4"]) == 2
-    assert "a recipe cannot hold --input-shapes" in capsys.readouterr().err
+    assert Recipe.load(kept) == Recipe(passes=(Slim(skip=("fuse",)),))
+    words += ["--inputs", "z", "--outputs", "p", "--input-shapes", "z:1,4", "--size-threshold", "9"]
+    assert cli.main([*words, "--dtype", "fp16"]) == 0
+    cut = Extract(inputs=("z",), outputs=("p",)), FixShapes(inputs={"z": (1, 4)})
+    slim = Slim(skip=("fuse",), max_growth=9)
+    assert Recipe.load(kept) == Recipe(passes=(*cut, slim, Half(everywhere=True)))
+    assert cli.main(["run", kept, str(folder / "in.onnx"), two]) == 0
+    assert Path(one).read_bytes() == Path(two).read_bytes()
+    (spec,) = load(two).inputs()
+    assert (spec.name, spec.shape, spec.dtype) == ("z", (1, 4), np.dtype(np.float16))
+    assert cli.main([*words, "--model-check"]) == 2
+    assert "a recipe cannot hold --model-check" in capsys.readouterr().err
 
 
 def test_stamps_survive_the_checker(folder: Path) -> None:

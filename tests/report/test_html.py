@@ -50,7 +50,7 @@ def made() -> tuple[Model, Model, Document]:
     model = load(FASHION / "mobilenet.onnx")
     data = CalibrationData.from_npz(FASHION / "calibration.npz", batch_size=16)
     recipe = Recipe(passes=(Slim(), Quantize()), on_error="raise")
-    result = recipe.rewrite(model, data)
+    result = recipe.run(model, data=data)
     test = CalibrationData.from_npz(FASHION / "test.npz", batch_size=100, exclude=["label"]).shard(0, 20)
     labels = np.load(FASHION / "test.npz")["label"][:100]
     targets = [Target.cpu(threads=1), Target.reference()]
