@@ -19,7 +19,8 @@ from onnxslim.calibration.stream import Channels, Progress, Taps, stream
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
-from onnxslim.ops.layers import Floats, Layer, Positions, layer_of
+from onnxslim.ops import layer_of
+from onnxslim.ops.layers import Floats, Layer, Positions
 from onnxslim.runtime.targets import Target
 
 Doubles = NDArray[np.float64]
@@ -319,7 +320,7 @@ class _Pair:
         return self.layer.count(values[self.x])
 
     def at(self, values: Mapping[str, Array], at: Positions) -> tuple[Floats, Floats]:
-        return self.layer.columns(values[self.x], at), self.layer.outputs(values[self.y], at)
+        return self.layer.columns(values[self.x], at), self.layer.results(values[self.y], at)
 
 
 def _pair(model: Model, name: str, y: str) -> _Pair:

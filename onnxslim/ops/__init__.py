@@ -1,7 +1,18 @@
 """What is known about ONNX operators: facts, no algorithms."""
 
 from onnxslim.ops import attention, elementwise, generate, linear, movement, special
-from onnxslim.ops.spec import REGISTRY, Channels, OpSpec, Role, Trait, has, register, spec_of
+from onnxslim.ops.spec import (
+    REGISTRY,
+    Channels,
+    OpSpec,
+    Role,
+    Trait,
+    has,
+    layer_of,
+    register,
+    spec_of,
+    view_of,
+)
 
 __all__ = [
     "REGISTRY",
@@ -13,9 +24,11 @@ __all__ = [
     "elementwise",
     "generate",
     "has",
+    "layer_of",
     "linear",
     "movement",
     "register",
     "spec_of",
     "special",
+    "view_of",
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from onnxslim.ir.graph import Dim, Node
+from onnxslim.ir.graph import Node
 from onnxslim.ops.channels import layers, recurrent
+from onnxslim.ops.layers import Convolution, Product, TransposedConvolution
 from onnxslim.ops.spec import Channels, OpSpec, Role, Trait, register, sizes
 
 
@@ -33,24 +34,9 @@ def _gemm_macs(node: Node) -> int | None:
     return math.prod(output) * left[0 if node.attrs.get("transA", 0) else 1]
 
 
-def _is_depthwise(node: Node) -> bool:
-    shape = node.inputs[1].shape
-    return shape is not None and shape[1] == 1 and node.attrs.get("group", 1) == shape[0]
-
-
-def _input_channels(node: Node) -> int:
-    shape = sizes(node.inputs[1].shape)
-    return shape[1] if shape is not None else 0
-
-
 def _matmul_unfit(node: Node) -> str | None:
     shape = node.inputs[1].shape
     return None if shape is not None and len(shape) == 2 else "its weight is not a matrix"
-
-
-def _gemm_columns(node: Node) -> Dim:
-    shape = node.inputs[1].shape
-    return shape[0 if node.attrs.get("transB", 0) else 1] if shape is not None and len(shape) == 2 else None
 
 
 def _gemm_unfit(node: Node) -> str | None:
@@ -61,7 +47,7 @@ def _gemm_unfit(node: Node) -> str | None:
     if node.attrs.get("beta", 1.0) != 1.0 or node.attrs.get("alpha", 1.0) != 1.0:
         return "its alpha or beta is not 1"
     shape = bias.shape
-    if not shape or any(dim != 1 for dim in shape[:-1]) or shape[-1] != _gemm_columns(node):
+    if not shape or any(dim != 1 for dim in shape[:-1]) or shape[-1] != Product(node).outputs:
         return "its bias is not one value per column"
     return None
 
@@ -82,12 +68,9 @@ register(
         "Conv",
         channels=Channels(layers.convolution, layers.cut_convolution),
         role=Role.LINEAR,
+        layer=Convolution,
         data=(0,),
         requantized=True,
-        channelwise=_is_depthwise,
-        input_channels=_input_channels,
-        channel_axis=lambda node: 0,
-        data_axis=lambda node: 1,
         macs=_conv_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,2,5,5] x, float[3,2,3,3] w, float[3] b) => (float[N,3,3,3] y) { y = Conv(x, w, b) }""",
@@ -96,10 +79,9 @@ g (float[N,2,5,5] x, float[3,2,3,3] w, float[3] b) => (float[N,3,3,3] y) { y = C
         "ConvTranspose",
         channels=Channels(layers.transposed_convolution, layers.cut_convolution),
         role=Role.LINEAR,
+        layer=TransposedConvolution,
         data=(0,),
         requantized=True,
-        channel_axis=lambda node: 1,
-        data_axis=lambda node: 1,
         macs=_conv_transpose_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,2,3,3] x, float[2,3,2,2] w, float[3] b) => (float[N,3,6,6] y)
@@ -109,10 +91,9 @@ g (float[N,2,3,3] x, float[2,3,2,2] w, float[3] b) => (float[N,3,6,6] y)
         "Gemm",
         channels=Channels(layers.gemm),
         role=Role.LINEAR,
+        layer=Product,
         classifies=True,
         data=(0,),
-        channel_axis=lambda node: 0 if node.attrs.get("transB", 0) else 1,
-        data_axis=lambda node: 0 if node.attrs.get("transA", 0) else 1,
         unfit=_gemm_unfit,
         macs=_gemm_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
@@ -122,9 +103,9 @@ g (float[N,4] x, float[3,4] w, float[3] b) => (float[N,3] y) { y = Gemm<transB=1
         "MatMul",
         channels=Channels(layers.matmul),
         role=Role.LINEAR,
+        layer=Product,
         classifies=True,
         data=(0, 1),
-        channel_axis=lambda node: len(node.inputs[1].shape or (0,)) - 1,
         unfit=_matmul_unfit,
         macs=_matmul_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>

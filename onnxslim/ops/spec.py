@@ -12,10 +12,11 @@ from enum import Enum, Flag, auto
 from functools import lru_cache
 from typing import TypeAlias
 
-from onnxslim.ir.graph import Node, Shape
-from onnxslim.ir.model import DEFAULT_DOMAINS
+from onnxslim.ir.graph import Array, Node, Shape
+from onnxslim.ir.model import DEFAULT_DOMAINS, constant_of
 from onnxslim.ops.channels.cut import Cut
 from onnxslim.ops.channels.labels import Trace
+from onnxslim.ops.layers import Layer
 
 # Multiply-accumulates of a node whose shapes are all known; None if one that counts is not.
 Macs: TypeAlias = Callable[[Node], int | None]
@@ -111,8 +112,7 @@ class OpSpec:
         role: what quantization may do with it.
         traits: what holds for every node of it.
         data: inputs that carry data, as opposed to shapes, axes, sizes or weights; None means all.
-        channel_axis: for LINEAR, the axis of the weight (input 1) that runs over output channels.
-        data_axis: for LINEAR, the axis of the data (input 0) that runs over the channels it sums over.
+        layer: for LINEAR, how it reads and writes its weight (input 1); see `view_of`, `layer_of`.
         classifies: for LINEAR, whether networks end in it to choose among classes.
         requantized: for LINEAR, whether its integer kernel makes integers only; others may leave the
             result in floating point.
@@ -120,8 +120,6 @@ class OpSpec:
         norm_axis: of a normalization, the axis that its scale and bias (inputs 1 and 2) run over.
         ranks: inputs with which it fails unless they have so many axes.
         at_most: where the size of its result depends on values, bytes of it per element read.
-        channelwise: for LINEAR, whether a node has one input channel per output channel.
-        input_channels: for convolutions, the input channels that one output channel sums over.
         limits: for CLAMP, the range a node lets through; None if that is not known.
         unfit: why a particular node cannot play its role (an attribute its kernels do not support).
         misread: why a particular node must not stand between a DQ and a Q either: ONNX Runtime would give it
@@ -138,16 +136,13 @@ class OpSpec:
     role: Role = Role.FLOAT
     traits: Trait = Trait.NONE
     data: tuple[int, ...] | None = None
-    channel_axis: Callable[[Node], int] | None = None
-    data_axis: Callable[[Node], int] | None = None
+    layer: type[Layer] | None = None
     classifies: bool = False
     requantized: bool = False
     weight: int = 1
     norm_axis: int | None = None
     ranks: Mapping[int, int] = field(default_factory=dict)
     at_most: int | None = None
-    channelwise: Callable[[Node], bool] | None = None
-    input_channels: Callable[[Node], int] | None = None
     limits: Callable[[Node], tuple[float, float] | None] | None = None
     unfit: Callable[[Node], str | None] | None = None
     misread: Callable[[Node], str | None] | None = None
@@ -190,6 +185,26 @@ def _unknown(op: str, domain: str) -> OpSpec:
 def has(node: Node | None, traits: Trait) -> bool:
     """Whether there is a node, and one of these traits holds for its operator."""
     return node is not None and bool(spec_of(node).traits & traits)
+
+
+def view_of(node: Node, weight_index: int = 1, given: Array | None = None) -> Layer | None:
+    """The view of a layer, whether or not its weight is a constant; None if the operator is none.
+
+    Args:
+        node: in any graph.
+        weight_index: which of its first two inputs is the weight.
+        given: values of the weight where the node does not read them from a constant.
+    """
+    kind = spec_of(node).layer
+    return kind(node, weight_index, given) if kind is not None else None
+
+
+def layer_of(node: Node) -> Layer | str | None:
+    """The layer a node is; why its weight cannot be fitted; None if it is no layer, or multiplies by data."""
+    found = view_of(node)
+    if found is None or (1 in spec_of(node).data_inputs(node) and constant_of(node.inputs[1]) is None):
+        return None
+    return found.unfit() or found
 
 
 def sizes(shape: Shape) -> tuple[int, ...] | None:

@@ -21,7 +21,7 @@ from onnxslim.passes.factorize import candidates, chains, fit
 from onnxslim.passes.factorize.candidates import Factoring, LayerOptions, Unit
 from onnxslim.passes.factorize.fit import Fitted
 from onnxslim.passes.factorize.gate import SpeedGate
-from onnxslim.passes.factorize.layers import Layer
+from onnxslim.passes.factorize.layers import Whole
 from onnxslim.passes.factorize.schemes import SCHEMES
 from onnxslim.passes.factorize.search import FactorSearch, MeasuredFactors, Wanted, layers_of, with_factors
 from onnxslim.passes.repair import repair
@@ -150,7 +150,7 @@ class _Work:
             self._repair(teacher)
         return self._judged(teacher)
 
-    def _search(self, layers: Sequence[Layer]) -> list[LayerOptions]:
+    def _search(self, layers: Sequence[Whole]) -> list[LayerOptions]:
         wish = self._wish
         schemes = tuple(SCHEMES) if "auto" in wish.schemes else wish.schemes
         wanted = Wanted(wish.unit, schemes, wish.align, wish.min_gain)
@@ -273,7 +273,7 @@ class _Work:
             layer, name = entry.layer, entry.layer.name
             fitted = self._fitted(layer, pick, teacher)
             factors = pick.scheme.factors(layer, fitted.weights)
-            layer.form.install(edit, layer.node, factors, fitted.bias)
+            layer.install(edit, layer.node, factors, fitted.bias)
             edit.commit()
             self._log.change(name, pick.told, f"{pick.scheme.name} factors")
             if self._ctx.progress:
@@ -283,7 +283,7 @@ class _Work:
                 self._figures, fitted="to the weights: with calibration data, factors lose much less"
             )
 
-    def _fitted(self, layer: Layer, pick: Factoring, teacher: Model) -> Fitted:
+    def _fitted(self, layer: Whole, pick: Factoring, teacher: Model) -> Fitted:
         if self._data is None or not fit.observable(layer):
             return fit.fit(layer, pick.scheme, pick.ranks)
         seen = fit.against(self._model, teacher, self._data, layer, self._ctx.target)

@@ -14,7 +14,7 @@ from onnxslim.calibration.gram import Gram
 from onnxslim.engine.allocate import Additive, allocate
 from onnxslim.passes.factorize.fit import problem_of
 from onnxslim.passes.factorize.gate import SpeedGate, label
-from onnxslim.passes.factorize.layers import Layer
+from onnxslim.passes.factorize.layers import Whole
 from onnxslim.passes.factorize.ranks import curve, step, steps
 from onnxslim.passes.factorize.schemes import SCHEMES, Ranks, Scheme
 
@@ -75,7 +75,7 @@ class LayerOptions:
         milliseconds: the layer takes by itself; NaN if it was not measured.
     """
 
-    layer: Layer
+    layer: Whole
     candidates: tuple[Factoring, ...]
     milliseconds: float = math.nan
 
@@ -85,7 +85,7 @@ class LayerOptions:
 
 
 def proposals(
-    layer: Layer, schemes: Sequence[str], align: int, unit: Unit, most: float
+    layer: Whole, schemes: Sequence[str], align: int, unit: Unit, most: float
 ) -> Iterator[Proposal]:
     """Schemes and ranks worth a look at one layer.
 
@@ -104,13 +104,13 @@ def proposals(
                     yield scheme, ranks
 
 
-def _cost(layer: Layer, scheme: Scheme, ranks: Ranks, unit: Unit) -> float:
+def _cost(layer: Whole, scheme: Scheme, ranks: Ranks, unit: Unit) -> float:
     if unit == "params":
         return scheme.parameters(layer, ranks) / layer.weight.size
     return scheme.macs(layer, ranks) / layer.macs
 
 
-def _ranks(layer: Layer, scheme: Scheme, align: int) -> Iterator[Ranks]:
+def _ranks(layer: Whole, scheme: Scheme, align: int) -> Iterator[Ranks]:
     largest = scheme.largest(layer)
     if len(largest) == 1:
         yield from ((rank,) for rank in steps(largest[0], align, layer.groups, RANKS))
@@ -121,7 +121,7 @@ def _ranks(layer: Layer, scheme: Scheme, align: int) -> Iterator[Ranks]:
         yield tuple(min(max(round(share * size / unit), 1) * unit, size) for size in largest)
 
 
-def factorings(layer: Layer, found: Sequence[Proposal], gram: Gram | None) -> list[Factoring]:
+def factorings(layer: Whole, found: Sequence[Proposal], gram: Gram | None) -> list[Factoring]:
     """What each of these costs and loses; one decomposition serves all ranks of a scheme."""
     problem = problem_of(layer, gram)
     result = []

@@ -16,13 +16,13 @@ import numpy as np
 from onnxslim.engine.editor import Editor
 from onnxslim.ir.graph import Attribute, Node
 from onnxslim.ir.model import Model
-from onnxslim.passes.factorize.layers import Layer, Sizes
+from onnxslim.passes.factorize.layers import Sizes, Whole
 
 # Two or more layers, each of which alone reads what the one before it makes.
-Chain: TypeAlias = tuple[Layer, ...]
+Chain: TypeAlias = tuple[Whole, ...]
 
 
-def find(layers: Iterable[Layer], outputs: frozenset[int]) -> list[Chain]:
+def find(layers: Iterable[Whole], outputs: frozenset[int]) -> list[Chain]:
     """All chains of factors.
 
     Args:
@@ -37,7 +37,7 @@ def find(layers: Iterable[Layer], outputs: frozenset[int]) -> list[Chain]:
     return [tuple(known[key] for key in nx.topological_sort(paths.subgraph(part))) for part in parts]
 
 
-def _follower(layer: Layer, known: Mapping[int, Layer], outputs: frozenset[int]) -> Layer | None:
+def _follower(layer: Whole, known: Mapping[int, Whole], outputs: frozenset[int]) -> Whole | None:
     """The layer that is the second factor to this one, if there is one."""
     result = layer.node.outputs[0]
     readers: list[Node] = result.outputs
@@ -46,10 +46,8 @@ def _follower(layer: Layer, known: Mapping[int, Layer], outputs: frozenset[int])
     reader = known.get(id(readers[0]))
     if reader is None or reader.groups != layer.groups or len(reader.kernel) != len(layer.kernel):
         return None
-    if not layer.kernel and (reader.node.op, reader.form.weight_index) != (
-        layer.node.op,
-        layer.form.weight_index,
-    ):
+    sides = [(each.node.op, each.view.weight_index) for each in (reader, layer)]
+    if not layer.kernel and sides[0] != sides[1]:
         return None
     if any(min(pair) > 1 for pair in zip(layer.kernel, reader.kernel, strict=True)):
         return None
@@ -69,10 +67,10 @@ def undone(model: Model, chains: Sequence[Chain]) -> Model:
     made_by = {node.outputs[0].name: node for node in copy.graph.nodes if node.outputs}
     for chain in chains:
         first, last = (made_by[layer.output] for layer in (chain[0], chain[-1]))
-        data = first.inputs[1 - chain[0].form.weight_index]
+        data = first.inputs[1 - chain[0].view.weight_index]
         weight = np.zeros(_whole(chain), chain[0].weight.dtype)
-        form = next((layer.form for layer in chain if layer.form.scatters), chain[-1].form)
-        form.restore(edit, last, data, weight, _joined([layer.node.attrs for layer in chain]))
+        like = next((each for each in chain if each.view.scatters), chain[-1])
+        like.restore(edit, last, data, weight, _joined([layer.node.attrs for layer in chain]))
     edit.commit()
     return copy
 

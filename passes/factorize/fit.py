@@ -14,10 +14,8 @@ from onnxslim.calibration.gram import ROWS, Gram, Moments, observe
 from onnxslim.calibration.stream import Progress, Taps, stream, tapped
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
-from onnxslim.ops.layers import Layer as Observed
-from onnxslim.ops.layers import layer_of
 from onnxslim.passes.dead import remove_nodes
-from onnxslim.passes.factorize.layers import Layer
+from onnxslim.passes.factorize.layers import Whole
 from onnxslim.passes.factorize.schemes import Problem, Ranks, Scheme, merged, solve
 from onnxslim.runtime.targets import Target
 
@@ -43,18 +41,19 @@ class Fitted:
     bias: Array | None
 
 
-def observable(layer: Layer) -> bool:
+def observable(layer: Whole) -> bool:
     """Whether moments of what the layer reads can be taken, and kept in memory."""
-    return layer.form.gathers and _moment_bytes(layer) <= MAX_LAYER_BYTES
+    readable = layer.view.weight_index == 1 and layer.view.unfit() is None
+    return readable and _moment_bytes(layer) <= MAX_LAYER_BYTES
 
 
-def _moment_bytes(layer: Layer) -> int:
+def _moment_bytes(layer: Whole) -> int:
     return 8 * layer.groups * layer.patch * (layer.patch + layer.outputs)
 
 
 def moments(
-    model: Model, data: CalibrationData, layers: Sequence[Layer], target: Target, progress: Progress | None
-) -> Iterator[tuple[Layer, Gram]]:
+    model: Model, data: CalibrationData, layers: Sequence[Whole], target: Target, progress: Progress | None
+) -> Iterator[tuple[Whole, Gram]]:
     """Of what layers read and make in the model itself, in as few passes over the data as memory allows."""
     for portion in _portions(layers):
         found = observe(model, data, [layer.output for layer in portion], target=target, progress=progress)
@@ -62,8 +61,8 @@ def moments(
             yield layer, found.pop(layer.output)
 
 
-def _portions(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
-    portion, held = list[Layer](), 0
+def _portions(layers: Sequence[Whole]) -> Iterator[list[Whole]]:
+    portion, held = list[Whole](), 0
     for layer in layers:
         size = _moment_bytes(layer)
         if portion and held + size > MAX_BYTES:
@@ -76,7 +75,7 @@ def _portions(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
 
 
 def against(
-    student: Model, teacher: Model, data: CalibrationData, layer: Layer, target: Target
+    student: Model, teacher: Model, data: CalibrationData, layer: Whole, target: Target
 ) -> tuple[Gram, Gram]:
     """Moments of what a layer reads in one model and what it makes in another one.
 
@@ -90,8 +89,7 @@ def against(
     Returns:
         Of most samples, and of the quarter that is held out; of all of them twice where they are too few.
     """
-    seen = layer_of(layer.node)
-    assert isinstance(seen, Observed)
+    seen = layer.view
     ours = _cut(student, layer.node.inputs[0].name, target)
     theirs = _cut(teacher, layer.output, target)
     train, held, left_out = Moments(), Moments(), 0
@@ -102,7 +100,7 @@ def against(
         out = _held_out(batch.first, batch.samples)[at * batch.samples // rows]
         left_out += int(out.sum())
         for moments, part in ((train, at[~out]), (held, at[out])):
-            moments.update(seen.columns(x, part), seen.outputs(y, part))
+            moments.update(seen.columns(x, part), seen.results(y, part))
     fitted_to = train.result()
     return fitted_to, held.result() if left_out else fitted_to
 
@@ -124,7 +122,7 @@ def _cut(model: Model, name: str, target: Target) -> Callable[[Mapping[str, Arra
     return lambda feeds: taps(0, feeds)[name]
 
 
-def problem_of(layer: Layer, gram: Gram | None) -> Problem:
+def problem_of(layer: Whole, gram: Gram | None) -> Problem:
     """What factors of a layer have to come close to: what it makes of its own inputs, or its weight.
 
     Args:
@@ -137,7 +135,7 @@ def problem_of(layer: Layer, gram: Gram | None) -> Problem:
     return Problem(weight, _drawn(layer, gram, SHRINK)[0])
 
 
-def _moved(layer: Layer, gram: Gram, shrink: float) -> Problem:
+def _moved(layer: Whole, gram: Gram, shrink: float) -> Problem:
     """The same where the outputs are not those of the inputs: the best weight is another one.
 
     It is drawn to the weight there is, by as much as `shrink` times the mean moment, as if that much data of
@@ -146,28 +144,28 @@ def _moved(layer: Layer, gram: Gram, shrink: float) -> Problem:
     if not gram.gram.any():
         return problem_of(layer, None)
     metric, seen, drawn = _drawn(layer, gram, shrink)
-    wanted = seen.cross.swapaxes(1, 2) / layer.form.scale(layer.node) + drawn * layer.matrix()
+    wanted = seen.cross.swapaxes(1, 2) / layer.view.scale + drawn * layer.matrix()
     found = np.stack([solve(each, right) for each, right in zip(metric, wanted, strict=True)])
     back = found.reshape(layer.groups, layer.inputs, *layer.kernel, layer.outputs)
     return Problem(np.moveaxis(back, -1, 2), metric)
 
 
-def _drawn(layer: Layer, gram: Gram, shrink: float) -> tuple[Array, Gram, float]:
+def _drawn(layer: Whole, gram: Gram, shrink: float) -> tuple[Array, Gram, float]:
     """Moments with a multiple of the identity added, moments without, and that multiple.
 
     They are around the means where a bias takes care of these, else around zero.
     """
-    seen = gram if _biased(layer) else gram.raw()
+    seen = gram if layer.biased else gram.raw()
     drawn = shrink * float(np.einsum("gkk->", seen.gram)) / (layer.groups * layer.patch)
     return seen.gram + drawn * np.eye(layer.patch), seen, drawn
 
 
-def fit(layer: Layer, scheme: Scheme, ranks: Ranks, gram: Gram | None = None) -> Fitted:
+def fit(layer: Whole, scheme: Scheme, ranks: Ranks, gram: Gram | None = None) -> Fitted:
     """Factors that come close to a layer on its own inputs; see `problem_of`."""
     return _fitted(layer, scheme, ranks, problem_of(layer, gram), gram)
 
 
-def fit_moved(layer: Layer, scheme: Scheme, ranks: Ranks, train: Gram, held: Gram) -> Fitted:
+def fit_moved(layer: Whole, scheme: Scheme, ranks: Ranks, train: Gram, held: Gram) -> Fitted:
     """Factors that make the given outputs of the given inputs.
 
     How much they are drawn to the layer's weight is what does best on the moments held out.
@@ -180,22 +178,18 @@ def fit_moved(layer: Layer, scheme: Scheme, ranks: Ranks, train: Gram, held: Gra
     return _fitted(layer, scheme, ranks, _moved(layer, gram, min(tried, key=tried.__getitem__)), gram)
 
 
-def _error(layer: Layer, fitted: Fitted, train: Gram, held: Gram) -> float:
+def _error(layer: Whole, fitted: Fitted, train: Gram, held: Gram) -> float:
     """Mean squared error of factors on what was held out, but for a constant."""
-    seen = held.around(train.x_mean, train.y_mean) if _biased(layer) else held.raw()
-    weight = merged(fitted.weights, layer.kernel) * layer.form.scale(layer.node)
+    seen = held.around(train.x_mean, train.y_mean) if layer.biased else held.raw()
+    weight = merged(fitted.weights, layer.kernel) * layer.view.scale
     explained = np.einsum("gok,gko->", seen.cross, weight)
     return float(np.einsum("gko,gko->", weight, seen.gram @ weight) - 2.0 * explained)
 
 
-def _fitted(layer: Layer, scheme: Scheme, ranks: Ranks, problem: Problem, gram: Gram | None) -> Fitted:
+def _fitted(layer: Whole, scheme: Scheme, ranks: Ranks, problem: Problem, gram: Gram | None) -> Fitted:
     weights = scheme.decompose(layer, problem, ranks).weights(ranks)
-    if gram is None or not _biased(layer):
+    if gram is None or not layer.biased:
         return Fitted(weights, None)
     reads = np.einsum("gk,gko->go", gram.x_mean, merged(weights, layer.kernel))
-    bias = gram.y_mean - reads * layer.form.scale(layer.node)
+    bias = gram.y_mean - reads * layer.view.scale
     return Fitted(weights, bias.reshape(-1).astype(layer.weight.dtype))
-
-
-def _biased(layer: Layer) -> bool:
-    return layer.form.bias(layer.node, layer.groups * layer.outputs) is not None

@@ -1,15 +1,15 @@
-"""What factorization knows of a layer: its weight in one layout, its sizes, and how factors take its place.
+"""What factorization knows of a layer: its weight, its sizes in one run, and how factors take its place.
 
-The layout is [groups, inputs, outputs, *kernel], inputs and outputs per group, for convolutions, transposed
-convolutions and matrix products alike; a matrix has no kernel axes. In it, a scheme is one formula for all.
+Weights are [groups, inputs, outputs, *kernel] here (`Layer.kernels`), for convolutions, transposed
+convolutions and matrix products alike; a matrix has no kernel axes. So a scheme is one formula for all.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +17,8 @@ import numpy as np
 from onnxslim.engine.editor import Editor
 from onnxslim.ir.graph import Array, Attribute, Constant, Node, Tensor
 from onnxslim.ir.model import DEFAULT_DOMAINS, constant_of
+from onnxslim.ops import view_of
+from onnxslim.ops.layers import Convolution, Layer, Window
 from onnxslim.passes.predicates import FLOATS
 
 Sizes: TypeAlias = tuple[int, ...]
@@ -36,30 +38,32 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer that can be factorized.
+class Whole:
+    """A layer that can be factorized, with its sizes in one run.
 
     Attributes:
-        node: in the model that is edited.
-        form: how its operator reads and writes weights.
+        view: the layer, of the model that is edited.
         weight: [groups, inputs, outputs, *kernel].
-        shape: of its data in one run.
-        entering, leaving: size of each kernel axis of its data and of its result; of a matrix product, ().
-        rows: vectors that are multiplied in one run, apart from those along kernel axes.
+        shape: of its data.
+        result: shape of what it makes.
+        followed: whether that is read by an Add of one constant per column, and by nothing else.
     """
 
-    node: Node
-    form: Form
+    view: Layer
     weight: Array
     shape: Sizes
-    entering: Sizes
-    leaving: Sizes
-    rows: int
+    result: Sizes
+    followed: bool = False
+
+    @property
+    def node(self) -> Node:
+        """The node of the layer."""
+        return self.view.node
 
     @property
     def name(self) -> str:
         """For messages."""
-        return self.node.label
+        return self.view.label
 
     @property
     def output(self) -> str:
@@ -101,6 +105,14 @@ class Layer:
         """Multiply-accumulates of one run."""
         return self.cost([self.weight.shape], [tuple(range(len(self.kernel)))])
 
+    @cached_property
+    def biased(self) -> bool:
+        """Whether what it adds to each of its outputs can be changed.
+
+        A MatMul adds nothing itself, but what the Add behind it adds can change.
+        """
+        return self.followed or (self.view.takes_bias and self.view.bias() is not None)
+
     def matrix(self) -> Array:
         """The weight as [groups, patch, outputs], float64: what multiplies a patch of the data."""
         moved = np.moveaxis(self.weight, 2, -1).astype(np.float64)
@@ -108,213 +120,102 @@ class Layer:
 
     def cost(self, shapes: Sequence[Sizes], axes: Sequence[Sizes]) -> int:
         """Multiply-accumulates of factors with weights of these shapes that take over these kernel axes."""
-        total, now = 0, list(self.entering)
+        kernel = len(self.kernel)
+        entering, leaving = (shape[len(shape) - kernel :] for shape in (self.shape, self.result))
+        rows = math.prod(self.shape) // (self.groups * self.inputs * math.prod(entering))
+        total, now = 0, list(entering)
         for shape, mine in zip(shapes, axes, strict=True):
             before = math.prod(now)
             for axis in mine:
-                now[axis] = self.leaving[axis]
-            positions = before if self.form.scatters and mine else math.prod(now)
-            total += self.rows * math.prod(shape) * positions
+                now[axis] = leaving[axis]
+            positions = before if self.view.scatters and mine else math.prod(now)
+            total += rows * math.prod(shape) * positions
         return total
 
-
-class Form(ABC):
-    """How an operator reads and writes its weight.
-
-    Attributes:
-        weight_index: the input that is the weight.
-        scatters: whether every input, not every output, is multiplied with the whole kernel.
-        gathers: whether its result is a matrix of patches of its data times the weight.
-    """
-
-    weight_index = 1
-    scatters = False
-    gathers = True
-
-    @abstractmethod
-    def read(self, node: Node, weight: Array) -> Array:
-        """A stored weight in the common layout."""
-
-    @abstractmethod
-    def sizes(self, data: Sizes, result: Sizes, inputs: int) -> tuple[Sizes, Sizes, int]:
-        """`entering`, `leaving` and `rows` of a layer."""
-
-    @abstractmethod
-    def bias(self, node: Node, outputs: int) -> Array | None:
-        """What it adds to each of its outputs; None if it cannot, or adds something else."""
-
-    def scale(self, node: Node) -> float:
-        """Factor of the product of data and weight."""
-        return 1.0
-
-    @abstractmethod
     def install(self, edit: Editor, node: Node, factors: Sequence[Factor], bias: Array | None) -> None:
-        """Put factors in the place of a node; a bias replaces its own."""
-
-    @abstractmethod
-    def restore(
-        self, edit: Editor, node: Node, data: Tensor, weight: Array, attrs: Mapping[str, Attribute]
-    ) -> None:
-        """Put one layer with this weight and these attributes in the place of the last of its factors."""
-
-
-class Convolution(Form):
-    """Conv: W [outputs, inputs / groups, *kernel]."""
-
-    op = "Conv"
-
-    def read(self, node: Node, weight: Array) -> Array:
-        """Outputs are grouped."""
-        split = weight.reshape(int(node.attrs.get("group", 1)), -1, *weight.shape[1:])
-        return np.swapaxes(split, 1, 2)
-
-    def write(self, weight: Array) -> Array:
-        """A weight as it is stored."""
-        swapped = np.swapaxes(weight, 1, 2)
-        return np.ascontiguousarray(swapped.reshape(-1, *swapped.shape[2:]))
-
-    def sizes(self, data: Sizes, result: Sizes, inputs: int) -> tuple[Sizes, Sizes, int]:
-        """The batch is what there is besides channels and kernel axes."""
-        return data[2:], result[2:], data[0]
-
-    def bias(self, node: Node, outputs: int) -> Array | None:
-        """Its third input."""
-        return np.zeros(outputs) if node.input(2) is None else constant_of(node.inputs[2])
-
-    def install(self, edit: Editor, node: Node, factors: Sequence[Factor], bias: Array | None) -> None:
-        """A chain of convolutions without a bias but the last, so that zeros padded stay zeros."""
-        data = node.inputs[0]
-        for number, factor in enumerate(factors, 1):
-            form: Convolution = self if factor.axes else Convolution()
-            attrs = _restricted(node.attrs, factor)
-            inputs = [data, _constant(edit, node, form.write(factor.weight), number)]
-            if number == len(factors):
-                edit.replace_node(node, form.op, [*inputs, *_added(edit, node, bias)], attrs)
-                break
-            made = edit.variable(f"{_stem(node)}_factor{number}_output", data)
-            edit.add(node, form.op, inputs, [made], attrs, name=f"{_stem(node)}_factor{number}")
-            data = made
+        """Put factors in the place of a node that is this layer, or its copy; a bias replaces its own."""
+        if isinstance(self.view, Window):
+            _install_convolutions(edit, node, self.view, factors, bias)
+        else:
+            _install_products(edit, node, self, factors, bias)
 
     def restore(
         self, edit: Editor, node: Node, data: Tensor, weight: Array, attrs: Mapping[str, Attribute]
     ) -> None:
-        """The bias is that of the last."""
-        inputs = [data, _constant(edit, node, self.write(weight), 0), *_added(edit, node, None)]
-        edit.replace_node(node, self.op, inputs, {**attrs, "kernel_shape": weight.shape[3:]})
+        """Put one layer like this with this weight in the place of the last of its factors, a node.
 
-
-class TransposedConvolution(Convolution):
-    """ConvTranspose: W [inputs, outputs / groups, *kernel]."""
-
-    op = "ConvTranspose"
-    scatters = True
-
-    def read(self, node: Node, weight: Array) -> Array:
-        """Inputs are grouped."""
-        return weight.reshape(int(node.attrs.get("group", 1)), -1, *weight.shape[1:])
-
-    def write(self, weight: Array) -> Array:
-        """A weight as it is stored."""
-        return np.ascontiguousarray(weight.reshape(-1, *weight.shape[2:]))
-
-
-class Product(Form):
-    """Gemm and MatMul with a constant matrix on one side.
-
-    A constant on the left is transposed, so that in the common layout data always comes from the left.
-
-    Args:
-        weight_index: the input that is the weight.
-        followed: whether the node's result is read by an Add of one constant per column, and by nothing else.
-    """
-
-    def __init__(self, weight_index: int, followed: bool = False) -> None:
-        self.weight_index = weight_index
-        self.gathers = weight_index == 1
-        self._followed = followed
-
-    def read(self, node: Node, weight: Array) -> Array:
-        """Transposed as far as the operator says so and the side demands."""
-        flipped = bool(node.attrs.get("transB" if self.weight_index else "transA", 0))
-        return (weight.T if flipped != (self.weight_index == 0) else weight)[None]
-
-    def sizes(self, data: Sizes, result: Sizes, inputs: int) -> tuple[Sizes, Sizes, int]:
-        """Every vector of the data is a row."""
-        return (), (), math.prod(data) // inputs
-
-    def bias(self, node: Node, outputs: int) -> Array | None:
-        """Of a Gemm with data on the left, its third input if that is one value per column.
-
-        A MatMul adds nothing itself, but what the Add behind it adds can change.
+        Args:
+            edit: of the model.
+            node: the last factor; what it adds, the layer adds.
+            data: what the layer reads.
+            weight: [groups, inputs, outputs, *kernel].
+            attrs: of the layer.
         """
-        if self._followed:
-            return np.zeros(outputs)
-        if node.op != "Gemm" or self.weight_index == 0:
-            return None
-        if node.input(2) is None:
-            return np.zeros(outputs)
-        values = constant_of(node.inputs[2])
-        if values is None or values.shape not in ((outputs,), (1, outputs)):
-            return None
-        scaled: Array = values.reshape(-1) * float(node.attrs.get("beta", 1.0))
-        return scaled
-
-    def scale(self, node: Node) -> float:
-        """The alpha of a Gemm."""
-        return float(node.attrs.get("alpha", 1.0))
-
-    def install(self, edit: Editor, node: Node, factors: Sequence[Factor], bias: Array | None) -> None:
-        """Two products; the one next to the data transposes it and scales, the other adds."""
-        if self._followed and bias is not None:
-            _add_behind(edit, node, bias)
-            bias = None
-        stem, data = _stem(node), node.inputs[1 - self.weight_index]
-        weights = [self._written(factor.weight[0]) for factor in factors]
-        first, second = (_constant(edit, node, weight, n) for n, weight in enumerate(weights, 1))
-        made = edit.variable(f"{stem}_factor1_output", data)
-        inner = self._beside(first, data)
-        if node.op == "Gemm" and edit.opset < 11:  # where Gemm has to add something
-            inner.append(edit.constant(f"{stem}_factor1_zero", np.zeros(1, weights[0].dtype)))
-        kept = ("transA" if self.weight_index else "transB", "alpha")
-        attrs = {name: node.attrs[name] for name in kept if name in node.attrs}
-        edit.add(node, node.op, inner, [made], attrs, name=f"{stem}_factor1")
-        scaled = {"beta": node.attrs["beta"]} if "beta" in node.attrs and bias is None else {}
-        outer = [*self._beside(second, made), *_added(edit, node, bias)]
-        edit.replace_node(node, node.op, outer, scaled)
-
-    def restore(
-        self, edit: Editor, node: Node, data: Tensor, weight: Array, attrs: Mapping[str, Attribute]
-    ) -> None:
-        """What is added is what the last adds."""
-        constant = _constant(edit, node, self._written(weight[0]), 0)
-        inputs = [*self._beside(constant, data), *_added(edit, node, None)]
-        flip = "transB" if self.weight_index else "transA"
-        kept = {name: value for name, value in attrs.items() if name != flip}
-        edit.replace_node(node, node.op, inputs, kept)
-
-    def _beside(self, weight: Constant, data: Tensor) -> list[Tensor]:
-        return [data, weight] if self.weight_index else [weight, data]
-
-    def _written(self, weight: Array) -> Array:
-        return np.ascontiguousarray(weight if self.weight_index else weight.T)
+        if isinstance(self.view, Window):
+            inputs = [data, _constant(edit, node, self.view.pack(weight), 0)]
+            attrs = {**attrs, "kernel_shape": weight.shape[3:]}
+        else:
+            inputs = _beside(self.view, _constant(edit, node, _written(self.view, weight), 0), data)
+            flip = "transB" if self.view.weight_index else "transA"
+            attrs = {name: value for name, value in attrs.items() if name != flip}
+        edit.replace_node(node, self.node.op, [*inputs, *_added(edit, node, None)], attrs)
 
 
-def form_of(node: Node, fixed: Collection[int] = ()) -> Form | None:
-    """How this node reads its weight; None if it is no layer.
+def _install_convolutions(
+    edit: Editor, node: Node, layer: Window, factors: Sequence[Factor], bias: Array | None
+) -> None:
+    """A chain of convolutions without a bias but the last, so that zeros padded stay zeros."""
+    data = node.inputs[0]
+    for number, factor in enumerate(factors, 1):
+        op, pack = (node.op, layer.pack) if factor.axes else ("Conv", Convolution.pack)
+        attrs = _restricted(node.attrs, factor)
+        inputs = [data, _constant(edit, node, pack(factor.weight), number)]
+        if number == len(factors):
+            edit.replace_node(node, op, [*inputs, *_added(edit, node, bias)], attrs)
+            break
+        made = edit.variable(f"{_stem(node)}_factor{number}_output", data)
+        edit.add(node, op, inputs, [made], attrs, name=f"{_stem(node)}_factor{number}")
+        data = made
 
-    Args:
-        node: in the default domain.
-        fixed: ids of the tensors whose values must stay.
-    """
-    if node.op == "Conv":
-        return Convolution()
-    if node.op == "ConvTranspose":
-        return TransposedConvolution()
-    if node.op not in ("Gemm", "MatMul"):
-        return None
+
+def _install_products(
+    edit: Editor, node: Node, whole: Whole, factors: Sequence[Factor], bias: Array | None
+) -> None:
+    """Two products; the one next to the data transposes it and scales, the other adds."""
+    layer = whole.view
+    if whole.followed and bias is not None:
+        _add_behind(edit, node, bias)
+        bias = None
+    stem, data = _stem(node), node.inputs[1 - layer.weight_index]
+    weights = [_written(layer, factor.weight) for factor in factors]
+    first, second = (_constant(edit, node, weight, n) for n, weight in enumerate(weights, 1))
+    made = edit.variable(f"{stem}_factor1_output", data)
+    inner = _beside(layer, first, data)
+    if node.op == "Gemm" and edit.opset < 11:  # where Gemm has to add something
+        inner.append(edit.constant(f"{stem}_factor1_zero", np.zeros(1, weights[0].dtype)))
+    kept = ("transA" if layer.weight_index else "transB", "alpha")
+    attrs = {name: node.attrs[name] for name in kept if name in node.attrs}
+    edit.add(node, node.op, inner, [made], attrs, name=f"{stem}_factor1")
+    scaled = {"beta": node.attrs["beta"]} if "beta" in node.attrs and bias is None else {}
+    edit.replace_node(node, node.op, [*_beside(layer, second, made), *_added(edit, node, bias)], scaled)
+
+
+def _beside(layer: Layer, weight: Constant, data: Tensor) -> list[Tensor]:
+    return [data, weight] if layer.weight_index else [weight, data]
+
+
+def _written(layer: Layer, weight: Array) -> Array:
+    """A matrix as a product without attributes reads it."""
+    return np.ascontiguousarray(weight[0] if layer.weight_index else weight[0].T)
+
+
+def weighted(node: Node) -> Layer | None:
+    """The layer at a node, as far as the operator tells, with the weight on the side that is constant."""
+    layer = view_of(node)
+    if layer is None or isinstance(layer, Window):
+        return layer
     left = constant_of(node.inputs[1]) is None and constant_of(node.inputs[0]) is not None
-    behind = None if left or node.op == "Gemm" or id(node.outputs[0]) in fixed else _adder(node)
-    return Product(0 if left else 1, behind is not None)
+    return view_of(node, weight_index=0) if left else layer
 
 
 def _adder(node: Node) -> tuple[Node, int] | None:
@@ -340,31 +241,32 @@ def _add_behind(edit: Editor, node: Node, bias: Array) -> None:
     edit.set_values(add, index, (old + bias.reshape(old.shape)).astype(old.dtype))
 
 
-def layer_of(node: Node, shapes: Mapping[str, Sizes], opset: int, fixed: Collection[int] = ()) -> Layer | str:
-    """The layer at a node that has a form, or why it cannot be factorized.
+def whole_of(
+    layer: Layer, shapes: Mapping[str, Sizes], opset: int, fixed: Collection[int] = ()
+) -> Whole | str:
+    """What factorization has to know of a layer, or why it cannot be factorized.
 
     Args:
-        node: of the main graph.
+        layer: of the main graph; see `weighted`.
         shapes: of the tensors in one run, by name.
         opset: of the model.
         fixed: ids of the tensors whose values must stay, such as outputs of the model.
     """
-    form = form_of(node, fixed)
-    assert form is not None
-    stored = constant_of(node.inputs[form.weight_index])
+    node, weight = layer.node, layer.node.inputs[layer.weight_index]
+    stored = constant_of(weight)
     if stored is None:
-        return _not_stored(node.inputs[form.weight_index])
-    if len(node.inputs[form.weight_index].outputs) > 1:
+        return _not_stored(weight)
+    if len(weight.outputs) > 1:
         return "its weight is shared with other nodes"
-    reason = _unfit(node, stored, opset)
+    reason = _unfit(layer, stored, opset)
     if reason:
         return reason
-    weight = form.read(node, stored)
-    data = shapes.get(node.inputs[1 - form.weight_index].name)
-    result = shapes.get(node.outputs[0].name)
+    data, result = shapes.get(layer.data.name), shapes.get(node.outputs[0].name)
     if data is None or result is None or 0 in data:
         return "the size of its data is not known; give data, or fix the sizes of the inputs"
-    return Layer(node, form, weight, data, *form.sizes(data, result, weight.shape[1]))
+    right = layer.weight_index == 1 and not layer.takes_bias
+    followed = right and id(node.outputs[0]) not in fixed and _adder(node) is not None
+    return Whole(layer, layer.kernels(), data, result, followed)
 
 
 def _not_stored(weight: Tensor) -> str:
@@ -372,12 +274,12 @@ def _not_stored(weight: Tensor) -> str:
     return "its weight is quantized" if dequantized else "its weight is not constant"
 
 
-def _unfit(node: Node, weight: Array, opset: int) -> str | None:
+def _unfit(layer: Layer, weight: Array, opset: int) -> str | None:
     if weight.dtype not in FLOATS:
         return f"its weight is of type {weight.dtype}"
-    if node.op in ("Gemm", "MatMul") and weight.ndim != 2:
+    if not isinstance(layer, Window) and weight.ndim != 2:
         return "its weight is not a matrix"
-    if node.op == "Gemm" and opset < 7:
+    if layer.node.op == "Gemm" and opset < 7:
         return "Gemm before opset 7 broadcasts in another way"
     return None
 

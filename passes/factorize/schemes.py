@@ -26,7 +26,7 @@ import numpy as np
 import scipy.linalg
 
 from onnxslim.ir.graph import Array
-from onnxslim.passes.factorize.layers import Factor, Layer, Sizes
+from onnxslim.passes.factorize.layers import Factor, Sizes, Whole
 
 # Inner widths of the factors, per group: one, or two for Tucker-2.
 Ranks: TypeAlias = tuple[int, ...]
@@ -141,43 +141,43 @@ class Scheme(ABC):
     name: str
 
     @abstractmethod
-    def refuses(self, layer: Layer) -> str | None:
+    def refuses(self, layer: Whole) -> str | None:
         """Why a layer cannot have factors of this kind, or never smaller ones."""
 
     @abstractmethod
-    def axes(self, layer: Layer) -> tuple[Sizes, ...]:
+    def axes(self, layer: Whole) -> tuple[Sizes, ...]:
         """The kernel axes of every factor."""
 
     @abstractmethod
-    def largest(self, layer: Layer) -> Ranks:
+    def largest(self, layer: Whole) -> Ranks:
         """The ranks at which the factors are exact."""
 
     @abstractmethod
-    def decompose(self, layer: Layer, problem: Problem, most: Ranks) -> Decomposition:
+    def decompose(self, layer: Whole, problem: Problem, most: Ranks) -> Decomposition:
         """Factors of every rank up to `most`."""
 
-    def shapes(self, layer: Layer, ranks: Ranks) -> list[Sizes]:
+    def shapes(self, layer: Whole, ranks: Ranks) -> list[Sizes]:
         """Shapes of the weights of every factor."""
         widths = (layer.inputs, *ranks, layer.outputs)
         kernels = [_kernel(layer, axes) for axes in self.axes(layer)]
         return [(layer.groups, widths[i], widths[i + 1], *kernel) for i, kernel in enumerate(kernels)]
 
-    def macs(self, layer: Layer, ranks: Ranks) -> int:
+    def macs(self, layer: Whole, ranks: Ranks) -> int:
         """Multiply-accumulates of one run of the factors."""
         return layer.cost(self.shapes(layer, ranks), self.axes(layer))
 
-    def parameters(self, layer: Layer, ranks: Ranks) -> int:
+    def parameters(self, layer: Whole, ranks: Ranks) -> int:
         """Elements of all weights."""
         return sum(math.prod(shape) for shape in self.shapes(layer, ranks))
 
-    def factors(self, layer: Layer, weights: Sequence[Array]) -> list[Factor]:
+    def factors(self, layer: Whole, weights: Sequence[Array]) -> list[Factor]:
         """Factors with these weights, in the layer's own element type."""
         dtype = layer.weight.dtype
         pairs = zip(balanced(weights), self.axes(layer), strict=True)
         return [Factor(weight.astype(dtype), axes) for weight, axes in pairs]
 
 
-def _kernel(layer: Layer, axes: Sizes) -> Sizes:
+def _kernel(layer: Whole, axes: Sizes) -> Sizes:
     return tuple(size if axis in axes else 1 for axis, size in enumerate(layer.kernel))
 
 
@@ -185,20 +185,20 @@ class TwoFactors(Scheme):
     """Two factors; the first has the leading kernel axes, as many as `leading` says."""
 
     @abstractmethod
-    def leading(self, layer: Layer) -> int:
+    def leading(self, layer: Whole) -> int:
         """Number of kernel axes of the first factor."""
 
-    def axes(self, layer: Layer) -> tuple[Sizes, ...]:
+    def axes(self, layer: Whole) -> tuple[Sizes, ...]:
         """Leading axes, and the rest."""
         every, count = tuple(range(len(layer.kernel))), self.leading(layer)
         return every[:count], every[count:]
 
-    def largest(self, layer: Layer) -> Ranks:
+    def largest(self, layer: Whole) -> Ranks:
         """The smaller side of the unfolded weight."""
         first, second = (math.prod(_kernel(layer, axes)) for axes in self.axes(layer))
         return (min(layer.inputs * first, layer.outputs * second),)
 
-    def decompose(self, layer: Layer, problem: Problem, most: Ranks) -> Decomposition:
+    def decompose(self, layer: Whole, problem: Problem, most: Ranks) -> Decomposition:
         """One truncated decomposition per group."""
         first, second = (_kernel(layer, axes) for axes in self.axes(layer))
         return PairDecomposition.of(problem, first, second, most[0])
@@ -209,11 +209,11 @@ class Output(TwoFactors):
 
     name = "output"
 
-    def refuses(self, layer: Layer) -> str | None:
+    def refuses(self, layer: Whole) -> str | None:
         """Of a kernel of one position this is `svd`."""
         return "its kernel has one position" if math.prod(layer.kernel) == 1 else None
 
-    def leading(self, layer: Layer) -> int:
+    def leading(self, layer: Whole) -> int:
         """All."""
         return len(layer.kernel)
 
@@ -223,7 +223,7 @@ class Svd(Output):
 
     name = "svd"
 
-    def refuses(self, layer: Layer) -> str | None:
+    def refuses(self, layer: Whole) -> str | None:
         """With a kernel there is more than one way."""
         return "its kernel has several positions" if math.prod(layer.kernel) > 1 else None
 
@@ -233,11 +233,11 @@ class Input(TwoFactors):
 
     name = "input"
 
-    def refuses(self, layer: Layer) -> str | None:
+    def refuses(self, layer: Whole) -> str | None:
         """Of a kernel of one position this is `svd`."""
         return "its kernel has one position" if math.prod(layer.kernel) == 1 else None
 
-    def leading(self, layer: Layer) -> int:
+    def leading(self, layer: Whole) -> int:
         """None."""
         return 0
 
@@ -247,13 +247,13 @@ class Spatial(TwoFactors):
 
     name = "spatial"
 
-    def refuses(self, layer: Layer) -> str | None:
+    def refuses(self, layer: Whole) -> str | None:
         """There must be something on both sides."""
         if min(layer.kernel[:1], default=1) == 1 or math.prod(layer.kernel[1:]) == 1:
             return "its kernel has one axis"
         return "its output shape is fixed" if "output_shape" in layer.node.attrs else None
 
-    def leading(self, layer: Layer) -> int:
+    def leading(self, layer: Whole) -> int:
         """The first."""
         return 1
 
@@ -263,20 +263,20 @@ class Tucker(Scheme):
 
     name = "tucker"
 
-    def refuses(self, layer: Layer) -> str | None:
+    def refuses(self, layer: Whole) -> str | None:
         """Of a kernel of one position this is `svd` twice."""
         return "its kernel has one position" if math.prod(layer.kernel) == 1 else None
 
-    def axes(self, layer: Layer) -> tuple[Sizes, ...]:
+    def axes(self, layer: Whole) -> tuple[Sizes, ...]:
         """All in the middle."""
         return (), tuple(range(len(layer.kernel))), ()
 
-    def largest(self, layer: Layer) -> Ranks:
+    def largest(self, layer: Whole) -> Ranks:
         """What `input`, and then `output`, can do at most."""
         inner = min(layer.inputs, layer.outputs * math.prod(layer.kernel))
         return inner, min(layer.outputs, inner * math.prod(layer.kernel))
 
-    def decompose(self, layer: Layer, problem: Problem, most: Ranks) -> Decomposition:
+    def decompose(self, layer: Whole, problem: Problem, most: Ranks) -> Decomposition:
         """Of the inputs; the outputs follow for every rank of the inputs."""
         ones = (1,) * len(layer.kernel)
         return TuckerDecomposition(

@@ -13,15 +13,15 @@ from onnxslim.engine.base import Context, Log
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.matching import excluded
 from onnxslim.ir import graph as ir
-from onnxslim.ir.graph import Node
-from onnxslim.ir.model import DEFAULT_DOMAINS, Model
+from onnxslim.ir.model import Model
+from onnxslim.ops.layers import Layer
 from onnxslim.ops.spec import sizes
 from onnxslim.passes.factorize import candidates, chains, fit
 from onnxslim.passes.factorize.candidates import Factoring, LayerOptions, Unit
 from onnxslim.passes.factorize.chains import Chain
 from onnxslim.passes.factorize.fit import Fitted
 from onnxslim.passes.factorize.gate import SpeedGate
-from onnxslim.passes.factorize.layers import Layer, form_of, layer_of
+from onnxslim.passes.factorize.layers import Whole, weighted, whole_of
 from onnxslim.shapes import cost
 
 # Samples on which factors of single layers are measured end to end.
@@ -70,7 +70,7 @@ class Wanted:
 
 def layers_of(
     model: Model, inputs: Mapping[str, tuple[int, ...]], exclude: Sequence[str], log: Log
-) -> tuple[list[Layer], list[Chain]]:
+) -> tuple[list[Whole], list[Chain]]:
     """The layers that can be factorized, in the order they run, and those that are factors already.
 
     Args:
@@ -80,9 +80,10 @@ def layers_of(
         log: told of every layer that cannot be factorized, and why.
     """
     shapes, fixed = _shapes(model, inputs), frozenset(ir.protected(model.graph))
-    found: dict[int, Layer] = {}
-    for node in _candidates(model, log):
-        layer = excluded(exclude, node) or layer_of(node, shapes, model.opset, fixed)
+    found: dict[int, Whole] = {}
+    for seen in _candidates(model, log):
+        node = seen.node
+        layer = excluded(exclude, node) or whole_of(seen, shapes, model.opset, fixed)
         if isinstance(layer, str):
             log.skip(node.label, layer)
         else:
@@ -97,15 +98,16 @@ def layers_of(
     return [layer for layer in found.values() if not layer.depthwise], known
 
 
-def _candidates(model: Model, log: Log) -> Iterator[Node]:
-    """Nodes of the main graph that are layers, as far as the operator tells."""
+def _candidates(model: Model, log: Log) -> Iterator[Layer]:
+    """Layers of the main graph, as far as the operators tell."""
     own = model.functions
     main = {id(node) for node in model.graph.nodes}
     for node in model.nodes():
-        if node.domain not in DEFAULT_DOMAINS or ("", node.op) in own or form_of(node) is None:
+        layer = weighted(node)
+        if layer is None or ("", node.op) in own:
             continue
         if id(node) in main:
-            yield node
+            yield layer
         else:
             log.skip(node.label, "it is inside a branch or a loop")
 
@@ -149,7 +151,7 @@ class FactorSearch:
         self._log = log
         self.measured: list[MeasuredFactors] = []
 
-    def __call__(self, layers: Sequence[Layer]) -> list[LayerOptions]:
+    def __call__(self, layers: Sequence[Whole]) -> list[LayerOptions]:
         """Layers that have candidates, with what is known of these."""
         found, usable = [], [layer for layer in layers if self._proposals(layer)]
         for index, (layer, gram) in enumerate(self._observed(usable)):
@@ -161,14 +163,14 @@ class FactorSearch:
         order = {id(layer): index for index, layer in enumerate(layers)}
         return sorted(found, key=lambda entry: order[id(entry.layer)])
 
-    def _proposals(self, layer: Layer) -> list[candidates.Proposal]:
+    def _proposals(self, layer: Whole) -> list[candidates.Proposal]:
         wanted = self._wanted
         found = list(candidates.proposals(layer, wanted.schemes, wanted.align, wanted.unit, wanted.most))
         if not found:
             self._log.skip(layer.name, f"no rank that is a multiple of {wanted.align} saves enough")
         return found
 
-    def _observed(self, layers: Sequence[Layer]) -> Iterator[tuple[Layer, Gram | None]]:
+    def _observed(self, layers: Sequence[Whole]) -> Iterator[tuple[Whole, Gram | None]]:
         """Layers with moments of their data, where these can be had."""
         seen = [layer for layer in layers if self._data is not None and fit.observable(layer)]
         if self._data is not None:
@@ -176,7 +178,7 @@ class FactorSearch:
         others = {id(layer) for layer in seen}
         yield from ((layer, None) for layer in layers if id(layer) not in others)
 
-    def _entry(self, layer: Layer, gram: Gram | None) -> LayerOptions | None:
+    def _entry(self, layer: Whole, gram: Gram | None) -> LayerOptions | None:
         found = candidates.factorings(layer, self._proposals(layer), gram)
         entry = LayerOptions(layer, tuple(candidates.undominated(found, self._wanted.unit)))
         if self._wanted.unit != "params":
@@ -210,18 +212,18 @@ class FactorSearch:
             for each in candidates.probed(entry)
         }
 
-    def _with(self, layer: Layer, candidate: Factoring, gram: Gram | None) -> Model:
+    def _with(self, layer: Whole, candidate: Factoring, gram: Gram | None) -> Model:
         fitted = fit.fit(layer, candidate.scheme, candidate.ranks, gram)
         return with_factors(self._model, [(layer, candidate, fitted)])
 
 
-def with_factors(model: Model, parts: Sequence[tuple[Layer, Factoring, Fitted]]) -> Model:
+def with_factors(model: Model, parts: Sequence[tuple[Whole, Factoring, Fitted]]) -> Model:
     """A copy of the model with factors in place of layers."""
     copy = model.copy()
     made_by = {node.outputs[0].name: node for node in copy.graph.nodes if node.outputs}
     edit = Editor(copy)
     for layer, candidate, fitted in parts:
         factors = candidate.scheme.factors(layer, fitted.weights)
-        layer.form.install(edit, made_by[layer.output], factors, fitted.bias)
+        layer.install(edit, made_by[layer.output], factors, fitted.bias)
     edit.commit()
     return copy

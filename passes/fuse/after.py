@@ -16,7 +16,7 @@ from onnxslim.ir.graph import Array, Node, Tensor
 from onnxslim.ops import Trait, has
 from onnxslim.passes import predicates
 from onnxslim.passes.fuse import uniform
-from onnxslim.passes.fuse.layer import LAYERS, Folded, Layer, fold, layer, per_channel, store, training
+from onnxslim.passes.fuse.layer import LAYERS, Absorber, Folded, absorber, fold, store, training
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Place:
     """
 
     node: Node
-    layer: Layer
+    layer: Absorber
     edit: Editor
     factors: Mapping[str, Array] | str
 
@@ -57,10 +57,10 @@ class After(Rule[Place]):
         return f"moved {op} into {name}"
 
 
-def _layer_before(node: Node, index: int, edit: Editor) -> Layer | None:
+def _layer_before(node: Node, index: int, edit: Editor) -> Absorber | None:
     """The layer whose output a node alone reads, at this input."""
     tensor = node.inputs[index]
-    return layer(predicates.made_by(tensor, *LAYERS), edit) if edit.sole_consumer(tensor) is node else None
+    return absorber(predicates.made_by(tensor, *LAYERS), edit) if edit.sole_consumer(tensor) is node else None
 
 
 class BatchNormAfter(After):
@@ -126,8 +126,8 @@ class ArithmeticAfter(After):
                 return Place(node, found, edit, self._factors(node, side, values, found))
         return None
 
-    def _factors(self, node: Node, side: int, values: Array, found: Layer) -> dict[str, Array] | str:
-        vector = per_channel(values, found.rank, found.axis, found.outputs)
+    def _factors(self, node: Node, side: int, values: Array, found: Absorber) -> dict[str, Array] | str:
+        vector = found.vector(values, found.outputs)
         if vector is None:
             return "the constant is not one value per output channel"
         if node.op == "Add":
@@ -239,7 +239,7 @@ class ScaleBehindViews(Rule[Behind]):
         side = next((i for i in (0, 1) if added and predicates.constant(added, i) is not None), None)
         if added is not None and side is not None:
             reader, current = added, added.inputs[1 - side]
-        found = layer(predicates.made_by(current, *LAYERS), edit)
+        found = absorber(predicates.made_by(current, *LAYERS), edit)
         if found is None or edit.sole_consumer(current) is not reader:
             return None
         factors = {"outputs": np.full(found.outputs, factor)}

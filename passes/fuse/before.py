@@ -12,7 +12,7 @@ from onnxslim.engine.rewrite import Rule
 from onnxslim.ir.graph import Array, Node, Tensor
 from onnxslim.passes import predicates
 from onnxslim.passes.fuse.after import Place, normalization
-from onnxslim.passes.fuse.layer import PRODUCTS, Folded, Layer, layer, per_channel, store
+from onnxslim.passes.fuse.layer import PRODUCTS, Absorber, Folded, absorber, store
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class BatchNormBefore(Before):
     def pattern(self, node: Node, edit: Editor) -> Ahead | None:
         norm = predicates.made_by(node.inputs[0], "BatchNormalization")
         alone = norm is not None and edit.sole_consumer(node.inputs[0]) is node
-        found = layer(node, edit) if alone else None
+        found = absorber(node, edit) if alone else None
         if norm is None or found is None:
             return None
         return Ahead(norm, found, edit, self._factors(norm, found, edit), norm.inputs[0])
 
-    def _factors(self, norm: Node, found: Layer, edit: Editor) -> dict[str, Array] | str:
+    def _factors(self, norm: Node, found: Absorber, edit: Editor) -> dict[str, Array] | str:
         node = found.node
         if (node.op == "MatMul" and found.rank != 2) or node.attrs.get("transA", 0):
             return "it normalizes another axis than the one the product sums over, or may"
@@ -91,20 +91,20 @@ class ScaleBefore(Before):
             return None
         for side in (1, 0) if scale.op == "Mul" else (1,):
             values = predicates.constant(scale, side)
-            found = None if values is None else layer(node, edit)
+            found = None if values is None else absorber(node, edit)
             if values is not None and found is not None:
                 factors = self._factors(scale, side, values, found, edit)
                 return Ahead(scale, found, edit, factors, scale.inputs[1 - side])
         return None
 
     def _factors(
-        self, scale: Node, side: int, values: Array, found: Layer, edit: Editor
+        self, scale: Node, side: int, values: Array, found: Absorber, edit: Editor
     ) -> dict[str, Array] | str:
         if predicates.is_gelu(scale.inputs[1 - side]):
             return "it ends a GELU, which ONNX Runtime computes as one"
         if not predicates.broadcasts_into(values.shape, edit.shape(scale.inputs[1 - side])):
             return "the constant broadcasts its input to another shape, or may"
-        vector = per_channel(values, found.rank, found.axis, found.inputs)
+        vector = found.vector(values, found.inputs)
         if vector is None:
             return "the constant is not one value per input channel"
         with np.errstate(all="ignore"):

@@ -13,7 +13,7 @@ from onnxslim.engine.rewrite import Rule
 from onnxslim.ir.graph import Node, Tensor
 from onnxslim.passes import predicates
 from onnxslim.passes.eliminate.arithmetic import Bounds, limit
-from onnxslim.passes.fuse.layer import Folded, Layer, fold, layer, store
+from onnxslim.passes.fuse.layer import Absorber, Folded, absorber, fold, store
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm")
 
@@ -34,7 +34,7 @@ class Gate:
     product: Node
     data: Tensor
     squash: Node | None
-    layer: Layer
+    layer: Absorber
     edit: Editor
 
     @cached_property
@@ -76,7 +76,7 @@ class GatedSkip(Rule[Gate]):
         squash = predicates.made_by(factor, "HardSigmoid")
         made = squash.inputs[0] if squash else factor
         alone = edit.sole_consumer(factor) is product and edit.sole_consumer(made) is (squash or product)
-        found = layer(predicates.made_by(made, *LAYERS), edit) if alone else None
+        found = absorber(predicates.made_by(made, *LAYERS), edit) if alone else None
         return Gate(node, product, product.inputs[place], squash, found, edit) if found else None
 
     def check(self, match: Gate, edit: Editor) -> str | None:

@@ -1,4 +1,4 @@
-"""Layers with constant weights, seen as one product per channel: what folding a factor or a shift needs."""
+"""Layers that take in factors and summands of their channels: what folding their neighbours needs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import onnx
 
 from onnxslim.engine.editor import Editor
 from onnxslim.ir.graph import Array, Constant, Node
+from onnxslim.ops import view_of
+from onnxslim.ops.layers import Layer, per_channel
 from onnxslim.passes import predicates
 from onnxslim.passes.fuse import uniform
 
@@ -20,80 +22,60 @@ GEMM_TYPES = frozenset(map(np.dtype, (np.float32, np.float64)))
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A Conv, ConvTranspose, Gemm, MatMul or BatchNormalization whose weight is in the model.
+class Absorber:
+    """A layer or BatchNormalization whose weight is in the model: it takes in what its neighbours do.
 
     Attributes:
         node: the operator.
+        layer: the layer it is; None for a BatchNormalization.
         weight: its second input; of a ConstantOfShape, a uniform array.
-        groups: of a convolution; 1 for products.
         rank: number of axes of its output; None if unknown.
     """
 
     node: Node
+    layer: Layer | None
     weight: Array
-    groups: int
     rank: int | None
-
-    @property
-    def axis(self) -> int:
-        """The axis of the output that runs over its channels, counted from the end if the rank is unknown."""
-        return 1 if self.node.op != "MatMul" else -1 if self.rank is None else self.rank - 1
 
     @property
     def outputs(self) -> int:
         """Number of output channels."""
-        shape = self.weight.shape
-        if self.node.op in ("Conv", "BatchNormalization"):
-            return int(shape[0])
-        if self.node.op == "ConvTranspose":
-            return int(shape[1]) * self.groups
-        return int(shape[0 if self.node.attrs.get("transB", 0) else -1])
+        return self.layer.groups * self.layer.outputs if self.layer else self.weight.size
 
     @property
     def inputs(self) -> int:
         """Number of input channels."""
-        shape = self.weight.shape
-        if self.node.op == "Conv":
-            return int(shape[1]) * self.groups
-        if self.node.op == "ConvTranspose":
-            return int(shape[0])
-        return int(shape[-1 if self.node.attrs.get("transB", 0) else -2])
+        return self.layer.groups * self.layer.inputs if self.layer else self.weight.size
 
-    def along_outputs(self, values: Array) -> Array:
-        """One value per output channel, in a shape that broadcasts against the weight."""
-        tail = (1,) * (self.weight.ndim - 2)
-        if self.node.op == "Conv":
-            return values.reshape(-1, 1, *tail)
-        if self.node.op == "ConvTranspose":
-            # [C, M/groups, ...]: the first C/groups rows make the first M/groups channels.
-            rows = np.repeat(values.reshape(self.groups, -1), self.weight.shape[0] // self.groups, axis=0)
-            return rows.reshape(*rows.shape, *tail)
-        return values.reshape(-1, 1) if self.node.attrs.get("transB", 0) else values
+    def vector(self, values: Array, channels: int) -> Array | None:
+        """One value per channel from a constant that is combined with its data or result, if it is that.
 
-    def along_inputs(self, values: Array) -> Array:
-        """One value per input channel, in a shape that broadcasts against the weight."""
-        tail = (1,) * (self.weight.ndim - 2)
-        if self.node.op == "Conv":
-            # [M, C/groups, ...]: the first M/groups rows read the first C/groups channels.
-            rows = np.repeat(values.reshape(self.groups, -1), self.weight.shape[0] // self.groups, axis=0)
-            return rows.reshape(*rows.shape, *tail)
-        if self.node.op == "ConvTranspose":
-            return values.reshape(-1, 1, *tail)
-        return values if self.node.attrs.get("transB", 0) else values.reshape(-1, 1)
+        In double precision; None if the constant varies along another axis or changes the tensor's shape, or
+        may.
+        """
+        if self.rank is None and (values.ndim > 1 or (self.layer is None and values.ndim)):
+            return None
+        if self.rank is not None and values.ndim > self.rank:
+            return None
+        return per_channel(values, self.layer.axis if self.layer else 1 - (self.rank or 0), channels)
+
+    def scaled(self, outputs: Array | None, inputs: Array | None) -> Array | None:
+        """The weight times factors of channels; see `uniform.scaled`."""
+        factors = [] if inputs is None or self.layer is None else [self.layer.along_inputs(inputs)]
+        if outputs is not None:
+            factors.append(self.layer.along_outputs(outputs) if self.layer else outputs)
+        return uniform.scaled(self.weight, *factors)
 
     def sum_over_inputs(self, shift: Array) -> Array:
         """What each output channel gets if this much is added to every element of each input channel."""
-        alpha = self.node.attrs.get("alpha", 1.0) if self.node.op == "Gemm" else 1.0
-        product = self.weight.astype(np.float64) * self.along_inputs(shift) * alpha
-        inner = (1,) if self.node.attrs.get("transB", 0) else (0,)
-        return np.asarray(
-            product.sum(axis=tuple(range(1, product.ndim)) if self.node.op == "Conv" else inner)
-        )
+        assert self.layer is not None
+        product = self.weight.astype(np.float64) * self.layer.along_inputs(shift) * self.layer.scale
+        rest = [axis for axis in range(product.ndim) if axis != self.layer.weight_axis]
+        return np.asarray(product.sum(axis=tuple(rest)))
 
 
-def layer(node: Node | None, edit: Editor) -> Layer | None:
-    """The layer a node is; None if its weight is computed, stored sparsely or not of a float type."""
+def absorber(node: Node | None, edit: Editor) -> Absorber | None:
+    """A node that may take factors in; None if its weight is computed, sparse or not of a float type."""
     if node is None or node.op not in LAYERS:
         return None
     tensor = node.inputs[1]
@@ -101,17 +83,13 @@ def layer(node: Node | None, edit: Editor) -> Layer | None:
     weight = None if isinstance(stored, onnx.SparseTensorProto) else uniform.values(tensor, edit)
     if weight is None or weight.dtype not in predicates.FLOATS:
         return None
-    if node.op == "BatchNormalization":
+    found = view_of(node, given=weight)
+    if found is None:
         ready = weight.ndim == 1 and training(node, edit) is None
-        return Layer(node, weight, 1, predicates.rank(edit.shape(node.inputs[0]))) if ready else None
-    if weight.ndim < 2:
+        return Absorber(node, None, weight, predicates.rank(edit.shape(node.inputs[0]))) if ready else None
+    if weight.ndim < 2 or found.groups < 1 or weight.shape[0] % found.groups:
         return None
-    groups = int(node.attrs.get("group", 1))
-    if groups < 1 or weight.shape[0] % groups:
-        return None
-    return Layer(
-        node, weight, groups, weight.ndim if node.op != "MatMul" else _product_rank(node, weight, edit)
-    )
+    return Absorber(node, found, weight, found.rank or _product_rank(node, weight, edit))
 
 
 def training(node: Node, edit: Editor) -> str | None:
@@ -130,21 +108,17 @@ def _product_rank(node: Node, weight: Array, edit: Editor) -> int | None:
     return max(data, weight.ndim) if data > 1 else weight.ndim - 1
 
 
-def bias(found: Layer, edit: Editor) -> Array | None:
-    """What the layer adds per output channel, in double precision.
+def bias(found: Absorber, edit: Editor) -> Array | None:
+    """What it adds per output channel, in double precision.
 
     None if that is computed, or is no single value per channel.
     """
-    node = found.node
-    if not _has_bias(node):
+    if not _has_bias(found.node):
         return np.zeros(found.outputs)
-    values = uniform.value(node, 2, edit)
+    values = uniform.value(found.node, 2, edit)
     if values is None:
         return None
-    if node.op != "Gemm":
-        return values.astype(np.float64)
-    added = per_channel(values, found.rank, found.axis, found.outputs)
-    return None if added is None else added * node.attrs.get("beta", 1.0)
+    return found.layer.bias_of(values) if found.layer else values.astype(np.float64)
 
 
 def _has_bias(node: Node) -> bool:
@@ -160,7 +134,7 @@ class Folded:
 
 
 def fold(
-    found: Layer,
+    found: Absorber,
     edit: Editor,
     *,
     outputs: Array | None = None,
@@ -186,16 +160,14 @@ def fold(
             if added is None:
                 return "its bias is computed, or is not one value per channel"
         if not (outputs is None and inputs is None):
-            factors = [] if inputs is None else [found.along_inputs(inputs)]
-            factors += [] if outputs is None else [found.along_outputs(outputs)]
-            weight = uniform.scaled(found.weight, *factors)
+            weight = found.scaled(outputs, inputs)
             if weight is None:
                 return "its weight repeats one number, and would have to be written out"
     return _fitting(found, edit, weight, added)
 
 
 def _new_bias(
-    found: Layer,
+    found: Absorber,
     edit: Editor,
     outputs: Array | None,
     shift: Array | None,
@@ -209,7 +181,7 @@ def _new_bias(
     return added if shift is None else added + shift
 
 
-def _fitting(found: Layer, edit: Editor, weight: Array | None, added: Array | None) -> Folded | str:
+def _fitting(found: Absorber, edit: Editor, weight: Array | None, added: Array | None) -> Folded | str:
     if added is not None and not _has_bias(found.node) and not added.any():
         added = None
     if added is not None and found.node.op == "MatMul" and not can_be_gemm(found):
@@ -228,7 +200,7 @@ def _fitting(found: Layer, edit: Editor, weight: Array | None, added: Array | No
     return folded
 
 
-def _may_replace(found: Layer, edit: Editor) -> bool:
+def _may_replace(found: Absorber, edit: Editor) -> bool:
     """Whether other values for this layer alone do not make the model much larger."""
     tensor = found.node.inputs[1]
     if uniform.is_uniform(found.weight):
@@ -236,12 +208,12 @@ def _may_replace(found: Layer, edit: Editor) -> bool:
     return edit.sole_consumer(tensor) is found.node or found.weight.nbytes <= predicates.MAX_COPY_BYTES
 
 
-def can_be_gemm(found: Layer) -> bool:
+def can_be_gemm(found: Absorber) -> bool:
     """Whether a MatMul with this weight is a Gemm that ONNX Runtime computes as fast."""
     return found.rank == 2 and found.weight.ndim == 2 and found.weight.dtype in GEMM_TYPES
 
 
-def store(found: Layer, edit: Editor, folded: Folded) -> Node:
+def store(found: Absorber, edit: Editor, folded: Folded) -> Node:
     """Give a layer its new values; a MatMul with a bias becomes a Gemm. Returns the layer's node."""
     node = found.node
     if folded.weight is not None:
@@ -257,7 +229,7 @@ def store(found: Layer, edit: Editor, folded: Folded) -> Node:
     return node
 
 
-def _set(found: Layer, edit: Editor, index: int, values: Array) -> None:
+def _set(found: Absorber, edit: Editor, index: int, values: Array) -> None:
     """Store a weight or bias the way the weight is stored: as one number, if it was, or in full."""
     node = found.node
     tensor = node.input(index)
@@ -272,27 +244,3 @@ def _set(found: Layer, edit: Editor, index: int, values: Array) -> None:
 
 def _bias_name(weight: str) -> str:
     return weight.removesuffix("weight") + "bias" if weight.endswith("weight") else f"{weight}_bias"
-
-
-def per_channel(values: Array, rank: int | None, axis: int, channels: int) -> Array | None:
-    """One value per channel from a constant, if all it does to a tensor is that.
-
-    Args:
-        values: the constant.
-        rank: number of axes of the tensor; None if unknown.
-        axis: which of them runs over the channels; negative if the rank is unknown.
-        channels: their number.
-
-    Returns:
-        In double precision; None if the constant varies along another axis or changes the tensor's shape.
-    """
-    shape = values.shape
-    if values.ndim > 0 and (rank is None and (values.ndim > 1 or axis != -1)):
-        return None
-    if rank is not None and values.ndim > rank:
-        return None
-    from_end = axis - rank if rank is not None and axis >= 0 else axis
-    varying = {place - values.ndim for place, size in enumerate(shape) if size != 1}
-    if not varying <= {from_end} or (varying and shape[from_end] != channels):
-        return None
-    return np.broadcast_to(values.astype(np.float64).reshape(-1), (channels,))

@@ -23,7 +23,7 @@ from onnxslim.passes.quantize.figures import LayerFigures, QuantizeFigures
 from onnxslim.passes.quantize.fused import kernels
 from onnxslim.passes.quantize.goal import Goal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
-from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Layer, Search
+from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Search, Sensitivity
 from onnxslim.passes.quantize.static import Static
 from onnxslim.passes.quantize.strategy import Strategy
 from onnxslim.passes.quantize.trained import Trained, strip
@@ -295,7 +295,7 @@ def _nothing(model: Model, figures: QuantizeFigures) -> str:
     return NOTHING_FOUND
 
 
-def _row(layer: Layer, trial: Trial) -> LayerFigures:
+def _row(layer: Sensitivity, trial: Trial) -> LayerFigures:
     kept = layer.node in trial.variant.kept or layer.node in trial.variant.refused
     return LayerFigures(layer.node, layer.op, round(layer.sqnr, 2), kept)
 

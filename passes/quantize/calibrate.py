@@ -15,7 +15,7 @@ from onnxslim.calibration.stream import Channels
 from onnxslim.engine.base import Context
 from onnxslim.ir.graph import Array, Constant, Tensor
 from onnxslim.ir.model import Model
-from onnxslim.ops import spec_of
+from onnxslim.ops import view_of
 from onnxslim.passes.quantize.choices import ObserverChoice, Variant
 from onnxslim.passes.quantize.plan import Plan, exceeds
 from onnxslim.passes.quantize.trained import Known, Trained
@@ -81,9 +81,9 @@ class Calibration:
         """For each node whose bias can be corrected, by id, the data whose channel means that takes."""
         found: dict[int, Channels] = {}
         for node in plan.linear if self._means else ():
-            axis = spec_of(node).data_axis
-            if axis is not None and node.constant(2) is not None:
-                found[id(node)] = (node.inputs[0].name, axis(node))
+            layer = view_of(node)
+            if layer is not None and layer.rank and node.constant(2) is not None:
+                found[id(node)] = (node.inputs[0].name, layer.rank + layer.data_axis)
         return found
 
     def ranges(self, plan: Plan, variant: Variant) -> dict[int, Range]:

@@ -12,12 +12,12 @@ from onnxslim.calibration.gram import Gram, observe
 from onnxslim.engine.base import Context
 from onnxslim.ir.graph import Node, producer
 from onnxslim.ir.model import Model
-from onnxslim.ops import spec_of
-from onnxslim.ops.layers import Layer, layer_of
+from onnxslim.ops import layer_of
+from onnxslim.ops.layers import Layer
 from onnxslim.passes.quantize.choices import Settings
 from onnxslim.passes.quantize.insert import pair_axis_of
 from onnxslim.passes.quantize.plan import Plan
-from onnxslim.passes.quantize.rounding import Rounder, as_matrix
+from onnxslim.passes.quantize.rounding import Rounder
 from onnxslim.passes.quantize.storing import BLOCK, Blocks, Rounding, nearest
 from onnxslim.passes.quantize.trained import Trained
 from onnxslim.passes.quantize.weights import Encoded, Encoder, encode, least_scales
@@ -103,16 +103,14 @@ class WeightCoder:
             corrected: whether a bias takes in what the integers do to the mean.
             kept: whether the layer stays in floating point and only stores its weight so.
         """
-        axis, rules = spec_of(layer.node).channel_axis, self._ctx.target.layout
-        assert axis is not None
+        axis, rules = layer.weight_axis, self._ctx.target.layout
         pair_axis = None if kept else pair_axis_of(layer.node, rules)
         weight = layer.restored(wanted).astype(np.float32)
         least = None if kept or not rules.integer_bias else _least(layer.node)
-        start = encode(
-            weight, axis(layer.node), per_channel=True, pair_axis=pair_axis, least=least, limit=self.limit
-        )
+        start = encode(weight, axis, per_channel=True, pair_axis=pair_axis, least=least, limit=self.limit)
         found = self._rounder(layer, gram, corrected, wanted)(start, pair_axis, self.limit, least)
-        return found, as_matrix(layer, found.codes) * found.scales.reshape(*wanted.shape[:2], 1)
+        codes = np.ascontiguousarray(layer.matrix_of(found.codes))
+        return found, codes * found.scales.reshape(*wanted.shape[:2], 1)
 
     def coded_in_blocks(
         self, layer: Layer, wanted: Floats, gram: Gram, *, corrected: bool

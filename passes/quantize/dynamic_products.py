@@ -14,7 +14,7 @@ from onnxslim.engine.base import Log
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import Model
-from onnxslim.ops import spec_of
+from onnxslim.ops import view_of
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.quantize.weights import Encoder
 
@@ -88,16 +88,17 @@ class DynamicProducts:
 
     def _matrix(self, node: Node, weight: Constant) -> tuple[Constant, Constant]:
         """Integers of a weight, [inputs, outputs], and their scales, which take in a Gemm's alpha."""
-        axis, alpha = spec_of(node).channel_axis, np.float32(node.attrs.get("alpha", 1.0))
-        assert axis is not None
-        key = id(weight), axis(node), float(alpha)
+        layer = view_of(node)
+        assert layer is not None
+        axis, alpha = layer.weight_axis, np.float32(layer.scale)
+        key = id(weight), axis, float(alpha)
         if key in self._weights:
             return self._weights[key]
-        pair_axis = 1 - axis(node) if self._rules.saturates else None
-        encoded = self._encode(weight, axis(node), per_channel=self._per_channel, pair_axis=pair_axis)
+        pair_axis = 1 - axis if self._rules.saturates else None
+        encoded = self._encode(weight, axis, per_channel=self._per_channel, pair_axis=pair_axis)
         if encoded.tightened:
             self.tightened[node.label] = encoded.tightened
-        codes = encoded.codes if axis(node) == 1 else np.ascontiguousarray(encoded.codes.T)
+        codes = encoded.codes if axis == 1 else np.ascontiguousarray(encoded.codes.T)
         self._weights[key] = (
             Constant(self._name(f"{weight.name}_quantized"), codes),
             Constant(self._name(f"{weight.name}_scale"), np.asarray(encoded.scales * alpha, np.float32)),

@@ -13,7 +13,7 @@ from onnxslim.engine.base import Log
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Graph, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import Model
-from onnxslim.ops import Role, spec_of
+from onnxslim.ops import Role, spec_of, view_of
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.quantize import weights
 from onnxslim.passes.quantize.plan import Plan, is_movable
@@ -186,16 +186,17 @@ class Inserter:
         """
         start = len(self._new)
         for node in self._graph.nodes:
-            channels, maker = _summed_channels(node), ir.producer(node.inputs[0]) if node.inputs else None
-            if not channels or maker is None or maker.op != "DequantizeLinear" or not _reaches_q(node):
+            layer, maker = view_of(node), ir.producer(node.inputs[0]) if node.inputs else None
+            if layer is None or not layer.rank or not isinstance(node.inputs[1], Constant):
+                continue
+            if maker is None or maker.op != "DequantizeLinear" or not _reaches_q(node):
                 continue
             if node.inputs[1].name in stored:
                 continue
+            axis, channels = layer.rank + layer.data_axis, layer.groups * layer.inputs
             codes, scale, zero_point = maker.inputs[0], maker.input(1), maker.input(2)
-            axis = spec_of(node).data_axis
-            assert axis is not None
             if isinstance(scale, Constant) and isinstance(zero_point, Constant) and scale.values.ndim == 0:
-                node.inputs[0] = self._spread(codes, scale, zero_point, channels, axis(node))
+                node.inputs[0] = self._spread(codes, scale, zero_point, channels, axis)
         self._graph.nodes.extend(self._new[start:])
 
     def _spread(
@@ -329,13 +330,13 @@ class Inserter:
 
     def _corrected_bias(self, node: Node, weight: Constant, encoded: weights.Encoded, bias: Array) -> Array:
         """The bias that gives every output channel the mean it had before its weights were rounded."""
-        means, axis = self._means.get(id(node)), spec_of(node).channel_axis
-        assert axis is not None
+        means, layer = self._means.get(id(node)), view_of(node)
+        assert layer is not None
         if means is None:
             return bias
         lost = encoded.lost
         if lost is None:
-            lost = weights.lost_mean(weight.values, encoded, axis(node), means)
+            lost = weights.lost_mean(weight.values, encoded, layer.weight_axis, means)
         if lost is None or lost.size != bias.size:
             return bias
         self.corrected += 1
@@ -343,12 +344,13 @@ class Inserter:
 
     def _store_weight(self, node: Node, per_channel: bool) -> None:
         """Keep a node in floating point but its weight, the bulk of a small network, in integers."""
-        weight, axis = node.inputs[1], spec_of(node).channel_axis
+        weight, layer = node.inputs[1], view_of(node)
         assert isinstance(weight, Constant)
-        assert axis is not None
+        assert layer is not None
+        axis = layer.weight_axis
         self._replaced.add(id(weight))
-        encoded = self._encode(weight, axis(node), per_channel=per_channel)
-        node.inputs[1] = self._dequantized(weight, encoded.codes, encoded.scales, 0, axis(node))
+        encoded = self._encode(weight, axis, per_channel=per_channel)
+        node.inputs[1] = self._dequantized(weight, encoded.codes, encoded.scales, 0, axis)
         self._log.change(self._plan.labels[id(node)], f"{node.op} stores its weight as int8", "quantize")
 
     def _activation_scale(self, node: Node) -> np.float32:
@@ -363,10 +365,10 @@ class Inserter:
         self, node: Node, per_channel: bool, least: weights.Scales | None
     ) -> tuple[Tensor, weights.Encoded]:
         """The dequantized weight of a node and its integers; shared by all nodes that read one weight."""
-        spec, weight = spec_of(node), node.inputs[1]
-        assert spec.channel_axis is not None
+        layer, weight = view_of(node), node.inputs[1]
+        assert layer is not None
         assert isinstance(weight, Constant)
-        axis = spec.channel_axis(node)
+        axis = layer.weight_axis
         known = self._weights.get((id(weight), axis))
         if known is not None and (least is None or bool((known[1].scales >= least).all())):
             return known
@@ -444,20 +446,10 @@ def pair_axis_of(node: Node, rules: IntegerLayout) -> int | None:
 
     It is that of the input channels, the only other one of a matrix and the first other of a convolution.
     """
-    spec = spec_of(node)
-    if not rules.saturates or spec.channel_axis is None or (spec.channelwise and spec.channelwise(node)):
+    layer = view_of(node)
+    if not rules.saturates or layer is None or layer.channelwise:
         return None  # depthwise kernels widen before they multiply
-    return 1 if spec.channel_axis(node) == 0 else 0
-
-
-def _summed_channels(node: Node) -> int:
-    """Over how many channels of its data a node with weights of its own, in floats, sums; 0 for others."""
-    weight = node.input(1)
-    if node.op not in ("Conv", "ConvTranspose", "Gemm") or not isinstance(weight, Constant):
-        return 0
-    if node.op == "Conv":
-        return int(weight.shape[1]) * int(node.attrs.get("group", 1))
-    return int(weight.shape[1 if node.attrs.get("transB", 0) else 0])
+    return 1 if layer.weight_axis == 0 else 0
 
 
 def _reaches_q(node: Node) -> bool:

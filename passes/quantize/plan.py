@@ -19,7 +19,8 @@ from onnxslim.calibration.observers import Range
 from onnxslim.engine.base import Log
 from onnxslim.ir.graph import Constant, Node, Tensor, Variable, captures, producer
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
-from onnxslim.ops import OpSpec, Role, Trait, has, spec_of
+from onnxslim.ops import OpSpec, Role, Trait, has, spec_of, view_of
+from onnxslim.ops.layers import Convolution
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.quantize.choices import Refusal
 
@@ -149,7 +150,7 @@ class Planner:
             if reason := self._unstored(node):
                 self._log.skip(node.label, reason)
             return False
-        reason = self._unfit(node) or self._unfit_weight(node) or self._narrow(node, spec)
+        reason = self._unfit(node) or self._unfit_weight(node) or self._narrow(node)
         if reason:
             self._log.skip(node.label, reason)
         return reason is None
@@ -251,18 +252,14 @@ class Planner:
             return "its weight is empty"
         return None
 
-    def _narrow(self, node: Node, spec: OpSpec) -> str | None:
+    def _narrow(self, node: Node) -> str | None:
         """Why a convolution over very few channels is left alone."""
-        if (
-            spec.input_channels is None
-            or (spec.channelwise and spec.channelwise(node))
-            or self._trained(node)
-        ):
+        layer = view_of(node)
+        if not isinstance(layer, Convolution) or layer.channelwise or self._trained(node):
             return None
-        channels = spec.input_channels(node)
-        if channels >= self._rules.min_channels or self._trained(node):
+        if layer.inputs >= self._rules.min_channels:
             return None
-        return f"it has few input channels ({channels}) and is faster in floating point"
+        return f"it has few input channels ({layer.inputs}) and is faster in floating point"
 
     def _found_classifiers(self) -> set[int]:
         """Ids of the matrix products whose results reach an output through nothing but simple operators."""

@@ -10,10 +10,8 @@ GPTQ; Frantar et al., "GPTQ", ICLR 2023, and Nair and Suggala, "CDQuant", 2024.)
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +63,7 @@ class Rounder:
         target = self.layer.matrix() if self.target is None else self.target
         if encoded.scales.size != target.shape[0] * target.shape[1]:
             return encoded
-        codes = as_matrix(self.layer, encoded.codes)
+        codes = np.ascontiguousarray(self.layer.matrix_of(encoded.codes))
         saturates = pair_axis is not None and 2 * limit > MAX_PAIR
         channels = encoded.codes.shape[pair_axis] if saturates and pair_axis is not None else 0
         neighbours = Neighbours(channels, target.shape[2] // channels) if channels else None
@@ -199,15 +197,6 @@ def _refitted_blocks(target: Floats, codes: Floats, scales: Floats, curvature: F
     np.einsum("obb->ob", normal)[...] += held
     found += np.linalg.solve(normal, lacking[..., None])[..., 0].astype(np.float32)
     return np.asarray(np.where(found > 0.5 * scales.T, found, scales.T).T, np.float32)
-
-
-def as_matrix(layer: Layer, values: NDArray[Any]) -> Floats:
-    """A weight of the operator's own layout as `Layer.matrix`; alpha of a Gemm is 1."""
-    shape = layer.matrix().shape
-    place = layer.restored(np.arange(math.prod(shape)).reshape(shape)).ravel().astype(np.intp)
-    matrix = np.empty(place.size, np.float32)
-    matrix[place] = values.ravel()
-    return matrix.reshape(shape)
 
 
 def refine(

@@ -22,7 +22,8 @@ from scipy.sparse import csgraph
 
 from onnxslim.ir.graph import Constant, Graph, Namer, Node, Shape, Tensor, Variable, captures
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
-from onnxslim.ops.layers import Layer, layer_of
+from onnxslim.ops import layer_of
+from onnxslim.ops.layers import Layer
 from onnxslim.passes.predicates import ints
 
 Labels = NDArray[np.intp]

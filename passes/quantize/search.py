@@ -49,7 +49,7 @@ REASON = "in integers it would cost too much accuracy"
 
 
 @dataclass(frozen=True)
-class Layer:
+class Sensitivity:
     """What quantizing one weighted node does to the outputs.
 
     Attributes:
@@ -130,7 +130,7 @@ class Search:
             return trial
         return _better(trial, self.attempt(replace(trial.variant, refined=True), build))
 
-    def layers(self, trial: Trial) -> list[Layer]:
+    def layers(self, trial: Trial) -> list[Sensitivity]:
         """What every weighted node of a candidate does on its own, the worst first."""
         nodes = [node for node in trial.build.model.graph.nodes if node.label in _labels(trial)]
         macs = trial.build.macs()
@@ -142,11 +142,11 @@ class Search:
             noise = self._judge(alone.model, RANKING).noise
             cost = 0.5 * (macs.get(node.label, mean) / mean if mean else 1.0) + 0.5 * _size(node) / size
             tensors = tuple(name for group in alone.groups for name in group)
-            found.append(Layer(node.label, node.op, noise, cost, tensors))
+            found.append(Sensitivity(node.label, node.op, noise, cost, tensors))
             trial.build.announce("measuring layers", index + 1, len(nodes))
         return sorted(found, key=lambda layer: -layer.noise)
 
-    def ranges(self, trial: Trial, layers: Sequence[Layer]) -> tuple[Trial, list[Layer]]:
+    def ranges(self, trial: Trial, layers: Sequence[Sensitivity]) -> tuple[Trial, list[Sensitivity]]:
         """The same with another way to choose the ranges of single layers, if that does better as a whole.
 
         Tried on the layers that do more than half an average share of all noise. With what layers do then.
@@ -192,7 +192,7 @@ class Search:
         quickest = min(range(len(trials)), key=lambda index: times[index])
         return trials[quickest] if times[quickest] < FASTER * times[0] else trial
 
-    def keep(self, trial: Trial, layers: Sequence[Layer], goal: Goal, gain: float = 0.0) -> Trial:
+    def keep(self, trial: Trial, layers: Sequence[Sensitivity], goal: Goal, gain: float = 0.0) -> Trial:
         """The candidate with the fewest multiply-accumulates kept out of integers that reaches a goal.
 
         Layers are taken in the order of noise per cost. How many is predicted from the sum of what each does,
@@ -254,7 +254,7 @@ def _labels(trial: Trial) -> set[str]:
     return {plan.labels[id(node)] for node in plan.linear or plan.stored}
 
 
-def _needed(order: Sequence[Layer], noise: float, missing: float) -> int:
+def _needed(order: Sequence[Sensitivity], noise: float, missing: float) -> int:
     """How many layers, the first ones, have to go for `missing` dB: at least one, unless there is none."""
     total = sum(layer.noise for layer in order)
     left, wanted = 1.0, 10.0 ** (-missing / 10.0)

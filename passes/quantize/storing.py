@@ -13,7 +13,7 @@ from onnxslim.engine.base import Log
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
-from onnxslim.ops import spec_of
+from onnxslim.ops import view_of
 from onnxslim.passes.quantize.choices import Refusal
 from onnxslim.passes.quantize.weights import FOUR_BITS, Weights
 
@@ -71,10 +71,10 @@ class Storage:
 
     def four_bits(self, node: Node, rounding: Rounding) -> None:
         """A matrix product's weight in int4, one scale for every `BLOCK` inputs of an output."""
-        weight, axis = node.inputs[1], spec_of(node).channel_axis
+        weight, layer = node.inputs[1], view_of(node)
         assert isinstance(weight, Constant)
-        assert axis is not None
-        matrix = weight.values if axis(node) == 1 else weight.values.T
+        assert layer is not None
+        matrix = layer.kernels()[0]
         rounded, scales = rounding(matrix)
         codes = rounded.astype(ml_dtypes.int4)
         if node.op == "Gemm":

@@ -12,7 +12,7 @@ from onnxslim.calibration.gram import Doubles
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Graph, Node, Variable
 from onnxslim.ir.model import constant_of
-from onnxslim.ops.layers import Floats, Layer, Positions, values_at
+from onnxslim.ops.layers import Floats, Layer, Positions, per_channel, values_at
 from onnxslim.passes.predicates import rounded
 
 # Weights behind a scale this much smaller than the largest of its channels are left alone.
@@ -151,7 +151,7 @@ class Linear(Job):
         y += _grouped(self.goal.shift, y)
         if self.goal.other:
             shape = self.layer.shape(values[self.node.inputs[0].name])
-            y += self.layer.outputs(np.broadcast_to(values[self.goal.other], shape), at)
+            y += self.layer.results(np.broadcast_to(values[self.goal.other], shape), at)
         return x, y
 
     def write(self, graph: Graph, weight: Doubles | None, bias: Doubles) -> str | None:
@@ -282,18 +282,12 @@ def _is_rounded(reader: Node, tensor: Variable, fixed: Collection[int]) -> bool:
 
 
 def _own_goal(layer: Layer) -> Goal | None:
-    node, outputs = layer.node, layer.matrix().shape[0] * layer.matrix().shape[1]
-    ones, name = np.ones(outputs), node.outputs[0].name
-    if node.op == "MatMul":
-        return Goal(name, ones, np.zeros(outputs), None)
-    present = node.input(2)
-    if present is None:
-        return Goal(name, ones, np.zeros(outputs), Slot(node, 2, ones))
-    bias = per_channel(constant_of(present), -1, outputs)
+    ones, bias = np.ones(layer.groups * layer.outputs), layer.bias()
     if bias is None:
         return None
-    beta = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
-    return Goal(name, ones, bias * beta, Slot(node, 2, ones * beta))
+    scale = 1.0 if layer.node.input(2) is None else layer.bias_scale
+    slot = Slot(layer.node, 2, ones * scale) if layer.takes_bias else None
+    return Goal(layer.node.outputs[0].name, ones, bias, slot)
 
 
 def _followed(goal: Goal, reader: Node, tensor: Variable, axis: int) -> Goal | None:
@@ -326,29 +320,15 @@ def _normalized(goal: Goal, node: Node, tensor: Variable, axis: int) -> Goal | N
     )
     if node.inputs[0] is not tensor or not inference or (axis == -1 and tensor.inputs[0].op != "Gemm"):
         return None
-    constants = [per_channel(constant_of(each), -1, goal.scale.size) for each in node.inputs[1:5]]
-    if any(each is None for each in constants):
+    given = [constant_of(each) for each in node.inputs[1:5]]
+    constants = [each for each in given if each is not None and each.shape == goal.scale.shape]
+    if len(constants) < len(given):
         return None
-    gamma, beta, mean, variance = (np.asarray(each) for each in constants)
+    gamma, beta, mean, variance = (each.astype(np.float64) for each in constants)
     gain = gamma / np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
     slot = Slot(node, 2, np.ones(gain.size))
     shift = (goal.shift - mean) * gain + beta
     return Goal(node.outputs[0].name, goal.scale * gain, shift, slot, nodes=(*goal.nodes, node))
-
-
-def per_channel(values: Array | None, axis: int, size: int) -> Doubles | None:
-    """A constant as one value per channel; None if it is something else.
-
-    Args:
-        values: to be broadcast against a tensor.
-        axis: of that tensor, counted from the end.
-        size: number of channels.
-    """
-    if values is None or values.dtype.kind != "f" or values.size not in (1, size):
-        return None
-    if values.size == size and size > 1 and (values.ndim < -axis or values.shape[axis] != size):
-        return None
-    return np.array(np.broadcast_to(values.reshape(-1).astype(np.float64), (size,)))
 
 
 def _grouped(values: Doubles, like: Floats) -> Floats:

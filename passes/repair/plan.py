@@ -12,16 +12,16 @@ from onnxslim.errors import UsageError
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Graph, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model, constant_of
-from onnxslim.ops import spec_of
-from onnxslim.ops.layers import Layer, layer_of
-from onnxslim.passes.repair.jobs import Affine, Goal, Job, Linear, Slot, goals, per_channel
+from onnxslim.ops import layer_of, spec_of
+from onnxslim.ops.layers import Layer, per_channel
+from onnxslim.passes.repair.jobs import Affine, Goal, Job, Linear, Slot, goals
 
 # Shifts beyond this are attention masks.
 _MASK = 1e3
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Refit:
     """A layer that may be refitted, and its goals, nearest first."""
 
     layer: Layer
@@ -91,9 +91,9 @@ def _same_tensor(one: Tensor, other: Tensor, same: set[str]) -> bool:
 
 def _linear(
     student: Model, clean: set[str], known: set[str], layers: Collection[str] | None, log: Log
-) -> tuple[list[Candidate], set[int]]:
+) -> tuple[list[Refit], set[int]]:
     """Layers to refit, and ids of the nodes behind layers that belong to them."""
-    found: list[Candidate] = []
+    found: list[Refit] = []
     taken: set[int] = set()
     for node in student.graph.nodes:
         layer = layer_of(node)
@@ -114,7 +114,7 @@ def _linear(
         reached = tuple(goal for goal in steps if goal.tensor in known)
         own = [goal for goal in reached if not goal.other] or list(reached)
         taken.update(id(each) for each in own[-1].nodes)
-        found.append(Candidate(layer, reached))
+        found.append(Refit(layer, reached))
     return found, taken
 
 
@@ -216,14 +216,14 @@ def _vector(node: Node) -> tuple[int, int, int] | None:
 # ----------------------------------------------------------------------------------------- schedule
 
 
-def _scheduled(graph: Graph, layers: Sequence[Candidate], affine: Sequence[Affine]) -> list[list[Job]]:
+def _scheduled(graph: Graph, layers: Sequence[Refit], affine: Sequence[Affine]) -> list[list[Job]]:
     """Jobs by stage.
 
     A sum's other operand can be taken into account only if nothing before it is still to be refitted. Where
     layers meet in a sum, that is so for the last one in order of depth.
     """
     position = {id(node): index for index, node in enumerate(graph.nodes)}
-    sites: list[Candidate | Affine] = sorted((*layers, *affine), key=lambda each: position[id(_site(each))])
+    sites: list[Refit | Affine] = sorted((*layers, *affine), key=lambda each: position[id(_site(each))])
     masks, before = _ancestors(graph, {id(_site(each)): index for index, each in enumerate(sites)})
     depth: list[int] = []
     for each in sites:
@@ -232,7 +232,7 @@ def _scheduled(graph: Graph, layers: Sequence[Candidate], affine: Sequence[Affin
     ready, jobs = 0, list[list[Job]]()
     for index in sorted(range(len(sites)), key=lambda i: (depth[i], i)):
         each, needed = sites[index], before[id(_site(sites[index]))]
-        if isinstance(each, Candidate):
+        if isinstance(each, Refit):
             goal = _reachable(each.goals, masks, ready)
             needed |= masks.get(goal.other, 0) if goal.other else 0
             job: Job = Linear(each.layer, goal)
@@ -245,8 +245,8 @@ def _scheduled(graph: Graph, layers: Sequence[Candidate], affine: Sequence[Affin
     return jobs
 
 
-def _site(each: Candidate | Affine) -> Node:
-    return each.layer.node if isinstance(each, Candidate) else each.node
+def _site(each: Refit | Affine) -> Node:
+    return each.layer.node if isinstance(each, Refit) else each.node
 
 
 def _reachable(steps: Sequence[Goal], masks: Mapping[str, int], ready: int) -> Goal:

@@ -16,7 +16,8 @@ from onnxslim.calibration.stream import sampled
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
-from onnxslim.ops.layers import Layer, layer_of
+from onnxslim.ops import layer_of, view_of
+from onnxslim.ops.layers import Layer
 from tests.helpers import normal, parse, run
 
 
@@ -26,16 +27,17 @@ def layer(model: Model) -> Layer:
     return found
 
 
-def agrees(text: str, data: Array, weight: Array) -> None:
+def agrees(text: str, data: Array, weight: Array, side: int = 1) -> None:
     """The layer's columns times its matrix are what ONNX Runtime computes, and its weight comes back."""
     model = parse(text, {"w": weight})
     expected = run(model, {"x": data})["y"]
-    found = layer(model)
+    found = layer(model) if side else view_of(model.graph.nodes[0], weight_index=side)
+    assert found is not None
     count = found.count(data)
     assert count == expected.size // expected.shape[found.axis]
     at = np.arange(count)
     np.testing.assert_allclose(
-        found.matrix() @ found.columns(data, at), found.outputs(expected, at), rtol=1e-4, atol=1e-4
+        found.matrix() @ found.columns(data, at), found.results(expected, at), rtol=1e-4, atol=1e-4
     )
     some = at[::3]
     np.testing.assert_array_equal(found.columns(data, some), found.columns(data, at)[..., some])
@@ -108,6 +110,15 @@ def test_matmul_of_any_rank(shape: Sequence[int]) -> None:
     dims = ",".join("ABCD"[: len(shape)])
     text = f"g (float[{dims}] x) => (float[{','.join('ABCE'[: len(shape)])}] y) {{ y = MatMul(x, w) }}"
     agrees(text, normal(*shape), normal(4, 3))
+
+
+@pytest.mark.parametrize("transposed", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_weight_on_the_left(transposed: tuple[int, int]) -> None:
+    a, b = transposed
+    text = f"g (float[N,M] x) => (float[A,B] y) {{ y = Gemm<alpha=2.0, transA={a}, transB={b}>(w, x) }}"
+    agrees(text, normal(5, 4) if b else normal(4, 5), normal(4, 3) if a else normal(3, 4), side=0)
+    product = "g (float[N,M,K] x) => (float[N,3,K] y) { y = MatMul(w, x) }"
+    agrees(product, normal(2, 4, 5), normal(3, 4), side=0)
 
 
 @pytest.mark.parametrize(

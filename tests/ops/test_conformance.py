@@ -19,7 +19,8 @@ from onnxslim.engine.base import Context
 from onnxslim.engine.check import wellformed
 from onnxslim.ir.graph import Array, Constant, Node, Tensor, Variable, sort
 from onnxslim.ir.model import Model
-from onnxslim.ops import REGISTRY, OpSpec, Role
+from onnxslim.ops import REGISTRY, OpSpec, Role, layer_of
+from onnxslim.ops.layers import Layer
 from onnxslim.passes.quantize import Quantize, QuantizeFigures
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
@@ -128,6 +129,20 @@ def test_multiply_accumulates_are_the_products_that_are_summed(spec: OpSpec) -> 
         assert macs(model) == counted
     else:
         assert macs(model, {name: array.shape for name, array in feeds.items()}) == counted
+
+
+@pytest.mark.parametrize("spec", _rows(Role.LINEAR))
+def test_layers_are_what_their_operators_compute(spec: OpSpec) -> None:
+    model = _with_weights(parse(spec.example))
+    layer, feeds = layer_of(_node(model, spec)), _feeds(model)
+    assert isinstance(layer, Layer)
+    (data,), (expected,) = feeds.values(), Session(model).run(feeds).values()
+    at, bias = np.arange(layer.count(data)), layer.bias()
+    assert bias is not None
+    found = layer.matrix() @ layer.columns(data, at) + bias.reshape(layer.groups, layer.outputs, 1)
+    np.testing.assert_allclose(found, layer.results(expected, at), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(layer.stored(layer.kernels()), layer.weight)
+    assert layer.weight.shape[layer.weight_axis] == layer.outputs
 
 
 @pytest.mark.parametrize("op", RECURRENT)

@@ -26,7 +26,7 @@ from onnxslim.ir.model import Model, load
 from onnxslim.passes import create
 from onnxslim.passes.dead import Dead
 from onnxslim.passes.factorize import Factorize, FactorizeFigures, chains, fit, ranks, schemes
-from onnxslim.passes.factorize.layers import Factor, Layer
+from onnxslim.passes.factorize.layers import Factor, Whole
 from onnxslim.passes.factorize.schemes import SCHEMES, Problem, balanced, directions, merged
 from onnxslim.passes.factorize.search import layers_of
 from onnxslim.passes.prune import Prune
@@ -46,14 +46,14 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONNXSLIM_CACHE", str(tmp_path / "cache"))
 
 
-def _layers(model: Model, exclude: tuple[str, ...] = ()) -> tuple[list[Layer], dict[str, str]]:
+def _layers(model: Model, exclude: tuple[str, ...] = ()) -> tuple[list[Whole], dict[str, str]]:
     log = Log()
     inputs = {name: array.shape for name, array in feeds_for(model).items()}
     found, _ = layers_of(model, inputs, exclude, log)
     return found, {skip.node: skip.reason for skip in log.done().skipped}
 
 
-def _layer(model: Model) -> Layer:
+def _layer(model: Model) -> Whole:
     found, skipped = _layers(model)
     assert len(found) == 1, skipped
     return found[0]
@@ -66,7 +66,7 @@ def _at_full_rank(model: Model, scheme: str, gram: Array | None = None) -> Model
     problem = Problem(layer.weight.astype(np.float64), gram)
     most = kind.largest(layer)
     weights = kind.decompose(layer, problem, most).weights(most)
-    layer.form.install(edit, layer.node, kind.factors(layer, weights), None)
+    layer.install(edit, layer.node, kind.factors(layer, weights), None)
     edit.commit()
     return twin
 
@@ -242,7 +242,7 @@ def test_random_projection_comes_close_to_the_best(monkeypatch: pytest.MonkeyPat
     assert found.power.sum() > 0.999 * best.power.sum()
 
 
-def _patches(layer: Layer, x: Array) -> Array:
+def _patches(layer: Whole, x: Array) -> Array:
     """im2col of a 3x3 convolution without padding: [positions, inputs·kernel]."""
     window = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(2, 3))
     return np.moveaxis(window, 1, 3).reshape(-1, layer.patch)
@@ -308,7 +308,7 @@ def test_factors_lose_on_the_data_what_they_are_said_to(
     found = fit.fit(layer, kind, ranks_, gram)
     edit = Editor(model)
     before = run(model, {"x": x})["y"]
-    layer.form.install(edit, layer.node, kind.factors(layer, found.weights), found.bias)
+    layer.install(edit, layer.node, kind.factors(layer, found.weights), found.bias)
     edit.commit()
     after = run(model, {"x": x})["y"]
     axis = tuple(a for a in range(before.ndim) if a != 1)
@@ -338,7 +338,7 @@ def test_a_bias_that_is_added_behind_a_product_is_fitted_with_it(kind: str) -> N
     found = fit.fit(layer, SCHEMES["svd"], (2,), gram)
     assert (found.bias is not None) == moves
     edit, before = Editor(model), run(model, {"x": x})
-    layer.form.install(edit, layer.node, SCHEMES["svd"].factors(layer, found.weights), found.bias)
+    layer.install(edit, layer.node, SCHEMES["svd"].factors(layer, found.weights), found.bias)
     edit.commit()
     lost = (run(model, {"x": x})["y"] - before["y"]).mean(axis=0)
     assert np.abs(lost).max() < 1e-4 if moves else np.abs(lost).max() > 0.01
@@ -612,7 +612,7 @@ def test_factors_are_recognised_and_count_as_the_layer_they_stand_for(model: Mod
     twin = model.copy()
     target, edit = _layer(twin), Editor(twin)
     shapes = kind.shapes(layer, (1,) * len(kind.largest(layer)))
-    target.form.install(edit, target.node, kind.factors(layer, [np.ones(shape) for shape in shapes]), None)
+    target.install(edit, target.node, kind.factors(layer, [np.ones(shape) for shape in shapes]), None)
     edit.commit()
     found, skipped = _layers(twin)
     assert not found
@@ -635,7 +635,7 @@ def test_products_are_recognised_as_factors(node: str) -> None:
     twin = model.copy()
     layer, edit = _layer(twin), Editor(twin)
     factors = [Factor(np.ones((1, 16, 2), np.float32)), Factor(np.ones((1, 2, 24), np.float32))]
-    layer.form.install(edit, layer.node, factors, None)
+    layer.install(edit, layer.node, factors, None)
     edit.commit()
     assert set(_layers(twin)[1].values()) == {"it is a factor already"}
     back, inputs = _undone(twin), {name: array.shape for name, array in feeds_for(model).items()}

@@ -16,9 +16,9 @@ from onnx import numpy_helper
 from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model, load
+from onnxslim.ops.layers import per_channel
 from onnxslim.passes import predicates
 from onnxslim.passes.fuse import Fuse
-from onnxslim.passes.fuse.layer import per_channel
 from tests.helpers import apply, ops, parse, run, same_outputs
 
 RANDOM = np.random.default_rng(0)
@@ -245,8 +245,8 @@ def test_per_channel_is_what_broadcasting_does(data: st.DataObject) -> None:
     rank = data.draw(st.integers(2, 4))
     axis = data.draw(st.integers(0, rank - 1))
     shape = tuple(data.draw(st.sampled_from((2, 3))) for _ in range(rank))
-    constant = RANDOM.standard_normal(data.draw(st.lists(st.sampled_from((1, 1, 2, 3)), max_size=rank + 1)))
-    found = per_channel(constant, rank, axis, shape[axis])
+    constant = RANDOM.standard_normal(data.draw(st.lists(st.sampled_from((1, 1, 2, 3)), max_size=rank)))
+    found = per_channel(constant, axis - rank, shape[axis])
     made = _product(np.ones(shape), constant)
     others = tuple(each for each in range(rank) if each != axis)
     by_channel = made is not None and made.shape == shape and not np.ptp(made, axis=others).any()
