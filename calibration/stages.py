@@ -93,12 +93,14 @@ class Part:
         reads: tensors that were there before.
         wanted: tensors to hand out.
         makes: tensors the nodes compute that are wanted or read later.
+        keeps: those of them that later stages read as they are made here, not with weights of a peek.
     """
 
     nodes: list[Node]
     reads: set[str]
     wanted: set[str]
     makes: set[str] = field(default_factory=set)
+    keeps: set[str] = field(default_factory=set)
 
 
 class StagedRunner:
@@ -160,8 +162,10 @@ class StagedRunner:
         return {name: values[name] for name in part.wanted}
 
     def _keep(self, stage: int, kept: Values, values: Values) -> None:
+        part = self.parts[stage]
         for name, value in values.items():
-            if name not in kept and self._last.get(name, -1) > stage:
+            lasts = name in part.reads or name in part.keeps
+            if lasts and name not in kept and self._last.get(name, -1) > stage:
                 kept[name] = self._store.put(value)
         for name in [name for name in kept if self._last[name] <= stage]:
             self._store.drop(kept.pop(name))
@@ -206,6 +210,7 @@ def _plan(graph: Graph, stops: Sequence[Stop], given: set[str]) -> list[Part]:
         for name in part.reads - given:
             if made[name] < stage:
                 parts[made[name]].makes.add(name)
+                parts[made[name]].keeps.add(name)
     return parts
 
 

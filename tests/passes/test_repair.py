@@ -745,3 +745,14 @@ def test_peeks_are_computed_again() -> None:
     for name in "wb":
         model.graph.initializers[name].values = values(model, name) * np.float32(2)
     np.testing.assert_allclose(staged.run(1, 0, {})["p"], np.maximum(2 * before, 0), rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_peeked_at_is_not_kept_for_later_stages() -> None:
+    _, model = block()
+    conv = next(node for node in model.graph.nodes if node.outputs[0].name == "a")
+    staged = StagedRunner(model, [Stop(["r"], [conv]), Stop(["a"]), Stop(["p"])], SpillStore(1 << 20))
+    before = staged.run(0, 0, {"x": normal(2, 4, 8, 8)})["a"]
+    for name in "wb":
+        model.graph.initializers[name].values = values(model, name) * np.float32(2)
+    staged.run(1, 0, {})
+    np.testing.assert_allclose(staged.run(2, 0, {})["p"], np.maximum(2 * before, 0), rtol=1e-4, atol=1e-4)
