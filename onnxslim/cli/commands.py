@@ -18,7 +18,17 @@ from onnxslim.cli.running import (
     require_writable,
     warn_of_made_up_inputs,
 )
-from onnxslim.cli.words import CustomOps, DataWords, Debug, Job, Json, MetricName, Quiet, expanded, limits
+from onnxslim.cli.words import (
+    CustomOps,
+    DataWords,
+    Debug,
+    Json,
+    MetricName,
+    ModelWords,
+    Quiet,
+    expanded,
+    limits,
+)
 from onnxslim.errors import UsageError
 
 app = typer.Typer(
@@ -54,7 +64,7 @@ def _version(given: bool) -> None:
 @app.command("slim", cls=SlimCommand)
 @expanded
 def _slim(
-    job: Job,
+    job: ModelWords,
     data: DataWords,
     ctx: typer.Context,
     input_shapes: Annotated[
@@ -156,7 +166,7 @@ def _inspect(
 @app.command("prune", cls=PassCommand)
 @expanded
 def _prune(
-    job: Job,
+    job: ModelWords,
     data: DataWords,
     ctx: typer.Context,
     families: Annotated[
@@ -200,7 +210,7 @@ _NO_COMMANDS = ("slim", "prune", "fold", "eliminate", "fuse", "dedupe", "dead")
 
 def _add_pass_command(name: str) -> None:
     @expanded
-    def run(job: Job, data: DataWords, ctx: typer.Context) -> None:
+    def run(job: ModelWords, data: DataWords, ctx: typer.Context) -> None:
         process(job, data, [passes.create(name, ctx.obj)])
 
     run.__doc__ = _SUMMARIES.get(name, f"Run the pass '{name}'; see `onnxslim passes {name}`.")
@@ -215,7 +225,7 @@ for _name in passes.names():
 @app.command("run", cls=RunCommand)
 @expanded
 def _run(
-    job: Job,
+    job: ModelWords,
     data: DataWords,
     chain: Annotated[
         list[str] | None,

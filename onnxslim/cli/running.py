@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxslim.cli import terminal
-from onnxslim.cli.words import DataWords, Job, limits
+from onnxslim.cli.words import DataWords, ModelWords, limits
 from onnxslim.errors import OnnxSlimError, SaveError, UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ REPORTS = (".html", ".json")
 
 
 def process(
-    job: Job,
+    job: ModelWords,
     words: DataWords,
     chain: Sequence[Pass] = (),
     *,
@@ -60,7 +60,9 @@ def process(
     return outcome
 
 
-def _recipe(job: Job, words: DataWords, chain: Sequence[Pass], file: Path | None, trust: bool) -> Recipe:
+def _recipe(
+    job: ModelWords, words: DataWords, chain: Sequence[Pass], file: Path | None, trust: bool
+) -> Recipe:
     from onnxslim.recipes.recipe import Recipe
 
     check = limits(job.check)
@@ -70,7 +72,7 @@ def _recipe(job: Job, words: DataWords, chain: Sequence[Pass], file: Path | None
     return replace(base, data=words.source(base.data), check={**base.check, **check}, **job.settings())
 
 
-def _run(job: Job, recipe: Recipe, asked: Request | None, progress: Progress | None) -> Outcome:
+def _run(job: ModelWords, recipe: Recipe, asked: Request | None, progress: Progress | None) -> Outcome:
     from onnxslim.recipes.recipe import Work
 
     metric = named_metric(job.metric)
@@ -94,7 +96,7 @@ def named_metric(name: str | None) -> Metric | None:
     return None if name is None else data.metric(name)
 
 
-def _tell(job: Job, told: Document) -> None:
+def _tell(job: ModelWords, told: Document) -> None:
     for shown in (told.report, told.verdict):
         if shown is not None and not job.json:
             terminal.show(shown, job.quiet)
@@ -104,7 +106,7 @@ def _tell(job: Job, told: Document) -> None:
         warn_of_made_up_inputs(told.verdict)
 
 
-def _save(job: Job, recipe: Recipe, outcome: Outcome, told: Document) -> None:
+def _save(job: ModelWords, recipe: Recipe, outcome: Outcome, told: Document) -> None:
     """Save all that was asked for; a file that cannot be written takes none of the others with it."""
     failed: list[OnnxSlimError | OSError] = []
 
@@ -127,7 +129,7 @@ def _save(job: Job, recipe: Recipe, outcome: Outcome, told: Document) -> None:
         raise failed[0]
 
 
-def _save_model(job: Job, outcome: Outcome) -> None:
+def _save_model(job: ModelWords, outcome: Outcome) -> None:
     from onnxslim.formats import size
 
     if job.output is None:
@@ -143,7 +145,7 @@ def _save_model(job: Job, outcome: Outcome) -> None:
 # ------------------------------------------------------------------------------------ before any work
 
 
-def _require_places(job: Job, recipe: Path | None) -> None:
+def _require_places(job: ModelWords, recipe: Path | None) -> None:
     """Fail early if a file could not be written in the end, or would replace another one."""
     taken: Mapping[Path, str] = {
         path.resolve(): what
@@ -171,7 +173,7 @@ def require_report(path: Path | None, taken: Mapping[Path, str]) -> None:
     require_writable(path)
 
 
-def _require_keepable(job: Job, recipe: Recipe, asked: Request | None) -> None:
+def _require_keepable(job: ModelWords, recipe: Recipe, asked: Request | None) -> None:
     """Fail early if --save-recipe could not keep all that is asked for."""
     if job.save_recipe is None:
         return

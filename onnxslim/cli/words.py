@@ -115,7 +115,7 @@ def _numbers(text: str, name: str) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class Job:
+class ModelWords:
     """The options of every command that makes a model out of a model."""
 
     source: Annotated[Path, typer.Argument(metavar="IN", readable=False, help="the model")]

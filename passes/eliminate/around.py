@@ -20,7 +20,7 @@ MAX_LENGTH = 16
 
 
 @dataclass(frozen=True)
-class Step:
+class Crossing:
     """An operator between the transposes, and which of its inputs is the data."""
 
     node: Node
@@ -39,7 +39,7 @@ class Around:
 
     outer: Node
     inner: Node
-    steps: tuple[Step, ...]
+    steps: tuple[Crossing, ...]
     back: Order
 
 
@@ -54,7 +54,7 @@ class TransposeAround(Rule[Around]):
     since = 7  # before, binary operators do not broadcast by themselves
 
     def pattern(self, node: Node, edit: Editor) -> Around | None:
-        steps: list[Step] = []
+        steps: list[Crossing] = []
         tensor = node.inputs[0]
         reader = node
         while len(steps) < MAX_LENGTH and edit.sole_consumer(tensor) is reader:
@@ -111,17 +111,17 @@ def _transposed(values: Array, back: Order) -> Array:
     return np.ascontiguousarray(wide.transpose(back))
 
 
-def _step(tensor: Tensor, edit: Editor) -> Step | None:
+def _step(tensor: Tensor, edit: Editor) -> Crossing | None:
     node = ir.producer(tensor)
     if node is None or not edit.is_standard(node) or not has(node, Trait.ELEMENTWISE):
         return None
     if spec_of(node).is_unary:
-        return Step(node, 0)
+        return Crossing(node, 0)
     varying = [index for index, each in enumerate(node.inputs) if constant_of(each) is None]
-    return Step(node, varying[0]) if len(node.inputs) == 2 and len(varying) == 1 else None
+    return Crossing(node, varying[0]) if len(node.inputs) == 2 and len(varying) == 1 else None
 
 
-def _others(step: Step) -> list[tuple[int, Tensor]]:
+def _others(step: Crossing) -> list[tuple[int, Tensor]]:
     return [(at, each) for at, each in enumerate(step.node.inputs) if at != step.data and each.name]
 
 

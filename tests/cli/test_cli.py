@@ -200,7 +200,7 @@ def test_quantize_from_the_command_line(run: Run, folder: Path) -> None:
 
 
 def test_no_option_of_a_pass_hides_one_of_the_command() -> None:
-    common = {*words.Job.__dataclass_fields__, *words.DataWords.__dataclass_fields__}
+    common = {*words.ModelWords.__dataclass_fields__, *words.DataWords.__dataclass_fields__}
     for name in passes.names():
         assert not common & {option.name for option in passes.options_of(passes.get(name))}
 
