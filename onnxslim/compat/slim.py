@@ -25,7 +25,6 @@ from onnxslim.ir.graph import Array, Dim
 from onnxslim.ir.model import InputSpec, Model, Source, load
 from onnxslim.passes import create
 from onnxslim.passes.extract import Extract
-from onnxslim.passes.half import Half
 from onnxslim.passes.shapes import FixShapes, by_name, require_rank, sizes_of
 from onnxslim.passes.single import Single
 from onnxslim.passes.slim import Slim
@@ -35,6 +34,8 @@ from onnxslim.runtime.session import Session
 logger = logging.getLogger("onnxslim")
 
 Words: TypeAlias = "str | Iterable[str] | None"
+# The pass, by its name: with statistics of data behind it, it takes long to import, and few ask for it.
+HALF = "half"
 
 
 def slim(
@@ -212,7 +213,7 @@ class Request:
             *((Extract(inputs=self.inputs, outputs=self.outputs),) if self.inputs or self.outputs else ()),
             *((FixShapes(inputs=sizes, infer=not self.no_shape_infer),) if sizes else ()),
             Slim(skip=tuple(dict.fromkeys(skip)), max_growth=most),
-            *((Half(everywhere=True),) if self.dtype == "fp16" else ()),
+            *((create(HALF, {"everywhere": True}),) if self.dtype == "fp16" else ()),
         )
 
     def feeds(self, model: Model) -> Feeds | None:
@@ -246,7 +247,7 @@ class Request:
             UsageError: the model does not work in the type asked for.
             ValidationError: `model_check` was asked for, and the result computes something else.
         """
-        failed = [step.error for step in report.steps if step.name == Half.name and step.error]
+        failed = [step.error for step in report.steps if step.name == HALF and step.error]
         if failed:
             raise UsageError(f"dtype 'fp16' does not work for this model: {failed[0]}")
         if self.model_check:

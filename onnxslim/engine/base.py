@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass as validated
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 from typing_extensions import Self, dataclass_transform
 
+from onnxslim.errors import CalibrationError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.runtime.metric import Metric
@@ -198,6 +199,13 @@ class Pass:
     def needs_data(self) -> bool:
         """Whether, with these options, it cannot do without calibration data."""
         return False
+
+    def require_data(self, data: object) -> None:
+        """Raise CalibrationError if there is no data and it cannot do without."""
+        if self.needs_data and data is None:
+            raise CalibrationError(
+                f"pass '{self.name}' needs calibration data: pass data=, or --data on the command line"
+            )
 
     @property
     def interface(self) -> frozenset[InterfacePart]:

@@ -25,7 +25,7 @@ from pydantic import Field
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.engine.base import Pass, Progress, options
 from onnxslim.engine.pipeline import Pipeline, Report, Result
-from onnxslim.errors import CalibrationError, OnnxSlimError, UsageError
+from onnxslim.errors import OnnxSlimError, UsageError
 from onnxslim.formats import plain
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model, Source, load
@@ -298,10 +298,7 @@ class Work:
         """Raise if a pass needs data that is not there, or a check something to measure it by."""
         labels = self.opened.labels if self.opened else None
         for each in self._recipe.passes:
-            if each.needs_data and self.opened is None:
-                raise CalibrationError(
-                    f"pass '{each.name}' needs calibration data: pass data=, or --data on the command line"
-                )
+            each.require_data(self.opened)
         for name, there in (("max_accuracy_drop", labels), ("max_metric_drop", self._metric)):
             if name in self._recipe.check and there is None:
                 what = "labels" if name == "max_accuracy_drop" else "a metric"

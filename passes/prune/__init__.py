@@ -111,6 +111,8 @@ class Prune(Pass):
         goals = [goal for goal in (self.macs, self.params, self.ratio, self.plan) if goal is not None]
         if len(goals) != 1:
             raise UsageError("pass 'prune' needs exactly one of macs, params, ratio and plan")
+        if self.plan is not None and self.exclude:
+            raise UsageError("pass 'prune': a plan says all that goes, so exclude has nothing to say")
         return _Run(self, model, ctx).run()
 
 

@@ -14,7 +14,7 @@ from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.holdout import split
 from onnxslim.engine.base import Changes, Context, Log, OneOf, Pass, options
 from onnxslim.engine.matching import GLOBS, tell_idle
-from onnxslim.errors import CalibrationError, UsageError
+from onnxslim.errors import UsageError
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Builder, Candidate
 from onnxslim.passes.quantize.choices import Bits, Settings, Variant
@@ -125,10 +125,7 @@ class Quantize(Pass):
             PassError: the model's opset is too old and cannot be raised.
             UsageError: options contradict each other.
         """
-        if ctx.data is None and self._way.calibrated:
-            raise CalibrationError(
-                "pass 'quantize' needs calibration data: pass data=, or --data on the command line"
-            )
+        self.require_data(ctx.data)
         if self.activations == "dynamic" and self.weights == "int4":
             raise UsageError(
                 "pass 'quantize': int4 weights go with activations=none, where ONNX Runtime turns data into "
@@ -187,8 +184,6 @@ class Quantize(Pass):
         self, model: Model, trained: Trained, original: Model, ctx: Context, log: Log
     ) -> tuple[Candidate, QuantizeFigures]:
         """The result, found by a search if there is data to judge by, and what was measured on the way."""
-        if ctx.data is None and self.max_drop is not None:
-            raise CalibrationError("pass 'quantize' with max_drop needs calibration data to rank layers on")
         if ctx.data is None:
             candidate = Builder(model, ctx, self._strategy(ctx.target), trained)(Variant())
             return candidate, candidate.figures

@@ -117,6 +117,11 @@ def test_one_goal_is_wanted(goals: dict[str, Any]) -> None:
         prune(chain(), **goals)
 
 
+def test_a_plan_leaves_nothing_to_exclude() -> None:
+    with pytest.raises(UsageError, match="exclude has nothing to say"):
+        prune(chain(), plan=Path("plan.json"), exclude=("w",))
+
+
 def test_repair_makes_up_for_what_went() -> None:
     """Half of the channels are mixtures of the others: without them nothing is lost."""
     model = chain(16)
