@@ -88,6 +88,11 @@ def feeds_for(model: Model, *, batch: int = 2, size: int = 3, seed: int = 0) -> 
     return make_feeds(model.inputs(), batch=batch, size=size, seed=seed)
 
 
+def stored(model: Model, name: str) -> Array:
+    """Values of an initializer."""
+    return model.graph.initializers[name].values
+
+
 def runs(model: Model, feeds: Mapping[str, Array]) -> bool:
     """Whether ONNX Runtime takes the model as it is written, and these inputs."""
     try:
