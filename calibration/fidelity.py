@@ -16,9 +16,12 @@ from onnxslim.calibration.noise import Noise, noise_of
 from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.ir.graph import MASK_MAGNITUDE, Array, Dim, Tensor, producer
 from onnxslim.ir.model import Model
+from onnxslim.ops import Trait, has
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import compare
+
+MATCHES = ("Concat", "Transpose")
 
 # Samples and bytes of reference outputs that are enough to rank candidates.
 SAMPLES = 16
@@ -207,7 +210,7 @@ def _parts_of(output: Tensor) -> list[_Part]:
     whole = [_Part(output.name, output.name)]
     where = list(range(len(output.shape or ())))  # for each axis of a tensor, the one of the output
     maker = producer(output)
-    while maker is not None and maker.op in ("Identity", "Transpose"):
+    while maker is not None and (maker.op == "Transpose" or has(maker, Trait.COPIES)):
         if maker.op == "Transpose":
             perm = maker.attrs.get("perm") or where[::-1]
             where = [where[list(perm).index(axis)] for axis in range(len(where))]

@@ -27,6 +27,7 @@ class Divide(Rule[Division]):
 
     name = "divide"
     ops = frozenset(("Div",))
+    makes = frozenset(("Mul",))
     since = 7  # before, Mul broadcasts in another way
 
     def __init__(self, exact: bool) -> None:

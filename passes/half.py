@@ -24,6 +24,8 @@ from onnxslim.ops import Trait, has
 from onnxslim.passes.dead import Dead
 from onnxslim.passes.eliminate import Eliminate
 
+MATCHES = MAKES = ("Cast",)
+
 SINGLE = np.dtype(np.float32)
 TYPES: Mapping[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),

@@ -21,6 +21,8 @@ from onnxslim.ops import Trait, has
 # A node, and the tensor that can stand for its first output.
 Detour: TypeAlias = tuple[Node, Tensor]
 
+MATCHES = frozenset(("Add", "ConstantOfShape", "Div", "Erf", "Mul", "Sqrt", "Tanh", "Where"))
+MAKES = frozenset(("Reshape",))
 # Types whose arithmetic rules may redo in double precision.
 FLOATS = frozenset(map(np.dtype, (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)))
 # A constant that several nodes read is copied for one of them up to this size.

@@ -14,6 +14,8 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Attribute, Constant, Graph, Namer, Node, Shape, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 
+MAKES = ("Identity",)
+
 
 class Editor:
     """The facts rules ask for and the edits they make, on one model.

@@ -26,11 +26,16 @@ class Rule(ABC, Generic[M]):
     Attributes:
         name: for messages and for switching it off.
         ops: operators of the standard domain at which `pattern` is tried.
+        matches: others that it looks for around them by name.
+        makes: those it makes. A model's own functions may hide standard operators; where they hide one of
+            these, the rule is not applied at all.
         since: first opset the result is valid in.
     """
 
     name: ClassVar[str]
     ops: ClassVar[frozenset[str]]
+    matches: ClassVar[frozenset[str]] = frozenset()
+    makes: ClassVar[frozenset[str]] = frozenset()
     since: ClassVar[int] = 1
 
     @abstractmethod
@@ -60,7 +65,7 @@ def apply(rules: Sequence[Rule[Any]], model: Model, log: Log, *, lossless: bool 
     # A function of the model's own goes before the standard operator of its name.
     redefined = {function.name for function in model.shell.functions if function.domain in DEFAULT_DOMAINS}
     for rule in rules:
-        if model.opset >= rule.since:
+        if model.opset >= rule.since and not redefined & (rule.matches | rule.makes):
             for op in rule.ops - redefined:
                 table.setdefault(op, []).append(rule)
     changed = False

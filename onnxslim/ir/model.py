@@ -19,6 +19,8 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Graph, Node, Shape, Tensor
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
+# What the file format says by operators: constants, and how integers stand for numbers.
+MATCHES = ("Constant", "QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True)

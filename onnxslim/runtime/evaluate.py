@@ -15,6 +15,8 @@ from onnxslim.ir.model import Model
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 
+MAKES = ("Cast",)
+
 # Larger constants are handed over in memory instead of being written into the model.
 MAX_WRITTEN_BYTES = 4096
 _IR_VERSIONS = (4, 10)

@@ -17,6 +17,8 @@ from onnxslim.ir.model import InputSpec, Model
 from onnxslim.runtime.limits import LimitExceeded, RunLimits
 from onnxslim.runtime.session import Session
 
+MATCHES = ("Loop", "Scan")
+
 BATCHES = (2, 3)
 # Sizes tried for the free axes other than the batch, until the model runs: sequences, images, sound.
 FREE_SIZES = (8, 32, 64, 1, 224, 100)

@@ -18,6 +18,8 @@ from onnxslim.runtime.backend import Loadable, Opening, message
 from onnxslim.runtime.limits import RunLimits
 from onnxslim.runtime.targets import Target
 
+MATCHES = ("QuantizeLinear", "DequantizeLinear")
+
 MAX_REFERENCE_BYTES = 100_000_000
 REFERENCE_OPSET = 21
 _NAME = "onnx.reference"

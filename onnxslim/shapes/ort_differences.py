@@ -116,6 +116,7 @@ _RULES: dict[str, Rule] = {
     "Slice": _sliced,
 }
 MAY_DIFFER = frozenset(_RULES)
+MATCHES = MAY_DIFFER | ZERO_IF_UNKNOWN
 
 
 def agree(actual: Shape, inferred: Shape) -> bool:

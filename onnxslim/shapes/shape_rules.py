@@ -178,6 +178,7 @@ _RULES: dict[str, Rule] = {
     "Unsqueeze": _unsqueeze,
     "Squeeze": _squeeze,
 }
+MATCHES = frozenset(_RULES)
 
 
 def rule_of(node: Node) -> Rule | None:

@@ -212,3 +212,4 @@ RULES: dict[str, Rule] = {
     "ConstantOfShape": _constant_of_shape,
     "ReduceProd": _reduce_prod,
 }
+MATCHES = frozenset(RULES)

@@ -130,6 +130,7 @@ class ClipChain(Rule[Chain]):
 
     name = "clip-chain"
     ops = frozenset(("Clip", "Relu"))
+    makes = frozenset(("Clip",))
     since: ClassVar[int] = 6
 
     def pattern(self, node: Node, edit: Editor) -> Chain | None:

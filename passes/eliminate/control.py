@@ -8,6 +8,7 @@ from onnxslim.engine.editor import Editor
 from onnxslim.engine.rewrite import Rule
 from onnxslim.ir.graph import Graph, Node
 from onnxslim.passes import predicates
+from onnxslim.passes.eliminate import ranks
 from onnxslim.passes.eliminate.ranks import branch_results, possible, wanted
 
 
@@ -47,6 +48,7 @@ class IfByRank(Rule[tuple[Node, bool]]):
 
     name = "if-rank"
     ops = frozenset(("If",))
+    matches = ranks.MATCHES
 
     def pattern(self, node: Node, edit: Editor) -> tuple[Node, bool] | None:
         home = edit.home(node)

@@ -89,6 +89,7 @@ class TransposeMerged(Rule[tuple[Node, Node, Order]]):
 
     name = "transpose-merged"
     ops = frozenset(("Reshape",))
+    matches = makes = frozenset(("Transpose",))
 
     def pattern(self, node: Node, edit: Editor) -> tuple[Node, Node, Order] | None:
         middle = predicates.made_by(node.inputs[0], "Transpose")
@@ -127,6 +128,7 @@ class TransposeView(Rule[Node]):
 
     name = "transpose-view"
     ops = frozenset(("Transpose",))
+    makes = frozenset(("Reshape",))
 
     def pattern(self, node: Node, edit: Editor) -> Node | None:
         shape, found = edit.shape(node.inputs[0]), order(node, edit)
@@ -161,6 +163,7 @@ class ConcatConcat(Rule[tuple[Node, list[Node]]]):
 
     name = "concat-concat"
     ops = frozenset(("Concat",))
+    makes = ops
 
     def pattern(self, node: Node, edit: Editor) -> tuple[Node, list[Node]] | None:
         inner = [
@@ -210,6 +213,7 @@ class SplitConcat(Bypass):
 
     name = "split-concat"
     ops = frozenset(("Concat",))
+    matches = frozenset(("Split",))
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
         split = predicates.made_by(node.inputs[0], "Split")
@@ -287,6 +291,7 @@ class SliceChain(Rule[Chain]):
 
     name = "slice-chain"
     ops = frozenset(("Slice",))
+    makes = ops
 
     def pattern(self, node: Node, edit: Editor) -> Chain | None:
         return chain(node, edit, "Slice")

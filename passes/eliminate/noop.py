@@ -306,6 +306,7 @@ class ReduceOne(Rule[tuple[Node, tuple[int, ...]]]):
 
     name = "reduce-one"
     ops = _REDUCTIONS
+    makes = frozenset(("Squeeze",))
 
     def pattern(self, node: Node, edit: Editor) -> tuple[Node, tuple[int, ...]] | None:
         shape = edit.shape(node.inputs[0])

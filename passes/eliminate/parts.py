@@ -38,6 +38,7 @@ class SlicesSplit(Rule[Parts]):
 
     name = "slices-split"
     ops = frozenset(("Slice",))
+    makes = frozenset(("Split",))
     since: ClassVar[int] = 2
 
     def pattern(self, node: Node, edit: Editor) -> Parts | None:

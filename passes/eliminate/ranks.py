@@ -11,6 +11,7 @@ from onnxslim.passes import predicates
 # Operators on a path that is followed, and nested Ifs.
 _MAX_STEPS = 8
 _SHIFTING = {"Unsqueeze": 1, "Squeeze": -1}
+MATCHES = frozenset(("If", "Conv", "ConvTranspose", "Transpose", *_SHIFTING))
 
 
 def possible(tensor: Tensor, edit: Editor, steps: int = _MAX_STEPS) -> frozenset[int] | None:

@@ -44,6 +44,8 @@ class SelectFirst(Rule[Region]):
 
     name = "select-first"
     ops = frozenset(("Gather",))
+    matches = frozenset(("LogSoftmax", "MatMul", "Reshape", "Softmax", "Transpose"))
+    makes = frozenset(("Gather", "Identity", "Squeeze"))
 
     def pattern(self, node: Node, edit: Editor) -> Region | None:
         indices, shape = predicates.constant(node, 1), edit.shape(node.inputs[0])

@@ -14,7 +14,7 @@ from onnxslim.ir.graph import Dim, Node, Shape, Tensor
 from onnxslim.passes import predicates
 from onnxslim.passes.predicates import Bypass, Detour
 
-VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+MATCHES = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze"))
 
 
 class SameShape(Bypass):
@@ -67,10 +67,10 @@ class ThereAndBack(Bypass):
     """Views whose last shape is the first one: Squeeze and Unsqueeze of the same axes, or known shapes."""
 
     name = "there-and-back"
-    ops = frozenset(VIEWS)
+    ops = MATCHES
 
     def pattern(self, node: Node, edit: Editor) -> Detour | None:
-        inner = predicates.made_by(node.inputs[0], *VIEWS)
+        inner = predicates.made_by(node.inputs[0], *MATCHES)
         if inner is None:
             return None
         source = edit.shape(inner.inputs[0])
@@ -151,10 +151,11 @@ class ViewChain(Rule[Chain]):
     """
 
     name = "view-chain"
-    ops = frozenset(VIEWS)
+    ops = MATCHES
+    makes = frozenset(("Reshape",))
 
     def pattern(self, node: Node, edit: Editor) -> Chain | None:
-        return chain(node, edit, *VIEWS)
+        return chain(node, edit, *MATCHES)
 
     def check(self, match: Chain, edit: Editor) -> str | None:
         middle = viewed(match.inner, edit.shape(match.source), edit)

@@ -17,9 +17,12 @@ import numpy as np
 from onnxslim.engine.editor import Editor
 from onnxslim.ir.graph import Array, Attribute, Constant, Node, Tensor
 from onnxslim.ir.model import DEFAULT_DOMAINS, constant_of
-from onnxslim.ops import view_of
+from onnxslim.ops import Trait, has, view_of
 from onnxslim.ops.layers import Convolution, Layer, Window
 from onnxslim.passes.predicates import FLOATS
+
+MATCHES = ("Add", "Gemm")
+MAKES = ("Conv",)
 
 Sizes: TypeAlias = tuple[int, ...]
 
@@ -270,7 +273,7 @@ def whole_of(
 
 
 def _not_stored(weight: Tensor) -> str:
-    dequantized = bool(weight.inputs) and weight.inputs[0].op == "DequantizeLinear"
+    dequantized = bool(weight.inputs) and has(weight.inputs[0], Trait.DEQUANTIZES)
     return "its weight is quantized" if dequantized else "its weight is not constant"
 
 

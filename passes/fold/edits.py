@@ -17,6 +17,8 @@ from onnxslim.ir.graph import Array, Constant, Graph, Namer, Node, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.passes import dead
 
+MAKES = ("Cast", "Constant")
+
 _NONE: Mapping[int, Array | None] = MappingProxyType({})
 
 

@@ -11,6 +11,8 @@ from onnxslim.ir.graph import Constant, Node
 from onnxslim.ir.model import is_literal, literal
 from onnxslim.passes.fold.edits import Edits
 
+MATCHES = ("Range",)
+
 
 def lower_constants(edits: Edits, max_growth: int) -> None:
     """Make initializers of Constant nodes; those that are outputs of a graph stay as they are."""

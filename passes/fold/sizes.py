@@ -137,3 +137,4 @@ def _expand_target(node: Node, dims: Dims) -> list[int] | None:
 
 
 _TARGETED = {"Reshape": _reshape_target, "Expand": _expand_target}
+MATCHES = frozenset(_TARGETED)

@@ -50,6 +50,7 @@ class MinMax(Rule[tuple[Limit, Limit]]):
 
     name = "min-max"
     ops = frozenset(("Min", "Max", "Relu"))
+    makes = frozenset(("Clip",))
     since: ClassVar[int] = 8
 
     def pattern(self, node: Node, edit: Editor) -> tuple[Limit, Limit] | None:

@@ -16,7 +16,7 @@ from onnxslim.ir.graph import Array, Node, Tensor
 from onnxslim.ops import Trait, has
 from onnxslim.passes import predicates
 from onnxslim.passes.fuse import uniform
-from onnxslim.passes.fuse.layer import LAYERS, Absorber, Folded, absorber, fold, store, training
+from onnxslim.passes.fuse.layer import LAYERS, STORED, Absorber, Folded, absorber, fold, store, training
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class Place:
 
 class After(Rule[Place]):
     """A rule that takes a node into the layer before it."""
+
+    matches = LAYERS
+    makes = STORED
 
     def check(self, match: Place, edit: Editor) -> str | None:
         if isinstance(match.folded, str):
@@ -163,6 +166,7 @@ class TransposedArithmetic(ArithmeticAfter):
     """Likewise behind a Transpose of a convolution, as in models that keep their channels last."""
 
     name = "transposed-arithmetic"
+    matches = frozenset((*LAYERS, "Transpose"))
     layers = ("Conv", "ConvTranspose")
 
     def pattern(self, node: Node, edit: Editor) -> Place | None:
@@ -218,6 +222,8 @@ class ScaleBehindViews(Rule[Behind]):
 
     name = "scale-behind-views"
     ops = frozenset(("Mul", "Div"))
+    matches = frozenset((*LAYERS, "Add"))
+    makes = STORED
     since: ClassVar[int] = 7
 
     def pattern(self, node: Node, edit: Editor) -> Behind | None:

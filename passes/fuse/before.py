@@ -12,7 +12,7 @@ from onnxslim.engine.rewrite import Rule
 from onnxslim.ir.graph import Array, Node, Tensor
 from onnxslim.passes import predicates
 from onnxslim.passes.fuse.after import Place, normalization
-from onnxslim.passes.fuse.layer import PRODUCTS, Absorber, Folded, absorber, store
+from onnxslim.passes.fuse.layer import PRODUCTS, STORED, Absorber, Folded, absorber, store
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Ahead(Place):
 
 class Before(Rule[Ahead]):
     """A rule that takes the node before a layer into it."""
+
+    makes = STORED
 
     def check(self, match: Ahead, edit: Editor) -> str | None:
         return match.folded if isinstance(match.folded, str) else None
@@ -53,7 +55,8 @@ class BatchNormBefore(Before):
     """
 
     name = "batchnorm-layer"
-    ops = frozenset(PRODUCTS)
+    ops = PRODUCTS
+    matches = frozenset(("BatchNormalization",))
     since: ClassVar[int] = 7
 
     def pattern(self, node: Node, edit: Editor) -> Ahead | None:
@@ -83,6 +86,7 @@ class ScaleBefore(Before):
 
     name = "scale-layer"
     ops = frozenset(("Conv", "ConvTranspose"))
+    matches = frozenset(("Div", "Mul"))
     since: ClassVar[int] = 7
 
     def pattern(self, node: Node, edit: Editor) -> Ahead | None:
@@ -128,6 +132,7 @@ class PadBefore(Rule[Padding]):
 
     name = "pad-layer"
     ops = frozenset(("Conv", "AveragePool"))
+    matches = frozenset(("Pad",))
     since: ClassVar[int] = 7
 
     def pattern(self, node: Node, edit: Editor) -> Padding | None:

@@ -104,3 +104,4 @@ def _power(first: Polynomial, second: Polynomial) -> Polynomial | None:
 
 
 _OPERATIONS = {"Add": _sum, "Mul": _product, "Div": _quotient, "Pow": _power}
+MATCHES = frozenset(_OPERATIONS)

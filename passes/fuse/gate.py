@@ -13,7 +13,7 @@ from onnxslim.engine.rewrite import Rule
 from onnxslim.ir.graph import Node, Tensor
 from onnxslim.passes import predicates
 from onnxslim.passes.eliminate.arithmetic import Bounds, limit
-from onnxslim.passes.fuse.layer import Absorber, Folded, absorber, fold, store
+from onnxslim.passes.fuse.layer import STORED, Absorber, Folded, absorber, fold, store
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm")
 
@@ -59,6 +59,8 @@ class GatedSkip(Rule[Gate]):
 
     name = "gated-skip"
     ops = frozenset(("Add",))
+    matches = frozenset((*LAYERS, "HardSigmoid", "Mul"))
+    makes = frozenset((*STORED, "Clip", "Mul"))
     since: ClassVar[int] = 7
 
     def pattern(self, node: Node, edit: Editor) -> Gate | None:

@@ -9,14 +9,18 @@ import onnx
 
 from onnxslim.engine.editor import Editor
 from onnxslim.ir.graph import Array, Constant, Node
-from onnxslim.ops import view_of
+from onnxslim.ops import REGISTRY, Role, view_of
 from onnxslim.ops.layers import Layer, per_channel
 from onnxslim.passes import predicates
 from onnxslim.passes.fuse import uniform
 
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+MATCHES = ("BatchNormalization", "Gemm", "MatMul")
+PRODUCTS = frozenset(spec.op for spec in REGISTRY.values() if spec.role is Role.LINEAR)
 # A BatchNormalization has one weight per channel: its scale.
-LAYERS = (*PRODUCTS, "BatchNormalization")
+LAYERS = PRODUCTS | {"BatchNormalization"}
+# What storing new values of a layer may make.
+MAKES = ("Gemm",)
+STORED = frozenset((*MAKES, *uniform.MAKES))
 # ONNX Runtime has a fast Gemm for these; for others MatMul is faster, or there is no Gemm at all.
 GEMM_TYPES = frozenset(map(np.dtype, (np.float32, np.float64)))
 

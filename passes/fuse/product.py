@@ -15,6 +15,7 @@ class TransposeGemm(Rule[tuple[Node, int, Node]]):
 
     name = "transpose-gemm"
     ops = frozenset(("Gemm",))
+    matches = frozenset(("Transpose",))
     since: ClassVar[int] = 7
 
     def pattern(self, node: Node, edit: Editor) -> tuple[Node, int, Node] | None:

@@ -18,6 +18,7 @@ from onnxslim.engine.rewrite import Rule
 from onnxslim.ir.graph import Attribute, Node, Shape, Tensor
 from onnxslim.ir.model import constant_of
 from onnxslim.passes import predicates
+from onnxslim.passes.fuse import formula
 from onnxslim.passes.fuse.formula import TOLERANCE, Formula, Polynomial
 
 # Half precision overflows between the steps where the whole operator does not, and for double precision ONNX
@@ -75,7 +76,7 @@ def _ancestors(tensor: Tensor) -> Iterator[Tensor]:
     seen = [tensor]
     for current in seen:
         yield current
-        node = predicates.made_by(current, "Add", "Mul", "Div", "Pow") if len(seen) < 16 else None
+        node = predicates.made_by(current, *formula.MATCHES) if len(seen) < 16 else None
         for read in node.inputs if node else ():
             if all(read is not other for other in seen):
                 seen.append(read)
@@ -124,6 +125,8 @@ class Gelu(Recompose):
 
     name = "gelu"
     ops = frozenset(_GELU)
+    matches = formula.MATCHES
+    makes = frozenset(("Gelu",))
     since: ClassVar[int] = 20
 
     def pattern(self, node: Node, edit: Editor) -> Found | None:
@@ -137,6 +140,8 @@ class HardSwish(Recompose):
 
     name = "hard-swish"
     ops = frozenset(("HardSigmoid", "Clip"))
+    matches = formula.MATCHES
+    makes = frozenset(("HardSwish",))
     since: ClassVar[int] = 14
 
     def pattern(self, node: Node, edit: Editor) -> Found | None:
@@ -188,6 +193,8 @@ class Normalization(Recompose):
 
     name = "normalization"
     ops = frozenset(("Mul", "Div"))
+    matches = frozenset(("Add", "Pow", "Reciprocal", "ReduceMean", "Sqrt", "Sub"))
+    makes = frozenset(("LayerNormalization", "RMSNormalization"))
     since: ClassVar[int] = 17
 
     def pattern(self, node: Node, edit: Editor) -> Found | None:
@@ -287,6 +294,7 @@ class NormalizationBias(Rule[Found]):
 
     name = "normalization-bias"
     ops = frozenset(("Add",))
+    matches = makes = frozenset(("LayerNormalization",))
     since: ClassVar[int] = 17
 
     def pattern(self, node: Node, edit: Editor) -> Found | None:

@@ -12,6 +12,8 @@ from onnxslim.ir.graph import Array, Node, Tensor
 from onnxslim.ir.model import constant_of
 from onnxslim.passes import predicates
 
+MAKES = ("ConstantOfShape",)
+
 
 def values(tensor: Tensor | None, edit: Editor) -> Array | None:
     """Values of a constant, or of a ConstantOfShape, moved or not: an array that takes no memory."""

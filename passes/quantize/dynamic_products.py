@@ -18,6 +18,9 @@ from onnxslim.ops import view_of
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.quantize.weights import Encoder
 
+MATCHES = ("Gemm",)
+MAKES = ("Add", "Cast", "DynamicQuantizeLinear", "MatMulInteger", "Mul")
+
 FLOAT = 1
 
 

@@ -26,6 +26,8 @@ from onnxslim.passes.quantize.plan import Plan
 from onnxslim.passes.quantize.scaling import Labelled, Mixer, Scaling
 from onnxslim.runtime.targets import Target
 
+MAKES = ("Mul",)
+
 Doubles = NDArray[np.float64]
 
 # How much of the differences between activations goes over to weights; the rest stays where it is.

@@ -12,6 +12,8 @@ from onnxslim.ops import Role, spec_of
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.targets import Target
 
+MATCHES = ("MatMul", "MatMulInteger")
+
 
 class Kernels(NamedTuple):
     """What became of the operators that were quantized.

@@ -13,7 +13,7 @@ from onnxslim.engine.base import Log
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Graph, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import Model
-from onnxslim.ops import Role, spec_of, view_of
+from onnxslim.ops import Role, Trait, has, spec_of, view_of
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.quantize import weights
 from onnxslim.passes.quantize.plan import Plan, is_movable
@@ -45,6 +45,8 @@ class Inserter:
         log: what is done goes here.
         encoder: rounds the weights.
     """
+
+    makes = frozenset(("Add", "Cast", "DequantizeLinear", "Identity", "QuantizeLinear"))
 
     def __init__(
         self, model: Model, plan: Plan, rules: IntegerLayout, log: Log, encoder: weights.Encoder | None = None
@@ -189,7 +191,7 @@ class Inserter:
             layer, maker = view_of(node), ir.producer(node.inputs[0]) if node.inputs else None
             if layer is None or not layer.rank or not isinstance(node.inputs[1], Constant):
                 continue
-            if maker is None or maker.op != "DequantizeLinear" or not _reaches_q(node):
+            if maker is None or not has(maker, Trait.DEQUANTIZES) or not _reaches_q(node):
                 continue
             if node.inputs[1].name in stored:
                 continue
@@ -457,8 +459,9 @@ def _reaches_q(node: Node) -> bool:
     readers = node.outputs[0].outputs
     while len(readers) == 1 and spec_of(readers[0]).role is Role.CLAMP:
         readers = readers[0].outputs[0].outputs
-    return len(readers) == 1 and readers[0].op == "QuantizeLinear"
+    return len(readers) == 1 and has(readers[0], Trait.QUANTIZES)
 
 
 # Operators that run in integers as another operator.
 _LOWERED = {"HardSigmoid": Inserter._lower_hard_sigmoid}
+MATCHES = frozenset(_LOWERED)

@@ -97,6 +97,7 @@ class SplitHardSwish(_KernelRule):
 
     name = "split-hardswish"
     ops = frozenset(("HardSwish",))
+    makes = frozenset(("HardSigmoid", "Mul"))
     needs = frozenset(("Add", "Mul"))
 
     def check(self, match: Node, edit: Editor) -> str | None:
@@ -116,7 +117,7 @@ class MeanToPool(_KernelRule):
 
     name = "mean-to-pool"
     ops = frozenset(("ReduceMean",))
-    needs = frozenset(("GlobalAveragePool",))
+    needs = makes = frozenset(("GlobalAveragePool",))
 
     def check(self, match: Node, edit: Editor) -> str | None:
         shape = match.inputs[0].shape

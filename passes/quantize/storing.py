@@ -35,6 +35,9 @@ class Storage:
         log: what is done goes here.
     """
 
+    matches = frozenset(("Gather", "Gemm"))
+    makes = frozenset(("Cast", "DequantizeLinear"))
+
     def __init__(self, model: Model, log: Log) -> None:
         self._graph = model.graph
         self._log = log

@@ -17,11 +17,11 @@ from onnxslim.calibration.observers import Histogram, percentile
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
-from onnxslim.ops import Role, spec_of
+from onnxslim.ops import Role, Trait, has, spec_of
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.quantize.weights import QMAX, Codes, Encoded
 
-PAIR = ("QuantizeLinear", "DequantizeLinear")
+MAKES = ("QuantizeLinear", "DequantizeLinear")
 # Share of values that may be clipped less than in training.
 CLIPPED = 0.001
 # How much larger than anything seen a value may become.
@@ -166,12 +166,12 @@ def strip(model: Model) -> Trained:
     gone: set[int] = set()
     read: dict[int, Tensor] = {}
     for node in list(model.graph.nodes):
-        if node.op not in PAIR or node.domain not in DEFAULT_DOMAINS or not node.inputs:
+        if not has(node, Trait.CODES) or node.domain not in DEFAULT_DOMAINS or not node.inputs:
             continue
         grid = _grid(node)
         if grid is None:
             continue
-        readers = _pairs(node, grid, outputs) if node.op == PAIR[0] else [node]
+        readers = _pairs(node, grid, outputs) if has(node, Trait.QUANTIZES) else [node]
         shown = [reader for reader in readers if id(reader.outputs[0]) in outputs]
         if not readers or (shown and not (len(readers) == 1 and _is_only_shown(node, outputs))):
             continue
@@ -179,7 +179,7 @@ def strip(model: Model) -> Trained:
         if isinstance(source, Constant):
             done = _strip_constant(model, node, source, grid, readers, found)
         else:
-            done = node.op == PAIR[0] and _strip_tensor(node, grid, readers, bool(shown), found)
+            done = has(node, Trait.QUANTIZES) and _strip_tensor(node, grid, readers, bool(shown), found)
         if done:
             for each in {id(node): node, **{id(reader): reader for reader in readers}}.values():
                 read.update({id(tensor): tensor for tensor in each.inputs})
@@ -222,7 +222,7 @@ def _strip_constant(
     results = [reader.outputs[0] for reader in readers]
     if not all(_is_operand(result, grid) for result in results):
         return False
-    codes = grid.codes(source.values) if node.op == PAIR[0] else source.values
+    codes = grid.codes(source.values) if has(node, Trait.QUANTIZES) else source.values
     values = grid.values(codes)
     for result in results:
         constant = model.graph.initializers[result.name] = Constant(result.name, values)
@@ -250,7 +250,7 @@ def _grid(node: Node) -> Grid | None:
     if scale is None or scale.dtype != np.float32 or (zero is None and node.input(2) is not None):
         return None
     if zero is None:
-        kind = node.inputs[0].dtype if node.op == PAIR[1] else np.dtype(np.uint8)
+        kind = node.inputs[0].dtype if has(node, Trait.DEQUANTIZES) else np.dtype(np.uint8)
         zero = np.zeros(scale.shape, kind)
     if node.attrs.get("block_size", 0) or zero.dtype not in (*BYTES, np.dtype(np.int32)):
         return None
@@ -268,7 +268,7 @@ def _values(tensor: Tensor | None) -> Array | None:
 def _origin(tensor: Tensor) -> Tensor:
     """Where a tensor comes from, as it is."""
     maker = ir.producer(tensor)
-    while maker is not None and maker.op == "Identity" and maker.domain in DEFAULT_DOMAINS:
+    while maker is not None and has(maker, Trait.COPIES) and maker.domain in DEFAULT_DOMAINS:
         tensor = maker.inputs[0]
         maker = ir.producer(tensor)
     return tensor
@@ -281,7 +281,7 @@ def _pairs(node: Node, grid: Grid, outputs: Collection[int]) -> list[Node]:
         return []
     readers = list(result.outputs)
     for reader in readers:
-        other = _grid(reader) if reader.op == PAIR[1] and reader.inputs[0] is result else None
+        other = _grid(reader) if has(reader, Trait.DEQUANTIZES) and reader.inputs[0] is result else None
         if other is None or not grid.same(other):
             return []
     return readers
@@ -298,7 +298,7 @@ def _drop_unread(model: Model, tensors: list[Tensor]) -> None:
             continue
         if isinstance(tensor, Constant):
             model.graph.initializers.pop(tensor.name, None)
-        elif maker is not None and maker.op == "Identity":
+        elif maker is not None and has(maker, Trait.COPIES):
             tensors.extend(maker.inputs)
             ir.detach(maker)
             gone.add(id(maker))
@@ -349,8 +349,10 @@ def _pair(tensor: Variable, grid: Grid, name: Namer, shown: bool) -> list[Node]:
     else:
         ir.replace_uses(tensor, other)
     return [
-        Node(PAIR[0], name(f"{tensor.name}_QuantizeLinear"), None, [source, *parameters], [codes]),
-        Node(PAIR[1], name(f"{tensor.name}_DequantizeLinear"), None, [codes, *parameters], [result]),
+        Node("QuantizeLinear", name(f"{tensor.name}_QuantizeLinear"), None, [source, *parameters], [codes]),
+        Node(
+            "DequantizeLinear", name(f"{tensor.name}_DequantizeLinear"), None, [codes, *parameters], [result]
+        ),
     ]
 
 
@@ -365,4 +367,4 @@ def _dequantized(constant: Constant, stored: Stored, name: Namer) -> Node:
     if stored.codes.dtype != np.int32:
         inputs.append(Constant(name(f"{constant.name}_zero_point"), grid.zero_point))
     attrs = {"axis": grid.axis} if grid.scale.ndim else {}
-    return Node(PAIR[1], name(f"{constant.name}_DequantizeLinear"), attrs, inputs, [result])
+    return Node("DequantizeLinear", name(f"{constant.name}_DequantizeLinear"), attrs, inputs, [result])

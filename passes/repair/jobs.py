@@ -12,9 +12,11 @@ from onnxslim.calibration.gram import Doubles
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Graph, Node, Variable
 from onnxslim.ir.model import constant_of
+from onnxslim.ops import Trait, has
 from onnxslim.ops.layers import Floats, Layer, Positions, per_channel, values_at
 from onnxslim.passes.predicates import rounded
 
+MATCHES = ("Add", "BatchNormalization", "Gemm", "Mul")
 # Weights behind a scale this much smaller than the largest of its channels are left alone.
 _FAINT = 1e-6
 
@@ -273,10 +275,10 @@ def goals(layer: Layer, graph: Graph) -> Iterator[Goal]:
 
 def _is_rounded(reader: Node, tensor: Variable, fixed: Collection[int]) -> bool:
     """Whether a tensor goes to integers and straight back, as far as all of its readers are concerned."""
-    if reader.op != "QuantizeLinear" or reader.inputs[0] is not tensor:
+    if not has(reader, Trait.QUANTIZES) or reader.inputs[0] is not tensor:
         return False
     codes = reader.outputs[0]
-    if id(codes) in fixed or len(codes.outputs) != 1 or codes.outputs[0].op != "DequantizeLinear":
+    if id(codes) in fixed or len(codes.outputs) != 1 or not has(codes.outputs[0], Trait.DEQUANTIZES):
         return False
     return constant_of(reader.input(1)) is not None and codes.outputs[0].inputs[0] is codes
 

@@ -16,6 +16,7 @@ from onnxslim.ops import layer_of, spec_of
 from onnxslim.ops.layers import Layer, per_channel
 from onnxslim.passes.repair.jobs import Affine, Goal, Job, Linear, Slot, goals
 
+MATCHES = ("Add", "Mul")
 # Shifts beyond this are attention masks.
 _MASK = 1e3
 

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from onnxslim.engine.base import Context
+from onnxslim.engine import rewrite
+from onnxslim.engine.base import Context, Log
 from onnxslim.engine.check import interface, wellformed
-from onnxslim.ir.graph import Array
+from onnxslim.engine.editor import Editor
+from onnxslim.engine.rewrite import Rule
+from onnxslim.ir.graph import Array, Node
 from onnxslim.ir.model import Model
 from onnxslim.passes.eliminate import RULES as ELIMINATE
 from onnxslim.passes.eliminate import Eliminate
@@ -127,6 +131,28 @@ def _settled(model: Model) -> tuple[Model, set[str]]:
         if not any(changes):
             return twin, fired
     raise AssertionError("the passes do not come to an end")
+
+
+@pytest.fixture(autouse=True)
+def _declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules make no operators but those that they declare, and those that are there."""
+    active: list[Rule[Any]] = []
+    attempt = rewrite._try
+
+    def watched(rule: Rule[Any], node: Node, edit: Editor, log: Log) -> bool:
+        active[:] = [rule]
+        return attempt(rule, node, edit, log)
+
+    def checked(method: Callable[..., Node]) -> Callable[..., Node]:
+        def make(edit: Editor, node: Node, op: str, *args: Any, **options: Any) -> Node:
+            assert op in active[-1].makes | {each.op for each in edit.model.nodes()}, active[-1].name
+            return method(edit, node, op, *args, **options)
+
+        return make
+
+    monkeypatch.setattr(rewrite, "_try", watched)
+    monkeypatch.setattr(Editor, "add", checked(Editor.add))
+    monkeypatch.setattr(Editor, "replace_node", checked(Editor.replace_node))
 
 
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.name)
