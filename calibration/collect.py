@@ -70,6 +70,7 @@ def collect(
     target: Target | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
+    empty: bool = False,
 ) -> Statistics:
     """Statistics of tensors of the main graph over all batches.
 
@@ -81,6 +82,8 @@ def collect(
         target: where to run; processors by default.
         jobs: processes that share the batches; the result does not depend on their number.
         progress: called with ("calibrating", batches done, batches in all).
+        empty: whether tensors may have no elements in all batches, as a cache that nothing is in yet; their
+            histograms are empty then.
 
     Raises:
         CalibrationError: the data does not fit the model, is empty, or holds NaN or infinities. Tensors in
@@ -93,7 +96,7 @@ def collect(
         found = _in_parallel(model, data, Statistics.empty(tensors, channels), target or Target.cpu(), jobs)
     inputs = {spec.name for spec in model.inputs()}
     for name, histogram in found.histograms.items():
-        _require_usable(name, histogram, name in inputs)
+        _require_usable(name, histogram, name in inputs, empty)
     return found
 
 
@@ -145,11 +148,11 @@ def _shard(path: Path, data: CalibrationData, seen: Statistics, target: Target) 
     return _observe(load(path), data, seen, target)
 
 
-def _require_usable(name: str, seen: Histogram, is_input: bool) -> None:
+def _require_usable(name: str, seen: Histogram, is_input: bool, empty: bool) -> None:
     if is_input and (seen.nan or seen.posinf or seen.neginf):
         counts = f"{seen.nan} NaN and {seen.posinf + seen.neginf} infinite values"
         raise CalibrationError(f"input '{name}' of the calibration data holds {counts}")
-    if not seen.count and not seen.irregular:
+    if not empty and not seen.count and not seen.irregular:
         raise CalibrationError(f"no sample of the calibration data reached tensor '{name}'")
 
 

@@ -154,7 +154,7 @@ _REDUCE_STRICTLY = "ReduceProd ReduceLogSum ReduceLogSumExp"
 _TRAITS = {
     "Abs": Trait.MERGES_ZEROS,
     "Cast": Trait.KEEPS_ORDER | Trait.KEEPS_ZEROS,
-    "Cos": Trait.MERGES_ZEROS,
+    "Cos": Trait.MERGES_ZEROS | Trait.PERIODIC,
     "Div": Trait.DIVIDES,
     "Equal": Trait.MERGES_ZEROS,
     "Exp": Trait.MERGES_ZEROS | Trait.SENSITIVE,
@@ -165,10 +165,15 @@ _TRAITS = {
     "Mod": Trait.DIVIDES,
     "Pow": Trait.TELLS_ZEROS | Trait.SENSITIVE,
     "Reciprocal": Trait.TELLS_ZEROS,
+    "ReduceL1": Trait.SENSITIVE,
     "ReduceL2": Trait.SENSITIVE,
+    "ReduceLogSum": Trait.SENSITIVE,
     "ReduceLogSumExp": Trait.SENSITIVE,
     "ReduceSumSquare": Trait.SENSITIVE,
+    "ReduceSum": Trait.SENSITIVE,
+    "Sin": Trait.PERIODIC,
     "Softplus": Trait.MERGES_ZEROS,
+    "Tan": Trait.PERIODIC,
 }
 _FOUR = "float[N,4,4,4] x"
 _ONE = "float[N,2,1,1] y"

@@ -72,6 +72,7 @@ class Trait(Flag):
     MEASURES: depends on the shape of its input alone.
     GROWS: can make a large tensor of almost nothing.
     SENSITIVE: in half precision, loses what it is there for.
+    PERIODIC: turns round and round, so that a large input must be as exact in absolute terms as a small one.
     QUANTIZES: turns numbers into integers on a grid (Q).
     DEQUANTIZES: turns them back (DQ).
     INTEGER: multiplies by weights in integers.
@@ -94,6 +95,7 @@ class Trait(Flag):
     MEASURES = auto()
     GROWS = auto()
     SENSITIVE = auto()
+    PERIODIC = auto()
     QUANTIZES = auto()
     DEQUANTIZES = auto()
     INTEGER = auto()

@@ -8,7 +8,7 @@ from onnx import AttributeProto
 from onnxslim.ir import files, proto
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Node
-from onnxslim.ir.model import is_literal, literal
+from onnxslim.ir.model import Model, constant_of, is_literal, literal
 from onnxslim.passes.fold.edits import Edits
 
 MATCHES = ("Range",)
@@ -52,6 +52,22 @@ def _lowered(node: Node, max_growth: int) -> Constant | None:
             return Constant(name, np.array(node.attrs[form], np.object_))
     values = literal(node)
     return None if values is None else Constant(name, values)
+
+
+def store_literals(model: Model) -> None:
+    """Turn Constant nodes of the main graph into constants: some exporters write all weights that way."""
+    fixed = {id(tensor) for tensor in model.graph.outputs}
+    gone: set[int] = set()
+    for node in model.graph.nodes:
+        tensor = node.outputs[0]
+        values = constant_of(tensor) if is_literal(node) and id(tensor) not in fixed else None
+        if values is None:
+            continue
+        constant = model.graph.initializers[tensor.name] = Constant(tensor.name, values)
+        ir.replace_uses(tensor, constant)
+        ir.detach(node)
+        gone.add(id(node))
+    ir.sweep(model.graph, gone)
 
 
 def make_scalars(edits: Edits) -> None:

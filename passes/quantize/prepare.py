@@ -14,10 +14,10 @@ from onnxslim.engine.base import Log
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.rewrite import Rule
 from onnxslim.errors import LoadError, PassError, SaveError
-from onnxslim.ir import graph as ir
-from onnxslim.ir.graph import Constant, Node
-from onnxslim.ir.model import Model, constant_of, is_literal
+from onnxslim.ir.graph import Node
+from onnxslim.ir.model import Model
 from onnxslim.ops.layouts import IntegerLayout
+from onnxslim.passes.fold.literals import store_literals
 
 # Per-channel DequantizeLinear appeared in this version.
 MIN_OPSET = 13
@@ -38,22 +38,6 @@ def prepare(model: Model, rules: IntegerLayout, log: Log, opset: int = MIN_OPSET
     shapes.infer(model)
     wanted = [rule for rule in RULES if rule.needs <= rules.kernels]
     rewrite.apply(wanted, model, log)
-
-
-def store_literals(model: Model) -> None:
-    """Turn Constant nodes of the main graph into constants: some exporters write all weights that way."""
-    fixed = {id(tensor) for tensor in model.graph.outputs}
-    gone: set[int] = set()
-    for node in model.graph.nodes:
-        tensor = node.outputs[0]
-        values = constant_of(tensor) if is_literal(node) and id(tensor) not in fixed else None
-        if values is None:
-            continue
-        constant = model.graph.initializers[tensor.name] = Constant(tensor.name, values)
-        ir.replace_uses(tensor, constant)
-        ir.detach(node)
-        gone.add(id(node))
-    ir.sweep(model.graph, gone)
 
 
 def raise_opset(model: Model, version: int) -> None:

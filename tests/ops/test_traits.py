@@ -24,7 +24,7 @@ from onnxslim.ops import REGISTRY, OpSpec, Trait
 from onnxslim.passes.dead import Dead
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from tests.helpers import apply, feeds_for, parse, run
+from tests.helpers import apply, feeds_for, normal, parse, run
 
 HALF = np.dtype(np.float16)
 ROWS = [spec for (domain, _), spec in REGISTRY.items() if not domain]
@@ -219,6 +219,12 @@ def sensitive(lone: Lone) -> None:
     assert worst > 2 * float(np.finfo(HALF).eps)
 
 
+def periodic(lone: Lone) -> None:
+    name, angles = lone.data()[0], normal(1, 2, 4, 4)
+    turned = lone.first({name: angles + np.float32(200 * np.pi)})
+    np.testing.assert_allclose(lone.first({name: angles}), turned, rtol=2e-2, atol=1e-3)
+
+
 def _steps(values: Array) -> Array:
     return np.diff(values.reshape(-1))
 
@@ -231,7 +237,10 @@ def _apart(exact: Array, rough: Array) -> float:
 
 # What the evaluator computes in a more careful way than the definition, as not all kernels do.
 PLAIN: Mapping[str, Callable[[Array], Array]] = {
-    "ReduceLogSumExp": lambda x: np.asarray(np.log(np.exp(x).sum(dtype=HALF)))
+    "ReduceL1": lambda x: np.abs(x).cumsum(dtype=HALF)[-1:],
+    "ReduceLogSum": lambda x: np.log(x.cumsum(dtype=HALF)[-1:]),
+    "ReduceLogSumExp": lambda x: np.asarray(np.log(np.exp(x).sum(dtype=HALF))),
+    "ReduceSum": lambda x: x.cumsum(dtype=HALF)[-1:],
 }
 
 
@@ -314,6 +323,7 @@ JUDGES: Mapping[Trait, Callable[[Lone], None]] = {
     Trait.MEASURES: measures,
     Trait.GROWS: grows,
     Trait.SENSITIVE: sensitive,
+    Trait.PERIODIC: periodic,
     Trait.QUANTIZES: quantizes,
     Trait.DEQUANTIZES: dequantizes,
     Trait.INTEGER: integer,
