@@ -8,9 +8,9 @@ can be told.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
@@ -22,7 +22,7 @@ from scipy.sparse import csgraph
 from onnxslim import shapes
 from onnxslim.errors import UsageError
 from onnxslim.ir import graph as ir
-from onnxslim.ir.graph import Constant, Node, Tensor
+from onnxslim.ir.graph import Constant, Tensor
 from onnxslim.ir.model import Model
 from onnxslim.ops import spec_of
 from onnxslim.ops.channels.labels import PINNED, Block, Contraction, Labels, Shape, Trace, Tracer
@@ -130,9 +130,9 @@ def analyze(
         sizes: shapes of inputs that fix its free axes; several sizes are tried where there are none.
         allow_inputs, allow_outputs: whether axes of the model's inputs and outputs may lose slices.
     """
-    found = _sized(model, sizes or {})
+    found = sized(model, sizes or {})
     tracer = Tracer(
-        lambda tensor: tensor.shape if isinstance(tensor, Constant) else found.get(tensor.name),
+        shapes_of(found),
         model.opset,
         frozenset(id(tensor) for tensor in model.graph.outputs),
     )
@@ -141,31 +141,41 @@ def analyze(
             shape = found.get(tensor.name, ())
             tracer.label(tensor, [Block((axis,), tracer.fresh(size)) for axis, size in enumerate(shape)])
     for node in model.graph.nodes:
-        _visit(node, tracer, model)
+        trace, channels = Trace(node, tracer), spec_of(node).channels
+        visit(trace, partial(channels.trace, trace) if channels else None, model)
     for output in model.graph.outputs if not allow_outputs else ():
         tracer.pin(output, None, f"'{output.name}' is an output of the model")
     traced = _Traced(tracer)
     return Analysis(traced.families(), found, traced)
 
 
-def _visit(node: Node, tracer: Tracer, model: Model) -> None:
-    trace = Trace(node, tracer)
-    rule = spec_of(node).channels
-    if (node.domain, node.op) in model.functions:
-        rule = None
+def visit(trace: Trace, rule: Callable[[], None] | None, model: Model) -> None:
+    """Run an operator's rule at a node of the main graph; what it does not know of is pinned.
+
+    Args:
+        trace: of the node.
+        rule: None if the operator has none.
+        model: the node is from.
+    """
+    node, tracer = trace.node, trace.tracer
     tensors = [tensor for tensor in (*node.inputs, *node.outputs) if tensor.name]
-    if rule is None:
+    if rule is None or (node.domain, node.op) in model.functions:
         trace.finish(f"{node.op} is not known to carry slices along")
     elif any(tracer.shape(tensor) is None for tensor in tensors):
         trace.finish(f"not all shapes around this {node.op} are known")
     else:
-        rule.trace(trace)
+        rule()
         trace.finish(f"{node.op} reads it as a whole")
     for tensor in ir.captures(node):
         tracer.pin(tensor, node, f"a body of this {node.op} reads it")
 
 
-def _sized(model: Model, given: Mapping[str, Shape]) -> dict[str, Shape]:
+def shapes_of(found: Mapping[str, Shape]) -> Callable[[Tensor], Shape | None]:
+    """How a `Tracer` looks shapes up: those of constants, and of other tensors by name."""
+    return lambda tensor: tensor.shape if isinstance(tensor, Constant) else found.get(tensor.name)
+
+
+def sized(model: Model, given: Mapping[str, Shape]) -> dict[str, Shape]:
     """Shapes of the tensors of the main graph that are certain, at the first sizes that tell all."""
     best: dict[str, Shape] = {}
     wanted = sum(1 for node in model.graph.nodes for tensor in node.outputs if tensor.name)
@@ -259,24 +269,10 @@ class _Traced:
         self._tracer = tracer
         self._make_rectangular()
 
-    def _components(self) -> Labels:
-        """For each label the number of its component; that of PINNED is 0."""
-        ties = self._tracer.ties
-        first = np.concatenate([tie.first for tie in ties] or [np.zeros(0, np.int64)])
-        second = np.concatenate([tie.second for tie in ties] or [np.zeros(0, np.int64)])
-        shape = (self._tracer.count, self._tracer.count)
-        graph = sparse.coo_array((np.ones(first.size, bool), (first, second)), shape=shape)
-        _, roots = csgraph.connected_components(graph, directed=False)
-        # Numbers follow the smallest label, so that the result does not depend on how they are found.
-        _, where, inverse = np.unique(roots, return_index=True, return_inverse=True)
-        rank = np.empty(where.size, np.int64)
-        rank[np.argsort(where)] = np.arange(where.size)
-        return rank[inverse]
-
     def _make_rectangular(self) -> None:
         """Tie labels until what is removed of each block of several axes is a slice along one of them."""
         while True:
-            self._roots = self._components()
+            self._roots = self._tracer.components()
             before = len(self._tracer.ties)
             for _, blocks in self._tracer.labelled():
                 for block in blocks:

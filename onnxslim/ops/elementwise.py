@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from onnxslim.ir.graph import Node
-from onnxslim.ops.channels import elementwise, layers, movement
+from onnxslim.ops.channels import elementwise, layers, movement, scales
+from onnxslim.ops.channels.scale_labels import ScaleTrace
 from onnxslim.ops.spec import Channels, OpSpec, Role, Trait, register
 
 
@@ -54,6 +56,7 @@ register(
         role=Role.CLAMP,
         data=(0,),
         limits=lambda node: (0.0, math.inf),
+        scales=elementwise.same,
         example=_text("y = Relu(x)"),
     ),
     OpSpec(
@@ -72,6 +75,7 @@ register(
         traits=Trait.ELEMENTWISE,
         channels=BROADCAST,
         role=Role.KERNEL,
+        scales=scales.add,
         example=_text("y = Add(x, z)", _TWO),
     ),
     OpSpec(
@@ -79,6 +83,7 @@ register(
         traits=Trait.ELEMENTWISE,
         channels=BROADCAST,
         role=Role.KERNEL,
+        scales=scales.multiply,
         example=_text("y = Mul(x, z)", _TWO),
     ),
     OpSpec(
@@ -86,6 +91,7 @@ register(
         channels=Channels(movement.concat),
         role=Role.KERNEL,
         traits=Trait.JOINS | Trait.KEEPS_ZEROS,
+        scales=movement.concat,
         example=_text("y = Concat<axis=1>(x, z)", "float[N,2,4,4] x, float[N,3,4,4] z", "float[N,5,4,4] y"),
     ),
     OpSpec(
@@ -94,6 +100,7 @@ register(
         role=Role.KERNEL,
         data=(0,),
         misread=_average_pool_misread,
+        scales=scales.pool,
         example=_text("y = AveragePool<kernel_shape=[2,2]>(x)", output="float[N,2,3,3] y"),
     ),
     OpSpec(
@@ -101,6 +108,7 @@ register(
         channels=POOL,
         role=Role.KERNEL,
         data=(0,),
+        scales=scales.pool,
         example=_text("y = GlobalAveragePool(x)", output="float[N,2,1,1] y"),
     ),
     OpSpec(
@@ -109,6 +117,7 @@ register(
         channels=SAME,
         role=Role.KERNEL,
         data=(0,),
+        scales=elementwise.same,
         example=_text("y = LeakyRelu(x)"),
     ),
     OpSpec(
@@ -175,6 +184,13 @@ _TRAITS = {
     "Softplus": Trait.MERGES_ZEROS,
     "Tan": Trait.PERIODIC,
 }
+# How scales of slices pass.
+_SCALES: dict[str, Callable[[ScaleTrace], None]] = {
+    **dict.fromkeys(("Identity", "PRelu"), elementwise.same),
+    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceL1", "ReduceL2"), movement.reduce),
+    "Sub": scales.add,
+    "Div": scales.divide,
+}
 _FOUR = "float[N,4,4,4] x"
 _ONE = "float[N,2,1,1] y"
 
@@ -217,6 +233,7 @@ register(
             traits=Trait.ELEMENTWISE | _TRAITS.get(op, Trait.NONE),
             data=(0,),
             channels=SAME,
+            scales=_SCALES.get(op),
             example=_OTHER.get(op, _text(f"y = {op}(x)")),
         )
         for op in _SAME.split()
@@ -226,6 +243,7 @@ register(
             op,
             traits=Trait.ELEMENTWISE | _TRAITS.get(op, Trait.NONE),
             channels=BROADCAST,
+            scales=_SCALES.get(op),
             example=_OTHER.get(op, _text(f"y = {op}(x, z)", _TWO)),
         )
         for op in _BROADCAST.split()
@@ -235,6 +253,7 @@ register(
             op,
             traits=_TRAITS.get(op, Trait.NONE),
             channels=Channels(trace),
+            scales=_SCALES.get(op),
             example=_recent(_text(f"a = Constant<value_ints=[2,3]>() y = {op}(x, a)", output=_ONE), 18),
         )
         for trace, ops in ((movement.reduce, _REDUCE), (movement.reduce_strictly, _REDUCE_STRICTLY))
@@ -257,7 +276,9 @@ register(
     ),
     OpSpec("BitCast", traits=Trait.ELEMENTWISE | Trait.TELLS_ZEROS, data=(0,)),
     OpSpec("Hardmax", channels=ALONG_AXIS, example=_text("y = Hardmax<axis=3>(x)")),
-    OpSpec("GlobalMaxPool", channels=POOL, example=_text("y = GlobalMaxPool(x)", output=_ONE)),
+    OpSpec(
+        "GlobalMaxPool", channels=POOL, scales=scales.pool, example=_text("y = GlobalMaxPool(x)", output=_ONE)
+    ),
     OpSpec("LpPool", channels=POOL, example=_text("y = LpPool<kernel_shape=[4,4]>(x)", output=_ONE)),
     OpSpec("GlobalLpPool", channels=POOL, example=_text("y = GlobalLpPool(x)", output=_ONE)),
     OpSpec("LRN", channels=Channels(layers.local_response), example=_text("y = LRN<size=3>(x)")),
@@ -266,6 +287,7 @@ register(
         traits=Trait.COUNTS_OUTPUTS,
         norm_axis=1,
         channels=Channels(layers.batch_norm),
+        scales=scales.batch_normalization,
         example=_text(
             "y = BatchNormalization(x, s, b, m, v)",
             "float[N,2,4,4] x, float[2] s, float[2] b, float[2] m, float[2] v",
@@ -275,12 +297,14 @@ register(
         "InstanceNormalization",
         norm_axis=1,
         channels=Channels(layers.instance_norm),
+        scales=scales.normalization,
         example=_text("y = InstanceNormalization(x, s, b)", "float[N,2,4,4] x, float[2] s, float[2] b"),
     ),
     OpSpec(
         "GroupNormalization",
         norm_axis=1,
         channels=Channels(layers.group_norm),
+        scales=scales.normalization,
         example=_recent(
             _text(
                 "y = GroupNormalization<num_groups=2>(x, s, b)",
@@ -294,18 +318,21 @@ register(
         "LayerNormalization",
         norm_axis=-1,
         channels=Channels(layers.layer_norm),
+        scales=scales.normalization,
         example=_text("y = LayerNormalization(x, s, b)", "float[N,2,4,4] x, float[4] s, float[4] b"),
     ),
     OpSpec(
         "RMSNormalization",
         norm_axis=-1,
         channels=Channels(layers.layer_norm),
+        scales=scales.normalization,
         example=_recent(_text("y = RMSNormalization(x, s)", "float[N,2,4,4] x, float[4] s"), 23),
     ),
     # ONNX Runtime's own, in the standard domain all the same; without the mean, an RMSNormalization.
     OpSpec(
         "SimplifiedLayerNormalization",
         norm_axis=-1,
+        scales=scales.normalization,
         example=_text("y = SimplifiedLayerNormalization(x, s)", "float[N,2,4,4] x, float[4] s"),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from onnxslim.ir.graph import Node
-from onnxslim.ops.channels import layers, recurrent
+from onnxslim.ops.channels import layers, recurrent, scales
 from onnxslim.ops.layers import Convolution, Product, TransposedConvolution
 from onnxslim.ops.spec import Channels, OpSpec, Role, Trait, register, sizes
 
@@ -69,6 +69,7 @@ register(
         channels=Channels(layers.convolution, layers.cut_convolution),
         role=Role.LINEAR,
         layer=Convolution,
+        scales=scales.layer,
         data=(0,),
         requantized=True,
         macs=_conv_macs,
@@ -80,6 +81,7 @@ g (float[N,2,5,5] x, float[3,2,3,3] w, float[3] b) => (float[N,3,3,3] y) { y = C
         channels=Channels(layers.transposed_convolution, layers.cut_convolution),
         role=Role.LINEAR,
         layer=TransposedConvolution,
+        scales=scales.layer,
         data=(0,),
         requantized=True,
         macs=_conv_transpose_macs,
@@ -92,6 +94,7 @@ g (float[N,2,3,3] x, float[2,3,2,2] w, float[3] b) => (float[N,3,6,6] y)
         channels=Channels(layers.gemm),
         role=Role.LINEAR,
         layer=Product,
+        scales=scales.layer,
         classifies=True,
         data=(0,),
         unfit=_gemm_unfit,
@@ -104,6 +107,7 @@ g (float[N,4] x, float[3,4] w, float[3] b) => (float[N,3] y) { y = Gemm<transB=1
         channels=Channels(layers.matmul),
         role=Role.LINEAR,
         layer=Product,
+        scales=scales.layer,
         classifies=True,
         data=(0, 1),
         unfit=_matmul_unfit,

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from onnxslim.ir.graph import Node
 from onnxslim.ops.channels import layers, movement
+from onnxslim.ops.channels import scales as passed
+from onnxslim.ops.channels.scale_labels import ScaleTrace
 from onnxslim.ops.spec import Channels, OpSpec, Role, Trait, register
 
 
@@ -25,6 +27,7 @@ def _move(
     output: str,
     inputs: str = "float[N,2,4,4] x",
     channels: Channels | None = None,
+    scales: Callable[[ScaleTrace], None] | None = None,
     traits: Trait = Trait.MOVES,
     unfit: Callable[[Node], str | None] | None = None,
 ) -> OpSpec:
@@ -36,6 +39,7 @@ def _move(
         traits=traits | Trait.KEEPS_ZEROS,
         data=(0,),
         channels=channels,
+        scales=scales,
         unfit=unfit,
         example=example,
     )
@@ -46,13 +50,21 @@ register(
         "Reshape",
         "s = Constant<value_ints=[0,-1]>() y = Reshape(x, s)",
         output="float[N,32] y",
+        scales=movement.regroup,
         channels=Channels(movement.reshape, movement.cut_reshape),
     ),
-    _move("Flatten", "y = Flatten(x)", output="float[N,32] y", channels=Channels(movement.regroup)),
+    _move(
+        "Flatten",
+        "y = Flatten(x)",
+        output="float[N,32] y",
+        scales=movement.regroup,
+        channels=Channels(movement.regroup),
+    ),
     _move(
         "Transpose",
         "y = Transpose<perm=[0,2,3,1]>(x)",
         output="float[N,4,4,2] y",
+        scales=movement.transpose,
         channels=Channels(movement.transpose),
     ),
     _move(
@@ -60,12 +72,14 @@ register(
         "a = Constant<value_ints=[1]>() y = Squeeze(x, a)",
         inputs="float[N,1,4] x",
         output="float[N,4] y",
+        scales=movement.regroup,
         channels=Channels(movement.regroup),
     ),
     _move(
         "Unsqueeze",
         "a = Constant<value_ints=[1]>() y = Unsqueeze(x, a)",
         output="float[N,1,2,4,4] y",
+        scales=movement.regroup,
         channels=Channels(movement.regroup),
     ),
     _move(
@@ -88,6 +102,7 @@ register(
         "a = Constant<value_ints=[1]>() b = Constant<value_ints=[3]>() c = Constant<value_ints=[2]>() "
         "y = Slice(x, a, b, c)",
         output="float[N,2,2,4] y",
+        scales=movement.slice_,
         channels=Channels(movement.slice_, movement.cut_slice),
     ),
     _move(
@@ -106,6 +121,7 @@ register(
         "Split",
         "y, z = Split<axis=1, num_outputs=2>(x)",
         output="float[N,1,4,4] y, float[N,1,4,4] z",
+        scales=movement.split,
         channels=Channels(movement.split, movement.cut_split),
     ),
     _move(
@@ -113,6 +129,7 @@ register(
         "y = MaxPool<kernel_shape=[2,2]>(x)",
         output="float[N,2,3,3] y",
         traits=Trait.SEARCHES,
+        scales=passed.pool,
         channels=Channels(layers.pool),
     ),
     _move(
@@ -120,6 +137,7 @@ register(
         "a = Constant<value_ints=[2,3]>() y = ReduceMax(x, a)",
         output="float[N,2,1,1] y",
         traits=Trait.SEARCHES,
+        scales=movement.reduce,
         channels=Channels(movement.reduce),
     ),
     _move(
@@ -127,6 +145,7 @@ register(
         "a = Constant<value_ints=[2,3]>() y = ReduceMin(x, a)",
         output="float[N,2,1,1] y",
         traits=Trait.SEARCHES,
+        scales=movement.reduce,
         channels=Channels(movement.reduce),
     ),
     _move(
@@ -150,6 +169,7 @@ register(
         output="float[N,2,8,8] y",
         unfit=_resize_unfit,
         traits=Trait.GROWS,
+        scales=passed.resize,
         channels=Channels(movement.resize, movement.cut_resize),
     ),
 )
@@ -162,10 +182,11 @@ def _row(
     output: str,
     inputs: str = "float[N,2,4,4] x",
     traits: Trait = Trait.NONE,
+    scales: Callable[[ScaleTrace], None] | None = None,
 ) -> OpSpec:
     """A row of an operator that quantization leaves in floating point."""
     example = f'<ir_version: 8, opset_import: ["" : 17]>\ng ({inputs}) => ({output}) {{ {body} }}'
-    return OpSpec(op, traits=traits, channels=channels, example=example)
+    return OpSpec(op, traits=traits, channels=channels, scales=scales, example=example)
 
 
 register(
@@ -175,6 +196,7 @@ register(
         "p = Constant<value_ints=[0,0,1,1,0,0,1,1]>() y = Pad(x, p)",
         "float[N,2,6,6] y",
         traits=Trait.GROWS,
+        scales=passed.pad,
     ),
     OpSpec(
         "Upsample",

@@ -16,6 +16,7 @@ from onnxslim.ir.graph import Array, Node, Shape
 from onnxslim.ir.model import DEFAULT_DOMAINS, constant_of
 from onnxslim.ops.channels.cut import Cut
 from onnxslim.ops.channels.labels import Trace
+from onnxslim.ops.channels.scale_labels import ScaleTrace
 from onnxslim.ops.layers import Layer
 
 # Multiply-accumulates of a node whose shapes are all known; None if one that counts is not.
@@ -127,6 +128,8 @@ class OpSpec:
         misread: why a particular node must not stand between a DQ and a Q either: ONNX Runtime would give it
             to an integer kernel that computes something else.
         channels: how it carries slices along; None pins every slice that it reads.
+        scales: how it passes scales of slices on, with labels like those of `channels`; None fixes what it
+            reads at one.
         macs: multiply-accumulates; None counts as zero.
         foldable: whether it can be computed once and for all when its inputs are constant.
         pure: whether two nodes with equal inputs and attributes make equal outputs.
@@ -149,6 +152,7 @@ class OpSpec:
     unfit: Callable[[Node], str | None] | None = None
     misread: Callable[[Node], str | None] | None = None
     channels: Channels | None = None
+    scales: Callable[[ScaleTrace], None] | None = None
     macs: Macs | None = None
     foldable: bool = True
     pure: bool = True

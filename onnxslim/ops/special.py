@@ -83,6 +83,7 @@ register(
         foldable=False,
         pure=False,
         channels=Channels(elementwise.same_all),
+        scales=elementwise.same,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,2] x) => (float[N,2] y) { y = Dropout(x) }""",
     ),

@@ -9,6 +9,7 @@ read it does the same for the price of that Mul.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -102,15 +103,15 @@ class _Equalizer:
 
     def observe(self, data: CalibrationData, target: Target | None) -> None:
         """Go through the data once."""
-        axes = {name: each.axis for name, each in self._scaling.tensors.items() if name in self._quantized}
+        axes = {name: each.axes for name, each in self._scaling.tensors.items() if name in self._quantized}
         for mixer in self._mixers:
             name = mixer.layer.node.inputs[0].name
             if name in self._quantized:
-                axes.setdefault(name, mixer.layer.axis)
+                axes.setdefault(name, (mixer.layer.axis,))
         for batch in stream(data.bind(self._model.inputs()), Taps(self._model, list(axes), target)):
-            for name, axis in axes.items():
-                channels = np.moveaxis(batch.values[name], axis, 0)
-                rows = channels.reshape(len(channels), -1)
+            for name, along in axes.items():
+                channels = np.moveaxis(batch.values[name], along, range(len(along)))
+                rows = channels.reshape(math.prod(channels.shape[: len(along)]), -1)
                 self._seen.setdefault(name, _nothing(len(rows))).update(rows)
 
     def move(self, log: Log) -> int:
@@ -152,8 +153,8 @@ class _Equalizer:
         if known is not None and self._scaling.free[known.labels].any():
             return False
         size = self._seen[name].square.size
-        members, labels = np.arange(size), Labelled(layer.axis, np.arange(size))
-        readers = [Mixer(mixer.layer, labels.labels, np.zeros(0, np.intp)) for mixer in mixers]
+        members, labels = np.arange(size), Labelled((layer.axis,), np.arange(size))
+        readers = [Mixer(mixer.layer, labels.labels, np.zeros(0, np.int64)) for mixer in mixers]
         if any(reader.layer.matrix().shape[0] * reader.layer.matrix().shape[2] % size for reader in readers):
             return False
         problem = _Problem(

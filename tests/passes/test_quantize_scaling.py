@@ -16,7 +16,7 @@ from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import rounding, storing
 from onnxslim.passes.quantize.scaling import Scaling
 from onnxslim.runtime.session import Session
-from tests.helpers import ops, parse, quantize
+from tests.helpers import ops, parse, quantize, same_outputs
 
 CONV = "float[8,4,3,3] w1, float[8] b1"
 HEAD = "a = Conv<pads=[1,1,1,1]>(x, w1, b1)"
@@ -112,6 +112,8 @@ def test_scales_change_nothing(name: str, seed: int) -> None:
         "last = Softmax<axis=1>(a)",
         "c = Relu(a) last = Pad(c, pads, six)",
         "last = Div(one, a)",
+        "m = ReduceMean<axes=[1]>(a) last = Add(a, m)",
+        "m = ReduceMean<axes=[2,3]>(a) last = Mul(m, a)",
     ],
 )
 def test_what_is_not_homogeneous_fixes_scales(body: str) -> None:
@@ -130,6 +132,49 @@ def test_what_is_not_homogeneous_fixes_scales(body: str) -> None:
     )
     text = f"g (float[2,4,6,6] x, {declared}) => (float y) {{ {HEAD} {body} {LAST} }}"
     model = parse(text, constants)
+    shapes.infer(model)
+    scaling = Scaling(model)
+    assert not scaling.free[scaling.tensors["a"].labels].any()
+
+
+def _reshaped(model: str, *sizes: tuple[int, ...], w2: tuple[int, ...]) -> Model:
+    """Its convolution makes [N, 8, 6, 6]; s0, s1 … are vectors of sizes."""
+    random = np.random.default_rng(0)
+    constants = {"w1": (8, 4, 3, 3), "b1": (8,), "w2": w2}
+    values = {name: random.standard_normal(shape).astype(np.float32) for name, shape in constants.items()}
+    return parse(model, values | {f"s{i}": np.array(each) for i, each in enumerate(sizes)})
+
+
+def test_a_reshape_that_cuts_across_channels_ties_them() -> None:
+    """An axis as long as the channels is not theirs: rows of 8 · 6 hold parts of the first, or last, four."""
+    text = f"""g (float[2,4,6,6] x, {CONV}, float[5,6,1,1] w2, int64[4] s0) => (float y)
+    {{ {HEAD} r = Relu(a) last = Reshape(r, s0) {LAST} }}"""
+    model = _reshaped(text, (2, 6, 8, 6), w2=(5, 6, 1, 1))
+    shapes.infer(model)
+    twin = model.copy()
+    scaling = Scaling(twin)
+    assert scaling.free.sum() == 2
+    scaling.apply(np.where(scaling.free, np.arange(scaling.free.size) + 1.0, 1.0))
+    same_outputs(model, twin)
+
+
+def test_channels_are_followed_through_a_shuffle() -> None:
+    text = f"""g (float[2,4,6,6] x, {CONV}, float[5,8,1,1] w2, int64[5] s0, int64[4] s1) => (float y)
+    {{ {HEAD} p = Reshape(a, s0) q = Transpose<perm=[0,2,1,3,4]>(p) last = Reshape(q, s1) {LAST} }}"""
+    model = _reshaped(text, (2, 2, 4, 6, 6), (2, 8, 6, 6), w2=(5, 8, 1, 1))
+    shapes.infer(model)
+    twin = model.copy()
+    scaling = Scaling(twin)
+    assert scaling.free.sum() == 8
+    scaling.apply(np.where(scaling.free, np.arange(scaling.free.size) + 1.0, 1.0))
+    same_outputs(model, twin)
+
+
+def test_channels_are_not_scaled_where_they_are_one_axis_with_samples() -> None:
+    """How many there are is known only when the model runs."""
+    text = f"""g (float[N,4,6,6] x, {CONV}, float[5,8,1,1] w2, int64[2] s0, int64[4] s1) => (float y)
+    {{ {HEAD} p = Reshape(a, s0) q = Relu(p) last = Reshape(q, s1) {LAST} }}"""
+    model = _reshaped(text, (-1, 36), (-1, 8, 6, 6), w2=(5, 8, 1, 1))
     shapes.infer(model)
     scaling = Scaling(model)
     assert not scaling.free[scaling.tensors["a"].labels].any()

@@ -18,6 +18,8 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
+from scipy.sparse import csgraph
 
 from onnxslim.ir.graph import Constant, Node, Tensor
 
@@ -174,6 +176,19 @@ class Tracer:
             blocks.append(block)
         self.label(tensor, blocks)
 
+    def mingle(self, labels: Labels, node: Node) -> None:
+        """A node computes with what these labels stand for together; see `inexact`."""
+        self.inexact.append((labels, node))
+
+    def components(self) -> Labels:
+        """For each label the number of its component; that of PINNED is 0.
+
+        Numbers follow the smallest label, so that the result does not depend on how they are found.
+        """
+        first = np.concatenate([tie.first for tie in self.ties] or [np.zeros(0, np.int64)])
+        second = np.concatenate([tie.second for tie in self.ties] or [np.zeros(0, np.int64)])
+        return joined(first, second, self.count)
+
     def is_fixed(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on constants alone."""
         return isinstance(tensor, Constant) or id(tensor) in self.fixed
@@ -182,6 +197,19 @@ class Tracer:
         """Keep a tensor whole."""
         for block in self.blocks(tensor):
             self.tie(block.labels, np.zeros_like(block.labels), node, why)
+
+
+def joined(first: Labels, second: Labels, count: int) -> Labels:
+    """Components of a graph of `count` vertices with edges from each `first` to its `second`, by vertex.
+
+    Numbered from 0 in the order of their smallest vertices.
+    """
+    graph = sparse.coo_array((np.ones(first.size, bool), (first, second)), shape=(count, count))
+    _, roots = csgraph.connected_components(graph, directed=False)
+    _, where, inverse = np.unique(roots, return_index=True, return_inverse=True)
+    rank = np.empty(where.size, np.int64)
+    rank[np.argsort(where)] = np.arange(where.size)
+    return rank[inverse]
 
 
 class Trace:
@@ -258,7 +286,7 @@ class Trace:
 
     def inexact(self, labels: Labels) -> None:
         """Removing what these labels stand for changes more than setting it to zero does."""
-        self.tracer.inexact.append((labels, self.node))
+        self.tracer.mingle(labels, self.node)
 
     def contract(self, data: int, data_axis: int, weight: int, weight_axis: int) -> None:
         """The node sums over an axis of its data along an axis of a weight: tie the two, and note it."""
