@@ -58,7 +58,13 @@ class Layer(ABC):
     @property
     def weight_shape(self) -> tuple[Any, ...]:
         """The shape of the weight, which a computed one may have, too; () if it is not known."""
-        return self.given.shape if self.given is not None else self.node.inputs[self.weight_index].shape or ()
+        if self.given is not None:
+            return self.given.shape
+        tensor = self.node.inputs[self.weight_index]
+        if tensor.shape is not None:
+            return tensor.shape
+        values = constant_of(tensor)  # of a Constant node, whose output need not say its shape
+        return values.shape if values is not None else ()
 
     @property
     def data(self) -> Tensor:
