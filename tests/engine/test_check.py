@@ -18,7 +18,7 @@ from onnxslim.passes.slim import Slim
 from onnxslim.runtime.probe import Feeds, probes
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from tests.helpers import normal, ops, parse
+from tests.helpers import normal, ops, parse, replaced
 
 
 def _refuses(model: Model, name: str, values: Array) -> bool:
@@ -90,6 +90,30 @@ def test_a_model_that_cannot_run_is_still_slimmed_and_checked_by_structure() -> 
     result = Pipeline(Slim())(load(proto))
     assert ops(result.model) == {"Foo": 1, "Relu": 1}
     assert any("does not run" in note for note in result.report.notes)
+
+
+def test_structure_is_all_there_is_where_nothing_runs() -> None:
+    """Which of two shapes of an output is wrong, only a run would tell; ONNX Runtime has no double Conv."""
+    text = """g (float[N,4] x, double[1,1,4] v) => (float[N,2] y, double[1,1,4] z)
+        { z = Conv(v, kernel) y = %s }"""
+    columns = {"start": np.array([0]), "end": np.array([2]), "axis": np.array([1])}
+    constants = {**columns, "kernel": np.ones((1, 1, 1))}
+    checker = Checker(parse(text % "Slice(x, start, end, axis)", constants), Target.cpu())
+    with pytest.raises(LoadError, match=r"onnx\.checker"):
+        checker(parse(text % "Relu(x)", constants), lossless=True)
+
+
+@pytest.mark.parametrize(("given", "made", "refused"), [(1.0, np.nan, True), (np.inf, np.nan, False)])
+def test_lossy_passes_may_not_lose_everything(given: float, made: float, refused: bool) -> None:
+    model = parse(
+        "g (float[N,4] x) => (float[N,4] y) { y = Mul(x, k) }", {"k": np.full(4, given, np.float32)}
+    )
+    checker, other = Checker(model, Target.cpu()), replaced(model, k=np.full(4, made, np.float32))
+    if refused:
+        with pytest.raises(LoadError, match="became NaN or infinite"):
+            checker(other, lossless=False)
+    else:
+        checker(other, lossless=False)
 
 
 @pytest.mark.parametrize(

@@ -330,6 +330,14 @@ def test_limits_that_are_not_met(limit: dict[str, float]) -> None:
     assert f"{next(iter(limit.values())):g}" in str(caught.value)
 
 
+def test_limits_hold_on_every_provider() -> None:
+    verdict = compare(A, B, batches(X))
+    (provider,) = verdict.providers
+    other = replace(provider, target="other", outputs=(replace(provider.outputs[0], sqnr=1.0),))
+    with pytest.raises(ValidationError, match="other: output 'y' has SQNR 1 dB"):
+        replace(verdict, providers=(provider, other)).require(sqnr=2.0)
+
+
 def test_the_message_names_everything() -> None:
     verdict = compare(A, B, batches(X))
     measured = verdict.providers[0].outputs[0].sqnr
