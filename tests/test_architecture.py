@@ -102,6 +102,10 @@ def test_the_hall_is_small() -> None:
     assert len(hall) <= MOST_IN_THE_HALL, hall
 
 
+def test_no_class_name_stands_for_two_things() -> None:
+    assert {name: count for name, count in PRODUCT.classes().items() if count > 1} == {}
+
+
 def test_exceptions_are_still_needed() -> None:
     assert ARROWS >= UPWARDS
 

@@ -67,7 +67,7 @@ def fewest(enough: Callable[[int], bool], most: int, guess: Callable[[int], int]
     return least
 
 
-class Step(NamedTuple):
+class Trade(NamedTuple):
     """Another option for one group; less is better.
 
     Attributes:
@@ -96,11 +96,11 @@ class Choices(ABC):
         """Of all groups together."""
 
     @abstractmethod
-    def concessions(self, picks: Picks) -> Iterator[Step]:
+    def concessions(self, picks: Picks) -> Iterator[Trade]:
         """Options that cost less than those picked."""
 
     @abstractmethod
-    def returns(self, picks: Picks) -> Iterator[Step]:
+    def returns(self, picks: Picks) -> Iterator[Trade]:
         """Options that lose less than those picked."""
 
     def relief(self, picks: Picks, group: str, option: int) -> float:
@@ -134,18 +134,18 @@ class Additive(Choices):
             found[group] = min(zip(damage.values(), costs.values(), costs, strict=True))[-1]
         return found
 
-    def concessions(self, picks: Picks) -> Iterator[Step]:
+    def concessions(self, picks: Picks) -> Iterator[Trade]:
         """All that are cheaper, by damage per cost."""
         for group, option, less in self._others(picks):
             if less > 0:
-                yield Step(-self.relief(picks, group, option) / less, option, group)
+                yield Trade(-self.relief(picks, group, option) / less, option, group)
 
-    def returns(self, picks: Picks) -> Iterator[Step]:
+    def returns(self, picks: Picks) -> Iterator[Trade]:
         """All that lose less, by damage per cost: there may be better ways to spend what a step costs."""
         for group, option, less in self._others(picks):
             relief = self.relief(picks, group, option)
             if relief > 0:
-                yield Step(-relief / max(-less, 1e-12), option, group)
+                yield Trade(-relief / max(-less, 1e-12), option, group)
 
     def _others(self, picks: Picks) -> Iterator[tuple[str, int, float]]:
         """Every other option, and by how much it is cheaper than the one picked."""
@@ -173,18 +173,18 @@ class Joint(Choices):
         """As it was given."""
         return self._cost(picks)
 
-    def concessions(self, picks: Picks) -> Iterator[Step]:
+    def concessions(self, picks: Picks) -> Iterator[Trade]:
         """The next option of each group that saves something by that, by damage per cost."""
         now = self._cost(picks)
         for group, option in self._neighbours(picks, 1):
             saved = now - self._cost({**picks, group: option})
             if saved > 0:
-                yield Step(-self.relief(picks, group, option) / saved, option, group)
+                yield Trade(-self.relief(picks, group, option) / saved, option, group)
 
-    def returns(self, picks: Picks) -> Iterator[Step]:
+    def returns(self, picks: Picks) -> Iterator[Trade]:
         """The option before, by damage: what is left of the goal is less than a step, and cannot be saved."""
         for group, option in self._neighbours(picks, -1):
-            yield Step(-self.relief(picks, group, option), option, group)
+            yield Trade(-self.relief(picks, group, option), option, group)
 
     def _neighbours(self, picks: Picks, step: int) -> Iterator[tuple[str, int]]:
         for group, rungs in self._rungs.items():

@@ -254,7 +254,7 @@ def _deduced(
 
 
 @dataclass(frozen=True)
-class _Place:
+class _LabelledAxis:
     """A labelled axis with the component that each of its slices belongs to."""
 
     tensor: Tensor
@@ -289,14 +289,14 @@ class _Traced:
             corner = tuple(slice(None) if axis == stays else slice(0, 1) for axis in range(roots.ndim))
             self._tracer.tie(block.labels, block.labels[corner], None, "a block loses whole slices")
 
-    def _places(self) -> Iterator[_Place]:
+    def _places(self) -> Iterator[_LabelledAxis]:
         for tensor, blocks in self._tracer.labelled():
             for block in blocks:
                 roots = self._roots[block.labels]
                 differs = [axis for axis in range(roots.ndim) if (roots != np.take(roots, [0], axis)).any()]
                 at = differs[0] if differs else int(np.argmax(roots.shape))
                 line = tuple(slice(None) if axis == at else 0 for axis in range(roots.ndim))
-                yield _Place(tensor, block.axes[at], roots[line])
+                yield _LabelledAxis(tensor, block.axes[at], roots[line])
 
     def families(self) -> tuple[Family, ...]:
         """Units with equal occurrences, numbered in the order of the first tensor that has them."""
@@ -324,7 +324,7 @@ class _Traced:
         ]
         return tuple(family for family in families if family.size > 1)
 
-    def _signatures(self, places: Sequence[_Place], count: int) -> tuple[NDArray[np.uint64], Labels]:
+    def _signatures(self, places: Sequence[_LabelledAxis], count: int) -> tuple[NDArray[np.uint64], Labels]:
         """A hash of where each component occurs and how often, and whether in something that is given."""
         random = np.random.default_rng(0).integers(0, 2**64, len(places), np.uint64)
         signature, owned = np.zeros(count, np.uint64), np.zeros(count, bool)
@@ -377,7 +377,7 @@ class _Traced:
                 lines.append(f"{what} has no weights of its own, or a single unit")
         return lines
 
-    def _chain(self, place: _Place) -> list[str]:
+    def _chain(self, place: _LabelledAxis) -> list[str]:
         """What pins the first pinned slice of an axis, from there on."""
         pinned = place.roots == self._roots[PINNED]
         labels = next(block.labels for block in self._tracer.blocks(place.tensor) if place.axis in block.axes)

@@ -34,7 +34,7 @@ def read(cls: type[T], file: Path, trust: bool) -> T:
         UsageError: it cannot be read, or says something that means nothing; names the key.
     """
     try:
-        document, place = _parsed(file), _Place(file.absolute().parent, trust)
+        document, place = _parsed(file), _RecipeFolder(file.absolute().parent, trust)
         _require_known(document, cls.__dataclass_fields__, "")  # type: ignore[attr-defined]
         given = {**document, "passes": tuple(_passes(document.get("passes"), place))}
         if given.get("data") is not None:
@@ -115,7 +115,7 @@ def _at(node: yaml.Node, problem: str) -> UsageError:
     return UsageError(f"line {node.start_mark.line + 1}: {problem}")
 
 
-def _passes(given: Any, place: _Place) -> Iterator[Pass]:
+def _passes(given: Any, place: _RecipeFolder) -> Iterator[Pass]:
     if not isinstance(given, list):
         raise UsageError("'passes' is a list of names, or of `name: {option: value}`")
     for index, item in enumerate(given):
@@ -135,7 +135,7 @@ def _passes(given: Any, place: _Place) -> Iterator[Pass]:
             raise UsageError(f"{where}: {error}") from None
 
 
-def _data(given: Any, place: _Place) -> Data:
+def _data(given: Any, place: _RecipeFolder) -> Data:
     settings = {"path": given} if isinstance(given, str) else given
     if not isinstance(settings, dict):
         raise UsageError(f"'data' is a path or `path: …` and its settings, not {given!r}")
@@ -145,7 +145,7 @@ def _data(given: Any, place: _Place) -> Data:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _RecipeFolder:
     """Where a recipe lies, and whether it may name files elsewhere."""
 
     folder: Path

@@ -14,27 +14,27 @@ from onnxslim.shapes import symbols
 from onnxslim.shapes.ort_differences import OPEN_END
 from onnxslim.shapes.symbols import Term
 from onnxslim.shapes.value_rules import number
-from onnxslim.shapes.vectors import Known
+from onnxslim.shapes.vectors import KnownShapes
 
 Sizes: TypeAlias = "tuple[Term | None, ...]"
-Rule: TypeAlias = Callable[[Node, Known], "Sizes | None"]
+Rule: TypeAlias = Callable[[Node, KnownShapes], "Sizes | None"]
 
 
-def _range(node: Node, dims: Known) -> Sizes | None:
+def _range(node: Node, dims: KnownShapes) -> Sizes | None:
     start, limit, step = (dims.value(node.input(index)) for index in range(3))
     if limit is None or number(start) != 0 or number(step) != 1 or not symbols.is_size(limit.only):
         return None
     return (limit.only,)
 
 
-def _expand(node: Node, dims: Known) -> Sizes | None:
+def _expand(node: Node, dims: KnownShapes) -> Sizes | None:
     data, target = dims.shape(node.input(0)), dims.value(node.input(1))
     if data is None or target is None or target.scalar:
         return None
     return _broadcast([data, target.terms])
 
 
-def _tile(node: Node, dims: Known) -> Sizes | None:
+def _tile(node: Node, dims: KnownShapes) -> Sizes | None:
     data, repeats = dims.shape(node.input(0)), dims.value(node.input(1))
     if data is None or repeats is None or len(data) != len(repeats.terms):
         return None
@@ -44,7 +44,7 @@ def _tile(node: Node, dims: Known) -> Sizes | None:
     )
 
 
-def _elementwise(node: Node, dims: Known) -> Sizes | None:
+def _elementwise(node: Node, dims: KnownShapes) -> Sizes | None:
     found = [dims.shape(node.inputs[index]) for index in spec_of(node).data_inputs(node)]
     known = [shape for shape in found if shape is not None]
     return _broadcast(known) if known and len(known) == len(found) else None
@@ -56,14 +56,14 @@ def _broadcast(shapes: Sequence[Sizes]) -> Sizes:
     return tuple(symbols.broadcast(column) for column in zip(*padded, strict=True))
 
 
-def _matmul(node: Node, dims: Known) -> Sizes | None:
+def _matmul(node: Node, dims: KnownShapes) -> Sizes | None:
     first, second = dims.shape(node.input(0)), dims.shape(node.input(1))
     if first is None or second is None or len(first) < 2 or len(second) < 2:
         return None
     return (*_broadcast([first[:-2], second[:-2]]), first[-2], second[-1])
 
 
-def _slice(node: Node, dims: Known) -> Sizes | None:
+def _slice(node: Node, dims: KnownShapes) -> Sizes | None:
     data = dims.shape(node.input(0))
     starts, ends, axes, steps = (dims.value(node.input(index)) for index in range(1, 5))
     if data is None or starts is None or ends is None or dims.opset < 10:
@@ -88,7 +88,7 @@ def _cut(size: Term, end: Term | None) -> Term | None:
     return symbols.least(size, end) if end is not None and symbols.is_size(end) else None
 
 
-def _reshape(node: Node, dims: Known) -> Sizes | None:
+def _reshape(node: Node, dims: KnownShapes) -> Sizes | None:
     data, target = dims.shape(node.input(0)), dims.value(node.input(1))
     if target is None or target.scalar:
         return None
@@ -105,12 +105,12 @@ def _reshape(node: Node, dims: Known) -> Sizes | None:
     return tuple(size if symbols.is_size(size) else None for size in sizes)
 
 
-def _flatten(node: Node, dims: Known) -> Sizes | None:
+def _flatten(node: Node, dims: KnownShapes) -> Sizes | None:
     data, axis = dims.shape(node.input(0)), node.attrs.get("axis", 1)
     return None if data is None else (symbols.product(data[:axis]), symbols.product(data[axis:]))
 
 
-def _concat(node: Node, dims: Known) -> Sizes | None:
+def _concat(node: Node, dims: KnownShapes) -> Sizes | None:
     shapes = [shape for tensor in node.inputs if (shape := dims.shape(tensor)) is not None]
     if len(shapes) != len(node.inputs) or len({len(shape) for shape in shapes}) != 1:
         return None
@@ -121,11 +121,11 @@ def _concat(node: Node, dims: Known) -> Sizes | None:
     return tuple(total if index == axis else size for index, size in enumerate(shapes[0]))
 
 
-def _same(node: Node, dims: Known) -> Sizes | None:
+def _same(node: Node, dims: KnownShapes) -> Sizes | None:
     return dims.shape(node.input(0))
 
 
-def _transpose(node: Node, dims: Known) -> Sizes | None:
+def _transpose(node: Node, dims: KnownShapes) -> Sizes | None:
     data = dims.shape(node.input(0))
     if data is None:
         return None
@@ -133,7 +133,7 @@ def _transpose(node: Node, dims: Known) -> Sizes | None:
     return tuple(data[axis] for axis in order) if len(order) == len(data) else None
 
 
-def _unsqueeze(node: Node, dims: Known) -> Sizes | None:
+def _unsqueeze(node: Node, dims: KnownShapes) -> Sizes | None:
     data, axes = dims.shape(node.input(0)), _axes(node, dims)
     if data is None or axes is None:
         return None
@@ -142,7 +142,7 @@ def _unsqueeze(node: Node, dims: Known) -> Sizes | None:
     return tuple(1 if axis in at else next(rest) for axis in range(rank)) if len(at) == len(axes) else None
 
 
-def _squeeze(node: Node, dims: Known) -> Sizes | None:
+def _squeeze(node: Node, dims: KnownShapes) -> Sizes | None:
     data, axes = dims.shape(node.input(0)), _axes(node, dims)
     if not data or axes is None:
         return None
@@ -150,7 +150,7 @@ def _squeeze(node: Node, dims: Known) -> Sizes | None:
     return tuple(size for axis, size in enumerate(data) if axis not in at)
 
 
-def _axes(node: Node, dims: Known) -> tuple[int, ...] | None:
+def _axes(node: Node, dims: KnownShapes) -> tuple[int, ...] | None:
     """Axes that are an attribute in early opsets and an input in later ones; None if there are none known."""
     if "axes" in node.attrs:
         return tuple(node.attrs["axes"])

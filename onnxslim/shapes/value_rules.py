@@ -15,9 +15,9 @@ from onnxslim.ir.model import constant_of
 from onnxslim.shapes import symbols
 from onnxslim.shapes.ort_differences import OPEN_END
 from onnxslim.shapes.symbols import Term
-from onnxslim.shapes.vectors import INTEGERS, MAX_LENGTH, Known, Vector
+from onnxslim.shapes.vectors import INTEGERS, MAX_LENGTH, KnownShapes, Vector
 
-Rule: TypeAlias = Callable[[Node, Known], "Vector | None"]
+Rule: TypeAlias = Callable[[Node, KnownShapes], "Vector | None"]
 
 
 def literal(tensor: Tensor) -> Vector | None:
@@ -38,7 +38,7 @@ def number(vector: Vector | None) -> int | None:
     return only if isinstance(only, int) else None
 
 
-def _shape(node: Node, dims: Known) -> Vector | None:
+def _shape(node: Node, dims: KnownShapes) -> Vector | None:
     shape = dims.shape(node.input(0))
     if shape is None:
         return None
@@ -46,12 +46,12 @@ def _shape(node: Node, dims: Known) -> Vector | None:
     return Vector(shape[node.attrs.get("start", 0) : node.attrs.get("end")])
 
 
-def _size(node: Node, dims: Known) -> Vector | None:
+def _size(node: Node, dims: KnownShapes) -> Vector | None:
     shape = dims.shape(node.input(0))
     return None if shape is None else Vector((symbols.product(shape),), scalar=True)
 
 
-def _gather(node: Node, dims: Known) -> Vector | None:
+def _gather(node: Node, dims: KnownShapes) -> Vector | None:
     data, at = dims.value(node.input(0)), dims.value(node.input(1))
     if data is None or data.scalar or at is None or at.numbers is None:
         return None
@@ -61,7 +61,7 @@ def _gather(node: Node, dims: Known) -> Vector | None:
     return replace(data, terms=tuple(data.terms[index] for index in at.numbers), scalar=at.scalar)
 
 
-def _slice(node: Node, dims: Known) -> Vector | None:
+def _slice(node: Node, dims: KnownShapes) -> Vector | None:
     data = dims.value(node.input(0))
     if data is None or data.scalar or dims.opset < 10:
         return None
@@ -73,7 +73,7 @@ def _slice(node: Node, dims: Known) -> Vector | None:
     return replace(data, terms=data.terms[start:end:step])
 
 
-def _concat(node: Node, dims: Known) -> Vector | None:
+def _concat(node: Node, dims: KnownShapes) -> Vector | None:
     parts = [dims.value(tensor) or _of_length(tensor, dims) for tensor in node.inputs]
     known = [part for part in parts if part is not None and not part.scalar]
     if len(known) != len(node.inputs) or len({part.dtype for part in known}) != 1:
@@ -81,7 +81,7 @@ def _concat(node: Node, dims: Known) -> Vector | None:
     return replace(known[0], terms=tuple(term for part in known for term in part.terms))
 
 
-def _of_length(tensor: Tensor, dims: Known) -> Vector | None:
+def _of_length(tensor: Tensor, dims: KnownShapes) -> Vector | None:
     """A vector of which no more is known than its length."""
     sizes, dtype = dims.sizes(tensor), dims.dtype(tensor)
     if sizes is None or len(sizes) != 1 or sizes[0] > MAX_LENGTH or dtype is None or dtype not in INTEGERS:
@@ -89,17 +89,17 @@ def _of_length(tensor: Tensor, dims: Known) -> Vector | None:
     return Vector((None,) * sizes[0], dtype)
 
 
-def _unsqueeze(node: Node, dims: Known) -> Vector | None:
+def _unsqueeze(node: Node, dims: KnownShapes) -> Vector | None:
     data = dims.value(node.input(0))
     return replace(data, scalar=False) if data is not None and dims.sizes(node.outputs[0]) == (1,) else None
 
 
-def _squeeze(node: Node, dims: Known) -> Vector | None:
+def _squeeze(node: Node, dims: KnownShapes) -> Vector | None:
     data = dims.value(node.input(0))
     return replace(data, scalar=True) if data is not None and len(data.terms) == 1 else None
 
 
-def _reshape(node: Node, dims: Known) -> Vector | None:
+def _reshape(node: Node, dims: KnownShapes) -> Vector | None:
     data, target = dims.value(node.input(0)), dims.value(node.input(1))
     if data is None or target is None or len(target.terms) > 1:
         return None
@@ -108,11 +108,11 @@ def _reshape(node: Node, dims: Known) -> Vector | None:
     return replace(data, scalar=False) if target.terms[0] in (-1, len(data.terms)) else None
 
 
-def _same(node: Node, dims: Known) -> Vector | None:
+def _same(node: Node, dims: KnownShapes) -> Vector | None:
     return dims.value(node.input(0))
 
 
-def _cast(node: Node, dims: Known) -> Vector | None:
+def _cast(node: Node, dims: KnownShapes) -> Vector | None:
     data = dims.value(node.input(0))
     wanted = proto.dtype_of(node.attrs.get("to", 0))
     if data is None or wanted is None or wanted not in INTEGERS[:2]:
@@ -129,7 +129,7 @@ def _fits(found: Sequence[Term | None], dtype: np.dtype[Any]) -> bool:
 
 
 def _elementwise(combine: Callable[[Term, Term], Term | None]) -> Rule:
-    def rule(node: Node, dims: Known) -> Vector | None:
+    def rule(node: Node, dims: KnownShapes) -> Vector | None:
         first, second = (dims.value(node.input(index)) for index in (0, 1))
         if first is None or second is None or first.dtype != second.dtype:
             return None
@@ -162,7 +162,7 @@ def _is_equal(first: Term, second: Term) -> Term | None:
     return 0 if numbers and sizes else None
 
 
-def _where(node: Node, dims: Known) -> Vector | None:
+def _where(node: Node, dims: KnownShapes) -> Vector | None:
     condition, first, second = (dims.value(node.input(index)) for index in range(3))
     if condition is None or first is None or second is None or first.dtype != second.dtype:
         return None
@@ -173,7 +173,7 @@ def _where(node: Node, dims: Known) -> Vector | None:
     return Vector(made, first.dtype, condition.scalar and first.scalar and second.scalar)
 
 
-def _constant_of_shape(node: Node, dims: Known) -> Vector | None:
+def _constant_of_shape(node: Node, dims: KnownShapes) -> Vector | None:
     length, value = number(dims.value(node.input(0))), node.attrs.get("value")
     if length is None or not 0 <= length <= MAX_LENGTH or not isinstance(value, onnx.AttributeProto):
         return None
@@ -183,7 +183,7 @@ def _constant_of_shape(node: Node, dims: Known) -> Vector | None:
     return Vector((int(values.reshape(-1)[0]),) * length, values.dtype)
 
 
-def _reduce_prod(node: Node, dims: Known) -> Vector | None:
+def _reduce_prod(node: Node, dims: KnownShapes) -> Vector | None:
     data = dims.value(node.input(0))
     if data is None or data.scalar or node.attrs.get("noop_with_empty_axes"):
         return None

@@ -48,7 +48,7 @@ class Vector:
         return np.array(numbers[0] if self.scalar else numbers, self.dtype)
 
 
-class Known(Protocol):
+class KnownShapes(Protocol):
     """What is known of a model so far; `Dims` of the whole of it."""
 
     opset: int

@@ -13,10 +13,10 @@ from onnxslim.engine.rewrite import Rule
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Node, Tensor
 from onnxslim.passes import predicates
-from onnxslim.passes.eliminate.view import Chain, chain
+from onnxslim.passes.eliminate.view import NodePair, chain
 
 
-class ConstantChain(Rule[Chain]):
+class ConstantChain(Rule[NodePair]):
     """(x + a) + b = x + (a + b) and (x * a) * b = x * (a * b); likewise for two differences or quotients.
 
     Exact for integers, which wrap around; they are not divided in one go. In floating point it is done where
@@ -27,15 +27,15 @@ class ConstantChain(Rule[Chain]):
     ops = frozenset(("Add", "Sub", "Mul", "Div"))
     since: ClassVar[int] = 7
 
-    def pattern(self, node: Node, edit: Editor) -> Chain | None:
+    def pattern(self, node: Node, edit: Editor) -> NodePair | None:
         for index in (0, 1) if node.op in ("Add", "Mul") else (0,):
             inner = predicates.made_by(node.inputs[index], node.op)
             if inner is not None and _constant_side(node) is not None and _constant_side(inner) is not None:
                 alone = edit.sole_consumer(node.inputs[index]) is node
-                return Chain(node, inner) if alone else None
+                return NodePair(node, inner) if alone else None
         return None
 
-    def check(self, match: Chain, edit: Editor) -> str | None:
+    def check(self, match: NodePair, edit: Editor) -> str | None:
         first, second = _values(match.inner), _values(match.outer)
         if first.dtype not in predicates.FLOATS:
             whole = first.dtype.kind in "iu" and match.outer.op != "Div"
@@ -48,14 +48,14 @@ class ConstantChain(Rule[Chain]):
             return "one ends a GELU, which ONNX Runtime computes as one"
         return problem
 
-    def rewrite(self, match: Chain, edit: Editor) -> str:
+    def rewrite(self, match: NodePair, edit: Editor) -> str:
         merged, side = self._merged(match), _constant_side(match.outer) or 0
         assert merged is not None
         edit.set_input(match.outer, 1 - side, _operand(match.inner))
         edit.set_values(match.outer, side, merged)
         return f"took over the constant of {match.inner.label}"
 
-    def _merged(self, match: Chain) -> Array | None:
+    def _merged(self, match: NodePair) -> Array | None:
         first, second = _values(match.inner), _values(match.outer)
         combine = np.add if match.outer.op in ("Add", "Sub") else np.multiply
         if np.broadcast_shapes(first.shape, second.shape) not in (first.shape, second.shape):
@@ -125,7 +125,7 @@ def widest(dtype: np.dtype[Any]) -> Bounds:
     return Bounds(-largest, largest)
 
 
-class ClipChain(Rule[Chain]):
+class ClipChain(Rule[NodePair]):
     """Clip of Clip, Relu of Clip and Clip of Relu are one Clip; NaN passes through all of them."""
 
     name = "clip-chain"
@@ -133,22 +133,22 @@ class ClipChain(Rule[Chain]):
     makes = frozenset(("Clip",))
     since: ClassVar[int] = 6
 
-    def pattern(self, node: Node, edit: Editor) -> Chain | None:
+    def pattern(self, node: Node, edit: Editor) -> NodePair | None:
         found = chain(node, edit, "Clip", "Relu")
         return found if found and "Clip" in (found.outer.op, found.inner.op) else None
 
-    def check(self, match: Chain, edit: Editor) -> str | None:
+    def check(self, match: NodePair, edit: Editor) -> str | None:
         if edit.dtype(match.source) is None:
             return "its element type is not known"
         return None if self._bounds(match, edit) else "a bound is computed, or not a number"
 
-    def rewrite(self, match: Chain, edit: Editor) -> str:
+    def rewrite(self, match: NodePair, edit: Editor) -> str:
         bounds = self._bounds(match, edit)
         assert bounds is not None
         limit(edit, match.outer, match.source, bounds)
         return f"took over the bounds of {match.inner.label}"
 
-    def _bounds(self, match: Chain, edit: Editor) -> Bounds | None:
+    def _bounds(self, match: NodePair, edit: Editor) -> Bounds | None:
         dtype = edit.dtype(match.source)
         inner, outer = bounds_of(match.inner, dtype), bounds_of(match.outer, dtype)
         return inner.then(outer) if inner and outer else None

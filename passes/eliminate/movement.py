@@ -11,7 +11,7 @@ from onnxslim.engine.editor import Editor
 from onnxslim.engine.rewrite import Rule
 from onnxslim.ir.graph import Node
 from onnxslim.passes import predicates
-from onnxslim.passes.eliminate.view import Chain, chain
+from onnxslim.passes.eliminate.view import NodePair, chain
 from onnxslim.passes.predicates import Bypass, Detour
 
 Order: TypeAlias = tuple[int, ...]
@@ -66,19 +66,19 @@ class TransposeBack(Bypass):
         return (node, inner.inputs[0]) if inner and found and _is_identity(found) else None
 
 
-class TransposeChain(Rule[Chain]):
+class TransposeChain(Rule[NodePair]):
     """Transpose(Transpose(x, p), q) = Transpose(x, p[q])."""
 
     name = "transpose-chain"
     ops = frozenset(("Transpose",))
 
-    def pattern(self, node: Node, edit: Editor) -> Chain | None:
+    def pattern(self, node: Node, edit: Editor) -> NodePair | None:
         return chain(node, edit, "Transpose")
 
-    def check(self, match: Chain, edit: Editor) -> str | None:
+    def check(self, match: NodePair, edit: Editor) -> str | None:
         return None if _composed(match.outer, match.inner, edit) else "the number of axes is not known"
 
-    def rewrite(self, match: Chain, edit: Editor) -> str:
+    def rewrite(self, match: NodePair, edit: Editor) -> str:
         match.outer.attrs["perm"] = _composed(match.outer, match.inner, edit)
         edit.set_input(match.outer, 0, match.source)
         return f"took over the order of {match.inner.label}"
@@ -230,7 +230,7 @@ class SplitConcat(Bypass):
 
 
 @dataclass(frozen=True)
-class Window:
+class SliceWindow:
     """What a Slice takes along one axis."""
 
     axis: int
@@ -239,7 +239,7 @@ class Window:
     step: int = 1
 
 
-def cuts(node: Node, edit: Editor) -> tuple[Window, ...] | None:
+def cuts(node: Node, edit: Editor) -> tuple[SliceWindow, ...] | None:
     """What a Slice takes, axes counted from the front; None if that is not known."""
     starts, ends = predicates.ints(node, "starts", 1), predicates.ints(node, "ends", 2)
     if starts is None or ends is None:
@@ -257,7 +257,7 @@ def cuts(node: Node, edit: Editor) -> tuple[Window, ...] | None:
         axis = predicates.positive_axis(axes[place] if axes else place, count)
         if axis is None:
             return None
-        found.append(Window(axis, start, end, steps[place] if steps else 1))
+        found.append(SliceWindow(axis, start, end, steps[place] if steps else 1))
     return tuple(found)
 
 
@@ -276,13 +276,13 @@ class SliceNothing(Bypass):
         return (node, node.inputs[0]) if all(_takes_all(cut, known.get(cut.axis)) for cut in found) else None
 
 
-def _takes_all(cut: Window, size: int | str | None) -> bool:
+def _takes_all(cut: SliceWindow, size: int | str | None) -> bool:
     if not isinstance(size, int):
         return cut.step == 1 and cut.start == 0 and cut.end >= predicates.OPEN_END
     return cut.step == 1 and (cut.start == 0 or cut.start <= -size) and cut.end >= size
 
 
-class SliceChain(Rule[Chain]):
+class SliceChain(Rule[NodePair]):
     """Slice(Slice(x)) is one Slice of all axes.
 
     Axes only one of them cuts are independent of each other. Along an axis both cut, [a, b) of x and then
@@ -293,16 +293,16 @@ class SliceChain(Rule[Chain]):
     ops = frozenset(("Slice",))
     makes = ops
 
-    def pattern(self, node: Node, edit: Editor) -> Chain | None:
+    def pattern(self, node: Node, edit: Editor) -> NodePair | None:
         return chain(node, edit, "Slice")
 
-    def check(self, match: Chain, edit: Editor) -> str | None:
+    def check(self, match: NodePair, edit: Editor) -> str | None:
         inner, outer = cuts(match.inner, edit), cuts(match.outer, edit)
         if inner is None or outer is None:
             return "where they cut is not known"
         return None if joined(inner, outer) else "they cut one axis in steps or from its end"
 
-    def rewrite(self, match: Chain, edit: Editor) -> str:
+    def rewrite(self, match: NodePair, edit: Editor) -> str:
         found = joined(cuts(match.inner, edit) or (), cuts(match.outer, edit) or ())
         name = match.outer.outputs[0].name
         columns = {
@@ -323,7 +323,7 @@ class SliceChain(Rule[Chain]):
         return f"took over the cuts of {match.inner.label}"
 
 
-def joined(inner: tuple[Window, ...], outer: tuple[Window, ...]) -> tuple[Window, ...]:
+def joined(inner: tuple[SliceWindow, ...], outer: tuple[SliceWindow, ...]) -> tuple[SliceWindow, ...]:
     """One list of cuts for both; () if there is none."""
     found = {cut.axis: cut for cut in inner}
     for cut in outer:

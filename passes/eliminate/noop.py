@@ -142,7 +142,7 @@ def widens(narrow: np.dtype[Any], wide: np.dtype[Any]) -> bool:
     return narrow.kind in "iu" and wide.kind in "iu" and bool(np.can_cast(narrow, wide, "safe"))
 
 
-class Single(Bypass):
+class SingleOperand(Bypass):
     """Concat, Sum, Max, Min or Mean of one tensor, and Split into one."""
 
     name = "single"
@@ -354,7 +354,7 @@ RULES = (
     Cast(),
     CastBack(),
     CastCast(),
-    Single(),
+    SingleOperand(),
     Pad(),
     Expand(),
     Tile(),

@@ -44,7 +44,7 @@ def _keeps_every_axis(node: Node, source: Shape) -> bool:
 
 
 @dataclass(frozen=True)
-class Chain:
+class NodePair:
     """Two operators of which the second alone reads what the first makes."""
 
     outer: Node
@@ -55,12 +55,12 @@ class Chain:
         return self.inner.inputs[0]
 
 
-def chain(node: Node, edit: Editor, *ops: str) -> Chain | None:
+def chain(node: Node, edit: Editor, *ops: str) -> NodePair | None:
     """The chain that ends at a node, if the one before is one of these operators."""
     inner = predicates.made_by(node.inputs[0], *ops)
     if inner is None or edit.sole_consumer(node.inputs[0]) is not node:
         return None
-    return Chain(node, inner)
+    return NodePair(node, inner)
 
 
 class ThereAndBack(Bypass):
@@ -95,19 +95,19 @@ def _inverse(outer: Node, inner: Node, edit: Editor) -> bool:
     return first is not None and first == predicates.positive_axes(other, count)
 
 
-class AxesChain(Rule[Chain]):
+class AxesChain(Rule[NodePair]):
     """Squeeze of Squeeze, and Unsqueeze of Unsqueeze, with all axes at once."""
 
     name = "axes-chain"
     ops = frozenset(("Squeeze", "Unsqueeze"))
 
-    def pattern(self, node: Node, edit: Editor) -> Chain | None:
+    def pattern(self, node: Node, edit: Editor) -> NodePair | None:
         return chain(node, edit, node.op) if predicates.given(node, "axes", 1) else None
 
-    def check(self, match: Chain, edit: Editor) -> str | None:
+    def check(self, match: NodePair, edit: Editor) -> str | None:
         return None if self._axes(match, edit) else "the axes are not known"
 
-    def rewrite(self, match: Chain, edit: Editor) -> str:
+    def rewrite(self, match: NodePair, edit: Editor) -> str:
         axes = self._axes(match, edit)
         node, inner = match.outer, match.inner
         if edit.opset < 13:
@@ -117,7 +117,7 @@ class AxesChain(Rule[Chain]):
             edit.replace_node(node, node.op, [match.source, edit.constant(name, np.array(axes, np.int64))])
         return f"took over the axes of {inner.label}"
 
-    def _axes(self, match: Chain, edit: Editor) -> tuple[int, ...]:
+    def _axes(self, match: NodePair, edit: Editor) -> tuple[int, ...]:
         squeeze = match.outer.op == "Squeeze"
         count = predicates.rank(edit.shape(match.source))
         inner, outer = _axes(match.inner, count), None
@@ -142,7 +142,7 @@ def _axes(node: Node, count: int | None) -> tuple[int, ...] | None:
     return predicates.positive_axes(axes, count)
 
 
-class ViewChain(Rule[Chain]):
+class ViewChain(Rule[NodePair]):
     """Two views in a row are one Reshape.
 
     A Reshape after another view reads the original if no 0 in it copies a size from the view. In all other
@@ -154,17 +154,17 @@ class ViewChain(Rule[Chain]):
     ops = MATCHES
     makes = frozenset(("Reshape",))
 
-    def pattern(self, node: Node, edit: Editor) -> Chain | None:
+    def pattern(self, node: Node, edit: Editor) -> NodePair | None:
         return chain(node, edit, *MATCHES)
 
-    def check(self, match: Chain, edit: Editor) -> str | None:
+    def check(self, match: NodePair, edit: Editor) -> str | None:
         middle = viewed(match.inner, edit.shape(match.source), edit)
         if _may_fail(match.inner, edit.shape(match.source)) or _may_fail(match.outer, middle):
             return "it makes sure that an axis has size 1"
         known = _is_free(match.outer) or self._target(match, edit) is not None
         return None if known else "its shape is not known"
 
-    def rewrite(self, match: Chain, edit: Editor) -> str:
+    def rewrite(self, match: NodePair, edit: Editor) -> str:
         target = self._target(match, edit)
         if _is_free(match.outer):
             edit.set_input(match.outer, 0, match.source)
@@ -172,7 +172,7 @@ class ViewChain(Rule[Chain]):
             predicates.reshape(edit, match.outer, match.source, target)
         return f"skipped {match.inner.label}"
 
-    def _target(self, match: Chain, edit: Editor) -> tuple[int, ...] | None:
+    def _target(self, match: NodePair, edit: Editor) -> tuple[int, ...] | None:
         source = edit.shape(match.source)
         middle = viewed(match.inner, source, edit)
         return predicates.reshape_target(source, viewed(match.outer, middle, edit))

@@ -41,7 +41,7 @@ def _limit(node: Node | None) -> Limit | None:
     return None
 
 
-class MinMax(Rule[tuple[Limit, Limit]]):
+class MinMaxToClip(Rule[tuple[Limit, Limit]]):
     """min(max(x, l), h) = Clip(x, l, h), and max(min(x, h), l) likewise where l <= h; Relu is max(x, 0).
 
     Each bound is one number that does not broadcast x to more axes. NaN passes through all of them; a zero
@@ -81,4 +81,4 @@ class MinMax(Rule[tuple[Limit, Limit]]):
         return f"made it a Clip with {inner.node.label}"
 
 
-RULES = (MinMax(),)
+RULES = (MinMaxToClip(),)

@@ -21,7 +21,7 @@ from onnxslim.passes.quantize.choices import Bits, Settings, Variant
 from onnxslim.passes.quantize.dynamic import Dynamic
 from onnxslim.passes.quantize.figures import LayerFigures, QuantizeFigures
 from onnxslim.passes.quantize.fused import kernels
-from onnxslim.passes.quantize.goal import Goal
+from onnxslim.passes.quantize.goal import FidelityGoal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
 from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Search, Sensitivity
 from onnxslim.passes.quantize.static import Static
@@ -195,7 +195,7 @@ class Quantize(Pass):
         # What runs in integers may saturate where what it was trained with did not.
         judge = Judge(original, held, ctx.target, optimize="none" if trained else "all", clear=CLEAR)
         search = Search(judge)
-        goal = Goal(self.require_sqnr, self.max_drop, original, ctx)
+        goal = FidelityGoal(self.require_sqnr, self.max_drop, original, ctx)
         trial, figures = self._search(search, build, goal, log)
         if share > FEW or (share and trial.score.sqnr < ENOUGH):
             trial = search.complete(trial, held, goal)
@@ -214,7 +214,9 @@ class Quantize(Pass):
         )
         return self._way(settings, target.layout)
 
-    def _search(self, search: Search, build: Builder, goal: Goal, log: Log) -> tuple[Trial, QuantizeFigures]:
+    def _search(
+        self, search: Search, build: Builder, goal: FidelityGoal, log: Log
+    ) -> tuple[Trial, QuantizeFigures]:
         """The candidate to take, and what was measured until it was found."""
         if not self._way.calibrated:
             trial = search.attempt(Variant(), build)
@@ -243,7 +245,7 @@ class Quantize(Pass):
         return chosen or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH)
 
     def _without_worst(
-        self, search: Search, trial: Trial, fitted: Trial, goal: Goal
+        self, search: Search, trial: Trial, fitted: Trial, goal: FidelityGoal
     ) -> tuple[Trial, tuple[LayerFigures, ...]]:
         """The candidate with the fewest layers out of integers that keeps enough, and what each layer does.
 
@@ -264,7 +266,7 @@ class Quantize(Pass):
         return best, tuple(_row(layer, best) for layer in layers)
 
     @staticmethod
-    def _told(figures: QuantizeFigures, trial: Trial, search: Search, goal: Goal) -> QuantizeFigures:
+    def _told(figures: QuantizeFigures, trial: Trial, search: Search, goal: FidelityGoal) -> QuantizeFigures:
         """The same with those of the candidate that was taken."""
         made = trial.candidate
         return replace(

@@ -18,7 +18,7 @@ from onnxslim.ir.model import Model
 from onnxslim.ops import view_of
 from onnxslim.passes.quantize.choices import ObserverChoice, Variant
 from onnxslim.passes.quantize.plan import Plan, exceeds
-from onnxslim.passes.quantize.trained import Known, Trained
+from onnxslim.passes.quantize.trained import KnownGrid, Trained
 
 Group: TypeAlias = tuple[str, ...]
 
@@ -106,7 +106,7 @@ class Calibration:
                 plan.scales[key] = plan.own[key]
         return {key: of(plan.scales[key]) for key in plan.tensors}
 
-    def grids(self, plan: Plan, trained: Trained) -> dict[int, Known]:
+    def grids(self, plan: Plan, trained: Trained) -> dict[int, KnownGrid]:
         """Scales and zero points that are known already: of a tensor, or of one that shares its scale."""
         seen = self.seen.histograms
         own = {

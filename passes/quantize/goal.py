@@ -16,7 +16,7 @@ SQNR = 25.0
 STEP = 1.0
 
 
-class Goal:
+class FidelityGoal:
     """Least fidelity of the outputs, and the most that the caller's metric may drop.
 
     Args:

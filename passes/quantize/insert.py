@@ -17,7 +17,7 @@ from onnxslim.ops import Role, Trait, has, spec_of, view_of
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.quantize import weights
 from onnxslim.passes.quantize.plan import Plan, is_movable
-from onnxslim.passes.quantize.trained import Known
+from onnxslim.passes.quantize.trained import KnownGrid
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Inserter:
         self._new: list[Node] = []
         self._replaced: set[int] = set()
         self._means: Mapping[int, Array] = {}
-        self._known: Mapping[int, Known] = {}
+        self._known: Mapping[int, KnownGrid] = {}
         self._tops: dict[int, int] = {}
         self.tightened: dict[str, int] = {}
         self.corrected = 0
@@ -72,7 +72,7 @@ class Inserter:
         ranges: Mapping[int, Range],
         per_channel: bool,
         means: Mapping[int, Array] | None = None,
-        known: Mapping[int, Known] | None = None,
+        known: Mapping[int, KnownGrid] | None = None,
         stored: Collection[str] = (),
         *,
         activations_only: bool = False,

@@ -20,7 +20,7 @@ from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Constant, Node
 from onnxslim.passes.quantize.build import Builder
 from onnxslim.passes.quantize.choices import ObserverChoice, Variant
-from onnxslim.passes.quantize.goal import Goal
+from onnxslim.passes.quantize.goal import FidelityGoal
 from onnxslim.passes.quantize.trial import Trial
 
 OBSERVERS: tuple[ObserverChoice, ...] = (
@@ -112,7 +112,7 @@ class Search:
             log.add(done.done())
         return best
 
-    def complete(self, trial: Trial, held: CalibrationData, goal: Goal) -> Trial:
+    def complete(self, trial: Trial, held: CalibrationData, goal: FidelityGoal) -> Trial:
         """The same with ranges that the data held out so far has a part in, too, if that does no harm."""
         trial.build.absorb(held)
         completed = self.attempt(trial.variant, trial.build)
@@ -192,7 +192,9 @@ class Search:
         quickest = min(range(len(trials)), key=lambda index: times[index])
         return trials[quickest] if times[quickest] < FASTER * times[0] else trial
 
-    def keep(self, trial: Trial, layers: Sequence[Sensitivity], goal: Goal, gain: float = 0.0) -> Trial:
+    def keep(
+        self, trial: Trial, layers: Sequence[Sensitivity], goal: FidelityGoal, gain: float = 0.0
+    ) -> Trial:
         """The candidate with the fewest multiply-accumulates kept out of integers that reaches a goal.
 
         Layers are taken in the order of noise per cost. How many is predicted from the sum of what each does,
@@ -225,7 +227,7 @@ class Search:
                 count = lacking + _needed(order[lacking:], found.score.noise, goal.missing(found))
         return self._spared(best, goal) if goal.met(best) else best
 
-    def _spared(self, trial: Trial, goal: Goal) -> Trial:
+    def _spared(self, trial: Trial, goal: FidelityGoal) -> Trial:
         """The same with the largest of the kept layers back in integers, where the goal allows it."""
         best = trial
         build = trial.build

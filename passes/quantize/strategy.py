@@ -24,7 +24,7 @@ from onnxslim.passes.quantize.figures import QuantizeFigures
 from onnxslim.passes.quantize.insert import Inserter
 from onnxslim.passes.quantize.plan import Plan
 from onnxslim.passes.quantize.storing import Blocks, Storage
-from onnxslim.passes.quantize.trained import Known
+from onnxslim.passes.quantize.trained import KnownGrid
 from onnxslim.passes.quantize.weights import QMAX, Encoded
 
 
@@ -50,7 +50,7 @@ class Draft:
     coder: WeightCoder
     ranges: Mapping[int, Range]
     means: Mapping[int, Array]
-    grids: Mapping[int, Known]
+    grids: Mapping[int, KnownGrid]
     dequantized: Collection[str]
     log: Log
 

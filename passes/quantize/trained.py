@@ -71,7 +71,7 @@ class Grid:
         return np.asarray((codes.astype(np.int32) - zero.astype(np.int32)) * scale, np.float32)
 
 
-class Known(NamedTuple):
+class KnownGrid(NamedTuple):
     """Scale and zero point of a tensor in the target's type, and the largest code it is likely to get."""
 
     scale: np.float32
@@ -124,7 +124,7 @@ class Trained:
         fits = limit == QMAX or int(np.abs(found.codes).max(initial=0)) <= limit
         return found if along and fits else None
 
-    def known(self, tensor: Tensor, rules: IntegerLayout, seen: Histogram | None) -> Known | None:
+    def known(self, tensor: Tensor, rules: IntegerLayout, seen: Histogram | None) -> KnownGrid | None:
         """Scale and zero point of a tensor in the target's type; None where it has none, or cannot have them.
 
         What is never negative does without the negative half of int8, so that a Relu disappears in the range
@@ -142,7 +142,7 @@ class Trained:
         if rules.symmetric and zero:
             return None
         top = math.inf if seen is None else MARGIN * seen.high / float(scale) + zero
-        return Known(scale, zero, int(min(top, np.iinfo(rules.activation).max)))
+        return KnownGrid(scale, zero, int(min(top, np.iinfo(rules.activation).max)))
 
     def restore(self, model: Model, taken: Collection[str]) -> None:
         """Put back Q/DQ of all tensors but some, and DQ of constants that are still read."""

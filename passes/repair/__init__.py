@@ -31,8 +31,8 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops.channels.cut import Kept
 from onnxslim.ops.layers import Floats, Positions, values_at
-from onnxslim.passes.repair.activation import Chain, Table, behind, tabulated
-from onnxslim.passes.repair.descent import Rows, refined
+from onnxslim.passes.repair.activation import ElementwiseChain, Table, behind, tabulated
+from onnxslim.passes.repair.descent import Rows, gradient_refine
 from onnxslim.passes.repair.jobs import Job
 from onnxslim.passes.repair.plan import schedule, unchanged
 from onnxslim.passes.repair.solve import Fit, Method, fit
@@ -267,7 +267,9 @@ class _Repair:
         function = self._function(job, sums) if whole else None
         if function is not None:
             fitted_on, checked_on = sums.rows
-            found = refined(found, (train, fitted_on), (held, checked_on), function, bias=job.takes_bias)
+            found = gradient_refine(
+                found, (train, fitted_on), (held, checked_on), function, bias=job.takes_bias
+            )
         if not found.after < found.before:
             return "other weights are no better on the samples held out"
         return found
@@ -304,7 +306,7 @@ def _goals(jobs: Sequence[Job]) -> Iterator[str]:
     yield from dict.fromkeys(job.goal.tensor for job in jobs)
 
 
-def _chains(graph: ir.Graph, goals: Collection[str]) -> dict[str, Chain]:
+def _chains(graph: ir.Graph, goals: Collection[str]) -> dict[str, ElementwiseChain]:
     """By name of a tensor, the activation behind it if there is one."""
     made = {tensor.name: tensor for node in graph.nodes for tensor in node.outputs}
     found = {name: behind(graph, made[name]) for name in goals}

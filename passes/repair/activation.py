@@ -24,7 +24,7 @@ _LONGEST = 10
 
 
 @dataclass(frozen=True)
-class Chain:
+class ElementwiseChain:
     """Nodes that compute one tensor from another, each element from the element in its place.
 
     Attributes:
@@ -37,7 +37,7 @@ class Chain:
     end: Variable
 
 
-def behind(graph: Graph, start: Variable) -> Chain | None:
+def behind(graph: Graph, start: Variable) -> ElementwiseChain | None:
     """The longest chain that everything which reads a tensor sees it through; None if there is none."""
     fixed, inner = ir.protected(graph), {id(node) for node in graph.nodes}
     made, nodes, best = [start], list[Node](), None
@@ -51,7 +51,7 @@ def behind(graph: Graph, start: Variable) -> Chain | None:
         taken.add(id(follow))
         seen = [each for each in made if id(each) in fixed or any(id(r) not in taken for r in each.outputs)]
         if len(seen) == 1 and seen[0] is not start:
-            best = Chain(tuple(nodes), start, seen[0])
+            best = ElementwiseChain(tuple(nodes), start, seen[0])
     return best
 
 
@@ -109,7 +109,7 @@ class Table:
         return float(np.abs(self.slopes).max())
 
 
-def tabulated(model: Model, chain: Chain, least: float, most: float) -> Table | None:
+def tabulated(model: Model, chain: ElementwiseChain, least: float, most: float) -> Table | None:
     """The function of a chain over a range and as much again on both sides.
 
     None if it is a straight line there, or cannot be computed.

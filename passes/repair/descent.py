@@ -61,7 +61,7 @@ class _Change:
         return _Change(weight, self.shift + share * (self.shift - other.shift))
 
 
-def refined(
+def gradient_refine(
     linear: Fit,
     train: tuple[Gram, Sequence[Rows]],
     held: tuple[Gram, Sequence[Rows]],

@@ -36,7 +36,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Goal:
+class RefitGoal:
     """A tensor to bring close to the teacher's: target = scale * (W x) + shift + other.
 
     Attributes:
@@ -65,7 +65,7 @@ class Job(ABC):
     """
 
     node: Node
-    goal: Goal
+    goal: RefitGoal
     axis: int
 
     @property
@@ -120,7 +120,7 @@ class Linear(Job):
     """A layer with weights, and what follows it up to the goal."""
 
     layer: Layer
-    goal: Goal
+    goal: RefitGoal
 
     def __post_init__(self) -> None:
         self.node = self.layer.node
@@ -195,7 +195,7 @@ class Affine(Job):
     """
 
     node: Node
-    goal: Goal
+    goal: RefitGoal
     axis: int
     scale: tuple[Node, int] | None
     peeked: tuple[Node, ...]
@@ -250,7 +250,7 @@ def put(graph: Graph, node: Node, index: int, values: Array) -> None:
     node.inputs[index] = made
 
 
-def goals(layer: Layer, graph: Graph) -> Iterator[Goal]:
+def goals(layer: Layer, graph: Graph) -> Iterator[RefitGoal]:
     """The tensors a layer can be refitted for, from its own output to the sum behind it."""
     goal = _own_goal(layer)
     if goal is None:
@@ -283,16 +283,16 @@ def _is_rounded(reader: Node, tensor: Variable, fixed: Collection[int]) -> bool:
     return constant_of(reader.input(1)) is not None and codes.outputs[0].inputs[0] is codes
 
 
-def _own_goal(layer: Layer) -> Goal | None:
+def _own_goal(layer: Layer) -> RefitGoal | None:
     ones, bias = np.ones(layer.groups * layer.outputs), layer.bias()
     if bias is None:
         return None
     scale = 1.0 if layer.node.input(2) is None else layer.bias_scale
     slot = Slot(layer.node, 2, ones * scale) if layer.takes_bias else None
-    return Goal(layer.node.outputs[0].name, ones, bias, slot)
+    return RefitGoal(layer.node.outputs[0].name, ones, bias, slot)
 
 
-def _followed(goal: Goal, reader: Node, tensor: Variable, axis: int) -> Goal | None:
+def _followed(goal: RefitGoal, reader: Node, tensor: Variable, axis: int) -> RefitGoal | None:
     """The goal behind the next node; None if that is more than a scale, a shift or a sum."""
     size, name = goal.scale.size, reader.outputs[0].name if reader.outputs else ""
     nodes = (*goal.nodes, reader)
@@ -310,12 +310,12 @@ def _followed(goal: Goal, reader: Node, tensor: Variable, axis: int) -> Goal | N
         return None
     if reader.op == "Mul":
         slot = goal.slot and replace(goal.slot, factor=goal.slot.factor * values)
-        return Goal(name, goal.scale * values, goal.shift * values, slot, nodes=nodes)
+        return RefitGoal(name, goal.scale * values, goal.shift * values, slot, nodes=nodes)
     slot = Slot(reader, index, np.ones(size)) if constant.size == size else goal.slot
-    return Goal(name, goal.scale, goal.shift + values, slot, nodes=nodes)
+    return RefitGoal(name, goal.scale, goal.shift + values, slot, nodes=nodes)
 
 
-def _normalized(goal: Goal, node: Node, tensor: Variable, axis: int) -> Goal | None:
+def _normalized(goal: RefitGoal, node: Node, tensor: Variable, axis: int) -> RefitGoal | None:
     """Behind a BatchNormalization, whose bias then takes the shift."""
     inference = len([each for each in node.outputs if each.name]) == 1 and not node.attrs.get(
         "training_mode", 0
@@ -330,7 +330,7 @@ def _normalized(goal: Goal, node: Node, tensor: Variable, axis: int) -> Goal | N
     gain = gamma / np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
     slot = Slot(node, 2, np.ones(gain.size))
     shift = (goal.shift - mean) * gain + beta
-    return Goal(node.outputs[0].name, goal.scale * gain, shift, slot, nodes=(*goal.nodes, node))
+    return RefitGoal(node.outputs[0].name, goal.scale * gain, shift, slot, nodes=(*goal.nodes, node))
 
 
 def _grouped(values: Doubles, like: Floats) -> Floats:

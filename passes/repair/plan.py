@@ -14,7 +14,7 @@ from onnxslim.ir.graph import Constant, Graph, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model, constant_of
 from onnxslim.ops import layer_of, spec_of
 from onnxslim.ops.layers import Layer, per_channel
-from onnxslim.passes.repair.jobs import Affine, Goal, Job, Linear, Slot, goals
+from onnxslim.passes.repair.jobs import Affine, Job, Linear, RefitGoal, Slot, goals
 
 MATCHES = ("Add", "Mul")
 # Shifts beyond this are attention masks.
@@ -26,7 +26,7 @@ class Refit:
     """A layer that may be refitted, and its goals, nearest first."""
 
     layer: Layer
-    goals: tuple[Goal, ...]
+    goals: tuple[RefitGoal, ...]
 
 
 def schedule(
@@ -119,7 +119,7 @@ def _linear(
     return found, taken
 
 
-def _hindrance(layer: Layer, steps: Sequence[Goal], known: set[str]) -> str | None:
+def _hindrance(layer: Layer, steps: Sequence[RefitGoal], known: set[str]) -> str | None:
     """Why a layer cannot be refitted."""
     weight = layer.node.inputs[1]
     readers = [node for node in weight.outputs if node is not layer.node]
@@ -179,7 +179,7 @@ def _normalization(node: Node, axis: int) -> Affine | None:
     if bias is not None and bias.shape != scale.shape:
         return None
     slot = Slot(node, 2, np.ones(scale.size)) if bias is not None else None
-    goal = Goal(node.outputs[0].name, np.ones(scale.size), np.zeros(scale.size), slot)
+    goal = RefitGoal(node.outputs[0].name, np.ones(scale.size), np.zeros(scale.size), slot)
     return Affine(node, goal, axis, (node, 1), (node,))
 
 
@@ -191,14 +191,14 @@ def _elementwise(node: Node) -> Affine | None:
     index, axis, size = found
     ones, zeros, out = np.ones(size), np.zeros(size), node.outputs[0]
     if node.op == "Add":
-        return Affine(node, Goal(out.name, ones, zeros, Slot(node, index, ones)), axis, None, (node,))
+        return Affine(node, RefitGoal(out.name, ones, zeros, Slot(node, index, ones)), axis, None, (node,))
     after = out.outputs[0] if len(out.outputs) == 1 else None
     if after is not None and after.op == "Add" and (behind := _vector(after)) is not None:
         position, *rest = behind
         if rest == [axis, size]:
-            goal = Goal(after.outputs[0].name, ones, zeros, Slot(after, position, ones))
+            goal = RefitGoal(after.outputs[0].name, ones, zeros, Slot(after, position, ones))
             return Affine(node, goal, axis, (node, index), (node, after))
-    return Affine(node, Goal(out.name, ones, zeros, None), axis, (node, index), (node,))
+    return Affine(node, RefitGoal(out.name, ones, zeros, None), axis, (node, index), (node,))
 
 
 def _vector(node: Node) -> tuple[int, int, int] | None:
@@ -250,7 +250,7 @@ def _site(each: Refit | Affine) -> Node:
     return each.layer.node if isinstance(each, Refit) else each.node
 
 
-def _reachable(steps: Sequence[Goal], masks: Mapping[str, int], ready: int) -> Goal:
+def _reachable(steps: Sequence[RefitGoal], masks: Mapping[str, int], ready: int) -> RefitGoal:
     """The farthest goal for which everything needed has been refitted."""
     for goal in reversed(steps):
         if goal.other is None or not masks.get(goal.other, 0) & ~ready:

@@ -19,7 +19,7 @@ from onnxslim.ops import REGISTRY, OpSpec
 from onnxslim.passes import predicates
 from onnxslim.passes.eliminate import RULES, Eliminate
 from onnxslim.passes.eliminate.arithmetic import Bounds
-from onnxslim.passes.eliminate.movement import Window, joined
+from onnxslim.passes.eliminate.movement import SliceWindow, joined
 from onnxslim.passes.eliminate.noop import widens
 from onnxslim.passes.eliminate.view import viewed
 from onnxslim.passes.fuse import RULES as FUSE_RULES
@@ -254,7 +254,7 @@ def _view(data: st.DataObject, kind: int, shape: tuple[int, ...]) -> tuple[str, 
 def test_slices_of_slices(data: st.DataObject) -> None:
     """[a, b) and then [c, d) of an axis of any size, in range or not."""
     numbers = st.one_of(st.integers(0, 12), st.just(2**63 - 1))
-    first, second = (Window(0, data.draw(numbers), data.draw(numbers)) for _ in range(2))
+    first, second = (SliceWindow(0, data.draw(numbers), data.draw(numbers)) for _ in range(2))
     (both,) = joined((first,), (second,))
     for size in range(10):
         whole = np.arange(size)

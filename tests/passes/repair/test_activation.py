@@ -14,7 +14,7 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.passes.repair import repair
 from onnxslim.passes.repair.activation import Table, behind, tabulated
-from onnxslim.passes.repair.descent import Rows, refined
+from onnxslim.passes.repair.descent import Rows, gradient_refine
 from onnxslim.passes.repair.solve import fit
 from onnxslim.runtime.session import Session
 from tests.helpers import normal, parse, replaced
@@ -113,7 +113,7 @@ def test_behind_a_straight_line_the_fit_is_the_ridge_regression(
     assume(linear.weight is not None and abs(slope) > 0.1)
     at = np.linspace(-50, 50, 101, dtype=np.float32)
     line = Table.of(at, np.float32(slope) * at)
-    found = refined(linear, (moments[0], [parts[0]]), (moments[1], [parts[1]]), line, bias=bias)
+    found = gradient_refine(linear, (moments[0], [parts[0]]), (moments[1], [parts[1]]), line, bias=bias)
     assert found.weight is not None
     assert linear.weight is not None
     np.testing.assert_allclose(found.weight, linear.weight, atol=1e-3)
@@ -130,7 +130,7 @@ def test_no_step_is_kept_that_samples_held_out_do_not_want(
     assume(linear.weight is not None)
     at = np.linspace(-20, 20, 4001, dtype=np.float32)
     relu = Table.of(at, np.maximum(at, 0))
-    found = refined(linear, (moments[0], [parts[0]]), (moments[1], [parts[1]]), relu, bias=bias)
+    found = gradient_refine(linear, (moments[0], [parts[0]]), (moments[1], [parts[1]]), relu, bias=bias)
     wanted, present = (np.maximum(each, 0) for each in parts[1][1:])
     assert found.before == pytest.approx(np.square(wanted - present).sum(axis=(0, 1)).mean(), rel=1e-3)
     assert found.after <= found.before
