@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import FAILED, Judge
 from onnxslim.calibration.noise import decibels_of
+from onnxslim.engine.allocate import fewest, settled
 from onnxslim.engine.base import Log
 from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Constant, Node
@@ -210,34 +211,38 @@ class Search:
             The best candidate tried where none reaches it.
         """
         order = sorted(layers, key=lambda layer: -layer.noise / (1.0 + layer.cost))
-        best, lacking, enough = trial, 0, len(order) + 1
-        count = _needed(order, trial.score.noise, goal.missing(trial))
-        while enough - lacking > 1:
-            labels = [layer.node for layer in order[:count]]
-            found = self.attempt(trial.build.strategy.without(trial.variant, labels, REASON), trial.build)
-            if not goal.met(found) and goal.missing(found) <= gain:
-                found = self.fitted(found)
-            if goal.met(found):
-                best, enough = found, count
-            else:
-                lacking = count
-                best = max(best, found, key=lambda each: each.score.sqnr) if enough > len(order) else best
-            count = (lacking + enough) // 2
-            if enough > len(order):
-                count = lacking + _needed(order[lacking:], found.score.noise, goal.missing(found))
-        return self._spared(best, goal) if goal.met(best) else best
+        best, last, reached = trial, trial, False
+
+        def enough(count: int) -> bool:
+            nonlocal best, last, reached
+            held = [layer.node for layer in order[:count]]
+            last = self.attempt(trial.build.strategy.without(trial.variant, held, REASON), trial.build)
+            if not goal.met(last) and goal.missing(last) <= gain:
+                last = self.fitted(last)
+            met = goal.met(last)
+            if met or (not reached and last.score.sqnr > best.score.sqnr):
+                best = last
+            reached = reached or met
+            return met
+
+        def guess(lacking: int) -> int:
+            return lacking + _needed(order[lacking:], last.score.noise, goal.missing(last))
+
+        fewest(enough, len(order), guess)
+        return self._spared(best, goal)
 
     def _spared(self, trial: Trial, goal: FidelityGoal) -> Trial:
         """The same with the largest of the kept layers back in integers, where the goal allows it."""
-        best = trial
         build = trial.build
+        held_back, without = build.strategy.held_back, build.strategy.without
         sizes = {node.label: _size(node) for node in build.model.graph.nodes if len(node.inputs) > 1}
-        kept = build.strategy.held_back(trial.variant)
-        for label in sorted(kept, key=lambda each: -sizes.get(each, 0))[:SPARED]:
-            left = [each for each in build.strategy.held_back(best.variant) if each != label]
-            found = self.attempt(build.strategy.without(best.variant, left, REASON), build)
-            best = found if goal.met(found) else best
-        return best
+        largest = sorted(held_back(trial.variant), key=lambda each: -sizes.get(each, 0))[:SPARED]
+
+        def back(found: Trial, label: str) -> Trial:
+            left = [each for each in held_back(found.variant) if each != label]
+            return self.attempt(without(found.variant, left, REASON), build)
+
+        return settled(trial, goal.met, lambda _: largest, back)
 
 
 def _size(node: Node) -> int:
