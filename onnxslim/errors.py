@@ -33,6 +33,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{meant}'?" if meant else f"known are: {shown or 'none'}"
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of another package says, on one line and whole: the reason often stands at its end."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class OnnxSlimError(Exception):
     """Base of every error raised on purpose; its text is one line for the user.
 

@@ -92,13 +92,18 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> Array | None:
         back = cast.astype(np.float64)
     if not np.isfinite(back).all():
         return None
-    allowed = float(_limits(dtype).eps) * float(np.abs(values).max(initial=0.0))
+    allowed = spacing(dtype) * float(np.abs(values).max(initial=0.0))
     return cast if float(np.abs(back - values).max(initial=0.0)) <= allowed else None
 
 
 def largest(dtype: np.dtype[Any]) -> float:
     """The largest finite number of a floating-point type."""
     return float(_limits(dtype).max)
+
+
+def spacing(dtype: np.dtype[Any]) -> float:
+    """The distance from 1 to the next number of a floating-point type."""
+    return float(_limits(dtype).eps)
 
 
 def _limits(dtype: np.dtype[Any]) -> Any:

@@ -12,13 +12,13 @@ import onnx.checker
 import onnx.shape_inference
 
 from onnxslim.engine.base import InterfacePart
-from onnxslim.errors import LoadError, OnnxSlimError
+from onnxslim.errors import LoadError, OnnxSlimError, one_line
 from onnxslim.ir import proto
 from onnxslim.ir.graph import MASK_MAGNITUDE, Array, Constant, Node
 from onnxslim.ir.model import Model
 from onnxslim.ops import Trait, has, spec_of
 from onnxslim.ops.spec import sizes as spec_sizes
-from onnxslim.runtime.probe import Feeds, probes
+from onnxslim.runtime.probe import Feeds, Run, probes
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from onnxslim.shapes import cost
@@ -67,17 +67,38 @@ class Checker:
         self.notes: list[str] = [] if notes is None else notes
         self._wellformed = self._noted("the input fails onnx.checker", lambda: wellformed(model))
         session = self._noted("the input does not run", lambda: _affordable(model, target))
-        runs = probes(model, session, samples) if session else []
-        self.feeds: list[Feeds] = [run.feeds for run in runs]
-        if session and not self.feeds:
-            self.notes.append(
-                "no inputs could be made up on which the model runs; pass data to compare outputs"
-            )
+        self._samples = samples
         self._runs = session is not None
-        self._expected = [run.outputs for run in runs]
+        self._take(probes(model, session, samples) if session else [])
         # Where no operator draws numbers or runs graphs, that is looked up only if a result differs.
         pure = all(spec_of(node).pure for node in model.nodes()) and not model.shell.functions
         self._random = None if pure else self._unstable(session) if session else set()
+
+    def _take(self, runs: Sequence[Run]) -> None:
+        """Compare on these inputs from here on."""
+        self.feeds: list[Feeds] = [run.feeds for run in runs]
+        self._expected = [run.outputs for run in runs]
+        if self._runs and not runs:
+            self.notes.append(
+                "no inputs could be made up on which the model runs; pass data to compare outputs"
+            )
+
+    def _retreat(self) -> bool:
+        """Compare on inputs that the original takes as it is written; False if it does already.
+
+        ONNX Runtime's optimizations make some models run on more: of a Reshape to [1, Shape(x)[1], 8] they
+        make one to [1, -1, 8], which takes any batch. No rewrite has to keep that.
+        """
+        try:
+            session = Session(self._model, self._target, optimize="none", once=True)
+        except LoadError:
+            return False
+        runs = probes(self._model, session, self._samples)
+        if not runs or [_shapes(run.feeds) for run in runs] == [_shapes(feeds) for feeds in self.feeds]:
+            return False
+        self._take(runs)
+        self.accept(self._model)
+        return True
 
     def accept(self, model: Model) -> None:
         """Take a model that lossily differs from the original for what later lossless steps have to keep."""
@@ -128,6 +149,14 @@ class Checker:
             self._require_wellformed(model)
         if not self._runs:
             return
+        try:
+            self._compare(model, lossless, changing)
+        except LoadError:
+            if not self._retreat():
+                raise
+            self._compare(model, lossless, changing)
+
+    def _compare(self, model: Model, lossless: bool, changing: Collection[InterfacePart]) -> None:
         session = Session(model, self._target, once=True)
         for feeds, expected in zip(self.feeds, self._expected, strict=True):
             if {"inputs", "types"} & set(changing):
@@ -188,6 +217,10 @@ class Checker:
             if problem and not self._is_random(name):
                 return f"output '{name}' {problem}"
         return ""
+
+
+def _shapes(feeds: Feeds) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in feeds.items()}
 
 
 def _affordable(model: Model, target: Target) -> Session:
@@ -259,7 +292,7 @@ def wellformed(model: Model, *, declared: bool = True) -> None:
     except OnnxSlimError:
         raise
     except Exception as error:  # the checker raises several unrelated types
-        raise LoadError(f"onnx.checker: {' '.join(str(error).split())[:300]}") from error
+        raise LoadError(f"onnx.checker: {one_line(error)}") from error
 
 
 def _without_weights(model: Model) -> onnx.ModelProto:
@@ -408,12 +441,15 @@ def relative_difference(
         optimize: ONNX Runtime's own optimizations of the second; the first runs as it is written.
 
     Returns:
-        None if no inputs are found on which the first runs.
+        None if the first does not run at all, or no inputs are found on which it does.
 
     Raises:
-        LoadError: ONNX Runtime refuses one of them.
+        LoadError: ONNX Runtime refuses the second.
     """
-    session = Session(first, target, optimize="none", once=True)
+    try:
+        session = Session(first, target, optimize="none", once=True)
+    except LoadError:
+        return None
     other = Session(second, target, optimize=optimize, once=True)
     worst: float | None = None
     for run in probes(first, session, samples):
@@ -428,9 +464,10 @@ def _relative(expected: Array, actual: Array) -> float:
         return 0.0
     if expected.shape != actual.shape:
         return float("inf")
+    expected, actual = expected.astype(np.float64), actual.astype(np.float64)
     usable = np.isfinite(expected) & (np.abs(expected) < MASK_MAGNITUDE)
     if not np.isfinite(actual[usable]).all():
         return float("inf")
-    difference = np.abs(expected[usable].astype(np.float64) - actual[usable].astype(np.float64))
-    scale = np.abs(expected[usable].astype(np.float64)).max(initial=0.0)
+    difference = np.abs(expected[usable] - actual[usable])
+    scale = np.abs(expected[usable]).max(initial=0.0)
     return float(difference.max(initial=0.0) / (scale or 1.0))

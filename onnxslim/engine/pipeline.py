@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from traceback import walk_tb
 from typing import Any, Literal
 
 from onnxslim.engine.base import Changes, Context, Log, Pass, Progress, Shapes
@@ -241,8 +242,23 @@ def _run(each: Pass, model: Model, ctx: Context) -> Changes:
     except (OnnxSlimError, OSError, MemoryError):  # the caller's and the machine's, not the pass's
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise PassError(f"pass '{each.name}' failed with {reason}", pass_name=each.name) from error
+        raise PassError(
+            f"pass '{each.name}' failed: it met something it was not made for, at {_place(each, error)}; "
+            "please report this with the model",
+            pass_name=each.name,
+        ) from error
+
+
+def _place(each: Pass, error: Exception) -> str:
+    """Module and line of the innermost code of the pass, or of this package, that an error came through.
+
+    What Python or NumPy say of it (an index, shapes that do not match) means nothing to who uses the pass;
+    the error itself stays the cause of the one that is raised.
+    """
+    ours = {__name__.partition(".")[0], type(each).__module__.partition(".")[0]}
+    frames = ((frame.f_globals.get("__name__", ""), line) for frame, line in walk_tb(error.__traceback__))
+    *_, (module, line) = (found for found in frames if found[0].partition(".")[0] in ours)
+    return f"{module}:{line}"
 
 
 def _prepared(each: Pass, model: Model, ctx: Context) -> tuple[Model, Changes]:

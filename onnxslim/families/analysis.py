@@ -8,6 +8,7 @@ can be told.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -27,6 +28,8 @@ from onnxslim.ir.model import Model
 from onnxslim.ops import spec_of
 from onnxslim.ops.channels.labels import PINNED, Block, Contraction, Labels, Shape, Trace, Tracer
 from onnxslim.runtime.probe import FREE_SIZES
+
+MATCHES = ("Reshape",)
 
 # Sizes for a free batch axis while tracing: the first that the model has nowhere else.
 BATCHES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
@@ -179,9 +182,9 @@ def sized(model: Model, given: Mapping[str, Shape]) -> dict[str, Shape]:
     """Shapes of the tensors of the main graph that are certain, at the first sizes that tell all."""
     best: dict[str, Shape] = {}
     wanted = sum(1 for node in model.graph.nodes for tensor in node.outputs if tensor.name)
-    for fixed in (_without_batch(model, given), given):
+    for fixed, batch in _ways(model, given):
         for size, uneven in product(FREE_SIZES, (True, False)):
-            found = _deduced(model, fixed, size, uneven)
+            found = _deduced(model, fixed, batch, size, uneven)
             if len(found) > len(best):
                 best = found
             if len(found) >= wanted + len(model.graph.inputs):
@@ -189,6 +192,23 @@ def sized(model: Model, given: Mapping[str, Shape]) -> dict[str, Shape]:
             if not _is_free(model, given):
                 break
     return best
+
+
+def _ways(
+    model: Model, given: Mapping[str, Shape]
+) -> Iterator[tuple[Mapping[str, tuple[int | None, ...]], int]]:
+    """Shapes to give inputs, and a size for a free batch that they leave open, best ones first.
+
+    A batch that nothing else measures tells most. But exporters that specialise a model leave its batch free
+    in the interface alone, and write a batch of one, or that of their data, into its Reshapes.
+    """
+    unusual = _size_of_batch(model)
+    without = _without_batch(model, given)
+    yield without, unusual
+    if without is not given:
+        yield given, unusual
+    if any(each.shape and not isinstance(each.shape[0], int) for each in model.graph.inputs):
+        yield without, 1
 
 
 def _without_batch(model: Model, given: Mapping[str, Shape]) -> Mapping[str, tuple[int | None, ...]]:
@@ -222,11 +242,10 @@ def _size_of_batch(model: Model) -> int:
 
 
 def _deduced(
-    model: Model, given: Mapping[str, tuple[int | None, ...]], size: int, uneven: bool
+    model: Model, given: Mapping[str, tuple[int | None, ...]], size_of_batch: int, size: int, uneven: bool
 ) -> dict[str, Shape]:
     sized = model.copy()
     free: dict[object, int] = {}
-    size_of_batch = _size_of_batch(sized)
     batch = {tensor.shape[0] for tensor in sized.graph.inputs if tensor.shape} - {None}
     for tensor in sized.graph.inputs:
         tensor.shape = given.get(tensor.name, tensor.shape)
@@ -250,7 +269,22 @@ def _deduced(
         shape = fact.shape if fact is not None else None
         if shape is not None and all(isinstance(dim, int) for dim in shape):
             found[tensor.name] = tuple(dim for dim in shape if isinstance(dim, int))
+    for name in _contradictions(sized, found):
+        del found[name]
     return found
+
+
+def _contradictions(model: Model, found: Mapping[str, Shape]) -> list[str]:
+    """Names of what a Reshape is to make of more, or fewer, elements than there are at these sizes."""
+    shape = shapes_of(found)
+    pairs = ((node.inputs[0], node.outputs[0]) for node in model.graph.nodes if node.op == "Reshape")
+    return [
+        after.name
+        for before, after in pairs
+        if (read := shape(before)) is not None
+        and (made := shape(after)) is not None
+        and math.prod(read) != math.prod(made)
+    ]
 
 
 @dataclass(frozen=True)

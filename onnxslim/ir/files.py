@@ -22,7 +22,7 @@ import onnx.onnx_cpp2py_export.checker as native
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxslim.errors import LoadError, SaveError
+from onnxslim.errors import LoadError, SaveError, one_line
 from onnxslim.ir.graph import Array, Constant, bit_width
 from onnxslim.ir.proto import encode_embedded
 
@@ -59,7 +59,7 @@ def read_model(path: Path) -> onnx.ModelProto:
 def _one_line(error: BaseException) -> str:
     if "MaxDepth" in str(error):
         return "its graphs are nested more deeply than protobuf reads"
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error)
 
 
 # ----------------------------------------------------------------------------------------- tensor data

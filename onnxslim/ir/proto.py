@@ -289,8 +289,10 @@ def _inputs(tensors: list[Tensor], origin: GraphProto) -> Iterator[ValueInfoProt
     if any(isinstance(tensor, Constant) for tensor in tensors):
         tensors = sorted(tensors, key=lambda tensor: place.get(tensor.name, len(place)))
     for tensor in tensors:
-        if isinstance(tensor, Constant) and tensor.name in place:
-            yield origin.input[place[tensor.name]]
+        declared = origin.input[place[tensor.name]] if tensor.name in place else None
+        # A pass may have given a constant other sizes, or another type.
+        if isinstance(tensor, Constant) and declared is not None and _still_holds(declared, tensor):
+            yield declared
         else:
             yield _value_info(tensor)
 

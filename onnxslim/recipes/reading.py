@@ -12,7 +12,7 @@ from pydantic import ValidationError as Invalid
 
 from onnxslim import passes
 from onnxslim.engine.base import Pass
-from onnxslim.errors import OnnxSlimError, UsageError, nearest
+from onnxslim.errors import OnnxSlimError, UsageError, nearest, one_line
 from onnxslim.recipes.data import Data
 
 MAX_BYTES = 1 << 20
@@ -83,7 +83,7 @@ def _parsed(file: Path) -> Mapping[str, Any]:
     except RecursionError:
         raise UsageError("nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # a bad date or number is a ValueError
-        raise UsageError(f"not plain YAML: {' '.join(str(error).split())[:200]}") from None
+        raise UsageError(f"not plain YAML: {one_line(error)}") from None
     if not isinstance(document, dict):
         raise UsageError("expected keys such as 'passes', found a " + type(document).__name__)
     return document

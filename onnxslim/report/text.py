@@ -250,7 +250,9 @@ def outcome(step: Step) -> str:
     if step.changes:
         return ""
     reasons = list(dict.fromkeys(skip.reason for skip in step.changes.skipped))
-    return f"changed nothing: {'; '.join(reasons[:SHOWN_NAMES]) or 'it found nothing to do'}"
+    more = len(reasons) - SHOWN_NAMES
+    told = [*reasons[:SHOWN_NAMES], *([f"and {more} more reasons, see the report"] if more > 0 else [])]
+    return f"changed nothing: {'; '.join(told) or 'it found nothing to do'}"
 
 
 def grouped_changes(changes: Iterable[Change]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 import onnx
 
+from onnxslim.errors import one_line
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.runtime.limits import RunLimits
@@ -78,7 +79,7 @@ class Backend(Protocol):
 
 
 def message(error: Exception) -> str:
-    """ONNX Runtime's message without its prefixes and source locations."""
-    text = " ".join(str(error).split())
-    text = re.sub(r"^/\S+:\d+ .*?\) ", "", text.split("Status Message: ")[-1])
-    return text.removeprefix("[ONNXRuntimeError] : ")[:400]
+    """ONNX Runtime's message without its prefixes and source locations, which it nests."""
+    text = one_line(error).split("Status Message: ")[-1]
+    text = text.rpartition("[ONNXRuntimeError] : ")[-1]
+    return re.sub(r"^(\d+ : \w+ : )?/\S+:\d+ .*?\) ", r"\1", text)

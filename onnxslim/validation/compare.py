@@ -119,7 +119,8 @@ def _batches(
     model: Model, data: CalibrationData | Iterable[Mapping[str, Array]] | None, session: Session
 ) -> tuple[Iterator[Feeds], bool]:
     if data is None:
-        made = probes(model, session)
+        # What runs with ONNX Runtime's optimizations alone is no input of the model.
+        made = probes(model, Session(model, session.target, optimize="none", once=True))
         if not made:
             raise CalibrationError("no inputs could be made up on which the model runs; pass data")
         return iter([run.feeds for run in made]), True

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from onnxslim.engine.check import relative_difference
 from onnxslim.errors import InvalidGraph
 from onnxslim.families.removal import Removal
@@ -16,13 +18,15 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Variable
 from onnxslim.ir.model import Model
 from onnxslim.ops import Trait, has
+from onnxslim.passes.predicates import FLOATS, spacing
 from onnxslim.passes.prune.cut import cut, zero
 from onnxslim.runtime.targets import Target
 
-# Largest difference, relative to the largest magnitude of an output, that rounding explains. Where an output
-# is the small rest of large numbers, rounding explains more: as much as some times what it does to the zeroed
-# model when ONNX Runtime's optimizations only change the order of its sums.
-EXACT = 1e-5
+# Largest difference, relative to the largest magnitude of an output, that rounding explains: so many steps of
+# the coarsest type that weights have, 1e-5 in single precision. Where an output is the small rest of large
+# numbers, rounding explains more: as much as some times what it does to the zeroed model when ONNX Runtime's
+# optimizations only change the order of its sums.
+EXACT_STEPS = 84.0
 ROUNDING_FACTOR = 4.0
 
 Samples = Sequence[Mapping[str, Array]]
@@ -52,7 +56,7 @@ def prove(model: Model, removal: Removal, target: Target, samples: Samples) -> f
         ]
     )
     found = _difference(model, exact, target, samples) if exact else None
-    if found is not None and found > EXACT:
+    if found is not None and found > EXACT_STEPS * _step(model):
         zeroed = _zeroed(model, exact)
         _unsquash(zeroed)
         rounding = max(
@@ -70,6 +74,12 @@ def prove(model: Model, removal: Removal, target: Target, samples: Samples) -> f
             node=blamed,
         )
     return found
+
+
+def _step(model: Model) -> float:
+    """The distance from 1 to the next number in the coarsest floating-point type that constants have."""
+    dtypes = {tensor.dtype for tensor in model.constants()} & FLOATS
+    return max(map(spacing, dtypes or {np.dtype(np.float32)}))
 
 
 def _difference(model: Model, removal: Removal, target: Target, samples: Samples) -> float | None:

@@ -13,7 +13,7 @@ from onnxslim.engine import rewrite
 from onnxslim.engine.base import Log
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.rewrite import Rule
-from onnxslim.errors import LoadError, PassError, SaveError
+from onnxslim.errors import LoadError, PassError, SaveError, one_line
 from onnxslim.ir.graph import Node
 from onnxslim.ir.model import Model
 from onnxslim.ops.layouts import IntegerLayout
@@ -48,10 +48,9 @@ def raise_opset(model: Model, version: int) -> None:
         _declare_as(original.graph, converted.graph)
         newer = Model.from_proto(converted)
     except (RuntimeError, LoadError, SaveError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise PassError(
-            f"pass 'quantize' needs opset {version}, and opset {model.opset} could not be raised: {reason}; "
-            "export the model again with a newer opset",
+            f"pass 'quantize' needs opset {version}, and opset {model.opset} could not be raised: "
+            f"{one_line(error)}; export the model again with a newer opset",
             pass_name="quantize",
         ) from error
     # Of the rest, the converter drops functions and metadata.

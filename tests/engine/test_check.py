@@ -9,12 +9,13 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from onnxslim.engine.check import ROUNDINGS, Checker, difference
+from onnxslim.engine.check import ROUNDINGS, Checker, difference, wellformed
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
 from onnxslim.passes.slim import Slim
+from onnxslim.runtime.limits import RunLimits
 from onnxslim.runtime.probe import Feeds, probes
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
@@ -129,8 +130,10 @@ def test_what_only_optimizations_change_may_differ_a_little_more(
     other = model.copy()
     run = Session.run
 
-    def shifted(self: Session, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, Any]:
-        found = run(self, feeds, outputs)
+    def shifted(
+        self: Session, feeds: Feeds, outputs: Sequence[str] | None = None, limits: RunLimits | None = None
+    ) -> dict[str, Any]:
+        found = run(self, feeds, outputs, limits)
         factor = (plain if self in plainly else off) if self in others else 0.0
         return {name: value + factor * rounding * np.abs(value).max() for name, value in found.items()}
 
@@ -226,3 +229,29 @@ def test_probabilities_in_maps_may_differ_by_rounding() -> None:
     assert "differs by" in difference(expected, [{0: 0.25, 1: 0.75}, {0: 0.1, 1: 0.9}])
     assert "keys" in difference(expected, [{0: 0.25, 2: 0.75}, {0: 1e-9, 1: 1.0}])
     assert "elements" in difference(expected, [{0: 0.25, 1: 0.75}, {1: 1.0}])
+
+
+def test_what_runs_by_optimizations_alone_need_not_be_kept() -> None:
+    """ONNX Runtime makes [1, -1, 8] of this target, and takes any batch; as written it takes one."""
+    text = """g (float[N,S,8] x) => (float[1,S,8] y)
+    { s = Shape<start=1,end=2>(x) t = Concat<axis=0>(one, s, width) y = Reshape(x, t) }"""
+    sizes = {"one": np.array([1], np.int64), "width": np.array([8], np.int64)}
+    model = parse(text, sizes)
+    assert Session(model).run({"x": normal(2, 3, 8)})["y"].shape == (1, 6, 8)
+    other = parse(text.replace("y = Reshape(x, t)", "u = Max(t, one) y = Reshape(x, u)"), sizes)
+    checker = Checker(model, Target.cpu())
+    checker(other, lossless=True)
+    assert {feeds["x"].shape[0] for feeds in checker.feeds} == {1}
+    wrong = parse(text.replace("y = Reshape(x, t)", "z = Neg(x) u = Max(t, one) y = Reshape(z, u)"), sizes)
+    with pytest.raises(LoadError, match="output 'y' differs"):
+        Checker(model, Target.cpu())(wrong, lossless=True)
+
+
+def test_reasons_of_other_packages_are_told_to_their_end() -> None:
+    name = "long" * 200
+    model = parse(f"g (float[N] x) => (float[N] y) {{ [{name}] y = NoSuchOperator(x) }}")
+    for attempt in (wellformed, Session):
+        with pytest.raises(LoadError, match=f"{name}") as caught:
+            attempt(model)
+        assert "[ONNXRuntimeError]" not in str(caught.value)
+        assert "\n" not in str(caught.value)

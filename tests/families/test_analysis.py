@@ -307,3 +307,25 @@ def test_data_of_batch_one_does_not_hide_that_the_batch_is_moved() -> None:
     { a = MatMul(x, w) r = Relu(a) b = Reshape(r, s) y = MatMul(u, b) }"""
     model = parse(text, normals(w=(16, 16), u=(3, 16)) | {"s": np.array([16, -1], np.int64)})
     assert analyze(model, sizes={"x": (1, 16)}).families == ()
+
+
+@pytest.mark.parametrize(
+    ("body", "constants", "batch"),
+    [
+        ("a = MatMul(x, w) b = Reshape(a, s) y = MatMul(b, u)", {"s": np.array([1, 4, 6], np.int64)}, 1),
+        ("a = MatMul(x, w) b = Reshape(a, s) y = MatMul(b, u)", {"s": np.array([3, 4, 6], np.int64)}, 3),
+        ("a = MatMul(x, w) b = Concat<axis=1>(k, a) y = MatMul(b, u)", normals(k=(1, 1, 6)), 1),
+    ],
+)
+def test_a_batch_that_is_free_in_the_interface_alone(
+    body: str, constants: dict[str, Array], batch: int
+) -> None:
+    text = f"g (float[N,4,16] x) => (float[M,K,2] y) {{ {body} }}"
+    model = parse(text, normals(w=(16, 6), u=(6, 2)) | constants)
+    given = {"x": (batch, 4, 16)}
+    analysis = analyze(model, sizes=given)
+    assert [family.size for family in analysis.families] == [6]
+    assert analysis.sizes["b"] is not None
+    prove(model, analysis)
+    without = analyze(model).families
+    assert [family.size for family in without] == ([6] if batch == 1 else [])

@@ -19,8 +19,9 @@ from onnx.external_data_helper import convert_model_to_external_data
 
 from onnxslim.errors import LoadError, SaveError
 from onnxslim.ir import files
-from onnxslim.ir.graph import Constant, Variable, bit_width
+from onnxslim.ir.graph import Array, Constant, Variable, bit_width
 from onnxslim.ir.model import Model, load
+from onnxslim.ir.proto import elem_type_of
 from tests import printer
 from tests.helpers import parse, run
 
@@ -119,6 +120,16 @@ def test_before_ir_4_initializers_are_constants_and_listed_as_inputs() -> None:
     assert [spec.name for spec in model.inputs()] == ["x"]
     assert isinstance(model.graph.nodes[0].inputs[1], Constant)
     assert [item.name for item in model.to_proto().graph.input] == ["w", "x"]
+
+
+@pytest.mark.parametrize("values", [np.ones(1, np.float32), np.ones(2, np.float16)])
+def test_before_ir_4_constants_are_listed_as_they_are_now(values: Array) -> None:
+    model = parse("g (float[N, 2] x) => (float[N, 2] y) { y = Mul(x, w) }", {"w": np.ones(2, np.float32)})
+    model.ir_version = 3
+    read = load(model.to_proto())
+    read.graph.initializers["w"].values = values
+    (listed,) = (info for info in read.to_proto().graph.input if info.name == "w")
+    assert listed == helper.make_tensor_value_info("w", elem_type_of(values.dtype), values.shape)
 
 
 def test_values_keep_their_exact_type() -> None:

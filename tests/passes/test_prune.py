@@ -21,7 +21,8 @@ from onnxslim.errors import InvalidGraph, UsageError
 from onnxslim.families.analysis import analyze
 from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import Array, Constant
-from onnxslim.ir.model import Model
+from onnxslim.ir.model import Model, load
+from onnxslim.ir.proto import shape_of
 from onnxslim.ops import REGISTRY, Channels
 from onnxslim.ops.channels.labels import Block, Trace
 from onnxslim.passes.half import Half
@@ -37,6 +38,9 @@ from tests.helpers import normals, parse
 CHAIN = """g (float[N,3,8,8] x) => (float[N,2,8,8] y)
 { a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) c = Conv<pads=[1,1,1,1]>(r, v, d) q = Relu(c)
   y = Conv(q, u) }"""
+
+
+PRODUCTS = "g (float[N,24] x) => (float[N,8] y) { a = MatMul(x, w) r = Relu(a) y = MatMul(r, v) }"
 
 
 def chain(width: int = 32) -> Model:
@@ -447,3 +451,37 @@ def test_a_goal_that_is_met_says_so() -> None:
     step = prune(chain(), macs=1.0).report.steps[0]
     assert not step.changes
     assert [skip.reason for skip in step.changes.skipped] == ["the goal is met as it is"]
+
+
+def test_a_file_of_ir_3_lists_its_weights_as_they_became() -> None:
+    model = chain()
+    model.ir_version = 3
+    result = prune(load(model.to_proto()), ratio=0.5)
+    listed = {info.name: shape_of(info.type) for info in result.model.to_proto().graph.input}
+    assert listed["v"] == weights(result.model)["v"].shape == (16, 16, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "text", "values"),
+    [
+        ("float16", CHAIN, _values()),
+        ("double", PRODUCTS, normals(w=(24, 64), v=(64, 8))),
+        ("float16", PRODUCTS, normals(w=(24, 64), v=(64, 8))),
+    ],
+)
+def test_the_proof_allows_what_the_type_of_the_weights_rounds(
+    dtype: str, text: str, values: dict[str, Array]
+) -> None:
+    kind = np.dtype(dtype)
+    constants = {name: array.astype(kind) for name, array in values.items()}
+    result = prune(parse(text.replace("float[", f"{dtype}["), constants), ratio=0.3)
+    oracle = PruneFigures.of(result.report.steps[0].changes).oracle
+    assert oracle is not None
+    assert oracle <= 84 * np.finfo(kind).eps
+
+
+def test_what_onnx_runtime_has_no_kernel_for_is_cut_without_a_proof() -> None:
+    values = {name: array.astype(np.float64) for name, array in _values().items()}
+    result = prune(parse(CHAIN.replace("float[", "double["), values), ratio=0.5)
+    assert weights(result.model)["v"].shape == (16, 16, 3, 3)
+    assert PruneFigures.of(result.report.steps[0].changes).oracle is None

@@ -109,6 +109,8 @@ def test_idle_steps_say_why() -> None:
     assert outcome(step(Changes())) == "changed nothing: it found nothing to do"
     skipped = (Skip("a", "excluded"), Skip("b", "excluded"), Skip("c", "its weight is a vector"))
     assert outcome(step(Changes((), skipped))) == "changed nothing: excluded; its weight is a vector"
+    many = tuple(Skip(str(index), f"reason {index}") for index in range(5))
+    assert outcome(step(Changes((), many))).endswith("reason 2; and 2 more reasons, see the report")
     assert outcome(step(Changes((Change("n", "a"),)))) == ""
 
 
