@@ -122,6 +122,11 @@ class Moments:
             self._shift = x.mean(axis=2, keepdims=True), y.mean(axis=2, keepdims=True)
         return self._blocks, self._shift
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was observed yet."""
+        return not (self.count or self._filled)
+
     def result(self) -> Gram:
         """The moments so far.
 
@@ -130,7 +135,7 @@ class Moments:
         """
         self._flush()
         if self._shift is None or not self.count:
-            raise CalibrationError("no rows were observed")
+            raise CalibrationError("no rows were observed: it is empty in all of the data")
         gram, cross, power, x, y = (each / self.count for each in self._sums)
         if not (np.isfinite(gram).all() and np.isfinite(cross).all() and np.isfinite(power).all()):
             raise CalibrationError("the rows hold NaN, infinities or values too large to square in float32")
@@ -195,8 +200,9 @@ def observe(
         progress: called with ("observing", batches done, batches in all).
 
     Returns:
-        By name of the layer. Memory is 8 * g * k * k bytes for each: ask for few layers at a time where k
-        (input channels per group times kernel size) is in the thousands.
+        By name of the layer, of those that were not empty in all of the data, as a cache is at first. Memory
+        is 8 * g * k * k bytes for each: ask for few layers at a time where k (input channels per group times
+        kernel size) is in the thousands.
 
     Raises:
         UsageError: a name is not that of a layer, or of a tensor; says why.
@@ -229,7 +235,8 @@ def covariances(
         progress: called with ("observing", batches done, batches in all).
 
     Returns:
-        Moments with one group (g = 1) of as many inputs as there are channels, and no outputs.
+        Moments with one group (g = 1) of as many inputs as there are channels, and no outputs; of
+        tensors that were not empty in all of the data.
 
     Raises:
         CalibrationError: the data does not fit the model, is empty, or makes a tensor NaN or infinite.
@@ -267,7 +274,7 @@ def _moments(
         for key, each in wanted.items():
             at = batch.positions(each.count(batch.values), rows, seed)
             moments[key].update(*each.at(batch.values, at))
-    return {key: _result(wanted[key], each) for key, each in moments.items()}
+    return {key: _result(wanted[key], each) for key, each in moments.items() if not each.empty}
 
 
 def _result(what: _Rows, moments: Moments) -> Gram:

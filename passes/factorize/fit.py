@@ -53,12 +53,15 @@ def _moment_bytes(layer: Whole) -> int:
 
 def moments(
     model: Model, data: CalibrationData, layers: Sequence[Whole], target: Target, progress: Progress | None
-) -> Iterator[tuple[Whole, Gram]]:
-    """Of what layers read and make in the model itself, in as few passes over the data as memory allows."""
+) -> Iterator[tuple[Whole, Gram | None]]:
+    """Of what layers read and make in the model itself, in as few passes over the data as memory allows.
+
+    None for a layer that the data leave empty.
+    """
     for portion in _portions(layers):
         found = observe(model, data, [layer.output for layer in portion], target=target, progress=progress)
         for layer in portion:
-            yield layer, found.pop(layer.output)
+            yield layer, found.pop(layer.output, None)
 
 
 def _portions(layers: Sequence[Whole]) -> Iterator[list[Whole]]:

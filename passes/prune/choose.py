@@ -84,6 +84,8 @@ def candidates(
             log.skip(name, f"{family.size} units of {family.width} channels leave no multiple of {align}")
     families = {name: family for name, family in families.items() if len(limits[name].allowed) > 1}
     grams = _grams(model, families.values(), data, ctx, log)
+    if data is not None:
+        families = {name: each for name, each in families.items() if not _unseen(each, grams, log)}
     constants = values_of(model)
     rankings = {name: rank(family, constants, grams, criterion) for name, family in families.items()}
     return Candidates(analysis, families, {name: limits[name] for name in families}, rankings, grams)
@@ -140,6 +142,21 @@ def _grams(
     if not axes:
         return {}
     return covariances(model, data, list(axes), target=ctx.target, progress=ctx.progress)
+
+
+def _unseen(family: Family, grams: Mapping[Channels, Gram], log: Log) -> bool:
+    """Whether the data tell nothing of a family: all that layers read of it is empty, as a cache at first.
+
+    Nothing would be lost on such data whatever went.
+    """
+    read = [each.data for each in family.consumers if not each.data.constant]
+    small = [each for each in read if each.units.size <= MAX_CHANNELS]
+    if not small or len(small) < len(read) or any((each.tensor, each.axis) in grams for each in small):
+        return False
+    log.skip(
+        family.name, f"'{small[0].tensor}' is empty in all of the calibration data, so nothing of it is cut"
+    )
+    return True
 
 
 def damages(

@@ -87,6 +87,8 @@ class WeightCoder:
             names = [layer.node.outputs[0].name for layer in part]
             grams = observe(model, self._ctx.data, names, rows=rows, target=self._ctx.target)
             for layer, name in zip(part, names, strict=True):
+                if name not in grams:
+                    continue  # it saw nothing: its weights are rounded to the nearest
                 node = layer.node
                 corrected = self._settings.bias_correction and node.label in linear and len(node.inputs) > 2
                 self._rounders[node.inputs[1].name] = self._rounder(layer, grams[name], corrected)

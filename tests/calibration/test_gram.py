@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.gram import Gram, Moments, observe
+from onnxslim.calibration.gram import Gram, Moments, covariances, observe
 from onnxslim.calibration.stream import sampled
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array
@@ -247,3 +247,14 @@ def test_unknown_names_are_errors(layers: list[str], against: dict[str, str], me
 def test_values_that_are_not_finite_name_the_layer() -> None:
     with pytest.raises(CalibrationError, match="layer 'c': the rows hold NaN"):
         observe(small(), [{"x": np.full((1, 2, 6, 6), np.inf, np.float32)}], ["c"])
+
+
+def test_layers_that_see_nothing_have_no_moments() -> None:
+    model = parse(
+        """g (float[N,4] x, float[P,4] past) => (float[N,2] y, float[P,2] z)
+        { y = MatMul(x, w) z = MatMul(past, v) }""",
+        {"w": normal(4, 2), "v": normal(4, 2)},
+    )
+    feeds = [{"x": normal(8, 4), "past": np.zeros((0, 4), np.float32)}]
+    assert observe(model, feeds, ["y", "z"]).keys() == {"y"}
+    assert covariances(model, CalibrationData(feeds), [("x", 1), ("past", 1)]).keys() == {("x", 1)}

@@ -797,3 +797,15 @@ def test_dead_nodes_and_real_times(net: Model) -> None:
     assert all(row.passed == (row.time <= 1 / 1.1) for row in figures.candidates)
     assert ops(result.model)["Conv"] >= 3
     assert list(timing.folder().iterdir())
+
+
+def test_layers_that_see_nothing_have_no_moments() -> None:
+    model = parse(
+        """g (float[N,8] x, float[P,8] past) => (float[N,8] y, float[P,8] z)
+        { y = MatMul(x, w) z = MatMul(past, v) }""",
+        {"w": normal(8, 8), "v": normal(8, 8, seed=1)},
+    )
+    layers, _ = layers_of(model, {"x": (4, 8), "past": (4, 8)}, (), Log())
+    data = CalibrationData([{"x": normal(4, 8), "past": normal(0, 8)}])
+    seen = {layer.name: gram for layer, gram in fit.moments(model, data, layers, Target.cpu(), None)}
+    assert [name for name, gram in seen.items() if gram is None] == ["MatMul→z"]

@@ -33,7 +33,7 @@ from onnxslim.passes.prune.importance import rank
 from onnxslim.passes.quantize import Quantize
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from tests.helpers import normals, parse
+from tests.helpers import normals, parse, reasons
 
 CHAIN = """g (float[N,3,8,8] x) => (float[N,2,8,8] y)
 { a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) c = Conv<pads=[1,1,1,1]>(r, v, d) q = Relu(c)
@@ -485,3 +485,35 @@ def test_what_onnx_runtime_has_no_kernel_for_is_cut_without_a_proof() -> None:
     result = prune(parse(CHAIN.replace("float[", "double["), values), ratio=0.5)
     assert weights(result.model)["v"].shape == (16, 16, 3, 3)
     assert PruneFigures.of(result.report.steps[0].changes).oracle is None
+
+
+CACHE = """g (float[N,8,6] x, float[N,P,6] past) => (float[N,8,6] y, float[N,P,6] z)
+{ a = MatMul(x, w) r = Relu(a) y = MatMul(r, v) e = MatMul(past, k) f = Relu(e) z = MatMul(f, u) }"""
+SLICE_OF_NOTHING = """g (float[N,8,6] x) => (float[N,M,6] y)
+{ a = MatMul(x, w) e = Slice(a, end, most, one) f = MatMul(e, k) g = MatMul(a, h) c = Concat<axis=1>(f, g)
+  y = MatMul(c, v) }"""
+
+
+def empty_at_first(samples: int = 12) -> CalibrationData:
+    random = np.random.default_rng(0)
+    x = [random.standard_normal((2, 8, 6)).astype(np.float32) for _ in range(samples)]
+    return CalibrationData([{"x": each, "past": np.zeros((2, 0, 6), np.float32)} for each in x])
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"params": 0.7}, {"ratio": 0.5, "repair": "bias"}])
+def test_what_the_data_leave_empty_stays_and_the_rest_goes_on(options: dict[str, Any]) -> None:
+    model = parse(CACHE, normals(w=(6, 32), v=(32, 6), k=(6, 32), u=(32, 6)))
+    result = prune(model, empty_at_first(), **options)
+    assert weights(result.model)["k"].shape == (6, 32)
+    assert weights(result.model)["w"].shape[1] < 32
+    told = reasons(result.report.steps[0].changes)
+    assert told["k:1:0"] == "'f' is empty in all of the calibration data, so nothing of it is cut"
+
+
+def test_units_that_one_of_two_layers_never_sees_go_by_the_other() -> None:
+    sizes = {name: np.array([value], np.int64) for name, value in {"end": 8, "most": 99, "one": 1}.items()}
+    model = parse(SLICE_OF_NOTHING, normals(w=(6, 32), k=(32, 32), h=(32, 32), v=(32, 6)) | sizes)
+    feeds = [{"x": each["x"]} for each in empty_at_first()]
+    small = weights(prune(model, CalibrationData(feeds), ratio=0.5).model)
+    assert small["w"].shape == (6, 16)
+    assert small["k"].shape == small["h"].shape == (16, 16)
