@@ -24,6 +24,7 @@ from onnxslim.passes.factorize.gate import SpeedGate
 from onnxslim.passes.factorize.layers import Whole
 from onnxslim.passes.factorize.schemes import SCHEMES
 from onnxslim.passes.factorize.search import FactorSearch, MeasuredFactors, Wanted, layers_of, with_factors
+from onnxslim.passes.fold.weights import store_weights
 from onnxslim.passes.repair import repair
 from onnxslim.runtime import timing
 from onnxslim.runtime.probe import make_feeds
@@ -136,6 +137,8 @@ class _Work:
     def __call__(self) -> Changes:
         """Search, choose, rewrite, measure."""
         tell_idle(self._wish.exclude, self._model, self._log)
+        for skip in store_weights(self._model):
+            self._log.skip(skip.node, skip.reason)
         layers, known = layers_of(self._model, self._shapes, self._wish.exclude, self._log)
         whole = chains.undone(self._model, known) if known else self._model
         if known and self._is_met(whole):

@@ -17,8 +17,9 @@ import numpy as np
 from onnxslim.engine.editor import Editor
 from onnxslim.ir.graph import Array, Attribute, Constant, Node, Tensor
 from onnxslim.ir.model import DEFAULT_DOMAINS, constant_of
-from onnxslim.ops import Trait, has, view_of
+from onnxslim.ops import view_of
 from onnxslim.ops.layers import Convolution, Layer, Window
+from onnxslim.passes.fold.weights import why_computed
 from onnxslim.passes.predicates import FLOATS
 
 MATCHES = ("Add", "Gemm")
@@ -258,7 +259,7 @@ def whole_of(
     node, weight = layer.node, layer.node.inputs[layer.weight_index]
     stored = constant_of(weight)
     if stored is None:
-        return _not_stored(weight)
+        return why_computed(weight)
     if len(weight.outputs) > 1:
         return "its weight is shared with other nodes"
     reason = _unfit(layer, stored, opset)
@@ -270,11 +271,6 @@ def whole_of(
     right = layer.weight_index == 1 and not layer.takes_bias
     followed = right and id(node.outputs[0]) not in fixed and _adder(node) is not None
     return Whole(layer, layer.kernels(), data, result, followed)
-
-
-def _not_stored(weight: Tensor) -> str:
-    dequantized = bool(weight.inputs) and has(weight.inputs[0], Trait.DEQUANTIZES)
-    return "its weight is quantized" if dequantized else "its weight is not constant"
 
 
 def _unfit(layer: Layer, weight: Array, opset: int) -> str | None:

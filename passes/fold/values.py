@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 
@@ -38,10 +38,16 @@ _CAST_SINCE = 6
 
 
 class Values:
-    """Computes what depends on constants alone."""
+    """Computes what depends on constants alone.
 
-    def __init__(self, edits: Edits, max_growth: int) -> None:
-        self._edits, self._max_growth = edits, max_growth
+    Args:
+        edits: of the model.
+        max_growth: bytes by which stored results may make the model larger.
+        only: ids of the nodes to look at; all by default.
+    """
+
+    def __init__(self, edits: Edits, max_growth: int, only: Set[int] | None = None) -> None:
+        self._edits, self._max_growth, self._only = edits, max_growth, only
         self._sessions = 0
         self._failed: dict[int, tuple[Node, str]] = {}
         self._notes: dict[int, tuple[Node, str]] = {}
@@ -50,7 +56,7 @@ class Values:
 
     def may_fold(self, node: Node) -> bool:
         """Whether this node may be computed ahead of time, as far as its operator and inputs tell."""
-        return self._is_allowed(node) and all(self._is_constant(tensor) for tensor in _reads(node))
+        return self._is_allowed(node) and all(map(is_constant, _reads(node)))
 
     def notes(self) -> Iterator[tuple[Node, str]]:
         """Nodes that stayed although they depend on constants alone, and why."""
@@ -100,15 +106,13 @@ class Values:
 
     def _is_allowed(self, node: Node) -> bool:
         return (
-            self._edits.is_standard(node)
+            (self._only is None or id(node) in self._only)
+            and self._edits.is_standard(node)
             and not node.bodies
             and bool(_reads(node))
             and spec_of(node).foldable
             and id(node) not in self._failed
         )
-
-    def _is_constant(self, tensor: Tensor) -> bool:
-        return isinstance(tensor, Constant) or is_literal(ir.producer(tensor))
 
     def _literals(self) -> dict[int, Array]:
         """Values of the Constant nodes that had to stay."""
@@ -243,6 +247,11 @@ def _cone(nodes: Sequence[Node], wanted: set[int]) -> list[Node]:
 
 def _reads(node: Node) -> list[Tensor]:
     return [tensor for tensor in node.inputs if tensor.name]
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether a tensor is in the model, be it an initializer or the output of a Constant node."""
+    return isinstance(tensor, Constant) or is_literal(ir.producer(tensor))
 
 
 def narrower(values: Array) -> Array | None:

@@ -18,7 +18,7 @@ from onnxslim.ir.graph import Node
 from onnxslim.ir.model import Model
 from onnxslim.passes.dead import Dead
 from onnxslim.passes.eliminate import Eliminate
-from onnxslim.passes.fold.literals import store_literals
+from onnxslim.passes.fold.weights import store_weights
 from onnxslim.passes.half.convert import Converter, narrow_interface, store
 from onnxslim.passes.half.facts import SINGLE, TYPES, delicate, unfit
 from onnxslim.passes.half.measure import lossy
@@ -64,7 +64,7 @@ class Half(Pass):
         """
         log, kind = Log(), TYPES[self.dtype]
         tell_idle(self.exclude, model, log)
-        store_literals(model)
+        store_weights(model)
         if self.weights_only:
             store(model, kind, self.exclude, log)
             return log.done()

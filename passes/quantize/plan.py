@@ -22,6 +22,7 @@ from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import OpSpec, Role, Trait, has, spec_of, view_of
 from onnxslim.ops.layers import Convolution
 from onnxslim.ops.layouts import IntegerLayout
+from onnxslim.passes.fold.weights import why_computed
 from onnxslim.passes.quantize.choices import Refusal
 
 
@@ -193,7 +194,7 @@ class Planner:
     def _unfit_weight(self, node: Node) -> str | None:
         weight = node.inputs[1]
         if not isinstance(weight, Constant):
-            return "its weight is computed, not stored"
+            return why_computed(weight)
         if reason := self._unfit_values(weight):
             return reason
         if id(weight) in self._captured or any(reader.bodies for reader in weight.outputs):
@@ -218,7 +219,7 @@ class Planner:
             return reason
         weight = node.inputs[1]
         if not isinstance(weight, Constant):
-            return "its weight is computed, not stored"
+            return why_computed(weight)
         if id(node) not in self._classifiers and not self._stores(node):
             return self._kept.get(node.label)
         if weight.nbytes < MIN_STORED_BYTES:

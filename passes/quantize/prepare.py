@@ -17,7 +17,7 @@ from onnxslim.errors import LoadError, PassError, SaveError, one_line
 from onnxslim.ir.graph import Node
 from onnxslim.ir.model import Model
 from onnxslim.ops.layouts import IntegerLayout
-from onnxslim.passes.fold.literals import store_literals
+from onnxslim.passes.fold.weights import store_weights
 
 # Per-channel DequantizeLinear appeared in this version.
 MIN_OPSET = 13
@@ -34,7 +34,8 @@ def prepare(model: Model, rules: IntegerLayout, log: Log, opset: int = MIN_OPSET
     if model.opset < opset:
         raise_opset(model, opset)
         log.change("model", f"raised to opset {opset}", "its way of quantizing needs it")
-    store_literals(model)
+    for skip in store_weights(model):
+        log.skip(skip.node, skip.reason)
     shapes.infer(model)
     wanted = [rule for rule in RULES if rule.needs <= rules.kernels]
     rewrite.apply(wanted, model, log)
