@@ -173,6 +173,12 @@ class Context:
     sample: Mapping[str, Array] | None = None
     metric: Metric | None = None
 
+    def one_run(self) -> Mapping[str, Array] | None:
+        """Inputs of one run, those of the check or else the first batch; None if there are neither."""
+        if self.sample is not None or self.data is None:
+            return self.sample
+        return next((dict(feeds) for feeds in self.data), None)
+
 
 class Pass:
     """A step that rewrites a model in place.

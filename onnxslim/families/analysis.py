@@ -123,6 +123,7 @@ def analyze(
     model: Model,
     *,
     sizes: Mapping[str, Shape] | None = None,
+    seen: Mapping[str, Shape] | None = None,
     allow_inputs: bool = False,
     allow_outputs: bool = False,
 ) -> Analysis:
@@ -131,9 +132,10 @@ def analyze(
     Args:
         model: not modified.
         sizes: shapes of inputs that fix its free axes; several sizes are tried where there are none.
+        seen: shapes, in a run on inputs of these sizes, of tensors whose shapes follow from no rule.
         allow_inputs, allow_outputs: whether axes of the model's inputs and outputs may lose slices.
     """
-    found = sized(model, sizes or {})
+    found = sized(model, sizes or {}, seen)
     tracer = Tracer(
         shapes_of(found),
         model.opset,
@@ -178,8 +180,13 @@ def shapes_of(found: Mapping[str, Shape]) -> Callable[[Tensor], Shape | None]:
     return lambda tensor: tensor.shape if isinstance(tensor, Constant) else found.get(tensor.name)
 
 
-def sized(model: Model, given: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Shapes of the tensors of the main graph that are certain, at the first sizes that tell all."""
+def sized(
+    model: Model, given: Mapping[str, Shape], seen: Mapping[str, Shape] | None = None
+) -> dict[str, Shape]:
+    """Shapes of the tensors of the main graph that are certain, at the first sizes that tell all.
+
+    Where none does, those that were seen at the given sizes count too.
+    """
     best: dict[str, Shape] = {}
     wanted = sum(1 for node in model.graph.nodes for tensor in node.outputs if tensor.name)
     for fixed, batch in _ways(model, given):
@@ -191,7 +198,8 @@ def sized(model: Model, given: Mapping[str, Shape]) -> dict[str, Shape]:
                 return best
             if not _is_free(model, given):
                 break
-    return best
+    run = _deduced(model, given, 1, FREE_SIZES[0], True) | dict(seen) if seen else {}
+    return run if len(run) > len(best) else best
 
 
 def _ways(

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.seen import NOTE, seen
 from onnxslim.engine.base import Changes, Context, Figures, Log, Pass, captioned, options
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.matching import GLOBS, tell_idle
@@ -139,7 +140,8 @@ class _Work:
         tell_idle(self._wish.exclude, self._model, self._log)
         for skip in store_weights(self._model):
             self._log.skip(skip.node, skip.reason)
-        layers, known = layers_of(self._model, self._shapes, self._wish.exclude, self._log)
+        told = seen(self._model, self._sample, self._ctx.target) if self._data is not None else None
+        layers, known = layers_of(self._model, self._shapes, self._wish.exclude, self._log, told)
         whole = chains.undone(self._model, known) if known else self._model
         if known and self._is_met(whole):
             return self._log.done(self._figures)
@@ -147,6 +149,8 @@ class _Work:
         picks = self._choose(entries, whole)
         if not picks:
             return self._log.done(self._figures)
+        for name in told or ():
+            self._log.skip(name, NOTE)
         teacher = self._model.copy()
         self._rewrite(picks, teacher)
         if self._data is not None and self._wish.repair:
@@ -323,11 +327,8 @@ def _data(ctx: Context, model: Model) -> CalibrationData | None:
 
 def _sample(model: Model, ctx: Context) -> Mapping[str, Array]:
     """Inputs of one run."""
-    if ctx.sample is not None:
-        return ctx.sample
-    if ctx.data is not None:
-        return dict(next(iter(ctx.data)))
-    return make_feeds(model.inputs(), batch=1, size=32)
+    given = ctx.one_run()
+    return make_feeds(model.inputs(), batch=1, size=32) if given is None else given
 
 
 __all__ = ["Factorize", "FactorizeFigures"]

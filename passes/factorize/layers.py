@@ -266,8 +266,10 @@ def whole_of(
     if reason:
         return reason
     data, result = shapes.get(layer.data.name), shapes.get(node.outputs[0].name)
-    if data is None or result is None or 0 in data:
-        return "the size of its data is not known; give data, or fix the sizes of the inputs"
+    if data is None or result is None:
+        return "the size of its data follows from no rule, and was not seen in a run on data"
+    if 0 in data:
+        return "its data are empty in the run that sizes are taken from"
     right = layer.weight_index == 1 and not layer.takes_bias
     followed = right and id(node.outputs[0]) not in fixed and _adder(node) is not None
     return Whole(layer, layer.kernels(), data, result, followed)

@@ -9,6 +9,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.gram import Gram
 from onnxslim.calibration.holdout import split
+from onnxslim.calibration.seen import Sight
 from onnxslim.engine.base import Context, Log
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.matching import excluded
@@ -69,7 +70,11 @@ class Wanted:
 
 
 def layers_of(
-    model: Model, inputs: Mapping[str, tuple[int, ...]], exclude: Sequence[str], log: Log
+    model: Model,
+    inputs: Mapping[str, tuple[int, ...]],
+    exclude: Sequence[str],
+    log: Log,
+    told: Mapping[str, Sight] | None = None,
 ) -> tuple[list[Whole], list[Chain]]:
     """The layers that can be factorized, in the order they run, and those that are factors already.
 
@@ -78,8 +83,11 @@ def layers_of(
         inputs: shapes of the inputs in one run.
         exclude: globs of layers to leave out.
         log: told of every layer that cannot be factorized, and why.
+        told: what was seen, in a run on such inputs, of tensors whose shapes follow from no rule; None if
+            nobody could look.
     """
     shapes, fixed = _shapes(model, inputs), frozenset(ir.protected(model.graph))
+    shapes.update((name, each.shape) for name, each in (told or {}).items())
     found: dict[int, Whole] = {}
     for seen in _candidates(model, log):
         node = seen.node

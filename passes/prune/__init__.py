@@ -12,6 +12,7 @@ from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.holdout import split
+from onnxslim.calibration.seen import NOTE, Sight, seen
 from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.engine.allocate import Joint, allocate
 from onnxslim.engine.base import (
@@ -130,6 +131,7 @@ class _Run:
         self._kept: Kept = {}  # slices of the original that are left
         self._errors: list[float] = []
         self._repairs: tuple[Change, ...] = ()
+        self._seen: dict[str, Sight] = {}  # what no rule tells the shape of
 
     def run(self) -> Changes:
         """All steps."""
@@ -152,10 +154,17 @@ class _Run:
         return self._log.done(figures)
 
     def _analyze(self) -> Analysis:
-        sizes = None
+        sizes, told = None, dict[str, Sight]()
         for feeds in self._samples():
             sizes = {name: array.shape for name, array in feeds.items()}
-        return analyze(self._model, sizes=sizes, allow_outputs=self._settings.allow_outputs)
+            told = seen(self._model, feeds, self._ctx.target)
+        self._seen.update(told)
+        return analyze(
+            self._model,
+            sizes=sizes,
+            seen={name: each.shape for name, each in told.items()},
+            allow_outputs=self._settings.allow_outputs,
+        )
 
     def _samples(self) -> list[Feeds]:
         """The first batch, if there is one."""
@@ -249,6 +258,8 @@ class _Run:
             if gone := removal.counts.get(family.name):
                 self._log.change(family.name, f"{gone} of {family.size} units removed", _note(family.crosses))
         costs = Costs(self._model, self._analyze())
+        for name in self._seen:
+            self._log.skip(name, NOTE)
         return PruneFigures(
             macs=(self._whole["macs"], costs.macs({})),
             params=(self._whole["params"], costs.parameters({})),

@@ -12,6 +12,7 @@ from onnxslim import shapes
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.holdout import split
+from onnxslim.calibration.seen import NOTE, seen
 from onnxslim.engine.base import Changes, Context, Log, OneOf, Pass, options
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.errors import UsageError
@@ -138,6 +139,7 @@ class Quantize(Pass):
         tell_idle(self.exclude, model, log)
         trained = strip(model)
         shapes.infer(model)
+        looked_up = _look(model, ctx)
         original = model.copy()
         if trained:
             trained.restore(original, ())
@@ -147,6 +149,8 @@ class Quantize(Pass):
         if not plan.linear and not plan.stored:
             log.skip(model.graph.name or "model", _nothing(model, figures))
             return Changes((), log.done().skipped)
+        for name in looked_up:
+            log.skip(name, NOTE)
         model.graph = candidate.model.graph
         if ctx.target.provider == CPU and self.layout in ("target", "cpu"):
             integer = {key: label for key, label in plan.labels.items() if key in plan.integer}
@@ -279,6 +283,18 @@ class Quantize(Pass):
             parts=dict(trial.score.parts),
             observer=trial.variant.observer[0],
         )
+
+
+def _look(model: Model, ctx: Context) -> list[str]:
+    """Give tensors behind operators that nobody knows the types they have in a run; returns their names."""
+    outputs = (tensor for node in model.graph.nodes for tensor in node.outputs)
+    untyped = [each for each in outputs if each.name and each.dtype is None and each.proto is None]
+    feeds = ctx.one_run() if untyped else None
+    told = seen(model, feeds, ctx.target) if feeds is not None else {}
+    found = [tensor for tensor in untyped if tensor.name in told]
+    for tensor in found:
+        tensor.dtype = told[tensor.name].dtype
+    return [tensor.name for tensor in found]
 
 
 def _nothing(model: Model, figures: QuantizeFigures) -> str:

@@ -174,8 +174,9 @@ class Planner:
         if any(id(tensor) in self._sealed for tensor in data):
             return "ONNX Runtime would misplace a QuantizeLinear on what it reads"
         types = {tensor.dtype for tensor in (*data, *node.outputs[:1])}
-        if types - {np.dtype(np.float32)}:
-            return f"its data is not float32 but {', '.join(sorted(str(t) for t in types))}"
+        if types - {_FLOAT32}:
+            told = sorted("of a type that is not known" if t is None else str(t) for t in types - {_FLOAT32})
+            return f"its data is not float32 but {', '.join(told)}"
         if any(isinstance(tensor, Constant) and is_mask(tensor.values) for tensor in data):
             return "a constant it reads holds infinities or mask values"
         for tensor in (*data, self._result(node), *node.outputs):
@@ -432,6 +433,7 @@ def _holds_zero(clamp: Node) -> bool:
     return found is not None and found[0] <= 0.0 <= found[1]
 
 
+_FLOAT32 = np.dtype(np.float32)
 LAST = "the final classifier stays in floating point (option `classifier`)"
 # Below this, scales and names take what the integers save.
 MIN_STORED_BYTES = 4096
