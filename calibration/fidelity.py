@@ -64,8 +64,8 @@ class _Part:
     start: int = 0
     stop: int | None = None
 
-    def of(self, values: Mapping[str, Any]) -> Array:
-        array = np.asarray(values[self.output])
+    def of(self, values: Mapping[str, Array]) -> Array:
+        array = values[self.output]
         if not array.ndim:
             return array
         index = [slice(None)] * array.ndim
@@ -103,7 +103,7 @@ class Judge:
         self._left = _limited(data.bind(model.inputs()), samples)
         self._size = 0
         self._feeds: list[Mapping[str, Array]] = []
-        self._expected: list[Mapping[str, Any]] = []
+        self._expected: list[Mapping[str, Array]] = []
         self._extend(samples if clear == math.inf else self._half)
         self._parts = self._looked_at()
 
@@ -112,17 +112,17 @@ class Judge:
         session: Session | None = None
         while samples > 0 and self._size < MAX_BYTES and (feeds := next(self._left, None)) is not None:
             session = session or Session(self._model, self._target, optimize=self._optimize)
-            found = session.run(feeds)
+            found = _arrays(session.run(feeds))
             self._feeds.append(feeds)
             self._expected.append(found)
-            self._size += sum(np.asarray(array).nbytes for array in (*feeds.values(), *found.values()))
+            self._size += sum(array.nbytes for array in (*feeds.values(), *found.values()))
             samples -= batch_samples(feeds)
 
     def _looked_at(self) -> list[_Part]:
         """All parts in floating point; of models that have none, all."""
         parts = [part for tensor in self._model.graph.outputs for part in _parts_of(tensor)]
         first = self._expected[0] if self._expected else {}
-        floats = [part for part in parts if np.asarray(first.get(part.output)).dtype.kind == "f"]
+        floats = [part for part in parts if part.output in first and first[part.output].dtype.kind == "f"]
         return floats or parts
 
     def __call__(self, model: Model, samples: int | None = None) -> Score:
@@ -136,7 +136,7 @@ class Judge:
         same: list[bool] = []
         seen = 0
         for feeds, expected in self._batches(samples):
-            found = session.run(feeds)
+            found = _arrays(session.run(feeds))
             for part, each in zip(self._parts, sums, strict=True):
                 _add(each, part.of(expected), part.of(found))
             same.extend(_decisions(expected, found))
@@ -166,7 +166,7 @@ class Judge:
         )
         return ratios[1:]
 
-    def _batches(self, samples: int | None) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Any]]]:
+    def _batches(self, samples: int | None) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Array]]]:
         seen = index = 0
         while samples is None or seen < samples:
             if index == len(self._feeds):
@@ -195,11 +195,23 @@ def _add(sums: Noise, expected: Array, found: Array) -> None:
         sums.add(reference[ordinary], found[ordinary])
 
 
-def _decisions(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[bool]:
-    for name, reference in expected.items():
-        array = np.asarray(reference)
+def _arrays(outputs: Mapping[str, Any]) -> dict[str, Array]:
+    """Outputs as one array each: a sequence in a row, an optional without a value as nothing."""
+    return {name: _in_a_row(value) for name, value in outputs.items()}
+
+
+def _in_a_row(value: Any) -> Array:
+    if value is None:
+        return np.empty(0, np.float32)
+    if isinstance(value, Sequence) and all(isinstance(each, np.ndarray) for each in value):
+        return np.concatenate([each.reshape(-1) for each in value] or [np.empty(0, np.float32)])
+    return np.asarray(value)
+
+
+def _decisions(expected: Mapping[str, Array], found: Mapping[str, Array]) -> Iterator[bool]:
+    for name, array in expected.items():
         if array.ndim == 2 and array.dtype.kind == "f" and array.shape[1] > 1:
-            yield from (array.argmax(1) == np.asarray(found[name]).argmax(1)).tolist()
+            yield from (array.argmax(1) == found[name].argmax(1)).tolist()
 
 
 def _parts_of(output: Tensor) -> list[_Part]:

@@ -43,6 +43,9 @@ def unfit(node: Node, opset: int, kind: np.dtype[Any], seen: Mapping[str, Histog
     ]
     if all(tensor.dtype != SINGLE for tensor in touched):
         return "it has nothing in single precision"
+    other = next((tensor.name for tensor in touched if tensor.dtype is None), None)
+    if other is not None:
+        return f"'{other}' is a sequence or an optional, or of a type that is not known"
     if "dtype" in node.attrs or isinstance(node.attrs.get("value"), onnx.AttributeProto):
         return "an attribute of it states its type"
     if not _takes(node, opset, kind):

@@ -41,7 +41,9 @@ class Calibration:
     def irregular(self) -> dict[str, str]:
         """Of tensors whose values no integer range should cover, by name, what they hold."""
         seen = self.seen.histograms.items()
-        return {name: histogram.irregular for name, histogram in seen if histogram.irregular}
+        found = {name: "" if histogram.count else "no element" for name, histogram in seen}
+        found.update({name: histogram.irregular for name, histogram in seen if histogram.irregular})
+        return {name: reason for name, reason in found.items() if reason}
 
     def cover(self, model: Model, plan: Plan) -> bool:
         """See to it that all tensors of a plan were observed; returns whether any had to be.
@@ -61,6 +63,7 @@ class Calibration:
             target=self._ctx.target,
             jobs=self._ctx.jobs,
             progress=self._ctx.progress,
+            empty=True,
         )
         self.seen.histograms.update(found.histograms)
         self.seen.means.update(found.means)
@@ -70,7 +73,7 @@ class Calibration:
         """Take more data into the statistics: what was held out to choose among candidates."""
         names, channels = list(self.seen.histograms), list(self.seen.means)
         target, jobs = self._ctx.target, self._ctx.jobs
-        self.seen.merge(collect(model, data, names, channels=channels, target=target, jobs=jobs))
+        self.seen.merge(collect(model, data, names, channels=channels, target=target, jobs=jobs, empty=True))
 
     def means(self, plan: Plan) -> dict[int, Array]:
         """Of each channel of the data of a weighted node whose bias can be corrected, by the node's id."""
