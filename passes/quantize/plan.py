@@ -264,15 +264,23 @@ class Planner:
         return f"it has few input channels ({layer.inputs}) and is faster in floating point"
 
     def _found_classifiers(self) -> set[int]:
-        """Ids of the matrix products whose results reach an output through nothing but simple operators."""
+        """Ids of the matrix products whose results reach an output through nothing but simple operators.
+
+        And reach no other weighted operator: what is given back as a state or a cache, and used too, is no
+        decision.
+        """
         found: set[int] = set()
         reached = set(self._outputs)
+        used: set[int] = set()
         for node in reversed(self._nodes):
             spec = spec_of(node)
+            goes_on = any(id(tensor) in used for tensor in node.outputs)
+            if goes_on or spec.role is Role.LINEAR:
+                used.update(id(tensor) for tensor in node.inputs)
             if not any(id(tensor) in reached for tensor in node.outputs):
                 continue
             if spec.role is Role.LINEAR:
-                if spec.classifies and not self._trained(node):
+                if spec.classifies and not goes_on and not self._trained(node):
                     found.add(id(node))
             elif spec.role is not Role.FLOAT or Trait.KEEPS_ORDER in spec.traits:
                 reached.update(id(tensor) for tensor in node.inputs if isinstance(tensor, Variable))

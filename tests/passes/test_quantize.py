@@ -84,6 +84,42 @@ def test_a_large_classifier_stores_integers_and_computes_in_float() -> None:
     assert sum(t.nbytes for t in after.constants()) > 0.5 * model.nbytes()
 
 
+@pytest.mark.parametrize(
+    ("outputs", "text"),
+    [
+        ("float[N,64] s", "s = Relu(a) b = Add(a, s)"),  # a state
+        (
+            "float[M,64] s",
+            "s = Concat<axis=0>(cache, a) m = ReduceMean<axes=[0]>(s) b = Add(a, m)",
+        ),  # a cache
+        ("float[N,64] a", "b = Relu(a)"),  # what lies between
+    ],
+)
+def test_layers_whose_results_are_given_back_and_used_are_no_classifiers(outputs: str, text: str) -> None:
+    model = parse(
+        f"""g (float[N,64] x, float[P,64] cache) => (float[N,64] y, {outputs}) {{
+            [first] a = MatMul(x, w) {text} [last] h = MatMul(b, v) y = Softmax(h)
+        }}""",
+        {"w": 0.1 * normal(64, 64), "v": 0.1 * normal(64, 64, seed=1)},
+    )
+    feeds = {"x": normal(32, 64), "cache": normal(4, 64)}
+    after, changes = quantize(model, [feeds])
+    assert "first" not in reasons(changes)
+    assert "classifier" in reasons(changes)["last"]
+    assert sqnr_of(model, after, feeds) > 25
+
+
+def test_every_head_is_a_classifier() -> None:
+    model = parse(
+        """g (float[N,64] x) => (float[N,8] y, float[N,8] z) {
+            a = MatMul(x, w) r = Relu(a) [one] y = MatMul(r, v) [two] t = MatMul(r, u) z = Softmax(t)
+        }""",
+        {"w": 0.1 * normal(64, 64), "v": 0.1 * normal(64, 8, seed=1), "u": 0.1 * normal(64, 8, seed=2)},
+    )
+    _, changes = quantize(model, [{"x": normal(32, 64)}])
+    assert all("classifier" in reasons(changes)[head] for head in ("one", "two"))
+
+
 def test_pooling_shares_the_scale_of_its_input(block: Model, feeds: dict[str, Array]) -> None:
     after, _ = quantize(block, [feeds])
     pool = next(node for node in after.graph.nodes if node.name == "pool")
