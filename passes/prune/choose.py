@@ -92,15 +92,14 @@ def candidates(
 
 
 def _left_alone(family: Family, spared: Mapping[str, str], log: Log) -> bool:
-    names = [member.tensor for member in family.members] + [each.node for each in family.consumers]
-    glob = next((spared[name] for name in names if name in spared), None)
+    glob = next((spared[member.tensor] for member in family.members if member.tensor in spared), None)
     if glob is not None:
         log.skip(family.name, f"excluded by '{glob}'")
     return glob is not None
 
 
 def spared(model: Model, exclude: Sequence[str]) -> dict[str, str]:
-    """Tensors, and labels of nodes, that are to stay whole, with the globs that mean them.
+    """Tensors that are to stay whole, with the globs that mean them.
 
     A node that is meant itself, and not by one of its tensors, keeps the channels of all it reads and makes.
     """
@@ -108,7 +107,7 @@ def spared(model: Model, exclude: Sequence[str]) -> dict[str, str]:
     for node in model.graph.nodes if exclude else ():
         tensors = [tensor.name for tensor in (*node.inputs, *node.outputs)]
         whole = hit(exclude, *names_of(node))
-        for name in (node.label, *tensors):
+        for name in tensors:
             glob = whole or hit(exclude, name)
             if glob is not None:
                 found.setdefault(name, glob)
