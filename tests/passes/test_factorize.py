@@ -25,7 +25,7 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
 from onnxslim.passes import create
 from onnxslim.passes.dead import Dead
-from onnxslim.passes.factorize import Factorize, FactorizeFigures, chains, fit, ranks, schemes
+from onnxslim.passes.factorize import Factorize, FactorizeFigures, candidates, chains, fit, ranks, schemes
 from onnxslim.passes.factorize.layers import Factor, Whole
 from onnxslim.passes.factorize.schemes import SCHEMES, Problem, balanced, directions, merged
 from onnxslim.passes.factorize.search import layers_of
@@ -451,6 +451,23 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     monkeypatch.setattr(timing, "compare", compare)
     monkeypatch.setattr(Bench, "__call__", bench)
     return speed
+
+
+@pytest.mark.parametrize(
+    ("unit", "dearer", "left"), [("time", 1.05, 2), ("time", 1.15, 1), ("macs", 1.05, 2), ("params", 1.05, 1)]
+)
+@pytest.mark.parametrize("lost", [0.1, 0.2])
+def test_candidates_that_others_beat_clearly_are_not_timed(
+    unit: candidates.Unit, dearer: float, left: int, lost: float
+) -> None:
+    """MACs only hint at time, so a few more of them say nothing; and what loses less always stays."""
+    cheap = candidates.Factoring(SCHEMES["svd"], (4,), 0.5, 0.5, 0.1)
+    dear = candidates.Factoring(SCHEMES["svd"], (8,), 0.5 * dearer, 0.5 * dearer, lost)
+    better = candidates.Factoring(SCHEMES["svd"], (9,), 0.9, 0.9, 0.05)
+    kept = candidates.undominated([cheap, dear, better], unit)
+    assert len(kept) == 1 + left
+    assert cheap in kept
+    assert better in kept
 
 
 def _factorize(model: Model, data: CalibrationData | None = None, **options: Any) -> tuple[Model, Changes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxslim.ir.graph import Node, Variable
 from onnxslim.passes.fold import Fold
+from onnxslim.passes.fold.budget import FoldPlan, _Offer, _spend
 from onnxslim.passes.fold.values import WORKING_BYTES, narrower
 from tests.helpers import apply, feeds_for, normal, ops, parse, reasons, same_outputs, settled, stored
 
@@ -150,6 +153,22 @@ def test_what_is_left_is_spent_where_it_removes_most_nodes() -> None:
     assert left[1] == {"Add": 2, "Cast": 1, "Expand": 1, "Sqrt": 1}
     assert left[2] == {"Add": 2, "Cast": 1}
     assert left[3] == {"Add": 2}
+
+
+def test_what_removes_nothing_more_is_not_bought() -> None:
+    """Offers look at results one by one; of what was bought, another may have nothing left to remove."""
+    tensors, nodes = [Variable(name) for name in "abc"], [Node("Abs", name) for name in "abc"]
+    growth = {(): 0, (0,): 10, (0, 1): 30, (0, 2): 20, (0, 3): 20}
+    gain = {(): 0, (0,): 1, (0, 1): 2, (0, 2): 1, (0, 3): 2}
+
+    def settle(bought: Mapping[int, int | None]) -> FoldPlan:
+        which = tuple(sorted(bought))
+        stored = tuple(tensors[0] if index == 0 else tensors[1] for index in which)
+        return FoldPlan(stored, tuple(nodes[: gain.get(which, 3)]), (), growth.get(which, 40))
+
+    offers = [_Offer(index, None, 1, 8 + index) for index in range(3)]
+    assert _spend(offers, settle({}), settle, 25) == settle({0: None})
+    assert _spend([*offers, _Offer(3, None, 1, 12)], settle({}), settle, 25) == settle({0: None, 3: None})
 
 
 @pytest.mark.parametrize(
