@@ -23,9 +23,10 @@ Unit: TypeAlias = Literal["macs", "params", "time"]
 
 # Ranks tried per layer and scheme.
 RANKS = 10
-# A candidate is not timed if another one loses no more and has this few of its MACs. Of pairs of factors for one
-# layer (of the bundled resnet and of a text recognizer, timed by the gate), the one with fewer MACs took longer in
-# 35 of 100 where it had 0.90 to 0.95 of the other's, in 36 of 293 for 0.80 to 0.90, in 16 of 544 for less.
+# A candidate is not timed if another one loses no more and has this few of its MACs. Of pairs of factors for
+# one layer (of the bundled resnet and of a text recognizer, timed by the gate), the one with fewer MACs took
+# longer in 35 of 100 where it had 0.90 to 0.95 of the other's, in 36 of 293 for 0.80 to 0.90, in 16 of 544
+# for less.
 DOMINATED = 0.9
 # What loses no more than this is exact but for rounding.
 EXACT = 1e-9

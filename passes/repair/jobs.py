@@ -17,8 +17,8 @@ from onnxslim.ops.layers import Floats, Layer, Positions, per_channel, values_at
 from onnxslim.passes.predicates import rounded
 
 MATCHES = ("Add", "BatchNormalization", "Gemm", "Mul")
-# Weights behind a scale this much smaller than the largest of its channels are left alone: the rounding of the
-# others, of 1e-7 in single precision, would come back as a tenth of what is asked of them.
+# Weights behind a scale this much smaller than the largest of its channels are left alone: rounding of the
+# others, 1e-7 in single precision, would come back as a tenth of what is asked of them.
 _FAINT = 1e-6
 
 
