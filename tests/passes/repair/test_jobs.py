@@ -49,7 +49,7 @@ def goals_of(model: Model) -> list[str]:
 )
 def test_what_is_followed_behind_a_layer(outputs: str, body: str, found: list[str]) -> None:
     """Scales, shifts and rounding that only the layer goes through; channels of 3-D products are last."""
-    constants = {"w": normal(4, 4), "v": np.abs(normal(4)), "one": np.float32(1)}
+    constants = {"w": normal(4, 4), "v": np.abs(normal(4)), "one": np.array(1, np.float32)}
     assert goals_of(parse(f"g (float[N,4,4] x) => ({outputs}) {{ {body} }}", constants)) == found
 
 
@@ -99,9 +99,9 @@ def test_a_shift_of_another_size_than_its_scale_is_left_alone() -> None:
 
 def test_what_does_not_fit_into_half_precision_is_not_stored() -> None:
     text = "g (float16[N,4] x) => (float16[N,4] y) { h = Mul(x, u) y = Mul(h, g) }"
-    teacher = parse(text, {"u": np.ones(4, np.float16), "g": np.full(4, 9000, np.float16)})
-    student = replaced(teacher, u=np.full(4, 0.1, np.float16))
-    data = CalibrationData([{"x": (0.05 * normal(20, 4, seed=i)).astype(np.float16)} for i in range(3)])
+    teacher = parse(text, {"u": np.ones(4, np.float16), "g": np.full(4, 900, np.float16)})
+    student = replaced(teacher, u=np.full(4, 0.01, np.float16))
+    data = CalibrationData([{"x": normal(20, 4, seed=i).astype(np.float16)} for i in range(3)])
     changes = repair(student, teacher, data, layers=["y"])
     assert [skip.reason for skip in changes.skipped] == ["its new values do not fit into their type"]
     np.testing.assert_array_equal(stored(student, "g"), stored(teacher, "g"))
