@@ -1,9 +1,10 @@
 """Which slices of a model's tensors can be removed together: units, and families of like units.
 
-The operators' rules (`OpSpec.channels`) label and tie slices, see `labels.py`. Here the graph is walked once,
-the connected components become units, and units that occur in the same places become a family: any of them
-can go without changing what the others look like. Of everything else the chain of operators that pins it
-can be told.
+The operators' rules (`OpSpec.channels`) label and tie slices, see `labels.py`. Here the graph is walked
+once, the connected components become units, and units that occur in the same places become a family: any of
+them can go without changing what the others look like. (Elsewhere this graph of ties is called a dependency
+graph, and a family a structured group or coupled channels: Fang et al., "DepGraph", CVPR 2023.) Of
+everything else the chain of operators that pins it can be told.
 """
 
 from __future__ import annotations

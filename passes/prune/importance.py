@@ -1,11 +1,11 @@
 """In which order the units of a family are given up, and what that costs the layers that read them.
 
-Criteria on the weights alone: "l1" and "l2" (norms of all slices of a unit, each tensor scaled to mean one),
-"fpgm" (distance to the other units, He et al. 2019), "lamp" (square over all that are at least as large, Lee
-et al. 2021). Criteria on what flows through: "energy" (mean square of a channel times the squared norm of
-the weights that read it, after Sun et al. 2023), "thinet" (greedy, by what the reading layers lose if weights
-stay, Luo et al. 2017) and "obs" (greedy, by what they lose if the remaining channels make up for it as well
-as they linearly can, after Hassibi and Stork 1993).
+Criteria on the weights alone: "l1" and "l2" (norms of all slices of a unit, each tensor scaled to mean
+one), "fpgm" (distance to the other units, He et al. 2019), "lamp" (square over all that are at least as
+large, Lee et al. 2021). Criteria on what flows through: "energy" (mean square of a channel times the
+squared norm of the weights that read it, after Sun et al. 2023), "thinet" (greedy, by what the reading
+layers lose if weights stay, Luo et al. 2017) and "obs" (optimal brain surgeon: greedy, by what they lose if
+the remaining channels make up for it as well as they linearly can, after Hassibi and Stork 1993).
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
 What makes a channel is divided by a number, what reads it multiplied: weights, biases and the constants of
 normalizations take such numbers in; Relu, sums, pooling and whatever only moves data let them through (all
-these are positively homogeneous). Every channel of every tensor gets a label, operators tie labels that have
-to have one scale, and everything else fixes what it reads at one. So scales reach across residual branches,
-concatenations, pooling and gates, not only from one layer to the next (Nagel et al., "Data-Free Quantization
-Through Weight Equalization and Bias Correction", ICCV 2019; Xiao et al., "SmoothQuant", ICML 2023).
+these are positively homogeneous). Every channel of every tensor gets a label, operators tie labels that
+have to have one scale, and everything else fixes what it reads at one. So scales reach across residual
+branches, concatenations, pooling and gates, not only from one layer to the next. The field calls this
+cross-layer equalization, and smoothing where activations are to become easier (Nagel et al., "Data-Free
+Quantization Through Weight Equalization and Bias Correction", ICCV 2019; Xiao et al., "SmoothQuant", ICML
+2023).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which of many candidates to take: everything is decided by what comes out of the network in the end.
 
 Errors of layers add up almost exactly (each is small and has little to do with the others), so that what
-every layer does on its own, measured once, tells beforehand which ones have to be kept for a wanted fidelity.
-Candidates chosen that way are measured as wholes before they are believed.
+every layer does on its own, measured once (a sensitivity analysis), tells beforehand which ones have to be
+kept for a wanted fidelity. Candidates chosen that way are measured as wholes before they are believed.
 """
 
 from __future__ import annotations

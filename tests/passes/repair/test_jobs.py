@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Layer
 from onnxslim.ops.spec import layer_of
@@ -73,7 +74,12 @@ def test_a_shift_of_all_channels_at_once_is_no_place_for_one_per_channel() -> No
 def test_channels_that_are_switched_off_behind_a_layer_stay_as_they_are(body: str) -> None:
     """Nothing a layer could do would come through a scale of zero."""
     text = f"g (float[N,4] x) => (float[N,4] y) {{ k = MatMul(x, u) h = Gemm(k, w, b) {body} }}"
-    constants = {"u": mixing(4), "w": mixing(4), "v": np.array([1, 0, 2, 1e-30], np.float32), "b": normal(4)}
+    constants: dict[str, Array] = {
+        "u": mixing(4),
+        "w": mixing(4),
+        "v": np.array([1, 0, 2, 1e-30], np.float32),
+        "b": normal(4),
+    }
     teacher = parse(text, constants)
     student = replaced(teacher, u=mixing(4) @ mixing(4))
     restored(student, teacher, {"x": normal(60, 4)})
@@ -83,7 +89,11 @@ def test_channels_that_are_switched_off_behind_a_layer_stay_as_they_are(body: st
 
 def test_a_scale_and_a_shift_along_other_axes_are_two() -> None:
     text = "g (float[N,4,5,4] x) => (float[N,4,5,4] y) { h = Mul(x, u) m = Mul(h, g) y = Add(m, e) }"
-    constants = {"u": np.ones(4, np.float32), "g": np.abs(normal(4)) + 0.5, "e": normal(4, 1, 1)}
+    constants: dict[str, Array] = {
+        "u": np.ones(4, np.float32),
+        "g": np.abs(normal(4)) + 0.5,
+        "e": normal(4, 1, 1),
+    }
     teacher = parse(text, constants)
     gain = np.abs(normal(4, seed=2)) + 0.5
     restored(replaced(teacher, u=gain), teacher, {"x": normal(20, 4, 5, 4)}, layers=["m"])
