@@ -31,7 +31,9 @@ BYTES = (np.dtype(np.int8), np.dtype(np.uint8))
 
 @dataclass(frozen=True)
 class Grid:
-    """The values a tensor may have, as fake quantization leaves it: multiples of a scale, for all codes of the zero point's type.
+    """The values a tensor may have, which fake quantization rounds it to in training.
+
+    These are the multiples of a scale, for all codes of the zero point's type.
 
     Attributes:
         scale: float32; a scalar, or one per slice along `axis`.
