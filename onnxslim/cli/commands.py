@@ -15,7 +15,6 @@ from onnxslim.cli.running import (
     named_metric,
     process,
     require_report,
-    require_writable,
     warn_of_made_up_inputs,
 )
 from onnxslim.cli.words import (
@@ -26,6 +25,7 @@ from onnxslim.cli.words import (
     MetricName,
     ModelWords,
     Quiet,
+    SavePlan,
     expanded,
     limits,
 )
@@ -176,9 +176,7 @@ def _prune(
         list[str] | None,
         typer.Option(metavar="TENSOR", help="only tell what may be removed of a tensor, or what pins it"),
     ] = None,
-    save_plan: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="save which units went, for --plan")
-    ] = None,
+    save_plan: SavePlan = None,
 ) -> None:
     """Remove channels, heads and hidden units.
 
@@ -190,11 +188,7 @@ def _prune(
     if families or explain:
         pruning.tell(job.source, families, explain or (), job.json)
         return
-    if save_plan is not None:
-        require_writable(save_plan)
-    outcome = process(job, data, [passes.create("prune", ctx.obj)])
-    if save_plan is not None:
-        pruning.save_plan(outcome.report, save_plan)
+    process(job, data, [passes.create("prune", ctx.obj)], save_plan=save_plan)
 
 
 # What commands named after passes do, for the list of commands; the pass itself tells its options.
@@ -208,11 +202,20 @@ _SUMMARIES = {
 _NO_COMMANDS = ("slim", "prune", "fold", "eliminate", "fuse", "dedupe", "dead")
 
 
+# Those that take --plan, known without loading them.
+_PLANNED = ("factorize",)
+
+
 def _add_pass_command(name: str) -> None:
     @expanded
     def run(job: ModelWords, data: DataWords, ctx: typer.Context) -> None:
         process(job, data, [passes.create(name, ctx.obj)])
 
+    @expanded
+    def plan(job: ModelWords, data: DataWords, ctx: typer.Context, save_plan: SavePlan = None) -> None:
+        process(job, data, [passes.create(name, ctx.obj)], save_plan=save_plan)
+
+    run = plan if name in _PLANNED else run
     run.__doc__ = _SUMMARIES.get(name, f"Run the pass '{name}'; see `onnxslim passes {name}`.")
     app.command(name, cls=PassCommand)(run)
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from onnxslim.cli import terminal
-from onnxslim.engine.pipeline import Report
-from onnxslim.errors import SaveError, UsageError
 
 
 def tell(source: Path, families: bool, tensors: Sequence[str], as_json: bool) -> None:
@@ -57,22 +55,3 @@ def tell(source: Path, families: bool, tensors: Sequence[str], as_json: bool) ->
         )
     for line in lines:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def save_plan(report: Report, path: Path) -> None:
-    """Write the plan of the last pruning.
-
-    Raises:
-        UsageError: nothing was pruned.
-        SaveError: the file cannot be written.
-    """
-    from onnxslim.passes.prune import PruneFigures
-
-    told = [step.changes.figures for step in report.steps]
-    plans = [figures.plan for figures in told if isinstance(figures, PruneFigures)]
-    if not plans:
-        raise UsageError("--save-plan: nothing was pruned, so there is no plan")
-    try:
-        path.write_text(plans[-1].to_json(), encoding="utf-8")
-    except OSError as error:
-        raise SaveError(f"cannot write the plan to '{path}': {error.strerror or error}") from error

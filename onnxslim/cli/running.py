@@ -32,6 +32,7 @@ def process(
     recipe: Path | None = None,
     trust: bool = False,
     asked: Request | None = None,
+    save_plan: Path | None = None,
 ) -> Outcome:
     """Run passes, or a recipe file, on a model.
 
@@ -41,9 +42,10 @@ def process(
         recipe: the recipe file.
         trust: whether that may name files outside its folder.
         asked: what else OnnxSlim's options ask for.
+        save_plan: where the plan of the last pass that has one goes.
     """
     _warn_of_rivals()
-    _require_places(job, recipe)
+    _require_places(job, recipe, save_plan)
     wanted = _recipe(job, words, chain, recipe, trust)
     _require_keepable(job, wanted, asked)
     for note in asked.notes if asked else ():
@@ -56,7 +58,7 @@ def process(
     told = outcome.document(layers=job.report is not None)
     _tell(job, told)
     outcome.require()
-    _save(job, wanted, outcome, told)
+    _save(job, wanted, outcome, told, save_plan)
     return outcome
 
 
@@ -106,7 +108,7 @@ def _tell(job: ModelWords, told: Document) -> None:
         warn_of_made_up_inputs(told.verdict)
 
 
-def _save(job: ModelWords, recipe: Recipe, outcome: Outcome, told: Document) -> None:
+def _save(job: ModelWords, recipe: Recipe, outcome: Outcome, told: Document, plan: Path | None) -> None:
     """Save all that was asked for; a file that cannot be written takes none of the others with it."""
     failed: list[OnnxSlimError | OSError] = []
 
@@ -123,6 +125,9 @@ def _save(job: ModelWords, recipe: Recipe, outcome: Outcome, told: Document) -> 
     if job.save_recipe is not None:
         kept = job.save_recipe
         attempt(lambda: recipe.save(kept))
+    if plan is not None:
+        place = plan
+        attempt(lambda: _save_plan(outcome.report, place))
     for error in failed[1:]:
         terminal.log(f"error: {error}")
     if failed:
@@ -142,22 +147,34 @@ def _save_model(job: ModelWords, outcome: Outcome) -> None:
     )
 
 
+def _save_plan(report: Report, path: Path) -> None:
+    from onnxslim.engine.plans import PassPlan
+
+    told = [getattr(step.changes.figures, "plan", None) for step in report.steps]
+    plans = [plan for plan in told if isinstance(plan, PassPlan)]
+    if not plans:
+        raise UsageError("--save-plan: nothing was changed, so there is no plan")
+    try:
+        path.write_text(plans[-1].to_json(), encoding="utf-8")
+    except OSError as error:
+        raise SaveError(f"cannot write the plan to '{path}': {error.strerror or error}") from error
+
+
 # ------------------------------------------------------------------------------------ before any work
 
 
-def _require_places(job: ModelWords, recipe: Path | None) -> None:
+def _require_places(job: ModelWords, recipe: Path | None, plan: Path | None) -> None:
     """Fail early if a file could not be written in the end, or would replace another one."""
     taken: Mapping[Path, str] = {
         path.resolve(): what
         for path, what in ((job.source, "the model"), (job.output, "the model"), (recipe, "the recipe"))
         if path is not None
     }
-    if job.save_recipe is not None and job.save_recipe.resolve() in taken:
-        raise UsageError(
-            f"--save-recipe {job.save_recipe} would overwrite {taken[job.save_recipe.resolve()]}"
-        )
+    for word, file in (("--save-recipe", job.save_recipe), ("--save-plan", plan)):
+        if file is not None and file.resolve() in taken:
+            raise UsageError(f"{word} {file} would overwrite {taken[file.resolve()]}")
     require_report(job.report, taken)
-    for path in (job.output, job.save_recipe):
+    for path in (job.output, job.save_recipe, plan):
         if path is not None:
             require_writable(path)
 

@@ -30,6 +30,7 @@ MetricName = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="print the traceback of an error")]
+SavePlan = Annotated[Path | None, typer.Option(metavar="FILE.json", help="save what was chosen, for --plan")]
 
 
 @dataclass(frozen=True)

@@ -232,11 +232,14 @@ class Pass:
         """Whether what some of the parts make may be as large as it is."""
         return True
 
+    def given(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        defaults = _defaults(type(self))
+        return {name: value for name in defaults if (value := getattr(self, name)) != defaults[name]}
+
     def describe(self) -> str:
         """The pass with the options that differ from their defaults, as in a recipe."""
-        given = {name: getattr(self, name) for name in _defaults(type(self))}
-        told = [f"{name}={value!r}" for name, value in given.items() if value != _defaults(type(self))[name]]
-        return f"{self.name}({', '.join(told)})"
+        return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in self.given().items())})"
 
 
 def _defaults(cls: type[Pass]) -> dict[str, Any]:

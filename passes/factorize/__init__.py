@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, Field
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.seen import NOTE, seen
+from onnxslim.calibration.seen import NOTE, Sight, seen
 from onnxslim.engine.base import Changes, Context, Figures, Log, Pass, captioned, options
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.matching import GLOBS, tell_idle
+from onnxslim.engine.plans import require_alone
 from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -23,6 +25,7 @@ from onnxslim.passes.factorize.candidates import Factoring, LayerOptions, Unit
 from onnxslim.passes.factorize.fit import Fitted
 from onnxslim.passes.factorize.gate import SpeedGate
 from onnxslim.passes.factorize.layers import Whole
+from onnxslim.passes.factorize.plan import FactorizationPlan
 from onnxslim.passes.factorize.schemes import SCHEMES
 from onnxslim.passes.factorize.search import FactorSearch, MeasuredFactors, Wanted, layers_of, with_factors
 from onnxslim.passes.fold.weights import store_weights
@@ -55,6 +58,7 @@ class FactorizeFigures(Figures):
         fitted: to what factors were fitted, if not to data.
         repaired: how many layers were fitted again.
         latency: time of one run, relative to that before.
+        plan: what was chosen, to keep and to replay.
     """
 
     candidates: tuple[MeasuredFactors, ...] = ()
@@ -63,6 +67,7 @@ class FactorizeFigures(Figures):
     fitted: str | None = captioned("fitted")
     repaired: int | None = captioned("layers fitted again to what they computed before")
     latency: float | None = captioned("time of one run, relative to that before")
+    plan: FactorizationPlan | None = None
 
 
 @options
@@ -94,9 +99,12 @@ class Factorize(Pass):
     repair: bool = Field(True, description="fit all layers again afterwards, as the repair pass does")
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to leave whole")
     cache: bool = Field(True, description="keep measured times in the user's cache folder")
+    plan: Path | None = Field(None, description="file of a plan to replay, instead of choosing")
 
     def __post_init__(self) -> None:
-        """Refuse two budgets."""
+        """Refuse two budgets, and a choice beside a plan."""
+        if self.plan is not None:
+            require_alone(self, "fitted", "repair")
         given = [name for name in ("macs", "params", "energy", "speedup") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(f"pass 'factorize' takes one budget, not {' and '.join(given)}")
@@ -111,6 +119,7 @@ class Factorize(Pass):
 
         Raises:
             CalibrationError: the calibration data does not fit the model.
+            UsageError: the plan cannot be read, or does not fit the model.
         """
         return _Work(self, model, ctx)()
 
@@ -126,6 +135,7 @@ class _Work:
 
     def __init__(self, wish: Factorize, model: Model, ctx: Context) -> None:
         self._wish = wish
+        self._plan = None if wish.plan is None else FactorizationPlan.load(wish.plan)
         self._model = model
         self._ctx = ctx
         self._log = Log()
@@ -141,12 +151,7 @@ class _Work:
         for skip in store_weights(self._model):
             self._log.skip(skip.node, skip.reason)
         told = seen(self._model, self._sample, self._ctx.target) if self._data is not None else None
-        layers, known = layers_of(self._model, self._shapes, self._wish.exclude, self._log, told)
-        whole = chains.undone(self._model, known) if known else self._model
-        if known and self._is_met(whole):
-            return self._log.done(self._figures)
-        entries = self._search(layers)
-        picks = self._choose(entries, whole)
+        picks = self._searched(told) if self._plan is None else self._planned(self._plan, told)
         if not picks:
             return self._log.done(self._figures)
         for name in told or ():
@@ -156,6 +161,21 @@ class _Work:
         if self._data is not None and self._wish.repair:
             self._repair(teacher)
         return self._judged(teacher)
+
+    def _planned(self, plan: FactorizationPlan, told: Mapping[str, Sight] | None) -> Picks:
+        """What the plan says; it also knows layers that a search takes for factors."""
+        if not plan.layers:
+            self._log.skip(self._name, "the plan leaves all layers whole")
+        layers, known = layers_of(self._model, self._shapes, (), Log(), told)
+        return plan.picks((*layers, *itertools.chain.from_iterable(known)))
+
+    def _searched(self, told: Mapping[str, Sight] | None) -> Picks:
+        """What costs the outputs least; nothing where the budget is met already."""
+        layers, known = layers_of(self._model, self._shapes, self._wish.exclude, self._log, told)
+        whole = chains.undone(self._model, known) if known else self._model
+        if known and self._is_met(whole):
+            return []
+        return self._choose(self._search(layers), whole)
 
     def _search(self, layers: Sequence[Whole]) -> list[LayerOptions]:
         wish = self._wish
@@ -275,7 +295,11 @@ class _Work:
     def _rewrite(self, picks: Picks, teacher: Model) -> None:
         """Put factors in place, each fitted to what the ones before make."""
         edit = Editor(self._model)
-        self._figures = replace(self._figures, layers={entry.layer.name: pick.told for entry, pick in picks})
+        self._figures = replace(
+            self._figures,
+            layers={entry.layer.name: pick.told for entry, pick in picks},
+            plan=FactorizationPlan.of(picks),
+        )
         for index, (entry, pick) in enumerate(picks):
             layer, name = entry.layer, entry.layer.name
             fitted = self._fitted(layer, pick, teacher)
@@ -331,4 +355,4 @@ def _sample(model: Model, ctx: Context) -> Mapping[str, Array]:
     return make_feeds(model.inputs(), batch=1, size=32) if given is None else given
 
 
-__all__ = ["Factorize", "FactorizeFigures"]
+__all__ = ["FactorizationPlan", "Factorize", "FactorizeFigures"]

@@ -39,7 +39,8 @@ class Factoring:
     Attributes:
         scheme, ranks: which.
         macs, params: relative to the layer's.
-        lost: share of the layer's power on the data, or of its weight's, that it does not explain.
+        lost: share of the layer's power on the data, or of its weight's, that it does not explain; NaN if
+            nobody asked.
         time: relative to the layer's; NaN if it was not measured.
         error: what it is expected to cost the outputs of the model, relative to their variance.
     """
@@ -51,6 +52,12 @@ class Factoring:
     lost: float
     time: float = math.nan
     error: float = math.nan
+
+    @classmethod
+    def of(cls, layer: Whole, scheme: Scheme, ranks: Ranks, lost: float = math.nan) -> Factoring:
+        """With what it costs of this layer."""
+        macs, parameters = scheme.macs(layer, ranks), scheme.parameters(layer, ranks)
+        return cls(scheme, ranks, macs / layer.macs, parameters / layer.weight.size, lost)
 
     @property
     def label(self) -> str:
@@ -132,16 +139,7 @@ def factorings(layer: Whole, found: Sequence[Proposal], gram: Gram | None) -> li
         every = list(dict.fromkeys(ranks for _, ranks in group))
         most = tuple(max(column) for column in zip(*every, strict=True))
         parts = scheme.decompose(layer, problem, most)
-        result += [
-            Factoring(
-                scheme,
-                ranks,
-                scheme.macs(layer, ranks) / layer.macs,
-                scheme.parameters(layer, ranks) / layer.weight.size,
-                parts.lost(ranks),
-            )
-            for ranks in every
-        ]
+        result += [Factoring.of(layer, scheme, ranks, parts.lost(ranks)) for ranks in every]
     return result
 
 

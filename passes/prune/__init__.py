@@ -27,6 +27,7 @@ from onnxslim.engine.base import (
     options,
 )
 from onnxslim.engine.matching import GLOBS, tell_idle
+from onnxslim.engine.plans import require_alone
 from onnxslim.errors import UsageError
 from onnxslim.families.analysis import Analysis, analyze
 from onnxslim.families.costs import Costs
@@ -112,8 +113,8 @@ class Prune(Pass):
         goals = [goal for goal in (self.macs, self.params, self.ratio, self.plan) if goal is not None]
         if len(goals) != 1:
             raise UsageError("pass 'prune' needs exactly one of macs, params, ratio and plan")
-        if self.plan is not None and self.exclude:
-            raise UsageError("pass 'prune': a plan says all that goes, so exclude has nothing to say")
+        if self.plan is not None:
+            require_alone(self, "allow_outputs", "steps", "repair")
         return _Run(self, model, ctx).run()
 
 

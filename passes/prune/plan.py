@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import field
+from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field
 
+from onnxslim.engine.plans import PassPlan, distinct, strict
 from onnxslim.errors import UsageError
 from onnxslim.families.analysis import Analysis, Family
 from onnxslim.families.removal import Removal
-from onnxslim.formats import plain
-
-VERSION = 1
 
 
 def _distinct(units: tuple[int, ...]) -> tuple[int, ...]:
-    if len(set(units)) < len(units):
-        raise ValueError("a unit is named twice")
+    distinct(map(str, units))
     return tuple(sorted(units))
 
 
 _Count = Annotated[int, Field(ge=0)]
-_STRICT = ConfigDict(strict=True, extra="forbid")
 
 
-class _Entry(BaseModel):
-    """An `Entry` as it is written."""
+@strict
+class Entry:
+    """What goes of one family.
 
-    model_config = _STRICT
+    Attributes:
+        family: its name.
+        size: how many units it had.
+        position: its number among all families of the model.
+        members: axes of constants along which its units lay, as "tensor:axis".
+        removed: units that go, ascending.
+    """
+
     family: str
     size: _Count
     position: _Count
@@ -38,104 +40,30 @@ class _Entry(BaseModel):
     removed: Annotated[tuple[_Count, ...], AfterValidator(_distinct)]
 
 
-class _File(BaseModel):
-    """A `PruningPlan` as it is written."""
-
-    model_config = _STRICT
-    version: int
-    sizes: tuple[_Count, ...]
-    entries: tuple[_Entry, ...]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What goes of one family.
-
-    Attributes:
-        family: its name.
-        size: how many units it had.
-        members: axes of constants along which its units lay, as "tensor:axis".
-        position: its number among all families of the model.
-        removed: units that go, ascending.
-    """
-
-    family: str
-    size: int
-    members: tuple[str, ...]
-    position: int
-    removed: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PruningPlan:
+@strict
+class PruningPlan(PassPlan):
     """What goes of a model. A plan fits any model with the same families: another export or precision of it.
 
     Attributes:
         sizes: numbers of units of all families of the model it was made for, in the order of the graph.
         entries: of the families that lose units.
-        version: of the format.
     """
 
-    sizes: tuple[int, ...]
+    sizes: tuple[_Count, ...]
     entries: tuple[Entry, ...]
-    version: int = VERSION
+    kind: str = field(default="prune", init=False)
+    version: int = field(default=1, init=False)
 
     @classmethod
     def of(cls, removal: Removal) -> PruningPlan:
         """The plan that removes these units."""
         families = removal.analysis.families
         entries = tuple(
-            Entry(family.name, family.size, members_of(family), position, tuple(removal.units[family.name]))
+            Entry(family.name, family.size, position, members_of(family), tuple(removal.units[family.name]))
             for position, family in enumerate(families)
             if family.name in removal.counts
         )
         return cls(tuple(family.size for family in families), entries)
-
-    def to_json(self) -> str:
-        """Readable JSON, the same for the same plan."""
-        entries = [
-            {
-                "family": each.family,
-                "size": each.size,
-                "position": each.position,
-                "members": list(each.members),
-                "removed": list(each.removed),
-            }
-            for each in self.entries
-        ]
-        lines = ",\n    ".join(json.dumps(entry) for entry in entries)
-        head = f'"version": {self.version},\n  "sizes": {json.dumps(list(self.sizes))}'
-        return f'{{\n  {head},\n  "entries": [\n    {lines}\n  ]\n}}\n'
-
-    @classmethod
-    def from_json(cls, text: str) -> PruningPlan:
-        """The plan in JSON text.
-
-        Raises:
-            UsageError: it is not a plan; says why.
-        """
-        try:
-            data = _File.model_validate_json(text)
-        except ValidationError as error:
-            found = error.errors(include_url=False)[0]
-            where = ".".join(map(str, found["loc"])) or "text"
-            raise UsageError(f"not a pruning plan: {where}: {found['msg']}") from error
-        if data.version != VERSION:
-            raise UsageError(f"the plan has version {data.version}, not {VERSION}")
-        return cls(data.sizes, tuple(Entry(**each.model_dump()) for each in data.entries))
-
-    @classmethod
-    def load(cls, path: str | Path) -> PruningPlan:
-        """The plan in a file.
-
-        Raises:
-            UsageError: the file cannot be read, or is not a plan.
-        """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read the pruning plan '{path}': {error}") from error
-        return cls.from_json(text)
 
     def removal(self, analysis: Analysis) -> Removal:
         """What goes of an analyzed model.
@@ -181,10 +109,6 @@ class PruningPlan:
                     f"{name}: {len(first)} units against {len(second)}, {len(first & second)} in common"
                 )
         return lines
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as in the JSON of a report."""
-        return dict(plain(self))
 
 
 def members_of(family: Family) -> tuple[str, ...]:

@@ -596,6 +596,23 @@ def test_prune_tells_families_and_replays_a_plan(tmp_path: Path, capsys: pytest.
     assert onnx.load(first).graph == onnx.load(second).graph
 
 
+def test_a_plan_saved_by_a_command_is_replayed_by_it(tmp_path: Path) -> None:
+    source, plan = RESNET, tmp_path / "plan.json"
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    words = ["--params", "0.7", "--save-plan", str(plan)]
+    assert cli.main(["factorize", str(source), str(first), *words]) == 0
+    assert cli.main(["factorize", str(source), str(second), "--plan", str(plan)]) == 0
+    assert onnx.load(first).graph == onnx.load(second).graph
+
+
+def test_a_plan_does_not_overwrite_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model.onnx"
+    model.write_bytes(RESNET.read_bytes())
+    assert cli.main(["factorize", str(model), "--params", "0.7", "--save-plan", str(model)]) == 2
+    assert "--save-plan" in capsys.readouterr().err
+    assert model.read_bytes() == RESNET.read_bytes()
+
+
 def test_prune_without_a_goal_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["prune", str(RESNET)]) == 2
     assert "exactly one of macs, params, ratio and plan" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from onnxslim.engine.base import Changes, Context, Log
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import UsageError
+from onnxslim.formats import plain
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
 from onnxslim.passes import create
 from onnxslim.passes.dead import Dead
 from onnxslim.passes.factorize import Factorize, FactorizeFigures, candidates, chains, fit, ranks, schemes
 from onnxslim.passes.factorize.layers import Factor, Whole
+from onnxslim.passes.factorize.plan import FactorizationPlan, LayerFactors
 from onnxslim.passes.factorize.schemes import SCHEMES, Problem, balanced, directions, merged
 from onnxslim.passes.factorize.search import layers_of
 from onnxslim.passes.prune import Prune
@@ -36,7 +39,7 @@ from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import Bench, Latency
 from onnxslim.shapes import cost
-from tests.helpers import feeds_for, normal, ops, parse, reasons, run, same_outputs
+from tests.helpers import apply, feeds_for, filled, normal, ops, parse, reasons, run, same_outputs
 
 SEVERAL = [name for name in SCHEMES if name != "svd"]
 
@@ -826,3 +829,59 @@ def test_layers_that_see_nothing_have_no_moments() -> None:
     data = CalibrationData([{"x": normal(4, 8), "past": normal(0, 8)}])
     seen = {layer.name: gram for layer, gram in fit.moments(model, data, layers, Target.cpu(), None)}
     assert [name for name, gram in seen.items() if gram is None] == ["MatMul→z"]
+
+
+PLANNED = """g (float[N,32] x) => (float[N,8] y)
+<float[32,64] w = {0}, float[64,32] v = {0}, float[32,8] u = {0}>
+{ [first] a = MatMul(x, w) r = Relu(a) [second] b = MatMul(r, v) s = Tanh(b) [last] y = MatMul(s, u) }"""
+
+
+def _planned(model: Model, plan: FactorizationPlan, folder: Path, **options: Any) -> Model:
+    path = folder / "plan.json"
+    path.write_text(plan.to_json())
+    return apply(Factorize(plan=path, **options), model, _batches())[0]
+
+
+def _batches() -> list[dict[str, Array]]:
+    return [{"x": normal(8, 32, seed=seed)} for seed in range(8)]
+
+
+@pytest.mark.parametrize("options", [{}, {"fitted": False}, {"repair": False}])
+def test_a_plan_that_is_replayed_makes_the_same_bytes(options: dict[str, Any], tmp_path: Path) -> None:
+    model = filled(parse(PLANNED))
+    first, changes = apply(Factorize(params=0.6, **options), model, _batches())
+    plan = FactorizeFigures.of(changes).plan
+    assert plan is not None
+    assert plan.layers
+    assert plain(changes.figures)["plan"] == plan.to_dict()
+    second = _planned(model, plan, tmp_path, **options)
+    assert second.to_proto().SerializeToString() == first.to_proto().SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"output": "other"}, "there is no layer that makes 'other'; known are: a, b, y"),
+        ({"output": "r"}, "there is no layer that makes 'r'"),
+        ({"weight": (1, 32, 32)}, "the weight of layer that makes 'a' is 1x32x64, not 1x32x32"),
+        ({"scheme": "svt"}, "'first': there is no scheme 'svt'; did you mean 'svd'"),
+        ({"scheme": "output"}, "'first': it cannot have factors 'output': its kernel has one position"),
+        ({"ranks": (33,)}, "'first': ranks of 'svd' are at most 32, not 33"),
+        ({"ranks": (4, 4)}, "'first': ranks of 'svd' are at most 32, not 4x4"),
+    ],
+)
+def test_a_plan_of_another_model_is_refused(
+    changed: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "fit", None)  # nothing is done before
+    entry = LayerFactors("first", "a", (1, 32, 64), "svd", (4,))
+    with pytest.raises(UsageError) as caught:
+        _planned(filled(parse(PLANNED)), FactorizationPlan((replace(entry, **changed),)), tmp_path)
+    assert message in str(caught.value)
+
+
+def test_a_plan_knows_layers_that_a_search_takes_for_factors(tmp_path: Path) -> None:
+    text = """g (float[N,32] x) => (float[N,32] y) <float[32,8] w = {0}, float[8,32] v = {0}>
+    { a = MatMul(x, w) y = MatMul(a, v) }"""
+    plan = FactorizationPlan((LayerFactors("MatMul→a", "a", (1, 32, 8), "svd", (2,)),))
+    assert ops(_planned(filled(parse(text)), plan, tmp_path)) == {"MatMul": 3}
