@@ -54,7 +54,7 @@ def process(
         outcome = _run(job, wanted, asked, progress)
     if outcome.unmeasured:
         terminal.log(f"warning: the report has no comparison of the models: {outcome.unmeasured}")
-    _warn_of_idle_passes(outcome.report, job.quiet)
+    _warn_of_doubtful_results(outcome.report, job.quiet)
     told = outcome.document(layers=job.report is not None)
     _tell(job, told)
     outcome.require()
@@ -212,7 +212,7 @@ def _warn_of_rivals() -> None:
         )
 
 
-def _warn_of_idle_passes(report: Report, quiet: bool) -> None:
+def _warn_of_doubtful_results(report: Report, quiet: bool) -> None:
     from onnxslim.report.text import outcome
 
     for step in report.steps:
@@ -224,6 +224,8 @@ def _warn_of_idle_passes(report: Report, quiet: bool) -> None:
             terminal.log(f"warning: pass {step.description} {line}")
         elif line:
             terminal.note(f"pass {step.description} {line}", quiet)
+    for doubt in report.doubts:
+        terminal.log(f"warning: {doubt}")
 
 
 def warn_of_made_up_inputs(verdict: Verdict) -> None:

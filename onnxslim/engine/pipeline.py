@@ -10,6 +10,7 @@ from itertools import takewhile
 from traceback import walk_tb
 from typing import Any, Literal
 
+from onnxslim.calibration.doubts import doubts
 from onnxslim.engine.base import Changes, Context, Log, Pass, Progress, Shapes
 from onnxslim.engine.check import Checker, require_interface
 from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, OnnxSlimError, PassError
@@ -46,10 +47,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Report:
-    """What a pipeline did: its steps in order, and notes on what could not be checked."""
+    """What a pipeline did.
+
+    Attributes:
+        steps: in order.
+        notes: on what could not be checked.
+        doubts: why what was made on the data may not hold for real inputs.
+    """
 
     steps: tuple[Step, ...] = ()
     notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         from onnxslim.report.text import text
@@ -59,7 +67,8 @@ class Report:
     def __add__(self, later: Report) -> Report:
         """The report of one pipeline after the other."""
         notes = dict.fromkeys((*self.notes, *later.notes))
-        return Report((*self.steps, *later.steps), tuple(notes))
+        doubts = dict.fromkeys((*self.doubts, *later.doubts))
+        return Report((*self.steps, *later.steps), tuple(notes), tuple(doubts))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: NaN is None, infinities are the strings "inf" and "-inf"."""
@@ -150,7 +159,15 @@ class Pipeline:
                 Step(each.name, each.describe(), seconds, before, stats, macs_before, macs, changes, error)
             )
             _announce(ctx, each, 1)
-        return Result(model, Report(tuple(steps), tuple(dict.fromkeys(notes))))
+        return Result(model, Report(tuple(steps), tuple(dict.fromkeys(notes)), self._doubts(ctx.data)))
+
+    def _doubts(self, data: Any) -> tuple[str, ...]:
+        """Why data may not be what a lossy pass should be fitted to, in one line."""
+        if data is None or all(each.lossless or each.prepares for each in self.passes):
+            return ()
+        found = doubts(data)
+        name = getattr(data, "name", "calibration data")
+        return (f"{name}: {'; '.join(found)}; {UNLIKE_REAL}",) if found else ()
 
     def prepared(self, model: Model) -> tuple[Result, Pipeline]:
         """The model as the passes that come first say it is, and a pipeline of the others.
@@ -203,6 +220,9 @@ class _Ground:
     def macs(self, model: Model) -> int | None:
         """Multiply-accumulates of one sample, where they are to be counted."""
         return cost.macs(model, self._shapes) if self._count else None
+
+
+UNLIKE_REAL = "results may be much worse on real inputs than they look here: give some dozens of real samples"
 
 
 def sample_shapes(model: Model, feeds: Mapping[str, Array]) -> Shapes:

@@ -69,7 +69,7 @@ def show_report(console: Console, report: Report) -> None:
         console.print(grid)
     for step in report.steps:
         lines(console, _details(step))
-    lines(console, (f"note: {note}" for note in report.notes))
+    lines(console, (f"note: {note}" for note in (*report.notes, *report.doubts)))
 
 
 def show_verdict(console: Console, verdict: Verdict) -> None:
