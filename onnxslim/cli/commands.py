@@ -203,7 +203,7 @@ _NO_COMMANDS = ("slim", "prune", "fold", "eliminate", "fuse", "dedupe", "dead")
 
 
 # Those that take --plan, known without loading them.
-_PLANNED = ("factorize",)
+_PLANNED = ("factorize", "quantize")
 
 
 def _add_pass_command(name: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,17 +14,19 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.holdout import split
 from onnxslim.calibration.seen import NOTE, seen
-from onnxslim.engine.base import Changes, Context, Log, OneOf, Pass, options
+from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.engine.matching import GLOBS, tell_idle
+from onnxslim.engine.plans import require_alone
 from onnxslim.errors import UsageError
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Builder, Candidate
-from onnxslim.passes.quantize.choices import Bits, Settings, Variant
+from onnxslim.passes.quantize.choices import Activations, Algorithm, Bits, Settings, Variant
 from onnxslim.passes.quantize.dynamic import Dynamic
 from onnxslim.passes.quantize.figures import LayerFigures, QuantizeFigures
 from onnxslim.passes.quantize.fused import kernels
 from onnxslim.passes.quantize.goal import FidelityGoal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
+from onnxslim.passes.quantize.recorded import LayoutName, QuantizationPlan, QuantizeOptions
 from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Search, Sensitivity
 from onnxslim.passes.quantize.static import Static
 from onnxslim.passes.quantize.strategy import Strategy
@@ -32,12 +35,9 @@ from onnxslim.passes.quantize.trial import Trial
 from onnxslim.passes.quantize.weight_only import WeightOnly, WeightOnlyBlocks
 from onnxslim.runtime.targets import CPU, Target, layouts
 
-__all__ = ["Quantize", "QuantizeFigures"]
+__all__ = ["QuantizationPlan", "Quantize", "QuantizeFigures"]
 
 ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
-Activations = Literal["auto", "uint8", "int8", "uint16", "dynamic", "none"] | None
-LayoutName = Annotated[str, OneOf(lambda: ("target", *layouts()))]
-Algorithm = Literal["auto", "rtn", "cd", "gptq"]
 
 
 @options
@@ -117,6 +117,12 @@ class Quantize(Pass):
         False,
         description="measure what every layer alone does to the outputs, even where enough is kept anyway",
     )
+    plan: Path | None = Field(None, description="file of a plan to replay, instead of choosing")
+
+    def __post_init__(self) -> None:
+        """Refuse a choice beside a plan."""
+        if self.plan is not None:
+            require_alone(self)
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Quantize the model in place.
@@ -124,9 +130,23 @@ class Quantize(Pass):
         Raises:
             CalibrationError: there is no calibration data, or it does not fit the model.
             PassError: the model's opset is too old and cannot be raised.
-            UsageError: options contradict each other.
+            UsageError: options contradict each other, or the plan cannot be read or does not fit the model.
         """
         self.require_data(ctx.data)
+        if (plan := self._planned()) is not None:
+            return self._as(plan)._run(model, ctx, plan)
+        return self._run(model, ctx, None)
+
+    def _planned(self) -> QuantizationPlan | None:
+        """The plan that was asked for."""
+        return None if self.plan is None else QuantizationPlan.load(self.plan)
+
+    @staticmethod
+    def _as(plan: QuantizationPlan) -> Quantize:
+        """The pass with the options that a plan was made with."""
+        return Quantize(**{item.name: getattr(plan.options, item.name) for item in fields(plan.options)})
+
+    def _run(self, model: Model, ctx: Context, asked: QuantizationPlan | None) -> Changes:
         if self.activations == "dynamic" and self.weights == "int4":
             raise UsageError(
                 "pass 'quantize': int4 weights go with activations=none, where ONNX Runtime turns data into "
@@ -140,10 +160,12 @@ class Quantize(Pass):
         trained = strip(model)
         shapes.infer(model)
         looked_up = _look(model, ctx)
+        if asked is not None:
+            asked.require_fit(model)
         original = model.copy()
         if trained:
             trained.restore(original, ())
-        candidate, figures = self._candidate(model, trained, original, ctx, log)
+        candidate, figures = self._candidate(model, trained, original, ctx, log, asked)
         log.add(candidate.log.done())
         plan = candidate.plan
         if not plan.linear and not plan.stored:
@@ -163,6 +185,8 @@ class Quantize(Pass):
     @property
     def needs_data(self) -> bool:
         """For ranges, and to rank layers on."""
+        if (plan := self._planned()) is not None:
+            return plan.needs_data or self._as(plan).needs_data
         return self._way.calibrated or self.max_drop is not None
 
     @property
@@ -185,12 +209,23 @@ class Quantize(Pass):
         return replace(target, layout=rules)
 
     def _candidate(
-        self, model: Model, trained: Trained, original: Model, ctx: Context, log: Log
+        self,
+        model: Model,
+        trained: Trained,
+        original: Model,
+        ctx: Context,
+        log: Log,
+        asked: QuantizationPlan | None,
     ) -> tuple[Candidate, QuantizeFigures]:
         """The result, found by a search if there is data to judge by, and what was measured on the way."""
         if ctx.data is None:
-            candidate = Builder(model, ctx, self._strategy(ctx.target), trained)(Variant())
-            return candidate, candidate.figures
+            build = Builder(model, ctx, self._strategy(ctx.target), trained)
+            variant = Variant() if asked is None else asked.variant(build)
+            candidate = build(variant)
+            if asked is not None:
+                asked.require_whole(candidate)
+            kept = QuantizationPlan.of(self._options(), variant, build, candidate, False)
+            return candidate, replace(candidate.figures, plan=kept)
         data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
         data.check(model.inputs())
         ctx = replace(ctx, data=data)
@@ -200,12 +235,24 @@ class Quantize(Pass):
         judge = Judge(original, held, ctx.target, optimize="none" if trained else "all", clear=CLEAR)
         search = Search(judge)
         goal = FidelityGoal(self.require_sqnr, self.max_drop, original, ctx)
-        trial, figures = self._search(search, build, goal, log)
-        if share > FEW or (share and trial.score.sqnr < ENOUGH):
-            trial = search.complete(trial, held, goal)
-        if not goal.met(trial):
-            log.skip("model", goal.shortfall(trial))
-        return trial.candidate, self._told(figures, trial, search, goal)
+        if asked is not None:
+            build = asked.builder(build, held, log)
+            trial, complete = search.attempt(asked.variant(build), build), asked.complete
+            asked.require_whole(trial.candidate)
+            figures = QuantizeFigures()
+        else:
+            found, figures = self._search(search, build, goal, log)
+            more = share > FEW or (share and found.score.sqnr < ENOUGH)
+            trial = search.complete(found, held, goal) if more else found
+            complete = trial is not found
+            if not goal.met(trial):
+                log.skip("model", goal.shortfall(trial))
+        kept = QuantizationPlan.of(self._options(), trial.variant, trial.build, trial.candidate, complete)
+        return trial.candidate, replace(self._told(figures, trial, search, goal), plan=kept)
+
+    def _options(self) -> QuantizeOptions:
+        """Those that a plan keeps."""
+        return QuantizeOptions(**{item.name: getattr(self, item.name) for item in fields(QuantizeOptions)})
 
     def _strategy(self, target: Target) -> Strategy:
         settings = Settings(

@@ -37,6 +37,10 @@ class Candidate:
     groups: tuple[Group, ...]
     figures: QuantizeFigures
 
+    def labels(self) -> set[str]:
+        """Weighted nodes in integers, or stored so where none computes in them."""
+        return {self.plan.labels[id(node)] for node in self.plan.linear or self.plan.stored}
+
 
 class Builder:
     """Builds candidates of a prepared model.
@@ -48,6 +52,10 @@ class Builder:
         trained: what was quantized in the model already, and was taken out of it.
         calibration: what was seen of its tensors already; nothing by default.
         coder: of its weights; one without better integers than the nearest by default.
+
+    Attributes:
+        is_equalized: whether channels of the model were scaled.
+        fitted_without: if weights were fitted in turn, labels of the layers that were not in integers then.
     """
 
     def __init__(
@@ -59,6 +67,8 @@ class Builder:
         calibration: Calibration | None = None,
         coder: WeightCoder | None = None,
     ) -> None:
+        self.is_equalized = False
+        self.fitted_without: tuple[str, ...] | None = None
         self.model = model
         self.ctx = ctx
         self.strategy = strategy
@@ -120,6 +130,10 @@ class Builder:
             if not self._calibration.cover(self.model, plan):
                 return plan
 
+    def observed(self, variant: Variant) -> Plan:
+        """The plan of a candidate that is not built, but what it has to know of the data is known then."""
+        return self._plan(self.model.copy(), variant, Log())
+
     def equalized(self, plan: Plan, log: Log) -> Builder | None:
         """Of the same model with its channels scaled for a plan of it; None where that changes nothing.
 
@@ -132,7 +146,9 @@ class Builder:
         if not equalize(twin, plan, self.ctx.data, levels, log, self.ctx.target):
             return None
         shapes.infer(twin)
-        return Builder(twin, self.ctx, self.strategy)
+        made = Builder(twin, self.ctx, self.strategy)
+        made.is_equalized = True
+        return made
 
     def fitted(self, variant: Variant) -> Builder | None:
         """Of the model with its weights fitted and rounded in turn, for a variant; None if there are none.
@@ -167,7 +183,10 @@ class Builder:
         shapes.infer(twin)
         limit = self.strategy.limit
         coder = WeightCoder(self.ctx, self._settings, limit, Trained(), work.codes, work.blocks)
-        return Builder(twin, self.ctx, self.strategy, calibration=self._calibration, coder=coder)
+        made = Builder(twin, self.ctx, self.strategy, calibration=self._calibration, coder=coder)
+        made.is_equalized = self.is_equalized
+        made.fitted_without = tuple(sorted(self.strategy.held_back(variant)))
+        return made
 
     def absorb(self, data: CalibrationData) -> None:
         """Take more data into the ranges: what was held out to choose among candidates."""

@@ -11,6 +11,8 @@ from onnxslim.ir.graph import Node
 from onnxslim.ops import Role, spec_of
 
 Bits = Literal["int8", "int4"]
+Activations = Literal["auto", "uint8", "int8", "uint16", "dynamic", "none"] | None
+Algorithm = Literal["auto", "rtn", "cd", "gptq"]
 Observer = Literal["minmax", "percentile", "kl", "mse"]
 ObserverChoice: TypeAlias = tuple[Observer, float]  # with the percentile, if it is one
 Refusal: TypeAlias = Callable[[Node], "str | None"]

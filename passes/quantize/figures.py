@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from onnxslim.engine.base import Figures, captioned
+from onnxslim.engine.plans import PassPlan
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class QuantizeFigures(Figures):
         observer: how ranges were chosen.
         fused: operators that ONNX Runtime runs in integers, by type.
         total: all operators of these types.
+        plan: a `QuantizationPlan`: what was chosen, to keep and to replay.
         unfused: names of nodes that were quantized and run in floating point all the same.
     """
 
@@ -69,4 +71,5 @@ class QuantizeFigures(Figures):
     observer: str | None = captioned("way to choose ranges")
     fused: Mapping[str, int] | None = captioned("run in integers by ONNX Runtime")
     total: Mapping[str, int] | None = captioned("of such operators in the model")
+    plan: PassPlan | None = None
     unfused: tuple[str, ...] | None = captioned("quantized, but run in floating point all the same")

@@ -133,7 +133,7 @@ class Search:
 
     def layers(self, trial: Trial) -> list[Sensitivity]:
         """What every weighted node of a candidate does on its own, the worst first."""
-        nodes = [node for node in trial.build.model.graph.nodes if node.label in _labels(trial)]
+        nodes = [node for node in trial.build.model.graph.nodes if node.label in trial.candidate.labels()]
         macs = trial.build.macs()
         mean = sum(macs.get(node.label, 0) for node in nodes) / max(len(nodes), 1)
         size = sum(map(_size, nodes)) / max(len(nodes), 1)
@@ -182,13 +182,12 @@ class Search:
     def fastest(self, trial: Trial, seconds: float = 6.0) -> Trial:
         """The same with the smallest layers, as many as pays, left in floating point; timed in turn."""
         macs = trial.build.macs()
-        order = sorted(_labels(trial), key=lambda label: macs.get(label, 0))
+        order = sorted(trial.candidate.labels(), key=lambda label: macs.get(label, 0))
         trials = [trial]
         for part in (0.25, 0.5, 0.75):
             labels = {*order[: round(part * len(order))], *trial.variant.kept}
-            trials.append(
-                self.attempt(trial.build.strategy.without(trial.variant, labels, SLOWER), trial.build)
-            )
+            held = dict.fromkeys(labels, SLOWER)
+            trials.append(self.attempt(trial.build.strategy.without(trial.variant, held), trial.build))
         times = self._judge.latencies([each.candidate.model for each in trials], seconds)
         quickest = min(range(len(trials)), key=lambda index: times[index])
         return trials[quickest] if times[quickest] < FASTER * times[0] else trial
@@ -215,8 +214,8 @@ class Search:
 
         def enough(count: int) -> bool:
             nonlocal best, last, reached
-            held = [layer.node for layer in order[:count]]
-            last = self.attempt(trial.build.strategy.without(trial.variant, held, REASON), trial.build)
+            held = dict.fromkeys((layer.node for layer in order[:count]), REASON)
+            last = self.attempt(trial.build.strategy.without(trial.variant, held), trial.build)
             if not goal.met(last) and goal.missing(last) <= gain:
                 last = self.fitted(last)
             met = goal.met(last)
@@ -239,8 +238,8 @@ class Search:
         largest = sorted(held_back(trial.variant), key=lambda each: -sizes.get(each, 0))[:SPARED]
 
         def back(found: Trial, label: str) -> Trial:
-            left = [each for each in held_back(found.variant) if each != label]
-            return self.attempt(without(found.variant, left, REASON), build)
+            left = {each: why for each, why in held_back(found.variant).items() if each != label}
+            return self.attempt(without(found.variant, left), build)
 
         return settled(trial, goal.met, lambda _: largest, back)
 
@@ -254,11 +253,6 @@ def _size(node: Node) -> int:
 def _better(first: Trial, second: Trial) -> Trial:
     """The second if it keeps clearly more than the first, the simpler one."""
     return second if second.score.sqnr > first.score.sqnr + MARGIN else first
-
-
-def _labels(trial: Trial) -> set[str]:
-    plan = trial.candidate.plan
-    return {plan.labels[id(node)] for node in plan.linear or plan.stored}
 
 
 def _needed(order: Sequence[Sensitivity], noise: float, missing: float) -> int:

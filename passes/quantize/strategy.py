@@ -7,7 +7,7 @@ floating point. The builder asks the strategy at every step; what they have in c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -97,9 +97,9 @@ class Strategy(ABC):
         """Integers of weights that a layer is to have, and what they stand for; see `WeightCoder.coded`."""
         return coder.coded(layer, wanted, gram, corrected=corrected, kept=kept)
 
-    def without(self, variant: Variant, labels: Iterable[str], reason: str) -> Variant:
-        """The variant with just these weighted nodes one step more exact."""
-        return replace(variant, kept=dict.fromkeys(labels, reason))
+    def without(self, variant: Variant, held: Mapping[str, str]) -> Variant:
+        """The variant with just these weighted nodes one step more exact, by label with the reason."""
+        return replace(variant, kept=dict(held))
 
     def held_back(self, variant: Variant) -> Mapping[str, str]:
         """The weighted nodes that `without` made more exact."""

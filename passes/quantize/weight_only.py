@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from onnxslim.calibration.gram import Gram
@@ -31,9 +31,9 @@ class WeightOnly(Strategy):
         """A DQ behind each weight."""
         return self.insert(draft, draft.plan.stored)
 
-    def without(self, variant: Variant, labels: Iterable[str], reason: str) -> Variant:
+    def without(self, variant: Variant, held: Mapping[str, str]) -> Variant:
         """What is more exact than int8 are floats."""
-        return replace(variant, refused=dict.fromkeys(labels, reason))
+        return replace(variant, refused=dict(held))
 
     def held_back(self, variant: Variant) -> Mapping[str, str]:
         """See `without`."""

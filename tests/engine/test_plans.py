@@ -15,6 +15,7 @@ from onnxslim.errors import UsageError
 from onnxslim.passes import create
 from onnxslim.passes.factorize.plan import FactorizationPlan, LayerFactors
 from onnxslim.passes.prune.plan import Entry, PruningPlan
+from onnxslim.passes.quantize.recorded import LayerChoice, QuantizationPlan, QuantizeOptions, RangeChoice
 
 names = st.text(max_size=8)
 counts = st.integers(0, 1 << 40)
@@ -26,15 +27,30 @@ PLANS = st.one_of(
     st.builds(PruningPlan, st.lists(counts).map(tuple), st.lists(entries, max_size=3).map(tuple)),
     st.lists(factors, max_size=3, unique_by=lambda each: each.output).map(tuple).map(FactorizationPlan),
 )
+ranges = st.builds(RangeChoice, names, st.sampled_from(["minmax", "percentile"]), st.floats(0, 100))
+layers = st.builds(LayerChoice, names, sizes, st.none() | names)
+OPTIONS = QuantizeOptions("int8", "auto", "target", ("first",), False, True, True, "cd")
+QUANTIZED = st.builds(
+    QuantizationPlan,
+    st.just(OPTIONS),
+    st.just("mse"),
+    st.floats(0, 100),
+    st.booleans(),
+    st.none() | st.lists(names).map(tuple),
+    st.booleans(),
+    st.booleans(),
+    st.lists(ranges, max_size=3).map(tuple),
+    st.lists(layers, max_size=3, unique_by=lambda each: each.node).map(tuple),
+)
 LAYER = {"layer": "first", "output": "a", "weight": [1, 8, 8], "scheme": "svd", "ranks": [2]}
 
 
-@given(PLANS)
+@given(PLANS | QUANTIZED)
 def test_what_is_written_is_read_back(plan: PassPlan) -> None:
     assert type(plan).from_json(plan.to_json()) == plan
 
 
-@given(PLANS)
+@given(PLANS | QUANTIZED)
 def test_plans_in_reports_are_plans(plan: PassPlan) -> None:
     assert type(plan).from_json(json.dumps(plan.to_dict(), sort_keys=True)) == plan
 
@@ -76,7 +92,9 @@ def test_files_of_before_plans_said_whose_they_are_are_those_of_pruning() -> Non
     assert PruningPlan.from_json('{"version": 1, "sizes": [8], "entries": []}') == PruningPlan((8,), ())
 
 
-@pytest.mark.parametrize(("name", "option"), [("factorize", "macs"), ("factorize", "exclude")])
+@pytest.mark.parametrize(
+    ("name", "option"), [("factorize", "macs"), ("factorize", "exclude"), ("quantize", "exclude")]
+)
 def test_a_plan_leaves_other_options_nothing_to_say(name: str, option: str) -> None:
     values = {"macs": 0.25, "exclude": ("first",)}
     with pytest.raises(UsageError, match=f"pass '{name}': a plan says all of it, so {option} has nothing"):
