@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from onnxslim.calibration.feeds import Shape, arrays_of, batch_samples, checked
+from onnxslim.calibration.feeds import BATCH_SIZE, Shape, arrays_of, batch_for, batch_samples, checked
 from onnxslim.calibration.sources import arrays, images, readers
 from onnxslim.calibration.sources.arrays import MAX_BYTES, Array, Feeds
 from onnxslim.calibration.sources.readers import Lazy, Reader
@@ -57,11 +57,42 @@ class CalibrationData:
         self._sizes = None if sizes is None else tuple(sizes)
         self.name = name
 
+    def __repr__(self) -> str:
+        length = self._length()
+        return f"<CalibrationData '{self.name}'{'' if length is None else f': {length} batches'}>"
+
+    @classmethod
+    def from_path(cls, path: str | Path, batch_size: int = BATCH_SIZE) -> Self:
+        """What an .npz or .npy file or a folder holds; see `from_npz`, `from_npy` and `from_dir`."""
+        file = Path(path)
+        if file.is_dir():
+            return cls.from_dir(file)
+        if file.suffix == ".npz":
+            return cls.from_npz(file, batch_size)
+        if file.suffix == ".npy":
+            return cls.from_npy(file, batch_size)
+        raise CalibrationError(f"{path}: expected an .npz or .npy file, or a folder")
+
+    @classmethod
+    def from_arrays(
+        cls, samples: Mapping[str, Array], batch_size: int = BATCH_SIZE, *, name: str = "calibration data"
+    ) -> Self:
+        """Samples from memory, cut into batches; the last one may be smaller.
+
+        Args:
+            samples: one array per model input, the first axis of each counts the samples.
+            batch_size: samples per batch.
+            name: what error messages call the data.
+        """
+        kept = arrays_of(samples, name)
+        cuts = arrays.cuts(arrays.sample_count(kept, name), batch_size)
+        return cls([{key: array[cut] for key, array in kept.items()} for cut in cuts], name=name)
+
     @classmethod
     def from_npz(
         cls,
         path: str | Path,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
         exclude: Collection[str] = (),
         *,
         max_bytes: int = MAX_BYTES,
@@ -80,11 +111,10 @@ class CalibrationData:
         dropped = {exclude} if isinstance(exclude, str) else set(exclude)
         read = arrays.read_npz(Path(path), max_bytes)
         kept = {key: array for key, array in read.items() if key not in dropped}
-        cuts = arrays.cuts(arrays.sample_count(kept, str(path)), batch_size)
-        return cls([{key: array[cut] for key, array in kept.items()} for cut in cuts], name=str(path))
+        return cls.from_arrays(kept, batch_size, name=str(path))
 
     @classmethod
-    def from_npy(cls, files: str | Path | Mapping[str, str | Path], batch_size: int = 8) -> Self:
+    def from_npy(cls, files: str | Path | Mapping[str, str | Path], batch_size: int = BATCH_SIZE) -> Self:
         """Samples from .npy files, mapped into memory and cut into batches.
 
         The first axis of each array counts the samples. The last batch may be smaller than the others.
@@ -130,16 +160,26 @@ class CalibrationData:
         return cls(Lazy(items, load), name=str(folder))
 
     @classmethod
-    def of(cls, source: Any, *, name: str = "calibration data") -> CalibrationData:
+    def of(
+        cls, source: Any, specs: Sequence[InputSpec] = (), *, name: str = "calibration data"
+    ) -> CalibrationData:
         """Batches from whatever gives them.
 
         Args:
             source: calibration data; a reader with `get_next()`, or a class or function that makes readers;
-                a function that returns a fresh iterable of batches; or an iterable of batches.
+                a function that returns a fresh iterable of batches; an iterable of batches; samples as one
+                array per model input, or as one array for a model with one input; or a path, see `from_path`.
+            specs: inputs of the model it is for; samples are cut into batches as large as those.
             name: what error messages call the data.
         """
         if isinstance(source, CalibrationData):
             return source
+        if isinstance(source, str | Path):
+            return cls.from_path(source, batch_for(specs))
+        if isinstance(source, np.ndarray):
+            source = {"#0": source}
+        if isinstance(source, Mapping):
+            return cls.from_arrays(source, batch_for(specs), name=name)
         if hasattr(source, "get_next"):
             return cls.from_reader(source, name=name)
         if not callable(source) or hasattr(source, "__iter__"):
@@ -189,7 +229,7 @@ class CalibrationData:
         scale: float = 1 / 255,
         channels: int = 3,
         dtype: DTypeLike = np.float32,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
     ) -> Self:
         """Images from a folder: JPEG, PNG, BMP and WebP, in natural order, decoded when they are needed.
 

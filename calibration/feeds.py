@@ -20,6 +20,17 @@ def batch_samples(feeds: Mapping[str, Array]) -> int:
     return next((array.shape[0] for array in feeds.values() if array.ndim), 1)
 
 
+# Samples per batch where neither the user nor the model says how many.
+BATCH_SIZE = 8
+
+
+def batch_for(specs: Sequence[InputSpec]) -> int:
+    """Samples per batch: what all inputs are fixed to, or `BATCH_SIZE`."""
+    fixed = {spec.shape[0] if spec.shape else None for spec in specs if spec.required}
+    only = fixed.pop() if len(fixed) == 1 else None
+    return only if isinstance(only, int) and only > 0 else BATCH_SIZE
+
+
 def arrays_of(feeds: Mapping[str, Array], where: str) -> Feeds:
     if not isinstance(feeds, Mapping):
         raise CalibrationError(f"{where} is a {type(feeds).__name__}, not a dict from input name to array")

@@ -119,7 +119,7 @@ def slim(
     )
     if verbose:
         be_verbose()
-    if not isinstance(model, str | os.PathLike | onnx.ModelProto | Model):
+    if not isinstance(model, str | os.PathLike | bytes | onnx.ModelProto | Model):
         return _inspected(model, dump_to_disk)
     if inspect:
         return _inspected([model], dump_to_disk)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import wraps
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import ConfigDict, GetCoreSchemaHandler
+from pydantic import ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic.dataclasses import dataclass as validated
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 from typing_extensions import Self, dataclass_transform
 
-from onnxslim.errors import CalibrationError
+from onnxslim.errors import CalibrationError, UsageError, nearest
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.runtime.metric import Metric
@@ -27,9 +28,30 @@ _CAPTION = "caption"
 
 @dataclass_transform(frozen_default=True)
 def options(cls: type[P]) -> type[P]:
-    """Make a class a frozen dataclass whose fields are checked when it is made: what every pass is."""
-    checked = validated(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
-    return checked(cls)  # type: ignore[return-value]
+    """Make a class a frozen dataclass whose fields are checked when it is made: what every pass is.
+
+    Making one raises UsageError for a field that does not exist, is not given, or cannot have that value.
+    """
+    checked = validated(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))(cls)
+    make, name = checked.__init__, getattr(cls, "name", None)
+    whose = f"pass '{name}': " if isinstance(name, str) else ""
+
+    @wraps(make)
+    def init(self: P, *args: Any, **given: Any) -> None:
+        known = [item.name for item in fields(checked)]
+        for key in given:
+            if key not in known:
+                raise UsageError(f"{whose}there is no option '{key}'; {nearest(key, known)}")
+        try:
+            make(self, *args, **given)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            text = problem["msg"][:1].lower() + problem["msg"][1:]
+            raise UsageError(f"{whose}option '{where}': {text}, not {problem['input']!r}") from None
+
+    checked.__init__ = init  # type: ignore[method-assign,assignment]
+    return checked  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

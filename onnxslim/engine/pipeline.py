@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import html
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import chain, takewhile
 from traceback import walk_tb
 from typing import Any, Literal
 
+from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.doubts import doubts
 from onnxslim.engine.base import Changes, Context, Log, Pass, Progress, Shapes
 from onnxslim.engine.check import Checker, require_interface
-from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, OnnxSlimError, PassError
+from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, OnnxSlimError, PassError, UsageError
 from onnxslim.formats import plain
 from onnxslim.ir.graph import Array
-from onnxslim.ir.model import Model, Stats
+from onnxslim.ir.model import Model, Source, Stats, load
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
 from onnxslim.shapes import cost
@@ -64,6 +66,14 @@ class Report:
 
         return text(self)
 
+    def __repr__(self) -> str:
+        steps = [step.description + (" (reverted)" if step.error else "") for step in self.steps]
+        return f"<Report of {', '.join(steps) or 'no passes'}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the text."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
     def __add__(self, later: Report) -> Report:
         """The report of one pipeline after the other."""
         notes = dict.fromkeys((*self.notes, *later.notes))
@@ -86,29 +96,45 @@ class Result:
         """Write the model; see `Model.save`."""
         self.model.save(path, external_data=external_data)
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the report."""
+        return self.report._repr_html_()
+
 
 class Pipeline:
     """Runs passes one after the other and keeps of each only what passes its check.
 
     Args:
-        passes: in order.
+        passes: in order; or one list of them.
         on_error: "revert" undoes a pass that fails, says so in the report and goes on; "raise" stops.
         count: count multiply-accumulates for the report, which takes a good part of the time of a fast pass.
     """
 
     def __init__(
-        self, *passes: Pass, on_error: Literal["revert", "raise"] = "revert", count: bool = True
+        self,
+        *passes: Pass | Sequence[Pass],
+        on_error: Literal["revert", "raise"] = "revert",
+        count: bool = True,
     ) -> None:
-        self.passes = passes
+        self.passes = tuple(
+            chain.from_iterable(each if isinstance(each, list | tuple) else (each,) for each in passes)
+        )
+        for each in self.passes:
+            _require_pass(each)
+        if on_error not in ("revert", "raise"):
+            raise UsageError(f"on_error is 'revert' or 'raise', not {on_error!r}")
         self.on_error = on_error
         self.count = count
 
+    def __repr__(self) -> str:
+        return f"Pipeline({', '.join(each.describe() for each in self.passes)})"
+
     def __call__(
         self,
-        model: Model,
+        model: Source,
         *,
         data: Any = None,
-        target: Target | None = None,
+        target: Target | str | None = None,
         seed: int = 0,
         jobs: int = 1,
         progress: Progress | None = None,
@@ -117,10 +143,11 @@ class Pipeline:
         """Run every pass on a copy of the model.
 
         Args:
-            model: left as it is.
-            data: calibration batches for the passes that need them, and for checking: of the model as those
-                passes see it that say what it is, such as Extract, if there are any.
-            target: where the result is to run; processors by default.
+            model: a Model, left as it is, or what `load` makes one of.
+            data: calibration batches for the passes that need them, and for checking; or samples as arrays by
+                name, or where they lie (`CalibrationData.of`). Of the model as those passes see it that say
+                what it is, such as Extract, if there are any.
+            target: where the result is to run, or its name; processors by default.
             seed: of everything random.
             jobs: processes that may work in parallel.
             progress: called with (what, done, total): with the name of each pass before and after it, and by
@@ -128,16 +155,22 @@ class Pipeline:
             metric: runs a model on data of its own and says how good it is, more is better; for `max_drop`.
 
         Raises:
+            LoadError, TargetError: the model or the target is none.
             PassError: when a pass fails that prepares the model; with on_error="raise", when any fails or
                 breaks the model.
             CalibrationError: the data does not fit the model.
         """
-        ctx = Context(target or Target.cpu(), data, model, seed, jobs, progress, None, metric)
+        model = load(model)
+        ctx = Context(Target.of(target), data, model, seed, jobs, progress, None, metric)
         steps: list[Step] = []
         notes: list[str] = []
         stats, macs, ground = model.stats(), None, None
         for each in self.passes:
             if ground is None and not each.prepares:
+                if data is not None:
+                    bound = CalibrationData.of(data, model.inputs()).bind(model.inputs())
+                    bound.check(model.inputs())
+                    ctx = replace(ctx, data=bound)
                 ground = _Ground(model, ctx, notes, self.count)
                 macs = ground.macs(model)
             _announce(ctx, each, 0)
@@ -238,6 +271,15 @@ def sample_shapes(model: Model, feeds: Mapping[str, Array]) -> Shapes:
             for axis, dim in enumerate(declared)
         )
     return found
+
+
+def _require_pass(each: object) -> None:
+    if isinstance(each, Pass):
+        return
+    if isinstance(each, type) and issubclass(each, Pass):
+        raise UsageError(f"{each.__name__} is a class: a pipeline takes passes, as {each.__name__}()")
+    hint = "; onnxslim.passes.parse makes passes of texts" if isinstance(each, str) else ""
+    raise UsageError(f"a pipeline takes passes, such as Slim(), not {each!r}{hint}")
 
 
 def _announce(ctx: Context, each: Pass, done: int) -> None:

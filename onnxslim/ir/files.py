@@ -56,6 +56,18 @@ def read_model(path: Path) -> onnx.ModelProto:
     return proto
 
 
+def parsed(serialized: bytes) -> onnx.ModelProto:
+    """The protobuf in these bytes.
+
+    Raises:
+        LoadError: they are not an ONNX model.
+    """
+    try:
+        return onnx.ModelProto.FromString(serialized)
+    except DecodeError as error:
+        raise LoadError(f"the bytes are not an ONNX model, or are cut short: {_one_line(error)}") from error
+
+
 def _one_line(error: BaseException) -> str:
     if "MaxDepth" in str(error):
         return "its graphs are nested more deeply than protobuf reads"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxslim.errors import LoadError, SaveError
+from onnxslim.formats import size
 from onnxslim.ir import files, proto
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Graph, Node, Shape, Tensor
@@ -136,6 +138,20 @@ class Model:
         twin.ir_version, twin.opsets = self.ir_version, dict(self.opsets)
         twin.data_files = self.data_files
         return twin
+
+    def __repr__(self) -> str:
+        nodes = sum(not is_literal(node) for node in self.nodes())
+        name = f" '{self.graph.name}'" if self.graph.name else ""
+        ends = [", ".join(tensor.name for tensor in each) for each in (self.graph.inputs, self.graph.outputs)]
+        return f"<Model{name}: {nodes} nodes, {size(self.nbytes())} of constants, {' -> '.join(ends)}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return escape(repr(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As one protobuf, which has to hold it; values in files beside the model come along."""
+        return _unpickled, (self.to_proto().SerializeToString(), self.source)
 
     def with_metadata(self, entries: Mapping[str, str]) -> Model:
         """A copy with these key-value pairs besides, or instead of, its own."""
@@ -261,16 +277,16 @@ class Model:
             files.commit(staged, final)
 
 
-Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | Model"
-"""What a model is read from: a file, a ModelProto, or a Model."""
+Source: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto | Model"
+"""What a model is read from: a file, a ModelProto, one that was serialized, or a Model."""
 
 
 def load(source: Source) -> Model:
     """Read a model.
 
     Args:
-        source: a file, a ModelProto (kept, not copied: do not change it afterwards), or a Model, which is
-            returned as it is.
+        source: a file, a ModelProto (kept, not copied: do not change it afterwards), the bytes of one, or a
+            Model, which is returned as it is.
 
     Raises:
         LoadError: it is missing, broken, or not an ONNX model.
@@ -279,6 +295,10 @@ def load(source: Source) -> Model:
         return source
     if isinstance(source, onnx.ModelProto):
         return Model.from_proto(source)
+    if isinstance(source, bytes):
+        return Model.from_proto(files.parsed(source))
+    if not isinstance(source, str | os.PathLike):
+        raise LoadError(f"a model is a path, a ModelProto or a Model, not {type(source).__name__}")
     path = Path(source)
     try:
         model = Model.from_proto(files.read_model(path), path.resolve().parent)
@@ -287,6 +307,12 @@ def load(source: Source) -> Model:
             raise
         raise LoadError(f"'{path}': {error}") from error
     model.source = path
+    return model
+
+
+def _unpickled(serialized: bytes, source: Path | None) -> Model:
+    model = load(serialized)
+    model.source = source
     return model
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.feeds import batch_for
 from onnxslim.calibration.sources.arrays import listed
 from onnxslim.calibration.sources.images import IMAGES
 from onnxslim.engine.base import options
@@ -31,9 +32,6 @@ LABEL_KEYS = ("label", "labels")
 # Of the training set of ImageNet, which most image classifiers were trained with.
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-# Samples per batch where neither the user nor the model says how many.
-BATCH_SIZE = 8
 
 
 @options
@@ -85,19 +83,13 @@ class Data:
             return Batches(called(self.path))
         if path.is_dir():
             return self._folder(path, specs)
-        if path.suffix == ".npy":
-            return Batches(CalibrationData.from_npy(path, self._batch_for(specs)))
         if path.suffix == ".npz":
             return self._npz(path, specs)
-        raise CalibrationError(f"{path}: expected an .npz or .npy file, or a folder")
+        return Batches(CalibrationData.from_path(path, self._batch_for(specs)))
 
     def _batch_for(self, specs: Sequence[InputSpec]) -> int:
-        """The batch that was asked for, or else the one all inputs are fixed to."""
-        if self.batch_size is not None:
-            return self.batch_size
-        fixed = {spec.shape[0] if spec.shape else None for spec in specs if spec.required}
-        only = fixed.pop() if len(fixed) == 1 else None
-        return only if isinstance(only, int) and only > 0 else BATCH_SIZE
+        """The batch that was asked for, or else the model's."""
+        return batch_for(specs) if self.batch_size is None else self.batch_size
 
     def _npz(self, path: Path, specs: Sequence[InputSpec]) -> Batches:
         others = _arrays_but(path, {spec.name for spec in specs})

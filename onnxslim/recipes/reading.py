@@ -8,7 +8,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError as Invalid
 
 from onnxslim import passes
 from onnxslim.engine.base import Pass
@@ -140,8 +139,8 @@ def _data(given: Any, place: _RecipeFolder) -> Data:
     if not isinstance(settings, dict):
         raise UsageError(f"'data' is a path or `path: …` and its settings, not {given!r}")
     _require_known(settings, [item.name for item in fields(Data)], "data: ")
-    made = _made(Data, settings, "data.")
-    return _made(Data, {**settings, "path": str(place.find(made.path))}, "data.")
+    made = _made(Data, settings, "data: ")
+    return _made(Data, {**settings, "path": str(place.find(made.path))}, "data: ")
 
 
 @dataclass(frozen=True)
@@ -171,11 +170,8 @@ class _RecipeFolder:
 def _made(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     try:
         return cls(**given)
-    except Invalid as error:
-        problem = error.errors()[0]
-        name = where + ".".join(str(part) for part in problem["loc"])
-        text = problem["msg"][:1].lower() + problem["msg"][1:]
-        raise UsageError(f"'{name}': {text}, not {problem['input']!r}") from None
+    except UsageError as error:
+        raise UsageError(f"{where}{error}") from None
 
 
 def _require_known(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:

@@ -76,6 +76,19 @@ class Target:
             raise TargetError(f"unknown execution provider '{name}'; known are: {', '.join(REGISTRY)}")
         return found
 
+    @staticmethod
+    def of(target: Target | str | None) -> Target:
+        """A target, or the one of this name; processors for None.
+
+        Raises:
+            TargetError: there is no such target; lists those there are.
+        """
+        if target is None or isinstance(target, str):
+            return Target.cpu() if target is None else Target.named(target)
+        if isinstance(target, Target):
+            return target
+        raise TargetError(f"a target is the name of one or a Target, not {target!r}")
+
     def with_threads(self, threads: int) -> Target:
         """The same target with a fixed number of threads."""
         return replace(self, threads=threads)

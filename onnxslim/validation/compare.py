@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,8 +42,8 @@ UNSTEADY = 1.5
 def validate(
     a: Source,
     b: Source,
-    data: CalibrationData | Iterable[Mapping[str, Array]] | None = None,
-    targets: Sequence[Target] | None = None,
+    data: CalibrationData | Iterable[Mapping[str, Array]] | Mapping[str, Array] | str | Path | None = None,
+    targets: Sequence[Target | str] | Target | str | None = None,
     *,
     labels: Array | None = None,
     metric: Metric | None = None,
@@ -55,8 +56,9 @@ def validate(
     Args:
         a: the original: a file, a ModelProto or a Model.
         b: what was made of it.
-        data: batches of inputs; made up from the declared shapes if None, which says little.
-        targets: where to run; every execution provider there is by default.
+        data: batches of inputs, samples, or where they lie (`CalibrationData.of`); made up from the declared
+            shapes if None, which says little.
+        targets: where to run, or the names of that; every execution provider there is by default.
         labels: the class of every sample, shape (samples,), in the order of the data.
         metric: called with a function from inputs to outputs, both dicts by name, once for each model; it
             runs that on data of its own and returns how good the model is, more is better.
@@ -75,10 +77,12 @@ def validate(
     known = None if labels is None else np.asarray(labels)
     for model in (first, second):
         check.require_affordable(model)
-    chosen = _ordered(available() if targets is None else targets)
+    several = [targets] if isinstance(targets, str | Target) else available() if targets is None else targets
+    chosen = _ordered([Target.of(each) for each in several])
     runners = [_Runner(first, second, target, metric) for target in chosen]
-    batches, made_up = _batches(first, data, runners[0].sessions[0])
-    sizes = _stream(batches, runners, known, progress, _length(data))
+    given = None if data is None else CalibrationData.of(data, first.inputs())
+    batches, made_up = _batches(first, given, runners[0].sessions[0])
+    sizes = _stream(batches, runners, known, progress, _length(given))
     opening = runners[0].opening
     timed = [runner.time(rounds, seconds) for runner in runners]
     notes = [text for runner in runners for text in (*runner.notes, *runner.strays(chosen[0]))]
@@ -115,16 +119,14 @@ def _ordered(targets: Sequence[Target]) -> list[Target]:
     return sorted(targets, key=lambda target: target.provider != CPU)
 
 
-def _batches(
-    model: Model, data: CalibrationData | Iterable[Mapping[str, Array]] | None, session: Session
-) -> tuple[Iterator[Feeds], bool]:
+def _batches(model: Model, data: CalibrationData | None, session: Session) -> tuple[Iterator[Feeds], bool]:
     if data is None:
         # What runs with ONNX Runtime's optimizations alone is no input of the model.
         made = probes(model, Session(model, session.target, optimize="none", once=True))
         if not made:
             raise CalibrationError("no inputs could be made up on which the model runs; pass data")
         return iter([run.feeds for run in made]), True
-    bound = (data if isinstance(data, CalibrationData) else CalibrationData(data)).bind(model.inputs())
+    bound = data.bind(model.inputs())
     batches = iter(bound)
     head = next(batches, None)
     if head is None:

@@ -305,7 +305,7 @@ def error(result: tuple[int, str, str], code: int) -> str:
     [
         (("quantise", "in.onnx"), "did you mean 'quantize'?"),
         (("run", "in.onnx", "-p", "scael"), "there is no pass 'scael'; did you mean 'scale'?"),
-        (("run", "in.onnx", "-p", "scale:bye=1"), "has no option 'bye'; did you mean 'by'?"),
+        (("run", "in.onnx", "-p", "scale:bye=1"), "there is no option 'bye'; did you mean 'by'?"),
         (("run", "in.onnx", "-p", "scale:by=two"), "option 'by': input should be a valid number"),
         (("run", "in.onnx", "-p", "scale:by=-1"), "option 'by': input should be greater than 0, not '-1'"),
         (("run", "in.onnx", "-p", "scale:2"), "'2' is not of the form option=value"),

@@ -194,7 +194,7 @@ def test_a_list_of_batches_is_data_enough(model: Model) -> None:
 
 
 def test_empty_data_is_an_error(model: Model) -> None:
-    with pytest.raises(CalibrationError, match="empty"):
+    with pytest.raises(CalibrationError, match="there is no data"):
         Pipeline(Quantize())(model, data=CalibrationData([]))
 
 

@@ -249,5 +249,5 @@ def test_progress_tells_of_every_pass() -> None:
 
 def test_empty_data_is_refused() -> None:
     empty: list[Mapping[str, Any]] = []
-    with pytest.raises(CalibrationError, match="empty"):
+    with pytest.raises(CalibrationError, match="there is no data"):
         Pipeline(Rename())(parse(PRODUCT), data=empty)
