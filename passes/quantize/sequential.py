@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Gram
 from onnxslim.engine.base import Context
-from onnxslim.ir.graph import Array, Constant, Node
+from onnxslim.ir.graph import Array, Constant, Namer, Node
 from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Layer
 from onnxslim.passes.quantize.storing import Blocks
@@ -92,14 +92,15 @@ class Sequential:
     def refitted(self, model: Model) -> Model:
         """A copy of the float model with the weights wanted, and the biases of the student."""
         twin = model.copy()
+        unique = Namer(twin.graph)
         students = {node.label: node for node in self._student.graph.nodes}
         for node in twin.graph.nodes:
             student = students.get(node.label)
             if student is not None and student.op == node.op:
-                self._copy(node, student)
+                self._copy(node, student, unique)
         return twin
 
-    def _copy(self, node: Node, student: Node) -> None:
+    def _copy(self, node: Node, student: Node, unique: Namer) -> None:
         for index, tensor in enumerate(student.inputs):
             if not isinstance(tensor, Constant):
                 continue
@@ -111,6 +112,6 @@ class Sequential:
                 if len(present.outputs) == 1:
                     present.values = values
                 elif not np.array_equal(present.values, values):
-                    node.inputs[index] = Constant(tensor.name, values)
+                    node.inputs[index] = Constant(unique(tensor.name), values)
         if "beta" in node.attrs and "beta" not in student.attrs:
             del node.attrs["beta"]

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from onnxslim.engine.base import Context
+from onnxslim.engine.check import wellformed
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.formats import plain
 from onnxslim.ir.graph import Array
-from onnxslim.ir.model import Model
+from onnxslim.ir.model import Model, load
 from onnxslim.passes.quantize import Quantize, QuantizeFigures, search
 from onnxslim.passes.quantize.build import Builder
 from onnxslim.passes.quantize.recorded import LayerChoice, QuantizationPlan, RangeChoice
 from onnxslim.passes.quantize.search import Search
-from tests.helpers import normal, parse, quantize
+from tests.helpers import FASHION, normal, parse, quantize
 
 CHAIN = """g (float[N,8,6,6] x) => (float[N,8,6,6] y)
 { [first] a = Conv(x, w1, b1) ar = Relu(a)
@@ -154,3 +155,11 @@ def test_a_file_that_is_no_plan_is_refused_before_anything_else(tmp_path: Path) 
     path.write_text("{}")
     with pytest.raises(UsageError, match="not a plan of pass 'quantize': it is of pass 'prune'"):
         Quantize(plan=path).run(products(), Context())
+
+
+def test_layers_that_shared_a_bias_get_their_own() -> None:
+    """Each is fitted to what it sees; two constants of one name would be no model."""
+    with np.load(FASHION / "calibration.npz") as file:
+        data = [{"image": images} for images in np.split(file["image"][:32], 4)]
+    result, _ = quantize(load(FASHION / "resnet.onnx"), data, weights="int4")
+    wellformed(result)
