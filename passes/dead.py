@@ -8,6 +8,7 @@ from typing import ClassVar, TypeAlias
 
 import onnx
 from onnx.defs import OpSchema
+from pydantic import Field
 
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.ir import graph as ir
@@ -16,9 +17,15 @@ from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ir.proto import fields_but
 from onnxslim.ops import Trait, has
 
+# What exporters note on nodes and attributes, and no runtime reads.
+_NOTED = ("doc_string", "metadata_props")
+
 Call: TypeAlias = tuple[str, str, str]  # domain, name, overload
 
 _OPTIONAL = OpSchema.FormalParameterOption.Optional
+
+
+NOTES = "drop doc strings and metadata of nodes, and types and shapes noted of tensors between them"
 
 
 @options
@@ -31,9 +38,13 @@ class Dead(Pass):
     name: ClassVar[str] = "dead"
     lossless: ClassVar[bool] = True
 
+    drop_notes: bool = Field(False, description=NOTES)
+
     def run(self, model: Model, ctx: Context) -> Changes:
         """Remove what nothing reads."""
         log = Log()
+        if self.drop_notes:
+            _drop_notes(model, log)
         for label in remove_nodes(model, list(model.nodes())):
             log.change(label, "removed", "nothing reads its outputs")
         fixed, own = ir.protected(model.graph), model.functions
@@ -201,3 +212,38 @@ def called_by(node: Node) -> Call:
 def call_of(domain: str, name: str, overload: str) -> Call:
     """What a node must name to call a function."""
     return "" if domain in DEFAULT_DOMAINS else domain, name, overload
+
+
+def _drop_notes(model: Model, log: Log) -> None:
+    """Drop what exporters note on every node; what is said of the model, its inputs and outputs stays."""
+    for node in model.nodes():
+        if node.proto is not None and _is_noted(node.proto):
+            node.proto = _without_notes(node.proto)
+            log.change(node.label, "dropped its notes", "doc strings and metadata")
+    for graph in model.graphs():
+        if graph.proto is not None and graph.proto.value_info:
+            # Constants are written from their own protobufs; copied with the graph they would be there twice.
+            lean = fields_but(graph.proto, "node", "initializer", "sparse_initializer", "value_info")
+            log.change(graph.name or "model", f"dropped {len(graph.proto.value_info)} types and shapes")
+            graph.proto = lean
+            _forget(graph)
+
+
+def _forget(graph: Graph) -> None:
+    """Have no type or shape written of tensors between nodes."""
+    fixed = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
+    for tensor in (each for node in graph.nodes for each in node.outputs):
+        if id(tensor) not in fixed:
+            tensor.proto = None
+
+
+def _is_noted(node: onnx.NodeProto) -> bool:
+    own = any(getattr(node, field) for field in _NOTED)
+    return own or any(item.doc_string for item in node.attribute)
+
+
+def _without_notes(node: onnx.NodeProto) -> onnx.NodeProto:
+    bare = fields_but(node, *_NOTED)
+    for item in bare.attribute:
+        item.ClearField("doc_string")
+    return bare

@@ -16,7 +16,7 @@ from onnxslim.errors import UsageError
 from onnxslim.ir import proto
 from onnxslim.ir.model import Model
 from onnxslim.passes import eliminate, fuse
-from onnxslim.passes.dead import Dead
+from onnxslim.passes.dead import NOTES, Dead
 from onnxslim.passes.dedupe import Dedupe
 from onnxslim.passes.eliminate import Eliminate
 from onnxslim.passes.fold import Fold
@@ -39,6 +39,8 @@ class Slim(Pass):
     skip: tuple[str, ...] = Field((), description="parts (fold, eliminate, …) or single rules to leave out")
     max_growth: int = Field(0, ge=0, description="bytes by which folding may make the model larger")
 
+    drop_notes: bool = Field(False, description=NOTES)
+
     def __post_init__(self) -> None:
         """Refuse names of nothing."""
         known = {*_PARTS, *_ELIMINATE, *_FUSE, *_DEDUPE}
@@ -55,7 +57,7 @@ class Slim(Pass):
             Eliminate(skip=self._skipped(_ELIMINATE)),
             Fuse(skip=self._skipped(_FUSE)),
             Dedupe(constants="equal-constants" not in self.skip, nodes="equal-nodes" not in self.skip),
-            Dead(),
+            Dead(drop_notes=self.drop_notes),
         )
         return tuple(part for part in every if part.name not in self.skip)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.rewrite import Rule
-from onnxslim.ir.graph import Node
+from onnxslim.ir.graph import Node, Tensor
 from onnxslim.passes import predicates
 from onnxslim.passes.eliminate.view import NodePair, chain
 from onnxslim.passes.predicates import Bypass, Detour
@@ -196,6 +196,31 @@ class ConcatConcat(Rule[tuple[Node, list[Node]]]):
         return [each for each in inner if _one_axis(node, each, predicates.rank(edit.shape(each.outputs[0])))]
 
 
+class ConcatNothing(Rule[tuple[Node, list[Tensor]]]):
+    """Concat(a, e, b) = Concat(a, b) where e is empty along the axis, as a Slice of nothing is."""
+
+    name = "concat-nothing"
+    ops = frozenset(("Concat",))
+    makes = ops
+
+    def pattern(self, node: Node, edit: Editor) -> tuple[Node, list[Tensor]] | None:
+        left = [tensor for tensor in node.inputs if not self._is_empty(tensor, _axis(node), edit)]
+        return (node, left or node.inputs[:1]) if len(left) < len(node.inputs) > 1 else None
+
+    def check(self, match: tuple[Node, list[Tensor]], edit: Editor) -> str | None:
+        return None
+
+    def rewrite(self, match: tuple[Node, list[Tensor]], edit: Editor) -> str:
+        node, left = match
+        edit.replace_node(node, "Concat", left, node.attrs)
+        return f"left out {len(node.inputs) - len(left)} that are empty"
+
+    def _is_empty(self, tensor: Tensor, axis: int, edit: Editor) -> bool:
+        shape = edit.shape(tensor)
+        place = predicates.positive_axis(axis, predicates.rank(shape))
+        return shape is not None and place is not None and place < len(shape) and shape[place] == 0
+
+
 def _one_axis(one: Node, other: Node, count: int | None) -> bool:
     """Whether two nodes that split or join are known to do it along one axis of this many."""
     first, second = _axis(one), _axis(other)
@@ -346,6 +371,7 @@ RULES = (
     TransposeView(),
     SplitConcat(),
     ConcatConcat(),
+    ConcatNothing(),
     SliceNothing(),
     SliceChain(),
 )

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxslim.engine.base import Context
+from onnxslim.engine.base import Changes, Context
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import UsageError
 from onnxslim.ir.model import Model, load
@@ -223,7 +223,7 @@ import re, sys
 from pathlib import Path
 from onnxslim.ir.model import load
 from onnxslim.passes.slim import Slim
-from onnxslim.engine.base import Context
+from onnxslim.engine.base import Changes, Context
 model = load(sys.argv[1])
 assert Slim().run(model, Context())
 model.save(sys.argv[2])
@@ -262,3 +262,55 @@ def test_weights_of_2_5_gigabytes_take_little_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PEAK, str(source), str(tmp_path / "out" / "model.onnx")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert int(done.stdout) < 2 * size / 2**10 + 500_000
+
+
+def noted() -> onnx.ModelProto:
+    """A model with a note in every place where exporters leave one, and where people do."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 18]> g (float[N,4] x, bool c) => (float[N,4] y)
+        <float[4] w = {1,2,3,4}> { a = Add(x, w) b = Softmax<axis=1>(a) y = If(c) <
+          then_branch = h () => (float[N,4] t) { k = Exp(b) t = Tanh(k) },
+          else_branch = i () => (float[N,4] e) { e = Sin(b) }> }"""
+    )
+    then = next(item.g for item in model.graph.node[2].attribute if item.name == "then_branch")
+    for node in (*model.graph.node, *then.node):
+        node.doc_string = "in forward at model.py, line 12"
+        node.metadata_props.add(key="namespace", value="encoder.layer")
+    model.graph.node[1].attribute[0].doc_string = "axis"
+    for graph, name in ((model.graph, "a"), (then, "k")):
+        graph.value_info.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 4]))
+    for kept in (model, model.graph, model.graph.input[0], model.graph.output[0]):
+        kept.doc_string = "of a user"
+    model.metadata_props.add(key="licence", value="of a user")
+    return model
+
+
+def test_notes_of_exporters_go_if_asked_and_those_of_users_stay() -> None:
+    before = noted()
+    assert Slim().run(plain := load(before), Context()) == Changes()
+    assert plain.to_proto() == before, "never by default"
+    after = Pipeline(Slim(drop_notes=True))(load(before)).model.to_proto()
+    text = str(after)
+    assert "line 12" not in text
+    assert "encoder.layer" not in text
+    assert "value_info" not in text
+    assert '"axis"' not in text.replace('name: "axis"', "")
+    assert text.count("of a user") == 5
+    assert [node.op_type for node in after.graph.node] == [node.op_type for node in before.graph.node]
+    assert after.graph.initializer == before.graph.initializer
+    assert not Pipeline(Slim(drop_notes=True))(load(after)).report.steps[0].changes
+
+
+def test_a_convolution_over_one_axis_needs_no_views_around_its_bias() -> None:
+    """As Keras exports a chain of Conv1D."""
+    text = """g (float[N,L,3] x) => (float[N,K,8] y) <int64[1] two = {2}>
+    { t = Transpose<perm=[0,2,1]>(x) e = Unsqueeze(t, two) f = Conv(e, v) g = Squeeze(f, two)
+      h = Transpose<perm=[0,2,1]>(g) i = Add(h, b) j = Relu(i) k = Transpose<perm=[0,2,1]>(j)
+      l = Unsqueeze(k, two) m = Conv(l, w) n = Squeeze(m, two) y = Transpose<perm=[0,2,1]>(n) }"""
+    model = parse(text, normals(v=(8, 3, 1, 3), w=(8, 8, 1, 3), b=(8,)))
+    result = Pipeline(Slim())(model).model
+    same_outputs(model, result, {"x": normals(x=(2, 9, 3))["x"]})
+    assert [node.op for node in result.graph.nodes] == [
+        "Transpose", "Unsqueeze", "Conv", "Relu", "Conv", "Squeeze", "Transpose"
+    ]  # fmt: skip
+    assert len(result.graph.nodes[2].inputs) == 3, "the bias is in the convolution"
