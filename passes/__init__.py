@@ -223,7 +223,9 @@ def _type_text(annotation: Any) -> str:
     if origin is Literal:
         return "|".join(str(value) for value in arguments)
     if origin in (Union, UnionType):
-        return "|".join(_type_text(each) for each in arguments if each is not type(None))
+        # Objects of Python, which no words make, are left out.
+        words = (each for each in arguments if each is not type(None) and not dataclasses.is_dataclass(each))
+        return "|".join(map(_type_text, words))
     if origin is dict:
         return f"name:{_type_text(arguments[1])}"
     if origin in (tuple, list, frozenset):

@@ -6,13 +6,17 @@ the plan. Entries of lists of objects are on lines of their own, so that a diff 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from typing_extensions import Self, dataclass_transform
 
 from onnxslim.engine.base import Pass
@@ -91,8 +95,38 @@ class PassPlan:
         return cls.from_json(text)
 
     @classmethod
+    def given(cls, plan: Path | Self) -> Self:
+        """The plan that is the option of a pass: in Python the plan itself, or a file of it.
+
+        Raises:
+            UsageError: see `load`.
+        """
+        return cls.load(plan) if isinstance(plan, Path) else plan
+
+    def __repr__(self) -> str:
+        """Short, and the same for the same plan: reports and messages name passes with their options."""
+        return f"<{self.kind} plan {hashlib.sha256(self.to_json().encode()).hexdigest()[:8]}>"
+
+    @classmethod
     def _refused(cls, why: str) -> UsageError:
         return UsageError(f"not a plan of pass '{cls.kind}': {' '.join(why.split())}")
+
+
+@dataclass(frozen=True)
+class PlanOf:
+    """Annotation of an option that is a plan of one pass: a file, as a `Path`, or the plan itself."""
+
+    plan: type[PassPlan]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def _checked(self, value: Any) -> Any:
+        if value is None or isinstance(value, self.plan):
+            return value
+        if isinstance(value, str | os.PathLike):
+            return Path(value)
+        raise PydanticCustomError("plan", f"input should be a file or a {self.plan.__name__}")
 
 
 def require_alone(each: Pass, *besides: str) -> None:

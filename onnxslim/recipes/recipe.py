@@ -25,6 +25,7 @@ from pydantic import Field
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.engine.base import Pass, Progress, options
 from onnxslim.engine.pipeline import Pipeline, Report, Result
+from onnxslim.engine.plans import PassPlan
 from onnxslim.errors import OnnxSlimError, UsageError
 from onnxslim.formats import plain
 from onnxslim.ir.graph import Array, Constant
@@ -148,7 +149,7 @@ class Recipe:
         Files in its folder are named from there, and others by their whole path, which takes trust to read.
 
         Raises:
-            UsageError: the data is code.
+            UsageError: the data is code, or a plan is no file.
             OSError: it cannot be written.
         """
         file = Path(path)
@@ -158,7 +159,7 @@ class Recipe:
         """What `save` writes into a file in this folder.
 
         Raises:
-            UsageError: the data is code.
+            UsageError: the data is code, or a plan is no file.
         """
         document: dict[str, Any] = {"passes": [_written(each, folder) for each in self.passes]}
         if self.data is not None:
@@ -390,6 +391,8 @@ def _from(folder: Path, path: str | Path) -> str:
 
 
 def _written(each: Pass, folder: Path) -> Any:
+    if any(isinstance(value, PassPlan) for value in each.given().values()):
+        raise UsageError(f"pass '{each.name}': recipes name files of plans; save the plan and give its path")
     files = {key: _from(folder, path) for key, path in reading.files_of(each).items()}
     settings = {**_given(each), **files}
     return {each.name: settings} if settings else each.name

@@ -16,7 +16,7 @@ from onnxslim.calibration.seen import NOTE, Sight, seen
 from onnxslim.engine.base import Changes, Context, Figures, Log, Pass, captioned, options
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.matching import GLOBS, tell_idle
-from onnxslim.engine.plans import require_alone
+from onnxslim.engine.plans import PlanOf, require_alone
 from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -99,7 +99,9 @@ class Factorize(Pass):
     repair: bool = Field(True, description="fit all layers again afterwards, as the repair pass does")
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to leave whole")
     cache: bool = Field(True, description="keep measured times in the user's cache folder")
-    plan: Path | None = Field(None, description="file of a plan to replay, instead of choosing")
+    plan: Annotated[Path | FactorizationPlan | None, PlanOf(FactorizationPlan)] = Field(
+        None, description="file of a plan to replay, instead of choosing"
+    )
 
     def __post_init__(self) -> None:
         """Refuse two budgets, and a choice beside a plan."""
@@ -135,7 +137,7 @@ class _Work:
 
     def __init__(self, wish: Factorize, model: Model, ctx: Context) -> None:
         self._wish = wish
-        self._plan = None if wish.plan is None else FactorizationPlan.load(wish.plan)
+        self._plan = None if wish.plan is None else FactorizationPlan.given(wish.plan)
         self._model = model
         self._ctx = ctx
         self._log = Log()

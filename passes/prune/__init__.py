@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,7 +27,7 @@ from onnxslim.engine.base import (
     options,
 )
 from onnxslim.engine.matching import GLOBS, tell_idle
-from onnxslim.engine.plans import require_alone
+from onnxslim.engine.plans import PlanOf, require_alone
 from onnxslim.errors import UsageError
 from onnxslim.families.analysis import Analysis, analyze
 from onnxslim.families.costs import Costs
@@ -96,7 +96,9 @@ class Prune(Pass):
         "ridge",
         description="fit what stays to the original's layers; bias: only have it stand in, and fit biases",
     )
-    plan: Path | None = Field(None, description="file of a plan to replay, instead of choosing")
+    plan: Annotated[Path | PruningPlan | None, PlanOf(PruningPlan)] = Field(
+        None, description="file of a plan to replay, instead of choosing"
+    )
 
     @property
     def interface(self) -> frozenset[InterfacePart]:
@@ -189,7 +191,7 @@ class _Run:
     def _chosen(self, analysis: Analysis, progress: float) -> tuple[Removal, Candidates | None]:
         settings = self._settings
         if settings.plan is not None:
-            return PruningPlan.load(settings.plan).removal(analysis), None
+            return PruningPlan.given(settings.plan).removal(analysis), None
         found = candidates(
             self._model,
             analysis,

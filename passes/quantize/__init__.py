@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -16,7 +16,7 @@ from onnxslim.calibration.holdout import split
 from onnxslim.calibration.seen import NOTE, seen
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.engine.matching import GLOBS, tell_idle
-from onnxslim.engine.plans import require_alone
+from onnxslim.engine.plans import PlanOf, require_alone
 from onnxslim.errors import UsageError
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Builder, Candidate
@@ -117,7 +117,9 @@ class Quantize(Pass):
         False,
         description="measure what every layer alone does to the outputs, even where enough is kept anyway",
     )
-    plan: Path | None = Field(None, description="file of a plan to replay, instead of choosing")
+    plan: Annotated[Path | QuantizationPlan | None, PlanOf(QuantizationPlan)] = Field(
+        None, description="file of a plan to replay, instead of choosing"
+    )
 
     def __post_init__(self) -> None:
         """Refuse a choice beside a plan."""
@@ -139,7 +141,7 @@ class Quantize(Pass):
 
     def _planned(self) -> QuantizationPlan | None:
         """The plan that was asked for."""
-        return None if self.plan is None else QuantizationPlan.load(self.plan)
+        return None if self.plan is None else QuantizationPlan.given(self.plan)
 
     @staticmethod
     def _as(plan: QuantizationPlan) -> Quantize:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from onnxslim.passes import create
 from onnxslim.passes.factorize.plan import FactorizationPlan, LayerFactors
 from onnxslim.passes.prune.plan import Entry, PruningPlan
 from onnxslim.passes.quantize.recorded import LayerChoice, QuantizationPlan, QuantizeOptions, RangeChoice
+from onnxslim.recipes.recipe import Recipe
 
 names = st.text(max_size=8)
 counts = st.integers(0, 1 << 40)
@@ -99,3 +101,24 @@ def test_a_plan_leaves_other_options_nothing_to_say(name: str, option: str) -> N
     values = {"macs": 0.25, "exclude": ("first",)}
     with pytest.raises(UsageError, match=f"pass '{name}': a plan says all of it, so {option} has nothing"):
         create(name, {"plan": Path("plan.json"), option: values[option]})
+
+
+def test_a_plan_itself_is_as_good_as_its_file() -> None:
+    plan = PruningPlan((8,), ())
+    given = create("prune", {"plan": plan})
+    assert given == create("prune", {"plan": plan})
+    assert re.fullmatch(r"prune\(plan=<prune plan [0-9a-f]{8}>\)", given.describe())
+    assert given.describe() != create("prune", {"plan": PruningPlan((9,), ())}).describe()
+
+
+@pytest.mark.parametrize("plan", [FactorizationPlan(()), {"sizes": (8,), "entries": ()}, 5])
+def test_plans_of_other_passes_are_no_plans(plan: object) -> None:
+    with pytest.raises(UsageError, match="input should be a file or a PruningPlan, not"):
+        create("prune", {"plan": plan})
+
+
+def test_a_recipe_file_holds_no_plan(tmp_path: Path) -> None:
+    recipe = Recipe((create("prune", {"plan": PruningPlan((8,), ())}),))
+    with pytest.raises(UsageError, match="pass 'prune': recipes name files of plans"):
+        recipe.save(tmp_path / "recipe.yaml")
+    assert recipe.sha256 != Recipe((create("prune", {"plan": PruningPlan((9,), ())}),)).sha256
