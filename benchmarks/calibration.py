@@ -43,13 +43,11 @@ def images(count: int) -> Iterator[dict[str, np.ndarray]]:
 def run_onnxslim(model: Path, out: Path, count: int, method: str) -> None:
     """The whole `Quantize` pass."""
     import onnxslim
-    from onnxslim.engine.base import Context
     from onnxslim.passes.quantize import Quantize
 
     loaded = onnxslim.load(model)
     data = onnxslim.CalibrationData.from_callable(lambda: images(count))
-    Quantize(observer=method).run(loaded, Context(data=data))  # type: ignore[arg-type]
-    loaded.save(out)
+    onnxslim.Pipeline(Quantize(observer=method))(loaded, data=data).save(out)  # type: ignore[arg-type]
 
 
 def run_ort(model: Path, out: Path, count: int, method: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ class CalibrationData:
         self._feeds = feeds
         self._specs: tuple[InputSpec, ...] | None = None
         self._sizes = None if sizes is None else tuple(sizes)
+        self._samples: int | None = None
         self.name = name
 
     def __repr__(self) -> str:
@@ -286,6 +288,11 @@ class CalibrationData:
         """Number of batches; TypeError where only reading them all would tell."""
         return len(self._feeds)  # type: ignore[arg-type]
 
+    def __length_hint__(self) -> int:
+        """About how many batches there are, where the source has an idea."""
+        hint = length_hint(self._feeds, -1)
+        return hint if hint >= 0 else NotImplemented
+
     def shard(self, index: int, count: int) -> CalibrationData:
         """Every `count`-th batch, starting at `index`: a view that pickles if the source does.
 
@@ -295,7 +302,33 @@ class CalibrationData:
         if not 0 <= index < count:
             raise CalibrationError(f"{self.name}: there is no shard {index} of {count}")
         length = self._length()
-        return self._pick(range(index, _ENDLESS if length is None else length, count))
+        return self.pick(range(index, _ENDLESS if length is None else length, count))
+
+    def take(self, samples: Sequence[int], size: int) -> CalibrationData:
+        """Some samples, in batches of a size of their own: however the data is grouped, the same batches.
+
+        A sample with other shapes than the one before it begins a new batch. Batches that hold none of the
+        samples are not read where the source has random access.
+
+        Args:
+            samples: their numbers among all, ascending.
+            size: of each batch but the last.
+        """
+        ends = np.cumsum(self.sizes())
+        numbers = np.asarray(samples, np.intp)
+        batch = np.searchsorted(ends, numbers, side="right")
+        positions, firsts = np.unique(batch, return_index=True)
+        within = numbers - (ends - np.asarray(self.sizes()))[batch]
+        source = self.pick(positions.tolist())
+        view = CalibrationData(readers.Regrouped(source, np.split(within, firsts[1:]), size), name=self.name)
+        view._samples = len(samples)
+        return view
+
+    def then(self, other: CalibrationData) -> CalibrationData:
+        """The batches of this and, after them, those of the other."""
+        view = CalibrationData(readers.Chained((self, other)), name=self.name)
+        view._samples = self.samples() + other.samples()
+        return view
 
     def holdout(
         self, fraction: float = 0.25, *, seed: int | None = None
@@ -319,7 +352,7 @@ class CalibrationData:
             ends = [i * total // held for i in range(held + 1)]
             checked = [int(random.integers(first, end)) for first, end in pairwise(ends)]
         fitted = sorted(set(range(total)).difference(checked))
-        return self._pick(fitted), self._pick(checked)
+        return self.pick(fitted), self.pick(checked)
 
     def bind(self, specs: Sequence[InputSpec]) -> CalibrationData:
         """The same data for one model: every batch is checked, and "#M" keys get the M-th input's name.
@@ -327,7 +360,9 @@ class CalibrationData:
         Raises:
             CalibrationError: while iterating; names batch and input, what was given and what is expected.
         """
-        return self._view(self._feeds, tuple(specs), self._sizes)
+        view = self._view(self._feeds, tuple(specs), self._sizes)
+        view._samples = self._samples
+        return view
 
     def check(self, specs: Sequence[InputSpec]) -> None:
         """Compare the first batch with a model's inputs.
@@ -345,12 +380,12 @@ class CalibrationData:
 
     def samples(self) -> int:
         """Number of samples; takes one pass over files, readers and functions, the first time."""
-        return sum(self.sizes())
+        return sum(self.sizes()) if self._samples is None else self._samples
 
     def sizes(self) -> tuple[int, ...]:
         """Number of samples in each batch; takes a pass as `samples` does."""
         if self._sizes is None:
-            self._sizes = tuple(map(batch_samples, self._feeds))
+            self._sizes = tuple(map(batch_samples, self))
         return self._sizes
 
     def _length(self) -> int | None:
@@ -359,7 +394,8 @@ class CalibrationData:
         except TypeError:
             return None
 
-    def _pick(self, positions: Sequence[int]) -> CalibrationData:
+    def pick(self, positions: Sequence[int]) -> CalibrationData:
+        """Some batches, by their numbers, ascending."""
         source = self._feeds
         sizes = (
             None if self._sizes is None else [self._sizes[at] for at in positions if at < len(self._sizes)]

@@ -13,6 +13,7 @@ from onnx import numpy_helper
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.noise import sqnr
+from onnxslim.calibration.samples import Samples
 from onnxslim.engine.base import Changes, Context, Pass
 from onnxslim.engine.check import difference, interface, wellformed
 from onnxslim.errors import LoadError
@@ -114,7 +115,7 @@ def apply(
         known: what else the pass is told: fields of `Context`.
     """
     twin = model.copy()
-    given = None if data is None else CalibrationData(list(data))
+    given = None if data is None else Samples(CalibrationData(list(data)), model)
     return twin, step.run(twin, Context(data=given, **known))
 
 

@@ -77,7 +77,7 @@ def test_data_in_every_form(source: str, places: Path) -> None:
         name = "look"
 
         def run(self, model: Model, ctx: Context) -> Changes:
-            seen.append(ctx.data)
+            seen.append(ctx.given.data)
             return Changes()
 
     Pipeline(Look(), on_error="raise")(network(), data=given, target="cpu")

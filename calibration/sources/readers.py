@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import length_hint
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from onnxslim.calibration.sources.arrays import Array
 from onnxslim.errors import CalibrationError
@@ -104,6 +109,58 @@ class Picked:
             if position == upcoming:
                 yield feeds
                 upcoming = next(wanted, None)
+
+
+@dataclass(frozen=True)
+class Chained:
+    """What several sources give, one source after the other."""
+
+    sources: Sequence[Iterable[Mapping[str, Array]]]
+
+    def __iter__(self) -> Iterator[Mapping[str, Array]]:
+        return chain.from_iterable(self.sources)
+
+    def __length_hint__(self) -> int:
+        return sum(map(length_hint, self.sources))
+
+
+@dataclass(frozen=True)
+class Regrouped:
+    """Some samples of each batch of a source, in batches of another size.
+
+    Attributes:
+        source: batches whose arrays all have an axis of samples first.
+        wanted: of each batch, which samples.
+        size: samples per batch; fewer before one whose arrays have other shapes, and at the end.
+    """
+
+    source: Iterable[Mapping[str, Array]]
+    wanted: Sequence[NDArray[np.intp]]
+    size: int
+
+    def __iter__(self) -> Iterator[Mapping[str, Array]]:
+        waiting: dict[str, Array] = {}
+        for feeds, at in zip(self.source, self.wanted, strict=False):
+            part = {name: array[at] for name, array in feeds.items()}
+            if waiting and _each(waiting) == _each(part):
+                part = {name: np.concatenate((waiting[name], array)) for name, array in part.items()}
+            elif waiting:
+                yield waiting
+            count = len(next(iter(part.values())))
+            whole = count - count % self.size
+            for start in range(0, whole, self.size):
+                yield {name: array[start : start + self.size] for name, array in part.items()}
+            waiting = {name: array[whole:] for name, array in part.items()} if whole < count else {}
+        if waiting:
+            yield waiting
+
+    def __length_hint__(self) -> int:
+        return -(-sum(map(len, self.wanted)) // self.size)
+
+
+def _each(feeds: Mapping[str, Array]) -> dict[str, tuple[object, ...]]:
+    """Types and shapes of one sample."""
+    return {name: (array.dtype, *array.shape[1:]) for name, array in feeds.items()}
 
 
 def refusal(feeds: object) -> str | None:

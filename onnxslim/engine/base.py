@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass as validated
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 from typing_extensions import Self, dataclass_transform
 
+from onnxslim.calibration.samples import Samples
 from onnxslim.errors import CalibrationError, UsageError, nearest
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -176,8 +177,8 @@ class Context:
 
     Attributes:
         target: where the result is to run.
-        data: calibration batches, each a dict of one array per input; None if there are none.
-        teacher: the model as it came in, before any pass but those that prepare it.
+        data: calibration samples: `data.fit` to fit on, `data.tune` to choose by, `data.held` to judge by,
+            each batches of one array per input; None if there are none.
         seed: of everything random.
         jobs: processes that may work in parallel.
         progress: called with (what, done, total) by long steps.
@@ -187,8 +188,7 @@ class Context:
     """
 
     target: Target = field(default_factory=Target.cpu)
-    data: Any = None
-    teacher: Model | None = None
+    data: Samples | None = None
     seed: int = 0
     jobs: int = 1
     progress: Progress | None = None
@@ -199,7 +199,13 @@ class Context:
         """Inputs of one run, those of the check or else the first batch; None if there are neither."""
         if self.sample is not None or self.data is None:
             return self.sample
-        return next((dict(feeds) for feeds in self.data), None)
+        return next((dict(feeds) for feeds in self.data.fit), None)
+
+    @property
+    def given(self) -> Samples:
+        """The data, for steps that are only taken where there is some."""
+        assert self.data is not None
+        return self.data
 
 
 class Pass:

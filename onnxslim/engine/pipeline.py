@@ -7,15 +7,16 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 from traceback import walk_tb
 from typing import Any, Literal
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.doubts import doubts
+from onnxslim.calibration.samples import Samples
 from onnxslim.engine.base import Changes, Context, Log, Pass, Progress, Shapes
 from onnxslim.engine.check import Checker, require_interface
-from onnxslim.errors import CalibrationError, InvalidGraph, LoadError, OnnxSlimError, PassError, UsageError
+from onnxslim.errors import InvalidGraph, LoadError, OnnxSlimError, PassError, UsageError
 from onnxslim.formats import plain
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, Source, Stats, load
@@ -161,16 +162,16 @@ class Pipeline:
             CalibrationError: the data does not fit the model.
         """
         model = load(model)
-        ctx = Context(Target.of(target), data, model, seed, jobs, progress, None, metric)
+        ctx = Context(Target.of(target), None, seed, jobs, progress, None, metric)
         steps: list[Step] = []
         notes: list[str] = []
         stats, macs, ground = model.stats(), None, None
         for each in self.passes:
             if ground is None and not each.prepares:
-                if data is not None:
+                if data is not None and ctx.data is None:
                     bound = CalibrationData.of(data, model.inputs()).bind(model.inputs())
                     bound.check(model.inputs())
-                    ctx = replace(ctx, data=bound)
+                    ctx = replace(ctx, data=Samples(bound, model, ctx.target, seed))
                 ground = _Ground(model, ctx, notes, self.count)
                 macs = ground.macs(model)
             _announce(ctx, each, 0)
@@ -194,13 +195,12 @@ class Pipeline:
             _announce(ctx, each, 1)
         return Result(model, Report(tuple(steps), tuple(dict.fromkeys(notes)), self._doubts(ctx.data)))
 
-    def _doubts(self, data: Any) -> tuple[str, ...]:
+    def _doubts(self, samples: Samples | None) -> tuple[str, ...]:
         """Why data may not be what a lossy pass should be fitted to, in one line."""
-        if data is None or all(each.lossless or each.prepares for each in self.passes):
+        if samples is None or all(each.lossless or each.prepares for each in self.passes):
             return ()
-        found = doubts(data)
-        name = getattr(data, "name", "calibration data")
-        return (f"{name}: {'; '.join(found)}; {UNLIKE_REAL}",) if found else ()
+        found = doubts(samples.data)
+        return (f"{samples.data.name}: {'; '.join(found)}; {UNLIKE_REAL}",) if found else ()
 
     def prepared(self, model: Model) -> tuple[Result, Pipeline]:
         """The model as the passes that come first say it is, and a pipeline of the others.
@@ -244,9 +244,11 @@ class _Ground:
     """
 
     def __init__(self, model: Model, ctx: Context, notes: list[str], count: bool) -> None:
-        self.checker = Checker(model, ctx.target, _samples(ctx.data), notes)
+        # Models are compared on the first batch.
+        first = [] if ctx.data is None else list(islice(ctx.data.data, 1))
+        self.checker = Checker(model, ctx.target, first, notes)
         feeds = self.checker.feeds
-        self.ctx = replace(ctx, teacher=model, sample=feeds[-1] if feeds else None)
+        self.ctx = replace(ctx, sample=feeds[-1] if feeds else None)
         self._shapes = sample_shapes(model, feeds[0]) if feeds else None
         self._count = count
 
@@ -285,14 +287,6 @@ def _require_pass(each: object) -> None:
 def _announce(ctx: Context, each: Pass, done: int) -> None:
     if ctx.progress:
         ctx.progress(each.name, done, 1)
-
-
-def _samples(data: Any) -> list[Mapping[str, Array]]:
-    if data is None:
-        return []
-    for feeds in data:
-        return [feeds]
-    raise CalibrationError("the calibration data is empty")
 
 
 def _run(each: Pass, model: Model, ctx: Context) -> Changes:

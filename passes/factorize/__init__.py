@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field
 
-from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.seen import NOTE, Sight, seen
 from onnxslim.engine.base import Changes, Context, Figures, Log, Pass, captioned, options
 from onnxslim.engine.editor import Editor
@@ -143,7 +142,7 @@ class _Work:
         self._log = Log()
         self._figures = FactorizeFigures()
         self._name = model.graph.name or "model"
-        self._data = _data(ctx, model) if wish.fitted else None
+        self._data = ctx.data if wish.fitted else None
         self._sample = _sample(model, ctx)
         self._shapes = {name: array.shape for name, array in self._sample.items()}
 
@@ -341,14 +340,6 @@ class _Work:
                 self._model.graph = teacher.graph
                 return Changes((), self._log.done().skipped, self._figures)
         return self._log.done(self._figures)
-
-
-def _data(ctx: Context, model: Model) -> CalibrationData | None:
-    if ctx.data is None:
-        return None
-    data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
-    data.check(model.inputs())
-    return data.bind(model.inputs())
 
 
 def _sample(model: Model, ctx: Context) -> Mapping[str, Array]:

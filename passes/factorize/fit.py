@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import ROWS, Gram, Moments, observe
+from onnxslim.calibration.samples import Samples
 from onnxslim.calibration.stream import Progress, Taps, stream, tapped
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -25,8 +25,6 @@ MAX_LAYER_BYTES, MAX_BYTES = 1 << 28, 1 << 29
 # is tried when factors are fitted.
 SHRINK = 1e-2
 SHRINKS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-# One sample of so many is held out to choose by.
-HOLD = 4
 # Elements from which a weight alone is taken apart in float32.
 LARGE_WEIGHT = 1 << 24
 
@@ -77,41 +75,31 @@ def _portions(layers: Sequence[Whole]) -> Iterator[list[Whole]]:
         yield portion
 
 
-def against(
-    student: Model, teacher: Model, data: CalibrationData, layer: Whole, target: Target
-) -> tuple[Gram, Gram]:
+def against(student: Model, teacher: Model, data: Samples, layer: Whole, target: Target) -> tuple[Gram, Gram]:
     """Moments of what a layer reads in one model and what it makes in another one.
 
     Args:
         student: holds the layer's node.
         teacher: makes a tensor of the same name.
-        data: batches for both.
+        data: samples for both.
         layer: see `observable`.
         target: where to run.
 
     Returns:
-        Of most samples, and of the quarter that is held out; of all of them twice where they are too few.
+        Of the samples to fit on, and of those to choose by.
     """
     seen = layer.view
     ours = _cut(student, layer.node.inputs[0].name, target)
     theirs = _cut(teacher, layer.output, target)
-    train, held, left_out = Moments(), Moments(), 0
-    for batch in stream(data, lambda _, feeds: (ours(feeds), theirs(feeds))):
+    train, chosen_by = Moments(), Moments()
+    fitted = data.fit.samples()
+    for batch in stream(data.seen, lambda _, feeds: (ours(feeds), theirs(feeds))):
         x, y = batch.values
-        rows = seen.count(x)
-        at = batch.positions(rows, ROWS)
-        out = _held_out(batch.first, batch.samples)[at * batch.samples // rows]
-        left_out += int(out.sum())
-        for moments, part in ((train, at[~out]), (held, at[out])):
-            moments.update(seen.columns(x, part), seen.results(y, part))
+        at = batch.positions(seen.count(x), ROWS)
+        moments = train if batch.first < fitted else chosen_by
+        moments.update(seen.columns(x, at), seen.results(y, at))
     fitted_to = train.result()
-    return fitted_to, held.result() if left_out else fitted_to
-
-
-def _held_out(first: int, samples: int) -> NDArray[np.bool_]:
-    """Whether each of these samples is held out: every fourth, counted through all batches."""
-    out: NDArray[np.bool_] = np.arange(first, first + samples) % HOLD == HOLD - 1
-    return out
+    return fitted_to, chosen_by.result() if data.tuned else fitted_to
 
 
 def _cut(model: Model, name: str, target: Target) -> Callable[[Mapping[str, Array]], Array]:
@@ -168,22 +156,23 @@ def fit(layer: Whole, scheme: Scheme, ranks: Ranks, gram: Gram | None = None) ->
     return _fitted(layer, scheme, ranks, problem_of(layer, gram), gram)
 
 
-def fit_moved(layer: Whole, scheme: Scheme, ranks: Ranks, train: Gram, held: Gram) -> Fitted:
+def fit_moved(layer: Whole, scheme: Scheme, ranks: Ranks, train: Gram, tune: Gram) -> Fitted:
     """Factors that make the given outputs of the given inputs.
 
-    How much they are drawn to the layer's weight is what does best on the moments held out.
+    How much they are drawn to the layer's weight is what does best on the second moments; then they are
+    fitted to both.
     """
     tried = {
-        shrink: _error(layer, _fitted(layer, scheme, ranks, _moved(layer, train, shrink), train), train, held)
+        shrink: _error(layer, _fitted(layer, scheme, ranks, _moved(layer, train, shrink), train), train, tune)
         for shrink in SHRINKS
     }
-    gram = train.joined(held)
+    gram = train.joined(tune)
     return _fitted(layer, scheme, ranks, _moved(layer, gram, min(tried, key=tried.__getitem__)), gram)
 
 
-def _error(layer: Whole, fitted: Fitted, train: Gram, held: Gram) -> float:
-    """Mean squared error of factors on what was held out, but for a constant."""
-    seen = held.around(train.x_mean, train.y_mean) if layer.biased else held.raw()
+def _error(layer: Whole, fitted: Fitted, train: Gram, tune: Gram) -> float:
+    """Mean squared error of factors on what is chosen by, but for a constant."""
+    seen = tune.around(train.x_mean, train.y_mean) if layer.biased else tune.raw()
     weight = merged(fitted.weights, layer.kernel) * layer.view.scale
     explained = np.einsum("gok,gko->", seen.cross, weight)
     return float(np.einsum("gko,gko->", weight, seen.gram @ weight) - 2.0 * explained)

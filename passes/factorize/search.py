@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.gram import Gram
-from onnxslim.calibration.holdout import split
+from onnxslim.calibration.samples import SAMPLES, Samples
 from onnxslim.calibration.seen import Sight
 from onnxslim.engine.base import Context, Log
 from onnxslim.engine.editor import Editor
@@ -24,9 +23,6 @@ from onnxslim.passes.factorize.fit import Fitted
 from onnxslim.passes.factorize.gate import SpeedGate
 from onnxslim.passes.factorize.layers import Whole, weighted, whole_of
 from onnxslim.shapes import cost
-
-# Samples on which factors of single layers are measured end to end.
-SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -146,16 +142,15 @@ class FactorSearch:
         wanted: Wanted,
         ctx: Context,
         gate: SpeedGate,
-        data: CalibrationData | None,
+        data: Samples | None,
         log: Log,
     ) -> None:
         self._model = model
         self._wanted = wanted
         self._ctx = ctx
         self._gate = gate
-        parts = split(data, SAMPLES, 0.25) if data is not None else None
-        self._data = parts.fit if parts else None
-        self._judge = Judge(model, parts.held, ctx.target, SAMPLES) if parts else None
+        self._data = data.fit if data else None
+        self._judge = Judge(model, data.tune, ctx.target, SAMPLES) if data else None
         self._log = log
         self.measured: list[MeasuredFactors] = []
 

@@ -88,7 +88,7 @@ class Half(Pass):
         def rest() -> list[Node]:
             return [node for node in nodes if id(node) not in reasons]
 
-        data = None if ctx.data is None else CalibrationData.of(ctx.data)
+        data = None if ctx.data is None else ctx.data.seen
         seen = _ranges(model, data, ctx) if data is not None else {}
         for node in nodes:
             reason = excluded(self.exclude, node) or unfit(node, model.opset, kind, seen)

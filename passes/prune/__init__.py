@@ -11,7 +11,6 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.holdout import split
 from onnxslim.calibration.seen import NOTE, Sight, seen
 from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.engine.allocate import Joint, allocate
@@ -37,7 +36,7 @@ from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Kept
 from onnxslim.passes.prune.budget import TOLERANCE, uniform
-from onnxslim.passes.prune.choose import SAMPLES, Candidates, candidates, criterion_of, damages, spared
+from onnxslim.passes.prune.choose import Candidates, candidates, criterion_of, damages, spared
 from onnxslim.passes.prune.compensate import compensate
 from onnxslim.passes.prune.cut import cut, prepare, reshare
 from onnxslim.passes.prune.exact import prove
@@ -127,8 +126,7 @@ class _Run:
         self._settings = settings
         self._ctx = ctx
         self._log = Log()
-        self._data = _data(ctx, model)
-        self._split = split(self._data, SAMPLES, 0.25) if self._data is not None else None
+        self._data = ctx.data
         self._teacher = model.copy()
         self._model = model
         self._kept: Kept = {}  # slices of the original that are left
@@ -171,7 +169,7 @@ class _Run:
 
     def _samples(self) -> list[Feeds]:
         """The first batch, if there is one."""
-        return list(islice(self._data, 1)) if self._data is not None else []
+        return list(islice(self._data.fit, 1)) if self._data is not None else []
 
     def _step(self, analysis: Analysis, progress: float) -> bool:
         """Choose, prove, cut and repair; False if there was nothing to remove."""
@@ -192,18 +190,26 @@ class _Run:
         settings = self._settings
         if settings.plan is not None:
             return PruningPlan.given(settings.plan).removal(analysis), None
-        found = candidates(
+        data, by_outputs = self._data, settings.ratio is None
+        found = self._candidates(analysis, (data.fit if by_outputs else data.seen) if data else None)
+        numbers = self._numbers(found, progress)
+        if by_outputs and data is not None and data.tuned:  # once numbers are chosen, all may say which units
+            found = self._candidates(analysis, data.seen)
+        return found.removal(numbers), found
+
+    def _candidates(self, analysis: Analysis, data: CalibrationData | None) -> Candidates:
+        settings = self._settings
+        return candidates(
             self._model,
             analysis,
             criterion=criterion_of(settings.importance, self._data, self._log, self._model),
             align=settings.align,
             max_ratio=settings.max_ratio,
             spared=self._spared,
-            data=self._split.fit if self._split else None,
+            data=data,
             ctx=self._ctx,
             log=self._log,
         )
-        return found.removal(self._numbers(found, progress)), found
 
     def _numbers(self, found: Candidates, progress: float) -> dict[str, int]:
         """Units to remove of each family, so that this step gets as far as it should."""
@@ -218,7 +224,7 @@ class _Run:
             else (costs.parameters, settings.params, self._whole["params"])
         )
         assert goal is not None
-        curves = damages(self._model, found, self._split.held if self._split else None, self._ctx)
+        curves = damages(self._model, found, self._data.tune if self._data else None, self._ctx)
         gone = allocate(Joint(curves, cost), whole * goal**progress, dict.fromkeys(curves, 0))
         reached = cost(gone) / whole if whole else 1.0
         if progress == 1 and abs(reached - goal) > TOLERANCE:
@@ -290,14 +296,6 @@ class _Run:
             inside = f"; layers in bodies of {', '.join(bodies)} are left whole" if bodies else ""
             name = self._model.graph.name or "model"
             self._log.skip(name, f"no layer of the main graph has constant weights to cut{inside}")
-
-
-def _data(ctx: Context, model: Model) -> CalibrationData | None:
-    if ctx.data is None:
-        return None
-    data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
-    data.check(model.inputs())
-    return data
 
 
 def _note(crosses: Sequence[str]) -> str:

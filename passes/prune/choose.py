@@ -10,6 +10,7 @@ import numpy as np
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.gram import Gram, covariances
+from onnxslim.calibration.samples import SAMPLES, Samples
 from onnxslim.calibration.stream import Channels
 from onnxslim.engine.base import Context, Log
 from onnxslim.engine.matching import hit, names_of
@@ -24,9 +25,8 @@ from onnxslim.passes.prune.importance import WITH_DATA, Ranking, rank
 
 # Covariances of more channels than this would take gigabytes.
 MAX_CHANNELS = 4096
-# Shares of what may go of a family at which the damage to the outputs is measured, and samples to measure on.
+# Shares of what may go of a family at which the damage to the outputs is measured.
 MEASURED = (0.25, 0.5, 0.75, 1.0)
-SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _trial(model: Model, found: Candidates, gone: Mapping[str, int]) -> Model:
     return trial
 
 
-def criterion_of(importance: str, data: CalibrationData | None, log: Log, model: Model) -> str:
+def criterion_of(importance: str, data: Samples | None, log: Log, model: Model) -> str:
     """The criterion that a choice of importance stands for."""
     if importance == "auto":
         return "obs" if data is not None else "l2"

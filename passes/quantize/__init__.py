@@ -10,9 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from onnxslim import shapes
-from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
-from onnxslim.calibration.holdout import split
 from onnxslim.calibration.seen import NOTE, seen
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.engine.matching import GLOBS, tell_idle
@@ -48,9 +46,9 @@ class Quantize(Pass):
     target with a range chosen on calibration data, biases int32. Operators that gain nothing stay in floating
     point, and the report names them.
 
-    Part of the data is held out. If the outputs lose more than `require_sqnr` allows on it, or the metric
-    drops by more than `max_drop`, every layer is measured on its own, and the fewest that have to are kept
-    out of integers.
+    Part of the data is set aside to choose by. If the outputs lose more than `require_sqnr` allows on it, or
+    the metric drops by more than `max_drop`, every layer is measured on its own, and the fewest that have to
+    are kept out of integers.
     """
 
     name: ClassVar[str] = "quantize"
@@ -69,7 +67,7 @@ class Quantize(Pass):
     observer: ObserverName = Field(
         "auto",
         description="how ranges of activations are chosen: exact min/max, a percentile, least KL divergence, "
-        "least mean squared error, or whichever does best on samples held out",
+        "least mean squared error, or whichever does best on the samples to choose by",
     )
     percentile: float = Field(99.99, gt=0, le=100, description="percent of the values kept by `percentile`")
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to keep in float")
@@ -80,8 +78,9 @@ class Quantize(Pass):
     per_channel: bool = Field(True, description="one weight scale per output channel")
     require_sqnr: float | None = Field(
         None,
-        description="signal to noise, in dB, that the outputs are to keep on samples held out; layers that "
-        "cost too much of it stay in float (0: none does). By default 25, or 0 where max_drop is given",
+        description="signal to noise, in dB, that the outputs are to keep on the samples to choose by; "
+        "layers that cost too much of it stay in float (0: none does). By default 25, or 0 where max_drop "
+        "is given",
     )
     max_drop: float | None = Field(
         None,
@@ -228,24 +227,20 @@ class Quantize(Pass):
                 asked.require_whole(candidate)
             kept = QuantizationPlan.of(self._options(), variant, build, candidate, False)
             return candidate, replace(candidate.figures, plan=kept)
-        data = ctx.data if isinstance(ctx.data, CalibrationData) else CalibrationData(ctx.data)
-        data.check(model.inputs())
-        ctx = replace(ctx, data=data)
-        fit, held, share = split(data)
-        build = Builder(model, replace(ctx, data=fit), self._strategy(ctx.target), trained)
+        build = Builder(model, ctx, self._strategy(ctx.target), trained)
         # What runs in integers may saturate where what it was trained with did not.
-        judge = Judge(original, held, ctx.target, optimize="none" if trained else "all", clear=CLEAR)
+        judge = Judge(original, ctx.data.tune, ctx.target, optimize="none" if trained else "all", clear=CLEAR)
         search = Search(judge)
         goal = FidelityGoal(self.require_sqnr, self.max_drop, original, ctx)
         if asked is not None:
-            build = asked.builder(build, held, log)
+            build = asked.builder(build, ctx.data.tune, log)
             trial, complete = search.attempt(asked.variant(build), build), asked.complete
             asked.require_whole(trial.candidate)
             figures = QuantizeFigures()
         else:
             found, figures = self._search(search, build, goal, log)
-            more = share > FEW or (share and found.score.sqnr < ENOUGH)
-            trial = search.complete(found, held, goal) if more else found
+            more = ctx.data.tuned and found.score.sqnr < ENOUGH
+            trial = search.complete(found, ctx.data.tune, goal) if more else found
             complete = trial is not found
             if not goal.met(trial):
                 log.skip("model", goal.shortfall(trial))
@@ -366,5 +361,3 @@ def _row(layer: Sensitivity, trial: Trial) -> LayerFigures:
 CLEAR = ENOUGH + 5.0
 NOTHING_FOUND = "no operator with weights can run in integers"
 NOTHING_LEFT = "every layer would have to stay in floating point to keep as much as is asked for"
-# With no more of the data held out than this, ranges are as good without it.
-FEW = 1 / 3

@@ -47,7 +47,7 @@ class Builder:
 
     Args:
         model: prepared, with shapes inferred; never modified.
-        ctx: with `CalibrationData`.
+        ctx: with data, where the strategy needs any.
         strategy: how to quantize.
         trained: what was quantized in the model already, and was taken out of it.
         calibration: what was seen of its tensors already; nothing by default.
@@ -143,7 +143,7 @@ class Builder:
             return None
         twin = self.model.copy()
         levels = (1 << 8 * self.ctx.target.layout.activation.itemsize) - 1, 2 * self.strategy.limit
-        if not equalize(twin, plan, self.ctx.data, levels, log, self.ctx.target):
+        if not equalize(twin, plan, self.ctx.given.fit, levels, log, self.ctx.target):
             return None
         shapes.infer(twin)
         made = Builder(twin, self.ctx, self.strategy)
@@ -178,7 +178,7 @@ class Builder:
             return self.strategy.code(self._coder, layer, wanted, gram, corrected=corrected, kept=kept)
 
         work = Sequential(student, code)
-        work.run(self.model, found, self.ctx.data, self.ctx)
+        work.run(self.model, found, self.ctx)
         twin = work.refitted(self.model)
         shapes.infer(twin)
         limit = self.strategy.limit
@@ -189,12 +189,12 @@ class Builder:
         return made
 
     def absorb(self, data: CalibrationData) -> None:
-        """Take more data into the ranges: what was held out to choose among candidates."""
+        """Take more data into the ranges: what candidates were chosen by."""
         self._calibration.absorb(self.model, data)
 
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates of weighted nodes on the first batch, by label, where shapes tell."""
-        feeds: Mapping[str, Array] = next(iter(self.ctx.data), {})
+        feeds: Mapping[str, Array] = next(iter(self.ctx.given.fit), {})
         counts = cost.by_node(self.model, {name: array.shape for name, array in feeds.items()})
         nodes = self.model.graph.nodes
         return {node.label: count for node, count in zip(nodes, counts, strict=True) if count}

@@ -57,7 +57,7 @@ class Calibration:
             return False
         found = collect(
             model,
-            self._ctx.data,
+            self._ctx.given.fit,
             missing,
             channels=list(dict.fromkeys(channels)),
             target=self._ctx.target,
@@ -70,7 +70,7 @@ class Calibration:
         return True
 
     def absorb(self, model: Model, data: CalibrationData) -> None:
-        """Take more data into the statistics: what was held out to choose among candidates."""
+        """Take more data into the statistics: what candidates were chosen by."""
         names, channels = list(self.seen.histograms), list(self.seen.means)
         target, jobs = self._ctx.target, self._ctx.jobs
         self.seen.merge(collect(model, data, names, channels=channels, target=target, jobs=jobs, empty=True))

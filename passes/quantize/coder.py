@@ -85,7 +85,7 @@ class WeightCoder:
         linear = {plan.labels[id(node)] for node in plan.linear}
         for rows, part in _portions([layer for layer in new if len(layer.node.inputs[1].outputs) == 1]):
             names = [layer.node.outputs[0].name for layer in part]
-            grams = observe(model, self._ctx.data, names, rows=rows, target=self._ctx.target)
+            grams = observe(model, self._ctx.given.fit, names, rows=rows, target=self._ctx.target)
             for layer, name in zip(part, names, strict=True):
                 if name not in grams:
                     continue  # it saw nothing: its weights are rounded to the nearest

@@ -54,7 +54,7 @@ class QuantizeFigures(Figures):
         "tensors and constants that were in integers already, and keep their scales"
     )
     nearest: float | None = captioned(
-        "SQNR on samples held out, dB: all in integers, weights rounded to the nearest"
+        "SQNR on the samples to choose by, dB: all in integers, weights rounded to the nearest"
     )
     everything: float | None = captioned("the same, weights rounded and ranges chosen by the outputs")
     sqnr: float | None = captioned("the same of the result")

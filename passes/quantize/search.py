@@ -33,10 +33,10 @@ OBSERVERS: tuple[ObserverChoice, ...] = (
 # images or more (README), and a search takes 10 to 20 seconds more (decision 38).
 ENOUGH = 30.0
 # A simple candidate that comes before others has to be beaten by this much, in dB: the rest is chance.
-# Not tuned: repeated runs of a network on other samples held out move by more.
+# Not tuned: repeated runs of a network on other samples move by more.
 MARGIN = 0.2
-# What ranges of all data may cost, in dB, on the part held out before: they are worth it on what is unseen.
-# Not tuned: more was lost where data held out has values of its own that stretch a range.
+# What ranges of all data may cost, in dB, on the samples chosen by: they are worth it on what is unseen.
+# Not tuned: more was lost where samples to choose by have values of their own that stretch a range.
 HARMLESS = 1.0
 # Samples that rank layers; verification takes all there are. Noise of layers adds up (decision 29), so that
 # few samples tell their order.
@@ -113,9 +113,9 @@ class Search:
             log.add(done.done())
         return best
 
-    def complete(self, trial: Trial, held: CalibrationData, goal: FidelityGoal) -> Trial:
-        """The same with ranges that the data held out so far has a part in, too, if that does no harm."""
-        trial.build.absorb(held)
+    def complete(self, trial: Trial, tune: CalibrationData, goal: FidelityGoal) -> Trial:
+        """The same with ranges that samples to choose by have a part in, too, if that does no harm."""
+        trial.build.absorb(tune)
         completed = self.attempt(trial.variant, trial.build)
         harmless = completed.score.sqnr >= trial.score.sqnr - HARMLESS
         return completed if harmless and (goal.met(completed) or not goal.met(trial)) else trial

@@ -15,7 +15,6 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Gram
 from onnxslim.engine.base import Context
 from onnxslim.ir.graph import Array, Constant, Namer, Node
@@ -54,16 +53,17 @@ class Sequential:
         self.blocks: dict[str, Blocks] = {}
         self.wanted: dict[str, Array] = {}
 
-    def run(self, teacher: Model, layers: list[str], data: CalibrationData, ctx: Context) -> None:
+    def run(self, teacher: Model, layers: list[str], ctx: Context) -> None:
         """Go through the layers with these output tensors."""
         repair(
             self._student,
             teacher,
-            data,
+            ctx.given,
             layers=layers,
             target=ctx.target,
             progress=ctx.progress,
             finish=self._finish,
+            chosen=False,
         )
 
     def _finish(self, job: Job, fitted: Fit | None, gram: Gram) -> Fit | None:

@@ -19,9 +19,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.feeds import batch_samples
 from onnxslim.calibration.gram import Gram, Moments
+from onnxslim.calibration.samples import Samples
 from onnxslim.calibration.stages import SpillStore, StagedRunner, Stop
 from onnxslim.calibration.stream import Batch, Progress, Values, stream
 from onnxslim.engine.base import Changes, Log
@@ -49,8 +48,8 @@ _ROWS_PER_INPUT = 48
 _MIN_ROWS, _MAX_ROWS = 1 << 14, 40_000
 # Elements of inputs to take out of a batch at a time.
 _ELEMENTS = 1 << 25
-_HELD = 0.25
-_FEW = 4  # samples that are not enough to hold some out; then every so many-th row is
+# Where there are too few samples to choose by others than are fitted to, it is by every so many-th row.
+_EVERY = 4
 # Mean squared error, relative to the mean square of the original's output, that is rounding.
 _ROUNDING = 1e-10
 
@@ -58,7 +57,7 @@ _ROUNDING = 1e-10
 def repair(
     student: Model,
     teacher: Model,
-    data: CalibrationData,
+    data: Samples,
     *,
     kept: Kept = MappingProxyType({}),
     method: Method = "ridge",
@@ -67,6 +66,7 @@ def repair(
     layers: Collection[str] | None = None,
     memory: int = MEMORY,
     finish: Finish | None = None,
+    chosen: bool = True,
 ) -> Changes:
     """Refit the weights of a compressed model to the original's outputs, layer by layer.
 
@@ -74,13 +74,13 @@ def repair(
     get new weights and biases; normalizations, and scales and shifts per channel, new values. A layer's goal
     is its output before the activation, or, where that goes into a sum whose other operand is at hand, the
     sum; where an activation follows, the error behind it is what counts. How strongly weights are held to
-    what they are is chosen for each layer on a quarter of the samples; where the new weights are no better on
-    these, the old ones stay.
+    what they are is chosen for each layer on the samples to choose by; where the new weights are no better
+    on these, the old ones stay.
 
     Args:
         student: edited in place.
         teacher: the original; not modified.
-        data: batches of inputs, without labels.
+        data: samples to fit on and to choose by, without labels.
         kept: for axes of the teacher's tensors, the indices the student's tensor of that name still has;
             axes that are not in it have the same size in both.
         method: "ridge" for weights and biases, "bias" for the means of the outputs alone.
@@ -91,9 +91,11 @@ def repair(
         memory: bytes of intermediate tensors to keep in memory; more are put into temporary files.
         finish: has the last word on what is written, such as weights that are rounded; layers then need not
             have got other inputs.
+        chosen: whether nothing is to be chosen by the samples for that any more: weights are then fitted to
+            them as well, once the strength is found.
 
     Returns:
-        What was refitted, with the error on held-out samples before and after, and what was left alone.
+        What was refitted, with the error on what it was chosen by before and after, and what was left alone.
 
     Raises:
         CalibrationError: the data is empty or does not fit the model.
@@ -107,18 +109,17 @@ def repair(
     stages = schedule(student, teacher, clean, layers, log)
     if any(stages):
         with SpillStore(memory) as store:
-            _Repair(student, teacher, kept, method, target, clean, stages, store, log, finish).run(
-                data, progress
-            )
+            work = _Repair(student, teacher, kept, method, target, clean, stages, store, log, finish, chosen)
+            work.run(data, progress)
     return log.done()
 
 
 @dataclass
 class _Sums:
-    """Moments of one job, for the samples to fit on and those held out; where needed, their rows too."""
+    """Moments of one job, for the samples to fit on and those to choose by; where needed, their rows too."""
 
     train: Moments = field(default_factory=Moments)
-    held: Moments = field(default_factory=Moments)
+    tune: Moments = field(default_factory=Moments)
     square: float = 0.0
     unfit: str = ""
     rows: tuple[list[Rows], list[Rows]] = field(default_factory=lambda: ([], []))
@@ -149,8 +150,10 @@ class _Repair:
         store: SpillStore,
         log: Log,
         finish: Finish | None,
+        chosen: bool,
     ) -> None:
         self.student = student
+        self._chosen = chosen
         self.finish = finish
         self.kept = kept
         self.method = method
@@ -168,14 +171,14 @@ class _Repair:
         ]
         self.original = StagedRunner(teacher, wanted, store, target=target)
 
-    def run(self, data: CalibrationData, progress: Progress | None) -> None:
+    def run(self, data: Samples, progress: Progress | None) -> None:
         """Refit all jobs, stage by stage."""
+        self._fitted_on = data.fit.samples() if data.tuned else None
+        self._joins = self._chosen or not data.tuned  # rows of the same samples are all to fit on
         batches = [
             {name: self.store.put(array) for name, array in feeds.items()}
-            for feeds in data.bind(self.student.inputs())
+            for feeds in data.seen.bind(self.student.inputs())
         ]
-        if not sum(map(batch_samples, batches)):
-            raise CalibrationError(f"{data.name}: there is no data")
         done, total = 0, sum(map(len, self.stages))
         for stage, jobs in enumerate(self.stages):
             sums = [_Sums() for _ in jobs]
@@ -197,7 +200,7 @@ class _Repair:
         return _Sides(teacher, self.copy.run(stage, index, {**feeds, **teacher}))
 
     def _observe(self, job: Job, sums: _Sums, batch: _Batch) -> None:
-        seen = zip((sums.train, sums.held), sums.rows, _positions(job, batch), strict=True)
+        seen = zip((sums.train, sums.tune), sums.rows, self._positions(job, batch), strict=True)
         for moments, rows, at in seen:
             for part in np.array_split(at, -(-at.size * job.size // _ELEMENTS) or 1):
                 goal = self._goal(job, batch, part)
@@ -210,6 +213,14 @@ class _Repair:
                 moments.update(inputs, goal - present)
                 if part.size and job.goal.tensor in self.chains:
                     rows.append(Rows(*map(self.store.put, (inputs, goal, present))))
+
+    def _positions(self, job: Job, batch: _Batch) -> tuple[Positions, Positions]:
+        """Positions of a job's goal to fit on, and those to choose by."""
+        at = batch.positions(job.count(batch.values.student), _rows(job))
+        if self._fitted_on is not None:
+            return (at, at[:0]) if batch.first < self._fitted_on else (at[:0], at)
+        chosen_by = np.arange(at.size) % _EVERY == 0
+        return at[~chosen_by], at[chosen_by]
 
     def _goal(self, job: Job, batch: _Batch, at: Positions) -> Floats | str:
         """The teacher's values at some positions, as far as the student still has their channels."""
@@ -243,12 +254,13 @@ class _Repair:
         if problem:
             self.log.skip(job.label, problem)
             return
-        how = f"error on samples held out {found.before:.3g} -> {found.after:.3g}"
+        how = f"error on what was chosen by {found.before:.3g} -> {found.after:.3g}"
         self.log.change(job.label, f"refitted to '{job.goal.tensor}'", how)
 
     def _finished(self, job: Job, sums: _Sums) -> Fit | str:
         try:
-            whole = sums.train.result().joined(sums.held.result())
+            whole = sums.train.result()
+            whole = whole.joined(sums.tune.result()) if self._joins else whole
         except CalibrationError as error:
             return str(error)
         fitted = self._fit(job, sums)
@@ -257,21 +269,21 @@ class _Repair:
 
     def _fit(self, job: Job, sums: _Sums) -> Fit | str:
         try:
-            train, held = sums.train.result(), sums.held.result()
+            train, tune = sums.train.result(), sums.tune.result()
         except CalibrationError as error:
             return str(error)
-        found = fit(train, held, method=self.method, bias=job.takes_bias)
-        if found.before <= _ROUNDING * sums.square / (train.count + held.count):
+        found = fit(train, tune, method=self.method, bias=job.takes_bias, join=self._joins)
+        if found.before <= _ROUNDING * sums.square / (train.count + tune.count):
             return "it computes what the original does"
         whole = found.weight is not None or self.method == "bias"
         function = self._function(job, sums) if whole else None
         if function is not None:
-            fitted_on, checked_on = sums.rows
+            fitted_on, chosen_by = sums.rows
             found = gradient_refine(
-                found, (train, fitted_on), (held, checked_on), function, bias=job.takes_bias
+                found, (train, fitted_on), (tune, chosen_by), function, bias=job.takes_bias, join=self._joins
             )
         if not found.after < found.before:
-            return "other weights are no better on the samples held out"
+            return "other weights are no better"
         return found
 
     def _function(self, job: Job, sums: _Sums) -> Table | None:
@@ -282,18 +294,6 @@ class _Repair:
             return None
         least, most = min(float(each.min()) for each in seen), max(float(each.max()) for each in seen)
         return tabulated(self.student, nodes, least, most)
-
-
-def _positions(job: Job, batch: _Batch) -> tuple[Positions, Positions]:
-    """Positions of a job's goal to fit on, and those to check on."""
-    count = job.count(batch.values.student)
-    at = batch.positions(count, _rows(job))
-    if batch.total > _FEW:
-        held = _held_out(batch.total)[batch.first : batch.first + batch.samples]
-        out = held[at * batch.samples // max(count, 1)]
-    else:
-        out = np.arange(at.size) % _FEW == 0
-    return at[~out], at[out]
 
 
 def _stop(jobs: Sequence[Job]) -> Stop:
@@ -315,13 +315,6 @@ def _chains(graph: ir.Graph, goals: Collection[str]) -> dict[str, ElementwiseCha
 
 def _rows(job: Job) -> int:
     return int(np.clip(_ROWS_PER_INPUT * job.width, _MIN_ROWS, _MAX_ROWS))
-
-
-def _held_out(samples: int) -> NDArray[np.bool_]:
-    """A random quarter of the samples, the same every time."""
-    held = np.zeros(samples, bool)
-    held[np.random.default_rng(0).permutation(samples)[: int(samples * _HELD)]] = True
-    return held
 
 
 __all__ = ["Finish", "repair"]

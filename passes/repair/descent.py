@@ -64,36 +64,38 @@ class _Change:
 def gradient_refine(
     linear: Fit,
     train: tuple[Gram, Sequence[Rows]],
-    held: tuple[Gram, Sequence[Rows]],
+    tune: tuple[Gram, Sequence[Rows]],
     function: Table,
     *,
     bias: bool = True,
+    join: bool = True,
 ) -> Fit:
-    """Go on from the best linear fit, as far as samples held out want it.
+    """Go on from the best linear fit, as far as what is chosen by wants it.
 
     Args:
         linear: found by `solve.fit`.
-        train, held: moments of x and of wanted - present output, and the rows they are of; without
+        train, tune: moments of x and of wanted - present output, and the rows they are of; without
             inputs, the shift alone is fitted.
         function: what the outputs go through.
         bias: whether there is a shift.
+        join: whether the change comes from all rows in the end; else from those to fit on.
 
     Returns:
         The change of least error behind the function, which `before` and `after` are of: none, the linear one
-        or one after some steps, which are then repeated on all rows.
+        or one after some steps, which are then repeated on all rows if these are joined.
     """
-    fitted_on, checked_on = ([_behind(rows, function) for rows in part] for _, part in (train, held))
-    errors = [_error(checked_on, function, None, train[0].x_mean)]
+    fitted_on, chosen_by = ([_behind(rows, function) for rows in part] for _, part in (train, tune))
+    errors = [_error(chosen_by, function, None, train[0].x_mean)]
     for change in _steps(train[0], fitted_on, function, linear.strength, bias):
-        errors.append(_error(checked_on, function, change, _center(train[0], bias)))
+        errors.append(_error(chosen_by, function, change, _center(train[0], bias)))
         if len(errors) - 1 - int(np.argmin(errors)) >= _PATIENCE and len(errors) > _PATIENCE + 1:
             break
     best = int(np.argmin(errors))
     found = Fit(linear.weight, linear.bias, linear.strength, errors[0], errors[best])
     if best < 2:
         return found
-    whole = train[0].joined(held[0])
-    steps = _steps(whole, (*fitted_on, *checked_on), function, linear.strength, bias)
+    whole = train[0].joined(tune[0]) if join else train[0]
+    steps = _steps(whole, (*fitted_on, *chosen_by) if join else fitted_on, function, linear.strength, bias)
     change = next(islice(steps, best - 1, None))
     shift = change.shift - (change.weight @ _center(whole, bias)[..., None])[..., 0]
     weight = change.weight if change.weight.size else None

@@ -26,8 +26,8 @@ class Fit:
         weight: d W, shape (groups, outputs, inputs); None if W had best stay what it is.
         bias: d b, shape (groups, outputs); zero if there is to be none.
         strength: of the regularization; infinite where W stays.
-        before, after: mean squared error per row on the samples held out, of the present weights and of those
-            found on the other samples.
+        before, after: mean squared error per row on the samples to choose by, of the present weights and of
+            those found on the other samples.
     """
 
     weight: Doubles | None
@@ -37,25 +37,26 @@ class Fit:
     after: float
 
 
-def fit(train: Gram, held: Gram, *, method: Method = "ridge", bias: bool = True) -> Fit:
+def fit(train: Gram, tune: Gram, *, method: Method = "ridge", bias: bool = True, join: bool = True) -> Fit:
     """Regress what a layer's output lacks on its input, with a penalty on the change.
 
     Minimises E|r - D x - d|^2 + s m |D|^2 over D and d, m the mean square of an input of the group. Shrinking
     the change instead of the weights keeps what the data says nothing about. s is the strength with the least
-    error on the samples held out, which takes their moments alone; the weights then come from all samples.
+    error on those to choose by, which takes their moments alone.
 
     Args:
-        train, held: moments of x and r = wanted - present output, of two disjoint sets of samples.
+        train, tune: moments of x and r = wanted - present output, of two disjoint sets of samples.
         method: "bias" leaves W as it is.
         bias: whether there is a d.
+        join: whether, with this strength, they come from all samples; else from those to fit on.
     """
-    start, check = _centred(train, held, bias=bias)
-    before = float(held.around(held.x_mean, np.zeros_like(held.y_mean)).power.sum())
+    start, check = _centred(train, tune, bias=bias)
+    before = float(tune.around(tune.x_mean, np.zeros_like(tune.y_mean)).power.sum())
     candidates = [(float(check.power.sum()), np.inf)]
     if method == "ridge":
         candidates.append(_downhill(lambda strength: _error(solved(start, strength), check)))
     after, strength = min(candidates)
-    whole = train.joined(held)
+    whole = train.joined(tune) if join else train
     centred = whole if bias else whole.raw()
     shift = centred.y_mean
     weight = None if strength == np.inf else solved(centred, strength)
@@ -77,11 +78,11 @@ def _downhill(error: Callable[[float], float]) -> tuple[float, float]:
         at = best
 
 
-def _centred(train: Gram, held: Gram, *, bias: bool) -> tuple[Gram, Gram]:
+def _centred(train: Gram, tune: Gram, *, bias: bool) -> tuple[Gram, Gram]:
     """Both around the means of the first; around zero where no bias can take them up."""
     if not bias:
-        return train.raw(), held.raw()
-    return train, held.around(train.x_mean, train.y_mean)
+        return train.raw(), tune.raw()
+    return train, tune.around(train.x_mean, train.y_mean)
 
 
 def ridge(moments: Gram, strength: float) -> Doubles:

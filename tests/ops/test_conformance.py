@@ -15,6 +15,7 @@ import pytest
 from onnxslim import shapes
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.noise import sqnr
+from onnxslim.calibration.samples import Samples
 from onnxslim.engine.base import Context
 from onnxslim.engine.check import wellformed
 from onnxslim.ir.graph import Array, Constant, Node, Tensor, Variable, sort
@@ -192,7 +193,9 @@ def test_integer_kernels_are_used_and_right(spec: OpSpec) -> None:
     feeds = {model.graph.inputs[0].name: np.abs(random.standard_normal(shape)).astype(np.float32)}
     after = model.copy()
     # The example's few channels are the point here, not what pays.
-    changes = Quantize(classifier=True).run(after, Context(target=_wide(), data=CalibrationData([feeds])))
+    changes = Quantize(classifier=True).run(
+        after, Context(target=_wide(), data=Samples(CalibrationData([feeds]), model))
+    )
     assert QuantizeFigures.of(changes).unfused == ()
     label = _node(model, spec).label
     assert any(change.node == label for change in changes.changed), changes.skipped
@@ -222,7 +225,7 @@ def test_moves_keep_one_scale_on_both_sides(spec: OpSpec) -> None:
         for tensor in model.graph.inputs
     }
     after = model.copy()
-    changes = Quantize(classifier=True).run(after, Context(data=CalibrationData([feeds])))
+    changes = Quantize(classifier=True).run(after, Context(data=Samples(CalibrationData([feeds]), model)))
     node = _node(after, spec)
     pair, behind = node.inputs[0].inputs[0], node.outputs[0].outputs[0]
     assert (pair.op, behind.op) == ("DequantizeLinear", "QuantizeLinear"), changes.skipped

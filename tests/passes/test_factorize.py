@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from onnxslim import cli
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
+from onnxslim.calibration.samples import Samples
 from onnxslim.engine.base import Changes, Context, Log
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.pipeline import Pipeline
@@ -475,7 +476,8 @@ def test_candidates_that_others_beat_clearly_are_not_timed(
 
 def _factorize(model: Model, data: CalibrationData | None = None, **options: Any) -> tuple[Model, Changes]:
     twin = model.copy()
-    context = Context(target=Target.cpu(1), data=data, sample={"x": normal(1, 8, 10, 10)})
+    samples = None if data is None else Samples(data, model)
+    context = Context(target=Target.cpu(1), data=samples, sample={"x": normal(1, 8, 10, 10)})
     return twin, Factorize(**{"align": 4, "repair": False, **options}).run(twin, context)
 
 
@@ -717,9 +719,10 @@ def test_data_that_says_nothing(clock: dict[str, float]) -> None:
     text = "g (float[N,32] x) => (float[N,M] y) { h = MatMul(x, w1) r = Relu(h) [it] y = Gemm(r, w2) }"
     weights = {"w1": -np.abs(normal(32, 32)), "w2": _low(32, 32, rank=3, seed=2)}
     data = CalibrationData([{"x": np.abs(normal(4, 32, seed=seed))} for seed in range(4)])
-    context = Context(target=Target.cpu(1), data=data, sample={"x": normal(1, 32)})
     for constants in (weights, {**weights, "w2": np.zeros((32, 32), np.float32)}):
         model = parse(text, constants)
+        samples = Samples(data, model.copy())
+        context = Context(target=Target.cpu(1), data=samples, sample={"x": normal(1, 32)})
         changes = Factorize(params=0.5, align=4, repair=False).run(model, context)
         assert "it" in {change.node for change in changes.changed}
         assert np.isfinite(run(model, {"x": normal(4, 32)})["y"]).all()

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
-from onnxslim.calibration.holdout import split
 from onnxslim.engine.base import Context
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array, Constant
@@ -260,21 +259,6 @@ def test_error_is_the_share_of_the_variance_and_integers_count_only_alone() -> N
     assert score.sqnr == pytest.approx(46, abs=0.2)
     assert score.agreement == 1.0
     assert Judge(model, data, Target.cpu())(model).error == 0.0
-
-
-@pytest.mark.parametrize(
-    ("batches", "most", "held"), [(1, 0.5, 0), (2, 0.5, 1), (3, 0.25, 0), (4, 0.25, 1), (40, 0.25, 4)]
-)
-def test_no_more_is_held_out_than_needed(batches: int, most: float, held: int) -> None:
-    data = [{"x": np.full((4, 1), index, np.float32)} for index in range(batches)]
-    parts = split(CalibrationData.from_callable(lambda: data), 16, most)
-    assert parts.share == pytest.approx(held / batches)
-    seen = [[int(feeds["x"][0, 0]) for feeds in part] for part in (parts.fit, parts.held)]
-    if held:
-        assert sorted(seen[0] + seen[1]) == list(range(batches))
-        assert len(seen[1]) == held
-    else:
-        assert seen[0] == seen[1] == list(range(batches))
 
 
 # Rounding

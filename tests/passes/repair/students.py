@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.samples import Samples
 from onnxslim.engine.base import Changes
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -35,6 +36,11 @@ def batches(*shape: int, count: int = 4, name: str = "x", seed: int = 5) -> Cali
     return CalibrationData([{name: normal(*shape, seed=seed + i)} for i in range(count)])
 
 
+def refit(student: Model, teacher: Model, data: CalibrationData, **options: Any) -> Changes:
+    """Repair a student with what a pipeline would make of the data."""
+    return repair(student, teacher, Samples(data, teacher), **options)
+
+
 def error(student: Model, teacher: Model, feeds: Feeds, output: str = "y") -> float:
     """Root mean square difference of an output, relative to the teacher's."""
     wanted, found = (Session(model).run(feeds)[output].astype(float) for model in (teacher, student))
@@ -49,7 +55,7 @@ def restored(student: Model, teacher: Model, feeds: Feeds, limit: float = 1e-4, 
     }
     assert error(student, teacher, fresh) > 0.02
     data = options.pop("data", None) or CalibrationData([feeds])
-    changes = repair(student, teacher, data, **options)
+    changes = refit(student, teacher, data, **options)
     assert error(student, teacher, fresh) < limit
     return changes
 
@@ -75,4 +81,4 @@ def block(width: int = 4) -> tuple[Model, Model]:
 def run_repair(data: CalibrationData, **options: Any) -> tuple[Model, Changes]:
     """A harmed block, repaired with this data, and what was done to it."""
     student, teacher = block()
-    return student, repair(student, teacher, data, **options)
+    return student, refit(student, teacher, data, **options)

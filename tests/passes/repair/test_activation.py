@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from onnxslim.calibration.gram import Gram, Moments
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
-from onnxslim.passes.repair import repair
 from onnxslim.passes.repair.activation import Table, behind, tabulated
 from onnxslim.passes.repair.descent import Rows, gradient_refine
 from onnxslim.passes.repair.solve import fit
 from onnxslim.runtime.session import Session
 from tests.helpers import normal, parse, replaced
-from tests.passes.repair.students import batches, error
+from tests.passes.repair.students import batches, error, refit
 
 ACTIVATIONS = {
     "Relu": "y = Relu(z)",
@@ -95,9 +94,9 @@ def test_what_comes_out_of_an_activation_counts(
     student = replaced(teacher, u=np.full(1, -0.3, np.float32))
     student.graph.nodes[0].op = "Max"
     plain, data = student.copy(), batches(400, 8) if wide == 8 else batches(40, 4, 6, 6)
-    repair(student, teacher, data, method=method, layers=["z"])
+    refit(student, teacher, data, method=method, layers=["z"])
     linear_only(monkeypatch)
-    repair(plain, teacher, data, method=method, layers=["z"])
+    refit(plain, teacher, data, method=method, layers=["z"])
     fresh = {"x": normal(*((800, 8) if wide == 8 else (80, 4, 6, 6)), seed=99)}
     assert error(student, teacher, fresh) <= 1.002 * error(plain, teacher, fresh)
     if kind == "Relu":

@@ -10,11 +10,10 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Layer
 from onnxslim.ops.spec import layer_of
-from onnxslim.passes.repair import repair
 from onnxslim.passes.repair.jobs import goals
 from onnxslim.passes.repair.plan import unchanged
 from tests.helpers import normal, parse, replaced, stored
-from tests.passes.repair.students import batches, mixing, restored
+from tests.passes.repair.students import batches, mixing, refit, restored
 
 
 def goals_of(model: Model) -> list[str]:
@@ -103,7 +102,7 @@ def test_a_shift_of_another_size_than_its_scale_is_left_alone() -> None:
     text = "g (float[N,6] x) => (float[N,6] y) { h = Mul(x, u) n = LayerNormalization(h, g, e) y = Relu(n) }"
     teacher = parse(text, {"u": np.ones(6, np.float32), "g": normal(6), "e": np.array([0.5], np.float32)})
     student = replaced(teacher, u=np.abs(normal(6, seed=1)) + 0.5)
-    changes = repair(student, teacher, batches(20, 6), layers=["n"])
+    changes = refit(student, teacher, batches(20, 6), layers=["n"])
     assert not changes
 
 
@@ -112,7 +111,7 @@ def test_what_does_not_fit_into_half_precision_is_not_stored() -> None:
     teacher = parse(text, {"u": np.ones(4, np.float16), "g": np.full(4, 900, np.float16)})
     student = replaced(teacher, u=np.full(4, 0.01, np.float16))
     data = CalibrationData([{"x": normal(20, 4, seed=i).astype(np.float16)} for i in range(3)])
-    changes = repair(student, teacher, data, layers=["y"])
+    changes = refit(student, teacher, data, layers=["y"])
     assert [skip.reason for skip in changes.skipped] == ["its new values do not fit into their type"]
     np.testing.assert_array_equal(stored(student, "g"), stored(teacher, "g"))
 

@@ -7,10 +7,9 @@ import pytest
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.engine.base import Changes
-from onnxslim.passes.repair import repair
 from onnxslim.runtime.session import Session
 from tests.helpers import normal, parse, replaced, stored
-from tests.passes.repair.students import batches, block, mixing, restored
+from tests.passes.repair.students import batches, block, mixing, refit, restored
 
 
 def test_layers_that_see_what_they_saw_are_not_touched() -> None:
@@ -20,19 +19,19 @@ def test_layers_that_see_what_they_saw_are_not_touched() -> None:
     teacher = parse(text, {**constants, "b": normal(4), "d": normal(4)})
     harmed = constants["u"] + 0.2 * normal(4, 4, seed=7)
     student = replaced(teacher, u=harmed)
-    changes = repair(student, teacher, batches(40, 4))
+    changes = refit(student, teacher, batches(40, 4))
     assert [change.node for change in changes.changed] == ["Gemm→y"]
     for name in "wvb":
         np.testing.assert_array_equal(stored(student, name), stored(teacher, name))
     np.testing.assert_array_equal(stored(student, "u"), harmed)
-    assert not repair(teacher.copy(), teacher, batches(2, 4))
+    assert not refit(teacher.copy(), teacher, batches(2, 4))
 
 
 def test_nothing_changes_where_only_the_opset_does() -> None:
     student, teacher = block()
     student, before = teacher.copy(), teacher.to_proto().SerializeToString(deterministic=True)
     student.opsets[""] = 18
-    changes = repair(student, teacher, batches(4, 4, 8, 8))
+    changes = refit(student, teacher, batches(4, 4, 8, 8))
     assert not changes
     assert {skip.reason for skip in changes.skipped} == {"it computes what the original does"}
     student.opsets[""] = 17
@@ -62,7 +61,7 @@ def test_shared_weights_are_left_alone_and_shared_biases_are_parted() -> None:
     weights = {"w": normal(4, 4), "z": normal(4, 4, seed=1), "b": normal(4)}
     teacher = parse(text, {"v": mixing(4), **weights})
     student = replaced(teacher, v=mixing(4) @ mixing(4))
-    changes = repair(student, teacher, batches(40, 4))
+    changes = refit(student, teacher, batches(40, 4))
     assert [change.node for change in changes.changed] == ["Gemm→d"]
     told = [skip.reason for skip in changes.skipped]
     assert told == [f"its weight is shared with 'Gemm→{name}'" for name in "ca"]
@@ -90,7 +89,7 @@ def test_what_cannot_be_refitted_says_why(body: str, reason: str) -> None:
     if "q =" in body:
         student.graph.nodes[1].outputs[0].name = "new"
     data = CalibrationData([{"x": normal(3, 4, seed=i), "other": normal(4, 4)} for i in range(9)])
-    changes = repair(student, teacher, data)
+    changes = refit(student, teacher, data)
     assert not changes
     assert [skip.reason for skip in changes.skipped] == [reason]
 
@@ -107,7 +106,7 @@ def test_masks_and_scales_of_groups_are_no_channels(body: str) -> None:
     mask = np.array([0, 0, -1e4, 0], np.float32)
     constants = {"m": mask, "g": np.ones(2, np.float32), "q": np.array([-1, 4, 1])}
     teacher = parse(text, {"v": mixing(4), **constants}, opset=18)
-    changes = repair(replaced(teacher, v=mixing(4) @ mixing(4)), teacher, batches(9, 4))
+    changes = refit(replaced(teacher, v=mixing(4) @ mixing(4)), teacher, batches(9, 4))
     assert changes == Changes()
 
 
@@ -115,9 +114,9 @@ def test_other_shapes_than_told_are_named() -> None:
     text = "g (float[N,4] x) => (float[N,K] y) { h = MatMul(x, v) z = MatMul(h, w) y = Relu(z) }"
     teacher = parse(text, {"v": mixing(4), "w": normal(4, 6)})
     student = replaced(teacher, v=mixing(4) @ mixing(4), w=stored(teacher, "w")[:, :3])
-    changes = repair(student, teacher, batches(9, 4))
-    assert changes.skipped[0].reason == "the original's 'z' has another shape, (9, 6)"
-    assert repair(student, teacher, batches(9, 4), kept={("z", 1): np.array([0, 1, 2])})
+    changes = refit(student, teacher, batches(9, 4))
+    assert changes.skipped[0].reason.startswith("the original's 'z' has another shape, (")
+    assert refit(student, teacher, batches(9, 4), kept={("z", 1): np.array([0, 1, 2])})
 
 
 def test_kept_along_several_axes() -> None:
@@ -128,7 +127,7 @@ def test_kept_along_several_axes() -> None:
         { k = MatMul(x, v) h = Gather<axis=1>(k, i) z = MatMul(h, w) y = Relu(z) }""",
         {"v": mixing(4) @ mixing(4), "w": normal(4, 6)[:, [4, 0]], "i": np.array([3, 1])},
     )
-    repair(student, teacher, batches(20, 5, 4), kept={("z", 1): np.array([3, 1]), ("z", 2): np.array([4, 0])})
+    refit(student, teacher, batches(20, 5, 4), kept={("z", 1): np.array([3, 1]), ("z", 2): np.array([4, 0])})
     feeds = {"x": normal(7, 5, 4)}
     wanted, found = (Session(model).run(feeds)["y"] for model in (teacher, student))
     np.testing.assert_allclose(found, wanted[:, [3, 1]][:, :, [4, 0]], atol=1e-3)

@@ -13,9 +13,8 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.stages import SpillStore
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array
-from onnxslim.passes.repair import repair
 from tests.helpers import normal, parse, replaced, stored
-from tests.passes.repair.students import batches, error, mixing, restored, run_repair
+from tests.passes.repair.students import batches, error, mixing, refit, restored, run_repair
 
 # -------------------------------------------------------------------------------------------- what comes back
 
@@ -118,7 +117,7 @@ def test_scales_and_shifts_are_refitted(kind: str) -> None:
     student = replaced(teacher, v=gain, u=shift)
     feeds = {"x": normal(3, 6, 6, seed=9)}
     before = error(student, teacher, feeds)
-    changes = repair(student, teacher, batches(30, 6, 6), layers=["y"])
+    changes = refit(student, teacher, batches(30, 6, 6), layers=["y"])
     after = error(student, teacher, feeds)
     assert len(changes.changed) == 1
     exact = kind in ("by hand", "scale", "shift")  # elsewhere the map is more than a scale and a shift
@@ -138,7 +137,7 @@ def test_bodies_of_control_flow_are_left_alone_and_what_they_read_is_there() -> 
     teacher = parse(text, constants)
     student = replaced(teacher, v=mixing(4) + 0.1 * normal(4, 4, seed=8))
     data = [{"x": normal(20, 4, seed=i), "c": np.array(i % 2 == 0)} for i in range(6)]
-    changes = repair(student, teacher, CalibrationData(data))
+    changes = refit(student, teacher, CalibrationData(data))
     assert [change.node for change in changes.changed] == ["MatMul→a", "MatMul→y"]
     told = [(skip.node, skip.reason) for skip in changes.skipped]
     assert told == [("Gemm→p", "it is in the body of a control-flow node")]

@@ -9,20 +9,20 @@ from hypothesis import strategies as st
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Moments
-from onnxslim.passes.repair import jobs, plan, repair
+from onnxslim.passes.repair import jobs, plan
 from onnxslim.passes.repair.solve import fit
 from tests.helpers import normal, parse, replaced, stored
-from tests.passes.repair.students import batches, block, error, mixing, restored
+from tests.passes.repair.students import batches, block, error, mixing, refit, restored
 
 
 def test_a_branch_makes_up_for_the_skip_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     feeds = {"x": normal(4, 4, 8, 8, seed=9)}
     student, teacher = block(16)
     plain = student.copy()
-    repair(student, teacher, batches(4, 4, 8, 8, count=8))
+    refit(student, teacher, batches(4, 4, 8, 8, count=8))
     own = jobs.goals
     monkeypatch.setattr(plan, "goals", lambda *args: [goal for goal in own(*args) if not goal.other])
-    repair(plain, teacher, batches(4, 4, 8, 8, count=8))
+    refit(plain, teacher, batches(4, 4, 8, 8, count=8))
     assert error(student, teacher, feeds) < 0.9 * error(plain, teacher, feeds)
 
 
@@ -72,7 +72,7 @@ def test_no_bias_to_correct_is_told() -> None:
     teacher = parse(text, {"w": normal(6, 5)})
     student = teacher.copy()
     student.graph.nodes[0].op = "Abs"
-    changes = repair(student, teacher, batches(50, 6), method="bias")
+    changes = refit(student, teacher, batches(50, 6), method="bias")
     assert not changes
     assert changes.skipped[0].reason == "it has no bias"
 
@@ -124,7 +124,7 @@ def test_what_the_data_says_nothing_about_stays() -> None:
     student = replaced(teacher, u=np.array([0.5, 3, 2], np.float32).reshape(3, 1, 1))
     x = normal(9, 3, 6, 6)
     x[:, 1] = 0.3
-    repair(student, teacher, CalibrationData([{"x": x[:4]}, {"x": x[4:]}]))
+    refit(student, teacher, CalibrationData([{"x": x[:4]}, {"x": x[4:]}]))
     assert error(student, teacher, {"x": x}) < 1e-4
     np.testing.assert_allclose(stored(student, "w")[1], constants["w"][1], atol=1e-5)
     np.testing.assert_allclose(stored(student, "w")[2] * 2, constants["w"][2], atol=1e-4)
@@ -147,12 +147,12 @@ def test_weights_stay_where_others_are_no_better() -> None:
     for seed in range(12):  # so few samples, of noise, that some tell nothing
         student = teacher.copy()
         student.graph.nodes[0].op = "Sin"
-        changes = repair(student, teacher, CalibrationData([{"x": normal(8, 30, seed=seed)}]))
+        changes = refit(student, teacher, CalibrationData([{"x": normal(8, 30, seed=seed)}]))
         if changes:
-            before, after = map(float, changes.changed[0].reason.split("out ")[1].split(" -> "))
+            before, after = map(float, changes.changed[0].reason.split("by ")[1].split(" -> "))
             assert after <= before  # as printed
         else:
             stayed += 1
-            assert changes.skipped[0].reason == "other weights are no better on the samples held out"
+            assert changes.skipped[0].reason == "other weights are no better"
             np.testing.assert_array_equal(stored(student, "w"), stored(teacher, "w"))
     assert stayed

@@ -1,0 +1,112 @@
+"""One split of the data: by sample where the model computes samples one by one, the same for any grouping."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.samples import GROUP, Samples
+from onnxslim.engine.base import Pass
+from onnxslim.engine.pipeline import Pipeline
+from onnxslim.errors import CalibrationError
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
+from onnxslim.passes.factorize import Factorize
+from onnxslim.passes.half import Half
+from onnxslim.passes.prune import Prune
+from onnxslim.passes.quantize import Quantize
+from tests.helpers import normal, parse
+
+IMAGES = normal(128, 4, 6, 6)
+
+
+def net() -> Model:
+    text = """g (float[N,4,6,6] x) => (float[N,8,6,6] y)
+    { a = Conv<pads=[1,1,1,1]>(x, v) r = Relu(a) y = Conv(r, w) }"""
+    return parse(text, {"v": normal(16, 4, 3, 3), "w": normal(8, 16, 1, 1)})
+
+
+def grouped(size: int, lazy: bool = False, images: Array = IMAGES) -> CalibrationData:
+    batches = [{"x": images[at : at + size]} for at in range(0, len(images), size)]
+    return CalibrationData.from_callable(lambda: batches) if lazy else CalibrationData(batches)
+
+
+def numbers(data: CalibrationData | None, images: Array = IMAGES) -> list[int]:
+    """Which samples a part has."""
+    seen = [] if data is None else [sample for feeds in data for sample in feeds["x"]]
+    return [next(at for at, image in enumerate(images) if np.array_equal(image, sample)) for sample in seen]
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 64])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_sample_is_in_one_part_however_samples_are_grouped(size: int, lazy: bool) -> None:
+    wanted = Samples(grouped(8), net())
+    found = Samples(grouped(size, lazy), net())
+    for part, same in ((found.fit, wanted.fit), (found.tune, wanted.tune), (found.held, wanted.held)):
+        assert part is not None
+        assert same is not None
+        assert numbers(part) == numbers(same)
+        assert part.samples() == len(numbers(part))
+        assert [len(feeds["x"]) for feeds in part] == [len(feeds["x"]) for feeds in same]
+    assert sorted(numbers(found.seen) + numbers(found.held)) == list(range(128))
+    assert [found.fit.samples(), found.tune.samples()] == [88, 32]
+    assert max(len(feeds["x"]) for feeds in found.fit) == GROUP
+
+
+def test_a_seed_makes_the_split() -> None:
+    splits = [numbers(Samples(grouped(8), net(), seed=seed).tune) for seed in (0, 0, 1)]
+    assert splits[0] == splits[1] != splits[2]
+
+
+@pytest.mark.parametrize(
+    ("count", "tuned", "held"), [(15, False, None), (16, True, None), (127, True, None), (128, True, 8)]
+)
+def test_few_samples_are_not_held_out(count: int, tuned: bool, held: int | None) -> None:
+    samples = Samples(grouped(1, images=IMAGES[:count]), net())
+    assert samples.tuned == tuned
+    assert (None if samples.held is None else samples.held.samples()) == held
+    assert samples.seen.samples() == count - (held or 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "g (float[8,4,6,6] x) => (float[8,4,6,6] y) { y = Relu(x) }",
+        "g (float[N,4,6,6] x) => (float[N,4,6,6] y) { m = ReduceMean<axes=[0]>(x) y = Sub(x, m) }",
+        "g (float[N,4,6,6] x) => (float[N,4,6,6] y) { i = Shape(x) f = Cast<to=1>(i) "
+        "s = ReduceSum<keepdims=0>(f) y = Mul(x, s) }",
+    ],
+)
+def test_batches_that_belong_together_stay_whole(text: str) -> None:
+    model = parse('<ir_version: 8, opset_import: ["" : 12]> ' + text)
+    samples = Samples(grouped(8), model)
+    parts = [samples.fit, samples.tune]
+    assert {len(feeds["x"]) for part in parts for feeds in part} == {8}
+    for part in parts:
+        for feeds in part:
+            (first, *rest) = numbers(CalibrationData([feeds]))
+            assert rest == list(range(first + 1, first + 8))
+
+
+def test_data_that_does_not_fit_is_told() -> None:
+    with pytest.raises(CalibrationError, match="there is no data"):
+        _ = Samples(CalibrationData([]), net()).fit
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Prune(ratio=0.25, align=4),
+        Prune(macs=0.6, align=4),
+        Factorize(params=0.8, align=1),
+        Quantize(classifier=True, require_sqnr=0),
+        Half(),
+    ],
+)
+def test_results_do_not_depend_on_how_samples_are_grouped(step: Pass) -> None:
+    model = net()
+    made = [Pipeline(step)(model, data=grouped(size, images=IMAGES[:64])) for size in (1, 16, 64)]
+    assert all(each.report.steps[0].changes for each in made)
+    protos = [each.model.to_proto().SerializeToString(deterministic=True) for each in made]
+    assert protos[0] == protos[1] == protos[2]
