@@ -144,7 +144,7 @@ def _group(model: Model, data: CalibrationData, target: Target) -> int:
         return 0
     if not all(_joined(together[name], [each[name] for each in alone]) for name in together):
         return 0
-    bytes_of_two = sum(np.asarray(array).nbytes for array in (*pair.values(), *together.values()))
+    bytes_of_two = sum(array.nbytes for array in (*pair.values(), *together.values()))
     return int(np.clip(2 * MAX_BYTES // max(bytes_of_two, 1), 1, GROUP))
 
 
@@ -168,12 +168,13 @@ def _singles(data: CalibrationData) -> Iterator[Mapping[str, Array]]:
 
 
 def _joined(together: Any, alone: list[Any]) -> bool:
-    """Whether what a model made of several samples is what it makes of each."""
-    parts = [np.asarray(each) for each in alone]
-    whole = np.asarray(together)
-    if not whole.ndim or any(part.shape != (1, *whole.shape[1:]) for part in parts):
+    """Whether what a model made of several samples is what it makes of each; of a sequence nobody knows."""
+    if not isinstance(together, np.ndarray) or not together.ndim:
         return False
-    if whole.dtype.kind not in "fc" or not whole.size:
-        return np.array_equal(whole, np.concatenate(parts))
-    margin = ALONE * float(np.abs(whole, where=np.isfinite(whole), out=np.zeros_like(whole)).max())
-    return bool(np.allclose(whole, np.concatenate(parts), rtol=0.0, atol=margin, equal_nan=True))
+    if any(each.shape != (1, *together.shape[1:]) for each in alone):
+        return False
+    parts = np.concatenate(alone)
+    if together.dtype.kind not in "fc" or not together.size:
+        return np.array_equal(together, parts)
+    margin = ALONE * float(np.abs(together, where=np.isfinite(together), out=np.zeros_like(together)).max())
+    return bool(np.allclose(together, parts, rtol=0.0, atol=margin, equal_nan=True))

@@ -19,10 +19,10 @@ def test_a_branch_makes_up_for_the_skip_beside_it(monkeypatch: pytest.MonkeyPatc
     feeds = {"x": normal(4, 4, 8, 8, seed=9)}
     student, teacher = block(16)
     plain = student.copy()
-    refit(student, teacher, batches(4, 4, 8, 8, count=8))
+    refit(student, teacher, batches(4, 4, 8, 8, count=16))
     own = jobs.goals
     monkeypatch.setattr(plan, "goals", lambda *args: [goal for goal in own(*args) if not goal.other])
-    refit(plain, teacher, batches(4, 4, 8, 8, count=8))
+    refit(plain, teacher, batches(4, 4, 8, 8, count=16))
     assert error(student, teacher, feeds) < 0.9 * error(plain, teacher, feeds)
 
 
