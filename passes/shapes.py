@@ -12,52 +12,12 @@ from onnxslim.engine.base import Changes, Context, InterfacePart, Log, Pass, opt
 from onnxslim.errors import UsageError, nearest
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Variable
-from onnxslim.ir.model import InputSpec, Model
-
-
-def sizes_of(text: str, name: str) -> tuple[int, ...]:
-    """The sizes in `1,3,224,224`; none at all for a scalar.
-
-    Raises:
-        UsageError: it is something else; names the input.
-    """
-    try:
-        sizes = tuple(int(word) for word in text.split(",")) if text else ()
-    except ValueError:
-        raise UsageError(f"'{name}:{text}' is not of the form name:1,3,224,224") from None
-    if any(size < 0 for size in sizes):
-        raise UsageError(f"'{name}:{text}': sizes are not negative")
-    return sizes
-
-
-def require_rank(spec: InputSpec, sizes: tuple[int, ...]) -> None:
-    """Raise UsageError if an input has another number of axes."""
-    if spec.shape is not None and len(spec.shape) != len(sizes):
-        text = ",".join(map(str, sizes))
-        raise UsageError(f"'{spec.name}:{text}': the input has {len(spec.shape)} axes, not {len(sizes)}")
+from onnxslim.ir.model import Model
+from onnxslim.shapes.given import by_name, require_rank
 
 
 def _read(given: Any) -> Any:
     return given if isinstance(given, Mapping) or not isinstance(given, str | Iterable) else by_name(given)
-
-
-def by_name(given: str | Iterable[Any]) -> dict[str, tuple[int, ...]]:
-    """Sizes by name from words `name:1,3,224,224`, of which a comma may have made several.
-
-    Raises:
-        UsageError: a word is of another form.
-    """
-    words: list[str] = []
-    for word in [given] if isinstance(given, str) else map(str, given):
-        if words and ":" not in word:
-            words[-1] += f",{word}"
-        else:
-            words.append(word)
-    named = [word.rpartition(":") for word in words]
-    for word, (_, colon, _) in zip(words, named, strict=True):
-        if not colon:
-            raise UsageError(f"'{word}' is not of the form name:1,3,224,224")
-    return {name: sizes_of(text, name) for name, _, text in named}
 
 
 @options

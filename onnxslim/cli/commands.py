@@ -21,6 +21,7 @@ from onnxslim.cli.words import (
     CustomOps,
     DataWords,
     Debug,
+    InputShapes,
     Json,
     MetricName,
     ModelWords,
@@ -142,6 +143,7 @@ def _inspect(
         bool,
         typer.Option("--dump-to-disk", help="also write the nodes of IN.onnx to IN.onnx_model_info.csv here"),
     ] = False,
+    input_shapes: InputShapes = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -151,8 +153,10 @@ def _inspect(
     """
     from onnxslim import utils
     from onnxslim.report import inspect, text
+    from onnxslim.shapes.given import by_name
 
-    found = [inspect.inspect(path) for path in models]
+    sizes = by_name(input_shapes or ())
+    found = [inspect.inspect(path, sizes) for path in models]
     difference = inspect.compare(*models) if len(models) == 2 else None
     if json:
         terminal.show_json({"models": found, "difference": difference})
@@ -177,6 +181,7 @@ def _prune(
         typer.Option(metavar="TENSOR", help="only tell what may be removed of a tensor, or what pins it"),
     ] = None,
     save_plan: SavePlan = None,
+    input_shapes: InputShapes = None,
 ) -> None:
     """Remove channels, heads and hidden units.
 
@@ -186,9 +191,10 @@ def _prune(
     from onnxslim.cli import pruning
 
     if families or explain:
-        pruning.tell(job.source, families, explain or (), job.json)
+        pruning.tell(job.source, families, explain or (), job.json, input_shapes or ())
         return
-    process(job, data, [passes.create("prune", ctx.obj)], save_plan=save_plan)
+    chain = [passes.create("prune", ctx.obj)]
+    process(job, data, chain, save_plan=save_plan, input_shapes=input_shapes or ())
 
 
 # What commands named after passes do, for the list of commands; the pass itself tells its options.
@@ -208,12 +214,19 @@ _PLANNED = ("factorize", "quantize")
 
 def _add_pass_command(name: str) -> None:
     @expanded
-    def run(job: ModelWords, data: DataWords, ctx: typer.Context) -> None:
-        process(job, data, [passes.create(name, ctx.obj)])
+    def run(job: ModelWords, data: DataWords, ctx: typer.Context, input_shapes: InputShapes = None) -> None:
+        process(job, data, [passes.create(name, ctx.obj)], input_shapes=input_shapes or ())
 
     @expanded
-    def plan(job: ModelWords, data: DataWords, ctx: typer.Context, save_plan: SavePlan = None) -> None:
-        process(job, data, [passes.create(name, ctx.obj)], save_plan=save_plan)
+    def plan(
+        job: ModelWords,
+        data: DataWords,
+        ctx: typer.Context,
+        save_plan: SavePlan = None,
+        input_shapes: InputShapes = None,
+    ) -> None:
+        chain = [passes.create(name, ctx.obj)]
+        process(job, data, chain, save_plan=save_plan, input_shapes=input_shapes or ())
 
     run = plan if name in _PLANNED else run
     run.__doc__ = _SUMMARIES.get(name, f"Run the pass '{name}'; see `onnxslim passes {name}`.")
@@ -245,6 +258,7 @@ def _run(
     trust: Annotated[
         bool, typer.Option("--trust", help="let the recipe name files outside its own folder")
     ] = False,
+    input_shapes: InputShapes = None,
 ) -> None:
     """Run one pass after the other, or a recipe.
 
@@ -254,7 +268,8 @@ def _run(
     """
     if bool(chain) == bool(recipe):
         raise UsageError("give either passes (-p, --pass) or a recipe to run")
-    process(job, data, [passes.parse(text) for text in chain or ()], recipe=recipe, trust=trust)
+    steps = [passes.parse(text) for text in chain or ()]
+    process(job, data, steps, recipe=recipe, trust=trust, input_shapes=input_shapes or ())
 
 
 @app.command("validate")
@@ -281,6 +296,7 @@ def _validate(
         int, typer.Option(min=0, help="threads per operator; 0 leaves it to ONNX Runtime")
     ] = 0,
     metric: MetricName = None,
+    input_shapes: InputShapes = None,
     custom_ops: CustomOps = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -295,8 +311,10 @@ def _validate(
     from onnxslim.ir.model import load
     from onnxslim.runtime.profile import available
     from onnxslim.runtime.targets import Target
+    from onnxslim.shapes.given import by_name
     from onnxslim.validation.compare import validate
 
+    sizes = by_name(input_shapes or ())
     model, result = load(first), load(second)
     source = data.source()
     opened = source.read(model) if source else None
@@ -314,6 +332,7 @@ def _validate(
             metric=named_metric(metric),
             rounds=rounds,
             progress=progress,
+            input_shapes=sizes,
         )
     warn_of_made_up_inputs(verdict)
     if json:

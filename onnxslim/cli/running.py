@@ -33,6 +33,7 @@ def process(
     trust: bool = False,
     asked: Request | None = None,
     save_plan: Path | None = None,
+    input_shapes: Sequence[str] = (),
 ) -> Outcome:
     """Run passes, or a recipe file, on a model.
 
@@ -43,6 +44,7 @@ def process(
         trust: whether that may name files outside its folder.
         asked: what else OnnxSlim's options ask for.
         save_plan: where the plan of the last pass that has one goes.
+        input_shapes: sizes to count for, in words.
     """
     _warn_of_rivals()
     _require_places(job, recipe, save_plan)
@@ -51,7 +53,7 @@ def process(
     for note in asked.notes if asked else ():
         terminal.log(f"warning: {note}")
     with terminal.progress(job.quiet) as progress:
-        outcome = _run(job, wanted, asked, progress)
+        outcome = _run(job, wanted, asked, progress, input_shapes)
     if outcome.unmeasured:
         terminal.log(f"warning: the report has no comparison of the models: {outcome.unmeasured}")
     _warn_of_doubtful_results(outcome.report, job.quiet)
@@ -74,12 +76,20 @@ def _recipe(
     return replace(base, data=words.source(base.data), check={**base.check, **check}, **job.settings())
 
 
-def _run(job: ModelWords, recipe: Recipe, asked: Request | None, progress: Progress | None) -> Outcome:
+def _run(
+    job: ModelWords,
+    recipe: Recipe,
+    asked: Request | None,
+    progress: Progress | None,
+    input_shapes: Sequence[str],
+) -> Outcome:
     from onnxslim.recipes.recipe import Work
+    from onnxslim.shapes.given import by_name
 
     metric = named_metric(job.metric)
     libraries = tuple(job.custom_ops or ())
-    work = Work(recipe, job.source, libraries, job.jobs, progress, metric, job.report is not None)
+    sizes = by_name(input_shapes)
+    work = Work(recipe, job.source, libraries, job.jobs, progress, metric, job.report is not None, sizes)
     feeds = asked.feeds(work.original) if asked else None
     if feeds is not None:
         work.feed([feeds])

@@ -29,6 +29,15 @@ MetricName = Annotated[
         help="how good a model is, more is better: called with a function from inputs to outputs, by name",
     ),
 ]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shapes",
+        metavar="NAME:1,3,224,224",
+        help="sizes of free axes to count MACs for and to make inputs up with; the model keeps its free axes "
+        "(`onnxslim shapes` fixes them); may be repeated",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="print the traceback of an error")]
 SavePlan = Annotated[Path | None, typer.Option(metavar="FILE.json", help="save what was chosen, for --plan")]
 

@@ -21,15 +21,16 @@ from onnxslim.engine.check import difference
 from onnxslim.engine.pipeline import Pipeline, Report, Result
 from onnxslim.errors import UsageError, ValidationError, nearest
 from onnxslim.ir import files
-from onnxslim.ir.graph import Array, Dim
+from onnxslim.ir.graph import Array
 from onnxslim.ir.model import InputSpec, Model, Source, load
 from onnxslim.passes import create
 from onnxslim.passes.extract import Extract
-from onnxslim.passes.shapes import FixShapes, by_name, require_rank, sizes_of
+from onnxslim.passes.shapes import FixShapes
 from onnxslim.passes.single import Single
 from onnxslim.passes.slim import Slim
 from onnxslim.runtime.probe import Feeds, make_feeds, probes
 from onnxslim.runtime.session import Session
+from onnxslim.shapes.given import by_name, sizes_of, with_sizes
 
 logger = logging.getLogger("onnxslim")
 
@@ -275,21 +276,12 @@ def check_inputs(model: Model, asked: Sequence[str]) -> Feeds:
     """
     specs = {spec.name: spec for spec in model.inputs()}
     given: Feeds = {}
-    known: dict[Dim, int] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
     for spec, text in _named(asked, specs):
         if text.endswith(".npy"):
             given[spec.name] = _read(text)
-        sizes = given[spec.name].shape if spec.name in given else sizes_of(text, spec.name)
-        require_rank(spec, sizes)
-        known.update(
-            (dim, size) for dim, size in zip(spec.shape or (), sizes, strict=False) if isinstance(dim, str)
-        )
-        specs[spec.name] = replace(spec, shape=sizes)
-    bound = [
-        replace(spec, shape=None if spec.shape is None else tuple(known.get(dim, dim) for dim in spec.shape))
-        for spec in specs.values()
-    ]
-    return {**make_feeds(bound, batch=1, size=1), **given}
+        sizes[spec.name] = given[spec.name].shape if spec.name in given else sizes_of(text, spec.name)
+    return {**make_feeds(with_sizes(list(specs.values()), sizes), batch=1, size=1), **given}
 
 
 def _named(asked: Sequence[str], specs: Mapping[str, InputSpec]) -> Iterator[tuple[InputSpec, str]]:

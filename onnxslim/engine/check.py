@@ -15,7 +15,7 @@ from onnxslim.engine.base import InterfacePart
 from onnxslim.errors import LoadError, OnnxSlimError, one_line
 from onnxslim.ir import proto
 from onnxslim.ir.graph import MASK_MAGNITUDE, Array, Constant, Node
-from onnxslim.ir.model import Model
+from onnxslim.ir.model import InputSpec, Model
 from onnxslim.ops import Trait, has, spec_of
 from onnxslim.ops.spec import sizes as spec_sizes
 from onnxslim.runtime.probe import Feeds, Run, probes
@@ -61,15 +61,17 @@ class Checker:
         target: Target,
         samples: Sequence[Mapping[str, Array]] = (),
         notes: list[str] | None = None,
+        specs: Sequence[InputSpec] | None = None,
     ) -> None:
         self._target = target
+        self._specs = specs
         self._model = model
         self.notes: list[str] = [] if notes is None else notes
         self._wellformed = self._noted("the input fails onnx.checker", lambda: wellformed(model))
         session = self._noted("the input does not run", lambda: _affordable(model, target))
         self._samples = samples
         self._runs = session is not None
-        self._take(probes(model, session, samples) if session else [])
+        self._take(probes(model, session, samples, specs) if session else [])
         # Where no operator draws numbers or runs graphs, that is looked up only if a result differs.
         pure = all(spec_of(node).pure for node in model.nodes()) and not model.shell.functions
         self._random = None if pure else self._unstable(session) if session else set()
@@ -93,7 +95,7 @@ class Checker:
             session = Session(self._model, self._target, optimize="none", once=True)
         except LoadError:
             return False
-        runs = probes(self._model, session, self._samples)
+        runs = probes(self._model, session, self._samples, self._specs)
         if not runs or [_shapes(run.feeds) for run in runs] == [_shapes(feeds) for feeds in self.feeds]:
             return False
         self._take(runs)

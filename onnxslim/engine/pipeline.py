@@ -14,15 +14,15 @@ from typing import Any, Literal
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.doubts import doubts
 from onnxslim.calibration.samples import Samples
-from onnxslim.engine.base import Changes, Context, Log, Pass, Progress, Shapes
+from onnxslim.engine.base import Changes, Context, Log, Pass, Progress
 from onnxslim.engine.check import Checker, require_interface
 from onnxslim.errors import InvalidGraph, LoadError, OnnxSlimError, PassError, UsageError
 from onnxslim.formats import plain
-from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, Source, Stats, load
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
 from onnxslim.shapes import cost
+from onnxslim.shapes.given import InputShapes, one_sample, sized_by, with_sizes
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ class Pipeline:
         jobs: int = 1,
         progress: Progress | None = None,
         metric: Metric | None = None,
+        input_shapes: InputShapes | None = None,
     ) -> Result:
         """Run every pass on a copy of the model.
 
@@ -154,8 +155,11 @@ class Pipeline:
             progress: called with (what, done, total): with the name of each pass before and after it, and by
                 long steps; the total is None where it is not known.
             metric: runs a model on data of its own and says how good it is, more is better; for `max_drop`.
+            input_shapes: sizes of inputs with free axes, by name: what multiply-accumulates are counted for,
+                and made-up inputs have. The model keeps its free axes; FixShapes fixes them.
 
         Raises:
+            UsageError: there is no input of that name, or it has other axes.
             LoadError, TargetError: the model or the target is none.
             PassError: when a pass fails that prepares the model; with on_error="raise", when any fails or
                 breaks the model.
@@ -172,7 +176,7 @@ class Pipeline:
                     bound = CalibrationData.of(data, model.inputs()).bind(model.inputs())
                     bound.check(model.inputs())
                     ctx = replace(ctx, data=Samples(bound, model, ctx.target, seed))
-                ground = _Ground(model, ctx, notes, self.count)
+                ground = _Ground(model, ctx, notes, self.count, input_shapes or {})
                 macs = ground.macs(model)
             _announce(ctx, each, 0)
             start = time.perf_counter()
@@ -241,16 +245,23 @@ class _Ground:
         ctx: what passes may know besides.
         notes: what cannot be checked goes there.
         count: whether to count multiply-accumulates.
+        given: sizes of inputs that somebody asked for.
     """
 
-    def __init__(self, model: Model, ctx: Context, notes: list[str], count: bool) -> None:
+    def __init__(self, model: Model, ctx: Context, notes: list[str], count: bool, given: InputShapes) -> None:
         # Models are compared on the first batch.
         first = [] if ctx.data is None else list(islice(ctx.data.data, 1))
-        self.checker = Checker(model, ctx.target, first, notes)
+        declared = model.inputs()
+        specs = with_sizes(declared, given)
+        self.checker = Checker(model, ctx.target, first, notes, specs)
         feeds = self.checker.feeds
         self.ctx = replace(ctx, sample=feeds[-1] if feeds else None)
-        self._shapes = sample_shapes(model, feeds[0]) if feeds else None
+        fed = {name: array.shape for name, array in feeds[0].items()} if feeds else {}
+        self._shapes = one_sample(declared, specs, fed)
         self._count = count
+        if count:
+            origin = cost.SEEN if first else cost.ASSUMED
+            notes.extend(cost.caveats(model, self._shapes, origin, sized_by(declared, specs)))
 
     def macs(self, model: Model) -> int | None:
         """Multiply-accumulates of one sample, where they are to be counted."""
@@ -258,21 +269,6 @@ class _Ground:
 
 
 UNLIKE_REAL = "results may be much worse on real inputs than they look here: give some dozens of real samples"
-
-
-def sample_shapes(model: Model, feeds: Mapping[str, Array]) -> Shapes:
-    """Shapes of the inputs for one sample: fixed sizes as declared, others as fed, and a batch of one."""
-    specs = [spec for spec in model.inputs() if spec.name in feeds]
-    batch = {spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], str)}
-    found: Shapes = {}
-    for spec in specs:
-        fed = feeds[spec.name].shape
-        declared = spec.shape if spec.shape is not None else (None,) * len(fed)
-        found[spec.name] = tuple(
-            dim if isinstance(dim, int) else 1 if axis == 0 or dim in batch else fed[axis]
-            for axis, dim in enumerate(declared)
-        )
-    return found
 
 
 def _require_pass(each: object) -> None:

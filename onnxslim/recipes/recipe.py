@@ -35,6 +35,7 @@ from onnxslim.recipes import reading
 from onnxslim.recipes.data import Batches, Data
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
+from onnxslim.shapes.given import InputShapes, with_sizes
 from onnxslim.validation.compare import validate
 from onnxslim.validation.verdict import Verdict, check_limits
 from onnxslim.version import version
@@ -229,12 +230,13 @@ class Work:
         model: left as it is.
         libraries, jobs, progress, metric: see `Recipe.run`.
         reported: whether somebody wants to see the models compared, even where the recipe asks for nothing.
+        input_shapes: see `Pipeline`.
 
     Attributes:
         original: the model as the first passes say it is, which data, checks and reports refer to.
 
     Raises:
-        UsageError: a pass needs a file that is not there, or does not fit the model.
+        UsageError: a pass needs a file that is not there or does not fit the model, or `input_shapes` do not.
     """
 
     def __init__(
@@ -246,17 +248,19 @@ class Work:
         progress: Progress | None = None,
         metric: Metric | None = None,
         reported: bool = False,
+        input_shapes: InputShapes | None = None,
     ) -> None:
         for each in recipe.passes:
             for key, file in reading.files_of(each).items():
                 if not file.is_file():
                     raise UsageError(f"pass '{each.name}', option '{key}': there is no file '{file}'")
         self._recipe, self._jobs, self._progress, self._metric = recipe, jobs, progress, metric
-        self._reported = reported
+        self._reported, self._input_shapes = reported, input_shapes or {}
         self._target = Target.named(recipe.target).with_libraries(libraries)
         self._source = load(model)
         start, self._pipeline = Pipeline(*recipe.passes, on_error=recipe.on_error).prepared(self._source)
         self.original, self._report = start.model, start.report
+        with_sizes(self.original.inputs(), self._input_shapes)  # what does not fit is refused before the work
         self._opened: Batches | None = None
 
     @property
@@ -315,6 +319,7 @@ class Work:
             jobs=self._jobs,
             progress=self._progress,
             metric=self._metric or (self.opened.metric if self.opened else None),
+            input_shapes=self._input_shapes,
         )
         if result.model is self._source:
             return result
@@ -333,6 +338,7 @@ class Work:
             metric=self._metric,
             rounds=ROUNDS if timed else 0,
             progress=self._progress,
+            input_shapes=self._input_shapes,
         )
 
 

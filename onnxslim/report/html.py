@@ -200,7 +200,8 @@ def _view(shown: Document) -> Iterator[tuple[str, Any]]:
     yield "version", shown.version
     yield "origin", [f"{key.removeprefix('onnxslim.')} {value}" for key, value in _origin(shown.metadata)]
     yield "summary", list(_summary(shown))
-    yield "notes", [*shown.report.notes, *shown.report.doubts, *(verdict.notes if verdict else ())]
+    notes = (*shown.report.notes, *shown.report.doubts, *(verdict.notes if verdict else ()))
+    yield "notes", list(dict.fromkeys(notes))
     yield "providers", list(_providers(verdict)) if verdict else []
     yield "steps", [_step(step) for step in shown.report.steps]
     yield "timeline", _timeline(shown.report.steps)

@@ -13,6 +13,7 @@ from onnxslim.ir.graph import Constant, Graph, Node, Tensor, bit_width
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model, Source, is_literal, load
 from onnxslim.ops import Trait, has, spec_of
 from onnxslim.shapes import cost
+from onnxslim.shapes.given import InputShapes, one_sample, sized_by, with_sizes
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ class Inspection(Summary):
     Attributes:
         inputs, outputs: `type[sizes]` by name, as declared.
         macs: multiply-accumulates of one sample; None if a shape is unknown.
+        counted: sizes of inputs with free axes that these and the memory are counted for, such as
+            `x 1x3x640x640`, and whether they were assumed.
+        uncounted: layers in branches, loop bodies and functions, whose multiply-accumulates are not counted.
         dtypes: bytes of constants by type.
         free: inputs and outputs with axes of free size, and their names for these.
         external: bytes by data file.
@@ -85,6 +89,8 @@ class Inspection(Summary):
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
     macs: int | None
+    counted: Mapping[str, bool]
+    uncounted: int
     memory: Memory
     dtypes: Mapping[str, int]
     free: Mapping[str, tuple[str, ...]]
@@ -129,28 +135,35 @@ def summarize(model: Model) -> Summary:
     )
 
 
-def inspect(model: Source) -> Inspection:
+def inspect(model: Source, input_shapes: InputShapes | None = None) -> Inspection:
     """Find out what a model consists of and needs.
 
     Args:
         model: a file, a ModelProto or a Model; left as it is.
+        input_shapes: sizes to count for, by name of the input; free axes count as 1.
 
     Raises:
+        UsageError: there is no input of that name, or it has other axes.
         LoadError: it is missing, broken, or not an ONNX model.
     """
     loaded = load(model)
-    sized = cost.sized(loaded)
-    declared = (*loaded.graph.inputs, *loaded.graph.outputs)
+    declared = loaded.inputs()
+    specs = with_sizes(declared, input_shapes or {})
+    shapes, given = one_sample(declared, specs), sized_by(declared, specs)
+    sized = cost.sized(loaded, shapes)
+    interface = (*loaded.graph.inputs, *loaded.graph.outputs)
     domains = {node.domain or "" for node in loaded.nodes()} - set(DEFAULT_DOMAINS)
     foreign = {f"{n.domain}.{n.op}" for n in loaded.nodes() if n.domain in domains}
     return Inspection(
         **vars(summarize(loaded)),
         inputs={tensor.name: _typed(tensor) for tensor in loaded.graph.inputs},
         outputs={tensor.name: _typed(tensor) for tensor in loaded.graph.outputs},
-        macs=cost.macs(loaded),
+        macs=cost.macs(loaded, shapes),
+        counted={str(each): each.input not in given for each in cost.counted_sizes(declared, shapes)},
+        uncounted=cost.uncounted(loaded),
         memory=_memory(sized.graph),
         dtypes=_dtypes(loaded),
-        free={tensor.name: free for tensor in declared if (free := _free(tensor))},
+        free={tensor.name: free for tensor in interface if (free := _free(tensor))},
         external=_external(loaded),
         coverage=_coverage(sized),
         functions=tuple(sorted(".".join(filter(None, key)) for key in loaded.functions)),

@@ -103,7 +103,8 @@ def show_passes(console: Console, known: Mapping[str, tuple[str, Sequence[Option
 def show_inspections(console: Console, found: Sequence[Inspection], difference: Difference | None) -> None:
     """Print what models consist of side by side, and how the second differs from the first."""
     head = ("Model Name", *(each.name for each in found))
-    console.print(sectioned(head, list(_sections(found)), left=len(head)))
+    told = ([row for row in rows if any(row[1:])] for rows in _sections(found))
+    console.print(sectioned(head, list(told), left=len(head)))
     if difference is not None:
         lines(console, _difference(difference))
 
@@ -122,7 +123,8 @@ def _sections(found: Sequence[Inspection]) -> Iterator[Rows]:
     yield [
         ("nodes", *(count(each.nodes) for each in found)),
         ("parameters", *(count(each.parameters) for each in found)),
-        ("MACs of one sample", *(count(each.macs) for each in found)),
+        ("MACs of one sample", *(_macs(each) for each in found)),
+        ("  counted for", *(_counted(each) for each in found)),
         ("activations at their peak", *(size(each.memory.peak) for each in found)),
         ("  at", *(each.memory.node for each in found)),
         ("Model Size", *(size(each.bytes) for each in found)),
@@ -136,6 +138,18 @@ def _sections(found: Sequence[Inspection]) -> Iterator[Rows]:
         ("own functions", *(", ".join(each.functions) for each in found)),
         ("custom operators", *(", ".join(each.custom) for each in found)),
     ]
+
+
+def _macs(found: Inspection) -> str:
+    inside = f", without {found.uncounted} layers in bodies or functions" if found.uncounted else ""
+    return count(found.macs) + inside
+
+
+def _counted(found: Inspection) -> str:
+    return ", ".join(
+        f"{sizes} (assumed, see --input-shapes)" if made_up else sizes
+        for sizes, made_up in found.counted.items()
+    )
 
 
 def _sized(parts: Mapping[str, int]) -> str:

@@ -42,13 +42,19 @@ class Run:
     outputs: dict[str, Any]
 
 
-def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]] = ()) -> list[Run]:
+def probes(
+    model: Model,
+    session: Session,
+    samples: Sequence[Mapping[str, Array]] = (),
+    specs: Sequence[InputSpec] | None = None,
+) -> list[Run]:
     """Runs of the model, at two batch sizes where its batch is free.
 
     Args:
         model: what to feed.
         session: the same model, loaded.
         samples: real inputs, preferred to made-up ones.
+        specs: its inputs, where somebody said more of their sizes than the model does.
 
     Returns:
         Nothing at all if it runs on none of the inputs tried.
@@ -58,7 +64,7 @@ def probes(model: Model, session: Session, samples: Sequence[Mapping[str, Array]
         if working:
             return working
     limits = LIMITS if any(node.op in ("Loop", "Scan") for node in model.nodes()) else None
-    for candidates in _candidates(model.inputs()):
+    for candidates in _candidates(model.inputs() if specs is None else specs):
         safe = [feeds for feeds in candidates if _scans_something(model, feeds, session)]
         try:
             working = _working(session, safe, limits)

@@ -18,11 +18,10 @@ import numpy as np
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.noise import Noise
 from onnxslim.engine import check
-from onnxslim.engine.base import Progress
-from onnxslim.engine.pipeline import sample_shapes
+from onnxslim.engine.base import Progress, Shapes
 from onnxslim.errors import CalibrationError, LoadError, UsageError, ValidationError
 from onnxslim.ir.graph import Array
-from onnxslim.ir.model import Model, Source, load
+from onnxslim.ir.model import InputSpec, Model, Source, load
 from onnxslim.runtime.metric import Metric, measure
 from onnxslim.runtime.probe import Feeds, probes
 from onnxslim.runtime.profile import available, may_stray, placement
@@ -30,6 +29,7 @@ from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import CPU, Target
 from onnxslim.runtime.timing import Latency, latencies
 from onnxslim.shapes import cost
+from onnxslim.shapes.given import InputShapes, one_sample, sized_by, with_sizes
 from onnxslim.validation.verdict import BeforeAfter, Footprint, OutputRow, ProviderVerdict, Verdict
 
 T = TypeVar("T")
@@ -50,6 +50,7 @@ def validate(
     rounds: int = 30,
     seconds: float = 5.0,
     progress: Progress | None = None,
+    input_shapes: InputShapes | None = None,
 ) -> Verdict:
     """Run two models on the same inputs and compare what comes out, how fast and how large they are.
 
@@ -65,8 +66,10 @@ def validate(
         rounds: interleaved calls to time on the first batch; 0 measures no latency.
         seconds: budget for timing, per provider.
         progress: called with ("validating", batches done, batches in all).
+        input_shapes: see `Pipeline`.
 
     Raises:
+        UsageError: there is no input of a name in `input_shapes`, or it has other axes.
         LoadError: a model is broken or does not run.
         TargetError: a provider is not available, or loads but runs nothing.
         CalibrationError: data or labels do not fit the model.
@@ -81,16 +84,21 @@ def validate(
     chosen = _ordered([Target.of(each) for each in several])
     runners = [_Runner(first, second, target, metric) for target in chosen]
     given = None if data is None else CalibrationData.of(data, first.inputs())
-    batches, made_up = _batches(first, given, runners[0].sessions[0])
+    declared = first.inputs()
+    specs = with_sizes(declared, input_shapes or {})
+    batches, made_up = _batches(first, given, runners[0].sessions[0], specs)
     sizes = _stream(batches, runners, known, progress, _length(given))
     opening = runners[0].opening
     timed = [runner.time(rounds, seconds) for runner in runners]
     notes = [text for runner in runners for text in (*runner.notes, *runner.strays(chosen[0]))]
     if made_up:
         notes.insert(0, "inputs are made up: pass data to learn anything about real ones")
+    shapes = one_sample(declared, specs, {name: array.shape for name, array in opening.items()})
+    origin = cost.ASSUMED if made_up else cost.SEEN
+    notes.extend(cost.caveats(first, shapes, origin, sized_by(declared, specs)))
     return Verdict(
-        before=_footprint(first, opening),
-        after=_footprint(second, opening),
+        before=_footprint(first, shapes),
+        after=_footprint(second, shapes),
         providers=tuple(
             runner.verdict(latency, ratio) for runner, (latency, ratio) in zip(runners, timed, strict=True)
         ),
@@ -119,10 +127,12 @@ def _ordered(targets: Sequence[Target]) -> list[Target]:
     return sorted(targets, key=lambda target: target.provider != CPU)
 
 
-def _batches(model: Model, data: CalibrationData | None, session: Session) -> tuple[Iterator[Feeds], bool]:
+def _batches(
+    model: Model, data: CalibrationData | None, session: Session, specs: Sequence[InputSpec]
+) -> tuple[Iterator[Feeds], bool]:
     if data is None:
         # What runs with ONNX Runtime's optimizations alone is no input of the model.
-        made = probes(model, Session(model, session.target, optimize="none", once=True))
+        made = probes(model, Session(model, session.target, optimize="none", once=True), (), specs)
         if not made:
             raise CalibrationError("no inputs could be made up on which the model runs; pass data")
         return iter([run.feeds for run in made]), True
@@ -178,9 +188,9 @@ def _labels_of(labels: Array, start: int, size: int) -> Array:
     return labels[start : start + size]
 
 
-def _footprint(model: Model, feeds: Feeds) -> Footprint:
+def _footprint(model: Model, shapes: Shapes) -> Footprint:
     stats = model.stats()
-    macs = cost.macs(model, sample_shapes(model, feeds))
+    macs = cost.macs(model, shapes)
     return Footprint(stats.nodes, stats.parameters, stats.bytes, macs)
 
 

@@ -188,7 +188,7 @@ def test_a_wrong_shape_declared_for_an_output_stays_and_does_no_harm() -> None:
     result = Pipeline(Slim(), on_error="raise")(model)
     assert ops(result.model) == {"Reshape": 1}
     assert result.model.graph.outputs[0].shape == ("N", 1, 5)
-    assert "left as it is" in result.report.notes[0]
+    assert any("left as it is" in note for note in result.report.notes)
 
 
 def test_an_interface_that_was_accepted_is_the_one_to_keep() -> None:
