@@ -10,7 +10,7 @@ import typer
 
 from onnxslim import passes
 from onnxslim.cli import terminal
-from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
+from onnxslim.cli.parsing import Commands, GroupedCommand, PassCommand, RunCommand, SlimCommand
 from onnxslim.cli.running import (
     named_metric,
     process,
@@ -34,7 +34,6 @@ from onnxslim.errors import UsageError
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -185,6 +184,8 @@ def _prune(
 ) -> None:
     """Remove channels, heads and hidden units.
 
+    How far to go is one of --macs, --params, --ratio and --plan  [one is required].
+
     Which and how many is measured on --data, and what is left is fitted to it; without data the norms of
     weights decide, and nothing is fitted.
     """
@@ -272,7 +273,7 @@ def _run(
     process(job, data, steps, recipe=recipe, trust=trust, input_shapes=input_shapes or ())
 
 
-@app.command("validate")
+@app.command("validate", cls=GroupedCommand)
 @expanded
 def _validate(
     data: DataWords,

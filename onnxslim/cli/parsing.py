@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from onnxslim.cli.words import DataWords, ModelWords
 from onnxslim.errors import UsageError, closest, nearest
 
 DEFAULT_COMMAND = "slim"
@@ -43,7 +44,40 @@ class Commands(TyperGroup):
             raise UsageError(f"there is no command or file '{word}'; {nearest(word, self.commands)}")
 
 
-class PassCommand(TyperCommand):
+# Options that commands have in common, under headings of their own and behind those of the command alone.
+_SHARED = (
+    ("Data", frozenset(DataWords.__dataclass_fields__)),
+    ("Options that commands share", frozenset(ModelWords.__dataclass_fields__)),
+)
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help tells what it alone can do first."""
+
+    def options_shown(self, ctx: Any) -> Iterator[tuple[Any, str]]:
+        """Its options, in order, and what there is to add to the help of each."""
+        yield from ((param, "") for param in self.get_params(ctx))
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the help of arguments and options."""
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        groups |= {title: [] for title, _ in _SHARED}
+        for param, note in self.options_shown(ctx):
+            if (record := param.get_help_record(ctx)) is not None:
+                groups[_heading(param)].append((record[0], record[1] + note))
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def _heading(param: Any) -> str:
+    if param.param_type_name == "argument":
+        return "Arguments"
+    return next((title for title, names in _SHARED if param.name in names), "Options")
+
+
+class PassCommand(GroupedCommand):
     """A command named after a pass, with the fields of the pass as options; they are read when it is used."""
 
     _generated: tuple[Any, ...] = ()
@@ -51,8 +85,19 @@ class PassCommand(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         if not self._generated:
             self._generated = tuple(_pass_params(str(self.name)))
-            self.params = [*self.params, *self._generated]
+            self.params = [*self._generated, *self.params]
         return super().get_params(ctx)
+
+    def options_shown(self, ctx: Any) -> Iterator[tuple[Any, str]]:
+        """All but those of images where data only serves to check; data that cannot be left out is marked."""
+        from onnxslim import passes
+
+        cls = passes.get(str(self.name))
+        fitted = not (cls.lossless or cls.prepares)
+        for param, note in super().options_shown(ctx):
+            if fitted or not param.name.startswith("image_"):
+                required = param.name == "data" and _needs_data(str(self.name))
+                yield param, "  [required unless other options do without]" if required else note
 
     def invoke(self, ctx: Any) -> Any:
         given = {param.name: ctx.params.pop(param.name) for param in self._generated}
@@ -67,7 +112,7 @@ class SlimCommand(PassCommand):
         return super().parse_args(ctx, list(_one_by_one(args)))
 
 
-class RunCommand(TyperCommand):
+class RunCommand(GroupedCommand):
     """A recipe may come first, before the model: `onnxslim run recipe.yaml in.onnx out.onnx`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -76,6 +121,16 @@ class RunCommand(TyperCommand):
                 args = [*args[:index], "--recipe", *args[index:]]
                 break
         return super().parse_args(ctx, args)
+
+
+def _needs_data(name: str) -> bool:
+    """Whether a pass cannot do without data, unless its options say otherwise."""
+    from onnxslim import passes
+
+    try:
+        return passes.create(name, {}).needs_data
+    except UsageError:  # it needs options
+        return False
 
 
 def _one_by_one(words: Sequence[str]) -> Iterator[str]:
@@ -100,7 +155,8 @@ def _pass_params(name: str) -> list[Any]:
     parameters = []
     for option in passes.options_of(passes.get(name)):
         kind: Any = bool if option.flag else list[str] if option.many else str
-        shown = "" if option.default in ("", "none") else f" [default: {option.default}]"
+        shown = "" if option.default == "none" else f" [default: {option.default}]"
+        shown = shown if option.default else "  [required]"
         word = typer.Option(metavar=None if option.flag else option.type, help=option.help + shown)
         parameters.append(
             inspect.Parameter(
