@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 
+from onnxslim import shapes
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.feeds import batch_samples
 from onnxslim.calibration.noise import Noise, noise_of
@@ -55,8 +56,14 @@ FAILED = Score(-math.inf, math.inf, {}, None)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A slice of an output along one axis."""
+class OutputPart:
+    """An output, or a slice of it along one axis.
+
+    Attributes:
+        name: what reports call it.
+        output: the output.
+        axis, start, stop: the slice; all of the output where there is no stop.
+    """
 
     name: str
     output: str
@@ -64,9 +71,10 @@ class _Part:
     start: int = 0
     stop: int | None = None
 
-    def of(self, values: Mapping[str, Array]) -> Array:
+    def of(self, values: Mapping[str, Any]) -> Any:
+        """Its values: an array, or whatever else an output is that has no parts."""
         array = values[self.output]
-        if not array.ndim:
+        if self.stop is None:
             return array
         index = [slice(None)] * array.ndim
         index[self.axis] = slice(self.start, self.stop)
@@ -118,9 +126,14 @@ class Judge:
             self._size += sum(array.nbytes for array in (*feeds.values(), *found.values()))
             samples -= batch_samples(feeds)
 
-    def _looked_at(self) -> list[_Part]:
+    @property
+    def seen(self) -> int:
+        """Samples that the original was run on so far."""
+        return sum(map(batch_samples, self._feeds))
+
+    def _looked_at(self) -> list[OutputPart]:
         """All parts in floating point; of models that have none, all."""
-        parts = [part for tensor in self._model.graph.outputs for part in _parts_of(tensor)]
+        parts = list(chain.from_iterable(parts_of(self._model).values()))
         first = self._expected[0] if self._expected else {}
         floats = [part for part in parts if part.output in first and first[part.output].dtype.kind == "f"]
         return floats or parts
@@ -214,12 +227,24 @@ def _decisions(expected: Mapping[str, Array], found: Mapping[str, Array]) -> Ite
             yield from (array.argmax(1) == found[name].argmax(1)).tolist()
 
 
-def _parts_of(output: Tensor) -> list[_Part]:
-    """An output, or what a Concat puts together in it: boxes and scores have little in common.
+def parts_of(model: Model) -> dict[str, list[OutputPart]]:
+    """For each output by name, the parts that a Concat puts together in it; one, if there is none.
 
-    One error for both would hide what the smaller one loses.
+    Boxes and scores have little in common: one error for both would hide what the smaller one loses. Widths
+    that the model does not state are inferred.
     """
-    whole = [_Part(output.name, output.name)]
+    joined = {tensor.name: _joined(tensor) for tensor in model.graph.outputs}
+    if any(each is not None and None in each[1] for each in joined.values()):
+        model = model.copy()
+        shapes.infer(model)
+        joined = {tensor.name: _joined(tensor) for tensor in model.graph.outputs}
+    return {
+        name: (each and _pieces(name, *each)) or [OutputPart(name, name)] for name, each in joined.items()
+    }
+
+
+def _joined(output: Tensor) -> tuple[int, list[Dim]] | None:
+    """Along which axis of an output a Concat joins parts, and how wide these are; None if none does."""
     where = list(range(len(output.shape or ())))  # for each axis of a tensor, the one of the output
     maker = producer(output)
     while maker is not None and (maker.op == "Transpose" or has(maker, Trait.COPIES)):
@@ -228,18 +253,17 @@ def _parts_of(output: Tensor) -> list[_Part]:
             where = [where[list(perm).index(axis)] for axis in range(len(where))]
         maker = producer(maker.inputs[0])
     if maker is None or maker.op != "Concat" or not where:
-        return whole
+        return None
     axis = maker.attrs["axis"] % len(where)
-    widths = [tensor.shape[axis] if tensor.shape else None for tensor in maker.inputs]
-    return _pieces(output.name, where[axis], widths) or whole
+    return where[axis], [tensor.shape[axis] if tensor.shape else None for tensor in maker.inputs]
 
 
-def _pieces(output: str, axis: int, widths: Sequence[Dim]) -> list[_Part]:
+def _pieces(output: str, axis: int, widths: Sequence[Dim]) -> list[OutputPart]:
     """Slices of these widths; none if one is not known."""
     known = [width for width in widths if isinstance(width, int)]
     ends = np.cumsum([0, *known]).tolist() if len(known) == len(widths) else []
     return [
-        _Part(f"{output}[{start}:{stop}]", output, axis, start, stop)
+        OutputPart(f"{output}[{start}:{stop}]", output, axis, start, stop)
         for start, stop in pairwise(ends)
         if stop > start
     ]

@@ -234,8 +234,8 @@ def _warn_of_doubtful_results(report: Report, quiet: bool) -> None:
             terminal.log(f"warning: pass {step.description} {line}")
         elif line:
             terminal.note(f"pass {step.description} {line}", quiet)
-    for doubt in report.doubts:
-        terminal.log(f"warning: {doubt}")
+    for warning in report.warnings:
+        terminal.log(f"warning: {warning}")
 
 
 def warn_of_made_up_inputs(verdict: Verdict) -> None:

@@ -16,8 +16,9 @@ from onnxslim.calibration.doubts import doubts
 from onnxslim.calibration.samples import Samples
 from onnxslim.engine.base import Changes, Context, Log, Pass, Progress
 from onnxslim.engine.check import Checker, require_interface
+from onnxslim.engine.judging import Kept, OutputJudge
 from onnxslim.errors import InvalidGraph, LoadError, OnnxSlimError, PassError, UsageError
-from onnxslim.formats import plain
+from onnxslim.formats import plain, size
 from onnxslim.ir.model import Model, Source, Stats, load
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
@@ -35,6 +36,8 @@ class Step:
         macs_before, macs_after: multiply-accumulates of one sample of the size that was checked; None if a
             shape is unknown, or if they were not counted.
         error: why the step, or a part of it, was reverted; empty if all of it was kept.
+        kept: what the outputs are worth after a step that is not lossless, and those before it; None after
+            others, and where neither data nor made-up inputs run.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Step:
     macs_after: int | None
     changes: Changes
     error: str = ""
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,18 @@ class Report:
         notes = dict.fromkeys((*self.notes, *later.notes))
         doubts = dict.fromkeys((*self.doubts, *later.doubts))
         return Report((*self.steps, *later.steps), tuple(notes), tuple(doubts))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What somebody should know before the result is used: doubts, what hardly works, what grew."""
+        kept = next((step.kept for step in reversed(self.steps) if step.kept is not None), None)
+        little = (f"the result {kept}: hardly the same model",) if kept is not None and kept.little else ()
+        return (*self.doubts, *little, *self._growth())
+
+    def _growth(self) -> Iterator[str]:
+        if self.steps and self.steps[-1].after.bytes > self.steps[0].before.bytes:
+            before, after = (size(each.bytes) for each in (self.steps[0].before, self.steps[-1].after))
+            yield f"the result is larger than what came in: {after} for {before}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: NaN is None, infinities are the strings "inf" and "-inf"."""
@@ -185,16 +201,28 @@ class Pipeline:
             else:
                 outcome, changes, error = self._attempt(each, model, ground, steps)
             seconds = time.perf_counter() - start
-            before, macs_before = stats, macs
+            before, macs_before, kept = stats, macs, None
             if outcome is not model:
                 stats, macs = outcome.stats(), ground.macs(outcome) if ground and not each.prepares else None
+                kept = None if ground is None or each.lossless or each.prepares else ground.judge(outcome)
                 if each.prepares or each.interface:
                     ground = None
                 elif ground is not None and not each.lossless:
                     ground.checker.accept(outcome)
                 model = outcome
             steps.append(
-                Step(each.name, each.describe(), seconds, before, stats, macs_before, macs, changes, error)
+                Step(
+                    each.name,
+                    each.describe(),
+                    seconds,
+                    before,
+                    stats,
+                    macs_before,
+                    macs,
+                    changes,
+                    error,
+                    kept,
+                )
             )
             _announce(ctx, each, 1)
         return Result(model, Report(tuple(steps), tuple(dict.fromkeys(notes)), self._doubts(ctx.data)))
@@ -256,6 +284,7 @@ class _Ground:
         self.checker = Checker(model, ctx.target, first, notes, specs)
         feeds = self.checker.feeds
         self.ctx = replace(ctx, sample=feeds[-1] if feeds else None)
+        self.judge = OutputJudge(model, self.ctx, feeds)
         fed = {name: array.shape for name, array in feeds[0].items()} if feeds else {}
         self._shapes = one_sample(declared, specs, fed)
         self._count = count

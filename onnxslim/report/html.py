@@ -31,7 +31,7 @@ from onnxslim.validation.verdict import OutputRow, Verdict
 from onnxslim.version import version
 
 # Of the JSON document; raised when a key changes its meaning or goes away.
-SCHEMA = 2
+SCHEMA = 3
 BAR = 430.0
 MIN_BAR = 1.0
 # Where bars of layers end: more than that is nearly exact in float32.
@@ -200,7 +200,7 @@ def _view(shown: Document) -> Iterator[tuple[str, Any]]:
     yield "version", shown.version
     yield "origin", [f"{key.removeprefix('onnxslim.')} {value}" for key, value in _origin(shown.metadata)]
     yield "summary", list(_summary(shown))
-    notes = (*shown.report.notes, *shown.report.doubts, *(verdict.notes if verdict else ()))
+    notes = (*shown.report.warnings, *shown.report.notes, *(verdict.notes if verdict else ()))
     yield "notes", list(dict.fromkeys(notes))
     yield "providers", list(_providers(verdict)) if verdict else []
     yield "steps", [_step(step) for step in shown.report.steps]
@@ -280,7 +280,7 @@ def _step(step: Step) -> dict[str, Any]:
         ),
         "outcome": outcome(step),
         "failed": bool(step.error),
-        "done": done + figure_lines(step.changes.figures),
+        "done": done + ([str(step.kept)] if step.kept else []) + figure_lines(step.changes.figures),
         "skipped": [
             {"reason": reason, "count": len(nodes), "names": _listed(nodes)}
             for reason, nodes in sorted(skipped.items(), key=lambda item: -len(item[1]))

@@ -62,6 +62,7 @@ def show(console: Console, shown: Report | Verdict) -> None:
 
 def show_report(console: Console, report: Report) -> None:
     """Print a report."""
+    lines(console, (f"warning: {warning}" for warning in report.warnings))
     grid = table("pass", "seconds", "nodes", "parameters", "bytes", "MACs")
     for step in report.steps:
         grid.add_row(*_step_cells(step))
@@ -69,7 +70,7 @@ def show_report(console: Console, report: Report) -> None:
         console.print(grid)
     for step in report.steps:
         lines(console, _details(step))
-    lines(console, (f"note: {note}" for note in (*report.notes, *report.doubts)))
+    lines(console, (f"note: {note}" for note in report.notes))
 
 
 def show_verdict(console: Console, verdict: Verdict) -> None:
@@ -247,6 +248,7 @@ def _details(step: Step) -> Iterator[str]:
     happened = outcome(step)
     lines = [
         *([f"  {happened}"] if happened else []),
+        *([f"  {step.kept}"] if step.kept is not None else []),
         *_limited(grouped_changes(step.changes.changed)),
         *_limited(_skips(step.changes.skipped)),
         *(f"  {line}" for line in figure_lines(step.changes.figures)),

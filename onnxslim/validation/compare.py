@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.fidelity import OutputPart, parts_of
 from onnxslim.calibration.noise import Noise
 from onnxslim.engine import check
 from onnxslim.engine.base import Progress, Shapes
 from onnxslim.errors import CalibrationError, LoadError, UsageError, ValidationError
+from onnxslim.formats import percent
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import InputSpec, Model, Source, load
 from onnxslim.runtime.metric import Metric, measure
@@ -37,6 +39,10 @@ T = TypeVar("T")
 BLOCK = 1 << 20
 # A median that much above the fastest call means threads that wait for each other and not for the model.
 UNSTEADY = 1.5
+# How far an original gets from what guessing gives to always right, if it does not see what it was trained
+# on: images of another scale or order of channels give that. Of fewer samples nothing is said.
+NEAR_CHANCE = 0.1
+SAYING = 20
 
 
 def validate(
@@ -91,6 +97,7 @@ def validate(
     opening = runners[0].opening
     timed = [runner.time(rounds, seconds) for runner in runners]
     notes = [text for runner in runners for text in (*runner.notes, *runner.strays(chosen[0]))]
+    notes += runners[0].guesses()
     if made_up:
         notes.insert(0, "inputs are made up: pass data to learn anything about real ones")
     shapes = one_sample(declared, specs, {name: array.shape for name, array in opening.items()})
@@ -205,10 +212,11 @@ class _Runner:
         self.sessions = (Session(first, target), _second(lambda: Session(second, target)))
         self.notes: list[str] = []
         self.opening: Feeds = {}
-        self._rows = {name: _Row(name) for name in self.sessions[0].output_names}
-        self._drift = {name: _Row(name) for name in self.sessions[0].output_names}
+        self._parts = list(_outputs_and_parts(first))
+        self._rows, self._drift = ([_Row.of(part) for part in self._parts] for _ in range(2))
         self._samples = 0
         self._correct = [0, 0]
+        self._classes = 0
         self._metric = metric
         self._labelled = self._compared = False
 
@@ -224,14 +232,14 @@ class _Runner:
             self.opening = feeds
             self._note_randomness(feeds, original)
             self._place(feeds, taken)
-        for name, row in self._rows.items():
-            row.update(original[name], result[name])
+        for part, row in zip(self._parts, self._rows, strict=True):
+            row.update(part.of(original), part.of(result))
         if reference is not None:
             self._compared = True
-            for name, row in self._drift.items():
-                row.update(reference[name], original[name])
-                if problem := check.difference(reference[name], original[name]):
-                    self._strays.setdefault(name, problem)
+            for part, row in zip(self._parts, self._drift, strict=True):
+                row.update(part.of(reference), part.of(original))
+                if problem := check.difference(part.of(reference), part.of(original)):
+                    self._strays.setdefault(part.name, problem)
         self._samples += size
         if labels is not None:
             self._score(labels, (original, result))
@@ -276,7 +284,19 @@ class _Runner:
             raise CalibrationError(
                 f"output '{name}' has {len(values[name])} rows for a batch of {len(labels)} samples"
             )
+        self._classes = values[name].shape[1]
         return int((values[name].argmax(axis=1) == labels).sum())
+
+    def guesses(self) -> Iterator[str]:
+        """A note if the original is right hardly more often than somebody who guesses."""
+        if self._classes and self._samples >= SAYING:
+            right, chance = self._correct[0] / self._samples, 1 / self._classes
+            if right < chance + NEAR_CHANCE * (1 - chance):
+                yield (
+                    f"the first model itself is right in {percent(right)} of the samples, where guessing "
+                    f"among {self._classes} classes is in {percent(chance)}: look at how inputs are prepared "
+                    "(scale, mean, order of channels) and at the labels"
+                )
 
     def _measured(self) -> BeforeAfter | None:
         metric, (first, second) = self._metric, self._models
@@ -287,7 +307,7 @@ class _Runner:
 
     def classifier(self) -> str | None:
         """The first output of shape (batch, classes)."""
-        return next((name for name, row in self._rows.items() if row.classifies), None)
+        return next((row.name for row in self._rows if row.classifies), None)
 
     def time(self, rounds: int, seconds: float) -> tuple[tuple[Latency, Latency] | None, float | None]:
         """Latency of both models on the first batch, and the ratio of the second to the first."""
@@ -305,14 +325,21 @@ class _Runner:
         """Everything measured here."""
         return ProviderVerdict(
             target=self.target.name,
-            outputs=tuple(row.result() for row in self._rows.values()),
-            original=tuple(row.result() for row in self._drift.values()) if self._compared else (),
+            outputs=tuple(row.result() for row in self._rows),
+            original=tuple(row.result() for row in self._drift) if self._compared else (),
             accuracy=BeforeAfter(*(n / self._samples for n in self._correct)) if self._labelled else None,
             metric=self._measured(),
             latency=latency,
             ratio=ratio,
             placed=self._placed,
         )
+
+
+def _outputs_and_parts(model: Model) -> Iterator[OutputPart]:
+    """Every output, and after it the parts that a Concat puts together: boxes, and scores of classes."""
+    for name, parts in parts_of(model).items():
+        yield OutputPart(name, name)
+        yield from parts if len(parts) > 1 else ()
 
 
 def _first(session: Session, feeds: Feeds) -> check.Outputs:
@@ -355,6 +382,11 @@ class _Row:
     floating: bool = True
     classifies: bool = True
     problems: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, part: OutputPart) -> _Row:
+        """For an output, or for a part of one, which says nothing of classes."""
+        return cls(part.name, classifies=part.stop is None)
 
     def update(self, reference: Any, actual: Any) -> None:
         """Take in one batch of this output."""

@@ -24,7 +24,7 @@ from onnxslim.runtime.metric import Metric, Run
 from onnxslim.runtime.targets import Target
 from onnxslim.validation.compare import validate
 from onnxslim.validation.verdict import OutputRow, Verdict
-from tests.helpers import parse
+from tests.helpers import normal, parse
 
 CPU = (Target.cpu(),)
 
@@ -366,3 +366,29 @@ def test_verdicts_are_plain_data() -> None:
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["providers"][0]["outputs"][0]["sqnr"] == "inf"
     assert found["before"]["nodes"] == 1
+
+
+def test_parts_of_an_output_have_rows_and_limits_of_their_own() -> None:
+    """Boxes and scores in one output: the larger numbers do not hide what the smaller ones lose."""
+    text = "g (float[N,4] x) => (float[N,8] y) { s = Mul(x, a) b = Mul(x, c) y = Concat<axis=1>(b, s) }"
+    first, second = (
+        parse(text, {"a": np.float32(scale) * np.ones(1, np.float32), "c": np.full(1, 1000, np.float32)})
+        for scale in (1.0, 1.1)
+    )
+    verdict = compare(first, second, batches(X))
+    rows = {row.name: row for row in verdict.providers[0].outputs}
+    assert list(rows) == ["y", "y[0:4]", "y[4:8]"]
+    assert (rows["y"].sqnr or 0) > 70
+    assert rows["y[4:8]"].sqnr == pytest.approx(20, abs=0.1)
+    assert rows["y[4:8]"].top1 is None
+    with pytest.raises(ValidationError, match=r"output 'y\[4:8\]' has SQNR 20 dB"):
+        verdict.require(sqnr=30)
+
+
+@pytest.mark.parametrize(("right", "told"), [(0.1, True), (0.5, False)])
+def test_an_original_that_only_guesses_is_told_of(right: float, told: bool) -> None:
+    model = parse("g (float[N,10] x) => (float[N,10] y) { y = Identity(x) }")
+    x = normal(100, 10)
+    labels = (x.argmax(1) + (np.arange(100) >= 100 * right)) % 10
+    verdict = validate(model, model, [{"x": x}], [Target.cpu()], labels=labels, rounds=0)
+    assert [("guessing among 10 classes" in note) for note in verdict.notes] == [True] * told

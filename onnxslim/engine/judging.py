@@ -1,0 +1,100 @@
+"""What a lossy pass left of the outputs, on samples that no pass had to do with where there are such."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.fidelity import Judge
+from onnxslim.calibration.samples import SAMPLES
+from onnxslim.engine.base import Context
+from onnxslim.errors import LoadError
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
+
+# Whose samples they are: held out of everything, fitted on or chosen by, or made up.
+Whose: TypeAlias = Literal["held out", "fitted on", "made up"]
+# Less is hardly the same model any more: noise a third as large as what the outputs say, in dB, or another
+# decision every other time. Below, people are told in the first line.
+LEAST_SQNR = 10.0
+LEAST_AGREEMENT = 0.5
+_WHOSE: Mapping[Whose, str] = {
+    "held out": "held out",
+    "fitted on": "that passes were fitted on, too few to hold some out",
+    "made up": "that are made up: give data to learn anything about real ones",
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What outputs keep of the original's.
+
+    Attributes:
+        sqnr: signal to noise of the part of the outputs that lost most, in dB; infinite if nothing changed.
+        parts: the same by output, or by part of an output that a Concat puts together.
+        agreement: share of samples whose largest element is where it was, of outputs (batch, classes); None
+            if there are none.
+        samples: how many were looked at.
+        whose: what they are.
+    """
+
+    sqnr: float
+    parts: Mapping[str, float]
+    agreement: float | None
+    samples: int
+    whose: Whose
+
+    @property
+    def little(self) -> bool:
+        """Whether hardly anything is left."""
+        return self.sqnr < LEAST_SQNR or (self.agreement is not None and self.agreement < LEAST_AGREEMENT)
+
+    def __str__(self) -> str:
+        if self.sqnr == math.inf:
+            told = "the outputs to the last bit"
+        else:
+            worst = min(self.parts, key=lambda name: self.parts[name], default="")
+            told = f"{self.sqnr:.1f} dB" + (f" of '{worst}', its worst part" if len(self.parts) > 1 else "")
+        if self.agreement is not None:
+            told += f", and the same largest output in {100 * self.agreement:.1f} %"
+        return f"keeps {told}, on {self.samples} samples {_WHOSE[self.whose]}"
+
+
+class OutputJudge:
+    """Compares what passes made with the model they started from.
+
+    Args:
+        model: that one.
+        ctx: with the data, if there is any.
+        feeds: made-up inputs, for models without.
+    """
+
+    def __init__(self, model: Model, ctx: Context, feeds: Sequence[Mapping[str, Array]]) -> None:
+        self._model, self._ctx, self._feeds = model, ctx, feeds
+        self._judge: Judge | None = None
+
+    def __call__(self, model: Model) -> Kept | None:
+        """What another model keeps of its outputs; None where one of the two does not run."""
+        data, whose = self._data()
+        try:
+            if self._judge is None:
+                self._judge = Judge(self._model, data, self._ctx.target, SAMPLES)
+            score = self._judge(model)
+        except LoadError:
+            return None
+        if not self._judge.seen:
+            return None
+        # What a classifier decides on noise says nothing.
+        agreement = None if whose == "made up" else score.agreement
+        return Kept(score.sqnr, score.parts, agreement, self._judge.seen, whose)
+
+    def _data(self) -> tuple[CalibrationData, Whose]:
+        samples = self._ctx.data
+        if samples is None:
+            return CalibrationData(list(self._feeds)), "made up"
+        if samples.held is None:
+            return samples.seen, "fitted on"
+        return samples.held, "held out"
