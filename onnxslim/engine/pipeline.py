@@ -89,7 +89,7 @@ class Report:
     def warnings(self) -> tuple[str, ...]:
         """What somebody should know before the result is used: doubts, what hardly works, what grew."""
         kept = next((step.kept for step in reversed(self.steps) if step.kept is not None), None)
-        little = (f"the result {kept}: hardly the same model",) if kept is not None and kept.little else ()
+        little = (f"hardly the same model: the result {kept}",) if kept is not None and kept.little else ()
         return (*self.doubts, *little, *self._growth())
 
     def _growth(self) -> Iterator[str]:

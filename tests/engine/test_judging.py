@@ -98,7 +98,7 @@ def test_parts_of_outputs_are_told_apart() -> None:
 def test_what_hardly_works_is_told_first(by: float, warned: bool) -> None:
     report = Pipeline(Disturb(by))(model(), data={"x": X}).report
     assert [("hardly the same model" in warning) for warning in report.warnings] == [True] * warned
-    assert str(report).startswith("warning: the result keeps") is warned
+    assert str(report).startswith("warning: hardly the same model: the result keeps") is warned
 
 
 @pytest.mark.parametrize(
