@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from onnxslim.cli import terminal
 from onnxslim.cli.words import DataWords, ModelWords, limits
 from onnxslim.errors import OnnxSlimError, SaveError, UsageError
+from onnxslim.runtime import isolated
 
 if TYPE_CHECKING:
     from onnxslim.compat.slim import Request
@@ -48,6 +49,7 @@ def process(
     """
     _warn_of_rivals()
     _require_places(job, recipe, save_plan)
+    isolated.start()
     wanted = _recipe(job, words, chain, recipe, trust)
     _require_keepable(job, wanted, asked)
     for note in asked.notes if asked else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from onnxslim.ir.graph import MASK_MAGNITUDE, Array, Constant, Node
 from onnxslim.ir.model import InputSpec, Model
 from onnxslim.ops import Trait, has, spec_of
 from onnxslim.ops.spec import sizes as spec_sizes
+from onnxslim.runtime.limits import RunLimits
 from onnxslim.runtime.probe import Feeds, Run, probes
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
@@ -34,6 +36,10 @@ MAX_CHECKED_BYTES = 1 << 16
 
 # A model with a larger tensor is not run to check it.
 MAX_TENSOR_BYTES = 2 << 30
+# A rewritten model may take so many times what the original took to be opened and run, and that long anyway:
+# what is far slower is for measurements to say, here it is about runs that do not end.
+TIME_FACTOR = 20.0
+LEAST_SECONDS = 60.0
 
 Outputs = dict[str, Any]
 
@@ -68,13 +74,23 @@ class Checker:
         self._model = model
         self.notes: list[str] = [] if notes is None else notes
         self._wellformed = self._noted("the input fails onnx.checker", lambda: wellformed(model))
-        session = self._noted("the input does not run", lambda: _affordable(model, target))
+        self._limits: RunLimits | None = None  # nothing says what the original may take
+        start = time.perf_counter()
+        session = self._noted("the input does not run", lambda: self._affordable(model))
         self._samples = samples
         self._runs = session is not None
         self._take(probes(model, session, samples, specs) if session else [])
+        self._limits = limits_after(time.perf_counter() - start, model)
         # Where no operator draws numbers or runs graphs, that is looked up only if a result differs.
         pure = all(spec_of(node).pure for node in model.nodes()) and not model.shell.functions
         self._random = None if pure else self._unstable(session) if session else set()
+
+    def _affordable(self, model: Model) -> Session:
+        require_affordable(model)
+        return self._open(model)
+
+    def _open(self, model: Model, optimize: str = "all") -> Session:
+        return Session(model, self._target, optimize=optimize, once=True, limits=self._limits)
 
     def _take(self, runs: Sequence[Run]) -> None:
         """Compare on these inputs from here on."""
@@ -92,7 +108,7 @@ class Checker:
         make one to [1, -1, 8], which takes any batch. No rewrite has to keep that.
         """
         try:
-            session = Session(self._model, self._target, optimize="none", once=True)
+            session = self._open(self._model, "none")
         except LoadError:
             return False
         runs = probes(self._model, session, self._samples, self._specs)
@@ -106,7 +122,7 @@ class Checker:
         """Take a model that lossily differs from the original for what later lossless steps have to keep."""
         self._model = model
         if self._runs:
-            session = Session(model, self._target, once=True)
+            session = self._open(model)
             self._expected = [session.run(feeds) for feeds in self.feeds]
 
     def _noted(self, what: str, attempt: Any) -> Any:
@@ -130,7 +146,7 @@ class Checker:
     def _is_random(self, name: str) -> bool:
         """Whether an output of the original is not the same in every run."""
         if self._random is None:
-            self._random = self._unstable(Session(self._model, self._target, once=True))
+            self._random = self._unstable(self._open(self._model))
         return name in self._random
 
     def __call__(
@@ -159,7 +175,7 @@ class Checker:
             self._compare(model, lossless, changing)
 
     def _compare(self, model: Model, lossless: bool, changing: Collection[InterfacePart]) -> None:
-        session = Session(model, self._target, once=True)
+        session = self._open(model)
         for feeds, expected in zip(self.feeds, self._expected, strict=True):
             if {"inputs", "types"} & set(changing):
                 continue  # there is nothing to feed
@@ -195,13 +211,11 @@ class Checker:
         do when its inputs move by as much as rounding may (a backward error; Higham, Accuracy and Stability
         of Numerical Algorithms, chapter 1).
         """
-        moved = Session(self._model, self._target, once=True).run(_nudged(feeds))
+        moved = self._open(self._model).run(_nudged(feeds))
         problem = self._problem(expected, actual, True, OPTIMIZER_FACTOR, moved)
         if problem:
             return problem
-        first, second = (
-            Session(each, self._target, optimize="none", once=True) for each in (self._model, model)
-        )
+        first, second = (self._open(each, "none") for each in (self._model, model))
         return self._problem(first.run(feeds), second.run(feeds), True, moved=first.run(_nudged(feeds)))
 
     def _problem(
@@ -225,9 +239,15 @@ def _shapes(feeds: Feeds) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in feeds.items()}
 
 
-def _affordable(model: Model, target: Target) -> Session:
-    require_affordable(model)
-    return Session(model, target, once=True)
+def limits_after(seconds: float, model: Model) -> RunLimits:
+    """What opening a rewritten model, or a run of it, may take.
+
+    Args:
+        seconds: what the original took to be opened and run.
+        model: the original.
+    """
+    most = max(LEAST_SECONDS, TIME_FACTOR * seconds)
+    return RunLimits(most, 2 * (MAX_TENSOR_BYTES + model.nbytes()))
 
 
 def _is_constant(node: Node) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, Protocol, TypeAlias
 
 import onnx
 
-from onnxslim.errors import one_line
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.runtime.limits import RunLimits
@@ -27,6 +25,7 @@ class Opening:
     optimized: Path | None = None
     profile: Path | None = None
     once: bool = False
+    limits: RunLimits | None = None
 
 
 class Loaded(Protocol):
@@ -76,10 +75,3 @@ class Backend(Protocol):
             LoadError: the model is refused; says by whom and why.
             TargetError: the provider of the target is not there, or not what is used.
         """
-
-
-def message(error: Exception) -> str:
-    """ONNX Runtime's message without its prefixes and source locations, which it nests."""
-    text = one_line(error).split("Status Message: ")[-1]
-    text = text.rpartition("[ONNXRuntimeError] : ")[-1]
-    return re.sub(r"^(\d+ : \w+ : )?/\S+:\d+ .*?\) ", r"\1", text)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from onnxslim.errors import LoadError
 
@@ -36,19 +38,27 @@ class Watchdog:
     Args:
         limits: of what happens meanwhile.
         stop: called once from the thread when a limit is exceeded; has to end what happens.
+        peak: most memory so far, in bytes, of what is watched; this process by default.
+        every: seconds from one look to the next.
 
     Attributes:
         exceeded: the limit that was, in words; empty if none was.
     """
 
-    def __init__(self, limits: RunLimits, stop: Callable[[], None]) -> None:
-        self._limits, self._stop = limits, stop
+    def __init__(
+        self,
+        limits: RunLimits,
+        stop: Callable[[], None],
+        peak: Callable[[], int] | None = None,
+        every: float = POLL_SECONDS,
+    ) -> None:
+        self._limits, self._stop, self._peak, self._every = limits, stop, peak or _peak, every
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self.exceeded = ""
 
     def __enter__(self) -> Watchdog:
-        self._end, self._most = time.monotonic() + self._limits.seconds, _peak() + self._limits.bytes
+        self._end, self._most = time.monotonic() + self._limits.seconds, self._peak() + self._limits.bytes
         self._thread.start()
         return self
 
@@ -57,10 +67,10 @@ class Watchdog:
         self._thread.join()
 
     def _look(self) -> None:
-        while not self._done.wait(POLL_SECONDS):
+        while not self._done.wait(self._every):
             if time.monotonic() > self._end:
                 self.exceeded = f"{self._limits.seconds:g} seconds"
-            elif _peak() > self._most:
+            elif self._peak() > self._most:
                 self.exceeded = f"{self._limits.bytes} bytes"
             if self.exceeded:
                 self._stop()
@@ -75,3 +85,13 @@ def _peak() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_of(process: int) -> int:
+    """Most memory another process has had at a time, in bytes; 0 but on Linux, which alone tells."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return 0
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0

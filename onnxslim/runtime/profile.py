@@ -17,8 +17,9 @@ from onnxslim.errors import LoadError, TargetError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.runtime.backend import Loadable
+from onnxslim.runtime.native import CPU
 from onnxslim.runtime.session import BACKENDS, Session
-from onnxslim.runtime.targets import CPU, REGISTRY, Target
+from onnxslim.runtime.targets import REGISTRY, Target
 
 
 def placement(model: Loadable, target: Target, feeds: Mapping[str, Array]) -> dict[str, int]:

@@ -14,8 +14,9 @@ import onnx.version_converter
 from onnxslim.errors import LoadError, TargetError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import load
-from onnxslim.runtime.backend import Loadable, Opening, message
+from onnxslim.runtime.backend import Loadable, Opening
 from onnxslim.runtime.limits import RunLimits
+from onnxslim.runtime.native import message
 from onnxslim.runtime.targets import Target
 
 MATCHES = ("QuantizeLinear", "DequantizeLinear")

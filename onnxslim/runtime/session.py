@@ -26,10 +26,13 @@ class Session:
         optimized: if given, ONNX Runtime writes the graph it runs to this file.
         profile: if given, ONNX Runtime writes what ran where to a file in this folder; see
             `onnxslim.runtime.profile.placement`.
-        once: whether it is for a run or two, for which large weights are not copied into another layout.
+        once: whether it is for a run or two. Large weights are not copied into another layout for these, and
+            ONNX Runtime runs in a process of its own: if it crashes there, that is a LoadError.
+        limits: what opening the model may take, and each run that is given no others, if it is opened `once`.
 
     Raises:
         LoadError: the model is refused; carries ONNX Runtime's message.
+        LimitExceeded: opening it took more than it may.
         TargetError: the provider is not there, or was silently replaced by another.
     """
 
@@ -42,10 +45,12 @@ class Session:
         optimized: Path | None = None,
         profile: Path | None = None,
         once: bool = False,
+        limits: RunLimits | None = None,
     ) -> None:
         self.target = target or Target.cpu()
         self.backend = BACKENDS[self.target.backend]
-        self._loaded = self.backend.open(model, self.target, Opening(optimize, optimized, profile, once))
+        how = Opening(optimize, optimized, profile, once, limits)
+        self._loaded = self.backend.open(model, self.target, how)
         self.input_names, self.output_names = self._loaded.input_names, self._loaded.output_names
 
     def run(

@@ -8,8 +8,8 @@ from typing import Literal, TypeAlias
 
 from onnxslim.errors import TargetError
 from onnxslim.ops.layouts import LAYOUTS, IntegerLayout
+from onnxslim.runtime.native import CPU
 
-CPU = "CPUExecutionProvider"
 BackendName: TypeAlias = Literal["onnxruntime", "reference"]
 
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
-from onnxslim.runtime.ort import onnxruntime
+from onnxslim.runtime.native import CPU, onnxruntime
 from onnxslim.runtime.session import Session
-from onnxslim.runtime.targets import CPU, Target
+from onnxslim.runtime.targets import Target
 
 
 @dataclass(frozen=True)

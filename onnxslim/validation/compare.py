@@ -25,10 +25,11 @@ from onnxslim.formats import percent
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import InputSpec, Model, Source, load
 from onnxslim.runtime.metric import Metric, measure
+from onnxslim.runtime.native import CPU
 from onnxslim.runtime.probe import Feeds, probes
 from onnxslim.runtime.profile import available, may_stray, placement
 from onnxslim.runtime.session import Session
-from onnxslim.runtime.targets import CPU, Target
+from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import Latency, latencies
 from onnxslim.shapes import cost
 from onnxslim.shapes.given import InputShapes, one_sample, sized_by, with_sizes

@@ -31,7 +31,8 @@ from onnxslim.passes.quantize.strategy import Strategy
 from onnxslim.passes.quantize.trained import Trained, strip
 from onnxslim.passes.quantize.trial import Trial
 from onnxslim.passes.quantize.weight_only import WeightOnly, WeightOnlyBlocks
-from onnxslim.runtime.targets import CPU, Target, layouts
+from onnxslim.runtime.native import CPU
+from onnxslim.runtime.targets import Target, layouts
 
 __all__ = ["QuantizationPlan", "Quantize", "QuantizeFigures"]
 

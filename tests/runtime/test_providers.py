@@ -19,11 +19,11 @@ from onnxslim.ops.layouts import LAYOUTS
 from onnxslim.passes.quantize import Quantize
 from onnxslim.passes.slim import Slim
 from onnxslim.report.text import verdict_text
-from onnxslim.runtime import ort, profile, reference
-from onnxslim.runtime.ort import onnxruntime
+from onnxslim.runtime import native, ort, profile, reference
+from onnxslim.runtime.native import CPU, onnxruntime
 from onnxslim.runtime.profile import available, placement
 from onnxslim.runtime.session import Session
-from onnxslim.runtime.targets import CPU, REGISTRY, Target
+from onnxslim.runtime.targets import REGISTRY, Target
 from onnxslim.validation.compare import validate
 from onnxslim.validation.verdict import Verdict
 from tests.helpers import FASHION, NETS, parse
@@ -85,7 +85,7 @@ def test_a_provider_that_does_not_load_is_not_the_models_fault(monkeypatch: pyte
     def missing(*_: Any, **__: Any) -> Any:
         raise RuntimeError("/a/b.cc:1 void f(int) Please install TensorRT libraries")
 
-    monkeypatch.setattr(ort, "onnxruntime", lambda: Runtime(missing))
+    monkeypatch.setattr(native, "onnxruntime", lambda: Runtime(missing))
     with pytest.raises(TargetError, match=r"^Tensorrt.* cannot be used here: Please install TensorRT lib"):
         Session(parse(PRODUCT), Target.tensorrt())
     with pytest.raises(LoadError, match="refuses the model"):
@@ -104,7 +104,8 @@ def test_a_silent_fallback_is_refused(
         assert [name for name, _ in providers] == ["TensorrtExecutionProvider"]
         return onnxruntime().InferenceSession(source, options, providers=[CPU])
 
-    monkeypatch.setattr(ort, "onnxruntime", lambda: Runtime(elsewhere))
+    monkeypatch.setattr(native, "onnxruntime", lambda: Runtime(elsewhere))
+    monkeypatch.setenv("ONNXSLIM_ISOLATE", "0")  # workers have the real one
     refused = f"TensorrtExecutionProvider was asked for, but cannot be used here: .* fell back to {CPU}"
     with pytest.raises(TargetError, match=refused):
         Session(parse(PRODUCT), Target.tensorrt())
@@ -141,9 +142,9 @@ def test_a_new_provider_is_one_entry(
 
 
 def test_threads_reach_providers_that_do_not_go_by_the_session() -> None:
-    (told,) = ort._providers(Target.openvino().with_threads(3))
-    assert told == ("OpenVINOExecutionProvider", {"device_type": "CPU", "num_of_threads": "3"})
-    assert ort._providers(Target.openvino()) == [("OpenVINOExecutionProvider", {"device_type": "CPU"})]
+    told = ort._provider_options(Target.openvino().with_threads(3))
+    assert dict(told) == {"device_type": "CPU", "num_of_threads": "3"}
+    assert dict(ort._provider_options(Target.openvino())) == {"device_type": "CPU"}
 
 
 # ------------------------------------------------------------------------------------ the third judge

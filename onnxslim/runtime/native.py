@@ -1,0 +1,184 @@
+"""Sessions of ONNX Runtime from plain data; the only module that imports onnxruntime, when it is first used.
+
+A worker of `onnxslim.runtime.isolated` starts with this module: it imports nothing that takes long.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from onnxslim.errors import LoadError, TargetError, UsageError, one_line
+from onnxslim.runtime.limits import LimitExceeded, RunLimits, Watchdog
+
+CPU = "CPUExecutionProvider"
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """How ONNX Runtime is to open a model.
+
+    Attributes:
+        provider: its name of the execution provider, which must really be used.
+        provider_options: as text.
+        threads: threads per operator; 0 lets it choose.
+        libraries: files of custom operators to load.
+        optimize, optimized, profile: see `onnxslim.runtime.session.Session`.
+        prepack: whether weights may be copied into another layout.
+    """
+
+    provider: str = CPU
+    provider_options: tuple[tuple[str, str], ...] = ()
+    threads: int = 0
+    libraries: tuple[str, ...] = ()
+    optimize: str = "all"
+    optimized: Path | None = None
+    profile: Path | None = None
+    prepack: bool = True
+
+
+@functools.cache
+def onnxruntime() -> ModuleType:
+    """The onnxruntime package.
+
+    Raises:
+        TargetError: it is not installed; says which extra installs it.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise TargetError(
+            "onnxruntime is not installed; install one of: pip install 'onnx-slimkit[cpu]', "
+            "'onnx-slimkit[gpu]', 'onnx-slimkit[openvino]'"
+        ) from error
+    ort.set_default_logger_severity(4)
+    return ort  # type: ignore[no-any-return]
+
+
+class OrtModel:
+    """A model in a session of ONNX Runtime.
+
+    Args:
+        session: an `onnxruntime.InferenceSession`.
+    """
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.input_names = tuple(item.name for item in session.get_inputs())
+        self.output_names = tuple(item.name for item in session.get_outputs())
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, Any], limits: RunLimits | None) -> Sequence[Any]:
+        """See `onnxslim.runtime.backend.Loaded`."""
+        if limits is None:
+            return self._run(names, feeds)
+        options = onnxruntime().RunOptions()
+        watchdog = Watchdog(limits, lambda: setattr(options, "terminate", True))
+        try:
+            with watchdog:
+                return self._run(names, feeds, options)
+        except LoadError as error:
+            if watchdog.exceeded:
+                raise LimitExceeded(
+                    f"ONNX Runtime was stopped: the run took more than {watchdog.exceeded}"
+                ) from error
+            raise
+
+    def _run(self, names: Sequence[str], feeds: Mapping[str, Any], *options: Any) -> list[Any]:
+        try:
+            return list(self._session.run(list(names), dict(feeds), *options))
+        except Exception as error:  # onnxruntime raises a dozen unrelated types
+            raise LoadError(f"ONNX Runtime fails to run the model: {message(error)}") from error
+
+    def end_profile(self) -> Path:
+        """See `onnxslim.runtime.backend.Loaded`."""
+        return Path(self._session.end_profiling())
+
+
+def open_model(source: bytes | str, settings: SessionSettings) -> OrtModel:
+    """Open a model, given as bytes or as a path, in this process.
+
+    Raises:
+        LoadError: ONNX Runtime refuses the model; carries its message.
+        TargetError: the provider is not there, or not what is used.
+        UsageError: a library of custom operators cannot be loaded.
+    """
+    _require(settings.provider)
+    options = _options(settings)
+    providers = [(settings.provider, dict(settings.provider_options))]
+    try:
+        session = onnxruntime().InferenceSession(source, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
+        raise _refused(settings, source, error) from error
+    used = session.get_providers()[0]
+    if used != settings.provider:
+        raise TargetError(
+            f"{settings.provider} was asked for, but cannot be used here: ONNX Runtime fell back to {used}"
+        )
+    return OrtModel(session)
+
+
+def message(error: Exception) -> str:
+    """ONNX Runtime's message without its prefixes and source locations, which it nests."""
+    text = one_line(error).split("Status Message: ")[-1]
+    text = text.rpartition("[ONNXRuntimeError] : ")[-1]
+    return re.sub(r"^(\d+ : \w+ : )?/\S+:\d+ .*?\) ", r"\1", text)
+
+
+def _require(provider: str) -> None:
+    present = onnxruntime().get_available_providers()
+    if provider not in present:
+        raise TargetError(
+            f"{provider} is not available here; the installed onnxruntime has: {', '.join(present)}"
+        )
+
+
+def _refused(settings: SessionSettings, source: bytes | str, error: Exception) -> Exception:
+    """What a session that could not be opened means: the model is at fault if processors refuse it too."""
+    if settings.provider != CPU:
+        try:
+            options = _options(SessionSettings(optimize="none", prepack=False))
+            onnxruntime().InferenceSession(source, options, providers=[CPU])
+        except Exception:
+            pass
+        else:
+            return TargetError(f"{settings.provider} cannot be used here: {message(error)}")
+    return LoadError(f"ONNX Runtime refuses the model: {message(error)}")
+
+
+def _options(settings: SessionSettings) -> Any:
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = settings.threads
+    _register(options, settings.libraries)
+    options.graph_optimization_level = {
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+        "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    }[settings.optimize]
+    if not settings.prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if settings.optimized is not None:
+        options.optimized_model_filepath = str(settings.optimized)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", settings.optimized.name + ".data"
+        )
+    if settings.profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(settings.profile / "profile")
+    return options
+
+
+def _register(options: Any, libraries: Sequence[str]) -> None:
+    library = ""
+    try:
+        for library in libraries:
+            options.register_custom_ops_library(library)
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
+        raise UsageError(f"cannot load custom operators from '{library}': {message(error)}") from error
