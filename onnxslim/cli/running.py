@@ -225,17 +225,12 @@ def _warn_of_rivals() -> None:
 
 
 def _warn_of_doubtful_results(report: Report, quiet: bool) -> None:
-    from onnxslim.report.text import outcome
-
     for step in report.steps:
         for skip in step.changes.skipped:
             if skip.warning:
                 terminal.log(f"warning: pass {step.name}, '{skip.node}': {skip.reason}")
-        line = outcome(step)
-        if step.error:
-            terminal.log(f"warning: pass {step.description} {line}")
-        elif line:
-            terminal.note(f"pass {step.description} {line}", quiet)
+        if step.outcome and not step.error:
+            terminal.note(f"pass {step.description} {step.outcome}", quiet)
     for warning in report.warnings:
         terminal.log(f"warning: {warning}")
 

@@ -145,8 +145,11 @@ class ModelWords:
     ] = None
     metric: MetricName = None
     on_error: Annotated[
-        Literal["revert", "raise"] | None,
-        typer.Option(help="what to do with a pass that breaks the model [default: revert]"),
+        Literal["revert", "keep", "raise"] | None,
+        typer.Option(
+            help="what to do with a pass that breaks the model: leave it out, and fail if none is left that "
+            "did something; leave it out and save in any case; or stop [default: revert]"
+        ),
     ] = None
     target: Annotated[
         str | None,

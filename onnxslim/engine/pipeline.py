@@ -18,7 +18,7 @@ from onnxslim.engine.base import Changes, Context, Log, Pass, Progress
 from onnxslim.engine.check import Checker, require_interface
 from onnxslim.engine.judging import Kept, OutputJudge
 from onnxslim.errors import InvalidGraph, LoadError, OnnxSlimError, PassError, UsageError
-from onnxslim.formats import plain, size
+from onnxslim.formats import SHOWN_NAMES, plain, size
 from onnxslim.ir.model import Model, Source, Stats, load
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
@@ -50,6 +50,19 @@ class Step:
     changes: Changes
     error: str = ""
     kept: Kept | None = None
+
+    @property
+    def outcome(self) -> str:
+        """Why a pass, or a part of it, was reverted or did nothing; empty if it did what it was asked."""
+        if self.error:
+            what = "was partly reverted" if self.changes else "was reverted, the model is as it was before"
+            return f"{what}: {self.error}"
+        if self.changes:
+            return ""
+        reasons = list(dict.fromkeys(skip.reason for skip in self.changes.skipped))
+        more = len(reasons) - SHOWN_NAMES
+        told = [*reasons[:SHOWN_NAMES], *([f"and {more} more reasons, see the report"] if more > 0 else [])]
+        return f"changed nothing: {'; '.join(told) or 'it found nothing to do'}"
 
 
 @dataclass(frozen=True)
@@ -87,10 +100,11 @@ class Report:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What somebody should know before the result is used: doubts, what hardly works, what grew."""
+        """What to know before the result is used: what is missing, doubts, what hardly works, growth."""
         kept = next((step.kept for step in reversed(self.steps) if step.kept is not None), None)
         little = (f"hardly the same model: the result {kept}",) if kept is not None and kept.little else ()
-        return (*self.doubts, *little, *self._growth())
+        reverted = (f"pass {step.description} {step.outcome}" for step in self.steps if step.error)
+        return (*reverted, *self.doubts, *little, *self._growth())
 
     def _growth(self) -> Iterator[str]:
         if self.steps and self.steps[-1].after.bytes > self.steps[0].before.bytes:

@@ -26,7 +26,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.engine.base import Pass, Progress, options
 from onnxslim.engine.pipeline import Pipeline, Report, Result
 from onnxslim.engine.plans import PassPlan
-from onnxslim.errors import OnnxSlimError, UsageError
+from onnxslim.errors import OnnxSlimError, UsageError, ValidationError
 from onnxslim.formats import plain
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model, Source, load
@@ -75,11 +75,26 @@ class Outcome:
         """Insist on what the recipe asks for.
 
         Raises:
-            ValidationError: it is not met.
+            ValidationError: it is not met; or no pass changed anything, and that is not because there was
+                nothing left to do without loss.
         """
+        if self.recipe.on_error != "keep":
+            self._require_done()
         if self.verdict is not None:
             self.verdict.require(**self.recipe.check)
         return self
+
+    def _require_done(self) -> None:
+        """Raise if passes were reverted, or found nothing they could do, and nothing else was done."""
+        passes, steps = self.recipe.passes, self.report.steps
+        missing = [
+            step
+            for each, step in zip(passes, steps, strict=True)
+            if step.error or (not step.changes and not each.lossless)
+        ]
+        if missing and not any(step.changes for step in steps):
+            told = "; ".join(f"pass {step.description} {step.outcome}" for step in missing)
+            raise ValidationError(f"{told}; on_error 'keep' takes the model as it is")
 
     def document(self, *, layers: bool = False) -> Document:
         """All there is to tell, to be saved as HTML or JSON.
@@ -110,8 +125,10 @@ class Recipe:
     )
     target: str = Field("cpu", description="execution provider the result is made for")
     seed: int = Field(0, description="of everything random")
-    on_error: Literal["revert", "raise"] = Field(
-        "revert", description="what to do with a pass that breaks the model"
+    on_error: Literal["revert", "keep", "raise"] = Field(
+        "revert",
+        description="what to do with a pass that breaks the model: leave it out, but fail if nothing else is "
+        "left; leave it out in any case; or stop",
     )
     check: dict[str, float] = Field(
         default_factory=dict, description="what the result has to meet, such as `sqnr: 20`"
@@ -258,7 +275,8 @@ class Work:
         self._reported, self._input_shapes = reported, input_shapes or {}
         self._target = Target.named(recipe.target).with_libraries(libraries)
         self._source = load(model)
-        start, self._pipeline = Pipeline(*recipe.passes, on_error=recipe.on_error).prepared(self._source)
+        stop_or_revert: Literal["raise", "revert"] = "raise" if recipe.on_error == "raise" else "revert"
+        start, self._pipeline = Pipeline(*recipe.passes, on_error=stop_or_revert).prepared(self._source)
         self.original, self._report = start.model, start.report
         with_sizes(self.original.inputs(), self._input_shapes)  # what does not fit is refused before the work
         self._opened: Batches | None = None

@@ -26,7 +26,7 @@ from onnxslim.errors import SaveError, UsageError
 from onnxslim.formats import arrow, clean, count, decibels, figure, percent, quotient, size, to_json
 from onnxslim.ir.model import Model
 from onnxslim.report.layers import ByteShare, LayerComparison, LayerFidelity, ValueSpread, analyse
-from onnxslim.report.text import figure_lines, grouped_changes, outcome, provider_lines
+from onnxslim.report.text import figure_lines, grouped_changes, provider_lines
 from onnxslim.validation.verdict import OutputRow, Verdict
 from onnxslim.version import version
 
@@ -278,7 +278,7 @@ def _step(step: Step) -> dict[str, Any]:
             arrow(size(step.before.bytes), size(step.after.bytes)),
             arrow(count(step.macs_before), count(step.macs_after)),
         ),
-        "outcome": outcome(step),
+        "outcome": step.outcome,
         "failed": bool(step.error),
         "done": done + ([str(step.kept)] if step.kept else []) + figure_lines(step.changes.figures),
         "skipped": [

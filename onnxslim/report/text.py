@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxslim.formats import (
-    SHOWN_NAMES,
     arrow,
     clean,
     count,
@@ -245,7 +244,7 @@ def _step_cells(step: Step) -> tuple[str, ...]:
 
 
 def _details(step: Step) -> Iterator[str]:
-    happened = outcome(step)
+    happened = step.outcome
     lines = [
         *([f"  {happened}"] if happened else []),
         *([f"  {step.kept}"] if step.kept is not None else []),
@@ -256,19 +255,6 @@ def _details(step: Step) -> Iterator[str]:
     if lines:
         yield step.description
         yield from lines
-
-
-def outcome(step: Step) -> str:
-    """Why a pass, or a part of it, was reverted or did nothing; empty if it did what it was asked."""
-    if step.error:
-        what = "was partly reverted" if step.changes else "was reverted, the model is as it was before"
-        return f"{what}: {step.error}"
-    if step.changes:
-        return ""
-    reasons = list(dict.fromkeys(skip.reason for skip in step.changes.skipped))
-    more = len(reasons) - SHOWN_NAMES
-    told = [*reasons[:SHOWN_NAMES], *([f"and {more} more reasons, see the report"] if more > 0 else [])]
-    return f"changed nothing: {'; '.join(told) or 'it found nothing to do'}"
 
 
 def grouped_changes(changes: Iterable[Change]) -> list[str]:

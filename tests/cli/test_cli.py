@@ -280,7 +280,7 @@ def test_quiet_is_quiet(run: Run) -> None:
 
 
 def test_idle_and_reverted_passes_are_told_in_one_line(run: Run, folder: Path) -> None:
-    code, _, err = run("run", "in.onnx", "out.onnx", "-p", "scale", "-p", "broken")
+    code, _, err = run("run", "in.onnx", "out.onnx", "-p", "scale", "-p", "broken", "--on-error", "keep")
     idle, reverted, saved = err.splitlines()
     assert code == 0
     assert idle == "onnxslim: pass scale() changed nothing: it found nothing to do"
@@ -288,6 +288,31 @@ def test_idle_and_reverted_passes_are_told_in_one_line(run: Run, folder: Path) -
     assert "the inputs or outputs changed" in reverted
     assert "saved" in saved
     assert weights(folder / "out.onnx") == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("passes", "saved"),
+    [
+        (("scale",), False),
+        (("broken",), False),
+        (("scale", "broken"), False),
+        (("slim",), True),
+        (("slim", "scale"), False),
+        (("broken", "scale:by=1.1"), True),
+    ],
+)
+def test_a_command_whose_passes_did_nothing_fails(
+    run: Run, folder: Path, passes: tuple[str, ...], saved: bool
+) -> None:
+    """But for what there was nothing left of to do without loss."""
+    words = ("run", "in.onnx", "out.onnx", *(word for each in passes for word in ("-p", each)))
+    code, _, err = run(*words)
+    assert code == (0 if saved else 4)
+    assert (folder / "out.onnx").exists() is saved
+    if not saved:
+        assert "on_error 'keep' takes the model as it is" in err.splitlines()[-1]
+        assert run(*words, "--on-error", "keep")[0] == 0
+        assert (folder / "out.onnx").exists()
 
 
 # ---------------------------------------------------------------------------------------------- exit codes
@@ -486,7 +511,7 @@ def test_interruption(run: Run, folder: Path) -> None:
 def test_a_pass_that_crashes_is_reverted_or_fails(run: Run) -> None:
     words = ("run", "in.onnx", "-p", "failing:kind=bug")
     code, _, err = run(*words)
-    assert code == 0
+    assert code == 4
     assert "pass 'failing' failed: it met something it was not made for, at tests.cli." in err
     assert "ZeroDivisionError" not in err
     assert "please report this" in error(run(*words, "--on-error", "raise"), 3)

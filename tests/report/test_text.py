@@ -21,7 +21,7 @@ from onnxslim.engine.pipeline import Pipeline, Report, Step
 from onnxslim.errors import CalibrationError, PassError
 from onnxslim.formats import clean, count, plain, size, to_json
 from onnxslim.ir.model import Model, Stats
-from onnxslim.report.text import outcome, text
+from onnxslim.report.text import text
 from onnxslim.validation.verdict import Footprint, OutputRow, ProviderVerdict, Verdict
 from tests.helpers import parse
 
@@ -106,12 +106,12 @@ def test_reverted_steps_say_so_and_why() -> None:
 
 
 def test_idle_steps_say_why() -> None:
-    assert outcome(step(Changes())) == "changed nothing: it found nothing to do"
+    assert step(Changes()).outcome == "changed nothing: it found nothing to do"
     skipped = (Skip("a", "excluded"), Skip("b", "excluded"), Skip("c", "its weight is a vector"))
-    assert outcome(step(Changes((), skipped))) == "changed nothing: excluded; its weight is a vector"
+    assert step(Changes((), skipped)).outcome == "changed nothing: excluded; its weight is a vector"
     many = tuple(Skip(str(index), f"reason {index}") for index in range(5))
-    assert outcome(step(Changes((), many))).endswith("reason 2; and 2 more reasons, see the report")
-    assert outcome(step(Changes((Change("n", "a"),)))) == ""
+    assert step(Changes((), many)).outcome.endswith("reason 2; and 2 more reasons, see the report")
+    assert step(Changes((Change("n", "a"),))).outcome == ""
 
 
 def test_notes_are_told() -> None:
