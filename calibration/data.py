@@ -157,6 +157,7 @@ class CalibrationData:
             *first, last = kinds
             raise CalibrationError(
                 f"{folder}: expected {', '.join(first)} or {last}, found {' and '.join(found) or 'none'}"
+                f"{'' if found else ', and no images either'}"
             )
         items, load = kinds[found[0]]
         return cls(Lazy(items, load), name=str(folder))
@@ -232,14 +233,16 @@ class CalibrationData:
         channels: int = 3,
         dtype: DTypeLike = np.float32,
         batch_size: int = BATCH_SIZE,
+        fit: str = "crop",
+        order: str = "RGB",
     ) -> Self:
         """Images from a folder: JPEG, PNG, BMP and WebP, in natural order, decoded when they are needed.
 
-        Each is cropped around its centre to the wanted aspect ratio, resized (bilinear), and given to the
-        model as (pixel * scale - mean) / std. Needs Pillow (the `images` extra).
+        Each is made to fit, resized (bilinear), and given to the model as (pixel * scale - mean) / std. Needs
+        Pillow (the `images` extra).
 
         Args:
-            folder: where the images are; folders in it are not searched.
+            folder: where the images are; without any, those of the folders in it.
             input: name of the model input.
             size: height and width, or one number for both.
             layout: "NCHW" or "NHWC".
@@ -249,9 +252,11 @@ class CalibrationData:
             channels: 3 for red, green and blue, 1 for grey.
             dtype: element type of the input.
             batch_size: images per batch; the last may have fewer.
+            fit: to the wanted aspect ratio: "crop" around the centre, "letterbox" (grey borders), "stretch".
+            order: of the channels the model gets, "RGB" or "BGR"; mean and std are those of R, G, B anyway.
         """
         files = images.found(Path(folder))
-        load = images.reader(str(folder), input, size, layout, mean, std, scale, channels, dtype)
+        load = images.reader(str(folder), input, size, layout, mean, std, scale, channels, dtype, fit, order)
         batches = [files[cut] for cut in arrays.cuts(len(files), batch_size)]
         return cls(Lazy(batches, load), name=str(folder), sizes=list(map(len, batches)))
 

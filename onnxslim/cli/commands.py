@@ -15,6 +15,7 @@ from onnxslim.cli.running import (
     named_metric,
     process,
     require_report,
+    tell_data,
     warn_of_made_up_inputs,
 )
 from onnxslim.cli.words import (
@@ -319,8 +320,7 @@ def _validate(
     model, result = load(first), load(second)
     source = data.source()
     opened = source.read(model) if source else None
-    for note in opened.notes if opened else ():
-        terminal.note(note, quiet)
+    tell_data(opened, data, quiet)
     known = [Target.named(name) for name in provider] if provider else available()
     targets = [target.with_threads(threads).with_libraries(custom_ops or ()) for target in known]
     with terminal.progress(quiet) as progress:

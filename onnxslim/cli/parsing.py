@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from onnxslim.cli.words import DataWords, ModelWords
+from onnxslim.cli.words import DataWords, ModelWords, of_images
 from onnxslim.errors import UsageError, closest, nearest
 
 DEFAULT_COMMAND = "slim"
@@ -95,7 +95,7 @@ class PassCommand(GroupedCommand):
         cls = passes.get(str(self.name))
         fitted = not (cls.lossless or cls.prepares)
         for param, note in super().options_shown(ctx):
-            if fitted or not param.name.startswith("image_"):
+            if fitted or not of_images(param.name):
                 required = param.name == "data" and _needs_data(str(self.name))
                 yield param, "  [required unless other options do without]" if required else note
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnxslim.compat.slim import Request
     from onnxslim.engine.base import Pass, Progress
     from onnxslim.engine.pipeline import Report
+    from onnxslim.recipes.data import Batches
     from onnxslim.recipes.recipe import Outcome, Recipe
     from onnxslim.report.html import Document
     from onnxslim.runtime.metric import Metric
@@ -55,7 +56,7 @@ def process(
     for note in asked.notes if asked else ():
         terminal.log(f"warning: {note}")
     with terminal.progress(job.quiet) as progress:
-        outcome = _run(job, wanted, asked, progress, input_shapes)
+        outcome = _run(job, words, wanted, asked, progress, input_shapes)
     if outcome.unmeasured:
         terminal.log(f"warning: the report has no comparison of the models: {outcome.unmeasured}")
     _warn_of_doubtful_results(outcome.report, job.quiet)
@@ -80,6 +81,7 @@ def _recipe(
 
 def _run(
     job: ModelWords,
+    words: DataWords,
     recipe: Recipe,
     asked: Request | None,
     progress: Progress | None,
@@ -95,12 +97,19 @@ def _run(
     feeds = asked.feeds(work.original) if asked else None
     if feeds is not None:
         work.feed([feeds])
-    for note in work.opened.notes if work.opened else ():
-        terminal.note(note, job.quiet)
+    tell_data(work.opened, words, job.quiet)
     outcome = work.run()
     if asked is None:
         return outcome
     return replace(outcome, report=asked.checked(outcome.original, outcome.model, outcome.report, feeds))
+
+
+def tell_data(opened: Batches | None, words: DataWords, quiet: bool) -> None:
+    """Say how the data was understood, and show it if that was asked for."""
+    for note in opened.notes if opened else ():
+        terminal.note(note, quiet)
+    if opened and words.show_inputs:
+        terminal.note(f"{words.show_inputs}: {opened.show(words.show_inputs)}", quiet)
 
 
 def named_metric(name: str | None) -> Metric | None:

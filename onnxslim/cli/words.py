@@ -42,6 +42,11 @@ Debug = Annotated[bool, typer.Option("--debug", help="print the traceback of an 
 SavePlan = Annotated[Path | None, typer.Option(metavar="FILE.json", help="save what was chosen, for --plan")]
 
 
+def of_images(name: str) -> bool:
+    """Whether a field of `DataWords` is about folders of images."""
+    return name.startswith("image_") or name in ("labels_from_folders", "show_inputs")
+
+
 @dataclass(frozen=True)
 class DataWords:
     """The options that say where data comes from."""
@@ -64,6 +69,13 @@ class DataWords:
         str | None,
         typer.Option(metavar="KEY", help="array that holds the class of every sample [default: label]"),
     ] = None
+    labels_from_folders: Annotated[
+        bool,
+        typer.Option(
+            "--labels-from-folders",
+            help="images lie in one folder per class; classes are numbered in order of their names",
+        ),
+    ] = False
     image_size: Annotated[
         str | None, typer.Option(metavar="HxW", help="size of images [default: that of the model's input]")
     ] = None
@@ -79,6 +91,22 @@ class DataWords:
     image_scale: Annotated[
         float | None, typer.Option(help="factor of the pixels, before anything else [default: 1/255]")
     ] = None
+    image_fit: Annotated[
+        Literal["crop", "letterbox", "stretch"] | None,
+        typer.Option(
+            help="how images get the aspect ratio of the input: around the centre, with grey borders (as "
+            "YOLO), or out of shape [default: crop]"
+        ),
+    ] = None
+    image_channels: Annotated[
+        Literal["RGB", "BGR"] | None, typer.Option(help="order of the channels [default: RGB]")
+    ] = None
+    show_inputs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png", help="save a picture of the first eight images, as the model gets them"
+        ),
+    ] = None
 
     def settings(self) -> dict[str, Any]:
         """What was given, by the names of `onnxslim.recipes.recipe.data.Data`."""
@@ -87,7 +115,11 @@ class DataWords:
             "image_mean": _numbers,
             "image_std": _numbers,
         }
-        given = {name: value for name, value in vars(self).items() if value is not None}
+        given = {
+            name: value
+            for name, value in vars(self).items()
+            if value is not None and value is not False and name != "show_inputs"
+        }
         given = {name: read[name](value, name) if name in read else value for name, value in given.items()}
         return {"path" if name == "data" else name: value for name, value in given.items()}
 
@@ -101,7 +133,8 @@ class DataWords:
         if base is not None and "path" not in settings:
             return replace(base, **settings)
         if "path" not in settings:
-            if settings:
+            if settings or self.show_inputs:
+                settings = settings or {"show_inputs": self.show_inputs}
                 raise UsageError(f"--{next(iter(settings)).replace('_', '-')} says nothing without --data")
             return None
         return Data(**settings)

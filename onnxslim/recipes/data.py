@@ -18,10 +18,11 @@ from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.feeds import batch_for
+from onnxslim.calibration.sources import images
 from onnxslim.calibration.sources.arrays import listed
-from onnxslim.calibration.sources.images import IMAGES
+from onnxslim.calibration.sources.images import IMAGES, ImageReader
 from onnxslim.engine.base import options
-from onnxslim.errors import CalibrationError, UsageError
+from onnxslim.errors import CalibrationError, SaveError, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import InputSpec, Model
 from onnxslim.runtime.metric import Metric, accuracy
@@ -40,8 +41,9 @@ class Data:
 
     Attributes:
         path: see the options of the command line: a file, a folder, or `module:function`.
-        image_size, image_layout, image_mean, image_std, image_scale: of a folder of images; what is not given
-            is guessed from the model's input.
+        labels_from_folders: of images in one folder per class, the place of its name among all is the label.
+        image_size, image_layout, image_mean, image_std, image_scale, image_fit, image_channels: of a folder
+            of images; what is not given is guessed from the model's input.
     """
 
     path: str = Field(
@@ -55,11 +57,18 @@ class Data:
     labels_key: str | None = Field(
         None, description="array of the .npz or .npy folder that holds the class of every sample"
     )
+    labels_from_folders: bool = Field(
+        False, description="classes of images are the folders they lie in, numbered in order of their names"
+    )
     image_size: tuple[int, int] | None = Field(None, description="height and width images are resized to")
     image_layout: Literal["NCHW", "NHWC"] | None = Field(None, description="order of the axes")
     image_mean: tuple[float, ...] | None = Field(None, description="what is subtracted, per channel")
     image_std: tuple[float, ...] | None = Field(None, description="what is divided by then, per channel")
     image_scale: float | None = Field(None, description="factor of the pixels, before anything else")
+    image_fit: images.Fit | None = Field(
+        None, description="how images get the model's aspect ratio: crop, letterbox (grey borders) or stretch"
+    )
+    image_channels: Literal["RGB", "BGR"] | None = Field(None, description="order of the channels")
 
     @property
     def is_function(self) -> bool:
@@ -104,7 +113,7 @@ class Data:
             key = self._labels_among(set(arrays) - set(inputs), path)
             labels = None if key is None else _npy(arrays[key])
             return Batches(CalibrationData.from_npy(inputs, self._batch_for(specs)), labels)
-        if listed(path, tuple(IMAGES)):
+        if listed(path, tuple(IMAGES)) or images.class_folders(path):
             return self._images(path, specs)
         return Batches(CalibrationData.from_dir(path))
 
@@ -125,8 +134,15 @@ class Data:
         data = CalibrationData.from_images(path, batch_size=self._batch_for(specs), **settings)
         note = f"{path}: images are fed to '{settings['input']}' as {_told(settings)}"
         if guessed:
-            note += f"; guessed: {', '.join(guessed)} (see --image-{guessed[0]})"
-        return Batches(data, notes=(note,))
+            imagenet = " of ImageNet" if settings["mean"] == IMAGENET[0] else ""
+            note += f"; guessed: {', '.join(guessed)}{imagenet} (see --image-{guessed[0]}, --show-inputs)"
+        reader = images.reader(str(path), **settings)
+        if not self.labels_from_folders:
+            return Batches(data, notes=(note,), reader=reader)
+        classes = _classes(path)
+        told = f"{path}: classes are {', '.join(f'{at} {name}' for at, name in enumerate(classes))}"
+        labels = np.array([classes.index(file.parent.name) for file in images.found(path)], np.int64)
+        return Batches(data, labels, (note, told), reader)
 
 
 @dataclass(frozen=True)
@@ -136,11 +152,27 @@ class Batches:
     Attributes:
         labels: the class of every sample, where there is one.
         notes: how the data was understood, where that was a guess.
+        reader: what decodes images, if the data are a folder of images.
     """
 
     data: CalibrationData
     labels: Array | None = None
     notes: tuple[str, ...] = ()
+    reader: ImageReader | None = None
+
+    def show(self, file: Path) -> str:
+        """Write a picture of the first inputs; see `images.save_sheet`.
+
+        Raises:
+            UsageError: the data are no images.
+            SaveError: it cannot be written.
+        """
+        if self.reader is None:
+            raise UsageError(f"{self.data.name}: inputs can be shown if they come from a folder of images")
+        try:
+            return images.save_sheet(self.reader, self.data, file)
+        except OSError as error:
+            raise SaveError(f"cannot write '{file}': {error.strerror or error}") from error
 
     @property
     def metric(self) -> Metric | None:
@@ -197,6 +229,13 @@ def _working_folder() -> Iterator[None]:
         sys.path.remove(os.getcwd())
 
 
+def _classes(path: Path) -> list[str]:
+    classes = [folder.name for folder in images.class_folders(path)]
+    if not classes or listed(path, tuple(IMAGES)):
+        raise CalibrationError(f"{path}: labels come from folders if all images lie in one folder per class")
+    return classes
+
+
 def _image_settings(
     path: Path, specs: Sequence[InputSpec], given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
@@ -211,11 +250,13 @@ def _image_settings(
             f"{path}: input '{spec.name}' does not say how large images are; give --image-size"
         )
     channels = shape[axis] if isinstance(shape[axis], int) else 3
+    rest = {name: value for name, value in given.items() if name != "channels"}
+    chosen = {"fit": given.get("fit", "crop"), "order": given.get("channels", "RGB")}
     known = {"input": spec.name, "dtype": spec.dtype, "layout": layout, "size": size, "channels": channels}
     mean, std = IMAGENET if channels == 3 and spec.dtype != np.uint8 else ((0.0,), (1.0,))
     guesses = {"mean": mean, "std": std, "scale": 1.0 if spec.dtype == np.uint8 else 1 / 255}
     guessed = [name for name in guesses if name not in given] if spec.dtype != np.uint8 else []
-    return {**guesses, **given, **known}, guessed
+    return {**guesses, **rest, **chosen, **known}, guessed
 
 
 def _image_input(path: Path, specs: Sequence[InputSpec]) -> InputSpec:
@@ -230,8 +271,11 @@ def _image_input(path: Path, specs: Sequence[InputSpec]) -> InputSpec:
 def _told(settings: Mapping[str, Any]) -> str:
     height, width = settings["size"]
     mean, std = (", ".join(f"{value:g}" for value in settings[key]) for key in ("mean", "std"))
+    fitted = {"crop": "cropped around the centre", "letterbox": "letterboxed", "stretch": "stretched"}
+    order = settings["order"] if settings["channels"] == len(settings["order"]) else "grey"
     return (
         f"{height} x {width} x {settings['channels']} in {settings['layout']}, "
+        f"{order}, {fitted[settings['fit']]}, "
         f"(pixel * {settings['scale']:.6g} - ({mean})) / ({std})"
     )
 

@@ -514,6 +514,32 @@ def test_images_keep_height_and_width_apart(tmp_path: Path) -> None:
     np.testing.assert_array_equal(feeds["x"], pixels.transpose(2, 0, 1)[None])
 
 
+def test_images_are_made_to_fit(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    wide = np.zeros((4, 8, 3), np.uint8)
+    wide[:, :2] = wide[:, 6:] = (200, 100, 0)
+    image.fromarray(wide).save(tmp_path / "a.png")
+
+    def fed(fit: str, **more: Any) -> Array:
+        data = CalibrationData.from_images(tmp_path, input="x", size=8, scale=1, fit=fit, **more)
+        return np.asarray(next(iter(data))["x"][0])
+
+    box, crop, stretch = (fed(fit) for fit in ("letterbox", "crop", "stretch"))
+    assert (box[:, :2] == 114).all()
+    assert (box[:, 6:] == 114).all()
+    np.testing.assert_array_equal(box[:, 2:6], wide.transpose(2, 0, 1))
+    assert crop[:, :, 2:6].max() < 100
+    assert stretch[:, 0, 0].tolist() == [200, 100, 0]
+    mean, std = (1.0, 2.0, 3.0), (2.0, 4.0, 8.0)
+    swapped = fed("stretch", order="BGR", mean=mean, std=std)
+    np.testing.assert_array_equal(swapped, fed("stretch", mean=mean, std=std)[::-1])
+    assert swapped[:, 0, 0].tolist() == [-3 / 8, 98 / 4, 199 / 2]
+    with fails("made to fit by crop, letterbox, stretch, not by 'zoom'"):
+        fed("zoom")
+    with fails("the order of 1 channels is not 'BGR'"):
+        fed("crop", order="BGR", channels=1)
+
+
 def test_image_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pytest.importorskip("PIL.Image")
     with fails("no images"):

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from onnxslim import cli
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.sources.arrays import Feeds
-from onnxslim.errors import CalibrationError
+from onnxslim.errors import CalibrationError, SaveError, UsageError
 from onnxslim.ir.model import Model
 from onnxslim.recipes.data import IMAGENET, Batches, Data
 from tests.helpers import parse
@@ -129,8 +129,11 @@ def test_images_are_fed_as_the_input_asks_and_guesses_are_told(pictures: Path) -
     assert feeds["x"].shape == (1, 3, 8, 6)
     np.testing.assert_allclose(feeds["x"][0, :, 0, 0], ([1, 0, 0.2] - mean) / std, rtol=1e-5)
     (note,) = found.notes
-    assert "fed to 'x' as 8 x 6 x 3 in NCHW, (pixel * 0.00392157 - (0.485, 0.456, 0.406))" in note
-    assert "guessed: mean, std, scale (see --image-mean)" in note
+    assert (
+        "fed to 'x' as 8 x 6 x 3 in NCHW, RGB, cropped around the centre, (pixel * 0.00392157 - (0.485"
+        in note
+    )
+    assert "guessed: mean, std, scale of ImageNet (see --image-mean, --show-inputs)" in note
 
 
 def test_what_is_given_is_not_guessed(pictures: Path) -> None:
@@ -155,6 +158,57 @@ def test_layout_and_channels_are_those_of_the_input(
     assert feeds["x"].shape == shape
     if feeds["x"].dtype == np.uint8:
         assert feeds["x"].max() > 1
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Two images of cats, one of dogs, and an empty folder between them."""
+    image = pytest.importorskip("PIL.Image")
+    for name, red in (("cat/10", 30), ("cat/2", 20), ("dog/1", 255)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image.fromarray(np.full((8, 6, 3), (red, 0, 0), np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "cow").mkdir()
+    return tmp_path
+
+
+PLAIN = {"image_mean": (0.0,), "image_std": (1.0,), "image_scale": 1.0}
+
+
+def test_folders_of_classes_are_searched_and_may_be_the_labels(classes: Path) -> None:
+    found = read(classes, IMAGE, **PLAIN)
+    assert stacked(found)[:, 0, 0, 0].tolist() == [20, 30, 255]
+    assert found.labels is None
+    labelled = read(classes, IMAGE, labels_from_folders=True, **PLAIN)
+    assert labelled.labels is not None
+    assert labelled.labels.tolist() == [0, 0, 2]
+    assert labelled.notes[1].endswith("classes are 0 cat, 1 cow, 2 dog")
+    with fails("if all images lie in one folder per class"):
+        read(classes / "cat", IMAGE, labels_from_folders=True)
+    with fails("found none, and no images either"):
+        read(classes / "cow", IMAGE)
+
+
+def test_what_the_model_gets_is_shown(classes: Path, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    file = tmp_path / "pages" / "sheet.png"
+    file.parent.mkdir()
+    told = read(classes, IMAGE, batch_size=2, image_channels="BGR").show(file)
+    assert "3 inputs as the model gets them, values from -2.036 to 2.249" in told
+    with image.open(file) as opened:
+        sheet = np.asarray(opened)
+    assert sheet.shape == (8, 18, 3)
+    assert sheet[0, [0, 6, 12]].tolist() == [[0, 0, 20], [0, 0, 30], [0, 0, 255]], "blue where BGR is fed"
+    for index in range(9):
+        image.fromarray(np.full((8, 6, 3), index, np.uint8)).save(classes / "cat" / f"{index + 20}.png")
+    many = read(classes, IMAGE, **PLAIN)
+    assert "8 inputs" in many.show(file)
+    with image.open(file) as opened:
+        assert opened.size == (4 * 6, 2 * 8)
+    np.save(tmp_path / "a.npy", SAMPLES)
+    with pytest.raises(UsageError, match="a folder of images"):
+        read(tmp_path / "a.npy").show(file)
+    with pytest.raises(SaveError, match="cannot write"):
+        many.show(tmp_path / "none" / "sheet.png")
 
 
 def test_free_sizes_have_to_be_given(pictures: Path) -> None:
@@ -273,3 +327,16 @@ def test_words_reach_the_data(pictures: Path, capsys: pytest.CaptureFixture[str]
         assert "expected" in capsys.readouterr().err
     assert cli.main([*words[:-2], "--image-size", "4"]) == 2
     assert "--image-size says nothing without --data" in capsys.readouterr().err
+
+
+def test_the_command_line_shows_inputs(classes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, sheet = classes / "m.onnx", classes / "cow" / "sheet.png"
+    IMAGE.save(model)
+    words = ["run", str(model), "-p", "slim", "--labels-from-folders", "--image-fit", "letterbox"]
+    assert cli.main([*words, "--data", str(classes), "--show-inputs", str(sheet)]) == 0
+    err = capsys.readouterr().err
+    assert f"onnxslim: {sheet}: 3 inputs as the model gets them" in err
+    assert "letterboxed" in err
+    assert sheet.stat().st_size
+    assert cli.main([*words[:4], "--show-inputs", str(sheet)]) == 2
+    assert "--show-inputs says nothing without --data" in capsys.readouterr().err
