@@ -17,8 +17,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias, TypeVar
 
+import numpy as np
+
 State = TypeVar("State")
 Offer = TypeVar("Offer", bound=Hashable)
+N = TypeVar("N", int, float)
 # The option that is chosen of every group.
 Picks: TypeAlias = Mapping[str, int]
 
@@ -218,3 +221,18 @@ def allocate(choices: Choices, goal: float, start: Picks) -> dict[str, int]:
         offers,
         lambda now, offer: {**now, offer[0]: offer[1]},
     )
+
+
+def convex(points: Mapping[N, float]) -> dict[N, float]:
+    """The lower convex hull of a curve, at the places where it is known."""
+    hull: list[tuple[N, float]] = []
+    for x, y in sorted(points.items()):
+        while len(hull) > 1 and _is_above(hull[-2], hull[-1], (x, y)):
+            hull.pop()
+        hull.append((x, y))
+    xs, ys = zip(*hull, strict=True)
+    return {x: float(np.interp(x, xs, ys)) for x in points}
+
+
+def _is_above(a: tuple[N, float], b: tuple[N, float], c: tuple[N, float]) -> bool:
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])

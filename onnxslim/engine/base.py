@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
@@ -13,6 +13,7 @@ from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 from typing_extensions import Self, dataclass_transform
 
 from onnxslim.calibration.samples import Samples
+from onnxslim.engine.moves import Move
 from onnxslim.errors import CalibrationError, UsageError, nearest
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -219,15 +220,24 @@ class Pass:
         lossless: whether outputs stay what they are, up to rounding.
         prepares: whether it says what the model is, instead of making it smaller: data, checks and reports
             refer to what it makes, and without it there is no use in going on.
+        beside_plan: of a pass that takes a plan, the options to which that leaves something to say.
     """
 
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
     prepares: ClassVar[bool] = False
+    beside_plan: ClassVar[tuple[str, ...]] = ()
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Rewrite the model; says what was done and, where nothing was, why."""
         raise NotImplementedError
+
+    def propose(self, model: Model, ctx: Context) -> Sequence[Move]:
+        """What it could do to the model, which stays as it is; nothing by default. Goals are left out.
+
+        Of a group in the order in which moves are conceded, their damage convex; see `Move`.
+        """
+        return ()
 
     @property
     def needs_data(self) -> bool:
@@ -240,6 +250,12 @@ class Pass:
             raise CalibrationError(
                 f"pass '{self.name}' needs calibration data: pass data=, or --data on the command line"
             )
+
+    def require_alone(self) -> None:
+        """Raise UsageError if an option is given to which its plan leaves nothing to say."""
+        for name in self.given():
+            if name not in ("plan", *self.beside_plan):
+                raise UsageError(f"pass '{self.name}': a plan says all of it, so {name} has nothing to say")
 
     @property
     def interface(self) -> frozenset[InterfacePart]:

@@ -19,7 +19,6 @@ from pydantic.dataclasses import dataclass as validated
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from typing_extensions import Self, dataclass_transform
 
-from onnxslim.engine.base import Pass
 from onnxslim.errors import UsageError, nearest
 from onnxslim.formats import plain
 
@@ -94,6 +93,10 @@ class PassPlan:
             raise UsageError(f"cannot read the plan '{path}': {error}") from error
         return cls.from_json(text)
 
+    def joined(self, other: Self) -> Self:
+        """What two plans of one model do together, where no layer or family is in both."""
+        raise NotImplementedError
+
     @classmethod
     def given(cls, plan: Path | Self) -> Self:
         """The plan that is the option of a pass: in Python the plan itself, or a file of it.
@@ -127,21 +130,6 @@ class PlanOf:
         if isinstance(value, str | os.PathLike):
             return Path(value)
         raise PydanticCustomError("plan", f"input should be a file or a {self.plan.__name__}")
-
-
-def require_alone(each: Pass, *besides: str) -> None:
-    """Refuse options beside a plan that it leaves nothing to say to.
-
-    Args:
-        each: a pass that is given a plan.
-        besides: options that mean something all the same.
-
-    Raises:
-        UsageError: another one is given.
-    """
-    for name in each.given():
-        if name not in ("plan", *besides):
-            raise UsageError(f"pass '{each.name}': a plan says all of it, so {name} has nothing to say")
 
 
 def require_fit(

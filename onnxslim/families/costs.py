@@ -55,12 +55,13 @@ class Costs:
             layer for node in model.graph.nodes if spec_of(node).macs if (layer := _Layer.of(node, shape))
         ]
         constants = {
-            id(tensor): tensor
+            tensor.name: tensor
             for node in model.graph.nodes
             for tensor in node.inputs
             if isinstance(tensor, Constant)
         }
-        self._constants = [found for tensor in constants.values() if (found := shape(tensor)) is not None]
+        known = {name: shape(tensor) for name, tensor in constants.items()}
+        self._constants = {name: found for name, found in known.items() if found is not None}
         self._uncounted = model.stats().parameters - self.parameters({})
 
     def per_unit(self, family: Family) -> tuple[int, int]:
@@ -68,13 +69,24 @@ class Costs:
         one = {family.name: 1}
         return self.parameters({}) - self.parameters(one), self.macs({}) - self.macs(one)
 
+    def shares(self, gone: Counts) -> dict[str, float]:
+        """What is left, where it is less than all.
+
+        Returns:
+            Of multiply-accumulates by the name of what a node makes, of elements by that of a constant.
+        """
+        counts = [(layer.name, layer.macs(gone), layer.macs({})) for layer in self._layers]
+        for name, shape in self._constants.items():
+            counts.append((name, math.prod(shape.after(gone)), math.prod(shape.sizes)))
+        return {name: now / whole for name, now, whole in counts if now < whole}
+
     def macs(self, gone: Counts) -> int:
         """Multiply-accumulates of the main graph."""
         return sum(layer.macs(gone) for layer in self._layers)
 
     def parameters(self, gone: Counts) -> int:
         """Elements of the constants, those in bodies included."""
-        return sum(math.prod(shape.after(gone)) for shape in self._constants) + self._uncounted
+        return sum(math.prod(shape.after(gone)) for shape in self._constants.values()) + self._uncounted
 
 
 class _Layer:
@@ -86,6 +98,7 @@ class _Layer:
             for tensors in (node.inputs, node.outputs)
         )
         self._tensors = [*inputs, *outputs]
+        self.name = outputs[0].name
         self._node = Node(node.op, node.name, node.attrs, inputs, outputs, node.domain)
         self._shapes = shapes
         self._families = sorted(frozenset().union(*(shape.families for shape in shapes.values())))

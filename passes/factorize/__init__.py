@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from onnxslim.calibration.seen import NOTE, Sight, seen
 from onnxslim.engine.base import Changes, Context, Figures, Log, Pass, captioned, options
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.matching import GLOBS, tell_idle
-from onnxslim.engine.plans import PlanOf, require_alone
+from onnxslim.engine.moves import Move
+from onnxslim.engine.plans import PlanOf
 from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -80,6 +82,7 @@ class Factorize(Pass):
     """
 
     name: ClassVar[str] = "factorize"
+    beside_plan: ClassVar[tuple[str, ...]] = ("fitted", "repair")
 
     macs: float | None = Field(None, gt=0, lt=1, description="share of the multiply-accumulates to keep")
     params: float | None = Field(None, gt=0, lt=1, description="share of the parameters to keep; no timing")
@@ -105,7 +108,7 @@ class Factorize(Pass):
     def __post_init__(self) -> None:
         """Refuse two budgets, and a choice beside a plan."""
         if self.plan is not None:
-            require_alone(self, "fitted", "repair")
+            self.require_alone()
         given = [name for name in ("macs", "params", "energy", "speedup") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(f"pass 'factorize' takes one budget, not {' and '.join(given)}")
@@ -123,6 +126,10 @@ class Factorize(Pass):
             UsageError: the plan cannot be read, or does not fit the model.
         """
         return _Work(self, model, ctx)()
+
+    def propose(self, model: Model, ctx: Context) -> Sequence[Move]:
+        """Of every layer the factors that are worth it at some price of the unit of the budget."""
+        return _Work(self, model.copy(), ctx).moves()
 
 
 class _Work:
@@ -148,10 +155,7 @@ class _Work:
 
     def __call__(self) -> Changes:
         """Search, choose, rewrite, measure."""
-        tell_idle(self._wish.exclude, self._model, self._log)
-        for skip in store_weights(self._model):
-            self._log.skip(skip.node, skip.reason)
-        told = seen(self._model, self._sample, self._ctx.target) if self._data is not None else None
+        told = self._prepared()
         picks = self._searched(told) if self._plan is None else self._planned(self._plan, told)
         if not picks:
             return self._log.done(self._figures)
@@ -162,6 +166,31 @@ class _Work:
         if self._data is not None and self._wish.repair:
             self._repair(teacher)
         return self._judged(teacher)
+
+    def moves(self) -> list[Move]:
+        """What could be done to which layer; see `Pass.propose`."""
+        layers, _ = layers_of(self._model, self._shapes, self._wish.exclude, self._log, self._prepared())
+        return [
+            Move(
+                step=self._wish.name,
+                group=entry.layer.output,
+                option=pick.label,
+                left={entry.layer.output: pick.macs, entry.layer.node.inputs[1].name: pick.params},
+                damage=pick.error,
+                measured=self._data is not None,
+                plan=FactorizationPlan.of([(entry, pick)]),
+                seconds=None if math.isnan(pick.time) else entry.milliseconds * (1.0 - pick.time) / 1e3,
+            )
+            for entry in self._search(layers)
+            for pick in candidates.ladder(entry, self._wish.unit)
+        ]
+
+    def _prepared(self) -> dict[str, Sight] | None:
+        """Weights as constants; what data tells of shapes that follow from no rule."""
+        tell_idle(self._wish.exclude, self._model, self._log)
+        for skip in store_weights(self._model):
+            self._log.skip(skip.node, skip.reason)
+        return seen(self._model, self._sample, self._ctx.target) if self._data is not None else None
 
     def _planned(self, plan: FactorizationPlan, told: Mapping[str, Sight] | None) -> Picks:
         """What the plan says; it also knows layers that a search takes for factors."""

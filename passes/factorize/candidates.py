@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from onnxslim.calibration.gram import Gram
-from onnxslim.engine.allocate import Additive, allocate
+from onnxslim.engine.allocate import Additive, allocate, convex
 from onnxslim.passes.factorize.fit import problem_of
 from onnxslim.passes.factorize.gate import SpeedGate, label
 from onnxslim.passes.factorize.layers import Whole
@@ -219,6 +219,15 @@ def chosen(entries: Sequence[LayerOptions], unit: Unit, budget: float) -> tuple[
     found = allocate(choices, budget, choices.best())
     picks = [entry.candidates[pick - 1] if (pick := found[entry.layer.output]) else None for entry in entries]
     return picks, choices.cost(found) <= budget
+
+
+def ladder(entry: LayerOptions, unit: Unit) -> list[Factoring]:
+    """The candidates that are best at some price of the unit, those that save least first."""
+    best: dict[float, Factoring] = {}
+    for each in sorted(entry.candidates, key=lambda each: -each.error):
+        best[1.0 - each.cost(unit)] = each
+    hull = convex({0.0: 0.0, **{saved: each.error for saved, each in best.items()}})
+    return [each for saved, each in sorted(best.items()) if saved > 0 and each.error <= hull[saved]]
 
 
 def by_energy(entries: Sequence[LayerOptions], lost: float, unit: Unit) -> list[Factoring | None]:

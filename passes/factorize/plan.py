@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import field
+from dataclasses import field, replace
 from operator import gt
 from typing import Annotated
 
@@ -62,6 +62,10 @@ class FactorizationPlan(PassPlan):
                 for layer, pick in ((entry.layer, pick) for entry, pick in picks)
             )
         )
+
+    def joined(self, other: FactorizationPlan) -> FactorizationPlan:
+        """The factors of both; those of the first are of layers that run earlier."""
+        return replace(self, layers=(*self.layers, *other.layers))
 
     def picks(self, layers: Iterable[Whole]) -> list[tuple[LayerOptions, Factoring]]:
         """The choices, for the layers of a model.

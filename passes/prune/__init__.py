@@ -26,7 +26,8 @@ from onnxslim.engine.base import (
     options,
 )
 from onnxslim.engine.matching import GLOBS, tell_idle
-from onnxslim.engine.plans import PlanOf, require_alone
+from onnxslim.engine.moves import Move
+from onnxslim.engine.plans import PlanOf
 from onnxslim.errors import UsageError
 from onnxslim.families.analysis import Analysis, analyze
 from onnxslim.families.costs import Costs
@@ -79,6 +80,7 @@ class Prune(Pass):
     """
 
     name: ClassVar[str] = "prune"
+    beside_plan: ClassVar[tuple[str, ...]] = ("allow_outputs", "steps", "repair")
 
     macs: float | None = Field(None, gt=0, le=1, description="multiply-accumulates to keep, of 1")
     params: float | None = Field(None, gt=0, le=1, description="parameters to keep, of 1")
@@ -115,8 +117,12 @@ class Prune(Pass):
         if len(goals) != 1:
             raise UsageError("pass 'prune' needs exactly one of macs, params, ratio and plan")
         if self.plan is not None:
-            require_alone(self, "allow_outputs", "steps", "repair")
+            self.require_alone()
         return _Run(self, model, ctx).run()
+
+    def propose(self, model: Model, ctx: Context) -> Sequence[Move]:
+        """Of every family all the numbers of units that may go."""
+        return _Run(self, model.copy(), ctx).moves()
 
 
 class _Run:
@@ -154,6 +160,28 @@ class _Run:
         reshare(self._model, twins)
         return self._log.done(figures)
 
+    def moves(self) -> list[Move]:
+        """What could go, with the damage that decides; see `Pass.propose`."""
+        prepare(self._model)
+        self._spared = spared(self._model, self._settings.exclude)
+        analysis = self._analyze()
+        found = self._candidates(analysis, self._data.fit if self._data else None)
+        curves, costs, ordered = self._curves(found), Costs(self._model, analysis), self._ordered(found)
+        return [
+            Move(
+                step=self._settings.name,
+                group=name,
+                option=f"{count} of {found.families[name].size} units",
+                left=costs.shares({name: count}),
+                damage=damage,
+                measured=self._data is not None,
+                plan=PruningPlan.of(ordered.removal({name: count})),
+            )
+            for name, curve in curves.items()
+            for count, damage in curve.items()
+            if count
+        ]
+
     def _analyze(self) -> Analysis:
         sizes, told = None, dict[str, Sight]()
         for feeds in self._samples():
@@ -187,15 +215,20 @@ class _Run:
         return True
 
     def _chosen(self, analysis: Analysis, progress: float) -> tuple[Removal, Candidates | None]:
-        settings = self._settings
+        settings, data = self._settings, self._data
         if settings.plan is not None:
             return PruningPlan.given(settings.plan).removal(analysis), None
-        data, by_outputs = self._data, settings.ratio is None
+        by_outputs = settings.ratio is None
         found = self._candidates(analysis, (data.fit if by_outputs else data.seen) if data else None)
         numbers = self._numbers(found, progress)
-        if by_outputs and data is not None and data.tuned:  # once numbers are chosen, all may say which units
-            found = self._candidates(analysis, data.seen)
+        found = self._ordered(found) if by_outputs else found
         return found.removal(numbers), found
+
+    def _ordered(self, found: Candidates) -> Candidates:
+        """The same once numbers are chosen: then all samples may say which units."""
+        if self._data is None or not self._data.tuned:
+            return found
+        return self._candidates(found.analysis, self._data.seen)
 
     def _candidates(self, analysis: Analysis, data: CalibrationData | None) -> Candidates:
         settings = self._settings
@@ -211,6 +244,9 @@ class _Run:
             log=self._log,
         )
 
+    def _curves(self, found: Candidates) -> dict[str, dict[int, float]]:
+        return damages(self._model, found, self._data.tune if self._data else None, self._ctx)
+
     def _numbers(self, found: Candidates, progress: float) -> dict[str, int]:
         """Units to remove of each family, so that this step gets as far as it should."""
         settings = self._settings
@@ -224,7 +260,7 @@ class _Run:
             else (costs.parameters, settings.params, self._whole["params"])
         )
         assert goal is not None
-        curves = damages(self._model, found, self._data.tune if self._data else None, self._ctx)
+        curves = self._curves(found)
         gone = allocate(Joint(curves, cost), whole * goal**progress, dict.fromkeys(curves, 0))
         reached = cost(gone) / whole if whole else 1.0
         if progress == 1 and abs(reached - goal) > TOLERANCE:

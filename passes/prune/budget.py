@@ -42,18 +42,3 @@ class Allowance:
 def uniform(families: Mapping[str, Family], limits: Mapping[str, Allowance], ratio: float) -> dict[str, int]:
     """The same share of every family, as near as the limits allow."""
     return {name: limits[name].nearest(ratio * family.size) for name, family in families.items()}
-
-
-def convex(points: Mapping[int, float]) -> dict[int, float]:
-    """The lower convex hull of a curve, at the places where it is known."""
-    hull: list[tuple[int, float]] = []
-    for x, y in sorted(points.items()):
-        while len(hull) > 1 and _is_above(hull[-2], hull[-1], (x, y)):
-            hull.pop()
-        hull.append((x, y))
-    xs, ys = zip(*hull, strict=True)
-    return {x: float(np.interp(x, xs, ys)) for x in points}
-
-
-def _is_above(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) -> bool:
-    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])

@@ -12,13 +12,14 @@ from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.gram import Gram, covariances
 from onnxslim.calibration.samples import SAMPLES, Samples
 from onnxslim.calibration.stream import Channels
+from onnxslim.engine.allocate import convex
 from onnxslim.engine.base import Context, Log
 from onnxslim.engine.matching import hit, names_of
 from onnxslim.families.analysis import Analysis, Family
 from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
-from onnxslim.passes.prune.budget import Allowance, convex
+from onnxslim.passes.prune.budget import Allowance
 from onnxslim.passes.prune.compensate import compensate
 from onnxslim.passes.prune.cut import cut
 from onnxslim.passes.prune.importance import WITH_DATA, Ranking, rank

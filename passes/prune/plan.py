@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -64,6 +64,10 @@ class PruningPlan(PassPlan):
             if family.name in removal.counts
         )
         return cls(tuple(family.size for family in families), entries)
+
+    def joined(self, other: PruningPlan) -> PruningPlan:
+        """What both remove, of a model whose families they agree on."""
+        return replace(self, entries=(*self.entries, *other.entries))
 
     def removal(self, analysis: Analysis) -> Removal:
         """What goes of an analyzed model.

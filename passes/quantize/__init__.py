@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -14,7 +15,8 @@ from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.seen import NOTE, seen
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.engine.matching import GLOBS, tell_idle
-from onnxslim.engine.plans import PlanOf, require_alone
+from onnxslim.engine.moves import Move
+from onnxslim.engine.plans import PlanOf
 from onnxslim.errors import UsageError
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Builder, Candidate
@@ -24,7 +26,7 @@ from onnxslim.passes.quantize.figures import LayerFigures, QuantizeFigures
 from onnxslim.passes.quantize.fused import kernels
 from onnxslim.passes.quantize.goal import FidelityGoal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
-from onnxslim.passes.quantize.recorded import LayoutName, QuantizationPlan, QuantizeOptions
+from onnxslim.passes.quantize.recorded import LayoutName, QuantizationPlan, QuantizeOptions, moves_of
 from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Search, Sensitivity
 from onnxslim.passes.quantize.static import Static
 from onnxslim.passes.quantize.strategy import Strategy
@@ -124,7 +126,7 @@ class Quantize(Pass):
     def __post_init__(self) -> None:
         """Refuse a choice beside a plan."""
         if self.plan is not None:
-            require_alone(self)
+            self.require_alone()
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Quantize the model in place.
@@ -148,13 +150,28 @@ class Quantize(Pass):
         """The pass with the options that a plan was made with."""
         return Quantize(**{item.name: getattr(plan.options, item.name) for item in fields(plan.options)})
 
-    def _run(self, model: Model, ctx: Context, asked: QuantizationPlan | None) -> Changes:
+    def propose(self, model: Model, ctx: Context) -> Sequence[Move]:
+        """Of every layer that it runs in integers while all others do not; without data, nothing is known."""
+        self.require_data(ctx.data)
+        if ctx.data is None:
+            return ()
+        log = Log()
+        start = self._prepared(model.copy(), ctx, log)
+        search, build = self._judged(start)
+        trial, _ = self._everything(search, build, log)
+        return moves_of(trial, search.layers(trial), self._options())
+
+    def _prepared(self, model: Model, ctx: Context, log: Log) -> Start:
+        """What all candidates are made of; the model is edited.
+
+        Raises:
+            UsageError: options contradict each other.
+        """
         if self.activations == "dynamic" and self.weights == "int4":
             raise UsageError(
                 "pass 'quantize': int4 weights go with activations=none, where ONNX Runtime turns data into "
                 "integers as it comes as well"
             )
-        log = Log()
         ctx = replace(ctx, target=self._target(ctx.target))
         wide = self.weights == "int4" or ctx.target.layout.activation.itemsize > 1
         prepare(model, ctx.target.layout, log, WIDE_OPSET if wide else MIN_OPSET)
@@ -162,18 +179,24 @@ class Quantize(Pass):
         trained = strip(model)
         shapes.infer(model)
         looked_up = _look(model, ctx)
-        if asked is not None:
-            asked.require_fit(model)
         original = model.copy()
         if trained:
             trained.restore(original, ())
-        candidate, figures = self._candidate(model, trained, original, ctx, log, asked)
+        return Start(model, original, trained, ctx, looked_up)
+
+    def _run(self, model: Model, ctx: Context, asked: QuantizationPlan | None) -> Changes:
+        log = Log()
+        start = self._prepared(model, ctx, log)
+        ctx, trained = start.ctx, start.trained
+        if asked is not None:
+            asked.require_fit(model)
+        candidate, figures = self._candidate(start, log, asked)
         log.add(candidate.log.done())
         plan = candidate.plan
         if not plan.linear and not plan.stored:
             log.skip(model.graph.name or "model", _nothing(model, figures))
             return Changes((), log.done().skipped)
-        for name in looked_up:
+        for name in start.looked_up:
             log.skip(name, NOTE)
         model.graph = candidate.model.graph
         if ctx.target.provider == CPU and self.layout in ("target", "cpu"):
@@ -211,28 +234,20 @@ class Quantize(Pass):
         return replace(target, layout=rules)
 
     def _candidate(
-        self,
-        model: Model,
-        trained: Trained,
-        original: Model,
-        ctx: Context,
-        log: Log,
-        asked: QuantizationPlan | None,
+        self, start: Start, log: Log, asked: QuantizationPlan | None
     ) -> tuple[Candidate, QuantizeFigures]:
         """The result, found by a search if there is data to judge by, and what was measured on the way."""
+        ctx = start.ctx
         if ctx.data is None:
-            build = Builder(model, ctx, self._strategy(ctx.target), trained)
+            build = self._builder(start)
             variant = Variant() if asked is None else asked.variant(build)
             candidate = build(variant)
             if asked is not None:
                 asked.require_whole(candidate)
             kept = QuantizationPlan.of(self._options(), variant, build, candidate, False)
             return candidate, replace(candidate.figures, plan=kept)
-        build = Builder(model, ctx, self._strategy(ctx.target), trained)
-        # What runs in integers may saturate where what it was trained with did not.
-        judge = Judge(original, ctx.data.tune, ctx.target, optimize="none" if trained else "all", clear=CLEAR)
-        search = Search(judge)
-        goal = FidelityGoal(self.require_sqnr, self.max_drop, original, ctx)
+        search, build = self._judged(start)
+        goal = FidelityGoal(self.require_sqnr, self.max_drop, start.original, ctx)
         if asked is not None:
             build = asked.builder(build, ctx.data.tune, log)
             trial, complete = search.attempt(asked.variant(build), build), asked.complete
@@ -247,6 +262,17 @@ class Quantize(Pass):
                 log.skip("model", goal.shortfall(trial))
         kept = QuantizationPlan.of(self._options(), trial.variant, trial.build, trial.candidate, complete)
         return trial.candidate, replace(self._told(figures, trial, search, goal), plan=kept)
+
+    def _builder(self, start: Start) -> Builder:
+        return Builder(start.model, start.ctx, self._strategy(start.ctx.target), start.trained)
+
+    def _judged(self, start: Start) -> tuple[Search, Builder]:
+        """What makes candidates, and what judges them on data."""
+        ctx = start.ctx
+        # What runs in integers may saturate where what it was trained with did not.
+        optimize = "none" if start.trained else "all"
+        judge = Judge(start.original, ctx.given.tune, ctx.target, optimize=optimize, clear=CLEAR)
+        return Search(judge), self._builder(start)
 
     def _options(self) -> QuantizeOptions:
         """Those that a plan keeps."""
@@ -263,10 +289,8 @@ class Quantize(Pass):
         )
         return self._way(settings, target.layout)
 
-    def _search(
-        self, search: Search, build: Builder, goal: FidelityGoal, log: Log
-    ) -> tuple[Trial, QuantizeFigures]:
-        """The candidate to take, and what was measured until it was found."""
+    def _everything(self, search: Search, build: Builder, log: Log) -> tuple[Trial, float]:
+        """The candidate with all in integers, and what the one with the nearest integers keeps, in dB."""
         if not self._way.calibrated:
             trial = search.attempt(Variant(), build)
         elif self.observer == "auto":
@@ -277,8 +301,13 @@ class Quantize(Pass):
         if self.equalization and self._way.calibrated and trial.score.sqnr < ENOUGH:
             choices = OBSERVERS if self.observer == "auto" else (trial.variant.observer,)
             trial = search.equalized(trial, choices, log)
-        if self._rounds(trial):
-            trial = search.rounding(trial)
+        return (search.rounding(trial) if self._rounds(trial) else trial), nearest
+
+    def _search(
+        self, search: Search, build: Builder, goal: FidelityGoal, log: Log
+    ) -> tuple[Trial, QuantizeFigures]:
+        """The candidate to take, and what was measured until it was found."""
+        trial, nearest = self._everything(search, build, log)
         fitted = search.fitted(trial) if self.sequential and self._rounds(trial) else trial
         figures = QuantizeFigures(nearest=nearest, everything=fitted.score.sqnr)
         if self.layers or not goal.met(fitted):
@@ -328,6 +357,25 @@ class Quantize(Pass):
             parts=dict(trial.score.parts),
             observer=trial.variant.observer[0],
         )
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    Attributes:
+        model: prepared, with what was quantized before taken out.
+        original: prepared, as candidates are compared with it.
+        trained: what was taken out.
+        ctx: with the target as the options want it.
+        looked_up: tensors whose types only a run has told.
+    """
+
+    model: Model
+    original: Model
+    trained: Trained
+    ctx: Context
+    looked_up: Sequence[str]
 
 
 def _look(model: Model, ctx: Context) -> list[str]:

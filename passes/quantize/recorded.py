@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from typing import Annotated
 
@@ -10,12 +10,15 @@ from pydantic import AfterValidator, Field
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.engine.base import Log, OneOf
+from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PassPlan, distinct, require_fit, strict
 from onnxslim.errors import UsageError, nearest
 from onnxslim.ir.graph import Constant, Node
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Builder, Candidate
 from onnxslim.passes.quantize.choices import Activations, Algorithm, Bits, Observer, Variant
+from onnxslim.passes.quantize.search import Sensitivity, stored
+from onnxslim.passes.quantize.trial import Trial
 from onnxslim.runtime.targets import layouts
 
 LayoutName = Annotated[str, OneOf(lambda: ("target", *layouts()))]
@@ -128,6 +131,11 @@ class QuantizationPlan(PassPlan):
             tuple(layers.values()),
         )
 
+    def joined(self, other: QuantizationPlan) -> QuantizationPlan:
+        """In integers what one of them has there; all else is the same in both."""
+        pairs = zip(self.layers, other.layers, strict=True)
+        return replace(self, layers=tuple(one if one.stays is None else two for one, two in pairs))
+
     @property
     def needs_data(self) -> bool:
         """Whether some of it can be done on data only."""
@@ -195,6 +203,40 @@ class QuantizationPlan(PassPlan):
         for each in self.special:
             if each.tensor not in names:
                 raise UsageError(f"{MISFIT}there is no tensor '{each.tensor}'; {nearest(each.tensor, names)}")
+
+
+def moves_of(trial: Trial, layers: Sequence[Sensitivity], options: QuantizeOptions) -> list[Move]:
+    """The layers of a candidate as moves into integers.
+
+    Args:
+        trial: the candidate, all in integers.
+        layers: what each of them does alone.
+        options: of the pass.
+    """
+    build, labels = trial.build, trial.candidate.labels()
+    nothing = stored(build(replace(trial.variant, only=frozenset())).model)
+    weights = {
+        node.label: weight
+        for node in build.model.graph.nodes
+        if node.label in labels and isinstance(weight := node.inputs[1], Constant)
+    }
+    found = []
+    for layer in layers:
+        weight = weights[layer.node]
+        others = dict.fromkeys(sorted(labels - {layer.node}), "it was not chosen")
+        variant = build.strategy.without(trial.variant, others)
+        found.append(
+            Move(
+                step="quantize",
+                group=layer.node,
+                option=options.weights,
+                left={weight.name: 1.0 - (nothing - layer.bytes) / weight.nbytes},
+                damage=layer.error,
+                measured=True,
+                plan=QuantizationPlan.of(options, variant, build, trial.candidate, False),
+            )
+        )
+    return found
 
 
 def _weight(node: Node) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from onnxslim.engine.allocate import fewest, settled
 from onnxslim.engine.base import Log
 from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Constant, Node
+from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Builder
 from onnxslim.passes.quantize.choices import ObserverChoice, Variant
 from onnxslim.passes.quantize.goal import FidelityGoal
@@ -56,6 +57,8 @@ class Sensitivity:
     Attributes:
         node, op: its label and operator.
         noise: power of the noise by that of the signal, with this node alone in integers.
+        error: the same by its variance, over all of the outputs.
+        bytes: of all constants then.
         tensors: names of those whose ranges it depends on.
         cost: mean of its shares of multiply-accumulates and of weights, 1 for an average layer.
     """
@@ -63,6 +66,8 @@ class Sensitivity:
     node: str
     op: str
     noise: float
+    error: float
+    bytes: int
     cost: float
     tensors: tuple[str, ...] = ()
 
@@ -140,10 +145,12 @@ class Search:
         found = []
         for index, node in enumerate(nodes):
             alone = trial.build(replace(trial.variant, only=frozenset((node.label,))))
-            noise = self._judge(alone.model, RANKING).noise
+            score = self._judge(alone.model, RANKING)
             cost = 0.5 * (macs.get(node.label, mean) / mean if mean else 1.0) + 0.5 * _size(node) / size
             tensors = tuple(name for group in alone.groups for name in group)
-            found.append(Sensitivity(node.label, node.op, noise, cost, tensors))
+            found.append(
+                Sensitivity(node.label, node.op, score.noise, score.error, stored(alone.model), cost, tensors)
+            )
             trial.build.announce("measuring layers", index + 1, len(nodes))
         return sorted(found, key=lambda layer: -layer.noise)
 
@@ -242,6 +249,11 @@ class Search:
             return self.attempt(without(found.variant, left), build)
 
         return settled(trial, goal.met, lambda _: largest, back)
+
+
+def stored(model: Model) -> int:
+    """Bytes of the constants of a model."""
+    return sum(constant.nbytes for constant in model.constants())
 
 
 def _size(node: Node) -> int:

@@ -10,8 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxslim.engine.allocate import Additive, Joint, allocate, fewest, settled
-from onnxslim.passes.prune.budget import convex
+from onnxslim.engine.allocate import Additive, Joint, allocate, convex, fewest, settled
 
 Table = Mapping[str, Mapping[int, float]]
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Gram
+from onnxslim.engine.allocate import convex
 from onnxslim.engine.check import interface, relative_difference
 from onnxslim.engine.pipeline import Pipeline, Result
 from onnxslim.errors import InvalidGraph, UsageError
@@ -27,7 +28,6 @@ from onnxslim.ops import REGISTRY, Channels
 from onnxslim.ops.channels.labels import Block, Trace
 from onnxslim.passes.half import Half
 from onnxslim.passes.prune import Prune, PruneFigures, PruningPlan
-from onnxslim.passes.prune.budget import convex
 from onnxslim.passes.prune.cut import cut, prepare, zero
 from onnxslim.passes.prune.importance import rank
 from onnxslim.passes.quantize import Quantize
