@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.feeds import batch_samples
 from onnxslim.calibration.sources.arrays import Feeds
-from onnxslim.errors import LoadError
+from onnxslim.errors import CalibrationError, LoadError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
+from onnxslim.runtime.metric import Metric, accuracy
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 
@@ -40,10 +41,22 @@ MAX_BYTES = 4 << 20
 ALONE = 1e-3
 
 
+class _Part(NamedTuple):
+    """Some of the samples.
+
+    Attributes:
+        data: they.
+        numbers: of each, in their order, among all.
+    """
+
+    data: CalibrationData
+    numbers: NDArray[np.intp]
+
+
 class _Parts(NamedTuple):
-    fit: CalibrationData
-    tune: CalibrationData
-    held: CalibrationData | None
+    fit: _Part
+    tune: _Part
+    held: _Part | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,30 +72,33 @@ class Samples:
         model: what it is for; run on two samples to see whether they depend on each other.
         target: where to run it.
         seed: of the choice of samples.
+        labels: the class of every sample of the data, in its order, shape (samples,).
 
     Raises:
-        CalibrationError: when split: the data does not fit the model, or there is none.
+        CalibrationError: when split: the data does not fit the model, or there is none, or there are more or
+            fewer labels than samples.
     """
 
     data: CalibrationData
     model: Model
     target: Target = field(default_factory=Target.cpu)
     seed: int = 0
+    labels: Array | None = None
 
     @property
     def fit(self) -> CalibrationData:
         """Samples to fit on, and to take statistics of."""
-        return self._parts.fit
+        return self._parts.fit.data
 
     @property
     def tune(self) -> CalibrationData:
         """Samples to choose by; those to fit on where there are too few to set some aside (`tuned`)."""
-        return self._parts.tune
+        return self._parts.tune.data
 
     @property
     def held(self) -> CalibrationData | None:
         """Samples to judge results by, which no pass may fit on or choose by; None if there are too few."""
-        return self._parts.held
+        return self._parts.held.data if self._parts.held else None
 
     @property
     def tuned(self) -> bool:
@@ -94,11 +110,29 @@ class Samples:
         """Those to fit on and, after them, those to choose by: to fit on once the choice is made."""
         return self.fit.then(self.tune) if self.tuned else self.fit
 
+    @property
+    def metric(self) -> Metric | None:
+        """Accuracy by the labels on all samples but those held out, for passes to keep; None without."""
+        if self.labels is None:
+            return None
+        fit, tune, _ = self._parts
+        numbers = np.concatenate((fit.numbers, tune.numbers)) if self.tuned else fit.numbers
+        return accuracy(self.seen, self.labels[numbers])
+
+    @property
+    def held_metric(self) -> Metric | None:
+        """Accuracy by the labels on the samples held out; None without labels, or where none are held out."""
+        if self.labels is None or self._parts.held is None:
+            return None
+        return accuracy(self._parts.held.data, self.labels[self._parts.held.numbers])
+
     @cached_property
     def _parts(self) -> _Parts:
         specs = self.model.inputs()
         data = self.data.bind(specs)
         data.check(specs)
+        if self.labels is not None and len(self.labels) != data.samples():
+            raise CalibrationError(f"there are {len(self.labels)} labels for {data.samples()} samples")
         size = _group(self.model, data, self.target)
         each = 1 if size else max(batch_samples(next(iter(data))), 1)
         total = data.samples() if size else data.count()
@@ -112,13 +146,22 @@ class Samples:
         left = np.setdiff1d(np.arange(total), held_out)
         chosen_by = _spread(left, count(TUNE, LEAST_TUNED), random)
 
-        def part(numbers: NDArray[np.intp]) -> CalibrationData:
-            return data.take(numbers.tolist(), size) if size else data.pick(numbers.tolist())
+        def part(numbers: NDArray[np.intp]) -> _Part:
+            if size:
+                return _Part(data.take(numbers.tolist(), size), numbers)
+            return _Part(data.pick(numbers.tolist()), self._within(numbers))
 
         fit = part(np.setdiff1d(left, chosen_by))
         return _Parts(
             fit, part(chosen_by) if chosen_by.size else fit, part(held_out) if held_out.size else None
         )
+
+    def _within(self, batches: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Numbers of the samples in some batches; nobody asks where there are no labels."""
+        if self.labels is None:
+            return np.zeros(0, np.intp)
+        ends = np.cumsum((0, *self.data.sizes()))
+        return np.concatenate([np.arange(ends[at], ends[at + 1]) for at in batches])
 
 
 def _spread(numbers: NDArray[np.intp], count: int, random: np.random.Generator) -> NDArray[np.intp]:

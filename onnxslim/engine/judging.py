@@ -12,8 +12,10 @@ from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.samples import SAMPLES
 from onnxslim.engine.base import Context
 from onnxslim.errors import LoadError
+from onnxslim.formats import percent
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
+from onnxslim.runtime.metric import measure
 
 # Whose samples they are: held out of everything, fitted on or chosen by, or made up.
 Whose: TypeAlias = Literal["held out", "fitted on", "made up"]
@@ -39,6 +41,7 @@ class Kept:
             if there are none.
         samples: how many were looked at.
         whose: what they are.
+        accuracy: of the original and of the result, by labels of samples held out; None without.
     """
 
     sqnr: float
@@ -46,6 +49,7 @@ class Kept:
     agreement: float | None
     samples: int
     whose: Whose
+    accuracy: tuple[float, float] | None = None
 
     @property
     def little(self) -> bool:
@@ -59,7 +63,9 @@ class Kept:
             worst = min(self.parts, key=lambda name: self.parts[name], default="")
             told = f"{self.sqnr:.1f} dB" + (f" of '{worst}', its worst part" if len(self.parts) > 1 else "")
         if self.agreement is not None:
-            told += f", and the same largest output in {100 * self.agreement:.1f} %"
+            told += f", and the same largest output in {percent(self.agreement)}"
+        if self.accuracy is not None:
+            told += f", with accuracy {percent(self.accuracy[0])} → {percent(self.accuracy[1])}"
         return f"keeps {told}, on {self.samples} samples {_WHOSE[self.whose]}"
 
 
@@ -75,6 +81,7 @@ class OutputJudge:
     def __init__(self, model: Model, ctx: Context, feeds: Sequence[Mapping[str, Array]]) -> None:
         self._model, self._ctx, self._feeds = model, ctx, feeds
         self._judge: Judge | None = None
+        self._before: float | None = None
 
     def __call__(self, model: Model) -> Kept | None:
         """What another model keeps of its outputs; None where one of the two does not run."""
@@ -89,7 +96,15 @@ class OutputJudge:
             return None
         # What a classifier decides on noise says nothing.
         agreement = None if whose == "made up" else score.agreement
-        return Kept(score.sqnr, score.parts, agreement, self._judge.seen, whose)
+        return Kept(score.sqnr, score.parts, agreement, self._judge.seen, whose, self._accuracy(model))
+
+    def _accuracy(self, model: Model) -> tuple[float, float] | None:
+        metric = self._ctx.data.held_metric if self._ctx.data is not None else None
+        if metric is None:
+            return None
+        if self._before is None:
+            self._before = measure(metric, self._model, self._ctx.target)
+        return self._before, measure(metric, model, self._ctx.target)
 
     def _data(self) -> tuple[CalibrationData, Whose]:
         samples = self._ctx.data

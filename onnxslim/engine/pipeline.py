@@ -19,6 +19,7 @@ from onnxslim.engine.check import Checker, require_interface
 from onnxslim.engine.judging import Kept, OutputJudge
 from onnxslim.errors import InvalidGraph, LoadError, OnnxSlimError, PassError, UsageError
 from onnxslim.formats import SHOWN_NAMES, plain, size
+from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, Source, Stats, load
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
@@ -170,6 +171,7 @@ class Pipeline:
         jobs: int = 1,
         progress: Progress | None = None,
         metric: Metric | None = None,
+        labels: Array | None = None,
         input_shapes: InputShapes | None = None,
     ) -> Result:
         """Run every pass on a copy of the model.
@@ -185,6 +187,8 @@ class Pipeline:
             progress: called with (what, done, total): with the name of each pass before and after it, and by
                 long steps; the total is None where it is not known.
             metric: runs a model on data of its own and says how good it is, more is better; for `max_drop`.
+            labels: the class of every sample of the data, shape (samples,): without a metric, accuracy is the
+                one, on the samples that are not held out.
             input_shapes: sizes of inputs with free axes, by name: what multiply-accumulates are counted for,
                 and made-up inputs have. The model keeps its free axes; FixShapes fixes them.
 
@@ -205,7 +209,8 @@ class Pipeline:
                 if data is not None and ctx.data is None:
                     bound = CalibrationData.of(data, model.inputs()).bind(model.inputs())
                     bound.check(model.inputs())
-                    ctx = replace(ctx, data=Samples(bound, model, ctx.target, seed))
+                    ctx = replace(ctx, data=Samples(bound, model, ctx.target, seed, labels))
+                    ctx = replace(ctx, metric=metric or ctx.given.metric)
                 ground = _Ground(model, ctx, notes, self.count, input_shapes or {})
                 macs = ground.macs(model)
             _announce(ctx, each, 0)

@@ -25,7 +25,7 @@ from onnxslim.engine.base import options
 from onnxslim.errors import CalibrationError, SaveError, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import InputSpec, Model
-from onnxslim.runtime.metric import Metric, accuracy
+from onnxslim.runtime.metric import Metric
 
 T = TypeVar("T")
 
@@ -173,11 +173,6 @@ class Batches:
             return images.save_sheet(self.reader, self.data, file)
         except OSError as error:
             raise SaveError(f"cannot write '{file}': {error.strerror or error}") from error
-
-    @property
-    def metric(self) -> Metric | None:
-        """Accuracy on the labels; None where there are none."""
-        return None if self.labels is None else accuracy(self.data, self.labels)
 
 
 def called(name: str) -> CalibrationData:

@@ -336,7 +336,8 @@ class Work:
             seed=self._recipe.seed,
             jobs=self._jobs,
             progress=self._progress,
-            metric=self._metric or (self.opened.metric if self.opened else None),
+            metric=self._metric,
+            labels=self.opened.labels if self.opened else None,
             input_shapes=self._input_shapes,
         )
         if result.model is self._source:

@@ -16,6 +16,9 @@ from onnxslim.passes.factorize import Factorize
 from onnxslim.passes.half import Half
 from onnxslim.passes.prune import Prune
 from onnxslim.passes.quantize import Quantize
+from onnxslim.runtime.metric import measure
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
 from tests.helpers import normal, parse
 
 IMAGES = normal(128, 4, 6, 6)
@@ -110,3 +113,50 @@ def test_results_do_not_depend_on_how_samples_are_grouped(step: Pass) -> None:
     assert all(each.report.steps[0].changes for each in made)
     protos = [each.model.to_proto().SerializeToString(deterministic=True) for each in made]
     assert protos[0] == protos[1] == protos[2]
+
+
+@pytest.mark.parametrize("batch", ["N", "8"])
+@pytest.mark.parametrize("samples", [256, 64, 8])
+def test_labels_go_with_their_samples(batch: str, samples: int) -> None:
+    """Where a label is the largest element of its sample, all are right; of two changed, two are wrong."""
+    x = normal(samples, 5)
+    model = parse(f"g (float[{batch},5] x) => (float[{batch},5] y) {{ y = Identity(x) }}")
+    labels, target = x.argmax(1), Target.cpu()
+    data = CalibrationData.of(x, model.inputs())
+    whole = Samples(data, model, labels=labels)
+    assert whole.metric is not None
+    assert measure(whole.metric, model, target) == 1
+    wrong = np.concatenate(((labels[:2] + 1) % 5, labels[2:]))
+    parts = Samples(data, model, labels=wrong)
+    assert parts.metric is not None
+    held = 0 if parts.held is None else parts.held.samples()
+    missed = (1 - measure(parts.metric, model, target)) * (samples - held)
+    if whole.held_metric is not None:
+        assert parts.held_metric is not None
+        assert measure(whole.held_metric, model, target) == 1
+        missed += (1 - measure(parts.held_metric, model, target)) * held
+    assert missed == pytest.approx(2)
+    assert (whole.held_metric is None) == (samples < 128)
+    assert Samples(data, model).metric is Samples(data, model).held_metric is None
+
+
+def test_labels_that_are_too_few_are_told() -> None:
+    with pytest.raises(CalibrationError, match="there are 100 labels for 128 samples"):
+        Pipeline(Prune(ratio=0.5))(net(), data=grouped(8), labels=np.zeros(100, np.int64))
+
+
+def test_passes_keep_accuracy_by_labels_and_the_report_has_that_of_samples_held_out() -> None:
+    text = "g (float[N,8] x) => (float[N,4] y) { a = MatMul(x, v) r = Relu(a) y = MatMul(r, w) }"
+    model = parse(text, {"v": normal(8, 16), "w": normal(16, 4)})
+    x = normal(256, 8)
+    labels = Session(model).run({"x": x})["y"].argmax(1)
+    report = Pipeline(Half(), Prune(ratio=0.5))(model, data=x, labels=labels).report
+    once, both = (step.kept for step in report.steps)
+    assert once is not None
+    assert both is not None
+    assert once.accuracy is not None
+    assert both.accuracy is not None
+    assert once.accuracy[0] == both.accuracy[0] == 1
+    assert once.accuracy[1] == once.agreement
+    assert both.accuracy[1] == both.agreement != 1
+    assert "with accuracy 100.00 % → " in str(both)
