@@ -13,6 +13,7 @@ import typer
 from onnxslim.cli import terminal
 from onnxslim.cli.commands import app
 from onnxslim.errors import OnnxSlimError, SaveError, UsageError, closest
+from onnxslim.runtime import isolated
 
 INTERRUPTED = 130
 IO_ERROR = SaveError.exit_code
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         7 provider, 130 interrupted, 1 for a mistake of ours.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    isolated.alone = arguments is None
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail

@@ -3,18 +3,22 @@
 A worker is an interpreter that has imported onnxruntime and little else. It holds one model at a time and
 answers through pipes. One that died or had to be killed is replaced when it is next needed; one that nobody
 has needed for `LINGER_SECONDS` is ended, and so are all when this process ends. Workers are started as plain
-commands: callers need no `if __name__ == "__main__"`, and may themselves be daemons, threads or forks.
+commands: callers need no `if __name__ == "__main__"`, and may themselves be daemons, threads or forks. The
+command line, which knows that nothing else runs, forks its first one.
 """
 
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +30,10 @@ from onnxslim.errors import LoadError, one_line
 from onnxslim.runtime import native
 from onnxslim.runtime.limits import LimitExceeded, RunLimits, Watchdog, peak_of
 from onnxslim.runtime.native import OrtModel, SessionSettings
-from onnxslim.runtime.worker import receive, send
+from onnxslim.runtime.worker import receive, send, serve
+
+# Whether the command line is all that this process runs; it says so.
+alone = False
 
 LINGER_SECONDS = 10.0
 # What a worker may take longer, and more, than a run that should have stopped by itself, before it is killed.
@@ -122,6 +129,80 @@ _DOING = {
 }
 
 
+class _Fork:
+    """A worker forked from this process, which saves imports; it has the part of Popen that is used here.
+
+    Args:
+        said: where what it prints goes.
+    """
+
+    def __init__(self, said: IO[bytes]) -> None:
+        asked, asking = os.pipe()
+        answered, answering = os.pipe()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                for number, place in ((asked, 0), (answering, 1), (said.fileno(), 2)):
+                    os.dup2(number, place)
+                os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+                serve()
+            finally:
+                os._exit(1)  # whatever happens, nothing of the caller goes on here
+        os.close(asked)
+        os.close(answering)
+        self.stdin, self.stdout = os.fdopen(asking, "wb"), os.fdopen(answered, "rb")
+
+    def poll(self) -> int | None:
+        """Its exit code as of Popen, None while it runs."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self, timeout: float = math.inf) -> int:
+        """The same, once it has ended.
+
+        Raises:
+            TimeoutExpired: it has not within so many seconds.
+        """
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("worker", timeout)
+            time.sleep(0.001)
+        return code
+
+    def kill(self) -> None:
+        """End it."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def _may_fork() -> bool:
+    """Whether a fork is certain to find no lock that a thread holds.
+
+    That is where the command line is all that runs: NumPy's threads are idle, and BLAS is made for it. ONNX
+    Runtime and its threads must not be there yet.
+    """
+    quiet = threading.active_count() == 1 and "onnxruntime" not in sys.modules
+    return alone and quiet and sys.platform == "linux"
+
+
+def _spawned(said: IO[bytes]) -> subprocess.Popen[bytes]:
+    # Without the imports that `site` may bring, the package is found where it lies.
+    places = [*map(str, sys.path), str(Path(__file__).parents[2])]
+    return subprocess.Popen(
+        [sys.executable, "-S", "-c", _BOOT, *places],
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # NumPy only carries arrays there
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=said,
+        pipesize=PIPE_BYTES,
+        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+    )
+
+
 class _Worker:
     """The process, as seen from the one that started it.
 
@@ -136,18 +217,9 @@ class _Worker:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `end`
         self._owner = os.getpid()
         self._ready = False
-        # Without the imports that `site` may bring, the package is found where it lies.
-        places = [*map(str, sys.path), str(Path(__file__).parents[2])]
+        self._process: subprocess.Popen[bytes] | _Fork
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-S", "-c", _BOOT, *places],
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # NumPy only carries arrays there
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._said,
-                pipesize=PIPE_BYTES,
-                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-            )
+            self._process = _Fork(self._said) if _may_fork() else _spawned(self._said)
         except OSError as error:
             self._said.close()
             raise _CannotStart(one_line(error)) from error
@@ -196,7 +268,7 @@ class _Worker:
             self._process.wait(END_SECONDS)
         last = self._last_words()
         self.end()
-        code = self._process.returncode
+        code = self._process.wait()
         if exceeded:
             return LimitExceeded(f"ONNX Runtime was stopped: it took more than {exceeded} while it {doing}")
         how = f"signal {-code}" if code < 0 else f"exit code {code:#x}" if code > 255 else f"exit code {code}"

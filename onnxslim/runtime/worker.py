@@ -10,7 +10,6 @@ import pickle
 import queue
 import signal
 import struct
-import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -72,9 +71,10 @@ class _Desk:
 
 def _listen(questions: queue.SimpleQueue[tuple[Any, ...]]) -> None:
     """Take questions in while another one is worked on, so that the end of who asks is seen at any time."""
+    pipe = open(0, "rb", closefd=False)  # noqa: SIM115  # not sys.stdin, which a fork may have read from
     with suppress(EOFError, OSError):
         while True:
-            questions.put(receive(sys.stdin.buffer))
+            questions.put(receive(pipe))
     os._exit(0)
 
 

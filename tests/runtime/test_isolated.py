@@ -19,7 +19,7 @@ from onnxslim.engine import check
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import LoadError, TargetError, UsageError
-from onnxslim.ir.model import Model
+from onnxslim.ir.model import Model, load
 from onnxslim.passes.slim import Slim
 from onnxslim.runtime import isolated
 from onnxslim.runtime.isolated import WorkerEnded
@@ -348,3 +348,33 @@ def test_forks_and_daemons_have_workers_of_their_own(pool: isolated._Pool) -> No
         assert process.exitcode == 0
     assert held.run(ONE)["y"].shape == (1, 2)
     assert all(worker.usable() for worker in pool._all)
+
+
+COMMAND = """
+import sys
+from onnxslim import cli
+from onnxslim.runtime import isolated
+start = isolated._Fork.__init__
+isolated._Fork.__init__ = lambda fork, said: (print("forked", flush=True), start(fork, said))[0]
+{before}
+sys.argv[1:] = ["slim", {model!r}, {made!r}]
+sys.exit(cli.main())
+"""
+
+
+@LINUX
+@pytest.mark.parametrize("fate", ["live", "die"])
+@pytest.mark.parametrize("before", ["", "import onnxruntime", "sys.path.insert(0, {folder!r})"])
+@pytest.mark.usefixtures("fateful")
+def test_the_command_line_forks_its_worker_while_nothing_else_runs(
+    before: str, fate: str, tmp_path: Path
+) -> None:
+    fated(fate, "opened").save(tmp_path / "a.onnx")
+    model, made = str(tmp_path / "a.onnx"), tmp_path / "b.onnx"
+    code = COMMAND.format(before=before.format(folder=str(tmp_path)), model=model, made=str(made))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("forked\n") == (before != "import onnxruntime")
+    survived = "the input does not run: ONNX Runtime ended with signal 11 while it opened the model"
+    assert (survived in done.stdout) == (fate == "die" and before.startswith("sys"))
+    assert ops(load(made)) == {"Tanh": 1}
