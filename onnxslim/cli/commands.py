@@ -15,6 +15,8 @@ from onnxslim.cli.running import (
     named_metric,
     process,
     require_report,
+    require_sheet,
+    require_writable,
     tell_data,
     warn_of_made_up_inputs,
 )
@@ -155,6 +157,8 @@ def _inspect(
     from onnxslim.report import inspect, text
     from onnxslim.shapes.given import by_name
 
+    if dump_to_disk:
+        require_writable(Path("model_info.csv"))
     sizes = by_name(input_shapes or ())
     found = [inspect.inspect(path, sizes) for path in models]
     difference = inspect.compare(*models) if len(models) == 2 else None
@@ -310,6 +314,7 @@ def _validate(
     """
     required = limits(require)
     require_report(report, {path.resolve(): "a model" for path in (first, second)})
+    require_sheet(data)
     from onnxslim.ir.model import load
     from onnxslim.runtime.profile import available
     from onnxslim.runtime.targets import Target

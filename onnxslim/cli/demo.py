@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.cli.running import require_writable
 from onnxslim.engine.base import Progress
 from onnxslim.engine.pipeline import Pipeline, Report
 from onnxslim.errors import SaveError
@@ -28,6 +29,8 @@ from onnxslim.validation.compare import validate
 from onnxslim.validation.verdict import ProviderVerdict, Verdict
 
 MODELS = ("resnet", "mobilenet", "vit")
+# A median time this much above the fastest one is told as unsteady.
+UNSTEADY = 0.2
 BATCH = 8
 
 
@@ -111,6 +114,7 @@ def _results(keep: Path | None) -> Iterator[Path]:
         keep.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"cannot make the folder '{keep}': {error.strerror or error}") from error
+    require_writable(keep / f"{MODELS[0]}.onnx")
     yield keep
 
 
@@ -122,7 +126,7 @@ def show(console: Console, outcomes: Sequence[DemoOutcome]) -> None:
         for row in _rows(outcome):
             grid.add_row(*row)
         console.print(grid)
-        lines(console, _fidelity(outcome))
+        lines(console, (*_unsteady(outcome), *_fidelity(outcome)))
 
 
 def _rows(outcome: DemoOutcome) -> Iterator[tuple[str, str, str, str]]:
@@ -151,6 +155,16 @@ def _measured(provider: ProviderVerdict, batch: int) -> Iterator[tuple[str, str,
     if provider.accuracy is not None:
         accuracy = provider.accuracy
         yield f"accuracy, {provider.target}", percent(accuracy.before), percent(accuracy.after), ""
+
+
+def _unsteady(outcome: DemoOutcome) -> Iterator[str]:
+    for provider in outcome.verdict.providers:
+        spread = max((each.spread for each in provider.latency or ()), default=0.0)
+        if spread > UNSTEADY:
+            yield (
+                f"  {provider.target}: the times are unsteady, medians lie up to {percent(spread)} above the "
+                "fastest calls: something else keeps this machine busy; run this again when it is idle"
+            )
 
 
 def _fidelity(outcome: DemoOutcome) -> Iterator[str]:

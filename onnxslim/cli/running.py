@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +50,7 @@ def process(
     """
     _warn_of_rivals()
     _require_places(job, recipe, save_plan)
+    require_sheet(words)
     isolated.start()
     wanted = _recipe(job, words, chain, recipe, trust)
     _require_keepable(job, wanted, asked)
@@ -102,6 +103,12 @@ def _run(
     if asked is None:
         return outcome
     return replace(outcome, report=asked.checked(outcome.original, outcome.model, outcome.report, feeds))
+
+
+def require_sheet(words: DataWords) -> None:
+    """Fail early if the picture of the inputs could not be written."""
+    if words.show_inputs is not None:
+        require_writable(words.show_inputs)
 
 
 def tell_data(opened: Batches | None, words: DataWords, quiet: bool) -> None:
@@ -258,5 +265,10 @@ def require_writable(path: Path) -> None:
         raise SaveError(f"cannot write '{path}': it is a folder")
     if not folder.is_dir():
         raise SaveError(f"cannot write '{path}': there is no folder '{folder}'")
-    if not os.access(folder, os.W_OK):
-        raise SaveError(f"cannot write '{path}': the folder '{folder}' is not writable")
+    try:
+        # Rights alone do not tell: a file system may be read-only, full, or not one of files at all.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise SaveError(f"cannot write '{path}': the folder '{folder}' is not writable ({why})") from None

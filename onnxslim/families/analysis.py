@@ -22,7 +22,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from onnxslim import shapes
-from onnxslim.errors import UsageError
+from onnxslim.errors import UsageError, nearest
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Tensor
 from onnxslim.ir.model import Model
@@ -405,7 +405,11 @@ class _Traced:
         places = [place for place in self._places() if place.tensor.name == tensor]
         known = [each for each, _ in self._tracer.labelled() if each.name == tensor]
         if not known:
-            raise UsageError(f"no axis of a tensor '{tensor}' can be followed; see the tensors in `inspect`")
+            names = dict.fromkeys(each.name for each, _ in self._tracer.labelled())
+            raise UsageError(
+                f"no axis of a tensor '{tensor}' can be followed; {nearest(tensor, names)} (`onnxslim prune "
+                "--families --json` lists those of all families)"
+            )
         along = {(member.tensor, member.axis): family for family in families for member in family.members}
         lines = []
         for place in places:

@@ -30,6 +30,11 @@ class Latency:
     median: float
     minimum: float
 
+    @property
+    def spread(self) -> float:
+        """How far the median lies above the fastest call, as a share of that."""
+        return self.median / self.minimum - 1
+
 
 def latencies(
     sessions: Sequence[Session],

@@ -87,7 +87,7 @@ class DynamicProducts:
             self._add("Add", f"{label}_Add", [product, bias], result)
         if not weight.outputs:
             self._graph.initializers.pop(weight.name, None)
-        self._log.change(label, f"{op} turns its data into integers as they come", "quantize")
+        self._log.change(label, f"{op} turns its data into integers as they come")
 
     def _matrix(self, node: Node, weight: Constant) -> tuple[Constant, Constant]:
         """Integers of a weight, [inputs, outputs], and their scales, which take in a Gemm's alpha."""

@@ -128,7 +128,7 @@ class _Equalizer:
             if gain > 1.0:
                 scales[members] = found
                 count += len(tensors)
-                log.change(tensors[0][0], f"channels of {len(tensors)} tensors scaled alike", "quantize")
+                log.change(tensors[0][0], f"channels of {len(tensors)} tensors scaled alike")
         self._scaling.apply(scales)
         return count
 
@@ -164,7 +164,7 @@ class _Equalizer:
         if gain < WORTH:
             return False
         self._multiply(tensor, readers, scales)
-        log.change(name, "channels scaled by a Mul before they become integers", "quantize")
+        log.change(name, "channels scaled by a Mul before they become integers")
         return True
 
     def _multiply(self, tensor: ir.Tensor, readers: Sequence[Mixer], scales: Doubles) -> None:

@@ -54,11 +54,13 @@ class QuantizeFigures(Figures):
         "tensors and constants that were in integers already, and keep their scales"
     )
     nearest: float | None = captioned(
-        "SQNR on the samples to choose by, dB: all in integers, weights rounded to the nearest"
+        "SQNR on the samples to choose by, in dB, with all in integers and weights rounded to the nearest"
     )
-    everything: float | None = captioned("the same, weights rounded and ranges chosen by the outputs")
-    sqnr: float | None = captioned("the same of the result")
-    parts: Mapping[str, float] | None = captioned("the same by output, or part of one")
+    everything: float | None = captioned(
+        "SQNR with all in integers, in dB, weights rounded and ranges chosen by the outputs"
+    )
+    sqnr: float | None = captioned("SQNR of the result, in dB")
+    parts: Mapping[str, float] | None = captioned("SQNR of the result by output or part of one, in dB")
     layers: tuple[LayerFigures, ...] | None = captioned(
         "what single layers alone leave of the signal, the worst first"
     )

@@ -255,7 +255,7 @@ class Inserter:
             if (replacement := dequantized.get(id(node.inputs[index]))) is not None:
                 self._replaced.add(id(node.inputs[index]))
                 node.inputs[index] = replacement
-        self._log.change(self._plan.labels[id(node)], f"{node.op} runs in integers", "quantize")
+        self._log.change(self._plan.labels[id(node)], f"{node.op} runs in integers")
         if lower := _LOWERED.get(node.op):
             lower(self, node)
 
@@ -291,7 +291,7 @@ class Inserter:
             while isinstance(tensor, Variable) and clamp is not None and self._implied(clamp, scales[key]):
                 source = clamp.inputs[0]
                 maker = source.inputs[0]
-                self._log.change(clamp.label, f"{clamp.op} is implied by the integer range", "quantize")
+                self._log.change(clamp.label, f"{clamp.op} is implied by the integer range")
                 ir.detach(clamp)
                 gone.add(id(clamp))
                 maker.outputs[next(i for i, made in enumerate(maker.outputs) if made is source)] = tensor
@@ -353,7 +353,7 @@ class Inserter:
         self._replaced.add(id(weight))
         encoded = self._encode(weight, axis, per_channel=per_channel)
         node.inputs[1] = self._dequantized(weight, encoded.codes, encoded.scales, 0, axis)
-        self._log.change(self._plan.labels[id(node)], f"{node.op} stores its weight as int8", "quantize")
+        self._log.change(self._plan.labels[id(node)], f"{node.op} stores its weight as int8")
 
     def _activation_scale(self, node: Node) -> np.float32:
         pair = ir.producer(node.inputs[0])

@@ -57,7 +57,7 @@ class Storage:
             node.inputs[0] = self._constant(table, "quantized", codes)
             self._drop(table)
             self._dequantize_result(node, table, scales)
-            self._log.change(label, "looks up its table as int8", "quantize")
+            self._log.change(label, "looks up its table as int8")
 
     def halve(self, nodes: Iterable[Node]) -> None:
         """Weights that stay in floating point: float16 in the file, float32 again when it is loaded."""
@@ -70,7 +70,7 @@ class Storage:
             self._add("Cast", restored.name, [half], restored, to=1)
             node.inputs[1] = restored
             self._drop(weight)
-            self._log.change(node.label, "stores its weight as float16", "quantize")
+            self._log.change(node.label, "stores its weight as float16")
 
     def four_bits(self, node: Node, rounding: Rounding) -> None:
         """A matrix product's weight in int4, one scale for every `BLOCK` inputs of an output."""
@@ -90,7 +90,7 @@ class Storage:
         self._add("DequantizeLinear", restored.name, inputs, restored, axis=0, block_size=BLOCK)
         node.inputs[1] = restored
         self._drop(weight)
-        self._log.change(node.label, f"{node.op} stores its weight as int4", "quantize")
+        self._log.change(node.label, f"{node.op} stores its weight as int4")
 
     def finish(self) -> None:
         """Put the new nodes into the graph."""

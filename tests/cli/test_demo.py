@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnxslim.cli import demo
 from onnxslim.formats import to_json
 from onnxslim.ir.model import load
 from onnxslim.runtime.session import Session
+from onnxslim.runtime.timing import Latency
 from tests.helpers import FASHION
 
 
@@ -89,3 +91,13 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "file").write_text("")
     assert cli.main(["demo", "--keep", str(tmp_path / "file" / "results")]) == 6
     assert "cannot make the folder" in capsys.readouterr().err
+
+
+def test_unsteady_times_are_told(outcome: demo.DemoOutcome) -> None:
+    def told(median: float) -> list[str]:
+        provider = replace(outcome.verdict.providers[-1], latency=(Latency(1.0, 1.0), Latency(median, 1.0)))
+        return list(demo._unsteady(replace(outcome, verdict=replace(outcome.verdict, providers=(provider,)))))
+
+    assert told(1.19) == []
+    (line,) = told(1.5)
+    assert "times are unsteady, medians lie up to 50.00 % above the fastest calls" in line

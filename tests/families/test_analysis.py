@@ -203,9 +203,11 @@ def test_a_body_pins_what_it_reads() -> None:
 
 
 def test_an_unknown_tensor_is_refused() -> None:
-    _, analysis = analyzed("g (float[N,4] x) => (float[N,2] y) { y = MatMul(x, u) }", normals(u=(4, 2)))
-    with pytest.raises(UsageError, match="nowhere"):
+    _, analysis = analyzed("g (float[N,4] x) => (float[N,2] y) { y = MatMul(x, long) }", normals(long=(4, 2)))
+    with pytest.raises(UsageError, match=r"'nowhere' can be followed; known are: .*long.*--families --json"):
         analysis.explain("nowhere")
+    with pytest.raises(UsageError, match="did you mean 'long'"):
+        analysis.explain("lonk")
 
 
 def test_equal_biases_do_not_tie_layers() -> None:

@@ -92,7 +92,7 @@ def test_the_page_has_everything(made: tuple[Model, Model, Document]) -> None:
         "accuracy ",
         "latency, batch of 100",
         "Passes",
-        "54 × quantize",
+        "Conv runs in integers",
         "left alone:",
         "Signal-to-noise ratio, layer by layer",
         "The layers that add most noise",

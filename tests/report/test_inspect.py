@@ -173,3 +173,14 @@ def test_the_command_line_shows_both(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["inspect", str(first), str(first)]) == 0
     assert "the same nodes and constants, by name" in capsys.readouterr().out
     assert cli.main(["inspect", str(tmp_path / "none.onnx")]) == 3
+
+
+def test_rows_without_anything_in_them_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parse("g (float[2] x) => (float[2] y) { y = Relu(x) }").save(tmp_path / "m.onnx")
+    assert cli.main(["inspect", str(tmp_path / "m.onnx")]) == 0
+    out = capsys.readouterr().out
+    assert "IR version" in out
+    for name in ("made by", "in data files", "run in integers", "free sizes", "own functions", "counted for"):
+        assert name not in out
