@@ -156,7 +156,10 @@ class _Fork:
     def poll(self) -> int | None:
         """Its exit code as of Popen, None while it runs."""
         if self.returncode is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            try:
+                ended, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # SIGCHLD is ignored, and the code lost, which Popen takes for 0
+                ended, status = self.pid, 0
             self.returncode = os.waitstatus_to_exitcode(status) if ended else None
         return self.returncode
 
