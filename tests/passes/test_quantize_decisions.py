@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +47,7 @@ class Building:
     def __call__(self, variant: Variant) -> Any:
         self.built.append(variant)
         plan = SimpleNamespace(labels={}, linear=[], stored=[])
-        return SimpleNamespace(model=variant, plan=plan, groups=(), log=Log())
+        return SimpleNamespace(model=variant, plan=plan, groups=(), log=Log(), labels=list)
 
     def equalized(self, plan: Any, log: Log) -> Building | None:
         log.change("model", "scaled")
@@ -63,8 +63,8 @@ class Building:
         return {}
 
     @staticmethod
-    def _without(variant: Variant, labels: Iterable[str], reason: str) -> Variant:
-        return replace(variant, kept=dict.fromkeys(labels, reason))
+    def _without(variant: Variant, held: Mapping[str, str]) -> Variant:
+        return replace(variant, kept=dict(held))
 
 
 @dataclass
