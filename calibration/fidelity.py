@@ -25,7 +25,7 @@ from onnxslim.runtime.timing import compare
 MATCHES = ("Concat", "Transpose")
 
 # Samples and bytes of reference outputs that are enough to rank candidates.
-SAMPLES = 16
+SAMPLES = 32
 MAX_BYTES = 256 << 20
 
 

@@ -48,7 +48,8 @@ _ROWS_PER_INPUT = 48
 _MIN_ROWS, _MAX_ROWS = 1 << 14, 40_000
 # Elements of inputs to take out of a batch at a time.
 _ELEMENTS = 1 << 25
-# Where there are too few samples to choose by others than are fitted to, it is by every so many-th row.
+# The strength of a fit is chosen by every so many-th sample, or row where there are too few samples, and the
+# fit is then made on all: those to choose candidates by are too few for that (decision 61).
 _EVERY = 4
 # Mean squared error, relative to the mean square of the original's output, that is rounding.
 _ROUNDING = 1e-10
@@ -74,13 +75,13 @@ def repair(
     get new weights and biases; normalizations, and scales and shifts per channel, new values. A layer's goal
     is its output before the activation, or, where that goes into a sum whose other operand is at hand, the
     sum; where an activation follows, the error behind it is what counts. How strongly weights are held to
-    what they are is chosen for each layer on the samples to choose by; where the new weights are no better
-    on these, the old ones stay.
+    what they are is chosen for each layer on a quarter of the samples; where new weights are no better on
+    these, the old ones stay.
 
     Args:
         student: edited in place.
         teacher: the original; not modified.
-        data: samples to fit on and to choose by, without labels.
+        data: samples to fit on, without labels.
         kept: for axes of the teacher's tensors, the indices the student's tensor of that name still has;
             axes that are not in it have the same size in both.
         method: "ridge" for weights and biases, "bias" for the means of the outputs alone.
@@ -91,8 +92,8 @@ def repair(
         memory: bytes of intermediate tensors to keep in memory; more are put into temporary files.
         finish: has the last word on what is written, such as weights that are rounded; layers then need not
             have got other inputs.
-        chosen: whether nothing is to be chosen by the samples for that any more: weights are then fitted to
-            them as well, once the strength is found.
+        chosen: whether nothing is to be chosen by the samples for that any more: they are then fitted to as
+            well.
 
     Returns:
         What was refitted, with the error on what it was chosen by before and after, and what was left alone.
@@ -173,11 +174,10 @@ class _Repair:
 
     def run(self, data: Samples, progress: Progress | None) -> None:
         """Refit all jobs, stage by stage."""
-        self._fitted_on = data.fit.samples() if data.tuned else None
-        self._joins = self._chosen or not data.tuned  # rows of the same samples are all to fit on
+        used = data.seen if self._chosen else data.fit
         batches = [
             {name: self.store.put(array) for name, array in feeds.items()}
-            for feeds in data.seen.bind(self.student.inputs())
+            for feeds in used.bind(self.student.inputs())
         ]
         done, total = 0, sum(map(len, self.stages))
         for stage, jobs in enumerate(self.stages):
@@ -200,7 +200,7 @@ class _Repair:
         return _Sides(teacher, self.copy.run(stage, index, {**feeds, **teacher}))
 
     def _observe(self, job: Job, sums: _Sums, batch: _Batch) -> None:
-        seen = zip((sums.train, sums.tune), sums.rows, self._positions(job, batch), strict=True)
+        seen = zip((sums.train, sums.tune), sums.rows, _positions(job, batch), strict=True)
         for moments, rows, at in seen:
             for part in np.array_split(at, -(-at.size * job.size // _ELEMENTS) or 1):
                 goal = self._goal(job, batch, part)
@@ -213,14 +213,6 @@ class _Repair:
                 moments.update(inputs, goal - present)
                 if part.size and job.goal.tensor in self.chains:
                     rows.append(Rows(*map(self.store.put, (inputs, goal, present))))
-
-    def _positions(self, job: Job, batch: _Batch) -> tuple[Positions, Positions]:
-        """Positions of a job's goal to fit on, and those to choose by."""
-        at = batch.positions(job.count(batch.values.student), _rows(job))
-        if self._fitted_on is not None:
-            return (at, at[:0]) if batch.first < self._fitted_on else (at[:0], at)
-        chosen_by = np.arange(at.size) % _EVERY == 0
-        return at[~chosen_by], at[chosen_by]
 
     def _goal(self, job: Job, batch: _Batch, at: Positions) -> Floats | str:
         """The teacher's values at some positions, as far as the student still has their channels."""
@@ -260,7 +252,7 @@ class _Repair:
     def _finished(self, job: Job, sums: _Sums) -> Fit | str:
         try:
             whole = sums.train.result()
-            whole = whole.joined(sums.tune.result()) if self._joins else whole
+            whole = whole.joined(sums.tune.result())
         except CalibrationError as error:
             return str(error)
         fitted = self._fit(job, sums)
@@ -272,7 +264,7 @@ class _Repair:
             train, tune = sums.train.result(), sums.tune.result()
         except CalibrationError as error:
             return str(error)
-        found = fit(train, tune, method=self.method, bias=job.takes_bias, join=self._joins)
+        found = fit(train, tune, method=self.method, bias=job.takes_bias)
         if found.before <= _ROUNDING * sums.square / (train.count + tune.count):
             return "it computes what the original does"
         whole = found.weight is not None or self.method == "bias"
@@ -280,7 +272,7 @@ class _Repair:
         if function is not None:
             fitted_on, chosen_by = sums.rows
             found = gradient_refine(
-                found, (train, fitted_on), (tune, chosen_by), function, bias=job.takes_bias, join=self._joins
+                found, (train, fitted_on), (tune, chosen_by), function, bias=job.takes_bias
             )
         if not found.after < found.before:
             return "other weights are no better"
@@ -294,6 +286,15 @@ class _Repair:
             return None
         least, most = min(float(each.min()) for each in seen), max(float(each.max()) for each in seen)
         return tabulated(self.student, nodes, least, most)
+
+
+def _positions(job: Job, batch: _Batch) -> tuple[Positions, Positions]:
+    """Positions of a job's goal to fit on, and those of every so many-th sample to choose the strength by."""
+    count = job.count(batch.values.student)
+    at = batch.positions(count, _rows(job))
+    which = batch.first + at * batch.samples // max(count, 1) if batch.total > _EVERY else np.arange(at.size)
+    chosen_by = which % _EVERY == 0
+    return at[~chosen_by], at[chosen_by]
 
 
 def _stop(jobs: Sequence[Job]) -> Stop:

@@ -68,7 +68,6 @@ def gradient_refine(
     function: Table,
     *,
     bias: bool = True,
-    join: bool = True,
 ) -> Fit:
     """Go on from the best linear fit, as far as what is chosen by wants it.
 
@@ -78,11 +77,10 @@ def gradient_refine(
             inputs, the shift alone is fitted.
         function: what the outputs go through.
         bias: whether there is a shift.
-        join: whether the change comes from all rows in the end; else from those to fit on.
 
     Returns:
         The change of least error behind the function, which `before` and `after` are of: none, the linear one
-        or one after some steps, which are then repeated on all rows if these are joined.
+        or one after some steps, which are then repeated on all rows.
     """
     fitted_on, chosen_by = ([_behind(rows, function) for rows in part] for _, part in (train, tune))
     errors = [_error(chosen_by, function, None, train[0].x_mean)]
@@ -94,8 +92,8 @@ def gradient_refine(
     found = Fit(linear.weight, linear.bias, linear.strength, errors[0], errors[best])
     if best < 2:
         return found
-    whole = train[0].joined(tune[0]) if join else train[0]
-    steps = _steps(whole, (*fitted_on, *chosen_by) if join else fitted_on, function, linear.strength, bias)
+    whole = train[0].joined(tune[0])
+    steps = _steps(whole, (*fitted_on, *chosen_by), function, linear.strength, bias)
     change = next(islice(steps, best - 1, None))
     shift = change.shift - (change.weight @ _center(whole, bias)[..., None])[..., 0]
     weight = change.weight if change.weight.size else None

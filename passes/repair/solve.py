@@ -37,18 +37,17 @@ class Fit:
     after: float
 
 
-def fit(train: Gram, tune: Gram, *, method: Method = "ridge", bias: bool = True, join: bool = True) -> Fit:
+def fit(train: Gram, tune: Gram, *, method: Method = "ridge", bias: bool = True) -> Fit:
     """Regress what a layer's output lacks on its input, with a penalty on the change.
 
     Minimises E|r - D x - d|^2 + s m |D|^2 over D and d, m the mean square of an input of the group. Shrinking
     the change instead of the weights keeps what the data says nothing about. s is the strength with the least
-    error on those to choose by, which takes their moments alone.
+    error on those to choose by, which takes their moments alone; the weights then come from all samples.
 
     Args:
         train, tune: moments of x and r = wanted - present output, of two disjoint sets of samples.
         method: "bias" leaves W as it is.
         bias: whether there is a d.
-        join: whether, with this strength, they come from all samples; else from those to fit on.
     """
     start, check = _centred(train, tune, bias=bias)
     before = float(tune.around(tune.x_mean, np.zeros_like(tune.y_mean)).power.sum())
@@ -56,7 +55,7 @@ def fit(train: Gram, tune: Gram, *, method: Method = "ridge", bias: bool = True,
     if method == "ridge":
         candidates.append(_downhill(lambda strength: _error(solved(start, strength), check)))
     after, strength = min(candidates)
-    whole = train.joined(tune) if join else train
+    whole = train.joined(tune)
     centred = whole if bias else whole.raw()
     shift = centred.y_mean
     weight = None if strength == np.inf else solved(centred, strength)

@@ -54,4 +54,4 @@ def test_a_pipeline_tells_of_it_where_a_pass_is_fitted_to_it(step: Pass, warned:
     for batch, doubtful in ((ZERO, True), (REAL, False)):
         report = Pipeline(step)(model, data=CalibrationData([{"x": batch}], name="zeros.npz")).report
         assert bool(report.doubts) == (warned and doubtful)
-        assert ("note: zeros.npz: input 'x' is 0 everywhere" in str(report)) == (warned and doubtful)
+        assert ("warning: zeros.npz: input 'x' is 0 everywhere" in str(report)) == (warned and doubtful)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Node, Variable
 from onnxslim.passes.fold import Fold
 from onnxslim.passes.fold.budget import FoldPlan, _Offer, _spend
@@ -134,7 +135,7 @@ def test_growth_is_a_matter_of_the_option() -> None:
     assert not apply(Fold(), model)[1]
     result, _ = apply(Fold(max_growth=4096), model)
     assert ops(result) == {"Add": 1}
-    with pytest.raises(ValueError, match="greater than or equal to 0"):
+    with pytest.raises(UsageError, match="greater than or equal to 0"):
         Fold(max_growth=-1)
 
 
