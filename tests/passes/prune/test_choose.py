@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 
@@ -19,6 +22,28 @@ def layers() -> Model:
     return parse(
         "g (float[N,3] x) => (float[N,2] y) { a = MatMul(x, w) r = Relu(a) y = MatMul(r, v) }",
         normals(w=(3, WIDTH), v=(WIDTH, 2)),
+    )
+
+
+def candidates_of(
+    model: Model,
+    *,
+    align: int = 1,
+    spared: Mapping[str, str] = MappingProxyType({}),
+    data: CalibrationData | None = None,
+    log: Log | None = None,
+) -> choose.Candidates:
+    """What could go of a model, by the size of weights."""
+    return choose.candidates(
+        model,
+        analyze(model),
+        criterion="l2",
+        align=align,
+        max_ratio=0.9,
+        spared=spared,
+        data=data,
+        ctx=Context(),
+        log=log or Log(),
     )
 
 
@@ -43,17 +68,7 @@ def test_damage_is_told_where_it_was_measured_though_steps_are_uneven(
 
     monkeypatch.setattr(choose, "Judge", Judge)
     model, data = layers(), CalibrationData([{"x": normal(8, 3)}])
-    found = choose.candidates(
-        model,
-        analyze(model),
-        criterion="l2",
-        align=8,
-        max_ratio=0.9,
-        spared={},
-        data=data,
-        ctx=Context(),
-        log=Log(),
-    )
+    found = candidates_of(model, align=8, data=data)
     [curve] = choose.damages(model, found, data, Context()).values()
     assert curve == {0: 0.0, 6: 36.0, 14: 196.0}
 
@@ -63,34 +78,14 @@ def test_a_layer_that_is_spared_keeps_what_it_reads(name: str) -> None:
     model = layers()
     model.graph.nodes[-1].name = "reader"
     log = Log()
-    found = choose.candidates(
-        model,
-        analyze(model),
-        criterion="l2",
-        align=1,
-        max_ratio=0.9,
-        spared=choose.spared(model, [name]),
-        data=None,
-        ctx=Context(),
-        log=log,
-    )
+    found = candidates_of(model, spared=choose.spared(model, [name]), log=log)
     assert not found.families
     assert [skip.reason for skip in log.done().skipped] == [f"excluded by '{name}'"]
 
 
 def test_curves_without_data_are_what_the_criterion_says() -> None:
     model = layers()
-    found = choose.candidates(
-        model,
-        analyze(model),
-        criterion="l2",
-        align=1,
-        max_ratio=0.9,
-        spared={},
-        data=None,
-        ctx=Context(),
-        log=Log(),
-    )
+    found = candidates_of(model)
     [curve] = choose.damages(model, found, None, Context()).values()
     [ranking] = found.rankings.values()
     assert curve[1] == pytest.approx(ranking.damage[1])
