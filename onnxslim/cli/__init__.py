@@ -12,6 +12,7 @@ import typer
 
 from onnxslim.cli import terminal
 from onnxslim.cli.commands import app
+from onnxslim.cli.guard import guarded
 from onnxslim.errors import OnnxSlimError, SaveError, UsageError, closest
 from onnxslim.runtime import isolated
 
@@ -33,8 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 ok, 2 usage, 3 bad model, 4 validation failed, 5 calibration data, 6 files,
         7 provider, 130 interrupted, 1 for a mistake of ours.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
     isolated.alone = arguments is None
+    if arguments is not None:
+        return _main(list(arguments))
+    words = sys.argv[1:]
+    return _main(words) if "--debug" in words else guarded(lambda: _main(words))
+
+
+def _main(words: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxslim.cli import terminal
+from onnxslim.cli import guard, terminal
 from onnxslim.cli.words import DataWords, ModelWords, limits
 from onnxslim.errors import OnnxSlimError, SaveError, UsageError
 from onnxslim.runtime import isolated
@@ -94,7 +94,8 @@ def _run(
     metric = named_metric(job.metric)
     libraries = tuple(job.custom_ops or ())
     sizes = by_name(input_shapes)
-    work = Work(recipe, job.source, libraries, job.jobs, progress, metric, job.report is not None, sizes)
+    reported, journal = job.report is not None, guard.journal
+    work = Work(recipe, job.source, libraries, job.jobs, progress, metric, reported, sizes, journal)
     feeds = asked.feeds(work.original) if asked else None
     if feeds is not None:
         work.feed([feeds])

@@ -16,6 +16,7 @@ from onnxslim.calibration.doubts import doubts
 from onnxslim.calibration.samples import Samples
 from onnxslim.engine.base import Changes, Context, Log, Pass, Progress
 from onnxslim.engine.check import Checker, require_interface
+from onnxslim.engine.journal import Journal
 from onnxslim.engine.judging import Kept, OutputJudge
 from onnxslim.errors import InvalidGraph, LoadError, OnnxSlimError, PassError, UsageError
 from onnxslim.formats import SHOWN_NAMES, plain, size
@@ -173,6 +174,7 @@ class Pipeline:
         metric: Metric | None = None,
         labels: Array | None = None,
         input_shapes: InputShapes | None = None,
+        journal: Journal | None = None,
     ) -> Result:
         """Run every pass on a copy of the model.
 
@@ -191,6 +193,7 @@ class Pipeline:
                 one, on the samples that are not held out.
             input_shapes: sizes of inputs with free axes, by name: what multiply-accumulates are counted for,
                 and made-up inputs have. The model keeps its free axes; FixShapes fixes them.
+            journal: learns which pass is at work, and knows which ones are not to be tried again.
 
         Raises:
             UsageError: there is no input of that name, or it has other axes.
@@ -204,7 +207,8 @@ class Pipeline:
         steps: list[Step] = []
         notes: list[str] = []
         stats, macs, ground = model.stats(), None, None
-        for each in self.passes:
+        journal = journal or Journal()
+        for position, each in enumerate(self.passes):
             if ground is None and not each.prepares:
                 if data is not None and ctx.data is None:
                     bound = CalibrationData.of(data, model.inputs()).bind(model.inputs())
@@ -218,12 +222,16 @@ class Pipeline:
             if ground is None or each.prepares:
                 outcome, changes, error = *_prepared(each, model, ctx), ""
             else:
-                outcome, changes, error = self._attempt(each, model, ground, steps)
+                with journal.within(position):
+                    failed = journal.failure(position, each.name)
+                    outcome, changes, error = self._attempt(each, model, ground, steps, failed)
             seconds = time.perf_counter() - start
             before, macs_before, kept = stats, macs, None
             if outcome is not model:
                 stats, macs = outcome.stats(), ground.macs(outcome) if ground and not each.prepares else None
-                kept = None if ground is None or each.lossless or each.prepares else ground.judge(outcome)
+                if ground is not None and not (each.lossless or each.prepares):
+                    with journal.within(position):
+                        kept = ground.judge(outcome)
                 if each.prepares or each.interface:
                     ground = None
                 elif ground is not None and not each.lossless:
@@ -266,10 +274,13 @@ class Pipeline:
         return Pipeline(*first)(model), rest
 
     def _attempt(
-        self, each: Pass, model: Model, ground: _Ground, steps: Sequence[Step]
+        self, each: Pass, model: Model, ground: _Ground, steps: Sequence[Step], failed: PassError | None
     ) -> tuple[Model, Changes, str]:
+        """What a pass makes of the model, unless it is known to have failed before."""
         candidate = model.copy()
         try:
+            if failed is not None:
+                raise failed
             changes = _run(each, candidate, ground.ctx)
             if changes:
                 _check(each, candidate, changes, ground.checker)

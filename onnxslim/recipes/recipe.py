@@ -24,6 +24,7 @@ from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.engine.base import Pass, Progress, options
+from onnxslim.engine.journal import Journal
 from onnxslim.engine.pipeline import Pipeline, Report, Result
 from onnxslim.engine.plans import PassPlan
 from onnxslim.errors import OnnxSlimError, UsageError, ValidationError
@@ -247,7 +248,7 @@ class Work:
         model: left as it is.
         libraries, jobs, progress, metric: see `Recipe.run`.
         reported: whether somebody wants to see the models compared, even where the recipe asks for nothing.
-        input_shapes: see `Pipeline`.
+        input_shapes, journal: see `Pipeline`.
 
     Attributes:
         original: the model as the first passes say it is, which data, checks and reports refer to.
@@ -266,13 +267,14 @@ class Work:
         metric: Metric | None = None,
         reported: bool = False,
         input_shapes: InputShapes | None = None,
+        journal: Journal | None = None,
     ) -> None:
         for each in recipe.passes:
             for key, file in reading.files_of(each).items():
                 if not file.is_file():
                     raise UsageError(f"pass '{each.name}', option '{key}': there is no file '{file}'")
         self._recipe, self._jobs, self._progress, self._metric = recipe, jobs, progress, metric
-        self._reported, self._input_shapes = reported, input_shapes or {}
+        self._reported, self._input_shapes, self._journal = reported, input_shapes or {}, journal
         self._target = Target.named(recipe.target).with_libraries(libraries)
         self._source = load(model)
         stop_or_revert: Literal["raise", "revert"] = "raise" if recipe.on_error == "raise" else "revert"
@@ -339,6 +341,7 @@ class Work:
             metric=self._metric,
             labels=self.opened.labels if self.opened else None,
             input_shapes=self._input_shapes,
+            journal=self._journal,
         )
         if result.model is self._source:
             return result
