@@ -350,7 +350,7 @@ def _validate(
         from onnxslim.report import html
 
         feeds = opened.data if opened else None
-        html.document(model, result, Report(), verdict, data=feeds).save(report)
+        html.document(model, result, Report(), verdict, limits=required, data=feeds).save(report)
     verdict.require(**required)
 
 

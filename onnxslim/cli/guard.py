@@ -8,12 +8,14 @@ If a signal ends it, the command is run again without the pass that was at work,
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import signal
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -25,9 +27,11 @@ from onnxslim.errors import InvalidGraph
 
 # How native code ends; and what systems do that run out of memory.
 CRASHES = frozenset(("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGKILL"))
-FORWARDED = ("SIGTERM", "SIGHUP")
+FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP")
 _NOBODY = -1
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+# An interruption may come twice, from the terminal and from the process that waits: within so many seconds.
+_ECHO = 0.5
 
 # That of the command that runs in this process.
 journal = Journal()
@@ -91,8 +95,23 @@ def _adopt(shared: _SharedJournal) -> None:
     """Be the child: with that journal, and no longer than the process that waits."""
     global journal
     journal = shared
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _once())
     with suppress(OSError, AttributeError):  # a C library without it: then the child finishes its work
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _once() -> Callable[[int, FrameType | None], None]:
+    """A handler that lets an interruption through, but not its echo."""
+    last = -math.inf
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before > _ECHO:
+            signal.default_int_handler(number, frame)
+
+    return interrupt
 
 
 def _waited(child: int) -> int:
@@ -102,7 +121,7 @@ def _waited(child: int) -> int:
         with suppress(ProcessLookupError):
             os.kill(child, number)
 
-    before: dict[int, Any] = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}  # it has it, too
+    before: dict[int, Any] = {}
     for passed_on in (signal.Signals[name] for name in FORWARDED):
         if signal.getsignal(passed_on) is not signal.SIG_IGN:
             before[passed_on] = signal.signal(passed_on, forward)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxslim.cli import guard, terminal
 from onnxslim.cli.words import DataWords, ModelWords, limits
-from onnxslim.errors import OnnxSlimError, SaveError, UsageError
+from onnxslim.errors import OnnxSlimError, SaveError, UsageError, ValidationError
 from onnxslim.runtime import isolated
 
 if TYPE_CHECKING:
@@ -61,9 +62,8 @@ def process(
     if outcome.unmeasured:
         terminal.log(f"warning: the report has no comparison of the models: {outcome.unmeasured}")
     _warn_of_doubtful_results(outcome.report, job.quiet)
-    told = outcome.document(layers=job.report is not None)
-    _tell(job, told)
-    outcome.require()
+    told = outcome.document(layers=job.report is not None) if job.json or job.report else None
+    _tell(job, outcome, told)
     _save(job, wanted, outcome, told, save_plan)
     return outcome
 
@@ -127,18 +127,26 @@ def named_metric(name: str | None) -> Metric | None:
     return None if name is None else data.metric(name)
 
 
-def _tell(job: ModelWords, told: Document) -> None:
-    for shown in (told.report, told.verdict):
-        if shown is not None and not job.json:
-            terminal.show(shown, job.quiet)
-    if job.json:
+def _tell(job: ModelWords, outcome: Outcome, told: Document | None) -> None:
+    if job.json and told is not None:
         print(told.to_json())
-    if told.verdict is not None:
-        warn_of_made_up_inputs(told.verdict)
+    else:
+        for shown in (outcome.report, outcome.verdict):
+            if shown is not None:
+                terminal.show(shown, job.quiet)
+    if outcome.verdict is not None:
+        warn_of_made_up_inputs(outcome.verdict)
 
 
-def _save(job: ModelWords, recipe: Recipe, outcome: Outcome, told: Document, plan: Path | None) -> None:
-    """Save all that was asked for; a file that cannot be written takes none of the others with it."""
+def _save(
+    job: ModelWords, recipe: Recipe, outcome: Outcome, told: Document | None, plan: Path | None
+) -> None:
+    """Save all that was asked for; a file that cannot be written takes none of the others with it.
+
+    Raises:
+        ValidationError: the result is not what it has to be; only the report, which says so, is saved.
+        OnnxSlimError, OSError: what could not be written.
+    """
     failed: list[OnnxSlimError | OSError] = []
 
     def attempt(save: Callable[[], None]) -> None:
@@ -147,20 +155,28 @@ def _save(job: ModelWords, recipe: Recipe, outcome: Outcome, told: Document, pla
         except (OnnxSlimError, OSError) as error:
             failed.append(error)
 
+    if told is not None and job.report is not None:
+        attempt(partial(told.save, job.report))
+    try:
+        outcome.require()
+    except ValidationError:
+        _log_all(failed)
+        raise
     attempt(lambda: _save_model(job, outcome))
-    if job.report is not None:
-        report = job.report
-        attempt(lambda: told.save(report))
     if job.save_recipe is not None:
         kept = job.save_recipe
         attempt(lambda: recipe.save(kept))
     if plan is not None:
         place = plan
         attempt(lambda: _save_plan(outcome.report, place))
-    for error in failed[1:]:
-        terminal.log(f"error: {error}")
+    _log_all(failed[1:])
     if failed:
         raise failed[0]
+
+
+def _log_all(errors: Sequence[Exception]) -> None:
+    for error in errors:
+        terminal.log(f"error: {error}")
 
 
 def _save_model(job: ModelWords, outcome: Outcome) -> None:

@@ -105,11 +105,12 @@ class Outcome:
         """
         from onnxslim.report import html
 
-        settings = self.recipe.to_dict()
+        told = self.original, self.model, self.report, self.verdict
+        settings, limits = self.recipe.to_dict(), self.recipe.check
         if not layers:
-            return html.brief(self.original, self.model, self.report, self.verdict, recipe=settings)
+            return html.brief(*told, recipe=settings, limits=limits)
         data = self.opened.data if self.opened else None
-        return html.document(self.original, self.model, self.report, self.verdict, recipe=settings, data=data)
+        return html.document(*told, recipe=settings, limits=limits, data=data)
 
     def save(self, path: str | os.PathLike[str], *, external_data: bool | None = None) -> None:
         """Write the model; see `Model.save`."""

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from functools import cache
 from importlib import resources
 from itertools import islice
@@ -27,13 +28,13 @@ from onnxslim.formats import arrow, clean, count, decibels, figure, percent, quo
 from onnxslim.ir.model import Model
 from onnxslim.report.layers import ByteShare, LayerComparison, LayerFidelity, ValueSpread, analyse
 from onnxslim.report.text import figure_lines, grouped_changes, provider_lines
-from onnxslim.validation.verdict import OutputRow, Verdict
+from onnxslim.runtime.machine import Machine, machine
+from onnxslim.validation.verdict import Checked, OutputRow, Verdict
 from onnxslim.version import version
 
 # Of the JSON document; raised when a key changes its meaning or goes away.
 SCHEMA = 3
-BAR = 430.0
-MIN_BAR = 1.0
+MIN_BAR = 0.25  # percent of the longest one
 # Where bars of layers end: more than that is nearly exact in float32.
 FULL_DECIBELS = 80.0
 MAX_NAMES = 200
@@ -57,16 +58,26 @@ th, td { text-align: right; padding: .15rem .6rem; border-bottom: 1px solid var(
 th:first-child, td.names { text-align: left; overflow-wrap: anywhere; }
 thead th { color: var(--dim); font-weight: normal; }
 tbody th { font-weight: normal; }
-svg { width: 100%; height: auto; }
-text { font: 13px system-ui, sans-serif; fill: var(--ink); }
-text.name { text-anchor: end; }
-text.value { fill: var(--dim); }
+.wide { overflow-x: auto; }
+td:not(.names) { white-space: nowrap; }
+th:first-child, td.names { min-width: 7rem; }
+.row { display: grid; grid-template-columns: 24rem 1fr 9rem; gap: .1rem .6rem; align-items: center;
+  font-size: .87rem; line-height: 1.35; }
+.row .name { text-align: right; overflow-wrap: anywhere; }
+.row .value, .ends { color: var(--dim); }
+.row svg { width: 100%; height: .8rem; }
+.histogram { width: 100%; height: 8rem; }
+.ends { display: flex; justify-content: space-between; font-size: .87rem; }
+@media (max-width: 45rem) {
+  body { margin: 1rem auto; }
+  .row { grid-template-columns: 1fr 7.5rem; padding: .15rem 0; }
+  .row .name { grid-column: 1 / -1; text-align: left; } }
 .before { fill: var(--before); background: var(--before); }
 .after { fill: var(--after); background: var(--after); }
 .poor { fill: var(--poor); }
 .range { fill: var(--shade); }
 .key { display: inline-block; width: .8em; height: .8em; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); gap: 1rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; }
 pre { background: var(--shade); padding: 1rem; overflow-x: auto; }
 """
@@ -79,19 +90,25 @@ class Document:
     Attributes:
         schema: version of the JSON.
         version: of onnxslim.
+        made: when, in UTC.
+        machine: on what, with which versions.
         source: the file the model came from; empty if it was only in memory.
         metadata: what the result tells of itself: hashes of recipe and source.
         recipe: as `Recipe.to_dict` gives it; None if there was none.
+        checks: what the result was to meet, and whether it does.
         analysis: None where nobody asked for it.
     """
 
     schema: int
     version: str
+    made: str
+    machine: Machine
     source: str
     metadata: Mapping[str, str]
     recipe: Mapping[str, Any] | None
     report: Report
     verdict: Verdict | None
+    checks: tuple[Checked, ...]
     analysis: LayerComparison | None
 
     def to_json(self) -> str:
@@ -133,6 +150,7 @@ def document(
     verdict: Verdict | None = None,
     *,
     recipe: Mapping[str, Any] | None = None,
+    limits: Mapping[str, float] | None = None,
     data: Iterable[Mapping[str, Any]] | None = None,
 ) -> Document:
     """A report on a model and what became of it, layer by layer.
@@ -143,10 +161,11 @@ def document(
         report: of the pipeline.
         verdict: of `validate`, if it was run.
         recipe: what was done, from `Recipe.to_dict`.
+        limits: what the verdict is to meet; see `Verdict.require`.
         data: batches of inputs; the layers are compared on the first one.
     """
     feeds = next(iter(data or ()), None)
-    known = brief(before, after, report, verdict, recipe=recipe)
+    known = brief(before, after, report, verdict, recipe=recipe, limits=limits)
     return replace(known, analysis=analyse(before, after, feeds))
 
 
@@ -157,17 +176,21 @@ def brief(
     verdict: Verdict | None = None,
     *,
     recipe: Mapping[str, Any] | None = None,
+    limits: Mapping[str, float] | None = None,
 ) -> Document:
     """The same without a look at the layers."""
     own = {key: value for key, value in after.metadata.items() if key.startswith("onnxslim.")}
     return Document(
         schema=SCHEMA,
         version=version(),
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        machine=machine(),
         source=before.source.name if before.source else "",
         metadata=own,
         recipe=recipe,
         report=report,
         verdict=verdict,
+        checks=verdict.checked(**(limits or {})) if verdict else (),
         analysis=None,
     )
 
@@ -198,6 +221,9 @@ def _view(shown: Document) -> Iterator[tuple[str, Any]]:
     verdict, analysis = shown.verdict, shown.analysis
     yield "title", shown.source or "model"
     yield "version", shown.version
+    yield "made", shown.made
+    yield "machine", str(shown.machine)
+    yield "checks", [_check(each) for each in shown.checks]
     yield "origin", [f"{key.removeprefix('onnxslim.')} {value}" for key, value in _origin(shown.metadata)]
     yield "summary", list(_summary(shown))
     notes = (*shown.report.warnings, *shown.report.notes, *(verdict.notes if verdict else ()))
@@ -214,6 +240,14 @@ def _view(shown: Document) -> Iterator[tuple[str, Any]]:
     yield "operators", _sizes(analysis.operators) if analysis else []
     yield "layers", _sizes(analysis.layers) if analysis else []
     yield "recipe", _yaml(shown.recipe)
+
+
+def _check(checked: Checked) -> dict[str, Any]:
+    return {
+        "name": f"{checked.name} {checked.bound}",
+        "lines": list(checked.failures) or ["met"],
+        "failed": bool(checked.failures),
+    }
 
 
 def _origin(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -302,21 +336,17 @@ def _yaml(recipe: Mapping[str, Any] | None) -> str:
 
 def _bar(name: str, label: str, parts: Sequence[tuple[str, float]]) -> dict[str, Any]:
     """One row of bars, one above the other; lengths are fractions of the widest."""
-    widths = [max(BAR * length, MIN_BAR) if length > 0 else 0.0 for _, length in parts]
-    height = 18 // len(parts)
+    height = 10 // len(parts)
     made = [
-        {"kind": kind, "width": round(width, 1), "height": height - 1, "y": 2 + index * height}
-        for index, ((kind, _), width) in enumerate(zip(parts, widths, strict=True))
+        {
+            "kind": kind,
+            "width": round(max(100 * length, MIN_BAR), 1) if length > 0 else 0,
+            "height": height - 1,
+            "y": index * height,
+        }
+        for index, (kind, length) in enumerate(parts)
     ]
-    return {"name": _short(name), "label": label, "label_x": round(406 + max(widths), 1), "parts": made}
-
-
-def _placed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows one below the other."""
-    for index, row in enumerate(rows):
-        for part in row["parts"]:
-            part["y"] += 22 * index
-    return rows
+    return {"name": _short(name), "label": label, "parts": made}
 
 
 def _short(name: str) -> str:
@@ -327,22 +357,19 @@ def _short(name: str) -> str:
 
 def _timeline(steps: Sequence[Step]) -> list[dict[str, Any]]:
     longest = max((step.seconds for step in steps), default=0.0) or 1.0
-    rows = [_bar(step.name, f"{step.seconds:.2f}", [("after", step.seconds / longest)]) for step in steps]
-    return _placed(rows)
+    return [_bar(step.name, f"{step.seconds:.2f}", [("after", step.seconds / longest)]) for step in steps]
 
 
 def _sizes(shares: Sequence[ByteShare]) -> list[dict[str, Any]]:
     largest = max((max(share.before, share.after) for share in shares), default=0) or 1
-    return _placed(
-        [
-            _bar(
-                share.name,
-                f"{size(share.before)} → {size(share.after)}",
-                [("before", share.before / largest), ("after", share.after / largest)],
-            )
-            for share in shares
-        ]
-    )
+    return [
+        _bar(
+            share.name,
+            f"{size(share.before)} → {size(share.after)}",
+            [("before", share.before / largest), ("after", share.after / largest)],
+        )
+        for share in shares
+    ]
 
 
 def _fidelity(layers: Sequence[LayerFidelity]) -> list[dict[str, Any]]:
@@ -352,7 +379,7 @@ def _fidelity(layers: Sequence[LayerFidelity]) -> list[dict[str, Any]]:
         kind = "poor" if layer.sqnr < 20 else "after"
         unit = "" if layer.sqnr == math.inf else " dB"
         rows.append(_bar(f"{layer.node} ({layer.op})", decibels(layer.sqnr) + unit, [(kind, length)]))
-    return _placed(rows)
+    return rows
 
 
 def _histogram(found: ValueSpread) -> dict[str, Any]:

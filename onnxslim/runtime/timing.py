@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +16,7 @@ import numpy as np
 
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
+from onnxslim.runtime.machine import fingerprint
 from onnxslim.runtime.native import CPU, onnxruntime
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
@@ -166,7 +165,7 @@ class Bench:
         if self._folder is None:
             return None
         target = (self._target.provider, self._target.options, self._target.threads)
-        whole = json.dumps([what, target, onnxruntime().__version__, _machine()])
+        whole = json.dumps([what, target, onnxruntime().__version__, fingerprint()])
         return self._folder / f"{hashlib.sha256(whole.encode()).hexdigest()[:32]}.json"
 
 
@@ -191,18 +190,6 @@ def _portions(reference: Model, others: Mapping[str, Maker]) -> Iterator[dict[st
         portion[name] = model
         held += model.nbytes()
     yield portion
-
-
-@functools.cache
-def _machine() -> str:
-    """The processor, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        lines = []
-    names = {line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "flags"))}
-    told = (platform.machine(), platform.processor(), *sorted(names), str(os.cpu_count()))
-    return hashlib.sha256("|".join(told).encode()).hexdigest()
 
 
 def _read(path: Path | None) -> Timing | None:

@@ -128,13 +128,24 @@ class Verdict:
             ValidationError: one is not met, or was not measured; names provider, output and both figures.
             UsageError: there is no such limit.
         """
-        check_limits(limits)
-        wanted = {name: float(limit) for name, limit in limits.items() if limit is not None}
-        failures = [text for name, limit in wanted.items() for text in self._failures(name, limit)]
+        failures = [text for each in self.checked(**limits) for text in each.failures]
         if failures:
             more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
             raise ValidationError(failures[0] + more, self)
         return self
+
+    def checked(self, **limits: float | None) -> tuple[Checked, ...]:
+        """Which of these limits are met; see `require`.
+
+        Raises:
+            UsageError: there is no such limit.
+        """
+        check_limits(limits)
+        wanted = {name: float(limit) for name, limit in limits.items() if limit is not None}
+        return tuple(
+            Checked(name, LIMITS[name].bound(limit), tuple(self._failures(name, limit)))
+            for name, limit in wanted.items()
+        )
 
     def _failures(self, name: str, limit: float) -> Iterator[str]:
         rule = LIMITS[name]
@@ -146,11 +157,23 @@ class Verdict:
                 if isinstance(value, str):
                     yield f"{provider.target}: {where} {value}"
                 elif not (value >= limit if rule.least else value <= limit):  # a NaN meets no limit
-                    bound = "at least" if rule.least else "at most"
-                    yield (
-                        f"{provider.target}: {where} has {rule.label} {value:.4g}{rule.unit}, "
-                        f"required is {bound} {limit:g}{rule.unit}"
-                    )
+                    found_value = f"{rule.label} {value:.4g}{rule.unit}"
+                    yield f"{provider.target}: {where} has {found_value}, required is {rule.bound(limit)}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A limit, and whether it is met.
+
+    Attributes:
+        name: of the limit.
+        bound: what was asked for, in words.
+        failures: where it is not met and by how much, or why that is not known; none if it is met.
+    """
+
+    name: str
+    bound: str
+    failures: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -162,6 +185,10 @@ class Requirement:
     least: bool
     needs: str
     unit: str = ""
+
+    def bound(self, limit: float) -> str:
+        """A limit in words."""
+        return f"{'at least' if self.least else 'at most'} {limit:g}{self.unit}"
 
 
 def _each_output(figure: str) -> Callable[[ProviderVerdict], Iterable[tuple[str, float | str]]]:

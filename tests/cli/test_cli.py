@@ -371,7 +371,7 @@ def test_bad_models(run: Run, folder: Path) -> None:
     assert not (folder / "out.onnx").exists()
 
 
-def test_a_failed_check_saves_nothing(run: Run, folder: Path) -> None:
+def test_a_failed_check_saves_nothing_but_the_report(run: Run, folder: Path) -> None:
     words = (
         "run",
         "in.onnx",
@@ -388,7 +388,8 @@ def test_a_failed_check_saves_nothing(run: Run, folder: Path) -> None:
     assert err.endswith("onnxslim: error: cpu: output 'y' has SQNR 0 dB, required is at least 20 dB\n")
     assert "0.0" in out
     assert not (folder / "out.onnx").exists()
-    assert not (folder / "report.json").exists()
+    (check,) = json.loads((folder / "report.json").read_text("utf-8"))["checks"]
+    assert check["failures"] == ["cpu: output 'y' has SQNR 0 dB, required is at least 20 dB"]
 
 
 def test_a_failed_pass_saves_nothing_where_that_was_asked_for(run: Run, folder: Path) -> None:

@@ -84,6 +84,21 @@ def test_codes_and_words_come_through(source: Path) -> None:
     assert run("pass", ["inspect", "nowhere.onnx"]).returncode == 3
 
 
+@pytest.mark.parametrize("everybody", [False, True], ids=["one", "group"])
+def test_an_interruption_is_told_once(everybody: bool, source: Path, tmp_path: Path) -> None:
+    started = tmp_path / "pid"
+    fate = f"open({str(started)!r}, 'w').write('.'); time.sleep(60)"
+    words = ["run", str(source), str(tmp_path / "b.onnx"), "-p", "half"]
+    command = [sys.executable, "-c", COMMAND.format(fate=fate, place="Half.run", words=words)]
+    with subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, start_new_session=True) as process:
+        while not (started.exists() and started.read_text()):
+            assert process.poll() is None
+            time.sleep(0.02)
+        (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=20)
+    assert (process.returncode, told) == (130, b"onnxslim: interrupted\n")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
 def test_it_ends_with_the_process_that_waits(number: int, code: int, source: Path, tmp_path: Path) -> None:
     started = tmp_path / "pid"

@@ -11,11 +11,13 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from onnxslim import cli
@@ -55,7 +57,8 @@ def made() -> tuple[Model, Model, Document]:
     labels = np.load(FASHION / "test.npz")["label"][:100]
     targets = [Target.cpu(threads=1), Target.reference()]
     verdict = validate(model, result.model, test, targets, labels=labels, rounds=2)
-    told = document(model, result.model, result.report, verdict, recipe=recipe.to_dict(), data=data)
+    settings, limits = recipe.to_dict(), {"sqnr": 20.0, "max_abs": 0.0}
+    told = document(model, result.model, result.report, verdict, recipe=settings, limits=limits, data=data)
     return model, result.model, told
 
 
@@ -87,6 +90,10 @@ def test_the_page_has_everything(made: tuple[Model, Model, Document]) -> None:
     for words in (
         "mobilenet.onnx",
         "Before and after",
+        "sqnr at least 20 dB: met",
+        "max_abs at most 0: cpu: output 'logits' has max abs difference",
+        f"ONNX Runtime {onnxruntime.__version__}",
+        str(datetime.now(timezone.utc).year),
         "On cpu",
         "On reference",
         "accuracy ",
@@ -105,8 +112,11 @@ def test_the_page_has_everything(made: tuple[Model, Model, Document]) -> None:
         "Original against itself on cpu",
     ):
         assert words in text, words
-    assert html.count("<svg") == 4 + len(told.analysis.distributions if told.analysis else ())
+    assert told.analysis is not None
+    bars = (told.report.steps, told.analysis.fidelity, told.analysis.operators, told.analysis.layers)
+    assert html.count("<svg") == sum(map(len, (*bars, told.analysis.distributions)))
     assert len(html) < 100_000
+    assert html.count('<li class="bad">') == 1, "the limit that is not met"
     assert model.source is not None
 
 
@@ -216,6 +226,44 @@ def test_a_real_browser_shows_it_without_a_complaint(
     assert np.count_nonzero(shades) > 20, "text and bars were drawn"
 
 
+FRAME = """<iframe id="f" src="page.html" style="width:{width}px;height:9000px;border:0"></iframe>
+<p id="p"></p>
+<script>document.getElementById("f").onload = () => {{
+  const page = document.getElementById("f").contentDocument, root = page.documentElement;
+  const first = [...page.querySelectorAll("th:first-child")].filter(each => each.offsetWidth);
+  const out = [...page.querySelectorAll("h1,h2,h3,p,li,svg,figure,.wide,.row")];
+  document.getElementById("p").textContent = JSON.stringify({{
+    over: root.scrollWidth - root.clientWidth,
+    beyond: out.filter(each => each.getBoundingClientRect().right > {width} + 1).length,
+    narrowest: Math.min(...first.map(each => each.offsetWidth)),
+    letters: Math.min(...out.map(each => parseFloat(getComputedStyle(each).fontSize)))}});
+}}</script>"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1000])
+@pytest.mark.parametrize("kind", ["real", "hostile"])
+def test_it_fits_a_phone(
+    kind: str, width: int, browser: str, made: tuple[Model, Model, Document], tmp_path: Path
+) -> None:
+    (made[2] if kind == "real" else hostile()).save(tmp_path / "page.html")
+    (tmp_path / "frame.html").write_text(FRAME.format(width=width), encoding="utf-8")
+    dom, _ = opened(
+        browser,
+        tmp_path / "frame.html",
+        "--dump-dom",
+        "--allow-file-access-from-files",
+        "--window-size=1200,900",
+    )
+    told = re.search(r'<p id="p">(.*?)</p>', dom)
+    assert told is not None
+    found = json.loads(told[1])
+    assert found["over"] <= 0
+    assert found["beyond"] == 0
+    assert found["narrowest"] >= 80
+    assert found["letters"] >= 12
+
+
 @pytest.mark.browser
 def test_the_policy_really_stops_scripts_and_images(browser: str, tmp_path: Path) -> None:
     """What the page relies on besides escaping, tried on a page that is not escaped."""
@@ -231,7 +279,13 @@ def test_the_policy_really_stops_scripts_and_images(browser: str, tmp_path: Path
 
 def keys(value: Any, path: str = "") -> Iterator[str]:
     """Paths of all keys, lists as []; of what is free, the path up to a star."""
-    if path in ("metadata", "recipe", "report.steps[].changes.figures", "report.steps[].kept.parts"):
+    if path in (
+        "metadata",
+        "recipe",
+        "machine.versions",
+        "report.steps[].changes.figures",
+        "report.steps[].kept.parts",
+    ):
         yield f"{path}.*"
     elif path in ("verdict.providers[].original", "verdict.providers[].placed"):
         yield path + ("[]" if path.endswith("original") else "")
@@ -328,6 +382,13 @@ def test_the_command_line_keeps_reports(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main([*words, str(tmp_path / "r.html")]) == 0
     assert "made-up inputs" in capsys.readouterr().err
     assert "1 × identity" in (tmp_path / "r.html").read_text("utf-8")
+    refused = [*words, str(tmp_path / "bad.json"), "--check", "max_abs=-1"]
+    kept = (tmp_path / "in.onnx").read_bytes()
+    assert cli.main(refused) == 4
+    assert (tmp_path / "in.onnx").read_bytes() == kept
+    (check,) = json.loads((tmp_path / "bad.json").read_text("utf-8"))["checks"]
+    assert check["failures"] == ["cpu: output 'y' has max abs difference 0, required is at most -1"]
+    capsys.readouterr()
     assert cli.main([*words, str(tmp_path / "r.json"), "--json"]) == 0
     told = json.loads((tmp_path / "r.json").read_text("utf-8"))
     assert told == json.loads(capsys.readouterr().out)
