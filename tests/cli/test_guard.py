@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from onnxslim import load
+from onnxslim.cli import guard
 from tests.helpers import ops, parse
 
 ROOT = Path(__file__).parents[2]
@@ -116,3 +117,15 @@ def test_it_ends_with_the_process_that_waits(number: int, code: int, source: Pat
     while child.exists() and "Z" not in (child / "stat").read_text().split(")")[1]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_the_echo_of_an_interruption_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    interrupt = guard._once()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(signal.SIGINT, None)
+    interrupt(signal.SIGINT, None)
+    now[0] += 5
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(signal.SIGINT, None)
