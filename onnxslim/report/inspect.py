@@ -319,7 +319,7 @@ def _by_name(model: Model) -> dict[str, Node]:
 def _change(first: Node, second: Node) -> str:
     if _operator(first) != _operator(second):
         return f"{_operator(first)} → {_operator(second)}"
-    parts = [*_rewired("reads", _names(first.inputs), _names(second.inputs))]
+    parts = [*_rewired("reads", *_names(first.inputs, second.inputs))]
     parts += _rewired("makes", [made.name for made in first.outputs], [made.name for made in second.outputs])
     if _decoded(first) != _decoded(second):
         parts.append(f"reads {_decoded(second)} inputs from DQ instead of {_decoded(first)}")
@@ -330,9 +330,23 @@ def _change(first: Node, second: Node) -> str:
     return "; ".join(parts)
 
 
-def _names(tensors: Sequence[Tensor]) -> list[str]:
-    """What the inputs of a node stand for: names from before a Q and DQ pair."""
-    return [_encoded(tensor).name for tensor in tensors]
+def _names(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[list[str], list[str]]:
+    """What the inputs of two nodes stand for: names from before a Q and DQ pair.
+
+    The same constant under another name, as passes make that share or fold some, is no difference.
+    """
+    old, new = ([_encoded(tensor) for tensor in tensors] for tensors in (first, second))
+    names = [tensor.name for tensor in new]
+    for index, (was, now) in enumerate(zip(old, new, strict=False)):
+        if was.name != now.name and _same_values(was, now):
+            names[index] = was.name
+    return [tensor.name for tensor in old], names
+
+
+def _same_values(first: Tensor, second: Tensor) -> bool:
+    if not (isinstance(first, Constant) and isinstance(second, Constant)):
+        return False
+    return _typed(first) == _typed(second) and np.array_equal(first.peek(), second.peek())
 
 
 def _encoded(tensor: Tensor) -> Tensor:

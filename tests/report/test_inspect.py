@@ -109,6 +109,13 @@ def test_a_model_does_not_differ_from_itself() -> None:
     assert not compare(model, model.copy())
 
 
+def test_constants_under_another_name_are_no_difference() -> None:
+    text = "g (float[2] x) => (float[2] y) <float[2] {name} = {{1, 2}}> {{ [n] y = Mul(x, {name}) }}"
+    assert not compare(parse(text.format(name="w")), parse(text.format(name="w_2"))).changed
+    other = text.replace("{{1, 2}}", "{{1, 3}}").format(name="w_2")
+    assert compare(parse(text.format(name="w")), parse(other)).changed == {"n": "reads 'w_2' instead of 'w'"}
+
+
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
