@@ -53,12 +53,12 @@ def process(
     _require_places(job, recipe, save_plan)
     require_sheet(words)
     isolated.start()
-    wanted = _recipe(job, words, chain, recipe, trust)
+    wanted = _recipe(job, words, chain, recipe, trust, input_shapes)
     _require_keepable(job, wanted, asked)
     for note in asked.notes if asked else ():
         terminal.log(f"warning: {note}")
     with terminal.progress(job.quiet) as progress:
-        outcome = _run(job, words, wanted, asked, progress, input_shapes)
+        outcome = _run(job, words, wanted, asked, progress)
     if outcome.unmeasured:
         terminal.log(f"warning: the report has no comparison of the models: {outcome.unmeasured}")
     _warn_of_doubtful_results(outcome.report, job.quiet)
@@ -69,15 +69,24 @@ def process(
 
 
 def _recipe(
-    job: ModelWords, words: DataWords, chain: Sequence[Pass], file: Path | None, trust: bool
+    job: ModelWords,
+    words: DataWords,
+    chain: Sequence[Pass],
+    file: Path | None,
+    trust: bool,
+    input_shapes: Sequence[str],
 ) -> Recipe:
     from onnxslim.recipes.recipe import Recipe
+    from onnxslim.shapes.given import by_name
 
-    check = limits(job.check)
-    if file is None:
-        return Recipe(passes=tuple(chain), data=words.source(), check=dict(check), **job.settings())
-    base = Recipe.load(file, trust=trust)
-    return replace(base, data=words.source(base.data), check={**base.check, **check}, **job.settings())
+    base = Recipe(passes=tuple(chain)) if file is None else Recipe.load(file, trust=trust)
+    return replace(
+        base,
+        data=words.source(base.data),
+        check={**base.check, **limits(job.check)},
+        input_shapes={**base.input_shapes, **by_name(input_shapes)},
+        **job.settings(),
+    )
 
 
 def _run(
@@ -86,16 +95,13 @@ def _run(
     recipe: Recipe,
     asked: Request | None,
     progress: Progress | None,
-    input_shapes: Sequence[str],
 ) -> Outcome:
     from onnxslim.recipes.recipe import Work
-    from onnxslim.shapes.given import by_name
 
     metric = named_metric(job.metric)
     libraries = tuple(job.custom_ops or ())
-    sizes = by_name(input_shapes)
     reported, journal = job.report is not None, guard.journal
-    work = Work(recipe, job.source, libraries, job.jobs, progress, metric, reported, sizes, journal)
+    work = Work(recipe, job.source, libraries, job.jobs, progress, metric, reported, journal)
     feeds = asked.feeds(work.original) if asked else None
     if feeds is not None:
         work.feed([feeds])

@@ -36,7 +36,7 @@ from onnxslim.recipes import reading
 from onnxslim.recipes.data import Batches, Data
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
-from onnxslim.shapes.given import InputShapes, with_sizes
+from onnxslim.shapes.given import with_sizes
 from onnxslim.validation.compare import validate
 from onnxslim.validation.verdict import Verdict, check_limits
 from onnxslim.version import version
@@ -135,6 +135,11 @@ class Recipe:
     check: dict[str, float] = Field(
         default_factory=dict, description="what the result has to meet, such as `sqnr: 20`"
     )
+    input_shapes: dict[str, tuple[int, ...]] = Field(
+        default_factory=dict,
+        description="sizes of inputs with free axes, to count for and to make inputs up with; the model "
+        "keeps its free axes",
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -184,9 +189,8 @@ class Recipe:
         document: dict[str, Any] = {"passes": [_written(each, folder) for each in self.passes]}
         if self.data is not None:
             document["data"] = _data_written(self.data, folder)
-        for name, default in (("target", "cpu"), ("seed", 0), ("on_error", "revert"), ("check", {})):
-            if getattr(self, name) != default:
-                document[name] = getattr(self, name)
+        given = _given(self)
+        document |= {name: given[name] for name in _PLAIN if name in given}
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,7 +198,7 @@ class Recipe:
         return {
             "passes": [{each.name: _all(each)} for each in self.passes],
             "data": None if self.data is None else _all(self.data),
-            **{name: plain(getattr(self, name)) for name in ("target", "seed", "on_error", "check")},
+            **{name: plain(getattr(self, name)) for name in _PLAIN},
         }
 
     @property
@@ -249,13 +253,13 @@ class Work:
         model: left as it is.
         libraries, jobs, progress, metric: see `Recipe.run`.
         reported: whether somebody wants to see the models compared, even where the recipe asks for nothing.
-        input_shapes, journal: see `Pipeline`.
+        journal: see `Pipeline`.
 
     Attributes:
         original: the model as the first passes say it is, which data, checks and reports refer to.
 
     Raises:
-        UsageError: a pass needs a file that is not there or does not fit the model, or `input_shapes` do not.
+        UsageError: a pass needs a file that is not there or does not fit the model, or input sizes do not.
     """
 
     def __init__(
@@ -267,7 +271,6 @@ class Work:
         progress: Progress | None = None,
         metric: Metric | None = None,
         reported: bool = False,
-        input_shapes: InputShapes | None = None,
         journal: Journal | None = None,
     ) -> None:
         for each in recipe.passes:
@@ -275,13 +278,15 @@ class Work:
                 if not file.is_file():
                     raise UsageError(f"pass '{each.name}', option '{key}': there is no file '{file}'")
         self._recipe, self._jobs, self._progress, self._metric = recipe, jobs, progress, metric
-        self._reported, self._input_shapes, self._journal = reported, input_shapes or {}, journal
+        self._reported, self._journal = reported, journal
         self._target = Target.named(recipe.target).with_libraries(libraries)
         self._source = load(model)
         stop_or_revert: Literal["raise", "revert"] = "raise" if recipe.on_error == "raise" else "revert"
         start, self._pipeline = Pipeline(*recipe.passes, on_error=stop_or_revert).prepared(self._source)
         self.original, self._report = start.model, start.report
-        with_sizes(self.original.inputs(), self._input_shapes)  # what does not fit is refused before the work
+        with_sizes(
+            self.original.inputs(), recipe.input_shapes
+        )  # what does not fit is refused before the work
         self._opened: Batches | None = None
 
     @property
@@ -341,7 +346,7 @@ class Work:
             progress=self._progress,
             metric=self._metric,
             labels=self.opened.labels if self.opened else None,
-            input_shapes=self._input_shapes,
+            input_shapes=self._recipe.input_shapes,
             journal=self._journal,
         )
         if result.model is self._source:
@@ -361,7 +366,7 @@ class Work:
             metric=self._metric,
             rounds=ROUNDS if timed else 0,
             progress=self._progress,
-            input_shapes=self._input_shapes,
+            input_shapes=self._recipe.input_shapes,
         )
 
 
@@ -390,6 +395,10 @@ def _hashed(digest: Any, constant: Constant) -> TensorProto:
 
 
 # --------------------------------------------------------------------------------------------- writing
+
+
+# What a recipe says besides passes and data.
+_PLAIN = ("target", "seed", "on_error", "check", "input_shapes")
 
 
 def _all(value: Any) -> dict[str, Any]:

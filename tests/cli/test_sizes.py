@@ -86,6 +86,20 @@ def test_commands_take_shapes_and_leave_the_model_free(
             assert "image" in capsys.readouterr().err
 
 
+def test_recipes_keep_shapes(detector: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, recipe = detector.with_name("out.onnx"), detector.with_name("recipe.yaml")
+    words = ("-p", "slim", "--input-shapes", SHAPES, "--save-recipe")
+    told(capsys, "run", detector, out, *words, recipe)
+    first = out.read_bytes()
+    assert "image 1x3x10x20 (height, width as asked for)" in told(capsys, "run", recipe, detector, out)
+    assert out.read_bytes() == first
+    other = told(capsys, "run", recipe, detector, out, "--input-shapes", "image:1,3,8,8")
+    assert "image 1x3x8x8" in other
+    recipe.write_text("passes: [slim]\ninput_shapes: {imag: [1, 3, 8, 8]}\n")
+    assert cli.main(["run", str(recipe), str(detector), str(out)]) == 2
+    assert "there is no input 'imag'; did you mean 'image'?" in capsys.readouterr().err
+
+
 def test_layers_in_bodies_are_not_counted_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
     text = """g (float[N,4] x, bool c) => (float[N,4] y) {
         y = If (c) <then_branch = t () => (float[N,4] p) { p = MatMul(x, w) },
