@@ -3,8 +3,8 @@
     pip install -e . torch==2.13.0 transformers onnxscript
     python benchmarks/untrained.py [NAME ...]
 
-Weights are random and small: node counts and latency do not depend on what a network was trained for. Each is
-exported with both PyTorch exporters and a free batch, the ViT also with a fixed one, into the folder
+Weights are random, those of the YOLO with normalizations that keep activations in scale as after training.
+Each is exported with both PyTorch exporters and a free batch, the ViT also with a fixed one, into the folder
 `untrained` of the zoo's cache.
 """
 
@@ -228,14 +228,21 @@ def folder() -> Path:
     return zoo.cache() / "untrained"
 
 
-def _randomize(net: nn.Module) -> None:
-    """Give normalizations statistics that do something."""
-    for part in net.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            nn.init.uniform_(part.running_var, 0.5, 1.5)
-            nn.init.normal_(part.running_mean, std=0.2)
-            nn.init.uniform_(part.weight, 0.5, 1.5)
-            nn.init.normal_(part.bias, std=0.2)
+def _randomize(net: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Give batch normalizations something to do, and the statistics of what they see of random inputs."""
+    norms = [part for part in net.modules() if isinstance(part, nn.BatchNorm2d)]
+    for part in net.modules() if norms else ():
+        if isinstance(part, nn.Conv2d) and part.weight.requires_grad:
+            nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.2)
+        norm.momentum = None  # the plain average over batches
+    net.train(bool(norms))
+    with torch.no_grad():
+        for _ in range(4 if norms else 0):
+            net(**{name: torch.randn_like(value) for name, value in inputs.items()})
+    net.eval()
 
 
 def export(name: str, exporter: str) -> None:
@@ -243,7 +250,7 @@ def export(name: str, exporter: str) -> None:
     network = NETWORKS[name]
     torch.manual_seed(0)
     net = network.build().eval()
-    _randomize(net)
+    _randomize(net, network.inputs)
     folder().mkdir(parents=True, exist_ok=True)
     target = folder() / f"{name}.{exporter}.onnx"
     temporary = target.with_suffix(f".{os.getpid()}")
