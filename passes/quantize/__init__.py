@@ -159,6 +159,7 @@ class Quantize(Pass):
         start = self._prepared(model.copy(), ctx, log)
         search, build = self._judged(start)
         trial, _ = self._everything(search, build, log)
+        trial = search.rounding(trial) if self._rounds(trial) else trial
         return moves_of(trial, search.layers(trial), self._options())
 
     def _prepared(self, model: Model, ctx: Context, log: Log) -> Start:
@@ -290,7 +291,7 @@ class Quantize(Pass):
         return self._way(settings, target.layout)
 
     def _everything(self, search: Search, build: Builder, log: Log) -> tuple[Trial, float]:
-        """The candidate with all in integers, and what the one with the nearest integers keeps, in dB."""
+        """The candidate with all in integers, the nearest ones, and what one unscaled keeps, in dB."""
         if not self._way.calibrated:
             trial = search.attempt(Variant(), build)
         elif self.observer == "auto":
@@ -301,14 +302,25 @@ class Quantize(Pass):
         if self.equalization and self._way.calibrated and trial.score.sqnr < ENOUGH:
             choices = OBSERVERS if self.observer == "auto" else (trial.variant.observer,)
             trial = search.equalized(trial, choices, log)
-        return (search.rounding(trial) if self._rounds(trial) else trial), nearest
+        return trial, nearest
+
+    def _refined(self, search: Search, trial: Trial) -> Trial:
+        """The same with better integers of its weights, where they matter and do better.
+
+        Fitting in turn ends with integers of its own: what each layer alone would have is looked for only
+        where that does not help.
+        """
+        if not self._rounds(trial):
+            return trial
+        fitted = search.fitted(trial) if self.sequential else trial
+        return search.rounding(trial) if fitted is trial else fitted
 
     def _search(
         self, search: Search, build: Builder, goal: FidelityGoal, log: Log
     ) -> tuple[Trial, QuantizeFigures]:
         """The candidate to take, and what was measured until it was found."""
         trial, nearest = self._everything(search, build, log)
-        fitted = search.fitted(trial) if self.sequential and self._rounds(trial) else trial
+        fitted = self._refined(search, trial)
         figures = QuantizeFigures(nearest=nearest, everything=fitted.score.sqnr)
         if self.layers or not goal.met(fitted):
             fitted, layers = self._without_worst(search, trial, fitted, goal)
@@ -329,18 +341,24 @@ class Quantize(Pass):
 
         Args:
             search: of candidates.
-            trial: everything in integers, weights as they are.
-            fitted: the same with weights fitted to quantized inputs, or itself if that was not better.
+            trial: everything in integers, the nearest ones, of weights as they are.
+            fitted: the same with better integers, or itself if these were not better.
             goal: what is to be kept.
         """
         layers = search.layers(trial)
         best = fitted
         if not goal.met(fitted):
-            gain = fitted.score.sqnr - trial.score.sqnr
+            found = trial
             if self._way.calibrated and self.observer == "auto":
-                trial, layers = search.ranges(trial, layers)
-            kept = search.keep(trial, layers, goal, gain)
-            best = kept if goal.met(kept) else max(fitted, kept, key=lambda each: each.score.sqnr)
+                found, layers = search.ranges(trial, layers)
+                if found is not trial:
+                    fitted = max(fitted, self._refined(search, found), key=lambda each: each.score.sqnr)
+            best = search.keep(fitted, layers, goal)
+            if fitted is not found and not (goal.met(best) and 2 * best.held < len(layers)):
+                # What was fitted to a network all in integers does not suit one with little in them.
+                alone = search.rounding(found)
+                anew = search.keep(alone, layers, goal, fitted.score.sqnr - alone.score.sqnr)
+                best = max(best, anew, key=goal.merit)
         return best, tuple(_row(layer, best) for layer in layers)
 
     @staticmethod

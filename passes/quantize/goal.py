@@ -52,6 +52,11 @@ class FidelityGoal:
         """Whether a candidate keeps enough."""
         return trial.score.sqnr >= self.sqnr and not self._drops_more(trial)
 
+    def merit(self, trial: Trial) -> tuple[bool, int, float]:
+        """What is better: to keep enough, and then more in integers, or else to keep as much as can be."""
+        met = self.met(trial)
+        return met, -trial.held if met else 0, trial.score.sqnr
+
     def missing(self, trial: Trial) -> float:
         """By how many dB a candidate that does not keep enough should get better."""
         return max(self.sqnr - trial.score.sqnr, 0.0 if self._max_drop is None else STEP)

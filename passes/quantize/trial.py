@@ -24,3 +24,8 @@ class Trial:
     build: Builder
     candidate: Candidate
     score: Score
+
+    @property
+    def held(self) -> int:
+        """Weighted nodes that are more exact than the others."""
+        return len(self.build.strategy.held_back(self.variant))
