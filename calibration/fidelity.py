@@ -119,7 +119,7 @@ class Judge:
         """Run the original on more batches, of that many samples at least."""
         session: Session | None = None
         while samples > 0 and self._size < MAX_BYTES and (feeds := next(self._left, None)) is not None:
-            session = session or Session(self._model, self._target, optimize=self._optimize)
+            session = session or Session(self._model, self._target, optimize=self._optimize, spin=False)
             found = _arrays(session.run(feeds))
             self._feeds.append(feeds)
             self._expected.append(found)
@@ -144,7 +144,7 @@ class Judge:
         Raises:
             LoadError: it does not run.
         """
-        session = Session(model, self._target)
+        session = Session(model, self._target, spin=False)
         sums = [Noise() for _ in self._parts]
         same: list[bool] = []
         seen = 0

@@ -181,7 +181,7 @@ def _group(model: Model, data: CalibrationData, target: Target) -> int:
         return 0
     singles = [{name: array[at : at + 1] for name, array in pair.items()} for at in range(2)]
     try:
-        session = Session(model, target)
+        session = Session(model, target, spin=False)
         together, *alone = (session.run(feeds) for feeds in (pair, *singles))
     except LoadError:
         return 0

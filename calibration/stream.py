@@ -126,7 +126,7 @@ class Runner:
         problem = LoadError("no session")
         for level in LEVELS:
             try:
-                session = Session(self._model, self._target, optimize=level)
+                session = Session(self._model, self._target, optimize=level, spin=False)
                 values = session.run(feeds, outputs)
             except LoadError as error:
                 problem = error

@@ -25,6 +25,7 @@ class Opening:
     optimized: Path | None = None
     profile: Path | None = None
     once: bool = False
+    spin: bool = True
     limits: RunLimits | None = None
 
 

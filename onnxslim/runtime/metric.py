@@ -27,7 +27,7 @@ def measure(metric: Metric, model: Model, target: Target) -> float:
         LoadError: the model does not run.
         UsageError: the metric fails, or gives no number.
     """
-    session = Session(model, target)
+    session = Session(model, target, spin=False)
     name = getattr(metric, "__name__", "metric")
     try:
         value = float(metric(lambda feeds: session.run(feeds)))

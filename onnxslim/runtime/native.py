@@ -30,6 +30,7 @@ class SessionSettings:
         libraries: files of custom operators to load.
         optimize, optimized, profile: see `onnxslim.runtime.session.Session`.
         prepack: whether weights may be copied into another layout.
+        spin: whether threads that wait for work keep a core busy.
     """
 
     provider: str = CPU
@@ -40,6 +41,7 @@ class SessionSettings:
     optimized: Path | None = None
     profile: Path | None = None
     prepack: bool = True
+    spin: bool = True
 
 
 @functools.cache
@@ -164,6 +166,8 @@ def _options(settings: SessionSettings) -> Any:
     }[settings.optimize]
     if not settings.prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if not settings.spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if settings.optimized is not None:
         options.optimized_model_filepath = str(settings.optimized)
         options.add_session_config_entry(

@@ -45,6 +45,7 @@ def _settings(model: Loadable, target: Target, how: Opening) -> SessionSettings:
         how.optimized,
         how.profile,
         prepack=not (how.once and isinstance(model, Model) and model.nbytes() >= LARGE_BYTES),
+        spin=how.spin and not how.once,
     )
 
 

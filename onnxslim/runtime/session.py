@@ -28,6 +28,8 @@ class Session:
             `onnxslim.runtime.profile.placement`.
         once: whether it is for a run or two. Large weights are not copied into another layout for these, and
             ONNX Runtime runs in a process of its own: if it crashes there, that is a LoadError.
+        spin: whether threads keep their cores busy while they wait for the next run, as ONNX Runtime has it:
+            they answer sooner, but take the time of whatever is done between runs. Not if it is `once`.
         limits: what opening the model may take, and each run that is given no others, if it is opened `once`.
 
     Raises:
@@ -45,11 +47,12 @@ class Session:
         optimized: Path | None = None,
         profile: Path | None = None,
         once: bool = False,
+        spin: bool = True,
         limits: RunLimits | None = None,
     ) -> None:
         self.target = target or Target.cpu()
         self.backend = BACKENDS[self.target.backend]
-        how = Opening(optimize, optimized, profile, once, limits)
+        how = Opening(optimize, optimized, profile, once, spin, limits)
         self._loaded = self.backend.open(model, self.target, how)
         self.input_names, self.output_names = self._loaded.input_names, self._loaded.output_names
 
