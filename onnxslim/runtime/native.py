@@ -124,6 +124,10 @@ def open_model(source: bytes | str, settings: SessionSettings) -> OrtModel:
     return OrtModel(session)
 
 
+# In what ONNX Runtime says where it has no kernel for the types of an operator.
+LACKING = "NOT_IMPLEMENTED"
+
+
 def message(error: Exception) -> str:
     """ONNX Runtime's message without its prefixes and source locations, which it nests."""
     text = one_line(error).split("Status Message: ")[-1]

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import ml_dtypes
 import onnx
 
+from onnxslim.errors import LoadError
 from onnxslim.ir import files
 from onnxslim.ir.model import Model
 from onnxslim.runtime import isolated, native
@@ -29,10 +31,23 @@ class OnnxRuntime:
 
     def open(self, model: Loadable, target: Target, how: Opening) -> Loaded:
         settings = _settings(model, target, how)
-        if how.once:
-            return isolated.open_model(lambda: _loadable(model), settings, how.limits)
-        with _loadable(model) as source:
-            return native.open_model(source, settings)
+        try:
+            if how.once:
+                return isolated.open_model(lambda: _loadable(model), settings, how.limits)
+            with _loadable(model) as source:
+                return native.open_model(source, settings)
+        except LoadError as error:
+            if native.LACKING in str(error) and isinstance(model, Model) and _has_bfloat16(model):
+                raise LoadError(f"{error}; {_ADVICE}") from error
+            raise
+
+
+_ADVICE = "few kernels take bfloat16: 'onnxslim slim --dtype fp32' makes it float32"
+
+
+def _has_bfloat16(model: Model) -> bool:
+    """Whether a model holds weights in bfloat16."""
+    return any(constant.dtype == ml_dtypes.bfloat16 for constant in model.constants())
 
 
 def _settings(model: Loadable, target: Target, how: Opening) -> SessionSettings:

@@ -46,6 +46,12 @@ def store_weights(model: Model) -> tuple[Skip, ...]:
     return log.done().skipped
 
 
+def is_computed(weight: Tensor) -> bool:
+    """Whether a weight is computed from constants, other than from integers that it is stored as."""
+    makers = _makers(weight)
+    return bool(makers) and not any(has(maker, Trait.DEQUANTIZES) for maker in makers or ())
+
+
 def why_computed(weight: Tensor) -> str:
     """Why a weight is no constant, once `store_weights` has been called, and which pass makes it one."""
     makers = _makers(weight)

@@ -248,8 +248,10 @@ class Planner:
     def _unfit_values(weight: Constant) -> str | None:
         if len(weight.shape) < 2:
             return "its weight is a vector"
-        if weight.dtype != np.float32 or not np.isfinite(weight.values).all():
-            return "its weight is not finite float32"
+        if weight.dtype != np.float32:
+            return f"its weight is not float32 but {weight.dtype}"
+        if not np.isfinite(weight.values).all():
+            return "its weight holds values that are not finite"
         if not weight.size:
             return "its weight is empty"
         return None

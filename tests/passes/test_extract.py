@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -11,13 +12,14 @@ from onnxslim import passes
 from onnxslim.engine.base import Changes, Context, InterfacePart, Log, Pass, options
 from onnxslim.engine.check import interface
 from onnxslim.engine.pipeline import Pipeline
-from onnxslim.errors import PassError, UsageError
+from onnxslim.errors import LoadError, PassError, UsageError
 from onnxslim.ir.model import Model
 from onnxslim.passes.extract import Extract
 from onnxslim.passes.half import Half
 from onnxslim.passes.shapes import FixShapes
 from onnxslim.passes.single import Single
 from onnxslim.passes.slim import Slim
+from onnxslim.runtime.session import Session
 from tests.helpers import apply, ops, parse, run
 
 CHAIN = """g (float[N,4] x, float[N,4] s) => (float[N,4] y)
@@ -126,6 +128,19 @@ class _Renames(Pass):
 def test_nothing_changes_of_the_interface_but_what_is_declared(chain: Model) -> None:
     with pytest.raises(PassError, match="pass 'renames' failed: the inputs or outputs changed"):
         Pipeline(_Renames(), Slim())(chain)
+
+
+def test_bfloat16_is_made_float32_where_no_kernel_takes_it() -> None:
+    text = """g (float[N,4] x) => (float[N,4] y) {
+        c = Cast<to=16>(x) d = MatMul(c, w) e = Neg(d) y = Cast<to=1>(e) }"""
+    weight = np.arange(16, dtype=np.float32).reshape(4, 4)
+    model = parse(text, {"w": weight.astype(ml_dtypes.bfloat16)})
+    advice = "few kernels take bfloat16: 'onnxslim slim --dtype fp32' makes it float32"
+    with pytest.raises(LoadError, match=advice):
+        Session(model)
+    back = apply(Single(), model)[0]
+    feeds = {"x": np.eye(4, dtype=np.float32)}
+    np.testing.assert_array_equal(run(back, feeds)["y"], -weight)
 
 
 def test_a_model_with_functions_is_not_widened() -> None:

@@ -18,8 +18,9 @@ from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model, load
 from onnxslim.ops.layers import per_channel
 from onnxslim.passes import predicates
+from onnxslim.passes.fold import Fold
 from onnxslim.passes.fuse import Fuse
-from tests.helpers import apply, ops, parse, run, same_outputs
+from tests.helpers import apply, normal, ops, parse, run, same_outputs
 
 RANDOM = np.random.default_rng(0)
 CONV_BATCHNORM = (
@@ -375,3 +376,15 @@ def test_runs_under_onnx_runtime_without_a_fused_node_left_over() -> None:
     assert len(after.graph.initializers) <= 2
     same_outputs(model, after)
     assert run(after)
+
+
+def test_a_weight_that_is_computed_is_told_with_what_stores_it() -> None:
+    text = (
+        "g (float[N,2,4,4] x) => (float[N,2,4,4] y) { w = Identity(v) [conv] a = Conv(x, w) y = Mul(a, s) }"
+    )
+    model = parse(text, {"v": normal(2, 2, 1, 1), "s": normal(2, 1, 1)})
+    same, changes = apply(Fuse(), model)
+    assert ops(same) == ops(model)
+    told = "its weight is computed from constants: 'onnxslim fold' stores it"
+    assert [(skip.node, skip.reason) for skip in changes.skipped] == [("conv", told)]
+    assert ops(apply(Fuse(), apply(Fold(), model)[0])[0]) == {"Conv": 1}
