@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
@@ -73,6 +73,7 @@ class Samples:
         target: where to run it.
         seed: of the choice of samples.
         labels: the class of every sample of the data, in its order, shape (samples,).
+        holding: whether some are held out, if there are enough.
 
     Raises:
         CalibrationError: when split: the data does not fit the model, or there is none, or there are more or
@@ -84,6 +85,7 @@ class Samples:
     target: Target = field(default_factory=Target.cpu)
     seed: int = 0
     labels: Array | None = None
+    holding: bool = True
 
     @property
     def fit(self) -> CalibrationData:
@@ -109,6 +111,11 @@ class Samples:
     def seen(self) -> CalibrationData:
         """Those to fit on and, after them, those to choose by: to fit on once the choice is made."""
         return self.fit.then(self.tune) if self.tuned else self.fit
+
+    @cached_property
+    def apart(self) -> Samples:
+        """Those to fit on, split again: whatever is made with these can be judged by those to choose by."""
+        return replace(self, data=self.fit, labels=None, holding=False)
 
     @property
     def metric(self) -> Metric | None:
@@ -142,7 +149,7 @@ class Samples:
             found = min(int(total * part), math.ceil(SAMPLES / each))
             return found if found * each >= least else 0
 
-        held_out = _spread(np.arange(total), count(HELD, LEAST_HELD), random)
+        held_out = _spread(np.arange(total), count(HELD if self.holding else 0.0, LEAST_HELD), random)
         left = np.setdiff1d(np.arange(total), held_out)
         chosen_by = _spread(left, count(TUNE, LEAST_TUNED), random)
 

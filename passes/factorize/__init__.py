@@ -12,13 +12,16 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field
 
+from onnxslim.calibration.samples import Samples
 from onnxslim.calibration.seen import NOTE, Sight, seen
-from onnxslim.engine.base import Changes, Context, Figures, Log, Pass, captioned, options
+from onnxslim.engine.base import Changes, Context, Figures, Log, captioned, options
+from onnxslim.engine.demands import LEVELS, Demand, Demanding, LeastSqnr, MostDrop
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
 from onnxslim.errors import UsageError
+from onnxslim.formats import percent
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.passes.factorize import candidates, chains, fit
@@ -72,13 +75,16 @@ class FactorizeFigures(Figures):
 
 
 @options
-class Factorize(Pass):
+class Factorize(Demanding):
     """Write convolutions and matrix products as two or three smaller ones, where these are measured faster.
 
     Each layer is left whole or gets the scheme and ranks that cost the outputs least for what they save, so
     that the model keeps to one of the budgets `macs`, `params`, `energy` and `speedup` (half of the
     multiply-accumulates if none is given). With calibration data, factors are fitted to what the layer
     computes on them, one layer after the other; without, to the weights, which costs much more accuracy.
+
+    Where the outputs lose more than `require_sqnr` or `max_drop` allows, less is saved than was asked for:
+    the layers that cost most get higher ranks, or are given back.
     """
 
     name: ClassVar[str] = "factorize"
@@ -101,6 +107,8 @@ class Factorize(Pass):
     repair: bool = Field(True, description="fit all layers again afterwards, as the repair pass does")
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to leave whole")
     cache: bool = Field(True, description="keep measured times in the user's cache folder")
+    require_sqnr: LeastSqnr = None
+    max_drop: MostDrop = None
     plan: Annotated[Path | FactorizationPlan | None, PlanOf(FactorizationPlan)] = Field(
         None, description="file of a plan to replay, instead of choosing"
     )
@@ -132,6 +140,15 @@ class Factorize(Pass):
         return _Work(self, model.copy(), ctx).moves()
 
 
+@dataclass(frozen=True)
+class _FactorTrial:
+    """A model with factors of some layers: to save so much of what was asked for, of 1."""
+
+    model: Model
+    picks: Picks
+    amount: float
+
+
 class _Work:
     """One run of the pass.
 
@@ -149,22 +166,34 @@ class _Work:
         self._log = Log()
         self._figures = FactorizeFigures()
         self._name = model.graph.name or "model"
-        self._data = ctx.data if wish.fitted else None
+        self._demand = wish.demand(model, ctx)
+        # What is held to something must not have been fitted to what it is judged by.
+        given = ctx.given.apart if self._demand else ctx.data
+        self._data = given if wish.fitted else None
         self._sample = _sample(model, ctx)
         self._shapes = {name: array.shape for name, array in self._sample.items()}
+        self._entries: list[LayerOptions] = []  # what there is to choose from
 
     def __call__(self) -> Changes:
         """Search, choose, rewrite, measure."""
         told = self._prepared()
         picks = self._searched(told) if self._plan is None else self._planned(self._plan, told)
+        teacher = self._model.copy()
+        if self._demand is not None and picks:
+            picks = self._as_demanded(self._demand, picks, teacher)
         if not picks:
             return self._log.done(self._figures)
         for name in told or ():
             self._log.skip(name, NOTE)
-        teacher = self._model.copy()
-        self._rewrite(picks, teacher)
-        if self._data is not None and self._wish.repair:
-            self._repair(teacher)
+        for entry, pick in picks:
+            self._log.change(entry.layer.name, pick.told, f"{pick.scheme.name} factors")
+        self._figures = replace(
+            self._figures,
+            layers={entry.layer.name: pick.told for entry, pick in picks},
+            plan=FactorizationPlan.of(picks),
+            fitted=None if self._data else "to the weights: with calibration data, factors lose much less",
+        )
+        self._rewrite(self._model, picks, teacher, self._ctx.data if self._wish.fitted else None)
         return self._judged(teacher)
 
     def moves(self) -> list[Move]:
@@ -215,9 +244,9 @@ class _Work:
         search = FactorSearch(
             self._model, wanted, self._ctx, SpeedGate(self._model, bench), self._data, self._log
         )
-        found = search(layers)
+        self._entries = search(layers)
         self._figures = replace(self._figures, candidates=tuple(search.measured))
-        return found
+        return self._entries
 
     # Choosing
 
@@ -320,43 +349,67 @@ class _Work:
             ],
         )
 
+    # Doing less
+
+    def _as_demanded(self, demand: Demand, picks: Picks, teacher: Model) -> Picks:
+        """Factors that save as much of what these do as they may; none, with a reason, if nothing."""
+
+        def make(back: int) -> _FactorTrial:
+            amount = 1.0 - back / LEVELS
+            less = self._less(picks, amount)
+            model = teacher.copy()
+            self._rewrite(model, less, teacher, self._data)
+            return _FactorTrial(model, less, amount)
+
+        made = demand.least(make, LEVELS - 1)
+        if made is None or not made.picks:
+            self._log.skip(self._name, f"left whole, however little is saved: {demand.shortfall}")
+            return []
+        if made.amount < 1.0:
+            share = f"only {percent(made.amount)} of what could be saved"
+            self._log.skip(self._name, f"{share} is: with more, {demand.refused}")
+            self._figures = replace(self._figures, budget=None)  # it is not what is left any more
+        return made.picks
+
+    def _less(self, picks: Picks, amount: float) -> Picks:
+        """Factors that save so much, of 1, of what these do; those that cost the outputs least for it."""
+        wish = self._wish
+        if amount == 1.0:
+            return picks
+        entries, unit = self._entries, wish.unit
+        saved = sum(entry.cost(unit) * (1.0 - pick.cost(unit)) for entry, pick in picks)
+        whole = sum(entry.cost(unit) for entry in entries)
+        if wish.energy is not None:
+            found = candidates.by_energy(entries, (1.0 - wish.energy) * amount, unit)
+        else:
+            found, _ = candidates.chosen(entries, unit, whole - amount * saved)
+        return [(entry, pick) for entry, pick in zip(entries, found, strict=True) if pick is not None]
+
     # Rewriting
 
-    def _rewrite(self, picks: Picks, teacher: Model) -> None:
-        """Put factors in place, each fitted to what the ones before make."""
-        edit = Editor(self._model)
-        self._figures = replace(
-            self._figures,
-            layers={entry.layer.name: pick.told for entry, pick in picks},
-            plan=FactorizationPlan.of(picks),
-        )
+    def _rewrite(self, model: Model, picks: Picks, teacher: Model, data: Samples | None) -> None:
+        """Put factors in place, each fitted to what the ones before make, and repair."""
+        edit = Editor(model)
+        made_by = {node.outputs[0].name: node for node in model.graph.nodes if node.outputs}
         for index, (entry, pick) in enumerate(picks):
-            layer, name = entry.layer, entry.layer.name
-            fitted = self._fitted(layer, pick, teacher)
+            layer = entry.layer
+            fitted = self._fitted(model, layer, pick, teacher, data)
             factors = pick.scheme.factors(layer, fitted.weights)
-            layer.install(edit, layer.node, factors, fitted.bias)
+            layer.install(edit, made_by[layer.output], factors, fitted.bias)
             edit.commit()
-            self._log.change(name, pick.told, f"{pick.scheme.name} factors")
             if self._ctx.progress:
                 self._ctx.progress("fitting", index + 1, len(picks))
-        if self._data is None:
-            self._figures = replace(
-                self._figures, fitted="to the weights: with calibration data, factors lose much less"
-            )
+        if data is not None and self._wish.repair:
+            repaired = repair(model, teacher, data, target=self._ctx.target, progress=self._ctx.progress)
+            self._figures = replace(self._figures, repaired=len(repaired.changed))
 
-    def _fitted(self, layer: Whole, pick: Factoring, teacher: Model) -> Fitted:
-        if self._data is None or not fit.observable(layer):
+    def _fitted(
+        self, model: Model, layer: Whole, pick: Factoring, teacher: Model, data: Samples | None
+    ) -> Fitted:
+        if data is None or not fit.observable(layer):
             return fit.fit(layer, pick.scheme, pick.ranks)
-        seen = fit.against(self._model, teacher, self._data, layer, self._ctx.target)
+        seen = fit.against(model, teacher, data, layer, self._ctx.target)
         return fit.fit_moved(layer, pick.scheme, pick.ranks, *seen)
-
-    def _repair(self, teacher: Model) -> None:
-        """Fit every layer that reads other inputs now to what it computed in the model as it was."""
-        assert self._data is not None
-        repaired = repair(
-            self._model, teacher, self._data, target=self._ctx.target, progress=self._ctx.progress
-        )
-        self._figures = replace(self._figures, repaired=len(repaired.changed))
 
     def _judged(self, teacher: Model) -> Changes:
         """What was done; nothing, if speed was asked for and the whole is not faster."""

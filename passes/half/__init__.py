@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from onnxslim import shapes
 from onnxslim.calibration.collect import collect
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import Histogram
-from onnxslim.engine.base import Changes, Context, InterfacePart, Log, Pass, options
+from onnxslim.engine.base import Changes, Context, InterfacePart, Log, options
+from onnxslim.engine.demands import Demand, Demanding, LeastSqnr, MostDrop
 from onnxslim.engine.matching import GLOBS, excluded, tell_idle
 from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Node
@@ -21,12 +24,31 @@ from onnxslim.passes.eliminate import Eliminate
 from onnxslim.passes.fold.weights import store_weights
 from onnxslim.passes.half.convert import Converter, narrow_interface, store
 from onnxslim.passes.half.facts import SINGLE, TYPES, delicate, unfit
-from onnxslim.passes.half.measure import lossy
+from onnxslim.passes.half.measure import lossy, worst_first, worst_weights_first
 from onnxslim.runtime.kernels import without_kernel
+
+# Why a node, or a weight, stays in single precision where that was asked for by what is to be kept.
+REASON = "in half precision, the outputs would keep less than is required"
+
+
+@dataclass(frozen=True)
+class _NodesTrial:
+    """A model in half precision but for some nodes, by id."""
+
+    model: Model
+    kept: frozenset[int]
+
+
+@dataclass(frozen=True)
+class _WeightsTrial:
+    """A model whose weights are stored in half precision but for some, by name."""
+
+    model: Model
+    kept: dict[str, str]
 
 
 @options
-class Half(Pass):
+class Half(Demanding):
     """Compute in half precision where measured ranges allow it, and store weights so.
 
     Inputs and outputs of the model keep their types, unless `everywhere` is asked for. A node stays in single
@@ -35,6 +57,9 @@ class Half(Pass):
     its result on it. So does one whose operator is sensitive to rounding, which computes angles, or
     which has to do with a constant that is lost in the type; one beside a part in integers; one that does not
     take the type or has no kernel for it.
+
+    Where the outputs lose more than `require_sqnr` or `max_drop` allows, more nodes stay in single precision,
+    those first which lose most to rounding; with `weights_only`, more weights.
     """
 
     name: ClassVar[str] = "half"
@@ -45,11 +70,18 @@ class Half(Pass):
     )
     everywhere: bool = Field(False, description="inputs and outputs of the model too")
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to keep in float")
+    require_sqnr: LeastSqnr = None
+    max_drop: MostDrop = None
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
         if self.everywhere and self.weights_only:
             raise UsageError("pass 'half': inputs and outputs cannot be converted with weights_only")
+        if self.everywhere and self.needs_data:
+            raise UsageError(
+                "pass 'half': other inputs and outputs (everywhere) cannot be compared with what they were, "
+                "as require_sqnr and max_drop want"
+            )
 
     @property
     def interface(self) -> frozenset[InterfacePart]:
@@ -65,21 +97,72 @@ class Half(Pass):
         log, kind = Log(), TYPES[self.dtype]
         tell_idle(self.exclude, model, log)
         store_weights(model)
+        demand = self.demand(model, ctx)
         if self.weights_only:
-            store(model, kind, self.exclude, log)
+            kept = self._kept_weights(model, kind, demand) if demand is not None else {}
+            if kept is None:
+                return self._none(model, demand, log)
+            store(model, kind, self.exclude, log, kept)
             return log.done()
         shapes.infer(model)
         reasons = self._reasons(model, ctx)
+        chosen = [node for node in model.graph.nodes if id(node) not in reasons]
+        if demand is not None and chosen:
+            wanted = self._kept_nodes(model, chosen, demand, ctx)
+            if wanted is None:
+                return self._none(model, demand, log)
+            reasons |= dict.fromkeys(wanted, REASON)
+            chosen = [node for node in chosen if id(node) not in wanted]
         for node in model.graph.nodes:
             if id(node) in reasons and SINGLE in {each.dtype for each in (*node.inputs, *node.outputs)}:
                 log.skip(node.label, reasons[id(node)])
-        chosen = [node for node in model.graph.nodes if id(node) not in reasons]
         Converter(model, kind, log).apply(chosen)
         if self.everywhere:
             narrow_interface(model, kind, log)
             for step in (Eliminate(), Dead()):
                 step.run(model, ctx)
         return log.done()
+
+    def _none(self, model: Model, demand: Demand | None, log: Log) -> Changes:
+        """Nothing is done, as nothing keeps enough."""
+        assert demand is not None
+        name = model.graph.name or "model"
+        why = demand.shortfall or f"with any weight in half precision, {demand.refused}"
+        log.skip(name, f"left as it is, however little is converted: {why}")
+        return Changes((), log.done().skipped)
+
+    def _kept_nodes(
+        self, model: Model, chosen: Sequence[Node], demand: Demand, ctx: Context
+    ) -> frozenset[int] | None:
+        """Ids of as few of these nodes as have to stay in single precision; None if it had to be all."""
+        kind = TYPES[self.dtype]
+        order = worst_first(model, chosen, kind, ctx.given.fit.bind(model.inputs()), ctx)
+        place = {id(node): index for index, node in enumerate(model.graph.nodes)}
+
+        def make(back: int) -> _NodesTrial:
+            trial = model.copy()
+            Converter(trial, kind, Log()).apply([trial.graph.nodes[place[id(node)]] for node in order[back:]])
+            return _NodesTrial(trial, frozenset(id(node) for node in order[:back]))
+
+        made = demand.least(make, len(order) - 1)
+        # What is left may be nodes without weights, for which Casts are no gain.
+        useful = made is not None and made.model.stats().bytes < model.stats().bytes
+        return made.kept if made is not None and useful else None
+
+    def _kept_weights(self, model: Model, kind: np.dtype[Any], demand: Demand) -> dict[str, str] | None:
+        """As few weights as have to stay in single precision, and why; None if it had to be all."""
+        stored = Log()
+        store(model.copy(), kind, self.exclude, stored)
+        names = [change.node for change in stored.done().changed]
+        order = worst_weights_first(model, names, kind)
+
+        def make(back: int) -> _WeightsTrial:
+            trial, kept = model.copy(), dict.fromkeys(order[:back], REASON)
+            store(trial, kind, self.exclude, Log(), kept)
+            return _WeightsTrial(trial, kept)
+
+        made = demand.least(make, max(len(order) - 1, 0))
+        return None if made is None else made.kept
 
     def _reasons(self, model: Model, ctx: Context) -> dict[int, str]:
         """Why nodes stay in single precision, by id; what takes longest to find out is asked last."""

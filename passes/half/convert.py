@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from onnxslim.passes.half.facts import LARGEST, SINGLE
 MATCHES = MAKES = ("Cast",)
 
 MIN_BYTES = 4096
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 
 class Converter:
@@ -114,8 +116,18 @@ def _narrow_output(graph: Graph, output: Tensor, kind: np.dtype[Any], name: Name
     graph.nodes.append(Node("Cast", name(f"{narrow.name}_Cast"), attrs, [output], [narrow]))
 
 
-def store(model: Model, kind: np.dtype[Any], exclude: Sequence[str], log: Log) -> None:
-    """Keep large constants in half precision, with a Cast that runtimes compute once on loading."""
+def store(
+    model: Model, kind: np.dtype[Any], exclude: Sequence[str], log: Log, kept: Mapping[str, str] = _NONE
+) -> None:
+    """Keep large constants in half precision, with a Cast that runtimes compute once on loading.
+
+    Args:
+        model: edited in place.
+        kind: the type.
+        exclude: globs of nodes whose constants stay as they are.
+        log: told of each.
+        kept: names of constants that stay as they are, and why.
+    """
     name, added = Namer(model.graph), []
     most = LARGEST[kind.name]
     fixed = {id(tensor) for tensor in model.graph.outputs}
@@ -124,6 +136,7 @@ def store(model: Model, kind: np.dtype[Any], exclude: Sequence[str], log: Log) -
             continue
         values: Array = constant.values
         reason = next(filter(None, (excluded(exclude, node) for node in constant.outputs)), None)
+        reason = reason or kept.get(constant.name)
         if reason is None and not np.abs(values).max(initial=0.0) < most:
             reason = f"it exceeds what {kind.name} holds"
         if reason is not None:

@@ -67,6 +67,39 @@ def lossy(
     return kept
 
 
+def worst_first(
+    model: Model, nodes: Sequence[Node], kind: np.dtype[Any], data: CalibrationData, ctx: Context
+) -> list[Node]:
+    """The same nodes in the order of what rounding costs each on data; at the end those that round nothing.
+
+    Args:
+        model, nodes, kind, data, ctx: see `lossy`.
+
+    Raises:
+        CalibrationError: the model does not run on the data.
+    """
+    batches = list(itertools.islice(data, MOST_BATCHES))
+    trial = _Trial(model, kind, {id(node) for node in nodes}, batches, ctx)
+    found = trial.noise({id(node): [node] for node in nodes if _loses(node)}, within=True)
+    lost = {number: _share(noise) for number, noise in found.items()}
+    return sorted(nodes, key=lambda node: -lost.get(id(node), 0.0))
+
+
+def worst_weights_first(model: Model, names: Iterable[str], kind: np.dtype[Any]) -> list[str]:
+    """Initializers in the order of what rounding takes from each."""
+
+    def lost(name: str) -> float:
+        values, noise = np.asarray(model.graph.initializers[name].values), Noise()
+        noise.add(values, values.astype(kind).astype(np.float64))
+        return _share(noise)
+
+    return sorted(names, key=lost, reverse=True)
+
+
+def _share(noise: Noise) -> float:
+    return noise.noise / noise.signal if noise.signal else 0.0
+
+
 def _loses(node: Node) -> bool:
     """Whether there is anything to measure."""
     return spec_of(node).pure and not has(node, Trait.MOVES) and node.outputs[0].dtype == SINGLE
@@ -95,14 +128,19 @@ class _Trial:
         self._limit = MAGNIFIED * STEP[kind.name] / 2
 
     def below(self, parts: Mapping[int, Sequence[Node]], *, within: bool) -> list[int]:
-        """Which parts lose too much, judged by the first output of their first node.
+        """Which parts lose too much; see `noise`."""
+        found = self.noise(parts, within=within)
+        return [number for number, noise in found.items() if noise.noise > self._limit**2 * noise.signal]
+
+    def noise(self, parts: Mapping[int, Sequence[Node]], *, within: bool) -> dict[int, Noise]:
+        """What parts lose, judged by the first output of their first node.
 
         Args:
             parts: nodes of the model, by a number.
             within: whether they compute in half precision themselves: constants and results are rounded too.
         """
         if not parts:
-            return []
+            return {}
         twins = _Twins(self._model, self._kind, self._half, within)
         names = {number: twins.add(part) for number, part in parts.items()}
         ir.sort(twins.model.graph)
@@ -112,7 +150,7 @@ class _Trial:
             for number, (name, twin) in names.items():
                 actual = batch.values[twin]
                 _add(found[number], batch.values[name], actual.astype(self._kind) if within else actual)
-        return [number for number, noise in found.items() if noise.noise > self._limit**2 * noise.signal]
+        return found
 
 
 def _add(noise: Noise, wanted: Array, actual: Array) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.samples import Samples
 from onnxslim.calibration.seen import NOTE, Sight, seen
 from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.engine.allocate import Joint, allocate
@@ -21,10 +22,10 @@ from onnxslim.engine.base import (
     Figures,
     InterfacePart,
     Log,
-    Pass,
     captioned,
     options,
 )
+from onnxslim.engine.demands import LEVELS, Demand, Demanding, LeastSqnr, MostDrop
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
@@ -32,6 +33,7 @@ from onnxslim.errors import UsageError
 from onnxslim.families.analysis import Analysis, analyze
 from onnxslim.families.costs import Costs
 from onnxslim.families.removal import Removal
+from onnxslim.formats import percent
 from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
@@ -46,6 +48,10 @@ from onnxslim.passes.prune.plan import PruningPlan
 from onnxslim.passes.repair import repair
 
 __all__ = ["Prune", "PruneFigures", "PruningPlan"]
+
+Curves: TypeAlias = dict[str, dict[int, float]]
+# From how much of what should go to what does, and what that was chosen from.
+_Chooser: TypeAlias = Callable[[float], "tuple[Removal, Candidates | None]"]
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,15 @@ class PruneFigures(Figures):
 
 
 @options
-class Prune(Pass):
+class Prune(Demanding):
     """Remove whole channels, attention heads and hidden units, and let the rest make up for them.
 
     What can go together is found on the graph. Which units go is chosen by what the layers that read them
     would lose, and how many of each family by what the outputs lose, measured on calibration data. The
     remaining weights are then fitted to what the original layers computed, without labels. Without data the
     norms of weights decide, and nothing is repaired.
+
+    Where the outputs lose more than `require_sqnr` or `max_drop` allows, less goes than was asked for.
     """
 
     name: ClassVar[str] = "prune"
@@ -97,6 +105,8 @@ class Prune(Pass):
         "ridge",
         description="fit what stays to the original's layers; bias: only have it stand in, and fit biases",
     )
+    require_sqnr: LeastSqnr = None
+    max_drop: MostDrop = None
     plan: Annotated[Path | PruningPlan | None, PlanOf(PruningPlan)] = Field(
         None, description="file of a plan to replay, instead of choosing"
     )
@@ -118,11 +128,24 @@ class Prune(Pass):
             raise UsageError("pass 'prune' needs exactly one of macs, params, ratio and plan")
         if self.plan is not None:
             self.require_alone()
+        if self.allow_outputs and (self.require_sqnr is not None or self.max_drop is not None):
+            raise UsageError(
+                "pass 'prune': outputs that shrink (allow_outputs) cannot be compared with what they were, "
+                "as require_sqnr and max_drop want"
+            )
         return _Run(self, model, ctx).run()
 
     def propose(self, model: Model, ctx: Context) -> Sequence[Move]:
         """Of every family all the numbers of units that may go."""
         return _Run(self, model.copy(), ctx).moves()
+
+
+@dataclass(frozen=True)
+class _PruneTrial:
+    """A model without so much of what should go, of 1."""
+
+    model: Model
+    amount: float
 
 
 class _Run:
@@ -132,12 +155,14 @@ class _Run:
         self._settings = settings
         self._ctx = ctx
         self._log = Log()
-        self._data = ctx.data
+        self._demand = settings.demand(model, ctx)
+        # What is held to something must not have been fitted to what it is judged by.
+        self._data = ctx.given.apart if self._demand else ctx.data
         self._teacher = model.copy()
         self._model = model
         self._kept: Kept = {}  # slices of the original that are left
         self._errors: list[float] = []
-        self._repairs: tuple[Change, ...] = ()
+        self._repaired: tuple[Change, ...] = ()
         self._seen: dict[str, Sight] = {}  # what no rule tells the shape of
 
     def run(self) -> Changes:
@@ -152,7 +177,10 @@ class _Run:
         steps = self._settings.steps if self._settings.plan is None else 1  # a plan tells all at once
         for step in range(1, steps + 1):
             analysis = first if step == 1 else self._analyze()
-            done = self._step(analysis, step / steps) or done
+            amount = self._step(analysis, step / steps)
+            done = amount > 0 or done
+            if self._demand and amount < 1.0:
+                break
         if not done:
             self._say_why(first)
             return Changes((), self._log.done().skipped)
@@ -199,30 +227,72 @@ class _Run:
         """The first batch, if there is one."""
         return list(islice(self._data.fit, 1)) if self._data is not None else []
 
-    def _step(self, analysis: Analysis, progress: float) -> bool:
-        """Choose, prove, cut and repair; False if there was nothing to remove."""
-        removal, found = self._chosen(analysis, progress)
+    def _step(self, analysis: Analysis, progress: float) -> float:
+        """Choose, prove, cut and repair; how much of what should go did, of 1."""
+        choose = self._chooser(analysis, progress)
+        amount = 1.0 if self._demand is None else self._amount(choose, self._demand)
+        removal, found = choose(amount)
         if not removal:
-            return False
+            return 0.0
         error = prove(self._model, removal, self._ctx.target, self._samples())
         if error is not None:
             self._errors.append(error)
-        if found is not None and self._settings.repair != "none":
-            compensate(self._model, removal, found.grams)
-        cut(self._model, removal)
+        self._cut(self._model, removal, found)
         self._kept = removal.after(self._kept)
-        self._repair()
-        return True
+        chosen = progress == 1 or amount < 1.0  # then all samples may be fitted to
+        repaired = self._repair(self._model, self._kept, self._ctx.data if chosen else self._data)
+        for change in repaired.changed:
+            self._log.change(change.node, "refitted to what the original computes")
+        for skip in repaired.skipped:
+            self._log.skip(skip.node, skip.reason)
+        self._repaired = repaired.changed
+        return amount
 
-    def _chosen(self, analysis: Analysis, progress: float) -> tuple[Removal, Candidates | None]:
+    def _amount(self, choose: _Chooser, demand: Demand) -> float:
+        """The most that may go; 0, with the reason, if nothing may."""
+        known: dict[str, _PruneTrial] = {}
+
+        def make(back: int) -> _PruneTrial:
+            amount = 1.0 - back / LEVELS
+            removal, found = choose(amount)
+            key = repr(sorted(removal.counts.items()))
+            if key not in known:
+                model = self._model.copy()
+                self._cut(model, removal, found)
+                self._repair(model, removal.after(self._kept), self._data)
+                known[key] = _PruneTrial(model, amount)
+            return known[key]
+
+        made = demand.least(make, LEVELS - 1)
+        name = self._model.graph.name or "model"
+        if made is None:
+            self._log.skip(name, f"left as it is, however little goes: {demand.shortfall}")
+        elif made.amount < 1.0:
+            share = f"only {percent(made.amount)} of what was asked for"
+            self._log.skip(name, f"{share} goes: with more, {demand.refused}")
+        return made.amount if made is not None else 0.0
+
+    def _cut(self, model: Model, removal: Removal, found: Candidates | None) -> None:
+        """Remove units from a model, which is edited, and let the others stand in for them."""
+        if found is not None and self._settings.repair != "none":
+            compensate(model, removal, found.grams)
+        cut(model, removal)
+
+    def _chooser(self, analysis: Analysis, progress: float) -> _Chooser:
+        """From how much of what this step should reach, of 1, to what goes."""
         settings, data = self._settings, self._data
         if settings.plan is not None:
-            return PruningPlan.given(settings.plan).removal(analysis), None
+            planned = PruningPlan.given(settings.plan).removal(analysis)
+            return lambda _: (planned, None)
         by_outputs = settings.ratio is None
         found = self._candidates(analysis, (data.fit if by_outputs else data.seen) if data else None)
-        numbers = self._numbers(found, progress)
-        found = self._ordered(found) if by_outputs else found
-        return found.removal(numbers), found
+        curves = self._curves(found) if by_outputs else {}
+        last = self._ordered(found) if by_outputs else found
+
+        def choose(amount: float) -> tuple[Removal, Candidates | None]:
+            return last.removal(self._numbers(found, curves, progress, amount)), last
+
+        return choose
 
     def _ordered(self, found: Candidates) -> Candidates:
         """The same once numbers are chosen: then all samples may say which units."""
@@ -244,15 +314,15 @@ class _Run:
             log=self._log,
         )
 
-    def _curves(self, found: Candidates) -> dict[str, dict[int, float]]:
+    def _curves(self, found: Candidates) -> Curves:
         return damages(self._model, found, self._data.tune if self._data else None, self._ctx)
 
-    def _numbers(self, found: Candidates, progress: float) -> dict[str, int]:
-        """Units to remove of each family, so that this step gets as far as it should."""
+    def _numbers(self, found: Candidates, curves: Curves, progress: float, amount: float) -> dict[str, int]:
+        """Units to remove of each family, so that this step gets so far on its way."""
         settings = self._settings
         if settings.ratio is not None:
             share = 1 - (1 - settings.ratio) ** (1 / settings.steps)
-            return uniform(found.families, found.limits, share)
+            return uniform(found.families, found.limits, share * amount)
         costs = Costs(self._model, found.analysis)
         cost, goal, whole = (
             (costs.macs, settings.macs, self._whole["macs"])
@@ -260,10 +330,10 @@ class _Run:
             else (costs.parameters, settings.params, self._whole["params"])
         )
         assert goal is not None
-        curves = self._curves(found)
-        gone = allocate(Joint(curves, cost), whole * goal**progress, dict.fromkeys(curves, 0))
+        here, there = cost({}), whole * goal**progress
+        gone = allocate(Joint(curves, cost), here + amount * (there - here), dict.fromkeys(curves, 0))
         reached = cost(gone) / whole if whole else 1.0
-        if progress == 1 and abs(reached - goal) > TOLERANCE:
+        if progress == amount == 1 and abs(reached - goal) > TOLERANCE:
             self._log.skip(
                 self._model.graph.name or "model",
                 f"{reached:.3f} of the {'MACs' if settings.macs is not None else 'parameters'} are left "
@@ -271,30 +341,25 @@ class _Run:
             )
         return gone
 
-    def _repair(self) -> None:
+    def _repair(self, model: Model, kept: Kept, data: Samples | None) -> Changes:
         method = self._settings.repair
         if method == "none":
-            return
-        if self._data is None:
+            return Changes()
+        if data is None:
             self._log.skip(
                 self._model.graph.name or "model",
                 "weights are left as they are cut: repair needs calibration data",
             )
-            return
-        changes = repair(
-            self._model,
+            return Changes()
+        return repair(
+            model,
             self._teacher,
-            self._data,
-            kept=self._kept,
+            data,
+            kept=kept,
             method=method,
             target=self._ctx.target,
             progress=self._ctx.progress,
         )
-        for change in changes.changed:
-            self._log.change(change.node, "refitted to what the original computes")
-        for skip in changes.skipped:
-            self._log.skip(skip.node, skip.reason)
-        self._repairs = changes.changed
 
     def _told(self, first: Analysis) -> PruneFigures:
         """Figures of the whole; in the log what became of each family."""
@@ -309,7 +374,7 @@ class _Run:
             macs=(self._whole["macs"], costs.macs({})),
             params=(self._whole["params"], costs.parameters({})),
             plan=PruningPlan.of(removal),
-            repairs=self._repairs,
+            repairs=self._repaired,
             families=len(removal.counts),
             oracle=max(self._errors, default=None),
         )

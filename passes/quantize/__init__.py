@@ -14,6 +14,7 @@ from onnxslim import shapes
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.seen import NOTE, seen
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.demands import KEPT, LeastSqnr, MostDrop
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
@@ -24,7 +25,7 @@ from onnxslim.passes.quantize.choices import Activations, Algorithm, Bits, Setti
 from onnxslim.passes.quantize.dynamic import Dynamic
 from onnxslim.passes.quantize.figures import LayerFigures, QuantizeFigures
 from onnxslim.passes.quantize.fused import kernels
-from onnxslim.passes.quantize.goal import FidelityGoal
+from onnxslim.passes.quantize.goal import TrialGoal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
 from onnxslim.passes.quantize.recorded import LayoutName, QuantizationPlan, QuantizeOptions, moves_of
 from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Search, Sensitivity
@@ -50,8 +51,8 @@ class Quantize(Pass):
     point, and the report names them.
 
     Part of the data is set aside to choose by. If the outputs lose more than `require_sqnr` allows on it, or
-    the metric drops by more than `max_drop`, every layer is measured on its own, and the fewest that have to
-    are kept out of integers.
+    the metric (or the share of equal decisions) drops by more than `max_drop`, every layer is measured on its
+    own, and the fewest that have to are kept out of integers.
     """
 
     name: ClassVar[str] = "quantize"
@@ -79,18 +80,12 @@ class Quantize(Pass):
         True, description="adjust biases so that rounding the weights leaves the mean of every channel alone"
     )
     per_channel: bool = Field(True, description="one weight scale per output channel")
-    require_sqnr: float | None = Field(
+    require_sqnr: LeastSqnr = Field(
         None,
-        description="signal to noise, in dB, that the outputs are to keep on the samples to choose by; "
-        "layers that cost too much of it stay in float (0: none does). By default 25, or 0 where max_drop "
-        "is given",
+        description=f"{KEPT}; layers that cost too much of it stay in float (0: none does). By default 25, "
+        "or 0 where max_drop is given",
     )
-    max_drop: float | None = Field(
-        None,
-        ge=0,
-        description="how much less than before the metric of the result may be: as few layers as that takes "
-        "stay in float. The metric is `metric=` of the pipeline, or `--metric`, or accuracy on labels",
-    )
+    max_drop: MostDrop = None
     algorithm: Algorithm = Field(
         "auto",
         description="how weights are rounded: to the nearest code (rtn), for the least error of a layer's "
@@ -248,7 +243,7 @@ class Quantize(Pass):
             kept = QuantizationPlan.of(self._options(), variant, build, candidate, False)
             return candidate, replace(candidate.figures, plan=kept)
         search, build = self._judged(start)
-        goal = FidelityGoal(self.require_sqnr, self.max_drop, start.original, ctx)
+        goal = TrialGoal(self.require_sqnr, self.max_drop, start.original, ctx)
         if asked is not None:
             build = asked.builder(build, ctx.data.tune, log)
             trial, complete = search.attempt(asked.variant(build), build), asked.complete
@@ -316,7 +311,7 @@ class Quantize(Pass):
         return search.rounding(trial) if fitted is trial else fitted
 
     def _search(
-        self, search: Search, build: Builder, goal: FidelityGoal, log: Log
+        self, search: Search, build: Builder, goal: TrialGoal, log: Log
     ) -> tuple[Trial, QuantizeFigures]:
         """The candidate to take, and what was measured until it was found."""
         trial, nearest = self._everything(search, build, log)
@@ -335,7 +330,7 @@ class Quantize(Pass):
         return chosen or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH)
 
     def _without_worst(
-        self, search: Search, trial: Trial, fitted: Trial, goal: FidelityGoal
+        self, search: Search, trial: Trial, fitted: Trial, goal: TrialGoal
     ) -> tuple[Trial, tuple[LayerFigures, ...]]:
         """The candidate with the fewest layers out of integers that keeps enough, and what each layer does.
 
@@ -362,7 +357,7 @@ class Quantize(Pass):
         return best, tuple(_row(layer, best) for layer in layers)
 
     @staticmethod
-    def _told(figures: QuantizeFigures, trial: Trial, search: Search, goal: FidelityGoal) -> QuantizeFigures:
+    def _told(figures: QuantizeFigures, trial: Trial, search: Search, goal: TrialGoal) -> QuantizeFigures:
         """The same with those of the candidate that was taken."""
         made = trial.candidate
         return replace(

@@ -22,7 +22,7 @@ from onnxslim.ir.graph import Constant, Node
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Builder
 from onnxslim.passes.quantize.choices import ObserverChoice, Variant
-from onnxslim.passes.quantize.goal import FidelityGoal
+from onnxslim.passes.quantize.goal import TrialGoal
 from onnxslim.passes.quantize.trial import Trial
 
 OBSERVERS: tuple[ObserverChoice, ...] = (
@@ -118,7 +118,7 @@ class Search:
             log.add(done.done())
         return best
 
-    def complete(self, trial: Trial, tune: CalibrationData, goal: FidelityGoal) -> Trial:
+    def complete(self, trial: Trial, tune: CalibrationData, goal: TrialGoal) -> Trial:
         """The same with ranges that samples to choose by have a part in, too, if that does no harm."""
         trial.build.absorb(tune)
         completed = self.attempt(trial.variant, trial.build)
@@ -199,9 +199,7 @@ class Search:
         quickest = min(range(len(trials)), key=lambda index: times[index])
         return trials[quickest] if times[quickest] < FASTER * times[0] else trial
 
-    def keep(
-        self, trial: Trial, layers: Sequence[Sensitivity], goal: FidelityGoal, gain: float = 0.0
-    ) -> Trial:
+    def keep(self, trial: Trial, layers: Sequence[Sensitivity], goal: TrialGoal, gain: float = 0.0) -> Trial:
         """The candidate with the fewest multiply-accumulates kept out of integers that reaches a goal.
 
         Layers are taken in the order of noise per cost. How many is predicted from the sum of what each does,
@@ -237,7 +235,7 @@ class Search:
         fewest(enough, len(order), guess)
         return self._spared(best, goal)
 
-    def _spared(self, trial: Trial, goal: FidelityGoal) -> Trial:
+    def _spared(self, trial: Trial, goal: TrialGoal) -> Trial:
         """The same with the largest of the kept layers back in integers, where the goal allows it."""
         build = trial.build
         held_back, without = build.strategy.held_back, build.strategy.without

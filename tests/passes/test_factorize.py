@@ -481,6 +481,19 @@ def _factorize(model: Model, data: CalibrationData | None = None, **options: Any
     return twin, Factorize(**{"align": 4, "repair": False, **options}).run(twin, context)
 
 
+@pytest.mark.parametrize("budget", [{"energy": 0.8}, {"macs": 0.4}, {"speedup": 2.0}])
+def test_ranks_rise_for_what_is_required(net: Model, clock: dict[str, float], budget: Any) -> None:
+    data = _data(8, 8)
+    free, _ = _factorize(net, data, **budget)
+    judge = Judge(net, Samples(data, net).tune, Target.cpu(1))
+    reached = judge(free).sqnr
+    held, changes = _factorize(net, data, require_sqnr=reached + 3, **budget)
+    assert changes
+    assert judge(held).sqnr >= reached + 2
+    assert free.stats().parameters < held.stats().parameters < net.stats().parameters
+    assert FactorizeFigures.of(changes).budget is None
+
+
 @pytest.mark.parametrize(
     ("text", "shapes", "reason"),
     [

@@ -11,8 +11,8 @@ import pytest
 
 from onnxslim.calibration.fidelity import Score
 from onnxslim.engine.base import Log
+from onnxslim.engine.demands import STEP
 from onnxslim.passes.quantize.choices import Variant
-from onnxslim.passes.quantize.goal import STEP
 from onnxslim.passes.quantize.search import ENOUGH, FASTER, HARMLESS, MARGIN, OBSERVERS, Search
 
 
