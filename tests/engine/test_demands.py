@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,16 @@ import pytest
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import FAILED, Score
 from onnxslim.calibration.samples import Samples
-from onnxslim.engine.base import Context
+from onnxslim.engine.base import Changes, Context
 from onnxslim.engine.demands import Demand, Demanding, FidelityGoal
 from onnxslim.engine.pipeline import Pipeline, Step
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.model import Model
+from onnxslim.passes import factorize, prune
 from onnxslim.passes.factorize import Factorize
 from onnxslim.passes.half import Half
 from onnxslim.passes.prune import Prune
+from onnxslim.passes.repair import repair
 from tests.helpers import normal, parse, sqnr_of
 
 # 64 are held out, 64 to choose by, the others to fit on.
@@ -108,13 +111,32 @@ def test_without_data_nothing_can_be_required() -> None:
             Pipeline(make(require_sqnr=20.0))(net())
 
 
+@pytest.mark.parametrize(("case", "module"), [("prune", prune), ("factorize", factorize)])
+def test_candidates_are_not_fitted_to_what_they_are_judged_by(
+    case: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Samples] = []
+
+    def spy(student: Model, teacher: Model, data: Samples, **options: Any) -> Changes:
+        used.append(data)
+        return repair(student, teacher, data, **options)
+
+    monkeypatch.setattr(module, "repair", spy)
+    found = step(PASSES[case][0](require_sqnr=20.0))
+    assert found.changes
+    *tried, last = used
+    assert tried
+    assert last.tuned
+    assert all(not rows(each.seen) & rows(last.tune) for each in tried)
+
+
+def rows(data: CalibrationData | None) -> set[bytes]:
+    return {row.tobytes() for feeds in (data if data is not None else ()) for row in feeds["x"]}
+
+
 def test_samples_to_choose_by_are_kept_apart_of_what_candidates_are_made_with() -> None:
     samples = Samples(CalibrationData.of({"x": X}), net())
     apart = samples.apart
-
-    def rows(data: CalibrationData | None) -> set[bytes]:
-        return {row.tobytes() for feeds in (data if data is not None else ()) for row in feeds["x"]}
-
     assert rows(apart.seen) == rows(samples.fit)
     assert rows(apart.tune)
     assert not rows(apart.seen) & (rows(samples.tune) | rows(samples.held))
