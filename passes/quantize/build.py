@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from onnxslim import shapes
@@ -114,21 +114,30 @@ class Builder:
     def _plan(self, model: Model, variant: Variant, log: Log) -> Plan:
         """A plan whose tensors are all calibrated; made anew where one turns out to hold a mask."""
         while True:
-            planner = Planner(
-                model,
-                self.ctx.target.layout,
-                log,
-                refuse=refusal(self._settings, variant),
-                kept=self.strategy.in_floats(model, variant),
-                weights_only=not self.strategy.calibrated,
-                sharing=self.strategy.sharing,
-                classifier=self._settings.classifier,
-                irregular=self._calibration.irregular(),
-                trained=self._trained.covers,
-            )
-            plan = planner.plan()
+            plan = self._planned(model, variant, log)
             if not self._calibration.cover(self.model, plan):
                 return plan
+
+    def _planned(self, model: Model, variant: Variant, log: Log) -> Plan:
+        """A plan by what is known of the tensors so far."""
+        planner = Planner(
+            model,
+            self.ctx.target.layout,
+            log,
+            refuse=refusal(self._settings, variant),
+            kept=self.strategy.in_floats(model, variant),
+            weights_only=not self.strategy.calibrated,
+            sharing=self.strategy.sharing,
+            classifier=self._settings.classifier,
+            irregular=self._calibration.irregular(),
+            trained=self._trained.covers,
+        )
+        return planner.plan()
+
+    def foresee(self, variants: Iterable[Variant]) -> None:
+        """Calibrate for candidates that will be built, in one pass over the data for all of them."""
+        twin = self.model.copy()
+        self._calibration.cover(self.model, *(self._planned(twin, each, Log()) for each in variants))
 
     def observed(self, variant: Variant) -> Plan:
         """The plan of a candidate that is not built, but what it has to know of the data is known then."""

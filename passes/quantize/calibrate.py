@@ -45,28 +45,30 @@ class Calibration:
         found.update({name: histogram.irregular for name, histogram in seen if histogram.irregular})
         return {name: reason for name, reason in found.items() if reason}
 
-    def cover(self, model: Model, plan: Plan) -> bool:
-        """See to it that all tensors of a plan were observed; returns whether any had to be.
+    def cover(self, model: Model, *plans: Plan) -> bool:
+        """See to it that all tensors of plans were observed, in one pass; returns whether any had to be.
 
         Raises:
             CalibrationError: the data does not fit the model.
         """
-        missing = [name for name in plan.sources() if name not in self.seen.histograms]
-        channels = [key for key in self._channels(plan).values() if key not in self.seen.means]
+        sources = dict.fromkeys(name for plan in plans for name in plan.sources())
+        missing = [name for name in sources if name not in self.seen.histograms]
+        found = dict.fromkeys(key for plan in plans for key in self._channels(plan).values())
+        channels = [key for key in found if key not in self.seen.means]
         if not missing:
             return False
-        found = collect(
+        seen = collect(
             model,
             self._ctx.given.fit,
             missing,
-            channels=list(dict.fromkeys(channels)),
+            channels=channels,
             target=self._ctx.target,
             jobs=self._ctx.jobs,
             progress=self._ctx.progress,
             empty=True,
         )
-        self.seen.histograms.update(found.histograms)
-        self.seen.means.update(found.means)
+        self.seen.histograms.update(seen.histograms)
+        self.seen.means.update(seen.means)
         return True
 
     def absorb(self, model: Model, data: CalibrationData) -> None:

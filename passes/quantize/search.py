@@ -142,9 +142,11 @@ class Search:
         macs = trial.build.macs()
         mean = sum(macs.get(node.label, 0) for node in nodes) / max(len(nodes), 1)
         size = sum(map(_size, nodes)) / max(len(nodes), 1)
+        variants = [replace(trial.variant, only=frozenset((node.label,))) for node in nodes]
+        trial.build.foresee(variants)
         found = []
-        for index, node in enumerate(nodes):
-            alone = trial.build(replace(trial.variant, only=frozenset((node.label,))))
+        for index, (node, variant) in enumerate(zip(nodes, variants, strict=True)):
+            alone = trial.build(variant)
             score = self._judge(alone.model, RANKING)
             cost = 0.5 * (macs.get(node.label, mean) / mean if mean else 1.0) + 0.5 * _size(node) / size
             tensors = tuple(name for group in alone.groups for name in group)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxslim.calibration.collect import Statistics, collect
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.engine.base import Context
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
-from onnxslim.passes.quantize import Quantize, QuantizeFigures, rounding, weights
+from onnxslim.passes.quantize import Quantize, QuantizeFigures, calibrate, rounding, weights
 from onnxslim.runtime.metric import Metric, Run
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.session import Session
@@ -105,6 +108,25 @@ def _closeness(model: Model) -> Metric:
         return -float(np.linalg.norm(run(feeds)["y"] - wanted) / np.linalg.norm(wanted))
 
     return closeness
+
+
+def test_what_single_layers_need_is_calibrated_in_one_pass(
+    batches: list[dict[str, Array]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pools between layers share the ranges of what they read, but not for a layer alone in integers."""
+    text = """g (float[N,8,6,6] x) => (float[N,8,4,4] y)
+    { a = Conv(x, u) b = MaxPool<kernel_shape=[2,2]>(a)
+      c = Conv(b, v) d = MaxPool<kernel_shape=[2,2]>(c) y = Conv(d, w) }"""
+    model = parse(text, {name: normal(8, 8, 1, 1, seed=seed) for seed, name in enumerate("uvw")})
+    passes: list[list[str]] = []
+
+    def counted(model: Model, data: CalibrationData, names: list[str], **how: Any) -> Statistics:
+        passes.append(sorted(names))
+        return collect(model, data, names, **how)
+
+    monkeypatch.setattr(calibrate, "collect", counted)
+    quantize(model, batches, equalization=False, sequential=False, layers=True)
+    assert passes == [["a", "c", "x", "y"], ["b", "d"]]
 
 
 def test_a_metric_decides_how_many_layers_stay_in_float(
