@@ -23,7 +23,7 @@ def main() -> None:
     print(analysis.explain("head.weight")[0])
 
     data = CalibrationData.from_npz(FASHION / "calibration.npz", batch_size=64)
-    result = Pipeline(Prune(macs=0.75))(model, data=data)
+    result = Pipeline(Prune(macs=0.9))(model, data=data)
     figures = PruneFigures.of(result.report.steps[0].changes)
     before, after = figures.macs
     print(f"{after / before:.2f} of the MACs, proof within {figures.oracle:.0e}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -22,6 +22,8 @@ from onnxslim.passes import dead
 
 # Smaller constants stay in the body that reads them, where shape inference can see their values.
 MIN_SHARED_BYTES = 1024
+# By so many of their first bytes most constants differ.
+HEAD_BYTES = 4096
 
 
 @options
@@ -88,9 +90,13 @@ def _equal_constants(model: Model) -> Iterator[list[tuple[Constant, Graph]]]:
     for candidates in alike.values():
         if len(candidates) < 2:
             continue
+        # Few share their first bytes, and only those are read to the end.
+        heads = [_content(constant)[:HEAD_BYTES].tobytes() for constant, _ in candidates]
+        shared = Counter(heads)
         equal: dict[bytes, list[tuple[Constant, Graph]]] = defaultdict(list)
-        for constant, home in candidates:
-            equal[_digest(constant)].append((constant, home))
+        for head, (constant, home) in zip(heads, candidates, strict=True):
+            if shared[head] > 1:
+                equal[_digest(constant)].append((constant, home))
         for group in equal.values():
             first = _content(group[0][0])
             same = [item for item in group[1:] if np.array_equal(first, _content(item[0]))]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +98,20 @@ def stored(model: Model, name: str) -> Array:
 
 def runs(model: Model, feeds: Mapping[str, Array]) -> bool:
     """Whether ONNX Runtime takes the model as it is written, and these inputs."""
+    return bool(taken(model, [feeds]))
+
+
+def taken(model: Model, batches: Iterable[Mapping[str, Array]]) -> list[tuple[Mapping[str, Array], Any]]:
+    """The inputs that ONNX Runtime takes with the model as it is written, each with its outputs."""
+    found: list[tuple[Mapping[str, Array], Any]] = []
     try:
-        run(model, feeds)
+        session = Session(model, optimize="none")
     except LoadError:
-        return False
-    return True
+        return found
+    for feeds in batches:
+        with suppress(LoadError):
+            found.append((feeds, session.run(feeds)))
+    return found
 
 
 def apply(
@@ -185,3 +196,8 @@ def sqnr_of(before: Model, after: Model, feeds: Mapping[str, Array], optimize: s
 def ops(model: Model) -> Counter[str]:
     """How many nodes of each operator there are, bodies included."""
     return Counter(node.op for node in model.nodes())
+
+
+def heed_interrupts() -> None:
+    """For a child as it starts: what runs in the background of a shell ignores them, and so would it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

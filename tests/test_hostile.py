@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxslim import cli
 from onnxslim.ir.model import load
-from tests.helpers import ROOT, parse
+from tests.helpers import ROOT, heed_interrupts, parse
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="links, signals and limits of Unix")
 
@@ -706,7 +706,7 @@ def test_control_c_while_calibrating_leaves_nothing(big: Path, jobs: int) -> Non
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_interrupts,
         start_new_session=True,
     )
     assert process.stdout is not None

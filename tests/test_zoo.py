@@ -66,7 +66,7 @@ def test_slim_keeps_outputs_and_interface_and_never_grows(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(QUANTIZABLE))
 def test_quantize_fuses_everything_and_stays_close(name: str) -> None:
     model = load(_fetched(name))
-    data = CalibrationData(zoo.inputs(name, 16, seed=0))
+    data = CalibrationData(zoo.inputs(name, 8, seed=0))
     quantize = Quantize(**(PLAIN if name in QUICKLY else {}))
     result = Pipeline(Slim(), quantize, on_error="raise")(model, data=data)
     figures = QuantizeFigures.of(result.report.steps[-1].changes)

@@ -325,7 +325,8 @@ class _Pool:
     def __init__(self) -> None:
         self._idle: list[_Worker] = []
         self._all: weakref.WeakSet[_Worker] = weakref.WeakSet()
-        self._timer: threading.Timer | None = None
+        self._timer: threading.Thread | None = None
+        self._needed = 0.0
         self._given_up = False
 
     def usable(self) -> bool:
@@ -356,11 +357,17 @@ class _Pool:
             return
         worker.forget()
         self._idle.append(worker)
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = threading.Timer(LINGER_SECONDS, self.close)
-        self._timer.daemon = True
-        self._timer.start()
+        self._needed = time.monotonic()
+        # One thread for all of them: models come by the thousand.
+        if self._timer is None or not self._timer.is_alive():
+            self._timer = threading.Thread(target=self._linger, daemon=True)
+            self._timer.start()
+
+    def _linger(self) -> None:
+        while (left := self._needed + LINGER_SECONDS - time.monotonic()) > 0:
+            time.sleep(left)
+        self._timer = None  # before it closes: what is given back from here on is closed now or by the next
+        self.close()
 
     def close(self) -> None:
         """End the workers that nobody has borrowed."""

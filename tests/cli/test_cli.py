@@ -24,7 +24,7 @@ from onnxslim.errors import PassError
 from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model, load
 from onnxslim.runtime.session import Session
-from tests.helpers import FASHION, ROOT, normal, normals, parse
+from tests.helpers import FASHION, ROOT, heed_interrupts, normal, normals, parse
 
 
 @options
@@ -575,8 +575,7 @@ def test_control_c_ends_with_130_and_leaves_nothing(folder: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        # What runs in the background of a shell ignores interrupts, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_interrupts,
     )
     with process, (folder / "endless.npz").open("wb"):  # waits until the command reads it
         process.send_signal(signal.SIGINT)

@@ -13,7 +13,7 @@ import pytest
 
 from onnxslim import load
 from onnxslim.cli import guard
-from tests.helpers import ops, parse
+from tests.helpers import heed_interrupts, ops, parse
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the command is forked on Linux only")
@@ -91,7 +91,9 @@ def test_an_interruption_is_told_once(everybody: bool, source: Path, tmp_path: P
     fate = f"open({str(started)!r}, 'w').write('.'); time.sleep(60)"
     words = ["run", str(source), str(tmp_path / "b.onnx"), "-p", "half"]
     command = [sys.executable, "-c", COMMAND.format(fate=fate, place="Half.run", words=words)]
-    with subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, env=ENV, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed_interrupts
+    ) as process:
         while not (started.exists() and started.read_text()):
             assert process.poll() is None
             time.sleep(0.02)

@@ -26,33 +26,6 @@ from tests import printer
 from tests.helpers import parse, run
 
 
-@pytest.fixture(scope="module")
-def node_cases() -> list[onnx.ModelProto]:
-    """The models of the ONNX node suite."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from onnx.backend.test.case.node import collect_testcases
-
-        return [case.model for case in collect_testcases("") if case.model is not None]
-
-
-@pytest.mark.conformance
-def test_round_trip_of_the_node_suite_is_byte_identical(node_cases: list[onnx.ModelProto]) -> None:
-    def written(model: Model) -> bytes:
-        return model.to_proto().SerializeToString(deterministic=True)
-
-    changed = [
-        proto.graph.name
-        for proto in node_cases
-        if {written(load(proto)), written(load(proto).copy())}
-        != {proto.SerializeToString(deterministic=True)}
-    ]
-    assert len(node_cases) > 1000
-    assert changed == []
-
-
 def _rich_proto() -> onnx.ModelProto:
     """Everything that graphsurgeon is known to lose, in one model."""
     proto = onnx.parser.parse_model(

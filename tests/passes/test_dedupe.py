@@ -171,6 +171,14 @@ def test_a_hash_is_not_taken_for_the_values(monkeypatch: pytest.MonkeyPatch) -> 
     assert not settled(Dedupe(), model)[1]
 
 
+def test_constants_that_begin_alike_are_compared_to_their_ends() -> None:
+    first, second = np.zeros((2, 2048), np.float32)
+    second[-1] = 1
+    text = "g (float[2048] x) => (float[2048] y) { p = Add(x, a) q = Mul(p, b) y = Add(q, c) }"
+    result, _ = settled(Dedupe(), parse(text, {"a": first, "b": second, "c": second}))
+    assert list(result.graph.initializers) == ["a", "b"]
+
+
 def test_training_information_keeps_constants_apart() -> None:
     model = parse(SUM, {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)})
     model.shell.training_info.add()

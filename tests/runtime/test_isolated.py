@@ -26,7 +26,7 @@ from onnxslim.runtime.isolated import WorkerEnded
 from onnxslim.runtime.limits import LimitExceeded, RunLimits
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from tests.helpers import ROOT, ops, parse
+from tests.helpers import ROOT, heed_interrupts, ops, parse
 
 TEXT = "g (float[N,2] x) => (float[N,2] y) { i = Identity(x)  y = Tanh(i) }"
 ONE = {"x": np.ones((1, 2), np.float32)}
@@ -317,6 +317,7 @@ def test_nothing_is_left_of_a_script_that_is_ended(number: int, told: str, tmp_p
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
     assert until(lambda: bool(children(process.pid)))
     (worker,) = children(process.pid)
