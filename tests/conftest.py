@@ -6,6 +6,9 @@ import os
 
 from hypothesis import settings
 
+# Tests run in as many processes as there are cores: threads of BLAS in each would wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # What lands is judged on the same examples every time; everybody else looks for new ones.
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("local", deadline=None)
