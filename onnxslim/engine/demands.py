@@ -26,9 +26,9 @@ MostDrop: TypeAlias = Annotated[
     float | None,
     Field(
         ge=0,
-        description="how much less than before the metric of the result may be, on which less is done until "
-        "it is not. The metric is `metric=` of the pipeline, or `--metric`, or accuracy on labels; without "
-        "any, the share of samples whose largest output is another one may be as large as this",
+        description="how much less than before the metric of the result may be; less is done until it holds. "
+        "The metric is `metric=` of the pipeline, or `--metric`, or accuracy on labels; without one, the "
+        "largest output may be another one for this share of the samples",
     ),
 ]
 # In dB: by how much noise goes down at a time where it is not noise that is too much.

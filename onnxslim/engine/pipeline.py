@@ -211,10 +211,7 @@ class Pipeline:
         for position, each in enumerate(self.passes):
             if ground is None and not each.prepares:
                 if data is not None and ctx.data is None:
-                    bound = CalibrationData.of(data, model.inputs()).bind(model.inputs())
-                    bound.check(model.inputs())
-                    ctx = replace(ctx, data=Samples(bound, model, ctx.target, seed, labels))
-                    ctx = replace(ctx, metric=metric or ctx.given.metric)
+                    ctx = _with_data(ctx, data, labels, model)
                 ground = _Ground(model, ctx, notes, self.count, input_shapes or {})
                 macs = ground.macs(model)
             _announce(ctx, each, 0)
@@ -237,20 +234,8 @@ class Pipeline:
                 elif ground is not None and not each.lossless:
                     ground.checker.accept(outcome)
                 model = outcome
-            steps.append(
-                Step(
-                    each.name,
-                    each.describe(),
-                    seconds,
-                    before,
-                    stats,
-                    macs_before,
-                    macs,
-                    changes,
-                    error,
-                    kept,
-                )
-            )
+            told = before, stats, macs_before, macs, changes, error, kept
+            steps.append(Step(each.name, each.describe(), seconds, *told))
             _announce(ctx, each, 1)
         return Result(model, Report(tuple(steps), tuple(dict.fromkeys(notes)), self._doubts(ctx.data)))
 
@@ -337,6 +322,18 @@ def _require_pass(each: object) -> None:
         raise UsageError(f"{each.__name__} is a class: a pipeline takes passes, as {each.__name__}()")
     hint = "; onnxslim.passes.parse makes passes of texts" if isinstance(each, str) else ""
     raise UsageError(f"a pipeline takes passes, such as Slim(), not {each!r}{hint}")
+
+
+def _with_data(ctx: Context, data: Any, labels: Array | None, model: Model) -> Context:
+    """The same with data for a model; a metric by its labels, if there are any and there is no other.
+
+    Raises:
+        CalibrationError: the data does not fit the model.
+    """
+    bound = CalibrationData.of(data, model.inputs()).bind(model.inputs())
+    bound.check(model.inputs())
+    samples = Samples(bound, model, ctx.target, ctx.seed, labels)
+    return replace(ctx, data=samples, metric=ctx.metric or samples.metric)
 
 
 def _announce(ctx: Context, each: Pass, done: int) -> None:

@@ -6,13 +6,13 @@ that several names are given to. `store_weights` is what every pass calls that w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from onnxslim.engine.base import Log, Skip
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Node, Tensor
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
-from onnxslim.ops import Trait, has
+from onnxslim.ops import Role, Trait, has, spec_of
 from onnxslim.passes.fold.edits import Edits
 from onnxslim.passes.fold.literals import store_literals
 from onnxslim.passes.fold.values import Values, is_constant
@@ -46,10 +46,14 @@ def store_weights(model: Model) -> tuple[Skip, ...]:
     return log.done().skipped
 
 
-def is_computed(weight: Tensor) -> bool:
-    """Whether a weight is computed from constants, other than from integers that it is stored as."""
-    makers = _makers(weight)
-    return bool(makers) and not any(has(maker, Trait.DEQUANTIZES) for maker in makers or ())
+def computed_weights(model: Model) -> Iterator[Node]:
+    """Layers of the main graph whose weight is computed from constants, not from integers it is stored as."""
+    nodes = _constant_nodes(Edits(model, Log()))
+    made = {id(tensor) for node in nodes for tensor in node.outputs}
+    for node in model.graph.nodes:
+        weight = node.input(1)
+        if spec_of(node).role is Role.LINEAR and weight is not None and id(weight) in made:
+            yield node
 
 
 def why_computed(weight: Tensor) -> str:

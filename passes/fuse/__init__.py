@@ -10,9 +10,8 @@ from onnxslim.engine import rewrite
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.engine.rewrite import Rule
 from onnxslim.ir.model import Model
-from onnxslim.ops import Role, spec_of
 from onnxslim.passes import predicates
-from onnxslim.passes.fold.weights import is_computed
+from onnxslim.passes.fold.weights import computed_weights
 from onnxslim.passes.fuse import activation, after, before, gate, product, recompose
 
 RULES: tuple[Rule[Any], ...] = (
@@ -22,6 +21,11 @@ RULES: tuple[Rule[Any], ...] = (
     *gate.RULES,
     *activation.RULES,
     *recompose.RULES,
+)
+
+COMPUTED = (
+    "its weight is computed from constants: 'onnxslim fold' stores it, with --max-growth where that takes "
+    "more room"
 )
 
 
@@ -41,7 +45,6 @@ class Fuse(Pass):
         """Apply the rules everywhere, bodies of If, Loop and Scan included, until none fires."""
         log = Log()
         rewrite.apply(predicates.selected(RULES, self.skip), model, log, lossless=True)
-        for node in model.nodes():
-            if spec_of(node).role is Role.LINEAR and is_computed(node.inputs[1]):
-                log.skip(node.label, "its weight is computed from constants: 'onnxslim fold' stores it")
+        for node in computed_weights(model):
+            log.skip(node.label, COMPUTED)
         return log.done()

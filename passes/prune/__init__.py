@@ -164,6 +164,7 @@ class _Run:
         self._errors: list[float] = []
         self._repaired: tuple[Change, ...] = ()
         self._seen: dict[str, Sight] = {}  # what no rule tells the shape of
+        self._missed = ""  # how far what was chosen last is from what was asked for
 
     def run(self) -> Changes:
         """All steps."""
@@ -232,6 +233,8 @@ class _Run:
         choose = self._chooser(analysis, progress)
         amount = 1.0 if self._demand is None else self._amount(choose, self._demand)
         removal, found = choose(amount)
+        if self._missed:
+            self._log.skip(self._model.graph.name or "model", self._missed)
         if not removal:
             return 0.0
         error = prove(self._model, removal, self._ctx.target, self._samples())
@@ -333,12 +336,11 @@ class _Run:
         here, there = cost({}), whole * goal**progress
         gone = allocate(Joint(curves, cost), here + amount * (there - here), dict.fromkeys(curves, 0))
         reached = cost(gone) / whole if whole else 1.0
+        self._missed = ""
         if progress == amount == 1 and abs(reached - goal) > TOLERANCE:
-            self._log.skip(
-                self._model.graph.name or "model",
-                f"{reached:.3f} of the {'MACs' if settings.macs is not None else 'parameters'} are left "
-                f"instead of {goal:g}: " + _shortfall(reached, goal, settings),
-            )
+            what = "MACs" if settings.macs is not None else "parameters"
+            why = _shortfall(reached, goal, settings)
+            self._missed = f"{reached:.3f} of the {what} are left instead of {goal:g}: {why}"
         return gone
 
     def _repair(self, model: Model, kept: Kept, data: Samples | None) -> Changes:

@@ -28,7 +28,7 @@ class TrialGoal:
 
     def met(self, trial: Trial) -> bool:
         """Whether a candidate keeps enough."""
-        return not self.shortfall(trial)
+        return self._goal.met(trial.candidate.model, trial.score)
 
     def merit(self, trial: Trial) -> tuple[bool, int, float]:
         """What is better: to keep enough, and then more in integers, or else to keep as much as can be."""

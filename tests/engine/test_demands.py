@@ -97,6 +97,16 @@ def test_decisions_are_kept_where_there_is_no_metric() -> None:
     assert "of the decisions are others, more than max_drop=0.02" in notes(held)
 
 
+def test_nothing_is_told_of_a_trial_that_was_not_taken() -> None:
+    make = partial(Prune, params=0.33, align=8)
+    missed = "of the parameters are left instead of 0.33"
+    assert missed in notes(step(make()))
+    free = Pipeline(make())(net(), data={"x": X}).model
+    held = step(make(require_sqnr=sqnr_of(net(), free, {"x": UNSEEN}) + 6))
+    assert "of what was asked for goes" in notes(held)
+    assert missed not in notes(held)
+
+
 def test_a_metric_decides_where_there_is_one() -> None:
     wish = Prune(ratio=0.6, align=4, max_drop=0.0)
     assert step(wish, metric=lambda run: 1.0).after.bytes == step(Prune(ratio=0.6, align=4)).after.bytes
