@@ -27,13 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.quantize import TOOLS, Cell, quantize
 
-# Calibration samples of each model, 64 others are judged on.
+# Samples to judge on, and to calibrate on where nothing else is said.
+SAMPLES = 64
 MODELS = {
-    "efficientnet_lite0.dynamo": 64,
+    "efficientnet_lite0.dynamo": SAMPLES,
     "ppocr_det": 32,
-    "ppocr_rec": 64,
-    "minilm.dynamo": 64,
-    "yolo.dynamo": 64,
+    "ppocr_rec": SAMPLES,
+    "minilm.dynamo": SAMPLES,
+    "yolo.dynamo": SAMPLES,
 }
 THEIRS = "ONNX Runtime, best practice"
 WAYS = (THEIRS, "onnxslim")
@@ -66,9 +67,9 @@ def fidelity(name: str, source: Path, made: Path) -> float:
     from onnxslim.errors import LoadError
     from onnxslim.runtime.targets import Target
 
-    data = CalibrationData(inputs_of(name, 64, seed=1))
+    data = CalibrationData(inputs_of(name, SAMPLES, seed=1))
     try:
-        return Judge(load(source), data, Target.cpu(), samples=64)(load(made)).sqnr
+        return Judge(load(source), data, Target.cpu(), samples=SAMPLES)(load(made)).sqnr
     except LoadError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return math.nan
@@ -80,7 +81,7 @@ def rows(name: str, tools: Sequence[str], rounds: int) -> list[str]:
     kept = dict.fromkeys(tools, math.nan)
     with tempfile.TemporaryDirectory() as folder:
         samples = Path(folder) / "samples.pickle"
-        samples.write_bytes(pickle.dumps(inputs_of(name, MODELS[name], seed=0)))
+        samples.write_bytes(pickle.dumps(inputs_of(name, MODELS.get(name, SAMPLES), seed=0)))
         source = source_of(name)
         for turn in range(rounds):
             for index, tool in enumerate(tools):
