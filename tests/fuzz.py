@@ -57,6 +57,8 @@ SMALL = (
 def main(kind: str, first: int, count: int, folder: Path) -> None:
     """Try cases one by one."""
     warnings.simplefilter("ignore")
+    for name in ("in", "out"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     case: Callable[[np.random.Generator, Path], str] = {"models": broken_model, "pipelines": pipeline}[kind]
     for number in range(first, first + count):
         print(f"case {number}", flush=True)

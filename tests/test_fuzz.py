@@ -33,8 +33,6 @@ def limited() -> None:
 
 def tried(kind: str, first: int, count: int, folder: Path) -> Counter[str]:
     """Run cases in a process of their own; returns how often each ending occurred."""
-    for name in ("in", "out"):
-        (folder / name).mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.fuzz", kind, str(first), str(count), str(folder)]
     done = subprocess.run(
         command,

@@ -76,7 +76,7 @@ def with_sizes(specs: Sequence[InputSpec], given: InputShapes) -> list[InputSpec
         known[name] = replace(spec, shape=sizes)
     return [
         replace(spec, shape=None if spec.shape is None else tuple(found.get(dim, dim) for dim in spec.shape))
-        for spec in known.values()
+        for spec in (known[spec.name] for spec in specs)  # a broken file may declare one twice
     ]
 
 

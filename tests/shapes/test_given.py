@@ -28,6 +28,13 @@ def test_a_free_axis_has_one_size_in_all_inputs() -> None:
     assert sized_by([IMAGE], with_sizes([IMAGE], {})) == frozenset()
 
 
+def test_an_input_that_a_broken_file_declares_twice_is_sized_twice() -> None:
+    twice = [MASK, IMAGE, MASK]
+    bound = with_sizes(twice, {"mask": (2, 8)})
+    assert [spec.shape for spec in bound] == [(2, 8), (2, 3, 8, None), (2, 8)]
+    assert one_sample(twice, bound) == {"mask": (1, 8), "image": (1, 3, 8, 1)}
+
+
 @pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [
