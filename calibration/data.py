@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -334,30 +333,6 @@ class CalibrationData:
         view = CalibrationData(readers.Chained((self, other)), name=self.name)
         view._samples = self.samples() + other.samples()
         return view
-
-    def holdout(
-        self, fraction: float = 0.25, *, seed: int | None = None
-    ) -> tuple[CalibrationData, CalibrationData]:
-        """Two parts, by batches: one to calibrate on and an evenly spread `fraction` to check on.
-
-        With a seed, each batch to check on is a random one of its stretch: where kinds of data alternate, an
-        even grid could leave one of them out.
-        """
-        total = self.count()
-        if not 0.0 < fraction < 1.0:
-            raise CalibrationError(f"{self.name}: cannot hold out {fraction} of the data, only a part")
-        if total < 2:
-            raise CalibrationError(
-                f"{self.name}: holding out a part takes two batches; use a smaller batch size"
-            )
-        held = min(max(round(total * fraction), 1), total - 1)
-        checked = [(2 * i + 1) * total // (2 * held) for i in range(held)]
-        if seed is not None:
-            random = np.random.default_rng(seed)
-            ends = [i * total // held for i in range(held + 1)]
-            checked = [int(random.integers(first, end)) for first, end in pairwise(ends)]
-        fitted = sorted(set(range(total)).difference(checked))
-        return self.pick(fitted), self.pick(checked)
 
     def bind(self, specs: Sequence[InputSpec]) -> CalibrationData:
         """The same data for one model: every batch is checked, and "#M" keys get the M-th input's name.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,22 +41,32 @@ MAX_BYTES = 4 << 20
 ALONE = 1e-3
 
 
-class _Part(NamedTuple):
+# What samples are that results are judged by: held out of everything, or test data; some that passes were
+# fitted on, or chosen by; or made up.
+Whose: TypeAlias = Literal["held out", "fitted on", "made up"]
+
+
+class Subset(NamedTuple):
     """Some of the samples.
 
     Attributes:
         data: they.
-        numbers: of each, in their order, among all.
+        labels: the class of each, in their order; None where nobody said.
     """
 
     data: CalibrationData
-    numbers: NDArray[np.intp]
+    labels: Array | None
+
+    @property
+    def metric(self) -> Metric | None:
+        """Accuracy by the labels; None without."""
+        return None if self.labels is None else accuracy(self.data, self.labels)
 
 
 class _Parts(NamedTuple):
-    fit: _Part
-    tune: _Part
-    held: _Part | None
+    fit: Subset
+    tune: Subset
+    held: Subset | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +84,7 @@ class Samples:
         seed: of the choice of samples.
         labels: the class of every sample of the data, in its order, shape (samples,).
         holding: whether some are held out, if there are enough.
+        test: other samples, to judge results by; none of the data are held out then.
 
     Raises:
         CalibrationError: when split: the data does not fit the model, or there is none, or there are more or
@@ -86,6 +97,7 @@ class Samples:
     seed: int = 0
     labels: Array | None = None
     holding: bool = True
+    test: Subset | None = None
 
     @property
     def fit(self) -> CalibrationData:
@@ -103,6 +115,16 @@ class Samples:
         return self._parts.held.data if self._parts.held else None
 
     @property
+    def judged(self) -> Subset:
+        """What results are judged by: the samples held out, or all of them if they are too few for that."""
+        return self._parts.held or self._seen
+
+    @property
+    def whose(self) -> Whose:
+        """What those are."""
+        return "held out" if self._parts.held else "fitted on"
+
+    @property
     def tuned(self) -> bool:
         """Whether the samples to choose by are others than those to fit on."""
         return self.tune is not self.fit
@@ -110,36 +132,37 @@ class Samples:
     @cached_property
     def seen(self) -> CalibrationData:
         """Those to fit on and, after them, those to choose by: to fit on once the choice is made."""
-        return self.fit.then(self.tune) if self.tuned else self.fit
+        return self._seen.data
+
+    @cached_property
+    def _seen(self) -> Subset:
+        fit, tune, _ = self._parts
+        if tune is fit:
+            return fit
+        both = [part.labels for part in (fit, tune) if part.labels is not None]
+        return Subset(fit.data.then(tune.data), np.concatenate(both) if both else None)
 
     @cached_property
     def apart(self) -> Samples:
         """Those to fit on, split again: whatever is made with these can be judged by those to choose by."""
-        return replace(self, data=self.fit, labels=None, holding=False)
+        return replace(self, data=self.fit, labels=None, holding=False, test=None)
 
     @property
     def metric(self) -> Metric | None:
         """Accuracy by the labels on all samples but those held out, for passes to keep; None without."""
-        if self.labels is None:
-            return None
-        fit, tune, _ = self._parts
-        numbers = np.concatenate((fit.numbers, tune.numbers)) if self.tuned else fit.numbers
-        return accuracy(self.seen, self.labels[numbers])
+        return self._seen.metric
 
     @property
     def held_metric(self) -> Metric | None:
         """Accuracy by the labels on the samples held out; None without labels, or where none are held out."""
-        if self.labels is None or self._parts.held is None:
-            return None
-        return accuracy(self._parts.held.data, self.labels[self._parts.held.numbers])
+        return self._parts.held.metric if self._parts.held else None
 
     @cached_property
     def _parts(self) -> _Parts:
         specs = self.model.inputs()
         data = self.data.bind(specs)
         data.check(specs)
-        if self.labels is not None and len(self.labels) != data.samples():
-            raise CalibrationError(f"there are {len(self.labels)} labels for {data.samples()} samples")
+        _require_as_many(self.labels, data)
         size = _group(self.model, data, self.target)
         each = 1 if size else max(batch_samples(next(iter(data))), 1)
         total = data.samples() if size else data.count()
@@ -149,26 +172,45 @@ class Samples:
             found = min(int(total * part), math.ceil(SAMPLES / each))
             return found if found * each >= least else 0
 
-        held_out = _spread(np.arange(total), count(HELD if self.holding else 0.0, LEAST_HELD), random)
+        holding = self.holding and self.test is None
+        held_out = _spread(np.arange(total), count(HELD if holding else 0.0, LEAST_HELD), random)
         left = np.setdiff1d(np.arange(total), held_out)
         chosen_by = _spread(left, count(TUNE, LEAST_TUNED), random)
 
-        def part(numbers: NDArray[np.intp]) -> _Part:
+        def part(numbers: NDArray[np.intp]) -> Subset:
             if size:
-                return _Part(data.take(numbers.tolist(), size), numbers)
-            return _Part(data.pick(numbers.tolist()), self._within(numbers))
+                return Subset(data.take(numbers.tolist(), size), self._labels_of(numbers))
+            return Subset(data.pick(numbers.tolist()), self._labels_within(numbers))
 
         fit = part(np.setdiff1d(left, chosen_by))
-        return _Parts(
-            fit, part(chosen_by) if chosen_by.size else fit, part(held_out) if held_out.size else None
-        )
+        held = part(held_out) if held_out.size else self._test()
+        return _Parts(fit, part(chosen_by) if chosen_by.size else fit, held)
 
-    def _within(self, batches: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Numbers of the samples in some batches; nobody asks where there are no labels."""
+    def _test(self) -> Subset | None:
+        """The other samples, as the model takes them."""
+        if self.test is None:
+            return None
+        specs = self.model.inputs()
+        data = self.test.data.bind(specs)
+        data.check(specs)
+        _require_as_many(self.test.labels, data)
+        return Subset(data, self.test.labels)
+
+    def _labels_of(self, numbers: NDArray[np.intp]) -> Array | None:
+        return None if self.labels is None else self.labels[numbers]
+
+    def _labels_within(self, batches: NDArray[np.intp]) -> Array | None:
+        """Of the samples in some batches."""
         if self.labels is None:
-            return np.zeros(0, np.intp)
+            return None
         ends = np.cumsum((0, *self.data.sizes()))
-        return np.concatenate([np.arange(ends[at], ends[at + 1]) for at in batches])
+        return np.concatenate([self.labels[ends[at] : ends[at + 1]] for at in batches])
+
+
+def _require_as_many(labels: Array | None, data: CalibrationData) -> None:
+    """Raise CalibrationError if there are labels, and not one for every sample."""
+    if labels is not None and len(labels) != data.samples():
+        raise CalibrationError(f"{data.name}: there are {len(labels)} labels for {data.samples()} samples")
 
 
 def _spread(numbers: NDArray[np.intp], count: int, random: np.random.Generator) -> NDArray[np.intp]:

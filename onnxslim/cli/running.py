@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from onnxslim.compat.slim import Request
     from onnxslim.engine.base import Pass, Progress
     from onnxslim.engine.pipeline import Report
-    from onnxslim.recipes.data import Batches
+    from onnxslim.recipes.data import Batches, Data
     from onnxslim.recipes.recipe import Outcome, Recipe
     from onnxslim.report.html import Document
     from onnxslim.runtime.metric import Metric
@@ -80,13 +80,24 @@ def _recipe(
     from onnxslim.shapes.given import by_name
 
     base = Recipe(passes=tuple(chain)) if file is None else Recipe.load(file, trust=trust)
+    data = words.source(base.data)
     return replace(
         base,
-        data=words.source(base.data),
+        data=data,
+        test=_test(job, data) or base.test,
         check={**base.check, **limits(job.check)},
         input_shapes={**base.input_shapes, **by_name(input_shapes)},
         **job.settings(),
     )
+
+
+def _test(job: ModelWords, data: Data | None) -> Data | None:
+    """What --test names, read as the data is."""
+    if job.test is None:
+        return None
+    if data is None:
+        raise UsageError("--test says nothing without --data")
+    return replace(data, path=job.test)
 
 
 def _run(

@@ -176,6 +176,14 @@ class ModelWords:
             "max_accuracy_drop, max_metric_drop, latency (ratio); may be repeated",
         ),
     ] = None
+    test: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="samples that no pass sees, to compare the models on and to check, read as --data is "
+            "[default: some of --data are held out]",
+        ),
+    ] = None
     metric: MetricName = None
     on_error: Annotated[
         Literal["revert", "keep", "raise"] | None,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
-from onnxslim.calibration.samples import SAMPLES
+from onnxslim.calibration.samples import SAMPLES, Whose
 from onnxslim.engine.base import Context
 from onnxslim.errors import LoadError
 from onnxslim.formats import percent
@@ -17,13 +16,12 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.runtime.metric import measure
 
-# Whose samples they are: held out of everything, fitted on or chosen by, or made up.
-Whose: TypeAlias = Literal["held out", "fitted on", "made up"]
 # Less is hardly the same model any more: noise a third as large as what the outputs say, in dB, or another
 # decision every other time. Below, people are told in the first line.
 LEAST_SQNR = 10.0
 LEAST_AGREEMENT = 0.5
-_WHOSE: Mapping[Whose, str] = {
+# What samples are, in a sentence behind how many.
+TOLD: Mapping[Whose, str] = {
     "held out": "held out",
     "fitted on": "that passes were fitted on, too few to hold some out",
     "made up": "that are made up: give data to learn anything about real ones",
@@ -66,7 +64,7 @@ class Kept:
             told += f", and the same largest output in {percent(self.agreement)}"
         if self.accuracy is not None:
             told += f", with accuracy {percent(self.accuracy[0])} → {percent(self.accuracy[1])}"
-        return f"keeps {told}, on {self.samples} samples {_WHOSE[self.whose]}"
+        return f"keeps {told}, on {self.samples} samples {TOLD[self.whose]}"
 
 
 class OutputJudge:
@@ -110,6 +108,4 @@ class OutputJudge:
         samples = self._ctx.data
         if samples is None:
             return CalibrationData(list(self._feeds)), "made up"
-        if samples.held is None:
-            return samples.seen, "fitted on"
-        return samples.held, "held out"
+        return samples.judged.data, samples.whose

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, takewhile
 from traceback import walk_tb
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.doubts import doubts
-from onnxslim.calibration.samples import Samples
+from onnxslim.calibration.samples import Samples, Subset
 from onnxslim.engine.base import Changes, Context, Log, Pass, Progress
 from onnxslim.engine.check import Checker, require_interface
 from onnxslim.engine.journal import Journal
@@ -120,10 +120,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Result:
-    """A rewritten model and how it came about."""
+    """A rewritten model and how it came about.
+
+    Attributes:
+        samples: the data as passes had it, split; None if there was none, or no pass came to need it.
+    """
 
     model: Model
     report: Report
+    samples: Samples | None = None
 
     def save(self, path: str | os.PathLike[str], *, external_data: bool | None = None) -> None:
         """Write the model; see `Model.save`."""
@@ -173,6 +178,8 @@ class Pipeline:
         progress: Progress | None = None,
         metric: Metric | None = None,
         labels: Array | None = None,
+        test: Any = None,
+        test_labels: Array | None = None,
         input_shapes: InputShapes | None = None,
         journal: Journal | None = None,
     ) -> Result:
@@ -191,17 +198,22 @@ class Pipeline:
             metric: runs a model on data of its own and says how good it is, more is better; for `max_drop`.
             labels: the class of every sample of the data, shape (samples,): without a metric, accuracy is the
                 one, on the samples that are not held out.
+            test: other samples, in the forms of `data`, that passes do not see and results are judged by;
+                by default some of the data are held out for that.
+            test_labels: the class of every sample of them.
             input_shapes: sizes of inputs with free axes, by name: what multiply-accumulates are counted for,
                 and made-up inputs have. The model keeps its free axes; FixShapes fixes them.
             journal: learns which pass is at work, and knows which ones are not to be tried again.
 
         Raises:
-            UsageError: there is no input of that name, or it has other axes.
+            UsageError: there is no input of that name, or it has other axes; there is test data alone.
             LoadError, TargetError: the model or the target is none.
             PassError: when a pass fails that prepares the model; with on_error="raise", when any fails or
                 breaks the model.
             CalibrationError: the data does not fit the model.
         """
+        if data is None and test is not None:
+            raise UsageError("test data says nothing without data: give both, or data alone")
         model = load(model)
         ctx = Context(Target.of(target), None, seed, jobs, progress, None, metric)
         steps: list[Step] = []
@@ -211,7 +223,7 @@ class Pipeline:
         for position, each in enumerate(self.passes):
             if ground is None and not each.prepares:
                 if data is not None and ctx.data is None:
-                    ctx = _with_data(ctx, data, labels, model)
+                    ctx = _with_data(ctx, model, (data, labels), (test, test_labels))
                 ground = _Ground(model, ctx, notes, self.count, input_shapes or {})
                 macs = ground.macs(model)
             _announce(ctx, each, 0)
@@ -237,7 +249,8 @@ class Pipeline:
             told = before, stats, macs_before, macs, changes, error, kept
             steps.append(Step(each.name, each.describe(), seconds, *told))
             _announce(ctx, each, 1)
-        return Result(model, Report(tuple(steps), tuple(dict.fromkeys(notes)), self._doubts(ctx.data)))
+        report = Report(tuple(steps), tuple(dict.fromkeys(notes)), self._doubts(ctx.data))
+        return Result(model, report, ctx.data)
 
     def _doubts(self, samples: Samples | None) -> tuple[str, ...]:
         """Why data may not be what a lossy pass should be fitted to, in one line."""
@@ -315,6 +328,10 @@ class _Ground:
 UNLIKE_REAL = "results may be much worse on real inputs than they look here: give some dozens of real samples"
 
 
+# Data in any form that `CalibrationData.of` takes, or None, and the classes of its samples.
+_Given: TypeAlias = tuple[Any, "Array | None"]
+
+
 def _require_pass(each: object) -> None:
     if isinstance(each, Pass):
         return
@@ -324,15 +341,19 @@ def _require_pass(each: object) -> None:
     raise UsageError(f"a pipeline takes passes, such as Slim(), not {each!r}{hint}")
 
 
-def _with_data(ctx: Context, data: Any, labels: Array | None, model: Model) -> Context:
+def _with_data(ctx: Context, model: Model, given: _Given, test: _Given) -> Context:
     """The same with data for a model; a metric by its labels, if there are any and there is no other.
 
     Raises:
         CalibrationError: the data does not fit the model.
     """
+    data, labels = given
     bound = CalibrationData.of(data, model.inputs()).bind(model.inputs())
     bound.check(model.inputs())
-    samples = Samples(bound, model, ctx.target, ctx.seed, labels)
+    apart = None
+    if test[0] is not None:
+        apart = Subset(CalibrationData.of(test[0], model.inputs(), name="test data"), test[1])
+    samples = Samples(bound, model, ctx.target, ctx.seed, labels, test=apart)
     return replace(ctx, data=samples, metric=ctx.metric or samples.metric)
 
 

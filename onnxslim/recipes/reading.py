@@ -25,7 +25,7 @@ def read(cls: type[T], file: Path, trust: bool) -> T:
     """What a file says, as an object whose fields are the keys.
 
     Args:
-        cls: has the fields `passes`, `data` and `target`, and others of plain data.
+        cls: has the fields `passes`, `data`, `test` and `target`, and others of plain data.
         file: in YAML.
         trust: whether it may name files outside its own folder.
 
@@ -36,8 +36,9 @@ def read(cls: type[T], file: Path, trust: bool) -> T:
         document, place = _parsed(file), _RecipeFolder(file.absolute().parent, trust)
         _require_known(document, cls.__dataclass_fields__, "")  # type: ignore[attr-defined]
         given = {**document, "passes": tuple(_passes(document.get("passes"), place))}
-        if given.get("data") is not None:
-            given["data"] = _data(given["data"], place)
+        for key in ("data", "test"):
+            if given.get(key) is not None:
+                given[key] = _data(given[key], place, key)
         if "target" in given and not isinstance(given["target"], str):
             raise UsageError("'target' is the name of an execution provider")
         return _made(cls, given, "")
@@ -134,13 +135,13 @@ def _passes(given: Any, place: _RecipeFolder) -> Iterator[Pass]:
             raise UsageError(f"{where}: {error}") from None
 
 
-def _data(given: Any, place: _RecipeFolder) -> Data:
+def _data(given: Any, place: _RecipeFolder, key: str) -> Data:
     settings = {"path": given} if isinstance(given, str) else given
     if not isinstance(settings, dict):
-        raise UsageError(f"'data' is a path or `path: …` and its settings, not {given!r}")
-    _require_known(settings, [item.name for item in fields(Data)], "data: ")
-    made = _made(Data, settings, "data: ")
-    return _made(Data, {**settings, "path": str(place.find(made.path))}, "data: ")
+        raise UsageError(f"'{key}' is a path or `path: …` and its settings, not {given!r}")
+    _require_known(settings, [item.name for item in fields(Data)], f"{key}: ")
+    made = _made(Data, settings, f"{key}: ")
+    return _made(Data, {**settings, "path": str(place.find(made.path))}, f"{key}: ")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,7 @@ from onnx import TensorProto
 from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.samples import Samples, Subset, Whose
 from onnxslim.engine.base import Pass, Progress, options
 from onnxslim.engine.journal import Journal
 from onnxslim.engine.pipeline import Pipeline, Report, Result
@@ -123,7 +124,12 @@ class Recipe:
 
     passes: tuple[Pass, ...] = Field(description="what to run, in order: names, or `name: {option: value}`")
     data: Data | None = Field(
-        None, description="calibration and test data: a path inside the recipe's folder, or its settings"
+        None, description="calibration data: a path inside the recipe's folder, or its settings"
+    )
+    test: Data | None = Field(
+        None,
+        description="samples that no pass sees, to judge the result by: a path, or its settings [default: "
+        "some of the data are held out]",
     )
     target: str = Field("cpu", description="execution provider the result is made for")
     seed: int = Field(0, description="of everything random")
@@ -187,8 +193,9 @@ class Recipe:
             UsageError: the data is code, or a plan is no file.
         """
         document: dict[str, Any] = {"passes": [_written(each, folder) for each in self.passes]}
-        if self.data is not None:
-            document["data"] = _data_written(self.data, folder)
+        for key in _DATA:
+            if (data := getattr(self, key)) is not None:
+                document[key] = _data_written(data, folder)
         given = _given(self)
         document |= {name: given[name] for name in _PLAIN if name in given}
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
@@ -197,7 +204,7 @@ class Recipe:
         """All settings as plain data, defaults included."""
         return {
             "passes": [{each.name: _all(each)} for each in self.passes],
-            "data": None if self.data is None else _all(self.data),
+            **{key: None if (data := getattr(self, key)) is None else _all(data) for key in _DATA},
             **{name: plain(getattr(self, name)) for name in _PLAIN},
         }
 
@@ -206,8 +213,9 @@ class Recipe:
         """Hash of all settings, defaults included, and of files passes read, but not of where they lie."""
         document = self.to_dict()
         document["passes"] = [{each.name: {**_all(each), **_contents(each)}} for each in self.passes]
-        if document["data"]:
-            document["data"]["path"] = None
+        for key in _DATA:
+            if document[key]:
+                document[key]["path"] = None
         text = json.dumps(document, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -217,6 +225,8 @@ class Recipe:
         *,
         data: Any = None,
         labels: Array | None = None,
+        test: Any = None,
+        test_labels: Array | None = None,
         libraries: Sequence[str] = (),
         jobs: int = 1,
         progress: Progress | None = None,
@@ -228,6 +238,7 @@ class Recipe:
             model: a file, a ModelProto or a Model; left as it is.
             data: batches instead of those the recipe names; see `CalibrationData.of`.
             labels: the class of every sample of `data`.
+            test, test_labels: likewise, instead of the test data that the recipe names.
             libraries: files of custom operators that the model needs to run; see `Target`.
             jobs: processes that may work in parallel; the result does not depend on their number.
             progress: called with (what, done, total).
@@ -240,6 +251,8 @@ class Recipe:
         work = Work(self, model, tuple(libraries), jobs, progress, metric)
         if data is not None:
             work.feed(data, labels)
+        if test is not None:
+            work.feed_test(test, test_labels)
         return work.run().require()
 
 
@@ -288,6 +301,7 @@ class Work:
             self.original.inputs(), recipe.input_shapes
         )  # what does not fit is refused before the work
         self._opened: Batches | None = None
+        self._test: Batches | None = None
 
     @property
     def opened(self) -> Batches | None:
@@ -299,6 +313,21 @@ class Work:
         if self._opened is None and self._recipe.data is not None:
             self._opened = self._recipe.data.read(self.original)
         return self._opened
+
+    @property
+    def test(self) -> Batches | None:
+        """The samples that no pass is to see, opened when they are first asked for; None if there are none.
+
+        Raises:
+            CalibrationError: they cannot be read, or do not fit the model.
+        """
+        if self._test is None and self._recipe.test is not None:
+            self._test = self._recipe.test.read(self.original)
+        return self._test
+
+    def feed_test(self, data: Any, labels: Array | None = None) -> None:
+        """Take other samples to judge by than what the recipe names; see `CalibrationData.of`."""
+        self._test = Batches(CalibrationData.of(data, name="test data"), labels)
 
     def feed(self, data: Any, labels: Array | None = None) -> None:
         """Take other data than what the recipe names; see `CalibrationData.of`."""
@@ -318,7 +347,7 @@ class Work:
         verdict, unmeasured = None, ""
         if self._reported or self._recipe.check:
             try:
-                verdict = self._compared(result.model)
+                verdict = self._compared(result)
             except OnnxSlimError as error:
                 if self._recipe.check:
                     raise
@@ -327,7 +356,8 @@ class Work:
 
     def _require_enough(self) -> None:
         """Raise if a pass needs data that is not there, or a check something to measure it by."""
-        labels = self.opened.labels if self.opened else None
+        given = self.test or self.opened
+        labels = given.labels if given else None
         for each in self._recipe.passes:
             each.require_data(self.opened)
         for name, there in (("max_accuracy_drop", labels), ("max_metric_drop", self._metric)):
@@ -346,6 +376,8 @@ class Work:
             progress=self._progress,
             metric=self._metric,
             labels=self.opened.labels if self.opened else None,
+            test=self.test.data if self.test else None,
+            test_labels=self.test.labels if self.test else None,
             input_shapes=self._recipe.input_shapes,
             journal=self._journal,
         )
@@ -353,21 +385,35 @@ class Work:
             return result
         stamps = {"version": version(), "recipe_sha256": self._recipe.sha256, "source_sha256": origin}
         marked = result.model.with_metadata({PREFIX + key: value for key, value in stamps.items()})
-        return Result(marked, result.report)
+        return replace(result, model=marked)
 
-    def _compared(self, model: Model) -> Verdict:
+    def _compared(self, result: Result) -> Verdict:
         timed = self._reported or "latency" in self._recipe.check
-        return validate(
+        judged, whose = self._judged(result.samples)
+        verdict = validate(
             self.original,
-            model,
-            self.opened.data if self.opened else None,
+            result.model,
+            judged.data if judged else None,
             [self._target],
-            labels=self.opened.labels if self.opened else None,
+            labels=judged.labels if judged else None,
             metric=self._metric,
             rounds=ROUNDS if timed else 0,
             progress=self._progress,
             input_shapes=self._recipe.input_shapes,
         )
+        return replace(verdict, whose=whose or verdict.whose)
+
+    def _judged(self, samples: Samples | None) -> tuple[Subset | None, Whose | None]:
+        """What the models are compared on, and whose it is, where passes were fitted to data.
+
+        What a pass was fitted to, or chosen by, it does well on: those samples are taken which no pass had to
+        do with, if there are such.
+        """
+        fitted = any(not (each.lossless or each.prepares) for each in self._recipe.passes)
+        if samples is not None and fitted:
+            return samples.judged, samples.whose
+        given = self.test or self.opened
+        return (Subset(given.data, given.labels) if given else None), None
 
 
 def source_sha256(model: Model) -> str:
@@ -398,6 +444,7 @@ def _hashed(digest: Any, constant: Constant) -> TensorProto:
 
 
 # What a recipe says besides passes and data.
+_DATA = ("data", "test")
 _PLAIN = ("target", "seed", "on_error", "check", "input_shapes")
 
 

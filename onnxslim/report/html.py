@@ -275,9 +275,8 @@ HEAD = ("output", "SQNR dB", "cosine", "max abs", "top-1", "equal")
 
 
 def _providers(verdict: Verdict) -> Iterator[dict[str, Any]]:
-    data = f"{verdict.samples} samples{', inputs made up' if verdict.made_up else ''}"
     for provider in verdict.providers:
-        tables = [(f"Result against original, {data}", provider.outputs)]
+        tables = [(f"Result against original, {verdict.looked_at}", provider.outputs)]
         if provider.original:
             tables.append((f"Original against itself on {verdict.providers[0].target}", provider.original))
         yield {

@@ -186,8 +186,7 @@ def _limited_list(what: str, entries: Sequence[str]) -> Iterator[str]:
 
 
 def _show_provider(console: Console, provider: ProviderVerdict, verdict: Verdict) -> None:
-    data = f"{verdict.samples} samples{', inputs made up' if verdict.made_up else ''}"
-    lines(console, [f"{provider.target}: second model against the first, {data}"])
+    lines(console, [f"{provider.target}: second model against the first, {verdict.looked_at}"])
     console.print(_outputs(provider.outputs))
     if provider.original:
         lines(console, [f"{provider.target}: first model against itself on {verdict.providers[0].target}"])

@@ -99,8 +99,6 @@ def validate(
     timed = [runner.time(rounds, seconds) for runner in runners]
     notes = [text for runner in runners for text in (*runner.notes, *runner.strays(chosen[0]))]
     notes += runners[0].guesses()
-    if made_up:
-        notes.insert(0, "inputs are made up: pass data to learn anything about real ones")
     shapes = one_sample(declared, specs, {name: array.shape for name, array in opening.items()})
     origin = cost.ASSUMED if made_up else cost.SEEN
     notes.extend(cost.caveats(first, shapes, origin, sized_by(declared, specs)))
@@ -113,7 +111,7 @@ def validate(
         samples=sum(sizes),
         batches=len(sizes),
         batch=sizes[0],
-        made_up=made_up,
+        whose="made up" if made_up else None,
         notes=tuple(dict.fromkeys(notes)),
     )
 

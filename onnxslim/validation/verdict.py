@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from onnxslim.calibration.samples import Whose
+from onnxslim.engine.judging import TOLD
 from onnxslim.errors import UsageError, ValidationError, nearest
 from onnxslim.formats import plain
 from onnxslim.runtime.timing import Latency
@@ -87,7 +89,7 @@ class Verdict:
         providers: one entry per execution provider.
         samples, batches: how much data was run.
         batch: samples in the batch that latency was measured on.
-        made_up: whether the inputs were made up, for want of data.
+        whose: what the samples are; None where that is for the caller to know.
         notes: what could not be measured, and why.
     """
 
@@ -97,13 +99,23 @@ class Verdict:
     samples: int
     batches: int
     batch: int
-    made_up: bool = False
+    whose: Whose | None = None
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         from onnxslim.report.text import verdict_text
 
         return verdict_text(self)
+
+    @property
+    def made_up(self) -> bool:
+        """Whether the inputs were made up, for want of data."""
+        return self.whose == "made up"
+
+    @property
+    def looked_at(self) -> str:
+        """How many samples, and what they are."""
+        return f"{self.samples} samples{'' if self.whose is None else f' {TOLD[self.whose]}'}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: NaN is None, infinities are the strings "inf" and "-inf"."""

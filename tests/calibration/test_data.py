@@ -164,31 +164,9 @@ def test_empty_data() -> None:
         data.check([])
 
 
-@given(st.integers(2, 60), st.floats(0.01, 0.99))
-def test_holdout_parts_are_disjoint_complete_and_spread(count: int, fraction: float) -> None:
-    fit, check = (firsts(part) for part in CalibrationData(batches(count, 1)).holdout(fraction))
-    assert sorted(fit + check) == list(range(count))
-    assert fit
-    assert check
-    assert abs(len(check) - fraction * count) <= 1
-    assert fit == sorted(fit)
-    assert check == sorted(check)
-    gaps = np.diff([-1, *check, count])
-    assert gaps.max() <= count / len(check) + 1
-
-
 @pytest.mark.parametrize("kind", SOURCES)
-def test_holdout_of_every_source(kind: str) -> None:
-    fit, check = SOURCES[kind]().holdout(0.4)
-    assert (firsts(fit), firsts(check)) == ([0, 2, 4], [1, 3])
-
-
-def test_holdout_errors() -> None:
-    with fails("data: holding out a part takes two batches; use a smaller batch size"):
-        CalibrationData(batches(1), name="data").holdout()
-    for fraction in (0.0, 1.0, float("nan")):
-        with fails("cannot hold out"):
-            CalibrationData(batches()).holdout(fraction)
+def test_some_batches_of_every_source(kind: str) -> None:
+    assert firsts(SOURCES[kind]().pick([1, 3])) == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -664,7 +642,7 @@ def test_bind_checks_every_batch_and_survives_views() -> None:
     assert len(data) == 4
     with fails("d: batch 1: the model has no input 'y'"):
         list(pickle.loads(pickle.dumps(data.shard(1, 2))))
-    assert firsts(data.holdout(0.25)[0].shard(1, 2)) == [1]
+    assert firsts(data.pick([0, 1, 3]).shard(1, 2)) == [1]
 
 
 def observe(data: CalibrationData) -> Histogram:

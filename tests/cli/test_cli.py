@@ -249,7 +249,7 @@ def test_validate_compares_two_files(run: Run) -> None:
 def test_made_up_inputs_are_announced(run: Run) -> None:
     code, out, err = run("validate", "in.onnx", "in.onnx", "--rounds", "0")
     assert code == 0
-    assert "inputs made up" in out
+    assert "samples that are made up" in out
     assert "warning: the models were compared on made-up inputs" in err
 
 
@@ -390,6 +390,17 @@ def test_a_failed_check_saves_nothing_but_the_report(run: Run, folder: Path) -> 
     assert not (folder / "out.onnx").exists()
     (check,) = json.loads((folder / "report.json").read_text("utf-8"))["checks"]
     assert check["failures"] == ["cpu: output 'y' has SQNR 0 dB, required is at least 20 dB"]
+
+
+def test_a_check_is_of_the_test_data_that_was_given(run: Run, folder: Path) -> None:
+    np.savez(folder / "test.npz", x=normal(7, 4))
+    words = ("run", "in.onnx", "out.onnx", "-p", "scale:by=2", "--test", "test.npz")
+    assert (
+        error(run(*words, "--check", "sqnr=-1"), 2) == "onnxslim: error: --test says nothing without --data"
+    )
+    code, out, _ = run(*words, "--data", "data.npz", "--check", "sqnr=-1")
+    assert code == 0
+    assert "second model against the first, 7 samples held out" in out
 
 
 def test_a_failed_pass_saves_nothing_where_that_was_asked_for(run: Run, folder: Path) -> None:

@@ -21,7 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxslim import cli, passes
-from onnxslim.errors import OnnxSlimError, UsageError, ValidationError
+from onnxslim.engine.base import Pass
+from onnxslim.engine.judging import TOLD
+from onnxslim.engine.pipeline import Pipeline
+from onnxslim.errors import CalibrationError, OnnxSlimError, UsageError, ValidationError
+from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
 from onnxslim.passes.extract import Extract
 from onnxslim.passes.half import Half
@@ -32,7 +36,8 @@ from onnxslim.passes.slim import Slim
 from onnxslim.recipes.data import Data
 from onnxslim.recipes.reading import MAX_BYTES
 from onnxslim.recipes.recipe import Outcome, Recipe, source_sha256
-from tests.helpers import parse
+from onnxslim.runtime.session import Session
+from tests.helpers import normal, parse
 
 WEIGHTS = ",".join(str(n / 7) for n in range(16))
 PRODUCT = "g (float[N,4] x) => (float[N,4] y) "
@@ -114,6 +119,77 @@ def test_data_may_be_given_in_python(folder: Path) -> None:
     outcome = Recipe(passes=(Slim(),), check={"sqnr": 1}).run(folder / "in.onnx", data=lambda: batches)
     assert outcome.verdict is not None
     assert outcome.verdict.samples == 2
+
+
+def net() -> tuple[Model, Array, Array]:
+    """A classifier, 256 samples, and their labels: in half of them its own decisions."""
+    text = "g (float[N,8] x) => (float[N,4] y) { a = MatMul(x, v) r = Relu(a) y = MatMul(r, w) }"
+    model = parse(text, {"v": normal(8, 16), "w": normal(16, 4)})
+    x = normal(256, 8)
+    decided = Session(model).run({"x": x})["y"].argmax(1)
+    return model, x, np.where(np.arange(256) % 2, decided, (decided + 1) % 4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "samples", "whose"),
+    [
+        ((Slim(),), 256, 256, None),
+        ((Slim(), Quantize(classifier=True)), 256, 16, "held out"),
+        ((Prune(ratio=0.25),), 256, 16, "held out"),
+        ((Prune(ratio=0.25),), 64, 64, "fitted on"),
+        ((Prune(ratio=0.25),), 0, 5, "made up"),
+    ],
+)
+def test_a_check_is_of_samples_that_no_pass_has_seen(
+    steps: tuple[Pass, ...], given: int, samples: int, whose: str | None
+) -> None:
+    model, x, _ = net()
+    recipe = Recipe(passes=steps, check={"sqnr": 0})
+    found = recipe.run(model, data={"x": x[:given]} if given else None).verdict
+    assert found is not None
+    assert (found.samples, found.whose) == (samples, whose)
+    assert found.made_up == (whose == "made up")
+    if whose is not None:
+        assert f"{samples} samples {TOLD[whose]}" in str(found)  # type: ignore[index]
+
+
+def test_test_data_is_what_is_checked_and_what_passes_never_see() -> None:
+    model, x, labels = net()
+    recipe = Recipe(passes=(Prune(ratio=0.25),), check={"max_accuracy_drop": 1.0})
+
+    def run(test: Array, known: Array = labels[:100]) -> Outcome:
+        return recipe.run(
+            model, data={"x": x[:128]}, labels=labels[:128], test={"x": test}, test_labels=known
+        )
+
+    test = x[:100] + 1
+    made = run(test)
+    assert made.verdict is not None
+    assert (made.verdict.samples, made.verdict.whose) == (100, "held out")
+    kept = made.report.steps[0].kept
+    assert kept is not None
+    assert (kept.samples, kept.whose) == (64, "held out")
+    (provider,) = made.verdict.providers
+    assert provider.accuracy is not None
+    assert kept.accuracy == (provider.accuracy.before, provider.accuracy.after)
+    assert source_sha256(run(-test).model) == source_sha256(made.model), "it has no part in what is made"
+    with pytest.raises(CalibrationError, match="test data: there are 99 labels for 100 samples"):
+        run(test, labels[:99])
+    with pytest.raises(UsageError, match="test data says nothing without data"):
+        Pipeline(Slim())(model, test={"x": test})
+
+
+def test_recipes_name_test_data(write: Write, folder: Path) -> None:
+    np.savez(folder / "test.npz", x=normal(12, 4))
+    text = "passes: [{quantize: {classifier: true, require_sqnr: 0}}]\ndata: data/x.npz\ntest: test.npz\n"
+    recipe = Recipe.load(write(text + "check: {sqnr: 0}\n"))
+    found = recipe.run(folder / "in.onnx").verdict
+    assert found is not None
+    assert (found.samples, found.whose) == (12, "held out")
+    recipe.save(folder / "again.yaml")
+    assert Recipe.load(folder / "again.yaml") == recipe
+    with pytest.raises(UsageError, match="test: there is no key 'pth'; did you mean 'path'"):
+        Recipe.load(write("passes: [slim]\ntest: {pth: test.npz}\n"))
 
 
 def test_same_recipe_same_data_same_bytes(write: Write, folder: Path) -> None:
