@@ -281,7 +281,7 @@ class Quantize(Pass):
             bias_correction=self.bias_correction,
             per_channel=self.per_channel,
             weights=self.weights,
-            gptq=self.algorithm == "gptq",
+            algorithm=self.algorithm,
         )
         return self._way(settings, target.layout)
 

@@ -25,7 +25,7 @@ class Settings:
     Attributes:
         exclude: globs of nodes that stay in floating point.
         weights: their integer type; int4 has a scale for every few inputs where activations are not integers.
-        gptq: whether coordinate descent starts from what GPTQ finds instead of the nearest codes.
+        algorithm: how weights are rounded; see `Quantize`.
     """
 
     exclude: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class Settings:
     bias_correction: bool = True
     per_channel: bool = True
     weights: Bits = "int8"
-    gptq: bool = False
+    algorithm: Algorithm = "auto"
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class WeightCoder:
         self._settings = settings
         self._rounders: dict[str, Rounder] = {}
         self._codes = codes or {}
-        self._blocks = blocks or {}
+        # By name of a weight, and whether they are better than the nearest.
+        self._blocks = {(name, True): each for name, each in (blocks or {}).items()}
         self._nearest = Encoder(limit, kept=trained.codes)
         self._refined = Encoder(limit, self._rounders, self._codes, kept=trained.codes)
 
@@ -70,17 +71,22 @@ class WeightCoder:
 
     def blocks(self, weight: str, *, refined: bool) -> Rounding:
         """How a weight of this name is rounded to codes with a scale for every few inputs."""
-        if refined and weight in self._blocks:
-            return lambda matrix: self._blocks[weight]
         rounder = self._rounders.get(weight) if refined else None
-        return rounder.four_bits if rounder else nearest
+        key = weight, refined and (rounder is not None or (weight, True) in self._blocks)
+
+        def rounding(matrix: Floats) -> Blocks:
+            if key not in self._blocks:
+                self._blocks[key] = rounder.four_bits(matrix) if rounder else nearest(matrix)
+            return self._blocks[key]
+
+        return rounding
 
     def observe(self, model: Model, plan: Plan) -> None:
         """See what the layers of a plan see, once, and make ready to round their weights by it."""
         labels = {plan.labels[id(node)] for node in (*plan.linear, *plan.stored)}
         nodes = [node for node in model.graph.nodes if node.label in labels]
         found = [layer for layer in map(layer_of, nodes) if isinstance(layer, Layer)]
-        done = {*self._rounders, *self._blocks, *self._codes}
+        done = {*self._rounders, *self._codes, *(name for name, better in self._blocks if better)}
         new = [layer for layer in found if layer.node.inputs[1].name not in done]
         linear = {plan.labels[id(node)] for node in plan.linear}
         for rows, part in _portions([layer for layer in new if len(layer.node.inputs[1].outputs) == 1]):
@@ -122,7 +128,7 @@ class WeightCoder:
         return (codes, scales), (codes * np.repeat(scales, BLOCK, axis=0)[: len(codes)]).T[None]
 
     def _rounder(self, layer: Layer, gram: Gram, corrected: bool, wanted: Floats | None = None) -> Rounder:
-        return Rounder(layer, gram, corrected, wanted, self._settings.gptq)
+        return Rounder(layer, gram, corrected, wanted, self._settings.algorithm)
 
 
 def _least(node: Node) -> Floats | None:

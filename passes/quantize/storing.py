@@ -23,7 +23,7 @@ MIN_TABLE_BYTES = 1 << 16
 BLOCK = 32
 
 # Integer codes of a matrix [inputs, outputs] and their scales [blocks, outputs].
-Blocks: TypeAlias = tuple[NDArray[np.float32], Weights]
+Blocks: TypeAlias = tuple[NDArray[np.int8], Weights]
 Rounding = Callable[[Weights], Blocks]
 
 
@@ -126,7 +126,7 @@ def nearest(matrix: Weights, heard: NDArray[np.float64] | None = None) -> Blocks
     weight = np.ones(len(matrix)) if heard is None else heard + 0.01 * heard.mean() + 1e-30
     scales = _block_scales(matrix, weight)
     steps = np.repeat(scales, BLOCK, axis=0)[: len(matrix)]
-    return np.asarray(np.rint(matrix / steps).clip(-FOUR_BITS, FOUR_BITS), np.float32), scales
+    return np.rint(matrix / steps).clip(-FOUR_BITS, FOUR_BITS).astype(np.int8), scales
 
 
 def _block_scales(matrix: Weights, weight: NDArray[np.float64]) -> Weights:

@@ -17,6 +17,7 @@ from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize, QuantizeFigures, calibrate, rounding, weights
+from onnxslim.passes.quantize.descent import Neighbours
 from onnxslim.runtime.metric import Metric, Run
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.session import Session
@@ -300,7 +301,7 @@ def test_refined_codes_lower_the_error_and_keep_their_limits(
     gram = seen @ seen.swapaxes(1, 2) / seen.shape[2]
     scales = np.abs(target).max(axis=2) / 127
     codes = np.rint(target / scales[..., None]).clip(-64, 64).astype(np.float32)
-    neighbours = rounding.Neighbours(channels, positions)
+    neighbours = Neighbours(channels, positions)
     better, steps = rounding.refine(target, codes, scales, gram, neighbours=neighbours)
 
     def error(codes: Array, scales: Array) -> float:
