@@ -91,7 +91,7 @@ class Descent:
         self, target: Floats, codes: Floats, steps: Floats, limit: int, neighbours: Neighbours | None = None
     ) -> None:
         self.codes = codes.copy()
-        self._target = target
+        self._target = np.asarray(target)  # slices of one that lies in a file take ten times as long
         self._limit = limit
         self._neighbours = neighbours
         self.take(steps)
