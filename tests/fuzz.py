@@ -1,6 +1,7 @@
 """Breaks models at random and sees that the product only ever fails on purpose.
 
     python -m tests.fuzz models FIRST COUNT FOLDER
+    python -m tests.fuzz nodes FIRST COUNT FOLDER
     python -m tests.fuzz pipelines FIRST COUNT FOLDER
 
 Every case follows from its number, which is printed before it is tried: when the process dies, look at that
@@ -9,6 +10,7 @@ one. `tests/test_fuzz.py` starts it with limits on memory and time.
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 import warnings
@@ -59,7 +61,7 @@ def main(kind: str, first: int, count: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     for name in ("in", "out"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    case: Callable[[np.random.Generator, Path], str] = {"models": broken_model, "pipelines": pipeline}[kind]
+    case = KINDS[kind]
     for number in range(first, first + count):
         print(f"case {number}", flush=True)
         signal.alarm(PATIENCE)
@@ -71,9 +73,31 @@ def main(kind: str, first: int, count: int, folder: Path) -> None:
 
 
 def broken_model(random: np.random.Generator, folder: Path) -> str:
+    """A real or small model with a few mistakes in its structure, in its bytes, or in both."""
+    return handled(damaged(random), folder)
+
+
+def broken_node(random: np.random.Generator, folder: Path) -> str:
+    """A case of the ONNX node suite with a few mistakes in its structure."""
+    model = onnx.ModelProto()
+    model.CopyFrom(suite()[random.integers(len(suite()))])
+    for _ in range(random.integers(1, 4)):
+        mutate(model, random)
+    return handled(model.SerializeToString(), folder)
+
+
+@functools.cache
+def suite() -> list[onnx.ModelProto]:
+    """Every operator at work, with inputs that are fed, and with some that are constants."""
+    from tests.test_conformance import variants
+
+    return [model for variant in ("as it is", "first input fed") for _, model, _ in variants(variant)]
+
+
+def handled(content: bytes, folder: Path) -> str:
     """Read, inspect, slim and write a model that was damaged; returns how that ended."""
     path, out = folder / "in" / "case.onnx", folder / "out" / "case.onnx"
-    path.write_bytes(damaged(random))
+    path.write_bytes(content)
     before = {each for each in folder.rglob("*") if each.parent != out.parent}
     try:
         inspect(path)
@@ -92,7 +116,7 @@ def ending(error: OnnxSlimError) -> str:
 
 
 def damaged(random: np.random.Generator) -> bytes:
-    """A real or small model with a few mistakes in its structure, in its bytes, or in both."""
+    """Such a model, written."""
     model = onnx.ModelProto()
     if random.random() < 0.3:
         model.ParseFromString((FASHION / f"{random.choice(NETS)}.onnx").read_bytes())
@@ -222,6 +246,12 @@ def chosen(random: np.random.Generator) -> Pass:
             pass  # not a value of this option
     return passes.create(cls.name, required)
 
+
+KINDS: dict[str, Callable[[np.random.Generator, Path], str]] = {
+    "models": broken_model,
+    "nodes": broken_node,
+    "pipelines": pipeline,
+}
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
