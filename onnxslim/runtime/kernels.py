@@ -1,8 +1,9 @@
-"""Whether a target can run operators in another type, found out by opening models of nothing else."""
+"""Whether a target can run operators in another type, found out by models of nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +13,7 @@ import onnx
 from onnxslim.errors import LoadError, TargetError
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Graph, Node, Tensor, Variable
-from onnxslim.ir.model import Model
+from onnxslim.ir.model import Model, load
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 
@@ -20,6 +21,10 @@ MATCHES = ("Cast",)
 
 # Larger constants are read as inputs: no kernel is chosen by the values of weights.
 MAX_BYTES = 1024
+# Nodes that read more are opened and not run; so are those with axes whose number is not known.
+MAX_FED = 1 << 20
+# Size of free axes where nodes are run.
+FREE = 2
 _WIDE = np.dtype(np.float32)
 
 
@@ -36,25 +41,70 @@ def without_kernel(nodes: Sequence[Node], model: Model, kind: np.dtype[Any], tar
     for node in nodes:
         types = [tensor.dtype for tensor in (*node.inputs, *node.outputs)]
         alike.setdefault(f"{node.op} {sorted(node.attrs.items(), key=str)} {types}", []).append(node)
-    groups = list(alike.values())
-    return [id(node) for group in _refused(groups, model, kind, target) for node in group]
+    first = {id(group[0]): group for group in alike.values()}
+
+    def opens(some: Sequence[Node], held: np.dtype[Any] = kind) -> bool:
+        return _opens(_alone(some, model, held), target)
+
+    def runs(some: Sequence[Node], held: np.dtype[Any] = kind) -> bool:
+        return _runs(_alone(some, model, held), target)
+
+    refused = _failing([group[0] for group in first.values()], opens)
+    # Some kernels refuse a type only when they run, for what an attribute asks. NumPy has no bfloat16.
+    light = [node for node in _others(first, refused) if _is_light(node)] if kind.kind == "f" else []
+    refused += [node for node in _failing(light, runs) if runs([node], _WIDE)]
+    return [id(node) for each in refused for node in first[id(each)]]
 
 
-def _refused(groups: list[list[Node]], model: Model, kind: np.dtype[Any], target: Target) -> list[list[Node]]:
-    """All at once, and in halves where that does not open."""
-    if not groups or _opens(_alone([group[0] for group in groups], model, kind), target):
+def _others(first: dict[int, list[Node]], refused: Sequence[Node]) -> list[Node]:
+    out = set(map(id, refused))
+    return [group[0] for key, group in first.items() if key not in out]
+
+
+def _is_light(node: Node) -> bool:
+    fed = [tensor for tensor in node.inputs if tensor.name and not _is_kept(tensor)]
+    return all(tensor.shape is not None for tensor in fed) and sum(map(_fed_bytes, fed)) <= MAX_FED
+
+
+def _fed_bytes(tensor: Tensor) -> int:
+    width = tensor.dtype.itemsize if tensor.dtype is not None else 1
+    return math.prod(_fed_shape(tensor)) * width
+
+
+def _fed_shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(dim if isinstance(dim, int) else FREE for dim in tensor.shape or ())
+
+
+def _failing(nodes: Sequence[Node], works: Callable[[Sequence[Node]], bool]) -> list[Node]:
+    """Those that do not work by themselves: all at once, and in halves where that fails."""
+    if not nodes or works(nodes):
         return []
-    if len(groups) == 1:
-        return groups
-    middle = len(groups) // 2
-    halves = groups[:middle], groups[middle:]
-    return [group for half in halves for group in _refused(half, model, kind, target)]
+    if len(nodes) == 1:
+        return list(nodes)
+    middle = len(nodes) // 2
+    return [node for half in (nodes[:middle], nodes[middle:]) for node in _failing(half, works)]
 
 
 @lru_cache(256)
 def _opens(model: bytes, target: Target) -> bool:
     try:
         Session(onnx.ModelProto.FromString(model), target, optimize="none")
+    except (LoadError, TargetError):
+        return False
+    return True
+
+
+@lru_cache(256)
+def _runs(model: bytes, target: Target) -> bool:
+    """Whether a model runs on zeros, which are indices of everything."""
+    opened = load(onnx.ModelProto.FromString(model))
+    feeds = {
+        tensor.name: np.zeros(_fed_shape(tensor), tensor.dtype)
+        for tensor in opened.graph.inputs
+        if tensor.dtype is not None
+    }
+    try:
+        Session(opened, target, optimize="none", once=True).run(feeds)
     except (LoadError, TargetError):
         return False
     return True
@@ -77,13 +127,17 @@ def _alone(nodes: Sequence[Node], model: Model, kind: np.dtype[Any]) -> bytes:
 
 
 def _input(tensor: Tensor, name: str, kind: np.dtype[Any], graph: Graph) -> Tensor:
-    if isinstance(tensor, Constant) and tensor.nbytes <= MAX_BYTES:
+    if isinstance(tensor, Constant) and _is_kept(tensor):
         values = np.asarray(tensor.values)
         return Constant(name, values.astype(kind) if tensor.dtype == _WIDE else values)
     fed = _made(tensor, name, kind)
     if fed.name:
         graph.inputs.append(fed)
     return fed
+
+
+def _is_kept(tensor: Tensor) -> bool:
+    return isinstance(tensor, Constant) and tensor.nbytes <= MAX_BYTES
 
 
 def _made(tensor: Tensor, name: str, kind: np.dtype[Any]) -> Variable:

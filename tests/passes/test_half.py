@@ -242,3 +242,27 @@ def test_an_empty_cache_in_the_data_does_not_end_it() -> None:
     )
     data = [{"x": normal(1, 5, 4), "c": np.zeros((1, 0, 4), np.float32)}]
     assert not _kept(replaced(model, w=normal(4, 4)), data)
+
+
+def test_operators_whose_kernel_refuses_an_attribute_when_it_runs_stay_in_float() -> None:
+    model = parse(
+        """g (float[N,4] x, int64[E,4] at) => (float[N,4] y) { h = MatMul(x, w) u = MatMul(x, v)
+        [most] s = ScatterElements<axis = 0, reduction = "max">(h, at, u)
+        [sum] t = ScatterElements<axis = 0, reduction = "add">(s, at, u) y = MatMul(t, w) }""",
+        normals(w=(4, 4), v=(4, 4)),
+        opset=18,
+    )
+    kept = _kept(model)
+    assert kept.keys() == {"sum"}
+    assert "no kernel" in kept["sum"]
+    feeds = {"x": normal(3, 4), "at": np.zeros((3, 4), np.int64)}
+    assert _error(model, _halved(model), feeds) < 1e-2
+
+
+def test_what_runs_in_no_type_on_what_it_is_tried_with_is_not_said_to_have_no_kernel() -> None:
+    """Zeros are no sizes of parts."""
+    model = parse(
+        "g (float[N,4] x, int64[1] k) => (float[N,4] y) { h = MatMul(x, w) y = Split<axis = 1>(h, k) }",
+        normals(w=(4, 4)),
+    )
+    assert not _kept(model)
