@@ -20,7 +20,7 @@ from onnxslim.ir.model import Model
 from onnxslim.ops import Trait, has
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from onnxslim.runtime.timing import compare
+from onnxslim.runtime.timing import compare, slowdown
 
 MATCHES = ("Concat", "Transpose")
 
@@ -178,6 +178,10 @@ class Judge:
             (self._model, *models), self._feeds[0], single, rounds=20, least=3, seconds=seconds
         )
         return ratios[1:]
+
+    def slowdown(self, model: Model) -> float | None:
+        """How many times as long as the original a candidate takes, if it certainly takes longer."""
+        return slowdown(self._model, model, self._feeds[0], self._target)
 
     def _batches(self, samples: int | None) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Array]]]:
         seen = index = 0

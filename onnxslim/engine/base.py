@@ -13,6 +13,7 @@ from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 from typing_extensions import Self, dataclass_transform
 
 from onnxslim.calibration.samples import Samples
+from onnxslim.engine.judging import Kept
 from onnxslim.engine.moves import Move
 from onnxslim.errors import CalibrationError, UsageError, nearest
 from onnxslim.ir.graph import Array
@@ -186,6 +187,8 @@ class Context:
         sample: inputs of one run, real ones where there are data, to count and time on; None if the model
             does not run on any.
         metric: how good a model is, for passes that are to keep that; None if nobody said.
+        judge: what a model keeps of the outputs of the one that came in, on samples that no pass has seen
+            where there are such; for reports, not to choose by.
     """
 
     target: Target = field(default_factory=Target.cpu)
@@ -195,6 +198,7 @@ class Context:
     progress: Progress | None = None
     sample: Mapping[str, Array] | None = None
     metric: Metric | None = None
+    judge: Callable[[Model], Kept | None] = lambda _: None
 
     def one_run(self) -> Mapping[str, Array] | None:
         """Inputs of one run, those of the check or else the first batch; None if there are neither."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
-from onnxslim.calibration.samples import SAMPLES, Whose
-from onnxslim.engine.base import Context
+from onnxslim.calibration.samples import SAMPLES, Samples, Whose
 from onnxslim.errors import LoadError
 from onnxslim.formats import percent
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.runtime.metric import measure
+from onnxslim.runtime.targets import Target
 
 # Less is hardly the same model any more: noise a third as large as what the outputs say, in dB, or another
 # decision every other time. Below, people are told in the first line.
@@ -72,12 +72,15 @@ class OutputJudge:
 
     Args:
         model: that one.
-        ctx: with the data, if there is any.
+        target: where to run both.
+        samples: the data, if there is any.
         feeds: made-up inputs, for models without.
     """
 
-    def __init__(self, model: Model, ctx: Context, feeds: Sequence[Mapping[str, Array]]) -> None:
-        self._model, self._ctx, self._feeds = model, ctx, feeds
+    def __init__(
+        self, model: Model, target: Target, samples: Samples | None, feeds: Sequence[Mapping[str, Array]]
+    ) -> None:
+        self._model, self._target, self._samples, self._feeds = model, target, samples, feeds
         self._judge: Judge | None = None
         self._before: float | None = None
 
@@ -86,7 +89,7 @@ class OutputJudge:
         data, whose = self._data()
         try:
             if self._judge is None:
-                self._judge = Judge(self._model, data, self._ctx.target, SAMPLES)
+                self._judge = Judge(self._model, data, self._target, SAMPLES)
             score = self._judge(model)
         except LoadError:
             return None
@@ -97,15 +100,14 @@ class OutputJudge:
         return Kept(score.sqnr, score.parts, agreement, self._judge.seen, whose, self._accuracy(model))
 
     def _accuracy(self, model: Model) -> tuple[float, float] | None:
-        metric = self._ctx.data.held_metric if self._ctx.data is not None else None
+        metric = self._samples.held_metric if self._samples is not None else None
         if metric is None:
             return None
         if self._before is None:
-            self._before = measure(metric, self._model, self._ctx.target)
-        return self._before, measure(metric, model, self._ctx.target)
+            self._before = measure(metric, self._model, self._target)
+        return self._before, measure(metric, model, self._target)
 
     def _data(self) -> tuple[CalibrationData, Whose]:
-        samples = self._ctx.data
-        if samples is None:
+        if self._samples is None:
             return CalibrationData(list(self._feeds)), "made up"
-        return samples.judged.data, samples.whose
+        return self._samples.judged.data, self._samples.whose

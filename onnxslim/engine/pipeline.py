@@ -24,6 +24,7 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, Source, Stats, load
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
+from onnxslim.runtime.timing import slowdown
 from onnxslim.shapes import cost
 from onnxslim.shapes.given import InputShapes, one_sample, sized_by, with_sizes
 
@@ -75,11 +76,14 @@ class Report:
         steps: in order.
         notes: on what could not be checked.
         doubts: why what was made on the data may not hold for real inputs.
+        slowdown: how many times as long as what came in the result takes, on one thread; None where it is not
+            certainly slower, or nothing was done that is not lossless.
     """
 
     steps: tuple[Step, ...] = ()
     notes: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    slowdown: float | None = None
 
     def __str__(self) -> str:
         from onnxslim.report.text import text
@@ -98,7 +102,8 @@ class Report:
         """The report of one pipeline after the other."""
         notes = dict.fromkeys((*self.notes, *later.notes))
         doubts = dict.fromkeys((*self.doubts, *later.doubts))
-        return Report((*self.steps, *later.steps), tuple(notes), tuple(doubts))
+        slower = self.slowdown if later.slowdown is None else later.slowdown
+        return Report((*self.steps, *later.steps), tuple(notes), tuple(doubts), slower)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -112,6 +117,8 @@ class Report:
         if self.steps and self.steps[-1].after.bytes > self.steps[0].before.bytes:
             before, after = (size(each.bytes) for each in (self.steps[0].before, self.steps[-1].after))
             yield f"the result is larger than what came in: {after} for {before}"
+        if self.slowdown is not None:
+            yield f"the result is slower than what came in: a run takes {self.slowdown:.2f} times as long"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: NaN is None, infinities are the strings "inf" and "-inf"."""
@@ -249,7 +256,9 @@ class Pipeline:
             told = before, stats, macs_before, macs, changes, error, kept
             steps.append(Step(each.name, each.describe(), seconds, *told))
             _announce(ctx, each, 1)
-        report = Report(tuple(steps), tuple(dict.fromkeys(notes)), self._doubts(ctx.data))
+        lossy = any(step.kept is not None for step in steps)
+        slower = ground.slowdown(model) if ground is not None and lossy else None
+        report = Report(tuple(steps), tuple(dict.fromkeys(notes)), self._doubts(ctx.data), slower)
         return Result(model, report, ctx.data)
 
     def _doubts(self, samples: Samples | None) -> tuple[str, ...]:
@@ -311,8 +320,9 @@ class _Ground:
         specs = with_sizes(declared, given)
         self.checker = Checker(model, ctx.target, first, notes, specs)
         feeds = self.checker.feeds
-        self.ctx = replace(ctx, sample=feeds[-1] if feeds else None)
-        self.judge = OutputJudge(model, self.ctx, feeds)
+        self.judge = OutputJudge(model, ctx.target, ctx.data, feeds)
+        self.ctx = replace(ctx, sample=feeds[-1] if feeds else None, judge=self.judge)
+        self._model = model
         fed = {name: array.shape for name, array in feeds[0].items()} if feeds else {}
         self._shapes = one_sample(declared, specs, fed)
         self._count = count
@@ -323,6 +333,15 @@ class _Ground:
     def macs(self, model: Model) -> int | None:
         """Multiply-accumulates of one sample, where they are to be counted."""
         return cost.macs(model, self._shapes) if self._count else None
+
+    def slowdown(self, model: Model) -> float | None:
+        """How many times as long as before a run of the model takes, where it certainly takes longer."""
+        if self.ctx.sample is None:
+            return None
+        try:
+            return slowdown(self._model, model, self.ctx.sample, self.ctx.target)
+        except LoadError:
+            return None
 
 
 UNLIKE_REAL = "results may be much worse on real inputs than they look here: give some dozens of real samples"

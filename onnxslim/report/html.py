@@ -33,7 +33,7 @@ from onnxslim.validation.verdict import Checked, OutputRow, Verdict
 from onnxslim.version import version
 
 # Of the JSON document; raised when a key changes its meaning or goes away.
-SCHEMA = 3
+SCHEMA = 4
 MIN_BAR = 0.25  # percent of the longest one
 # Where bars of layers end: more than that is nearly exact in float32.
 FULL_DECIBELS = 80.0

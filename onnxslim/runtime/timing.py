@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -57,6 +58,20 @@ def latencies(
     Returns:
         Times of each session, and the median over all turns of its time divided by the first one's.
     """
+    table = _turns(sessions, feeds, rounds, least, seconds, clock)
+    found = [Latency(float(np.median(column)), float(column.min())) for column in table.T]
+    return found, [float(ratio) for ratio in np.median(table / table[:, :1], axis=0)]
+
+
+def _turns(
+    sessions: Sequence[Session],
+    feeds: Mapping[str, Array],
+    rounds: int,
+    least: int,
+    seconds: float,
+    clock: Callable[[], float],
+) -> NDArray[np.float64]:
+    """Milliseconds of every call, shape (turns, sessions); see `latencies`."""
     for session in sessions:
         session.run(feeds)
         session.run(feeds)
@@ -69,9 +84,7 @@ def latencies(
             session.run(feeds)
             turn.append((clock() - start) * 1e3)
         times.append(turn)
-    table = np.array(times)
-    found = [Latency(float(np.median(column)), float(column.min())) for column in table.T]
-    return found, [float(ratio) for ratio in np.median(table / table[:, :1], axis=0)]
+    return np.array(times)
 
 
 Maker: TypeAlias = Callable[[], Model]
@@ -110,6 +123,41 @@ def compare(
     """
     sessions = [Session(model, target) for model in models]
     return latencies(sessions, feeds, rounds=rounds, least=least, seconds=seconds, clock=_clock(target))
+
+
+# Three of four turns have to take longer by this, in two comparisons, to call a model slower: medians of the
+# same model twice differ by 2 %. Calls that are shorter than this, in milliseconds, cost what calling costs.
+SLOWER, TELLING = 1.05, 0.1
+
+
+def slowdown(
+    first: Model, second: Model, feeds: Mapping[str, Array], target: Target, seconds: float = 0.5
+) -> float | None:
+    """How many times as long as the first model the second takes, where it certainly takes longer; else None.
+
+    On one thread: more of them wait for one another on a busy machine.
+
+    Args:
+        first, second: what to compare.
+        feeds: inputs of both.
+        target: where to run; the reference evaluator has no time to speak of.
+        seconds: budget of each of two comparisons.
+
+    Raises:
+        LoadError: a model does not run.
+    """
+    single = target.with_threads(1)
+    found = 1.0
+    for _ in range(2):
+        sessions = [Session(model, single) for model in (first, second)]
+        if not sessions[0].backend.has_latency:
+            return None
+        table = _turns(sessions, feeds, 20, 3, seconds, _clock(single))
+        ratios = table[:, 1] / table[:, 0]
+        if np.quantile(ratios, 0.25) <= SLOWER or np.median(table[:, 0]) < TELLING:
+            return None
+        found = float(np.median(ratios))
+    return found
 
 
 class Bench:

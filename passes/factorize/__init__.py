@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from onnxslim.calibration.samples import Samples
 from onnxslim.calibration.seen import NOTE, Sight, seen
+from onnxslim.engine import judging
 from onnxslim.engine.base import Changes, Context, Figures, Log, captioned, options
 from onnxslim.engine.demands import LEVELS, Demand, Demanding, LeastSqnr, MostDrop
 from onnxslim.engine.editor import Editor
@@ -60,7 +61,8 @@ class FactorizeFigures(Figures):
         budget: what is left of what was to become less, and what was wanted.
         layers: the factors of each layer that has some now.
         fitted: to what factors were fitted, if not to data.
-        repaired: how many layers were fitted again.
+        unrepaired: what the outputs kept before layers were fitted again.
+        repaired: how many of them were.
         latency: time of one run, relative to that before.
         plan: what was chosen, to keep and to replay.
     """
@@ -69,6 +71,7 @@ class FactorizeFigures(Figures):
     budget: str | None = captioned("left")
     layers: Mapping[str, str] | None = captioned("factors")
     fitted: str | None = captioned("fitted")
+    unrepaired: judging.Kept | None = captioned("before layers were fitted again")
     repaired: int | None = captioned("layers fitted again to what they computed before")
     latency: float | None = captioned("time of one run, relative to that before")
     plan: FactorizationPlan | None = None
@@ -193,7 +196,11 @@ class _Work:
             plan=FactorizationPlan.of(picks),
             fitted=None if self._data else "to the weights: with calibration data, factors lose much less",
         )
-        self._rewrite(self._model, picks, teacher, self._ctx.data if self._wish.fitted else None)
+        data = self._ctx.data if self._wish.fitted else None
+        self._install(self._model, picks, teacher, data)
+        if data is not None and self._wish.repair:
+            self._figures = replace(self._figures, unrepaired=self._ctx.judge(self._model))
+            self._repair(self._model, teacher, data)
         return self._judged(teacher)
 
     def moves(self) -> list[Move]:
@@ -358,7 +365,9 @@ class _Work:
             amount = 1.0 - back / LEVELS
             less = self._less(picks, amount)
             model = teacher.copy()
-            self._rewrite(model, less, teacher, self._data)
+            self._install(model, less, teacher, self._data)
+            if self._data is not None and self._wish.repair:
+                self._repair(model, teacher, self._data)
             return _FactorTrial(model, less, amount)
 
         made = demand.least(make, LEVELS - 1)
@@ -387,8 +396,8 @@ class _Work:
 
     # Rewriting
 
-    def _rewrite(self, model: Model, picks: Picks, teacher: Model, data: Samples | None) -> None:
-        """Put factors in place, each fitted to what the ones before make, and repair."""
+    def _install(self, model: Model, picks: Picks, teacher: Model, data: Samples | None) -> None:
+        """Put factors in place, each fitted to what the ones before make."""
         edit = Editor(model)
         made_by = {node.outputs[0].name: node for node in model.graph.nodes if node.outputs}
         for index, (entry, pick) in enumerate(picks):
@@ -399,9 +408,11 @@ class _Work:
             edit.commit()
             if self._ctx.progress:
                 self._ctx.progress("fitting", index + 1, len(picks))
-        if data is not None and self._wish.repair:
-            repaired = repair(model, teacher, data, target=self._ctx.target, progress=self._ctx.progress)
-            self._figures = replace(self._figures, repaired=len(repaired.changed))
+
+    def _repair(self, model: Model, teacher: Model, data: Samples) -> None:
+        """Fit all layers again to what they computed before."""
+        repaired = repair(model, teacher, data, target=self._ctx.target, progress=self._ctx.progress)
+        self._figures = replace(self._figures, repaired=len(repaired.changed))
 
     def _fitted(
         self, model: Model, layer: Whole, pick: Factoring, teacher: Model, data: Samples | None

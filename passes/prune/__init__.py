@@ -14,6 +14,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.samples import Samples
 from onnxslim.calibration.seen import NOTE, Sight, seen
 from onnxslim.calibration.sources.arrays import Feeds
+from onnxslim.engine import judging
 from onnxslim.engine.allocate import Joint, allocate
 from onnxslim.engine.base import (
     Change,
@@ -62,6 +63,7 @@ class PruneFigures(Figures):
         macs, params: multiply-accumulates of one sample, and parameters, before and after.
         plan: what went, to keep and to replay.
         repairs: layers that were fitted again, and what became of them.
+        unrepaired: what the outputs kept before that.
         families: how many lost units.
         oracle: largest difference, relative to the largest magnitude of an output, between the model that was
             cut and the one with the same slices set to zero; None if it could not be run.
@@ -71,6 +73,7 @@ class PruneFigures(Figures):
     params: tuple[int, int]
     plan: PruningPlan
     repairs: tuple[Change, ...] = ()
+    unrepaired: judging.Kept | None = captioned("before layers were fitted again")
     families: int | None = captioned("families of units that became smaller")
     oracle: float | None = captioned("largest relative difference to the same slices set to zero")
 
@@ -163,6 +166,7 @@ class _Run:
         self._kept: Kept = {}  # slices of the original that are left
         self._errors: list[float] = []
         self._repaired: tuple[Change, ...] = ()
+        self._unrepaired: judging.Kept | None = None
         self._seen: dict[str, Sight] = {}  # what no rule tells the shape of
         self._missed = ""  # how far what was chosen last is from what was asked for
 
@@ -243,6 +247,8 @@ class _Run:
         self._cut(self._model, removal, found)
         self._kept = removal.after(self._kept)
         chosen = progress == 1 or amount < 1.0  # then all samples may be fitted to
+        if chosen and self._data is not None and self._settings.repair != "none":
+            self._unrepaired = self._ctx.judge(self._model)
         repaired = self._repair(self._model, self._kept, self._ctx.data if chosen else self._data)
         for change in repaired.changed:
             self._log.change(change.node, "refitted to what the original computes")
@@ -377,6 +383,7 @@ class _Run:
             params=(self._whole["params"], costs.parameters({})),
             plan=PruningPlan.of(removal),
             repairs=self._repaired,
+            unrepaired=self._unrepaired,
             families=len(removal.counts),
             oracle=max(self._errors, default=None),
         )

@@ -52,7 +52,8 @@ class Quantize(Pass):
 
     Part of the data is set aside to choose by. If the outputs lose more than `require_sqnr` allows on it, or
     the metric (or the share of equal decisions) drops by more than `max_drop`, every layer is measured on its
-    own, and the fewest that have to are kept out of integers.
+    own, and the fewest that have to are kept out of integers. If the whole then takes longer than in floating
+    point, so are the layers that make it slow.
     """
 
     name: ClassVar[str] = "quantize"
@@ -320,8 +321,8 @@ class Quantize(Pass):
         if self.layers or not goal.met(fitted):
             fitted, layers = self._without_worst(search, trial, fitted, goal)
             figures = replace(figures, layers=layers)
-        if self.optimize_for == "latency" and self._way.calibrated:
-            fitted = search.fastest(fitted)
+        if self._way.calibrated:
+            fitted = search.fastest(fitted) if self.optimize_for == "latency" else search.paying(fitted)
         return fitted, figures
 
     def _rounds(self, trial: Trial) -> bool:

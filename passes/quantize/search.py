@@ -18,7 +18,7 @@ from onnxslim.calibration.noise import decibels_of
 from onnxslim.engine.allocate import fewest, settled
 from onnxslim.engine.base import Log
 from onnxslim.errors import LoadError
-from onnxslim.ir.graph import Constant, Node
+from onnxslim.ir.graph import Constant, Dim, Node
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Builder
 from onnxslim.passes.quantize.choices import ObserverChoice, Variant
@@ -46,6 +46,8 @@ RANKING = 8
 FASTER = 0.97
 # Of the layers kept out of integers, how many of the largest are tried in integers again.
 SPARED = 16
+# Kinds of layers that are tried in floating point, one kind at a time.
+KINDS = 8
 SLOWER = "it is faster in floating point"
 REASON = "in integers it would cost too much accuracy"
 
@@ -184,22 +186,60 @@ class Search:
         ]
         return found, sorted(quieter, key=lambda layer: -layer.noise)
 
-    def latency(self, trial: Trial) -> float:
+    def latency(self, trial: Trial, seconds: float = 0.5) -> float:
         """Time of a candidate relative to the float model's, on the first batch judged on."""
-        return self._judge.latencies([trial.candidate.model], 0.5)[0]
+        return self._judge.latencies([trial.candidate.model], seconds)[0]
+
+    def paying(self, trial: Trial) -> Trial:
+        """The same, or if it takes longer than the float model, without what of it does not pay."""
+        return trial if self._judge.slowdown(trial.candidate.model) is None else self.fastest(trial)
 
     def fastest(self, trial: Trial, seconds: float = 6.0) -> Trial:
-        """The same with the smallest layers, as many as pays, left in floating point; timed in turn."""
+        """The same with the layers in floating point that are measured to be faster so.
+
+        Tried are the smallest ones, as many as pays, those of one kind, and all kinds that pay alone.
+        """
+        kinds = self._kinds(trial)
+        choices = [*self._smallest(trial), *kinds]
+        budget = seconds / (len(choices) + 1)
+        now = self.latency(trial, budget)
+        times = [self._time_without(trial, labels, budget) for labels in choices]
+        alone = zip(kinds, times[len(times) - len(kinds) :], strict=True)
+        gaining = [kind for kind, time in alone if time < FASTER * now]
+        if len(gaining) > 1:
+            choices.append(frozenset().union(*gaining))
+            times.append(self._time_without(trial, choices[-1], budget))
+        quickest = min(range(len(times)), key=lambda index: times[index])
+        if times[quickest] >= FASTER * now:
+            return trial
+        return self.attempt(self._sparing(trial, choices[quickest]), trial.build)
+
+    def _time_without(self, trial: Trial, labels: frozenset[str], seconds: float) -> float:
+        made = trial.build(self._sparing(trial, labels))
+        return self._judge.latencies([made.model], seconds)[0]
+
+    @staticmethod
+    def _sparing(trial: Trial, labels: frozenset[str]) -> Variant:
+        """The variant of a candidate with more of its layers in floating point."""
+        held = trial.build.strategy.held_back(trial.variant)
+        return trial.build.strategy.without(trial.variant, {**dict.fromkeys(labels, SLOWER), **held})
+
+    @staticmethod
+    def _smallest(trial: Trial) -> list[frozenset[str]]:
+        """Growing parts of the layers in integers, in the order of their multiply-accumulates."""
         macs = trial.build.macs()
         order = sorted(trial.candidate.labels(), key=lambda label: macs.get(label, 0))
-        trials = [trial]
-        for part in (0.25, 0.5, 0.75):
-            labels = {*order[: round(part * len(order))], *trial.variant.kept}
-            held = dict.fromkeys(labels, SLOWER)
-            trials.append(self.attempt(trial.build.strategy.without(trial.variant, held), trial.build))
-        times = self._judge.latencies([each.candidate.model for each in trials], seconds)
-        quickest = min(range(len(trials)), key=lambda index: times[index])
-        return trials[quickest] if times[quickest] < FASTER * times[0] else trial
+        return [frozenset(order[: round(part * len(order))]) for part in (0.25, 0.5, 0.75)]
+
+    @staticmethod
+    def _kinds(trial: Trial) -> list[frozenset[str]]:
+        """The layers in integers by operator and shape of their weight, those with most of them first."""
+        found: defaultdict[tuple[str, tuple[Dim, ...] | None], set[str]] = defaultdict(set)
+        within = trial.candidate.labels()
+        for node in trial.build.model.graph.nodes:
+            if node.label in within and len(node.inputs) > 1:
+                found[node.op, node.inputs[1].shape].add(node.label)
+        return [frozenset(kind) for kind in sorted(found.values(), key=len, reverse=True)[:KINDS]]
 
     def keep(self, trial: Trial, layers: Sequence[Sensitivity], goal: TrialGoal, gain: float = 0.0) -> Trial:
         """The candidate with the fewest multiply-accumulates kept out of integers that reaches a goal.

@@ -83,6 +83,47 @@ def test_lossless_passes_are_not_judged_and_chains_are_as_wholes() -> None:
     assert twice.sqnr < once.sqnr - 3
 
 
+def products(count: int) -> Model:
+    """So many matrix products of one width, the last of which makes the output."""
+    names = ["x", *(f"t{at}" for at in range(1, count)), "y"]
+    nodes = " ".join(f"{names[at + 1]} = MatMul({names[at]}, w)" for at in range(count))
+    return parse(f"g (float[N,256] x) => (float[N,256] y) {{ {nodes} }}", {"w": normal(256, 256) / 16})
+
+
+@options
+class Burden(Pass):
+    """Makes a model of more products of it."""
+
+    name: ClassVar[str] = "burden"
+    count: int = 1
+
+    def run(self, model: Model, ctx: Context) -> Changes:
+        """Burden."""
+        log = Log()
+        log.change("model", "burdened")
+        model.graph = products(self.count).graph
+        return log.done()
+
+
+@pytest.mark.parametrize(
+    ("steps", "slower"), [([20], False), ([200], True), ([200, 20], False), ([40, 200], True)]
+)
+def test_a_slower_result_is_told_first(steps: list[int], slower: bool) -> None:
+    report = Pipeline(Slim(), *map(Burden, steps))(products(40), data={"x": normal(64, 256)}).report
+    assert (report.slowdown is not None) == slower
+    told = [warning for warning in report.warnings if "slower than what came in: a run takes" in warning]
+    assert len(told) == slower
+    if slower:
+        assert report.slowdown is not None
+        assert f"{report.slowdown:.2f} times as long" in told[0]
+
+
+def test_only_lossy_passes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxslim.engine.pipeline.slowdown", lambda *_: 2.0)
+    assert Pipeline(Slim())(model(), data={"x": X}).report.slowdown is None
+    assert Pipeline(Disturb(0.1))(model(), data={"x": X}).report.slowdown == 2.0
+
+
 def test_parts_of_outputs_are_told_apart() -> None:
     text = """g (float[N,6] x) => (float[N,8] y)
     { a = MatMul(x, w) b = MatMul(x, v) y = Concat<axis=1>(a, b) }"""

@@ -574,6 +574,17 @@ def test_data_is_worth_more_than_weights_alone(net: Model, clock: dict[str, floa
     assert judge(fitted).error < 0.5 * judge(plain).error
 
 
+def test_what_was_kept_before_the_repair_is_told(net: Model, clock: dict[str, float]) -> None:
+    step = Pipeline(Factorize(macs=0.2, cache=False))(net, data=_data(12, 8)).report.steps[0]
+    before, after = FactorizeFigures.of(step.changes).unrepaired, step.kept
+    assert before is not None
+    assert after is not None
+    assert before.sqnr < after.sqnr
+    assert before.samples == after.samples
+    step = Pipeline(Factorize(macs=0.4, cache=False, repair=False))(net, data=_data(12, 8)).report.steps[0]
+    assert FactorizeFigures.of(step.changes).unrepaired is None
+
+
 def test_speed_is_reached_by_measuring_the_whole(net: Model, clock: dict[str, float]) -> None:
     clock["base"] = 5e4
     found, _ = _factorize(net, _data(), speedup=1.5)

@@ -142,6 +142,14 @@ def test_repair_makes_up_for_what_went() -> None:
     repaired = prune(model, data(), ratio=0.5)
     lost, left = (relative_difference(model, each.model, Target.cpu()) or 0.0 for each in (raw, repaired))
     assert left < 2e-3 < lost
+    before = PruneFigures.of(repaired.report.steps[0].changes).unrepaired
+    after = repaired.report.steps[0].kept
+    assert before is not None
+    assert after is not None
+    assert before.sqnr < after.sqnr - 20
+    assert (before.samples, before.whose) == (after.samples, after.whose)
+    assert f"before layers were fitted again: {before}" in str(repaired.report)
+    assert PruneFigures.of(raw.report.steps[0].changes).unrepaired is None
 
 
 def test_without_data_the_report_says_that_nothing_was_repaired() -> None:

@@ -14,7 +14,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.engine.base import Context
 from onnxslim.errors import CalibrationError, UsageError
-from onnxslim.ir.graph import Array, Constant
+from onnxslim.ir.graph import Array, Constant, Node
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize, QuantizeFigures, calibrate, rounding, weights
 from onnxslim.passes.quantize.descent import Neighbours
@@ -359,8 +359,39 @@ def test_latency_is_measured_and_may_be_what_decides(
     chain: Model, batches: list[dict[str, Array]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Timing itself is made up: only what is done with it can be tested."""
-    monkeypatch.setattr(Judge, "latencies", lambda self, models, seconds: [1.0, 0.9, 0.8, 0.7][: len(models)])
-    _, changes = quantize(chain, batches, optimize_for="latency", require_sqnr=0)
-    assert QuantizeFigures.of(changes).latency == 1.0
+    monkeypatch.setattr(Judge, "latencies", lambda self, models, seconds: [float(_pairs(models[0]))])
+    result, changes = quantize(chain, batches, optimize_for="latency", require_sqnr=0)
+    assert QuantizeFigures.of(changes).latency == _pairs(result)
     reasons = [skip.reason for skip in changes.skipped]
     assert reasons.count("it is faster in floating point") == 2
+
+
+@pytest.mark.parametrize("slower", [None, 1.2])
+def test_what_does_not_pay_is_put_back_into_float(
+    chain: Model, batches: list[dict[str, Array]], monkeypatch: pytest.MonkeyPatch, slower: float | None
+) -> None:
+    """Where integers take longer than floats, layers are tried in floats, the smallest and all of a kind."""
+    asked: list[Model] = []
+
+    def latencies(self: Judge, models: list[Model], seconds: float) -> list[float]:
+        asked.extend(models)
+        run = {node.name: _computes_in_integers(node) for node in models[0].graph.nodes}
+        return [1.0 - 0.5 * run["first"] + 0.5 * run["middle"] + 0.5 * run["last"]]
+
+    monkeypatch.setattr(Judge, "slowdown", lambda self, model: slower)
+    monkeypatch.setattr(Judge, "latencies", latencies)
+    result, changes = quantize(chain, batches, require_sqnr=0)
+    left = {skip.node for skip in changes.skipped if skip.reason == "it is faster in floating point"}
+    assert left == ({"middle", "last"} if slower else set())
+    ran = {node.name: node.op_type for node in optimized_model(result).graph.node}
+    assert ran["first"] == "QLinearConv"
+    assert (ran["middle"] == "QLinearConv") == (slower is None)
+    assert len(asked) == (1 if slower is None else 9)
+
+
+def _pairs(model: Model) -> int:
+    return sum(node.op == "QuantizeLinear" for node in model.graph.nodes)
+
+
+def _computes_in_integers(node: Node) -> bool:
+    return any(maker.op == "DequantizeLinear" for tensor in node.inputs[1:2] for maker in tensor.inputs)

@@ -1,0 +1,67 @@
+"""Which of two models is slower: told only where that is certain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from onnxslim.ir.model import Model
+from onnxslim.runtime import timing
+from onnxslim.runtime.targets import Target
+from onnxslim.runtime.timing import SLOWER, TELLING, slowdown
+from tests.helpers import normal, parse
+
+X = {"x": normal(64, 256)}
+
+
+def products(count: int) -> Model:
+    """So many matrix products in a row."""
+    names = ["x", *(f"t{at}" for at in range(1, count)), "y"]
+    nodes = " ".join(f"{names[at + 1]} = MatMul({names[at]}, w)" for at in range(count))
+    return parse(f"g (float[N,256] x) => (float[N,256] y) {{ {nodes} }}", {"w": normal(256, 256) / 16})
+
+
+def test_a_model_with_more_to_do_is_slower() -> None:
+    found = slowdown(products(2), products(8), X, Target.cpu())
+    assert found is not None
+    assert found > 2
+    assert slowdown(products(8), products(2), X, Target.cpu()) is None
+
+
+def test_the_reference_evaluator_has_no_time_to_compare() -> None:
+    assert slowdown(products(1), products(2), X, Target.reference()) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "ratios", "told"),
+    [
+        (1.0, [1.02, SLOWER + 0.01, 1.3, 1.4], None),  # the lower quartile counts, not the median
+        (1.0, [SLOWER + 0.02, 1.2, 1.3, 1.4], 1.25),
+        (0.9 * TELLING, [2.0, 2.0, 2.0, 2.0], None),
+        (1.1 * TELLING, [2.0, 2.0, 2.0, 2.0], 2.0),
+    ],
+)
+def test_slower_is_what_most_turns_say_of_calls_that_last(
+    monkeypatch: pytest.MonkeyPatch, first: float, ratios: list[float], told: float | None
+) -> None:
+    monkeypatch.setattr(timing, "_turns", _turns(first, lambda _: ratios))
+    assert slowdown(products(1), products(1), X, Target.cpu()) == (told and pytest.approx(told))
+
+
+def test_slower_is_what_two_comparisons_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_turns", _turns(1.0, lambda call: [1.5] * 4 if call == 1 else [1.0] * 4))
+    assert slowdown(products(1), products(1), X, Target.cpu()) is None
+
+
+def _turns(first: float, ratios: Callable[[int], list[float]]) -> Callable[..., object]:
+    """Stands for the clock: milliseconds of the first model, and how many times as long the second takes."""
+    calls = 0
+
+    def turns(*_: object) -> object:
+        nonlocal calls
+        calls += 1
+        return np.array([[first, first * ratio] for ratio in ratios(calls)])
+
+    return turns
