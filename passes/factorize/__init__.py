@@ -176,6 +176,7 @@ class _Work:
         self._sample = _sample(model, ctx)
         self._shapes = {name: array.shape for name, array in self._sample.items()}
         self._entries: list[LayerOptions] = []  # what there is to choose from
+        self._size = 0.0  # of the whole, in the unit of the budget
 
     def __call__(self) -> Changes:
         """Search, choose, rewrite, measure."""
@@ -307,19 +308,24 @@ class _Work:
 
     def _in_size(self, entries: Sequence[LayerOptions], whole: Model) -> list[Factoring | None]:
         unit, total = self._wish.unit, self._total(whole)
+        self._size = total
         fixed = self._total(self._model) - sum(entry.cost(unit) for entry in entries)
         found, met = candidates.chosen(entries, unit, self._share * total - fixed)
-        left = fixed + sum(
-            entry.cost(unit) * (pick.cost(unit) if pick else 1.0)
-            for entry, pick in zip(entries, found, strict=True)
-        )
-        self._figures = replace(
-            self._figures, budget=f"{left / total:.1%} of {unit}, {self._share:.1%} wanted"
-        )
+        left = self._left([(entry, pick) for entry, pick in zip(entries, found, strict=True) if pick], total)
+        self._figures = replace(self._figures, budget=self._told(left))
         if not met:
-            why = f"budget out of reach: {left / total:.1%} of its {unit} is the least, not {self._share:.1%}"
+            why = f"budget out of reach: {left:.1%} of its {unit} is the least, not {self._share:.1%}"
             self._log.skip(self._name, why)
         return found
+
+    def _left(self, picks: Picks, total: float) -> float:
+        """What is left of the size of a model with factors like these, of 1."""
+        unit = self._wish.unit
+        saved = sum(entry.cost(unit) * (1.0 - pick.cost(unit)) for entry, pick in picks)
+        return (self._total(self._model) - saved) / total
+
+    def _told(self, left: float) -> str:
+        return f"{left:.1%} of {self._wish.unit}, {self._share:.1%} wanted"
 
     def _in_time(self, entries: Sequence[LayerOptions], whole: Model) -> list[Factoring | None]:
         """Candidates with which the whole model is as fast as asked for: a budget for layers, corrected."""
@@ -377,8 +383,14 @@ class _Work:
         if made.amount < 1.0:
             share = f"only {percent(made.amount)} of what could be saved"
             self._log.skip(self._name, f"{share} is: with more, {demand.refused}")
-            self._figures = replace(self._figures, budget=None)  # it is not what is left any more
+            self._figures = replace(self._figures, budget=self._told_of(made.picks))
         return made.picks
+
+    def _told_of(self, picks: Picks) -> str | None:
+        """What is left with other factors than were chosen; of time nobody knows before it is measured."""
+        if self._wish.energy is not None or self._wish.unit == "time":
+            return None
+        return self._told(self._left(picks, self._size))
 
     def _less(self, picks: Picks, amount: float) -> Picks:
         """Factors that save so much, of 1, of what these do; those that cost the outputs least for it."""

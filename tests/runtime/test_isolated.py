@@ -215,6 +215,18 @@ def test_a_worker_that_has_died_is_replaced(pool: isolated._Pool) -> None:
     assert Session(parse(TEXT), once=True).run(ONE)["y"].shape == (1, 2)
 
 
+@POSIX
+def test_a_worker_outlives_an_interruption_of_who_asks(pool: isolated._Pool) -> None:
+    """Ctrl-C goes to all processes of a terminal, and who asks may be in the middle of a run."""
+    session = Session(parse(TEXT), once=True)
+    session.run(ONE)
+    (worker,) = pool._all
+    os.kill(worker._process.pid, signal.SIGINT)
+    assert session.run(ONE)["y"].shape == (1, 2)
+    assert list(pool._all) == [worker]
+    assert worker._process.poll() is None
+
+
 def test_workers_start_with_little() -> None:
     code = "import sys, onnxslim.runtime.worker as _; sys.exit(bool({'onnx', 'numpy'} & set(sys.modules)))"
     subprocess.run(
