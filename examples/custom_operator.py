@@ -1,4 +1,4 @@
-"""Teach onnxslim an operator that it does not know, here ONNX Runtime's `com.microsoft.FusedMatMul`.
+"""Teach onnxslim an operator that it does not know, here ONNX Runtime's `com.microsoft.CDist`.
 
 python examples/custom_operator.py
 """
@@ -18,23 +18,23 @@ from onnxslim.shapes.cost import macs
 
 MODEL = """
 <ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
-example (float[2,4] x) => (float[2,3] y) <float[4,3] w = {1,2,3, 4,5,6, 7,8,9, 10,11,12}> {
-  a = com.microsoft.FusedMatMul <alpha = 0.5> (x, w)
-  b = com.microsoft.FusedMatMul <alpha = 0.5> (x, w)
+example (float[2,4] x) => (float[2,3] y) <float[3,4] w = {1,2,3,4, 5,6,7,8, 9,10,11,12}> {
+  a = com.microsoft.CDist <metric = "euclidean"> (x, w)
+  b = com.microsoft.CDist <metric = "euclidean"> (x, w)
   y = Add (a, b)
 }
 """
 
 
 def _macs(node: Node) -> int | None:
-    """Left matrix times columns of the right one; shape inference knows nothing of the output."""
+    """Elements of a row, for every pair of rows; shape inference knows nothing of the output."""
     left, right = sizes(node.inputs[0].shape), sizes(node.inputs[1].shape)
     if left is None or right is None:
         return None
-    return math.prod(left) * right[-2 if node.attrs.get("transB", 0) else -1]
+    return math.prod(left) * right[0]
 
 
-ROW = OpSpec("FusedMatMul", domain="com.microsoft", macs=_macs)
+ROW = OpSpec("CDist", domain="com.microsoft", macs=_macs)
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from onnxslim.passes.shapes import FixShapes
     from onnxslim.passes.single import Single
     from onnxslim.passes.slim import Slim
+    from onnxslim.passes.unfuse import Unfuse
 
 __all__ = [
     "Dead",
@@ -51,6 +52,7 @@ __all__ = [
     "Quantize",
     "Single",
     "Slim",
+    "Unfuse",
     "create",
     "get",
     "names",
@@ -74,6 +76,7 @@ REGISTRY: tuple[tuple[str, str], ...] = (
     ("extract", "Extract"),
     ("shapes", "FixShapes"),
     ("single", "Single"),
+    ("unfuse", "Unfuse"),
 )
 
 

@@ -15,6 +15,7 @@ from onnxslim.engine.pipeline import MAX_ROUNDS
 from onnxslim.errors import UsageError
 from onnxslim.ir import proto
 from onnxslim.ir.model import Model
+from onnxslim.ops import body_of
 from onnxslim.passes import eliminate, fuse
 from onnxslim.passes.dead import NOTES, Dead
 from onnxslim.passes.dedupe import Dedupe
@@ -23,14 +24,16 @@ from onnxslim.passes.fold import Fold
 from onnxslim.passes.fold.values import TOO_LARGE
 from onnxslim.passes.fuse import Fuse
 from onnxslim.passes.inline import Inline, calls
+from onnxslim.passes.unfuse import Unfuse
 
 
 @options
 class Slim(Pass):
     """Make a model smaller and faster without changing what it computes.
 
-    Inlines functions, folds constants, drops and fuses operators, merges duplicates and removes what nothing
-    reads, in turn until nothing changes any more. Functions stay if the model would be larger without them.
+    Inlines functions, writes ONNX Runtime's own operators in standard ones, folds constants, drops and fuses
+    operators, merges duplicates and removes what nothing reads, in turn until nothing changes any more.
+    Functions and operators of ONNX Runtime's own stay if the model would be larger without them.
     """
 
     name: ClassVar[str] = "slim"
@@ -53,6 +56,7 @@ class Slim(Pass):
         """The passes it consists of, in order."""
         every: tuple[Pass, ...] = (
             Inline(),
+            Unfuse(),
             Fold(max_growth=self.max_growth),
             Eliminate(skip=self._skipped(_ELIMINATE)),
             Fuse(skip=self._skipped(_FUSE)),
@@ -86,8 +90,10 @@ class Slim(Pass):
     def _ways(self, model: Model) -> list[tuple[str, ...]]:
         """What to leave out, one after the other until the model does not grow."""
         ways: list[tuple[str, ...]] = [(), _GROWING]
-        if "inline" not in self.skip and next(calls(model), None) is not None:
-            ways += [(Inline.name,), (Inline.name, *_GROWING)]
+        foreign = any(body_of(node, model) is not None for node in model.nodes())
+        for part, pays in ((Unfuse, foreign), (Inline, next(calls(model), None) is not None)):
+            if pays and part.name not in self.skip:
+                ways += [(part.name, *way) for way in ways]
         return ways
 
     def _run(self, model: Model, ctx: Context, limit: int) -> Changes:
@@ -137,7 +143,7 @@ def _settle(parts: Sequence[Pass], model: Model, ctx: Context) -> Changes:
 _COUNTED_BYTES = 1 << 20
 # Rules whose result may take more space than what it replaces.
 _GROWING = ("transpose-view",)
-_PARTS = frozenset(part.name for part in (Inline, Fold, Eliminate, Fuse, Dedupe, Dead))
+_PARTS = frozenset(part.name for part in (Inline, Unfuse, Fold, Eliminate, Fuse, Dedupe, Dead))
 _ELIMINATE = frozenset(rule.name for rule in eliminate.RULES)
 _DEDUPE = frozenset(("equal-constants", "equal-nodes"))
 _FUSE = frozenset(rule.name for rule in fuse.RULES)

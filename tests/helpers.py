@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx.parser
+import onnxruntime
 from onnx import numpy_helper
 
 from onnxslim.calibration.data import CalibrationData
@@ -177,6 +178,16 @@ def same_outputs(
             np.testing.assert_array_equal(actual[name], value, err_msg=name, strict=True)
         else:
             assert not difference(value, actual[name]), f"{name} {difference(value, actual[name])}"
+
+
+def as_fused(model: Model, folder: Path) -> Model:
+    """The model as ONNX Runtime saves it once it has put in operators of its own."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(folder / "fused.onnx")
+    options.log_severity_level = 3  # it warns that such a file is for processors of this kind
+    onnxruntime.InferenceSession(model.to_proto().SerializeToString(), options, ["CPUExecutionProvider"])
+    return load(options.optimized_model_filepath)
 
 
 def is_wellformed(model: Model) -> bool:

@@ -37,7 +37,7 @@ PASSES: tuple[tuple[str, ...], ...] = (
     ("repair", "half", "slim"),
     ("fuse",),
     ("dedupe", "eliminate", "extract", "fold", "inline"),
-    ("dead", "predicates", "shapes", "single"),
+    ("dead", "predicates", "shapes", "single", "unfuse"),
 )
 # The face stands beside the tower: anybody's caller, nobody's foundation.
 FACE = ""

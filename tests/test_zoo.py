@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -15,7 +16,10 @@ from onnxslim.ir.model import load
 from onnxslim.models import zoo
 from onnxslim.passes.quantize import Quantize, QuantizeFigures
 from onnxslim.passes.slim import Slim
+from onnxslim.passes.unfuse import Unfuse
 from onnxslim.runtime.session import Session
+from tests.helpers import as_fused
+from tests.passes.test_unfuse import families
 
 pytestmark = pytest.mark.zoo
 
@@ -46,6 +50,16 @@ def test_round_trip_is_byte_identical(name: str) -> None:
     proto = onnx.load(_fetched(name))
     written = load(proto).to_proto().SerializeToString(deterministic=True)
     assert written == proto.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("name", ["ppocr_cls", "ppocr_det", "ppocr_rec", "silero_vad_16k_sequence"])
+def test_files_that_onnx_runtime_has_optimized_have_the_families_of_their_originals(
+    name: str, tmp_path: Path
+) -> None:
+    original = load(_fetched(name))
+    result = Pipeline(Unfuse(), on_error="raise")(as_fused(original, tmp_path)).model
+    assert not any(node.domain for node in result.nodes())
+    assert families(result) == families(original)
 
 
 @pytest.mark.parametrize("name", sorted(zoo.MODELS))

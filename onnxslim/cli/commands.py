@@ -209,6 +209,7 @@ _SUMMARIES = {
     "factorize": "Replace large layers by products of smaller ones.",
     "half": "Compute in half precision where the ranges of --data allow it.",
     "inline": "Replace calls of the model's own functions by what these do.",
+    "unfuse": "Write ONNX Runtime's own operators in standard ones.",
 }
 # Parts of slim, and commands that take more options than their pass.
 _NO_COMMANDS = ("slim", "prune", "fold", "eliminate", "fuse", "dedupe", "dead")

@@ -28,6 +28,7 @@ def tell(
     from onnxslim.ir.model import load
     from onnxslim.ops.spec import sizes
     from onnxslim.passes.prune.cut import prepare
+    from onnxslim.passes.unfuse import unfuse
     from onnxslim.shapes import cost
     from onnxslim.shapes.given import by_name, one_sample, sized_by, with_sizes
 
@@ -35,6 +36,7 @@ def tell(
     declared = model.inputs()
     specs = with_sizes(declared, by_name(input_shapes))
     given = sized_by(declared, specs)
+    unfuse(model)
     prepare(model)
     asked = {spec.name: known for spec in specs if spec.name in given and (known := sizes(spec.shape))}
     analysis = analyze(model, sizes=asked)

@@ -14,7 +14,7 @@ _DROPPING = frozenset(
 )
 _ELIMINATING = tuple(rule.name for rule in eliminate.RULES)
 _RULES = (
-    *("inline", "fold", "eliminate", "fuse", "dedupe", "dead", "equal-constants", "equal-nodes"),
+    *("inline", "unfuse", "fold", "eliminate", "fuse", "dedupe", "dead", "equal-constants", "equal-nodes"),
     *_ELIMINATING,
     *(rule.name for rule in fuse.RULES),
 )

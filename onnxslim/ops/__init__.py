@@ -1,12 +1,13 @@
 """What is known about ONNX operators: facts, no algorithms."""
 
-from onnxslim.ops import attention, elementwise, generate, linear, movement, special
+from onnxslim.ops import attention, contrib, elementwise, generate, linear, movement, special
 from onnxslim.ops.spec import (
     REGISTRY,
     Channels,
     OpSpec,
     Role,
     Trait,
+    body_of,
     has,
     layer_of,
     register,
@@ -21,6 +22,8 @@ __all__ = [
     "Role",
     "Trait",
     "attention",
+    "body_of",
+    "contrib",
     "elementwise",
     "generate",
     "has",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from onnxslim.ir.graph import Node
+from onnxslim.ops import formulas
 from onnxslim.ops.channels import elementwise, layers, movement, scales
 from onnxslim.ops.channels.scale_labels import ScaleTrace
 from onnxslim.ops.spec import Channels, OpSpec, Role, Trait, register
@@ -319,6 +320,7 @@ register(
         norm_axis=-1,
         channels=Channels(layers.layer_norm),
         scales=scales.normalization,
+        body=formulas.layer_norm,
         example=_text("y = LayerNormalization(x, s, b)", "float[N,2,4,4] x, float[4] s, float[4] b"),
     ),
     OpSpec(
@@ -333,6 +335,7 @@ register(
         "SimplifiedLayerNormalization",
         norm_axis=-1,
         scales=scales.normalization,
+        body=formulas.simplified_norm,
         example=_text("y = SimplifiedLayerNormalization(x, s)", "float[N,2,4,4] x, float[4] s"),
     ),
 )

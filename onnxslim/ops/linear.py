@@ -10,7 +10,7 @@ from onnxslim.ops.layers import Convolution, Product, TransposedConvolution
 from onnxslim.ops.spec import Channels, OpSpec, Role, Trait, register, sizes
 
 
-def _conv_macs(node: Node, weight: int = 1) -> int | None:
+def conv_macs(node: Node, weight: int = 1) -> int | None:
     """Output elements times weights per output channel; `weight` is the position of that input."""
     output, kernel = sizes(node.outputs[0].shape), sizes(node.inputs[weight].shape)
     return None if output is None or kernel is None else math.prod(output) * math.prod(kernel[1:])
@@ -27,7 +27,7 @@ def _matmul_macs(node: Node) -> int | None:
     return None if output is None or left is None else math.prod(output) * left[-1]
 
 
-def _gemm_macs(node: Node) -> int | None:
+def gemm_macs(node: Node) -> int | None:
     output, left = sizes(node.outputs[0].shape), sizes(node.inputs[0].shape)
     if output is None or left is None:
         return None
@@ -72,7 +72,7 @@ register(
         scales=scales.layer,
         data=(0,),
         requantized=True,
-        macs=_conv_macs,
+        macs=conv_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,2,5,5] x, float[3,2,3,3] w, float[3] b) => (float[N,3,3,3] y) { y = Conv(x, w, b) }""",
     ),
@@ -98,7 +98,7 @@ g (float[N,2,3,3] x, float[2,3,2,2] w, float[3] b) => (float[N,3,6,6] y)
         classifies=True,
         data=(0,),
         unfit=_gemm_unfit,
-        macs=_gemm_macs,
+        macs=gemm_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,4] x, float[3,4] w, float[3] b) => (float[N,3] y) { y = Gemm<transB=1>(x, w, b) }""",
     ),
@@ -149,7 +149,7 @@ register(
         "ConvInteger",
         traits=Trait.INTEGER,
         channels=Channels(layers.integer_convolution, layers.cut_convolution),
-        macs=_conv_macs,
+        macs=conv_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (int32[N,3,3,3] y) { y = ConvInteger(x, w) }""",
     ),
@@ -166,7 +166,7 @@ g (uint8[N,5,4] x, uint8[4,3] w) => (int32[N,5,3] y) { y = MatMulInteger(x, w) }
         traits=Trait.INTEGER,
         weight=3,
         channels=Channels(layers.integer_convolution, layers.cut_integer_convolution),
-        macs=lambda node: _conv_macs(node, weight=3),
+        macs=lambda node: conv_macs(node, weight=3),
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (uint8[N,3,3,3] y)
 <float s = {0.5}, uint8 z = {0}, float t = {9.0}, float[3] p = {0.5, 0.25, 0.125}, uint8[3] q = {0, 0, 0}>

@@ -13,7 +13,8 @@ from functools import lru_cache
 from typing import TypeAlias
 
 from onnxslim.ir.graph import Array, Node, Shape
-from onnxslim.ir.model import DEFAULT_DOMAINS, constant_of
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model, constant_of
+from onnxslim.ops.body import WriteBody, is_there
 from onnxslim.ops.channels.cut import Cut
 from onnxslim.ops.channels.labels import Trace
 from onnxslim.ops.channels.scale_labels import ScaleTrace
@@ -133,6 +134,7 @@ class OpSpec:
         macs: multiply-accumulates; None counts as zero.
         foldable: whether it can be computed once and for all when its inputs are constant.
         pure: whether two nodes with equal inputs and attributes make equal outputs.
+        body: what it is in standard operators, where the standard domain does not have it.
         example: a model of a few lines of ONNX text with this operator in it.
     """
 
@@ -156,6 +158,7 @@ class OpSpec:
     macs: Macs | None = None
     foldable: bool = True
     pure: bool = True
+    body: WriteBody | None = None
     example: str = ""
 
     def data_inputs(self, node: Node) -> list[int]:
@@ -181,6 +184,19 @@ def spec_of(node: Node) -> OpSpec:
     """What is known of a node's operator; of an unknown one, that nothing may be done with it."""
     domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
     return REGISTRY.get((domain, node.op)) or _unknown(node.op, domain)
+
+
+def body_of(node: Node, model: Model) -> WriteBody | None:
+    """How a node is written in standard operators; None where it is one of them, or nobody knows.
+
+    Args:
+        model: its opset says which standard operators there are, and it may define the operator itself.
+    """
+    write = spec_of(node).body
+    domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
+    if write is None or (domain, node.op) in model.functions or is_there(node, model.opset):
+        return None
+    return write
 
 
 @lru_cache(1024)

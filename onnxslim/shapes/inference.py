@@ -16,6 +16,7 @@ from onnx import AttributeProto, GraphProto, TensorProto
 from onnxslim.ir import proto
 from onnxslim.ir.graph import Constant, Dim, Graph, Node, Shape
 from onnxslim.ir.model import Model
+from onnxslim.ops import body, body_of
 from onnxslim.shapes import ort_differences
 
 # Rounds in which shapes are corrected to what ONNX Runtime makes of them, before they count as unknown.
@@ -24,8 +25,9 @@ MAX_CORRECTIONS = 8
 MAX_PROPAGATED_ELEMENTS = 1 << 20
 # Shape inference reads the values of constants that steer shapes, never those of weights.
 MAX_STEERING_ELEMENTS = 4096
-# A domain inference knows nothing of.
+# A domain inference knows nothing of, and one of functions that stand for nodes of such domains.
 _OPAQUE = "opaque"
+_BODIES = "bodies"
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,23 @@ def skeleton(model: Model) -> onnx.ModelProto:
     for graph, found in side_by_side(model.graph, bones.graph):
         if found is not bones.graph:
             _show_captured(graph, found)
+    _write_bodies(model, bones)
     return bones
+
+
+def _write_bodies(model: Model, bones: onnx.ModelProto) -> None:
+    """Have nodes of operators that inference does not know call functions that it does."""
+    for graph, found in side_by_side(model.graph, bones.graph):
+        for node, made in zip(graph.nodes, found.node, strict=True):
+            write = body_of(node, model)
+            name = f"{node.op}_{len(bones.functions)}"
+            function = None if write is None else body.function(node, write, _BODIES, name)
+            if function is not None:
+                bones.functions.append(function)
+                made.domain, made.op_type = _BODIES, name
+                del made.attribute[:]
+    if len(bones.functions) > len(model.shell.functions):
+        bones.opset_import.add(domain=_BODIES, version=1)
 
 
 def _show_captured(graph: Graph, found: GraphProto) -> None:

@@ -35,6 +35,7 @@ from onnxslim.passes.factorize.schemes import SCHEMES
 from onnxslim.passes.factorize.search import FactorSearch, MeasuredFactors, Wanted, layers_of, with_factors
 from onnxslim.passes.fold.weights import store_weights
 from onnxslim.passes.repair import repair
+from onnxslim.passes.unfuse import unfuse
 from onnxslim.runtime import timing
 from onnxslim.runtime.probe import make_feeds
 from onnxslim.shapes import cost
@@ -225,7 +226,7 @@ class _Work:
     def _prepared(self) -> dict[str, Sight] | None:
         """Weights as constants; what data tells of shapes that follow from no rule."""
         tell_idle(self._wish.exclude, self._model, self._log)
-        for skip in store_weights(self._model):
+        for skip in (*unfuse(self._model).skipped, *store_weights(self._model)):
             self._log.skip(skip.node, skip.reason)
         return seen(self._model, self._sample, self._ctx.target) if self._data is not None else None
 

@@ -25,6 +25,7 @@ from onnxslim.passes.fold.weights import store_weights
 from onnxslim.passes.half.convert import Converter, narrow_interface, store
 from onnxslim.passes.half.facts import SINGLE, TYPES, delicate, unfit
 from onnxslim.passes.half.measure import lossy, worst_first, worst_weights_first
+from onnxslim.passes.unfuse import unfuse
 from onnxslim.runtime.kernels import without_kernel
 
 # Why a node, or a weight, stays in single precision where that was asked for by what is to be kept.
@@ -96,6 +97,8 @@ class Half(Demanding):
         """
         log, kind = Log(), TYPES[self.dtype]
         tell_idle(self.exclude, model, log)
+        for skip in unfuse(model).skipped:
+            log.skip(skip.node, skip.reason)
         store_weights(model)
         demand = self.demand(model, ctx)
         if self.weights_only:

@@ -47,6 +47,7 @@ from onnxslim.passes.prune.exact import prove
 from onnxslim.passes.prune.importance import Importance
 from onnxslim.passes.prune.plan import PruningPlan
 from onnxslim.passes.repair import repair
+from onnxslim.passes.unfuse import unfuse
 
 __all__ = ["Prune", "PruneFigures", "PruningPlan"]
 
@@ -158,6 +159,8 @@ class _Run:
         self._settings = settings
         self._ctx = ctx
         self._log = Log()
+        for skip in unfuse(model).skipped:
+            self._log.skip(skip.node, skip.reason)
         self._demand = settings.demand(model, ctx)
         # What is held to something must not have been fitted to what it is judged by.
         self._data = ctx.given.apart if self._demand else ctx.data

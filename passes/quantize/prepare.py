@@ -18,6 +18,7 @@ from onnxslim.ir.graph import Node
 from onnxslim.ir.model import Model
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.fold.weights import store_weights
+from onnxslim.passes.unfuse import unfuse
 
 # Per-channel DequantizeLinear appeared in this version.
 MIN_OPSET = 13
@@ -31,6 +32,8 @@ def prepare(model: Model, rules: IntegerLayout, log: Log, opset: int = MIN_OPSET
     Raises:
         PassError: the opset cannot be raised.
     """
+    for skip in unfuse(model).skipped:
+        log.skip(skip.node, skip.reason)
     if model.opset < opset:
         raise_opset(model, opset)
         log.change("model", f"raised to opset {opset}", "its way of quantizing needs it")

@@ -117,6 +117,7 @@ def test_parts_and_rules_can_be_left_out() -> None:
     assert "Identity" in ops(slimmed(model, skip=("eliminate",)))
     assert [part.name for part in Slim(skip=("fuse", "dead")).parts()] == [
         "inline",
+        "unfuse",
         "fold",
         "eliminate",
         "dedupe",

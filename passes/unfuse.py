@@ -1,0 +1,88 @@
+"""Operators of ONNX Runtime's own in standard ones, which every pass knows."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.editor import Editor
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Graph, Node, Tensor
+from onnxslim.ir.model import Model
+from onnxslim.ops import Role, body_of, spec_of
+from onnxslim.ops.body import MIN_OPSET, Body, UnwrittenError, WriteBody
+
+
+@options
+class Unfuse(Pass):
+    """Write ONNX Runtime's own operators (FusedConv, BiasGelu, SkipLayerNormalization, …) in standard ones.
+
+    Files that ONNX Runtime has optimized are full of them, and no other pass sees what is inside. It fuses
+    them again when it loads the file, where that is faster. Passes that work on layers do this by themselves.
+    """
+
+    name: ClassVar[str] = "unfuse"
+    lossless: ClassVar[bool] = True
+
+    def run(self, model: Model, ctx: Context) -> Changes:
+        """Write out every node whose operator has a body, those in bodies of If, Loop and Scan included."""
+        return unfuse(model)
+
+
+def unfuse(model: Model) -> Changes:
+    """Write nodes in standard operators, in place: what every pass calls that works on layers.
+
+    Returns:
+        What was written out, and which nodes stay although their operators are known, and why.
+    """
+    log = Log()
+    pending = [(node, write) for node in model.nodes() if (write := body_of(node, model)) is not None]
+    if pending:
+        edit = Editor(model)
+        for node, write in pending:
+            label, op = node.label, node.op
+            why_not = _obstacle(node, edit) or _write(node, write, edit)
+            if why_not:
+                log.skip(label, f"stays {op}: {why_not}")
+            else:
+                log.change(label, f"wrote {op} in standard operators")
+        edit.commit()
+    return log.done()
+
+
+def _obstacle(node: Node, edit: Editor) -> str:
+    home = edit.home(node)
+    if home is None or not edit.can_edit(home) or any(map(edit.is_shadowed, (*node.inputs, *node.outputs))):
+        return "a body uses a name for another tensor than the graph around it does"
+    return f"that takes opset {MIN_OPSET}" if edit.opset < MIN_OPSET else ""
+
+
+def _write(node: Node, write: WriteBody, edit: Editor) -> str:
+    """Put the body of a node in its place; why there is none."""
+    body = Body(node, edit.opset, edit, edit.name)
+    try:
+        results = body.close(write(body))
+        for index, (made, result) in enumerate(zip(node.outputs, results, strict=True)):
+            body.require(
+                result is not None or not edit.is_output(made), f"nothing is known of its output {index}"
+            )
+    except UnwrittenError as why_not:
+        for each in body.nodes:
+            ir.detach(each)
+        return str(why_not)
+    _named(body.nodes, node.name)
+    edit.inline(node, _graph(body.nodes, results))
+    return ""
+
+
+def _named(nodes: list[Node], name: str) -> None:
+    """Give the name of what was written to the layer in it, or else to what makes the result."""
+    layers = [node for node in nodes if spec_of(node).role is Role.LINEAR]
+    (layers or nodes[-1:])[0].name = name
+
+
+def _graph(nodes: list[Node], results: list[Tensor | None]) -> Graph:
+    graph = Graph("body")
+    graph.nodes.extend(nodes)
+    graph.outputs = [ir.empty() if result is None else result for result in results]
+    return graph

@@ -1,0 +1,140 @@
+"""Unfuse: files that ONNX Runtime has optimized are what they were before, to every pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.engine.base import Pass
+from onnxslim.engine.pipeline import Pipeline
+from onnxslim.families.analysis import analyze
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model, load
+from onnxslim.passes.factorize import Factorize
+from onnxslim.passes.half import Half
+from onnxslim.passes.prune import Prune
+from onnxslim.passes.prune.cut import prepare
+from onnxslim.passes.quantize import Quantize, QuantizeFigures
+from onnxslim.passes.slim import Slim
+from onnxslim.passes.unfuse import Unfuse
+from onnxslim.runtime.session import Session
+from tests.helpers import FASHION, apply, as_fused, normal, normals, ops, parse, reasons, same_outputs
+
+NETWORKS = ("resnet", "mobilenet", "vgg", "vit")
+HEAD = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>'
+
+
+def families(model: Model) -> list[tuple[int, int]]:
+    """Units, and channels of each, of what may be removed."""
+    twin = model.copy()
+    prepare(twin)
+    return sorted((family.size, family.width) for family in analyze(twin).families)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fused_networks_have_the_families_of_their_originals(name: str, tmp_path: Path) -> None:
+    original = load(FASHION / f"{name}.onnx")
+    fused = as_fused(original, tmp_path)
+    assert any(node.domain for node in fused.nodes())
+    result = Pipeline(Unfuse(), on_error="raise")(fused).model
+    assert not any(node.domain for node in result.nodes())
+    assert families(result) == families(original)
+    assert families(original)
+
+
+def _covered(model: Model, data: CalibrationData) -> tuple[object, float]:
+    """How much runs in integers, and how many of the test images are told right."""
+    quickly = Quantize(algorithm="rtn", equalization=False, sequential=False, require_sqnr=0)
+    result = Pipeline(Slim(), quickly, on_error="raise")(model, data=data)
+    figures = QuantizeFigures.of(result.report.steps[1].changes)
+    with np.load(FASHION / "test.npz") as test:
+        images, labels = test["image"][:500], test["label"][:500]
+    (logits,) = Session(result.model).run({"image": images}).values()
+    return (figures.fused, figures.total), float((logits.argmax(-1) == labels).mean())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fused_networks_are_quantized_like_their_originals(name: str, tmp_path: Path) -> None:
+    data = CalibrationData.from_npz(FASHION / "calibration.npz").shard(0, 8)
+    original = load(FASHION / f"{name}.onnx")
+    expected, accuracy = _covered(original, data)
+    found, also = _covered(as_fused(original, tmp_path), data)
+    assert found == expected
+    assert abs(also - accuracy) <= 0.005
+
+
+LAYER = f"""{HEAD} g (float[N,32] x) => (float[N,4] y)
+{{ [first] a = com.microsoft.FusedGemm<activation="Relu">(x, w, b)
+   [second] y = com.microsoft.FusedMatMul(a, v) }}"""
+
+
+@pytest.fixture
+def layers() -> Model:
+    low = normal(32, 4) @ normal(4, 64, seed=1)
+    return parse(LAYER, {"w": low, **normals(b=(64,), v=(64, 4))})
+
+
+@pytest.fixture
+def data() -> list[dict[str, Array]]:
+    return [{"x": normal(1, 32, seed=seed)} for seed in range(40)]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [Prune(ratio=0.5), Factorize(params=0.7), Quantize(classifier=True), Half()],
+    ids=lambda step: str(step.name),
+)
+def test_passes_over_layers_see_those_inside(step: Pass, layers: Model, data: list[dict[str, Array]]) -> None:
+    result, changes = apply(step, layers, data)
+    assert changes, reasons(changes)
+    assert not any(node.domain for node in result.nodes())
+
+
+def test_layers_keep_their_names(layers: Model) -> None:
+    result, _ = apply(Unfuse(), layers)
+    same_outputs(layers, result)
+    assert [(node.name, node.op) for node in result.graph.nodes if node.name in ("first", "second")] == [
+        ("first", "Gemm"),
+        ("second", "MatMul"),
+    ]
+
+
+def test_nodes_in_bodies_are_written_out() -> None:
+    model = parse(f"""{HEAD} g (bool c, float[2,4] x) => (float[2,4] y) {{ y = If(c)
+    <then_branch = t () => (float[2,4] z) {{ z = com.microsoft.QuickGelu(x) }},
+     else_branch = e () => (float[2,4] z) {{ u = com.microsoft.Gelu(x) z = com.microsoft.Gelu(u) }}> }}""")
+    result, changes = apply(Unfuse(), model)
+    same_outputs(model, result, {"c": np.array(False), "x": np.ones((2, 4), np.float32)})
+    assert len(changes.changed) == 3
+    assert not any(node.domain for node in result.nodes())
+
+
+def test_functions_of_the_model_by_such_a_name_are_its_own() -> None:
+    model = parse(f"""{HEAD} g (float[2,4] x) => (float[2,4] y) {{ y = com.microsoft.Gelu(x) }}
+    <domain: "com.microsoft", opset_import: ["" : 17]> Gelu (a) => (b) {{ b = Neg(a) }}""")
+    result, changes = apply(Unfuse(), model)
+    assert not changes
+    assert ops(result) == ops(model)
+
+
+def test_slim_writes_them_out_unless_the_model_grows_by_it() -> None:
+    text = f"{HEAD} g (float[2,4] x) => (float[2,4] y) {{ y = com.microsoft.QuickGelu(x) }}"
+    model = parse(text)
+    result, changes = apply(Slim(), model)
+    assert ops(result) == ops(model)
+    assert reasons(changes)["unfuse"] == "left out: the model would be larger for it"
+    result, _ = apply(Slim(max_growth=1000), model)
+    assert ops(result)["Sigmoid"] == 1
+    kept, _ = apply(Slim(max_growth=1000, skip=("unfuse",)), model)
+    assert ops(kept) == ops(model)
+
+
+def test_old_opsets_are_left_alone() -> None:
+    head = HEAD.replace("17", "8")
+    model = parse(f"{head} g (float[2,4] x) => (float[2,4] y) {{ y = com.microsoft.Gelu(x) }}")
+    _, changes = apply(Unfuse(), model)
+    assert not changes
+    assert reasons(changes) == {"Gelu→y": "stays Gelu: that takes opset 9"}
