@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from onnxslim.errors import LoadError, TargetError, UsageError, one_line
@@ -67,10 +67,12 @@ class OrtModel:
 
     Args:
         session: an `onnxruntime.InferenceSession`.
+        weights: what it reads where it is.
     """
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, weights: Sequence[Any] = ()) -> None:
         self._session = session
+        self._weights = weights
         self.input_names = tuple(item.name for item in session.get_inputs())
         self.output_names = tuple(item.name for item in session.get_outputs())
 
@@ -101,8 +103,15 @@ class OrtModel:
         return Path(self._session.end_profiling())
 
 
-def open_model(source: bytes | str, settings: SessionSettings) -> OrtModel:
-    """Open a model, given as bytes or as a path, in this process.
+def open_model(
+    source: bytes | str, settings: SessionSettings, weights: Mapping[str, Any] = MappingProxyType({})
+) -> OrtModel:
+    """Open a model in this process.
+
+    Args:
+        source: its bytes, or the path of its file.
+        settings: how.
+        weights: by name, arrays that belong in the place of tensors that the model says are elsewhere.
 
     Raises:
         LoadError: ONNX Runtime refuses the model; carries its message.
@@ -111,6 +120,9 @@ def open_model(source: bytes | str, settings: SessionSettings) -> OrtModel:
     """
     _require(settings.provider)
     options = _options(settings)
+    held = [onnxruntime().OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+    if held:
+        options.add_external_initializers(list(weights), held)
     providers = [(settings.provider, dict(settings.provider_options))]
     try:
         session = onnxruntime().InferenceSession(source, options, providers=providers, enable_fallback=0)
@@ -121,7 +133,7 @@ def open_model(source: bytes | str, settings: SessionSettings) -> OrtModel:
         raise TargetError(
             f"{settings.provider} was asked for, but cannot be used here: ONNX Runtime fell back to {used}"
         )
-    return OrtModel(session)
+    return OrtModel(session, held)
 
 
 # In what ONNX Runtime says where it has no kernel for the types of an operator.

@@ -9,11 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
+import numpy as np
 import onnx
+from onnx import helper
 
 from onnxslim.errors import LoadError
 from onnxslim.ir import files
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
+from onnxslim.ir.proto import encode_embedded
 from onnxslim.runtime import isolated, native
 from onnxslim.runtime.backend import Loadable, Loaded, Opening
 from onnxslim.runtime.native import SessionSettings
@@ -21,6 +26,8 @@ from onnxslim.runtime.targets import Target
 
 # From here on, a copy of the weights would cost more memory than it saves time in a run or two.
 LARGE_BYTES = 512 << 20
+# From here on, weights are read where they are instead of copied into the model that a session opens.
+BESIDE_BYTES = 1 << 16
 
 
 class OnnxRuntime:
@@ -34,6 +41,11 @@ class OnnxRuntime:
         try:
             if how.once:
                 return isolated.open_model(lambda: _loadable(model), settings, how.limits)
+            if isinstance(model, Model) and target.provider == native.CPU and how.optimized is None:
+                beside = _Beside(model)
+                if model.nbytes() - beside.nbytes <= files.MAX_EMBEDDED_BYTES:
+                    proto = model.to_proto_with(beside.encode)
+                    return native.open_model(proto.SerializeToString(), settings, beside.weights)
             with _loadable(model) as source:
                 return native.open_model(source, settings)
         except LoadError as error:
@@ -69,6 +81,44 @@ def _provider_options(target: Target) -> tuple[tuple[str, str], ...]:
     if target.threads and target.threads_option:
         options[target.threads_option] = str(target.threads)
     return tuple(options.items())
+
+
+class _Beside:
+    """The large weights of a model, which a session is given beside it.
+
+    Attributes:
+        weights: by name, those that `encode` has left out.
+        nbytes: of all that it will leave out.
+    """
+
+    def __init__(self, model: Model) -> None:
+        bodies = (graph for graph in ir.walk(model.graph) if graph is not model.graph)
+        inner = {id(each) for graph in bodies for each in graph.initializers.values()}
+        # What no node reads, ONNX Runtime drops, and then finds no place for it.
+        read = {id(tensor): tensor for node in model.nodes() for tensor in node.inputs}
+        self._large = {
+            key: each.nbytes
+            for key, each in read.items()
+            if isinstance(each, Constant) and key not in inner and _is_large(each)
+        }
+        self.nbytes = sum(self._large.values())
+        self.weights: dict[str, Array] = {}
+
+    def encode(self, constant: Constant) -> onnx.TensorProto:
+        """The constant, or for a large weight what it is, with its values in `weights`."""
+        if id(constant) not in self._large:
+            return encode_embedded(constant)
+        self.weights[constant.name] = values = np.ascontiguousarray(constant.peek())
+        kind = helper.np_dtype_to_tensor_dtype(values.dtype)
+        tensor = onnx.TensorProto(name=constant.name, data_type=kind, dims=values.shape)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="beside")
+        return tensor
+
+
+def _is_large(constant: Constant) -> bool:
+    dense = constant.proto is None or constant.tensor_proto is not None
+    return dense and constant.nbytes >= BESIDE_BYTES and constant.dtype.isbuiltin == 1
 
 
 @contextmanager
