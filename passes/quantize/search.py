@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from onnxslim.calibration.data import CalibrationData
@@ -46,8 +46,12 @@ RANKING = 8
 FASTER = 0.97
 # Of the layers kept out of integers, how many of the largest are tried in integers again.
 SPARED = 16
+# Of the noise that a layer is expected to add in integers again, the part that has to fit in what the goal
+# leaves for it to be tried. Not tuned: noise of layers adds up almost exactly (decision 29).
+SURE = 0.5
 # Kinds of layers that are tried in floating point, one kind at a time.
 KINDS = 8
+_TINY = 1e-30
 SLOWER = "it is faster in floating point"
 REASON = "in integers it would cost too much accuracy"
 
@@ -275,10 +279,17 @@ class Search:
             return lacking + _needed(order[lacking:], last.score.noise, goal.missing(last))
 
         fewest(enough, len(order), guess)
-        return self._spared(best, goal)
+        relief = min(trial.score.noise / max(sum(layer.noise for layer in layers), _TINY), 1.0)
+        return self._spared(best, goal, {layer.node: SURE * relief * layer.noise for layer in layers})
 
-    def _spared(self, trial: Trial, goal: TrialGoal) -> Trial:
-        """The same with the largest of the kept layers back in integers, where the goal allows it."""
+    def _spared(self, trial: Trial, goal: TrialGoal, noises: Mapping[str, float]) -> Trial:
+        """The same with the largest of the kept layers back in integers, where the goal allows it.
+
+        Args:
+            trial: with some layers more exact than the others.
+            goal: what is to be kept.
+            noises: what layers add at least, by label; those that then miss the goal are not tried.
+        """
         build = trial.build
         held_back, without = build.strategy.held_back, build.strategy.without
         sizes = {node.label: _size(node) for node in build.model.graph.nodes if len(node.inputs) > 1}
@@ -288,7 +299,12 @@ class Search:
             left = {each: why for each, why in held_back(found.variant).items() if each != label}
             return self.attempt(without(found.variant, left), build)
 
-        return settled(trial, goal.met, lambda _: largest, back)
+        def may_go(found: Trial, label: str) -> bool:
+            expected = -decibels_of(max(found.score.noise + noises.get(label, 0.0), _TINY))
+            foreseen = replace(found, score=replace(found.score, sqnr=expected))
+            return goal.missing(foreseen) <= goal.missing(found)
+
+        return settled(trial, goal.met, lambda found: [each for each in largest if may_go(found, each)], back)
 
 
 def stored(model: Model) -> int:

@@ -163,12 +163,22 @@ def test_as_few_layers_as_that_takes_are_kept(scores: list[float], kept: list[st
 
 
 def test_kept_layers_go_back_where_the_goal_allows_it() -> None:
-    search, _ = searching(10.0, 30.0, 24.0, 26.0, 24.0)
+    search, _ = searching(5.0, 30.0, 9.5, 16.0, 9.5)
     # Two layers are enough, one is not; put back in turn, the first does no harm and the second does.
     trial = search.attempt(Variant(), Building())
-    found = search.keep(trial, _layers(worst=0.05, middle=0.049), Wanting(25.0))
+    found = search.keep(trial, _layers(worst=0.17, middle=0.146), Wanting(10.0))
     assert found.variant.kept.keys() == {"middle"}
-    assert found.score.sqnr == 26.0
+    assert found.score.sqnr == 16.0
+
+
+@pytest.mark.parametrize(("everything", "tried"), [(10.0, 0), (25.0, 1)])
+def test_kept_layers_that_are_sure_to_miss_the_goal_are_not_tried(everything: float, tried: int) -> None:
+    """0.0028 are left of the noise, and half of 0.1 is more; not where fitting took away most of it."""
+    search, judge = searching(everything, 35.0, 24.0, 24.0)
+    trial = search.attempt(Variant(), Building())
+    found = search.keep(trial, _layers(worst=0.1), Wanting(25.0) if tried == 0 else Wanting(25.1))
+    assert found.variant.kept.keys() == {"worst"}
+    assert len(judge.scores) == 2 - tried
 
 
 @pytest.mark.parametrize(
