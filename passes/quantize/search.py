@@ -48,7 +48,7 @@ FASTER = 0.97
 SPARED = 16
 # Of the noise that a layer is expected to add in integers again, the part that has to fit in what the goal
 # leaves for it to be tried. Not tuned: noise of layers adds up almost exactly (decision 29).
-SURE = 0.5
+SURE = 0.25
 # Kinds of layers that are tried in floating point, one kind at a time.
 KINDS = 8
 _TINY = 1e-30

@@ -173,7 +173,7 @@ def test_kept_layers_go_back_where_the_goal_allows_it() -> None:
 
 @pytest.mark.parametrize(("everything", "tried"), [(10.0, 0), (25.0, 1)])
 def test_kept_layers_that_are_sure_to_miss_the_goal_are_not_tried(everything: float, tried: int) -> None:
-    """0.0028 are left of the noise, and half of 0.1 is more; not where fitting took away most of it."""
+    """0.0028 are left of the noise, and a quarter of 0.1 is more; not where fitting took away most of it."""
     search, judge = searching(everything, 35.0, 24.0, 24.0)
     trial = search.attempt(Variant(), Building())
     found = search.keep(trial, _layers(worst=0.1), Wanting(25.0) if tried == 0 else Wanting(25.1))
