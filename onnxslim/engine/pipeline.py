@@ -22,6 +22,7 @@ from onnxslim.errors import InvalidGraph, LoadError, OnnxSlimError, PassError, U
 from onnxslim.formats import SHOWN_NAMES, plain, size
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, Source, Stats, load
+from onnxslim.ops.bound import binding
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import slowdown
@@ -214,7 +215,7 @@ class Pipeline:
 
         Raises:
             UsageError: there is no input of that name, or it has other axes; there is test data alone.
-            LoadError, TargetError: the model or the target is none.
+            LoadError, TargetError: the model or the target is none, or the model is tied to one machine.
             PassError: when a pass fails that prepares the model; with on_error="raise", when any fails or
                 breaks the model.
             CalibrationError: the data does not fit the model.
@@ -222,6 +223,7 @@ class Pipeline:
         if data is None and test is not None:
             raise UsageError("test data says nothing without data: give both, or data alone")
         model = load(model)
+        _require_unbound(model)
         ctx = Context(Target.of(target), None, seed, jobs, progress, None, metric)
         steps: list[Step] = []
         notes: list[str] = []
@@ -358,6 +360,14 @@ def _require_pass(each: object) -> None:
         raise UsageError(f"{each.__name__} is a class: a pipeline takes passes, as {each.__name__}()")
     hint = "; onnxslim.passes.parse makes passes of texts" if isinstance(each, str) else ""
     raise UsageError(f"a pipeline takes passes, such as Slim(), not {each!r}{hint}")
+
+
+def _require_unbound(model: Model) -> None:
+    """Raise LoadError if a node ties the model to the machine it was saved on."""
+    for node in model.nodes():
+        why = binding(node)
+        if why is not None and (node.domain, node.op) not in model.functions:
+            raise LoadError(f"node '{node.label}' ({node.domain}.{node.op}) {why}")
 
 
 def _with_data(ctx: Context, model: Model, given: _Given, test: _Given) -> Context:

@@ -1,6 +1,6 @@
 """What is known about ONNX operators: facts, no algorithms."""
 
-from onnxslim.ops import attention, contrib, elementwise, generate, linear, movement, special
+from onnxslim.ops import attention, bound, contrib, elementwise, generate, linear, movement, special
 from onnxslim.ops.spec import (
     REGISTRY,
     Channels,
@@ -23,6 +23,7 @@ __all__ = [
     "Trait",
     "attention",
     "body_of",
+    "bound",
     "contrib",
     "elementwise",
     "generate",

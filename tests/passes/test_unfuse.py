@@ -10,6 +10,7 @@ import pytest
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.engine.base import Pass
 from onnxslim.engine.pipeline import Pipeline
+from onnxslim.errors import LoadError
 from onnxslim.families.analysis import analyze
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
@@ -130,6 +131,28 @@ def test_slim_writes_them_out_unless_the_model_grows_by_it() -> None:
     assert ops(result)["Sigmoid"] == 1
     kept, _ = apply(Slim(max_growth=1000, skip=("unfuse",)), model)
     assert ops(kept) == ops(model)
+
+
+@pytest.mark.parametrize(
+    ("domain", "op", "cure"),
+    [
+        ("com.microsoft.nchwc", "Conv", "ORT_ENABLE_EXTENDED"),
+        ("com.ms.internal.nhwc", "Conv", "ORT_ENABLE_EXTENDED"),
+        ("com.microsoft", "NhwcFusedConv", "ORT_ENABLE_EXTENDED"),
+        ("com.microsoft", "EPContext", "start from the model that was compiled"),
+    ],
+)
+def test_files_that_are_tied_to_a_machine_are_refused(domain: str, op: str, cure: str) -> None:
+    head = HEAD.replace("com.microsoft", domain)
+    model = parse(f"{head} g (float[2,4] x) => (float[2,4] y) {{ [n] a = {domain}.{op}(x) y = Relu(a) }}")
+    with pytest.raises(LoadError, match=rf"^node 'n' \({domain}\.{op}\) .*{cure}") as refused:
+        Pipeline(Slim())(model)
+    assert "\n" not in str(refused.value)
+    own = f"{HEAD} g (float[4] x) => (float[4] y) {{ y = com.microsoft.EPContext(x) }}"
+    Pipeline(Slim())(
+        parse(f"""{own} <domain: "com.microsoft", opset_import: ["" : 17]>
+    EPContext (a) => (b) {{ b = Neg(a) }}""")
+    )
 
 
 def test_old_opsets_are_left_alone() -> None:
