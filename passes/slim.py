@@ -56,7 +56,7 @@ class Slim(Pass):
         """The passes it consists of, in order."""
         every: tuple[Pass, ...] = (
             Inline(),
-            Unfuse(),
+            Unfuse(qoperators=False),
             Fold(max_growth=self.max_growth),
             Eliminate(skip=self._skipped(_ELIMINATE)),
             Fuse(skip=self._skipped(_FUSE)),

@@ -36,8 +36,8 @@ PASSES: tuple[tuple[str, ...], ...] = (
     ("factorize", "quantize", "prune"),
     ("repair", "half", "slim"),
     ("fuse",),
-    ("dedupe", "eliminate", "extract", "fold", "inline"),
-    ("dead", "predicates", "shapes", "single", "unfuse"),
+    ("dedupe", "eliminate", "extract", "fold", "inline", "unfuse"),
+    ("dead", "predicates", "shapes", "single"),
 )
 # The face stands beside the tower: anybody's caller, nobody's foundation.
 FACE = ""

@@ -13,7 +13,7 @@ from onnx import FunctionProto, helper, numpy_helper
 from onnxslim.ir import graph as ir
 from onnxslim.ir import proto
 from onnxslim.ir.graph import Array, Attribute, Constant, Node, Shape, Tensor, Variable
-from onnxslim.ir.model import DEFAULT_DOMAINS
+from onnxslim.ir.model import DEFAULT_DOMAINS, constant_of
 
 A = TypeVar("A", int, float, str)
 # Operators broadcast as they do today since 7; Erf and Where are there since this one.
@@ -52,6 +52,7 @@ class Body:
 
     Attributes:
         nodes: what was written so far.
+        opset, generic: as given.
     """
 
     def __init__(
@@ -59,10 +60,10 @@ class Body:
     ) -> None:
         self.nodes: list[Node] = []
         self.opset = opset
+        self.generic = generic
         self._node = node
         self._facts = facts
         self._name = name
-        self._generic = generic
         self._read: set[int] = set()
         self._known: set[str] = set()
 
@@ -100,9 +101,14 @@ class Body:
         self._known.update(names)
         return {name: self._node.attrs[name] for name in names if name in self._node.attrs}
 
-    def has_output(self, index: int) -> bool:
-        """Whether an output has a name."""
-        return index < len(self._node.outputs) and bool(self._node.outputs[index].name)
+    @property
+    def count(self) -> int:
+        """How many inputs there are, those included that are left out between others."""
+        return len(self._node.inputs)
+
+    def values(self, tensor: Tensor) -> Array | None:
+        """The values of an input that is a constant."""
+        return constant_of(tensor)
 
     def dtype(self, *tensors: Tensor) -> np.dtype[Any] | None:
         """The element type of inputs that all have the same."""
@@ -130,7 +136,7 @@ class Body:
     def is_last(self, tensor: Tensor, axis: int) -> bool:
         """Whether an axis of an input is its last one."""
         shape = self.shape(tensor)
-        return axis == -1 or (self._generic if shape is None else axis == len(shape) - 1)
+        return axis == -1 or (self.generic if shape is None else axis == len(shape) - 1)
 
     def require(self, holds: bool, otherwise: str) -> None:
         """Have no body, for that reason, unless something holds."""
@@ -168,7 +174,7 @@ class Body:
         kind = self.dtype(*like)
         if kind is not None:
             return self.constant(np.array(value, kind))
-        if not self._generic:
+        if not self.generic:
             raise UnwrittenError(f"the type of '{like[0].name}' is not known")
         return self.add("CastLike", self.constant(np.array(value, _SINGLE)), like[0])
 
@@ -176,7 +182,7 @@ class Body:
         """An input with its last two axes swapped; one with a single axis as it is."""
         shape = self.shape(tensor)
         if shape is None:
-            if not self._generic:
+            if not self.generic:
                 raise UnwrittenError(f"the rank of '{tensor.name}' is not known")
             return self.add("Einsum", tensor, equation="...ij->...ji")
         if len(shape) < 2:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from onnxslim.ir.graph import Node, Tensor
+from onnxslim.ops import integers
 from onnxslim.ops.body import Body, WriteBody
 from onnxslim.ops.formulas import Results, gelu, normalized, root_normalized
 from onnxslim.ops.linear import conv_macs, gemm_macs
@@ -174,6 +175,15 @@ _MACS: dict[str, Macs] = {
     "FusedGemm": gemm_macs,
     "FusedMatMul": _matmul_macs,
     "TransposeMatMul": _matmul_macs,
+    "QGemm": gemm_macs,
+    "DynamicQuantizeMatMul": _matmul_macs,
+    "MatMulIntegerToFloat": _matmul_macs,
 }
 
-register(*(OpSpec(op, DOMAIN, body=body, macs=_MACS.get(op)) for op, body in _BODIES.items()))
+register(
+    *(OpSpec(op, DOMAIN, body=body, macs=_MACS.get(op)) for op, body in _BODIES.items()),
+    *(
+        OpSpec(op, DOMAIN, body=body, macs=_MACS.get(op), qoperator=True)
+        for op, body in integers.BODIES.items()
+    ),
+)

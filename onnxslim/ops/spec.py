@@ -135,6 +135,7 @@ class OpSpec:
         foldable: whether it can be computed once and for all when its inputs are constant.
         pure: whether two nodes with equal inputs and attributes make equal outputs.
         body: what it is in standard operators, where the standard domain does not have it.
+        qoperator: whether it takes codes, or makes them; its body has DQ and Q around what it does.
         example: a model of a few lines of ONNX text with this operator in it.
     """
 
@@ -159,6 +160,7 @@ class OpSpec:
     foldable: bool = True
     pure: bool = True
     body: WriteBody | None = None
+    qoperator: bool = False
     example: str = ""
 
     def data_inputs(self, node: Node) -> list[int]:
@@ -186,17 +188,19 @@ def spec_of(node: Node) -> OpSpec:
     return REGISTRY.get((domain, node.op)) or _unknown(node.op, domain)
 
 
-def body_of(node: Node, model: Model) -> WriteBody | None:
+def body_of(node: Node, model: Model, *, qoperators: bool = False) -> WriteBody | None:
     """How a node is written in standard operators; None where it is one of them, or nobody knows.
 
     Args:
         model: its opset says which standard operators there are, and it may define the operator itself.
+        qoperators: whether those of the standard that take codes are to be written in others, too.
     """
     write = spec_of(node).body
     domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
-    if write is None or (domain, node.op) in model.functions or is_there(node, model.opset):
+    if write is None or (domain, node.op) in model.functions:
         return None
-    return write
+    there = is_there(node, model.opset)
+    return write if not there or (qoperators and spec_of(node).qoperator) else None
 
 
 @lru_cache(1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onnxslim.ops import integers
 from onnxslim.ops.channels import elementwise, layers
 from onnxslim.ops.spec import Channels, OpSpec, Trait, register
 
@@ -70,7 +71,10 @@ register(
         OpSpec(op, traits=trait, foldable=False, channels=Channels(layers.quantize), example=text)
         for op, trait, text in _QUANTIZE
     ),
-    *(OpSpec(op, "com.microsoft", traits=trait, foldable=False) for op, trait, _ in _QUANTIZE),
+    *(
+        OpSpec(op, "com.microsoft", traits=trait, foldable=False, body=integers.code(op))
+        for op, trait, _ in _QUANTIZE
+    ),
     OpSpec("DynamicQuantizeLinear", foldable=False),
     *(
         OpSpec(op, traits=Trait.STRUCTURED, foldable=False, pure=False, example=text)

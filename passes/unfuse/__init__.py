@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import Field
+
+from onnxslim.engine import rewrite
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.engine.editor import Editor
 from onnxslim.ir import graph as ir
@@ -11,6 +14,7 @@ from onnxslim.ir.graph import Graph, Node, Tensor
 from onnxslim.ir.model import Model
 from onnxslim.ops import Role, body_of, spec_of
 from onnxslim.ops.body import MIN_OPSET, Body, UnwrittenError, WriteBody
+from onnxslim.passes.unfuse import codes
 
 
 @options
@@ -24,19 +28,32 @@ class Unfuse(Pass):
     name: ClassVar[str] = "unfuse"
     lossless: ClassVar[bool] = True
 
+    qoperators: bool = Field(
+        True, description="also those that compute with integer codes, as DequantizeLinear and QuantizeLinear"
+    )
+
     def run(self, model: Model, ctx: Context) -> Changes:
         """Write out every node whose operator has a body, those in bodies of If, Loop and Scan included."""
-        return unfuse(model)
+        return unfuse(model, qoperators=self.qoperators)
 
 
-def unfuse(model: Model) -> Changes:
+def unfuse(model: Model, *, qoperators: bool = False) -> Changes:
     """Write nodes in standard operators, in place: what every pass calls that works on layers.
+
+    Args:
+        model: edited in place.
+        qoperators: whether those that compute with codes are to become Q and DQ around others.
 
     Returns:
         What was written out, and which nodes stay although their operators are known, and why.
     """
     log = Log()
-    pending = [(node, write) for node in model.nodes() if (write := body_of(node, model)) is not None]
+    pending = [
+        (node, write)
+        for node in model.nodes()
+        if qoperators or not spec_of(node).qoperator
+        if (write := body_of(node, model, qoperators=qoperators)) is not None
+    ]
     if pending:
         edit = Editor(model)
         for node, write in pending:
@@ -47,6 +64,8 @@ def unfuse(model: Model) -> Changes:
             else:
                 log.change(label, f"wrote {op} in standard operators")
         edit.commit()
+    if qoperators and any(codes.mover(node) for node in model.nodes()):
+        rewrite.apply([codes.MovedCodes()], model, log, lossless=True)
     return log.done()
 
 
