@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from onnxslim.ir.graph import Node, Shape
 from onnxslim.ir.model import InputSpec, Model
 from onnxslim.ops import spec_of
+from onnxslim.shapes.asking import answer
 from onnxslim.shapes.dims import dims_of
 
 ASSUMED = "assumed: give input shapes to count for others"
@@ -123,4 +124,4 @@ def macs(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> i
 def by_node(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> list[int | None]:
     """The same for every node of the main graph, in order; None for those whose shapes are not determined."""
     counts = ((spec_of(node).macs, node) for node in sized(model, inputs).graph.nodes)
-    return [count(node) if count else 0 for count, node in counts]
+    return [answer(count, node) if count else 0 for count, node in counts]

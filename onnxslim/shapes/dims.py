@@ -14,6 +14,7 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Dim, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.shapes import shape_rules, symbols, value_rules
+from onnxslim.shapes.asking import answer
 from onnxslim.shapes.inference import MAX_STEERING_ELEMENTS, Fact, Inference
 from onnxslim.shapes.symbols import Term
 from onnxslim.shapes.vectors import MAX_LENGTH, Vector
@@ -125,19 +126,19 @@ class Dims:
             if isinstance(tensor, Variable):
                 self._improve(node, tensor)
             if node.op in value_rules.RULES:
-                found = value_rules.RULES[node.op](node, self)
+                found = answer(value_rules.RULES[node.op], node, self)
                 if found is not None and len(found.terms) <= MAX_LENGTH:
                     self._values[id(tensor)] = found
         return bool(self._better)
 
     def _improve(self, node: Node, tensor: Variable) -> None:
         fact = self.facts.get(id(tensor))
-        if fact is None and node.op in shape_rules.SAME_TYPE:
+        if fact is None and node.op in shape_rules.SAME_TYPE and node.inputs:
             fact = Fact(self.dtype(node.inputs[0]), None)
         if fact is None or fact.dtype is None or (fact.shape and all(map(self._is_known, fact.shape))):
             return
         rule = shape_rules.rule_of(node)
-        found = rule(node, self) if rule else None
+        found = answer(rule, node, self) if rule else None
         if found is None or (fact.shape is not None and len(fact.shape) != len(found)):
             return
         before: tuple[Dim, ...] = fact.shape if fact.shape is not None else (None,) * len(found)

@@ -13,13 +13,11 @@ import numpy as np
 
 from onnxslim.ir.graph import Dim, Node, Shape
 from onnxslim.ir.model import DEFAULT_DOMAINS, constant_of
+from onnxslim.shapes.asking import answer
 
 Rule = Callable[[Node, tuple[Dim, ...]], "tuple[Dim, ...] | None"]
 # Ends of slices from here on stand for "as far as there is something".
 OPEN_END = 2**31 - 1
-# What reading a node raises that says what no operator means: a stride of 0, an infinite scale, an axis too
-# many, a text where numbers belong. ONNX Runtime runs no such node, so that nothing differs.
-_MALFORMED = (ArithmeticError, LookupError, TypeError, ValueError)
 # onnx's inference says 0 for sizes of their results that it does not know.
 ZERO_IF_UNKNOWN = frozenset(("Attention",))
 
@@ -35,12 +33,7 @@ def output_shape(node: Node, shape: Shape) -> Shape:
         A shape with None for what is not known; None if inference is right about this node.
     """
     rule = _RULES.get(node.op) if node.domain in DEFAULT_DOMAINS else None
-    if rule is None or shape is None:
-        return None
-    try:
-        return rule(node, shape)
-    except _MALFORMED:
-        return None
+    return answer(rule, node, shape) if rule is not None and shape is not None else None
 
 
 def _pool(node: Node, shape: tuple[Dim, ...]) -> tuple[Dim, ...] | None:

@@ -14,6 +14,7 @@ from onnxslim import shapes
 from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Shape
 from onnxslim.ir.model import Model, load
+from onnxslim.shapes.cost import macs
 from tests.helpers import parse, run
 
 
@@ -177,15 +178,19 @@ def test_sizes_of_attention_that_inference_does_not_know_are_not_zero() -> None:
     "node",
     [
         "Resize(x, , s)",
+        "Resize<axes = [7, 8, 9, 10]>(x, , s)",
         "MaxPool<kernel_shape = [2, 2], strides = [0, 0], ceil_mode = 1>(x)",
         "MaxPool<kernel_shape = [2, 2], pads = [1], ceil_mode = 1>(x)",
         "MaxPool<kernel_shape = 2, ceil_mode = 1>(x)",
-        "Resize<axes = [7, 8, 9, 10]>(x, , s)",
+        "Concat(n)",
+        'Reshape(x, q) q = Shape<start = "no">(x)',
+        "LSTM<hidden_size = 2>(s, s, s)",
     ],
 )
 def test_nodes_that_say_what_no_operator_means_have_no_sizes_of_their_own(node: str) -> None:
     scales = {"s": np.array([1, 1, np.inf, 1.5], np.float32)}
-    model = parse(f"g (float[1,2,6,6] x) => (float[a,b,c,d] y) {{ y = {node} }}", scales, opset=18)
+    model = parse(f"g (float[1,2,6,6] x, float n) => (float[a,b,c,d] y) {{ y = {node} }}", scales, opset=18)
     with pytest.raises(LoadError):
         run(model)
     deduced(model)
+    macs(model)
