@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.shape_inference
-from onnx import AttributeProto, GraphProto, TensorProto
+from onnx import GraphProto, TensorProto
 
 from onnxslim.ir import proto
 from onnxslim.ir.graph import Constant, Dim, Graph, Node, Shape
 from onnxslim.ir.model import Model
 from onnxslim.ops import body, body_of
 from onnxslim.shapes import ort_differences
+from onnxslim.shapes.hiding import OPAQUE, hide_trusting, nested
 
 # Rounds in which shapes are corrected to what ONNX Runtime makes of them, before they count as unknown.
 MAX_CORRECTIONS = 8
@@ -25,8 +26,7 @@ MAX_CORRECTIONS = 8
 MAX_PROPAGATED_ELEMENTS = 1 << 20
 # Shape inference reads the values of constants that steer shapes, never those of weights.
 MAX_STEERING_ELEMENTS = 4096
-# A domain inference knows nothing of, and one of functions that stand for nodes of such domains.
-_OPAQUE = "opaque"
+# A domain of functions that stand for nodes of domains inference knows nothing of.
 _BODIES = "bodies"
 
 
@@ -56,8 +56,9 @@ class Inference:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._bare = skeleton(model)
-        self._bare.opset_import.add(domain=_OPAQUE, version=1)
+        self._bare.opset_import.add(domain=OPAQUE, version=1)
         _forget(self._bare.graph)
+        hide_trusting(self._bare)
         self.symbols = set(_name_axes(self._bare.graph))
         # What was stated, by id of the tensor.
         self._stated: dict[int, Fact] = {}
@@ -93,7 +94,7 @@ class Inference:
                 if node.outputs and id(node.outputs[0]) in shapes:
                     if any(_is_long(facts.get(id(tensor))) for tensor in node.outputs):
                         self._propagate = None
-                    made.domain = _OPAQUE
+                    made.domain = OPAQUE
                     for tensor in node.outputs:
                         info = declared.get(tensor.name) or found.value_info.add(name=tensor.name)
                         fact = facts.get(id(tensor), Fact(None, None))
@@ -103,7 +104,8 @@ class Inference:
 
 
 def run(model: onnx.ModelProto) -> onnx.ModelProto | None:
-    """The model with shapes inferred; None if inference fails."""
+    """The model with shapes inferred, but for nodes that it hides from that; None if inference fails."""
+    hide_trusting(model)
     plain = _infer(model, propagate=False)
     return _infer(model, propagate=True) if plain is not None and _may_propagate(plain) else plain
 
@@ -232,14 +234,11 @@ def _declare(info: onnx.ValueInfoProto, dtype: np.dtype[Any], shape: Shape) -> N
 
 def _forget(graph: GraphProto) -> None:
     """Drop every shape that is not declared of an input of the model."""
-    pending = [(graph, False)]
-    while pending:
-        current, nested = pending.pop()
+    for current in nested(graph):
         del current.value_info[:]
-        for info in (*current.output, *(current.input if nested else ())):
+        for info in (*current.output, *(current.input if current is not graph else ())):
             if info.type.WhichOneof("value") == "tensor_type":
                 info.type.tensor_type.ClearField("shape")
-        pending.extend((body, True) for body in _nested(current))
 
 
 def _name_axes(graph: GraphProto) -> Iterator[str]:
@@ -261,22 +260,9 @@ def _dims(info: onnx.ValueInfoProto) -> Iterable[onnx.TensorShapeProto.Dimension
 
 def _vector_elements(graph: GraphProto) -> int:
     """Elements of all tensors of one axis."""
-    total = 0
-    pending = [graph]
-    while pending:
-        current = pending.pop()
-        for info in (*current.input, *current.value_info, *current.output):
-            if len(info.type.tensor_type.shape.dim) == 1:
-                total += info.type.tensor_type.shape.dim[0].dim_value
-        pending.extend(_nested(current))
-    return total
-
-
-def _nested(graph: GraphProto) -> Iterator[GraphProto]:
-    for node in graph.node:
-        for item in node.attribute:
-            if item.type == AttributeProto.GRAPH:
-                yield item.g
+    infos = (info for each in nested(graph) for info in (*each.input, *each.value_info, *each.output))
+    shapes = (info.type.tensor_type.shape.dim for info in infos)
+    return sum(shape[0].dim_value for shape in shapes if len(shape) == 1)
 
 
 def _small_values(constant: Constant) -> TensorProto:

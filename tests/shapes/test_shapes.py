@@ -15,7 +15,7 @@ from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Shape
 from onnxslim.ir.model import Model, load
 from onnxslim.shapes.cost import macs
-from tests.helpers import parse, run
+from tests.helpers import is_wellformed, parse, run
 
 
 def deduced(model: Model) -> dict[str, Shape]:
@@ -194,3 +194,17 @@ def test_nodes_that_say_what_no_operator_means_have_no_sizes_of_their_own(node: 
         run(model)
     deduced(model)
     macs(model)
+
+
+def test_operators_whose_inference_reads_types_that_are_not_known_end_no_process() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 20, "ai.onnx.ml" : 4, "any" : 1]>
+    g (string[N] x, float[N,3] z) => (bool[N] a, bool[N] b, int64[N] c, float[N,3] d) {
+    d = Relu(z) s = Identity(x) a = RegexFullMatch<pattern = "a">(s) t = any.Op(x)
+    b = RegexFullMatch<pattern = "b">(t)
+    c = ai.onnx.ml.LabelEncoder<keys_strings = ["a"], values_int64s = [1]>(t) }"""
+    model = parse(text)
+    assert deduced(model) == {"a": ("N",), "b": None, "c": None, "d": ("N", 3), "s": ("N",)}
+    assert is_wellformed(model)
+    shapes.infer(model)
+    wrong = parse(text.replace("Relu(z)", "Relu(z, z)"))
+    assert not is_wellformed(wrong)
