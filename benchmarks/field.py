@@ -455,14 +455,14 @@ def measured(name: str, source: Path, made: Path, many: int) -> tuple[float, flo
 def _powers(
     first: ort.InferenceSession, second: ort.InferenceSession, feeds: Feeds
 ) -> list[tuple[float, float]]:
-    """Signal and noise of every output in floating point, of one sample."""
-    pairs = zip(first.run(None, feeds), second.run(None, feeds), strict=True)
+    """Signal and noise of every output in floating point, or else of every output, of one sample."""
+    pairs = list(zip(first.run(None, feeds), second.run(None, feeds), strict=True))
+    floats = [pair for pair in pairs if pair[0].dtype.kind == "f"]
     found = []
-    for wanted, actual in pairs:
-        if wanted.dtype.kind == "f":
-            kept = np.isfinite(wanted)
-            exact = wanted[kept].astype(np.float64)
-            found.append((float(np.square(exact).sum()), float(np.square(actual[kept] - exact).sum())))
+    for wanted, actual in floats or pairs:
+        kept = np.isfinite(wanted)
+        exact = wanted[kept].astype(np.float64)
+        found.append((float(np.square(exact).sum()), float(np.square(actual[kept] - exact).sum())))
     return found
 
 

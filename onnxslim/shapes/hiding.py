@@ -17,7 +17,7 @@ OPAQUE = "opaque"
 TRUSTING = frozenset(
     (("", "RegexFullMatch"), ("ai.onnx.ml", "DictVectorizer"), ("ai.onnx.ml", "LabelEncoder"))
 )
-MATCHES = tuple(name for _, name in TRUSTING)
+MATCHES = tuple(name for domain, name in TRUSTING if not domain)
 
 
 def hide_trusting(model: onnx.ModelProto) -> None:

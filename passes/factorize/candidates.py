@@ -125,10 +125,11 @@ def _ranks(layer: Whole, scheme: Scheme, align: int) -> Iterator[Ranks]:
     if len(largest) == 1:
         yield from ((rank,) for rank in steps(largest[0], align, layer.groups, RANKS))
         return
-    # Both widths of Tucker-2 are the same share of the channels.
-    unit = step(align, layer.groups)
+    # Both widths of Tucker-2 are the same share of the channels; the second is at most what the first fills.
+    unit, positions = step(align, layer.groups), math.prod(layer.kernel)
     for share in np.linspace(1 / RANKS, 1.0, RANKS):
-        yield tuple(min(max(round(share * size / unit), 1) * unit, size) for size in largest)
+        first, second = (min(max(round(share * size / unit), 1) * unit, size) for size in largest)
+        yield first, min(second, first * positions)
 
 
 def factorings(layer: Whole, found: Sequence[Proposal], gram: Gram | None) -> list[Factoring]:

@@ -281,6 +281,16 @@ def test_last_factor_is_the_least_squares_solution(scheme: str, ranks: tuple[int
     )
 
 
+def test_of_few_inputs_and_many_outputs_no_more_directions_are_wanted_than_there_are() -> None:
+    text = "g (float[N,16,40] x) => (float[N,C,W] y) { y = Conv(x, w) }"
+    model = parse(text, {"w": normal(512, 16, 7)})
+    for first, second in candidates._ranks(_layer(model), SCHEMES["tucker"], 8):
+        assert second <= first * 7
+    result, changes = apply(Factorize(params=0.9, schemes=("tucker",)), model)
+    assert changes
+    assert ops(result) == {"Conv": 3}
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("node", "weight", "scheme"),
