@@ -27,7 +27,7 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.passes.factorize import candidates, chains, fit
 from onnxslim.passes.factorize.candidates import Factoring, LayerOptions, Unit
-from onnxslim.passes.factorize.fit import Fitted
+from onnxslim.passes.factorize.fit import Fitted, Goals
 from onnxslim.passes.factorize.gate import SpeedGate
 from onnxslim.passes.factorize.layers import Whole
 from onnxslim.passes.factorize.plan import FactorizationPlan
@@ -413,9 +413,13 @@ class _Work:
         """Put factors in place, each fitted to what the ones before make."""
         edit = Editor(model)
         made_by = {node.outputs[0].name: node for node in model.graph.nodes if node.outputs}
+        goals = None
+        if data is not None:
+            seen = [entry.layer for entry, _ in picks if fit.observable(entry.layer)]
+            goals = fit.Goals(teacher, data, seen, self._ctx.target)
         for index, (entry, pick) in enumerate(picks):
             layer = entry.layer
-            fitted = self._fitted(model, layer, pick, teacher, data)
+            fitted = self._fitted(model, layer, pick, goals)
             factors = pick.scheme.factors(layer, fitted.weights)
             layer.install(edit, made_by[layer.output], factors, fitted.bias)
             edit.commit()
@@ -427,13 +431,11 @@ class _Work:
         repaired = repair(model, teacher, data, target=self._ctx.target, progress=self._ctx.progress)
         self._figures = replace(self._figures, repaired=len(repaired.changed))
 
-    def _fitted(
-        self, model: Model, layer: Whole, pick: Factoring, teacher: Model, data: Samples | None
-    ) -> Fitted:
-        if data is None or not fit.observable(layer):
+    @staticmethod
+    def _fitted(model: Model, layer: Whole, pick: Factoring, goals: Goals | None) -> Fitted:
+        if goals is None or not fit.observable(layer):
             return fit.fit(layer, pick.scheme, pick.ranks)
-        seen = fit.against(model, teacher, data, layer, self._ctx.target)
-        return fit.fit_moved(layer, pick.scheme, pick.ranks, *seen)
+        return fit.fit_moved(layer, pick.scheme, pick.ranks, *fit.against(model, goals, layer))
 
     def _judged(self, teacher: Model) -> Changes:
         """What was done; nothing, if speed was asked for and the whole is not faster."""

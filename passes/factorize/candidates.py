@@ -16,7 +16,7 @@ from onnxslim.passes.factorize.fit import problem_of
 from onnxslim.passes.factorize.gate import SpeedGate, label
 from onnxslim.passes.factorize.layers import Whole
 from onnxslim.passes.factorize.ranks import curve, step, steps
-from onnxslim.passes.factorize.schemes import SCHEMES, Ranks, Scheme
+from onnxslim.passes.factorize.schemes import SCHEMES, Decomposition, Ranks, Scheme
 
 Proposal: TypeAlias = tuple[Scheme, Ranks]
 Unit: TypeAlias = Literal["macs", "params", "time"]
@@ -132,16 +132,18 @@ def _ranks(layer: Whole, scheme: Scheme, align: int) -> Iterator[Ranks]:
         yield first, min(second, first * positions)
 
 
-def factorings(layer: Whole, found: Sequence[Proposal], gram: Gram | None) -> list[Factoring]:
-    """What each of these costs and loses; one decomposition serves all ranks of a scheme."""
+def factorings(
+    layer: Whole, found: Sequence[Proposal], gram: Gram | None
+) -> tuple[list[Factoring], dict[str, Decomposition]]:
+    """What each of these costs and loses, and by scheme the decomposition that serves all of its ranks."""
     problem = problem_of(layer, gram)
-    result = []
+    result, decompositions = list[Factoring](), dict[str, Decomposition]()
     for scheme, group in itertools.groupby(found, key=lambda pair: pair[0]):
         every = list(dict.fromkeys(ranks for _, ranks in group))
         most = tuple(max(column) for column in zip(*every, strict=True))
-        parts = scheme.decompose(layer, problem, most)
+        decompositions[scheme.name] = parts = scheme.decompose(layer, problem, most)
         result += [Factoring.of(layer, scheme, ranks, parts.lost(ranks)) for ranks in every]
-    return result
+    return result, decompositions
 
 
 def undominated(found: Sequence[Factoring], unit: Unit) -> list[Factoring]:

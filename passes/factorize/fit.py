@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -16,7 +17,8 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.passes.dead import remove_nodes
 from onnxslim.passes.factorize.layers import Whole
-from onnxslim.passes.factorize.schemes import Problem, Ranks, Scheme, merged, solve
+from onnxslim.passes.factorize.schemes import Decomposition, Problem, Ranks, Scheme, merged, solve
+from onnxslim.passes.repair.solve import downhill
 from onnxslim.runtime.targets import Target
 
 # Bytes of moments of one layer beyond which they are not taken, and of all layers that are observed together.
@@ -56,16 +58,17 @@ def moments(
 
     None for a layer that the data leave empty.
     """
-    for portion in _portions(layers):
+    for portion in _portions(layers, _moment_bytes):
         found = observe(model, data, [layer.output for layer in portion], target=target, progress=progress)
         for layer in portion:
             yield layer, found.pop(layer.output, None)
 
 
-def _portions(layers: Sequence[Whole]) -> Iterator[list[Whole]]:
+def _portions(layers: Sequence[Whole], bytes_of: Callable[[Whole], int]) -> Iterator[list[Whole]]:
+    """Layers one after the other that may be in memory together."""
     portion, held = list[Whole](), 0
     for layer in layers:
-        size = _moment_bytes(layer)
+        size = bytes_of(layer)
         if portion and held + size > MAX_BYTES:
             yield portion
             portion, held = [], 0
@@ -75,42 +78,75 @@ def _portions(layers: Sequence[Whole]) -> Iterator[list[Whole]]:
         yield portion
 
 
-def against(student: Model, teacher: Model, data: Samples, layer: Whole, target: Target) -> tuple[Gram, Gram]:
-    """Moments of what a layer reads in one model and what it makes in another one.
+class Goals:
+    """What layers are to make: their outputs in another model, at the positions that moments are taken of.
+
+    Args:
+        teacher: makes tensors of the same names.
+        data: samples for it.
+        layers: in the order in which they are asked for; see `observable`.
+        target: where to run.
+    """
+
+    def __init__(self, teacher: Model, data: Samples, layers: Sequence[Whole], target: Target) -> None:
+        self.data, self.target = data, target
+        self._teacher = teacher
+        self._left = list(layers)
+        self._known: dict[str, list[Array]] = {}
+
+    def of(self, layer: Whole) -> list[Array]:
+        """Of one layer, once, batch by batch; those behind it are seen in the same run, as memory allows."""
+        if layer.output not in self._known:
+            self._left = self._left[self._left.index(layer) :]
+            self._see(next(_portions(self._left, self._bytes)))
+        return self._known.pop(layer.output)
+
+    def _bytes(self, layer: Whole) -> int:
+        channels = layer.groups * layer.outputs
+        return 4 * channels * min(ROWS, self.data.seen.samples() * math.prod(layer.result) // channels)
+
+    def _see(self, layers: Sequence[Whole]) -> None:
+        self._known = {layer.output: [] for layer in layers}
+        reads = [layer.node.inputs[0].name for layer in layers]
+        run = _cut(self._teacher, [*dict.fromkeys((*self._known, *reads))], self.target)
+        for batch in stream(self.data.seen, run):
+            for layer, read in zip(layers, reads, strict=True):
+                at = batch.positions(layer.view.count(batch.values[read]), ROWS)
+                self._known[layer.output].append(layer.view.results(batch.values[layer.output], at))
+
+
+def against(student: Model, goals: Goals, layer: Whole) -> tuple[Gram, Gram]:
+    """Moments of what a layer reads in one model and what it is to make.
 
     Args:
         student: holds the layer's node.
-        teacher: makes a tensor of the same name.
-        data: samples for both.
+        goals: of it.
         layer: see `observable`.
-        target: where to run.
 
     Returns:
         Of the samples to fit on, and of those to choose by.
     """
-    seen = layer.view
-    ours = _cut(student, layer.node.inputs[0].name, target)
-    theirs = _cut(teacher, layer.output, target)
+    seen, data, read = layer.view, goals.data, layer.node.inputs[0].name
     train, chosen_by = Moments(), Moments()
-    fitted = data.fit.samples()
-    for batch in stream(data.seen, lambda _, feeds: (ours(feeds), theirs(feeds))):
-        x, y = batch.values
-        at = batch.positions(seen.count(x), ROWS)
+    fitted, ours = data.fit.samples(), _cut(student, [read], goals.target)
+    for batch, wanted in zip(stream(data.seen, ours), goals.of(layer), strict=True):
+        x = batch.values[read]
         moments = train if batch.first < fitted else chosen_by
-        moments.update(seen.columns(x, at), seen.results(y, at))
+        moments.update(seen.columns(x, batch.positions(seen.count(x), ROWS)), wanted)
     fitted_to = train.result()
     return fitted_to, chosen_by.result() if data.tuned else fitted_to
 
 
-def _cut(model: Model, name: str, target: Target) -> Callable[[Mapping[str, Array]], Array]:
-    """Computes one tensor, with no more of the model than that takes."""
-    if any(tensor.name == name for tensor in model.graph.inputs):
-        return lambda feeds: feeds[name]
-    part = tapped(model, [name])
-    part.graph.outputs[:] = [tensor for tensor in part.graph.outputs if tensor.name == name]
+def _cut(
+    model: Model, names: Sequence[str], target: Target
+) -> Callable[[int, Mapping[str, Array]], Mapping[str, Array]]:
+    """Computes some tensors, with no more of the model than that takes."""
+    if {tensor.name for tensor in model.graph.inputs}.issuperset(names):
+        return lambda _, feeds: feeds
+    part = tapped(model, names)
+    part.graph.outputs[:] = [tensor for tensor in part.graph.outputs if tensor.name in names]
     remove_nodes(part, list(part.nodes()))
-    taps = Taps(part, [name], target)
-    return lambda feeds: taps(0, feeds)[name]
+    return Taps(part, names, target)
 
 
 def problem_of(layer: Whole, gram: Gram | None) -> Problem:
@@ -153,7 +189,7 @@ def _drawn(layer: Whole, gram: Gram, shrink: float) -> tuple[Array, Gram, float]
 
 def fit(layer: Whole, scheme: Scheme, ranks: Ranks, gram: Gram | None = None) -> Fitted:
     """Factors that come close to a layer on its own inputs; see `problem_of`."""
-    return _fitted(layer, scheme, ranks, problem_of(layer, gram), gram)
+    return of_rank(layer, scheme.decompose(layer, problem_of(layer, gram), ranks), ranks, gram)
 
 
 def fit_moved(layer: Whole, scheme: Scheme, ranks: Ranks, train: Gram, tune: Gram) -> Fitted:
@@ -162,24 +198,28 @@ def fit_moved(layer: Whole, scheme: Scheme, ranks: Ranks, train: Gram, tune: Gra
     How much they are drawn to the layer's weight is what does best on the second moments; then they are
     fitted to both.
     """
-    tried = {
-        shrink: _error(layer, _fitted(layer, scheme, ranks, _moved(layer, train, shrink), train), train, tune)
-        for shrink in SHRINKS
-    }
-    gram = train.joined(tune)
-    return _fitted(layer, scheme, ranks, _moved(layer, gram, min(tried, key=tried.__getitem__)), gram)
+
+    def fitted(gram: Gram, shrink: float) -> Fitted:
+        parts = scheme.decompose(layer, _moved(layer, gram, shrink), ranks)
+        return of_rank(layer, parts, ranks, gram)
+
+    def error(index: int) -> float:
+        return _error(layer, fitted(train, SHRINKS[index]), train, tune)
+
+    shrink = SHRINKS[downhill(error, len(SHRINKS), len(SHRINKS) // 2)]
+    return fitted(train.joined(tune), shrink)
 
 
 def _error(layer: Whole, fitted: Fitted, train: Gram, tune: Gram) -> float:
     """Mean squared error of factors on what is chosen by, but for a constant."""
     seen = tune.around(train.x_mean, train.y_mean) if layer.biased else tune.raw()
     weight = merged(fitted.weights, layer.kernel) * layer.view.scale
-    explained = np.einsum("gok,gko->", seen.cross, weight)
-    return float(np.einsum("gko,gko->", weight, seen.gram @ weight) - 2.0 * explained)
+    return float((weight * (seen.gram @ weight - 2.0 * seen.cross.swapaxes(1, 2))).sum())
 
 
-def _fitted(layer: Whole, scheme: Scheme, ranks: Ranks, problem: Problem, gram: Gram | None) -> Fitted:
-    weights = scheme.decompose(layer, problem, ranks).weights(ranks)
+def of_rank(layer: Whole, parts: Decomposition, ranks: Ranks, gram: Gram | None) -> Fitted:
+    """Factors of these ranks, with the bias that keeps the mean of what the layer makes."""
+    weights = parts.weights(ranks)
     if gram is None or not layer.biased:
         return Fitted(weights, None)
     reads = np.einsum("gk,gko->go", gram.x_mean, merged(weights, layer.kernel))

@@ -20,6 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -92,12 +93,13 @@ class Problem:
         back = solved.reshape(len(solved), first.shape[2], *kernel, -1)
         return Problem(np.moveaxis(back, -1, 2), gram)
 
+    @cached_property
     def power(self) -> float:
         """Of the results of the weight on the data, or of the weight itself."""
         matrix = self.matrix()
         if self.gram is None:
             return float(np.square(matrix).sum())
-        return float(np.einsum("gko,gko->", matrix, self.gram @ matrix))
+        return float((matrix * (self.gram @ matrix)).sum())
 
 
 def _lift(first: Array, kernel: Sizes) -> Array:
@@ -326,10 +328,10 @@ class PairDecomposition(Decomposition):
     def lost(self, ranks: Ranks) -> float:
         """From the lengths of the directions left out, or of what least squares leaves."""
         if not self._exact:
-            kept = self.problem.lifted(self._first(ranks[0])).power()
+            kept = self.problem.lifted(self._first(ranks[0])).power
         else:
             kept = sum(float(part.power[: ranks[0]].sum()) for part in self.parts)
-        return max(1.0 - kept / (self.problem.power() + _NOTHING), 0.0)
+        return max(1.0 - kept / (self.problem.power + _NOTHING), 0.0)
 
     def _first(self, rank: int) -> Array:
         groups, inputs = self.problem.weight.shape[:2]

@@ -22,6 +22,7 @@ from onnxslim.passes.factorize.chains import Chain
 from onnxslim.passes.factorize.fit import Fitted
 from onnxslim.passes.factorize.gate import SpeedGate
 from onnxslim.passes.factorize.layers import Whole, weighted, whole_of
+from onnxslim.passes.factorize.schemes import Decomposition
 from onnxslim.shapes import cost
 
 
@@ -182,13 +183,13 @@ class FactorSearch:
         yield from ((layer, None) for layer in layers if id(layer) not in others)
 
     def _entry(self, layer: Whole, gram: Gram | None) -> LayerOptions | None:
-        found = candidates.factorings(layer, self._proposals(layer), gram)
+        found, parts = candidates.factorings(layer, self._proposals(layer), gram)
         entry = LayerOptions(layer, tuple(candidates.undominated(found, self._wanted.unit)))
         if self._wanted.unit != "params":
             entry = self._passed(candidates.timed(entry, self._gate))
         if not entry.candidates:
             return None
-        return candidates.expected(entry, self._measured(entry, gram))
+        return candidates.expected(entry, self._measured(entry, parts, gram))
 
     def _passed(self, entry: LayerOptions) -> LayerOptions:
         """Without the candidates that are not faster by enough."""
@@ -206,18 +207,18 @@ class FactorSearch:
             )
         return replace(entry, candidates=passed)
 
-    def _measured(self, entry: LayerOptions, gram: Gram | None) -> dict[str, float]:
+    def _measured(
+        self, entry: LayerOptions, parts: Mapping[str, Decomposition], gram: Gram | None
+    ) -> dict[str, float]:
         """Error of the model's outputs with single candidates in place, by label."""
         if self._judge is None:
             return {}
-        return {
-            each.label: self._judge(self._with(entry.layer, each, gram)).error
-            for each in candidates.probed(entry)
-        }
-
-    def _with(self, layer: Whole, candidate: Factoring, gram: Gram | None) -> Model:
-        fitted = fit.fit(layer, candidate.scheme, candidate.ranks, gram)
-        return with_factors(self._model, [(layer, candidate, fitted)])
+        errors = {}
+        for each in candidates.probed(entry):
+            fitted = fit.of_rank(entry.layer, parts[each.scheme.name], each.ranks, gram)
+            model = with_factors(self._model, [(entry.layer, each, fitted)])
+            errors[each.label] = self._judge(model).error
+        return errors
 
 
 def with_factors(model: Model, parts: Sequence[tuple[Whole, Factoring, Fitted]]) -> Model:

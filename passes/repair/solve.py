@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -73,15 +74,24 @@ def _few(moments: Gram) -> Gram:
 
 
 def _downhill(train: Gram, tune: Gram) -> float:
-    """The strength of least error, downhill from 1e-2: there is one valley as a rule."""
-    at, errors = len(STRENGTHS) // 3, dict[int, float]()
+    """The strength of least error, downhill from 1e-2."""
+
+    def error(index: int) -> float:
+        return _error(solved(train, STRENGTHS[index]), tune)
+
+    return STRENGTHS[downhill(error, len(STRENGTHS), len(STRENGTHS) // 3)]
+
+
+def downhill(error: Callable[[int], float], count: int, at: int) -> int:
+    """Which of so many choices has the least error, from one of them on: there is one valley as a rule."""
+    errors = dict[int, float]()
     while True:
         for index in (at - 1, at, at + 1):
-            if index not in errors and 0 <= index < len(STRENGTHS):
-                errors[index] = _error(solved(train, STRENGTHS[index]), tune)
+            if index not in errors and 0 <= index < count:
+                errors[index] = error(index)
         best = min(errors, key=lambda index: (errors[index], index))
         if best == at:
-            return STRENGTHS[at]
+            return at
         at = best
 
 

@@ -331,6 +331,24 @@ def test_factors_lose_on_the_data_what_they_are_said_to(
     assert share == pytest.approx(lost, rel=0.05, abs=2e-3)
 
 
+@pytest.mark.parametrize("limit", [1, fit.MAX_BYTES])
+def test_goals_are_the_outputs_of_the_teacher_however_many_are_seen_together(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "g (float[N,4] x) => (float[N,5] y) { a = MatMul(x, v) r = Relu(a) y = MatMul(r, w) }"
+    teacher = parse(text, {"v": normal(4, 6), "w": normal(6, 5, seed=1)})
+    student = parse(text, {"v": normal(4, 6), "w": normal(6, 5, seed=2)})
+    layers, _ = layers_of(student, {"x": (8, 4)}, (), Log())
+    data = Samples(CalibrationData([{"x": normal(8, 4, seed=seed)} for seed in range(12)]), teacher)
+    monkeypatch.setattr(fit, "MAX_BYTES", limit)
+    goals = fit.Goals(teacher, data, layers, Target.cpu(1))
+    for layer in layers:
+        seen, _ = fit.against(student, goals, layer)
+        (_, own), *_ = fit.moments(teacher, data.fit, [layer], Target.cpu(1), None)
+        for field in ("gram", "cross", "power", "x_mean", "y_mean"):
+            np.testing.assert_allclose(getattr(seen, field), getattr(own, field), rtol=1e-4, atol=1e-6)
+
+
 BEHIND = {
     "vector": ("y = Add(z, b)", "", True),
     "other order": ("y = Add(c, z)", "", True),
