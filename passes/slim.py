@@ -15,7 +15,6 @@ from onnxslim.engine.pipeline import MAX_ROUNDS
 from onnxslim.errors import UsageError
 from onnxslim.ir import proto
 from onnxslim.ir.model import Model
-from onnxslim.ops import body_of
 from onnxslim.passes import eliminate, fuse
 from onnxslim.passes.dead import NOTES, Dead
 from onnxslim.passes.dedupe import Dedupe
@@ -24,7 +23,7 @@ from onnxslim.passes.fold import Fold
 from onnxslim.passes.fold.values import TOO_LARGE
 from onnxslim.passes.fuse import Fuse
 from onnxslim.passes.inline import Inline, calls
-from onnxslim.passes.unfuse import Unfuse
+from onnxslim.passes.unfuse import Unfuse, writable
 
 
 @options
@@ -56,7 +55,7 @@ class Slim(Pass):
         """The passes it consists of, in order."""
         every: tuple[Pass, ...] = (
             Inline(),
-            Unfuse(qoperators=False),
+            Unfuse(which="free"),
             Fold(max_growth=self.max_growth),
             Eliminate(skip=self._skipped(_ELIMINATE)),
             Fuse(skip=self._skipped(_FUSE)),
@@ -90,7 +89,7 @@ class Slim(Pass):
     def _ways(self, model: Model) -> list[tuple[str, ...]]:
         """What to leave out, one after the other until the model does not grow."""
         ways: list[tuple[str, ...]] = [(), _GROWING]
-        foreign = any(body_of(node, model) is not None for node in model.nodes())
+        foreign = next(writable(model, "free"), None) is not None
         for part, pays in ((Unfuse, foreign), (Inline, next(calls(model), None) is not None)):
             if pays and part.name not in self.skip:
                 ways += [(part.name, *way) for way in ways]

@@ -135,6 +135,7 @@ class OpSpec:
         foldable: whether it can be computed once and for all when its inputs are constant.
         pure: whether two nodes with equal inputs and attributes make equal outputs.
         body: what it is in standard operators, where the standard domain does not have it.
+        kernel: whether ONNX Runtime has a kernel for it that is faster than what it makes of the body.
         qoperator: whether it takes codes, or makes them; its body has DQ and Q around what it does.
         example: a model of a few lines of ONNX text with this operator in it.
     """
@@ -160,6 +161,7 @@ class OpSpec:
     foldable: bool = True
     pure: bool = True
     body: WriteBody | None = None
+    kernel: bool = False
     qoperator: bool = False
     example: str = ""
 

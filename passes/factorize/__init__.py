@@ -226,7 +226,7 @@ class _Work:
     def _prepared(self) -> dict[str, Sight] | None:
         """Weights as constants; what data tells of shapes that follow from no rule."""
         tell_idle(self._wish.exclude, self._model, self._log)
-        for skip in (*unfuse(self._model).skipped, *store_weights(self._model)):
+        for skip in (*unfuse(self._model, "layers").skipped, *store_weights(self._model)):
             self._log.skip(skip.node, skip.reason)
         return seen(self._model, self._sample, self._ctx.target) if self._data is not None else None
 

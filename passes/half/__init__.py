@@ -97,7 +97,7 @@ class Half(Demanding):
         """
         log, kind = Log(), TYPES[self.dtype]
         tell_idle(self.exclude, model, log)
-        for skip in unfuse(model).skipped:
+        for skip in unfuse(model, "free").skipped:
             log.skip(skip.node, skip.reason)
         store_weights(model)
         demand = self.demand(model, ctx)

@@ -159,7 +159,7 @@ class _Run:
         self._settings = settings
         self._ctx = ctx
         self._log = Log()
-        for skip in unfuse(model, qoperators=True).skipped:
+        for skip in unfuse(model, "all").skipped:
             self._log.skip(skip.node, skip.reason)
         self._demand = settings.demand(model, ctx)
         # What is held to something must not have been fitted to what it is judged by.

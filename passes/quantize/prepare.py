@@ -32,7 +32,7 @@ def prepare(model: Model, rules: IntegerLayout, log: Log, opset: int = MIN_OPSET
     Raises:
         PassError: the opset cannot be raised.
     """
-    for skip in unfuse(model, qoperators=True).skipped:
+    for skip in unfuse(model, "layers").skipped:
         log.skip(skip.node, skip.reason)
     if model.opset < opset:
         raise_opset(model, opset)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -11,10 +12,13 @@ from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.engine.editor import Editor
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Graph, Node, Tensor
-from onnxslim.ir.model import Model
+from onnxslim.ir.model import Model, constant_of
 from onnxslim.ops import Role, body_of, spec_of
 from onnxslim.ops.body import MIN_OPSET, Body, UnwrittenError, WriteBody
 from onnxslim.passes.unfuse import codes
+
+# What is to be written out.
+Which: TypeAlias = Literal["free", "layers", "all"]
 
 
 @options
@@ -28,32 +32,29 @@ class Unfuse(Pass):
     name: ClassVar[str] = "unfuse"
     lossless: ClassVar[bool] = True
 
-    qoperators: bool = Field(
-        True, description="also those that compute with integer codes, as DequantizeLinear and QuantizeLinear"
+    which: Which = Field(
+        "all",
+        description="free: those that run as fast written out; layers: also those with weights or integers "
+        "inside; all: also attention without weights, which ONNX Runtime computes faster in one",
     )
 
     def run(self, model: Model, ctx: Context) -> Changes:
-        """Write out every node whose operator has a body, those in bodies of If, Loop and Scan included."""
-        return unfuse(model, qoperators=self.qoperators)
+        """Write out nodes whose operators have bodies, those in bodies of If, Loop and Scan included."""
+        return unfuse(model, self.which)
 
 
-def unfuse(model: Model, *, qoperators: bool = False) -> Changes:
+def unfuse(model: Model, which: Which) -> Changes:
     """Write nodes in standard operators, in place: what every pass calls that works on layers.
 
     Args:
         model: edited in place.
-        qoperators: whether those that compute with codes are to become Q and DQ around others.
+        which: see `Unfuse`; operators that take codes become DQ, what they do, and Q.
 
     Returns:
         What was written out, and which nodes stay although their operators are known, and why.
     """
     log = Log()
-    pending = [
-        (node, write)
-        for node in model.nodes()
-        if qoperators or not spec_of(node).qoperator
-        if (write := body_of(node, model, qoperators=qoperators)) is not None
-    ]
+    pending = list(writable(model, which))
     if pending:
         edit = Editor(model)
         for node, write in pending:
@@ -64,9 +65,28 @@ def unfuse(model: Model, *, qoperators: bool = False) -> Changes:
             else:
                 log.change(label, f"wrote {op} in standard operators")
         edit.commit()
-    if qoperators and any(codes.mover(node) for node in model.nodes()):
+    if which != "free" and any(codes.mover(node) for node in model.nodes()):
         rewrite.apply([codes.MovedCodes()], model, log, lossless=True)
     return log.done()
+
+
+def writable(model: Model, which: Which) -> Iterator[tuple[Node, WriteBody]]:
+    """Nodes that are to be written out, with what does it."""
+    for node in model.nodes():
+        spec = spec_of(node)
+        if spec.body is None or (which == "free" and (spec.qoperator or spec.kernel)):
+            continue
+        if which == "layers" and spec.kernel and not _has_weights(node):
+            continue
+        write = body_of(node, model, qoperators=spec.qoperator)
+        if write is not None:
+            yield node, write
+
+
+def _has_weights(node: Node) -> bool:
+    """Whether a node reads a constant matrix."""
+    values = (constant_of(tensor) for tensor in node.inputs)
+    return any(each is not None and each.ndim > 1 for each in values)
 
 
 def _obstacle(node: Node, edit: Editor) -> str:

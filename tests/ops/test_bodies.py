@@ -26,6 +26,8 @@ LIMIT = 1e-5
 SIZES = {"N": 2, "S": 5}
 # A result of this name is no output.
 UNREAD = "u"
+# Keys and values for the next token: how many there are is counted.
+PRESENT = ("r", "t")
 # Results that are no floats, by name.
 KINDS = {"m": "int32", "q": "uint8"}
 
@@ -103,6 +105,35 @@ CALLS += [
     (
         "y, m = EmbedLayerNormalization(x, , w, p, , g, b, k, l)",
         f"int32[N,S] x, int32[N,S] k, int32[N,S] l | {_TABLES}, {_NORM}",
+    ),
+]
+# Attention over 12 channels in 3 heads.
+_QKV = "float[N,5,12] x, float[N,S,12] k, float[N,S,6] v"
+_PACKED = "float[N,5,12] x | float[12,36] w, float[36] b"
+CALLS += [
+    ("y = MultiHeadAttention<num_heads=3>(x, k, v)", _QKV),
+    ("y = MultiHeadAttention<num_heads=3, scale=0.5>(x, k, v, b)", f"{_QKV} | float[30] b"),
+    ("y = MultiHeadAttention<num_heads=3>(x, k, v, , m)", f"{_QKV}, int32[N,S] m"),
+    (
+        "y = MultiHeadAttention<num_heads=3, mask_filter_value=-5.0>(x, k, v, b, m, a)",
+        f"{_QKV}, int32[N,5,S] m, float[1,3,5,S] a | float[30] b",
+    ),
+    ("y = MultiHeadAttention<num_heads=3, unidirectional=1>(x, k, v)", f"{_QKV}"),
+    (
+        "y, r, t = MultiHeadAttention<num_heads=3, unidirectional=1>(x, k, v, , , , p, o)",
+        "float[N,5,12] x, float[N,S,12] k, float[N,S,12] v, float[N,3,4,4] p, float[N,3,4,4] o",
+    ),
+    ("y = Attention<num_heads=3>(x, w, b)", _PACKED),
+    ("y = Attention<num_heads=3, scale=0.5, unidirectional=1>(x, w, b)", _PACKED),
+    (
+        "y = Attention<num_heads=3, qkv_hidden_sizes=[12,12,6]>(x, w, b)",
+        "float[N,5,12] x | float[12,30] w, float[30] b",
+    ),
+    ("y = Attention<num_heads=3, mask_filter_value=-5.0>(x, w, b, m)", f"int32[N,5] m, {_PACKED}"),
+    ("y = Attention<num_heads=3>(x, w, b, m, , a)", f"int32[N,5,5] m, float[N,3,5,5] a, {_PACKED}"),
+    (
+        "y, r = Attention<num_heads=3, unidirectional=1>(x, w, b, , p)",
+        f"float[2,N,3,4,4] p, {_PACKED}",
     ),
 ]
 # Calls of operators that take codes, or make them.
@@ -239,8 +270,10 @@ def test_types_and_shapes_follow_from_bodies(call: str, tensors: str, opset: int
     found, facts = Session(model).run(_values(model)), shapes.deduce(model)
     for tensor in model.graph.outputs:
         fact, value = facts[id(tensor)], found[tensor.name]
-        assert fact.shape is not None
         assert fact.dtype == value.dtype
+        if tensor.name in PRESENT:
+            continue
+        assert fact.shape is not None
         sizes = [SIZES.get(str(dim), dim) for dim in fact.shape]
         wrong = sum(mine != size for mine, size in zip(sizes, value.shape, strict=True))
         # How many positions there are is counted, which inference does not follow.
@@ -264,6 +297,7 @@ APART = (
     "SkipS",
     "(x, z, g)",
     ", s = ",
+    "Attention",
     "Embed",
     ".LayerNormalization(x, g)",
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.seen import NOTE
 from onnxslim.engine.base import Pass
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import LoadError
@@ -215,3 +216,43 @@ def test_old_opsetshownre_left_alone() -> None:
     _, changes = apply(Unfuse(), model)
     assert not changes
     assert reasons(changes) == {"Gelu→y": "stays Gelu: that takes opset 9"}
+
+
+ATTENTION = f"""{HEAD} g (float[N,6,16] x) => (float[N,6,4] y)
+{{ [packed] a = com.microsoft.Attention<num_heads=4>(x, w, b)
+   q = MatMul(a, m) k = MatMul(a, n) v = MatMul(a, o)
+   [apart] h = com.microsoft.MultiHeadAttention<num_heads=4>(q, k, v) r = com.microsoft.QuickGelu(h)
+   y = MatMul(r, z) }}"""
+
+
+@pytest.fixture
+def attention() -> Model:
+    shapes = {"w": (16, 48), "b": (48,), "m": (16, 16), "n": (16, 16), "o": (16, 16), "z": (16, 4)}
+    return parse(ATTENTION, {name: values * np.float32(0.2) for name, values in normals(**shapes).items()})
+
+
+def test_attention_is_written_out_by_what_needs_it(attention: Model) -> None:
+    left = {which: apply(Unfuse(which=which), attention)[0] for which in ("free", "layers", "all")}
+    found = {which: {node.op for node in each.nodes() if node.domain} for which, each in left.items()}
+    assert found == {
+        "free": {"Attention", "MultiHeadAttention"},
+        "layers": {"MultiHeadAttention"},
+        "all": set(),
+    }
+    for each in left.values():
+        same_outputs(attention, each)
+    assert ops(apply(Slim(max_growth=1000), attention)[0])["QuickGelu"] == 0
+
+
+def test_heads_can_be_pruned(attention: Model) -> None:
+    result, _ = apply(Prune(ratio=0.5, align=1, repair="none"), attention)
+    assert result.graph.initializers["w"].shape == (16, 24)
+    assert result.graph.initializers["m"].shape == (8, 8)
+
+
+def test_types_and_shapes_are_known_behind_what_stays(attention: Model) -> None:
+    data = [{"x": normal(2, 6, 16, seed=seed)} for seed in range(8)]
+    result, changes = apply(Quantize(classifier=True), attention, data)
+    assert ops(result)["MultiHeadAttention"] == 1
+    assert ops(result)["DequantizeLinear"] > 4
+    assert NOTE not in reasons(changes).values()

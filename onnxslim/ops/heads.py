@@ -1,0 +1,162 @@
+"""Attention of several heads in one operator, written out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxslim.ir.graph import Node, Tensor
+from onnxslim.ops.body import Body
+from onnxslim.ops.formulas import Results
+from onnxslim.ops.spec import sizes
+
+# Axes: batch, heads, positions, channels of a head.
+_HEADS_FIRST = (0, 2, 1, 3)
+_SINGLE = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What attention reads, with heads first.
+
+    Attributes:
+        query, key, value: [batch, heads, positions, channels of a head].
+        like: an input with the element type of all of them.
+        size: channels of one head of the query.
+        values: channels of all heads of the value.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    like: Tensor
+    size: int
+    values: int
+
+
+def _split(b: Body, x: Tensor, heads: int, channels: int) -> Tensor:
+    """[batch, positions, channels] with heads first."""
+    b.require(channels % heads == 0, f"{channels} channels are no {heads} heads")
+    return b.swapped(b.add("Reshape", x, b.integers(0, 0, heads, channels // heads)), *_HEADS_FIRST)
+
+
+def _mixed(b: Body, at: Heads, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The values of all positions, mixed by softmax of scaled products of queries and keys."""
+    given = b.attr("scale", 0.0)
+    scale = given if given else 1.0 / math.sqrt(at.size)
+    products = b.add("MatMul", at.query, b.swapped(at.key, 0, 1, 3, 2))
+    scores: Tensor = b.add("Mul", products, b.number(scale, at.like))
+    scores = scores if mask is None else b.add("Add", scores, mask)
+    if b.attr("unidirectional", 0):
+        scores = _causal(b, scores, at)
+    scores = scores if bias is None else b.add("Add", scores, bias)
+    mixed = b.swapped(b.add("MatMul", b.add("Softmax", scores, axis=-1), at.value), *_HEADS_FIRST)
+    return b.add("Reshape", mixed, b.integers(0, 0, at.values))
+
+
+def _causal(b: Body, scores: Tensor, at: Heads) -> Tensor:
+    """The lowest number there is for keys behind a query; the last query stands at the last key."""
+    kind = b.dtype(at.like)
+    b.require(kind == _SINGLE, f"it is causal in {kind}")
+    zero, one = b.constant(np.array(0)), b.constant(np.array(1))
+    count, last = (
+        b.add("Squeeze", b.add("Slice", b.add("Shape", tensor), b.integers(2), b.integers(3)))
+        for tensor in (at.query, at.key)
+    )
+    rows = b.unsqueezed(b.add("Range", b.add("Sub", last, count), last, one), 1)
+    behind = b.add("Less", rows, b.add("Range", zero, last, one))
+    return b.add("Where", behind, b.number(float(np.finfo(_SINGLE).min), at.like), scores)
+
+
+def _masked(b: Body, mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """What is added to scores: a low number where a mask, [batch, (positions,) keys], is zero."""
+    low = b.attr("mask_filter_value", -10000.0)
+    if mask is None:
+        return None
+    rank = b.rank(mask)
+    b.require(rank in (2, 3), f"its mask has {rank} axes, and so tells lengths, or one for each head")
+    none = b.add("Equal", mask, b.constant(np.array(0, np.int32)))
+    added = b.add("Where", none, b.number(low, like), b.number(0.0, like))
+    return b.unsqueezed(added, *((1, 2) if rank == 2 else (1,)))
+
+
+def _single_head(b: Body, query: Tensor, key: Tensor, value: Tensor) -> Results:
+    """Attention of one head, whose result has the same shape."""
+    return [b.add("MatMul", b.add("MatMul", query, b.transposed(key)), value)]
+
+
+def multi_head(b: Body) -> Results:
+    """MultiHeadAttention of queries, keys and values that are apart."""
+    query, key, value = b.input(0), b.input(1), b.input(2)
+    bias, mask, added, past, past_values = (b.optional(index) for index in range(3, 8))
+    heads = b.attr("num_heads", 0)
+    if b.generic:
+        b.passed("scale", "unidirectional", "mask_filter_value")
+        return _single_head(b, query, key, value)
+    b.require(
+        all(b.rank(each) == 3 for each in (query, key, value)), "its heads are apart, or packed, already"
+    )
+    width, last = b.size(query, -1), b.size(value, -1)
+    parts: list[Tensor] = [query, key, value]
+    if bias is not None:
+        split = b.split(bias, (width, width, last), 0)
+        parts = [b.add("Add", part, each) for part, each in zip(parts, split, strict=True)]
+    query, key = (_split(b, part, heads, width) for part in parts[:2])
+    value = _split(b, parts[2], heads, last)
+    if past is not None and past_values is not None:
+        key, value = b.add("Concat", past, key, axis=2), b.add("Concat", past_values, value, axis=2)
+    like = b.input(0)
+    at = Heads(query, key, value, like, width // heads, last)
+    return [_mixed(b, at, _masked(b, mask, like), added), key, value]
+
+
+def packed(b: Body) -> Results:
+    """Attention with the projections of queries, keys and values in one matrix, in this order."""
+    x, weight, bias, mask, past, added = (
+        b.input(0),
+        b.input(1),
+        *(b.optional(index) for index in range(2, 6)),
+    )
+    heads, told = b.attr("num_heads", 0), b.numbers("qkv_hidden_sizes")
+    b.require(not b.attr("do_rotary", 0), "it rotates queries and keys")
+    b.require(not b.attr("past_present_share_buffer", 0), "past and present are one buffer")
+    third = b.size(weight, 1) // 3
+    widths = [int(each) for each in told] or [third] * 3
+    projected: Tensor = b.add("MatMul", x, weight)
+    projected = projected if bias is None else b.add("Add", projected, bias)
+    parts: list[Tensor] = list(b.split(projected, widths, -1))
+    if b.generic:
+        b.passed("scale", "unidirectional", "mask_filter_value")
+        return _single_head(b, *parts)
+    query, key, value = (_split(b, part, heads, width) for part, width in zip(parts, widths, strict=True))
+    if past is not None:
+        keys, values = (b.add("Gather", past, b.constant(np.array(index)), axis=0) for index in (0, 1))
+        key, value = b.add("Concat", keys, key, axis=2), b.add("Concat", values, value, axis=2)
+    present = None
+    if b.has_output(1):
+        present = b.add("Concat", b.unsqueezed(key, 0), b.unsqueezed(value, 0), axis=0)
+    at = Heads(query, key, value, x, widths[0] // heads, widths[2])
+    return [_mixed(b, at, _masked(b, mask, x), added), present]
+
+
+def multi_head_macs(node: Node) -> int | None:
+    """Products of queries and keys, and of what comes of them and values."""
+    query, key, value = (sizes(tensor.shape) for tensor in node.inputs[:3])
+    past = node.input(6)
+    before = (0, 0, 0) if past is None else sizes(past.shape)
+    if query is None or key is None or value is None or before is None or len(key) != 3:
+        return None
+    return math.prod(query[:2]) * (key[1] + before[2]) * (query[-1] + value[-1])
+
+
+def packed_macs(node: Node) -> int | None:
+    """Those of the projections, and the same."""
+    x, weight = (sizes(tensor.shape) for tensor in node.inputs[:2])
+    past = node.input(4)
+    before = (0, 0, 0, 0) if past is None else sizes(past.shape)
+    if x is None or weight is None or before is None:
+        return None
+    widths = node.attrs.get("qkv_hidden_sizes") or (weight[1] // 3,) * 3
+    return math.prod(x[:2]) * (math.prod(weight) + (x[1] + before[3]) * (widths[0] + widths[2]))
