@@ -86,6 +86,10 @@ class PassError(OnnxSlimError):
         self.done = done
 
 
+class TimeUp(PassError):
+    """The time that was given is over; a pass takes what it has found by then, or is reverted."""
+
+
 class InvalidGraph(PassError):
     """The check after a pass found that the model is broken or no longer the same."""
 

@@ -209,6 +209,13 @@ class ModelWords:
     ] = None
     custom_ops: CustomOps = None
     seed: Annotated[int | None, typer.Option(help="of everything random [default: 0]")] = None
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="take the best that was found by then, and say what was not tried [default: none]",
+        ),
+    ] = None
     jobs: Annotated[int, typer.Option(min=1, help="processes that work in parallel")] = 1
     json: Json = False
     quiet: Quiet = False
@@ -216,7 +223,7 @@ class ModelWords:
 
     def settings(self) -> dict[str, Any]:
         """What was given of what a recipe can hold."""
-        given = {name: getattr(self, name) for name in ("on_error", "target", "seed")}
+        given = {name: getattr(self, name) for name in ("on_error", "target", "seed", "time_limit")}
         return {name: value for name, value in given.items() if value is not None}
 
 

@@ -22,6 +22,8 @@ from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
+# How much work a pass may take to find something better: the option `effort` of those that search.
+Effort: TypeAlias = Literal["quick", "normal", "thorough"]
 Progress: TypeAlias = Callable[[str, int, "int | None"], None]
 InterfacePart: TypeAlias = Literal["inputs", "outputs", "types", "shapes"]
 P = TypeVar("P")

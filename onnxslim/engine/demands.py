@@ -12,7 +12,7 @@ from onnxslim.calibration.fidelity import FAILED, Judge, Score
 from onnxslim.calibration.samples import SAMPLES
 from onnxslim.engine.allocate import fewest
 from onnxslim.engine.base import Context, Pass
-from onnxslim.errors import LoadError, UsageError
+from onnxslim.errors import LoadError, TimeUp, UsageError
 from onnxslim.formats import percent
 from onnxslim.ir.model import Model
 from onnxslim.runtime.metric import measure
@@ -173,7 +173,12 @@ class Demand:
                 self.refused = self.shortfall
             return met
 
-        fewest(enough, most)
+        try:
+            fewest(enough, most)
+        except TimeUp as error:  # the best so far, if any was good enough
+            if found is None:
+                raise
+            self.refused += f", and {error} before all was tried"
         self.shortfall = "" if found is not None else closest
         return found
 

@@ -16,9 +16,10 @@ from onnxslim.calibration.doubts import doubts
 from onnxslim.calibration.samples import Samples, Subset
 from onnxslim.engine.base import Changes, Context, Log, Pass, Progress
 from onnxslim.engine.check import Checker, require_interface
+from onnxslim.engine.deadline import Deadline
 from onnxslim.engine.journal import Journal
 from onnxslim.engine.judging import Kept, OutputJudge
-from onnxslim.errors import InvalidGraph, LoadError, OnnxSlimError, PassError, UsageError
+from onnxslim.errors import InvalidGraph, LoadError, OnnxSlimError, PassError, TimeUp, UsageError
 from onnxslim.formats import SHOWN_NAMES, plain, size
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, Source, Stats, load
@@ -190,6 +191,7 @@ class Pipeline:
         test_labels: Array | None = None,
         input_shapes: InputShapes | None = None,
         journal: Journal | None = None,
+        time_limit: float | None = None,
     ) -> Result:
         """Run every pass on a copy of the model.
 
@@ -212,6 +214,8 @@ class Pipeline:
             input_shapes: sizes of inputs with free axes, by name: what multiply-accumulates are counted for,
                 and made-up inputs have. The model keeps its free axes; FixShapes fixes them.
             journal: learns which pass is at work, and knows which ones are not to be tried again.
+            time_limit: seconds after which passes that are not lossless take the best they have found, and
+                say what they have not tried.
 
         Raises:
             UsageError: there is no input of that name, or it has other axes; there is test data alone.
@@ -224,7 +228,9 @@ class Pipeline:
             raise UsageError("test data says nothing without data: give both, or data alone")
         model = load(model)
         _require_unbound(model)
-        ctx = Context(Target.of(target), None, seed, jobs, progress, None, metric)
+        deadline = None if time_limit is None else Deadline(time_limit)
+        watched = progress if deadline is None else deadline.watching(progress)
+        ctx = Context(Target.of(target), None, seed, jobs, watched, None, metric)
         steps: list[Step] = []
         notes: list[str] = []
         stats, macs, ground = model.stats(), None, None
@@ -235,13 +241,13 @@ class Pipeline:
                     ctx = _with_data(ctx, model, (data, labels), (test, test_labels))
                 ground = _Ground(model, ctx, notes, self.count, input_shapes or {})
                 macs = ground.macs(model)
-            _announce(ctx, each, 0)
+            _announce(progress, each, 0)
             start = time.perf_counter()
             if ground is None or each.prepares:
                 outcome, changes, error = *_prepared(each, model, ctx), ""
             else:
                 with journal.within(position):
-                    failed = journal.failure(position, each.name)
+                    failed = journal.failure(position, each.name) or _late(deadline, each)
                     outcome, changes, error = self._attempt(each, model, ground, steps, failed)
             seconds = time.perf_counter() - start
             before, macs_before, kept = stats, macs, None
@@ -257,7 +263,7 @@ class Pipeline:
                 model = outcome
             told = before, stats, macs_before, macs, changes, error, kept
             steps.append(Step(each.name, each.describe(), seconds, *told))
-            _announce(ctx, each, 1)
+            _announce(progress, each, 1)
         lossy = any(step.kept is not None for step in steps)
         slower = ground.slowdown(model) if ground is not None and lossy else None
         report = Report(tuple(steps), tuple(dict.fromkeys(notes)), self._doubts(ctx.data), slower)
@@ -386,9 +392,18 @@ def _with_data(ctx: Context, model: Model, given: _Given, test: _Given) -> Conte
     return replace(ctx, data=samples, metric=ctx.metric or samples.metric)
 
 
-def _announce(ctx: Context, each: Pass, done: int) -> None:
-    if ctx.progress:
-        ctx.progress(each.name, done, 1)
+def _announce(progress: Progress | None, each: Pass, done: int) -> None:
+    if progress:
+        progress(each.name, done, 1)
+
+
+def _late(deadline: Deadline | None, each: Pass) -> TimeUp | None:
+    """Why a pass is not begun any more; what loses nothing is done all the same, as it takes little time."""
+    if deadline is None or each.lossless or not deadline.passed:
+        return None
+    return TimeUp(
+        f"pass '{each.name}' was not tried: the time limit of {deadline.seconds:g} s was over before"
+    )
 
 
 def _run(each: Pass, model: Model, ctx: Context) -> Changes:

@@ -141,6 +141,11 @@ class Recipe:
     check: dict[str, float] = Field(
         default_factory=dict, description="what the result has to meet, such as `sqnr: 20`"
     )
+    time_limit: float | None = Field(
+        None,
+        gt=0,
+        description="seconds after which passes take the best they have found, and say what was not tried",
+    )
     input_shapes: dict[str, tuple[int, ...]] = Field(
         default_factory=dict,
         description="sizes of inputs with free axes, to count for and to make inputs up with; the model "
@@ -380,6 +385,7 @@ class Work:
             test_labels=self.test.labels if self.test else None,
             input_shapes=self._recipe.input_shapes,
             journal=self._journal,
+            time_limit=self._recipe.time_limit,
         )
         if result.model is self._source:
             return result
@@ -445,7 +451,7 @@ def _hashed(digest: Any, constant: Constant) -> TensorProto:
 
 # What a recipe says besides passes and data.
 _DATA = ("data", "test")
-_PLAIN = ("target", "seed", "on_error", "check", "input_shapes")
+_PLAIN = ("target", "seed", "on_error", "check", "time_limit", "input_shapes")
 
 
 def _all(value: Any) -> dict[str, Any]:

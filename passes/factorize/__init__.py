@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,13 +16,13 @@ from pydantic import BeforeValidator, Field
 from onnxslim.calibration.samples import Samples
 from onnxslim.calibration.seen import NOTE, Sight, seen
 from onnxslim.engine import judging
-from onnxslim.engine.base import Changes, Context, Figures, Log, captioned, options
+from onnxslim.engine.base import Changes, Context, Effort, Figures, Log, captioned, options
 from onnxslim.engine.demands import LEVELS, Demand, Demanding, LeastSqnr, MostDrop
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
-from onnxslim.errors import UsageError
+from onnxslim.errors import TimeUp, UsageError
 from onnxslim.formats import percent
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -92,7 +93,7 @@ class Factorize(Demanding):
     """
 
     name: ClassVar[str] = "factorize"
-    beside_plan: ClassVar[tuple[str, ...]] = ("fitted", "repair")
+    beside_plan: ClassVar[tuple[str, ...]] = ("fitted", "repair", "effort")
 
     macs: float | None = Field(None, gt=0, lt=1, description="share of the multiply-accumulates to keep")
     params: float | None = Field(None, gt=0, lt=1, description="share of the parameters to keep; no timing")
@@ -110,6 +111,11 @@ class Factorize(Demanding):
     fitted: bool = Field(True, description="fit factors to the calibration data, if there are any")
     repair: bool = Field(True, description="fit all layers again afterwards, as the repair pass does")
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to leave whole")
+    effort: Effort = Field(
+        "normal",
+        description="how much to try: quick judges factors on few samples and fits layers by "
+        "regression alone; thorough tries every rank in the network",
+    )
     cache: bool = Field(True, description="keep measured times in the user's cache folder")
     require_sqnr: LeastSqnr = None
     max_drop: MostDrop = None
@@ -190,19 +196,24 @@ class _Work:
             return self._log.done(self._figures)
         for name in told or ():
             self._log.skip(name, NOTE)
-        for entry, pick in picks:
-            self._log.change(entry.layer.name, pick.told, f"{pick.scheme.name} factors")
+        data = self._ctx.data if self._wish.fitted else None
+        names = [entry.layer.name for entry, _ in picks]  # which are not to be had of what has factors
+        plans = [FactorizationPlan.of([each]) for each in picks]
+        done = self._install(self._model, picks, teacher, data)
+        for name, (_, pick) in zip(names[:done], picks, strict=False):
+            self._log.change(name, pick.told, f"{pick.scheme.name} factors")
         self._figures = replace(
             self._figures,
-            layers={entry.layer.name: pick.told for entry, pick in picks},
-            plan=FactorizationPlan.of(picks),
+            layers={name: pick.told for name, (_, pick) in zip(names[:done], picks, strict=False)},
+            plan=reduce(lambda one, other: one.joined(other), plans[:done]),
             fitted=None if self._data else "to the weights: with calibration data, factors lose much less",
         )
-        data = self._ctx.data if self._wish.fitted else None
-        self._install(self._model, picks, teacher, data)
         if data is not None and self._wish.repair:
-            self._figures = replace(self._figures, unrepaired=self._ctx.judge(self._model))
-            self._repair(self._model, teacher, data)
+            unrepaired = self._ctx.judge(self._model)
+            repaired = self._repair(self._model, teacher, data)
+            for skip in repaired.skipped:
+                self._log.skip(skip.node, skip.reason)
+            self._figures = replace(self._figures, unrepaired=unrepaired, repaired=len(repaired.changed))
         return self._judged(teacher)
 
     def moves(self) -> list[Move]:
@@ -248,7 +259,7 @@ class _Work:
     def _search(self, layers: Sequence[Whole]) -> list[LayerOptions]:
         wish = self._wish
         schemes = tuple(SCHEMES) if "auto" in wish.schemes else wish.schemes
-        wanted = Wanted(wish.unit, schemes, wish.align, wish.min_gain)
+        wanted = Wanted(wish.unit, schemes, wish.align, wish.min_gain, wish.effort)
         bench = timing.Bench(self._ctx.target, timing.folder() if wish.cache else None)
         search = FactorSearch(
             self._model, wanted, self._ctx, SpeedGate(self._model, bench), self._data, self._log
@@ -409,8 +420,8 @@ class _Work:
 
     # Rewriting
 
-    def _install(self, model: Model, picks: Picks, teacher: Model, data: Samples | None) -> None:
-        """Put factors in place, each fitted to what the ones before make."""
+    def _install(self, model: Model, picks: Picks, teacher: Model, data: Samples | None) -> int:
+        """Put factors in place, each fitted to what the ones before make; how many there was time for."""
         edit = Editor(model)
         made_by = {node.outputs[0].name: node for node in model.graph.nodes if node.outputs}
         goals = None
@@ -423,13 +434,25 @@ class _Work:
             factors = pick.scheme.factors(layer, fitted.weights)
             layer.install(edit, made_by[layer.output], factors, fitted.bias)
             edit.commit()
-            if self._ctx.progress:
-                self._ctx.progress("fitting", index + 1, len(picks))
+            try:
+                if self._ctx.progress:
+                    self._ctx.progress("fitting", index + 1, len(picks))
+            except TimeUp as error:
+                for late, _ in picks[index + 1 :]:
+                    self._log.skip(late.layer.name, f"left whole, as its factors were not fitted: {error}")
+                return index + 1
+        return len(picks)
 
-    def _repair(self, model: Model, teacher: Model, data: Samples) -> None:
+    def _repair(self, model: Model, teacher: Model, data: Samples) -> Changes:
         """Fit all layers again to what they computed before."""
-        repaired = repair(model, teacher, data, target=self._ctx.target, progress=self._ctx.progress)
-        self._figures = replace(self._figures, repaired=len(repaired.changed))
+        return repair(
+            model,
+            teacher,
+            data,
+            target=self._ctx.target,
+            progress=self._ctx.progress,
+            descend=self._wish.effort != "quick",
+        )
 
     @staticmethod
     def _fitted(model: Model, layer: Whole, pick: Factoring, goals: Goals | None) -> Fitted:

@@ -9,9 +9,10 @@ from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.gram import Gram
 from onnxslim.calibration.samples import SAMPLES, Samples
 from onnxslim.calibration.seen import Sight
-from onnxslim.engine.base import Context, Log
+from onnxslim.engine.base import Context, Effort, Log
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.matching import excluded
+from onnxslim.errors import TimeUp
 from onnxslim.ir import graph as ir
 from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Layer
@@ -24,6 +25,9 @@ from onnxslim.passes.factorize.gate import SpeedGate
 from onnxslim.passes.factorize.layers import Whole, weighted, whole_of
 from onnxslim.passes.factorize.schemes import Decomposition
 from onnxslim.shapes import cost
+
+# Samples that candidates are judged on where it has to be quick.
+QUICK_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,14 @@ class Wanted:
         schemes: names of those allowed.
         align: ranks are multiples of it.
         min_gain: factors must be so many times as fast as their layer, unless `params` are.
+        effort: how many candidates are tried in the network, and on how many samples.
     """
 
     unit: Unit
     schemes: tuple[str, ...]
     align: int
     min_gain: float
+    effort: Effort = "normal"
 
     @property
     def most(self) -> float:
@@ -151,19 +157,29 @@ class FactorSearch:
         self._ctx = ctx
         self._gate = gate
         self._data = data.fit if data else None
-        self._judge = Judge(model, data.tune, ctx.target, SAMPLES) if data else None
+        self._judge = (
+            Judge(model, data.tune, ctx.target, QUICK_SAMPLES if wanted.effort == "quick" else SAMPLES)
+            if data
+            else None
+        )
         self._log = log
         self.measured: list[MeasuredFactors] = []
 
     def __call__(self, layers: Sequence[Whole]) -> list[LayerOptions]:
         """Layers that have candidates, with what is known of these."""
-        found, usable = [], [layer for layer in layers if self._proposals(layer)]
-        for index, (layer, gram) in enumerate(self._observed(usable)):
-            entry = self._entry(layer, gram)
-            if entry is not None:
-                found.append(entry)
-            if self._ctx.progress:
-                self._ctx.progress("judging layers", index + 1, len(usable))
+        found, usable = list[LayerOptions](), [layer for layer in layers if self._proposals(layer)]
+        judged = set[int]()
+        try:
+            for index, (layer, gram) in enumerate(self._observed(usable)):
+                entry = self._entry(layer, gram)
+                judged.add(id(layer))
+                if entry is not None:
+                    found.append(entry)
+                if self._ctx.progress:
+                    self._ctx.progress("judging layers", index + 1, len(usable))
+        except TimeUp as error:
+            for layer in (each for each in usable if id(each) not in judged):
+                self._log.skip(layer.name, f"left whole, as its factors were not judged: {error}")
         order = {id(layer): index for index, layer in enumerate(layers)}
         return sorted(found, key=lambda entry: order[id(entry.layer)])
 
@@ -213,8 +229,9 @@ class FactorSearch:
         """Error of the model's outputs with single candidates in place, by label."""
         if self._judge is None:
             return {}
+        tried = entry.candidates if self._wanted.effort == "thorough" else candidates.probed(entry)
         errors = {}
-        for each in candidates.probed(entry):
+        for each in tried:
             fitted = fit.of_rank(entry.layer, parts[each.scheme.name], each.ranks, gram)
             model = with_factors(self._model, [(entry.layer, each, fitted)])
             errors[each.label] = self._judge(model).error

@@ -20,6 +20,7 @@ from onnxslim.engine.base import (
     Change,
     Changes,
     Context,
+    Effort,
     Figures,
     InterfacePart,
     Log,
@@ -92,7 +93,7 @@ class Prune(Demanding):
     """
 
     name: ClassVar[str] = "prune"
-    beside_plan: ClassVar[tuple[str, ...]] = ("allow_outputs", "steps", "repair")
+    beside_plan: ClassVar[tuple[str, ...]] = ("allow_outputs", "steps", "repair", "effort")
 
     macs: float | None = Field(None, gt=0, le=1, description="multiply-accumulates to keep, of 1")
     params: float | None = Field(None, gt=0, le=1, description="parameters to keep, of 1")
@@ -108,6 +109,11 @@ class Prune(Demanding):
     repair: Literal["ridge", "bias", "none"] = Field(
         "ridge",
         description="fit what stays to the original's layers; bias: only have it stand in, and fit biases",
+    )
+    effort: Effort = Field(
+        "normal",
+        description="how much to try: quick measures damage on few samples and fits layers by "
+        "regression alone; thorough measures it closely",
     )
     require_sqnr: LeastSqnr = None
     max_drop: MostDrop = None
@@ -327,7 +333,14 @@ class _Run:
         )
 
     def _curves(self, found: Candidates) -> Curves:
-        return damages(self._model, found, self._data.tune if self._data else None, self._ctx)
+        return damages(
+            self._model,
+            found,
+            self._data.tune if self._data else None,
+            self._ctx,
+            self._log,
+            self._settings.effort,
+        )
 
     def _numbers(self, found: Candidates, curves: Curves, progress: float, amount: float) -> dict[str, int]:
         """Units to remove of each family, so that this step gets so far on its way."""
@@ -370,6 +383,7 @@ class _Run:
             method=method,
             target=self._ctx.target,
             progress=self._ctx.progress,
+            descend=self._settings.effort != "quick",
         )
 
     def _told(self, first: Analysis) -> PruneFigures:

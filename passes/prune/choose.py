@@ -13,8 +13,9 @@ from onnxslim.calibration.gram import Gram, covariances
 from onnxslim.calibration.samples import SAMPLES, Samples
 from onnxslim.calibration.stream import Channels
 from onnxslim.engine.allocate import convex
-from onnxslim.engine.base import Context, Log
+from onnxslim.engine.base import Context, Effort, Log
 from onnxslim.engine.matching import hit, names_of
+from onnxslim.errors import TimeUp
 from onnxslim.families.analysis import Analysis, Family
 from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import Array, Constant
@@ -26,8 +27,26 @@ from onnxslim.passes.prune.importance import WITH_DATA, Ranking, rank
 
 # Covariances of more channels than this would take gigabytes.
 MAX_CHANNELS = 4096
-# Shares of what may go of a family at which the damage to the outputs is measured.
-MEASURED = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How closely damage is looked at.
+
+    Attributes:
+        shares: of what may go, where it is measured.
+        samples: how many of those to choose by are run.
+    """
+
+    shares: tuple[float, ...]
+    samples: int
+
+
+MEASURED: Mapping[Effort, Measuring] = {
+    "quick": Measuring((0.5, 1.0), 8),
+    "normal": Measuring((0.25, 0.5, 0.75, 1.0), SAMPLES),
+    "thorough": Measuring(tuple(share / 8 for share in range(1, 9)), SAMPLES),
+}
 
 
 @dataclass(frozen=True)
@@ -160,7 +179,12 @@ def _unseen(family: Family, grams: Mapping[Channels, Gram], log: Log) -> bool:
 
 
 def damages(
-    model: Model, found: Candidates, data: CalibrationData | None, ctx: Context
+    model: Model,
+    found: Candidates,
+    data: CalibrationData | None,
+    ctx: Context,
+    log: Log,
+    effort: Effort = "normal",
 ) -> dict[str, dict[int, float]]:
     """For each family the damage of every number of units that may go, as a convex curve.
 
@@ -168,22 +192,36 @@ def damages(
     compared on a few samples, which should be others than those the moments were taken of. Without, it is
     what the criterion says.
     """
-    judge = Judge(model, data, ctx.target, SAMPLES) if data is not None else None
-    curves = {}
+    measuring = MEASURED[effort]
+    judge = Judge(model, data, ctx.target, measuring.samples) if data is not None else None
+    curves = dict[str, dict[int, float]]()
     for index, name in enumerate(found.families):
         allowed = found.limits[name].allowed
         if judge is None:
             points = {count: found.rankings[name].damage[count] for count in allowed}
         else:
-            places = sorted({allowed[round(share * (len(allowed) - 1))] for share in (0.0, *MEASURED)})
-            trials = (_trial(model, found, {name: count}) for count in places[1:])
-            measured = [0.0, *(judge(trial).error for trial in trials)]
-            curve = np.interp(allowed, places, np.maximum.accumulate(np.minimum(measured, 1e6)))
-            points = dict(zip(allowed, curve.tolist(), strict=True))
+            points = _measured(model, found, name, judge, measuring.shares)
         curves[name] = convex(points)
-        if ctx.progress:
-            ctx.progress("measuring", index + 1, len(found.families))
+        try:
+            if ctx.progress:
+                ctx.progress("measuring", index + 1, len(found.families))
+        except TimeUp as error:
+            for missed in [each for each in found.families if each not in curves]:
+                log.skip(missed, f"left whole, as it was not measured what it does: {error}")
+            break
     return curves
+
+
+def _measured(
+    model: Model, found: Candidates, name: str, judge: Judge, shares: Sequence[float]
+) -> dict[int, float]:
+    """What some numbers of units of a family do to the outputs, and in between."""
+    allowed = found.limits[name].allowed
+    places = sorted({allowed[round(share * (len(allowed) - 1))] for share in (0.0, *shares)})
+    trials = (_trial(model, found, {name: count}) for count in places[1:])
+    errors = [0.0, *(judge(trial).error for trial in trials)]
+    curve = np.interp(allowed, places, np.maximum.accumulate(np.minimum(errors, 1e6)))
+    return dict(zip(allowed, curve.tolist(), strict=True))
 
 
 def _trial(model: Model, found: Candidates, gone: Mapping[str, int]) -> Model:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -13,7 +14,7 @@ from pydantic import Field
 from onnxslim import shapes
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.seen import NOTE, seen
-from onnxslim.engine.base import Changes, Context, Log, Pass, options
+from onnxslim.engine.base import Changes, Context, Effort, Log, Pass, options
 from onnxslim.engine.demands import KEPT, LeastSqnr, MostDrop
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.engine.moves import Move
@@ -39,6 +40,12 @@ from onnxslim.runtime.targets import Target, layouts
 
 __all__ = ["QuantizationPlan", "Quantize", "QuantizeFigures"]
 
+# In dB: what keeps more is not worth a search; nothing is, and everything is.
+ENOUGH_BY_EFFORT: Mapping[Effort, float] = {"quick": -math.inf, "normal": ENOUGH, "thorough": math.inf}
+EFFORTS = (
+    "how much to try: quick takes the nearest integers by one way to choose ranges, and all layers; normal "
+    f"searches where that keeps less than {ENOUGH:g} dB; thorough always does"
+)
 ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
 
 
@@ -111,6 +118,7 @@ class Quantize(Pass):
         "target",
         description="for which target the graph is laid out, if not for the one that it is judged on",
     )
+    effort: Effort = Field("normal", description=EFFORTS)
     layers: bool = Field(
         False,
         description="measure what every layer alone does to the outputs, even where enough is kept anyway",
@@ -155,7 +163,7 @@ class Quantize(Pass):
         start = self._prepared(model.copy(), ctx, log)
         search, build = self._judged(start)
         trial, _ = self._everything(search, build, log)
-        trial = search.rounding(trial) if self._rounds(trial) else trial
+        trial = search.rounding(trial) if self._rounds(trial, search) else trial
         return moves_of(trial, search.layers(trial), self._options())
 
     def _prepared(self, model: Model, ctx: Context, log: Log) -> Start:
@@ -252,9 +260,15 @@ class Quantize(Pass):
             figures = QuantizeFigures()
         else:
             found, figures = self._search(search, build, goal, log)
-            more = ctx.data.tuned and found.score.sqnr < ENOUGH
-            trial = search.complete(found, ctx.data.tune, goal) if more else found
+            trial, tune = found, ctx.data.tune
+            if ctx.data.tuned and found.score.sqnr < search.enough:
+                trial = search.step(
+                    "ranges of all samples", found, lambda: search.complete(found, tune, goal)
+                )
             complete = trial is not found
+            if search.late is not None:
+                error, untried = search.late
+                log.skip("model", f"{error}; not tried: {', '.join(untried)}")
             if not goal.met(trial):
                 log.skip("model", goal.shortfall(trial))
         kept = QuantizationPlan.of(self._options(), trial.variant, trial.build, trial.candidate, complete)
@@ -269,7 +283,7 @@ class Quantize(Pass):
         # What runs in integers may saturate where what it was trained with did not.
         optimize = "none" if start.trained else "all"
         judge = Judge(start.original, ctx.given.tune, ctx.target, optimize=optimize, clear=CLEAR)
-        return Search(judge), self._builder(start)
+        return Search(judge, ENOUGH_BY_EFFORT[self.effort]), self._builder(start)
 
     def _options(self) -> QuantizeOptions:
         """Those that a plan keeps."""
@@ -295,9 +309,10 @@ class Quantize(Pass):
         else:
             trial = search.attempt(Variant((self.observer, self.percentile)), build)
         nearest = trial.score.sqnr
-        if self.equalization and self._way.calibrated and trial.score.sqnr < ENOUGH:
+        if self.equalization and self._way.calibrated and trial.score.sqnr < search.enough:
             choices = OBSERVERS if self.observer == "auto" else (trial.variant.observer,)
-            trial = search.equalized(trial, choices, log)
+            plain = trial
+            trial = search.step("scaled channels", plain, lambda: search.equalized(plain, choices, log))
         return trial, nearest
 
     def _refined(self, search: Search, trial: Trial) -> Trial:
@@ -306,10 +321,14 @@ class Quantize(Pass):
         Fitting in turn ends with integers of its own: what each layer alone would have is looked for only
         where that does not help.
         """
-        if not self._rounds(trial):
+        if not self._rounds(trial, search):
             return trial
-        fitted = search.fitted(trial) if self.sequential else trial
-        return search.rounding(trial) if fitted is trial else fitted
+        fitted = trial
+        if self.sequential:
+            fitted = search.step("weights fitted in turn", trial, lambda: search.fitted(trial))
+        if fitted is trial:
+            return search.step("better rounding of weights", trial, lambda: search.rounding(trial))
+        return fitted
 
     def _search(
         self, search: Search, build: Builder, goal: TrialGoal, log: Log
@@ -318,17 +337,25 @@ class Quantize(Pass):
         trial, nearest = self._everything(search, build, log)
         fitted = self._refined(search, trial)
         figures = QuantizeFigures(nearest=nearest, everything=fitted.score.sqnr)
-        if self.layers or not goal.met(fitted):
-            fitted, layers = self._without_worst(search, trial, fitted, goal)
+        quick = self.effort == "quick"
+        if self.layers or not (quick or goal.met(fitted)):
+            found: tuple[Trial, tuple[LayerFigures, ...] | None] = fitted, None
+            fitted, layers = search.step(
+                "the fewest layers out of integers",
+                found,
+                lambda: self._without_worst(search, trial, found[0], goal),
+            )
             figures = replace(figures, layers=layers)
-        if self._way.calibrated:
-            fitted = search.fastest(fitted) if self.optimize_for == "latency" else search.paying(fitted)
+        if self._way.calibrated and (self.optimize_for == "latency" or not quick):
+            faster = search.fastest if self.optimize_for == "latency" else search.paying
+            made = fitted
+            fitted = search.step("faster layers in floating point", made, lambda: faster(made))
         return fitted, figures
 
-    def _rounds(self, trial: Trial) -> bool:
+    def _rounds(self, trial: Trial, search: Search) -> bool:
         """Whether to look for better codes than a candidate has."""
         chosen = self.algorithm in ("cd", "gptq")
-        return chosen or (self.algorithm == "auto" and trial.score.sqnr < ENOUGH)
+        return chosen or (self.algorithm == "auto" and trial.score.sqnr < search.enough)
 
     def _without_worst(
         self, search: Search, trial: Trial, fitted: Trial, goal: TrialGoal
@@ -352,9 +379,14 @@ class Quantize(Pass):
             best = search.keep(fitted, layers, goal)
             if fitted is not found and not (goal.met(best) and 2 * best.held < len(layers)):
                 # What was fitted to a network all in integers does not suit one with little in them.
-                alone = search.rounding(found)
-                anew = search.keep(alone, layers, goal, fitted.score.sqnr - alone.score.sqnr)
-                best = max(best, anew, key=goal.merit)
+                first, plain, ranked, gain = best, found, layers, fitted.score.sqnr
+
+                def anew() -> Trial:
+                    alone = search.rounding(plain)
+                    other = search.keep(alone, ranked, goal, gain - alone.score.sqnr)
+                    return max(first, other, key=goal.merit)
+
+                best = search.step("layers kept around weights fitted alone", first, anew)
         return best, tuple(_row(layer, best) for layer in layers)
 
     @staticmethod

@@ -208,7 +208,7 @@ class Builder:
         nodes = self.model.graph.nodes
         return {node.label: count for node, count in zip(nodes, counts, strict=True) if count}
 
-    def announce(self, what: str, done: int, total: int) -> None:
+    def announce(self, what: str, done: int, total: int | None) -> None:
         """Tell the caller of the pass how far a long step is."""
         if self.ctx.progress:
             self.ctx.progress(what, done, total)

@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import FAILED, Judge
 from onnxslim.calibration.noise import decibels_of
 from onnxslim.engine.allocate import fewest, settled
 from onnxslim.engine.base import Log
-from onnxslim.errors import LoadError
+from onnxslim.errors import LoadError, TimeUp
 from onnxslim.ir.graph import Constant, Dim, Node
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Builder
 from onnxslim.passes.quantize.choices import ObserverChoice, Variant
 from onnxslim.passes.quantize.goal import TrialGoal
 from onnxslim.passes.quantize.trial import Trial
+
+T = TypeVar("T")
 
 OBSERVERS: tuple[ObserverChoice, ...] = (
     ("mse", 0.0),
@@ -88,13 +92,34 @@ class Search:
 
     Args:
         judge: measures candidates.
+        enough: in dB; what keeps more is not worth a search.
+
+    Attributes:
+        late: the time that was over, if it was, and what was not tried for it.
     """
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Judge, enough: float = ENOUGH) -> None:
         self._judge = judge
+        self.enough = enough
+        self.late: tuple[TimeUp, list[str]] | None = None
+        self._attempts = 0
+
+    def step(self, what: str, found: T, improve: Callable[[], T]) -> T:
+        """What a step makes of what was found; that itself, and the step noted, where the time is over."""
+        try:
+            return improve()
+        except TimeUp as error:
+            self.late = error, [*(self.late[1] if self.late else ()), what]
+            return found
 
     def attempt(self, variant: Variant, build: Builder) -> Trial:
-        """Build and measure a candidate; one that does not run is as bad as can be."""
+        """Build and measure a candidate; one that does not run is as bad as can be.
+
+        Raises:
+            TimeUp: there is no time left to.
+        """
+        build.announce("trying candidates", self._attempts, None)
+        self._attempts += 1
         candidate = build(variant)
         try:
             score = self._judge(candidate.model)
@@ -105,9 +130,13 @@ class Search:
     def observer(self, variant: Variant, build: Builder) -> Trial:
         """The best way to choose ranges for all tensors; the first one if that is good enough."""
         best = self.attempt(replace(variant, observer=OBSERVERS[0]), build)
-        for choice in OBSERVERS[1:] if best.score.sqnr < ENOUGH else ():
-            best = _better(best, self.attempt(replace(variant, observer=choice), build))
+        for choice in OBSERVERS[1:] if best.score.sqnr < self.enough else ():
+            other = replace(variant, observer=choice)
+            best = self.step(f"ranges by {choice[0]}", best, partial(self._or, best, other, build))
         return best
+
+    def _or(self, trial: Trial, variant: Variant, build: Builder) -> Trial:
+        return _better(trial, self.attempt(variant, build))
 
     def equalized(self, trial: Trial, choices: Sequence[ObserverChoice], log: Log) -> Trial:
         """The same of a model whose channels were scaled, if that does better."""
@@ -278,9 +307,10 @@ class Search:
         def guess(lacking: int) -> int:
             return lacking + _needed(order[lacking:], last.score.noise, goal.missing(last))
 
-        fewest(enough, len(order), guess)
+        self.step("fewer layers kept out of integers", 0, lambda: fewest(enough, len(order), guess))
         relief = min(trial.score.noise / max(sum(layer.noise for layer in layers), _TINY), 1.0)
-        return self._spared(best, goal, {layer.node: SURE * relief * layer.noise for layer in layers})
+        noises = {layer.node: SURE * relief * layer.noise for layer in layers}
+        return self.step("kept layers in integers again", best, lambda: self._spared(best, goal, noises))
 
     def _spared(self, trial: Trial, goal: TrialGoal, noises: Mapping[str, float]) -> Trial:
         """The same with the largest of the kept layers back in integers, where the goal allows it.

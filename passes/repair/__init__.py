@@ -24,7 +24,7 @@ from onnxslim.calibration.samples import Samples
 from onnxslim.calibration.stages import SpillStore, StagedRunner, Stop
 from onnxslim.calibration.stream import Batch, Progress, Values, stream
 from onnxslim.engine.base import Changes, Log
-from onnxslim.errors import CalibrationError
+from onnxslim.errors import CalibrationError, TimeUp
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -68,6 +68,7 @@ def repair(
     memory: int = MEMORY,
     finish: Finish | None = None,
     chosen: bool = True,
+    descend: bool = True,
 ) -> Changes:
     """Refit the weights of a compressed model to the original's outputs, layer by layer.
 
@@ -94,6 +95,8 @@ def repair(
             have got other inputs.
         chosen: whether nothing is to be chosen by the samples for that any more: they are then fitted to as
             well.
+        descend: whether weights before an activation are fitted by descent on the error behind it, once
+            regression has found them.
 
     Returns:
         What was refitted, with the error on what it was chosen by before and after, and what was left alone.
@@ -110,8 +113,15 @@ def repair(
     stages = schedule(student, teacher, clean, layers, log)
     if any(stages):
         with SpillStore(memory) as store:
-            work = _Repair(student, teacher, kept, method, target, clean, stages, store, log, finish, chosen)
-            work.run(data, progress)
+            work = _Repair(
+                student, teacher, kept, method, target, clean, stages, store, log, finish, chosen, descend
+            )
+            try:
+                work.run(data, progress)
+            except TimeUp as error:
+                if finish is not None:  # who has the last word on every layer has not had it
+                    raise
+                log.skip(student.graph.name or "model", f"not all layers were fitted again: {error}")
     return log.done()
 
 
@@ -152,6 +162,7 @@ class _Repair:
         log: Log,
         finish: Finish | None,
         chosen: bool,
+        descend: bool,
     ) -> None:
         self.student = student
         self._chosen = chosen
@@ -162,7 +173,7 @@ class _Repair:
         self.store = store
         self.log = log
         # What is rounded afterwards by the moments alone is fitted by them, too.
-        goals = [] if finish else [job.goal.tensor for jobs in stages for job in jobs]
+        goals = [] if finish or not descend else [job.goal.tensor for jobs in stages for job in jobs]
         self.chains = _chains(student.graph, goals)
         given = clean & {tensor.name for node in teacher.graph.nodes for tensor in node.outputs}
         self.copy = StagedRunner(student, [_stop(jobs) for jobs in stages], store, given=given, target=target)

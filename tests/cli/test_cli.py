@@ -403,6 +403,16 @@ def test_a_check_is_of_the_test_data_that_was_given(run: Run, folder: Path) -> N
     assert "second model against the first, 7 samples held out" in out
 
 
+def test_what_there_was_no_time_for_is_told(run: Run, folder: Path) -> None:
+    words = ("run", "in.onnx", "out.onnx", "-p", "scale:by=2", "--time-limit")
+    code, _, err = run(*words, "1e-9")
+    assert code == 4
+    assert "pass 'scale' was not tried: the time limit of 1e-09 s was over before" in err
+    assert "time_limit" in error(run(*words, "0"), 2)
+    assert run(*words, "600", "--save-recipe", str(folder / "kept.yaml"))[0] == 0
+    assert "time_limit: 600" in (folder / "kept.yaml").read_text("utf-8")
+
+
 def test_a_failed_pass_saves_nothing_where_that_was_asked_for(run: Run, folder: Path) -> None:
     words = ("run", "in.onnx", "out.onnx", "--on-error", "raise", "-p")
     assert "no such \\x1b[2Jluck" in error(run(*words, "failing"), 3)

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.fidelity import Judge, Score
 from onnxslim.calibration.gram import Gram
 from onnxslim.engine.allocate import convex
+from onnxslim.engine.base import Effort
 from onnxslim.engine.check import interface, relative_difference
 from onnxslim.engine.pipeline import Pipeline, Result
 from onnxslim.errors import InvalidGraph, UsageError
@@ -27,7 +29,7 @@ from onnxslim.ir.proto import shape_of
 from onnxslim.ops import REGISTRY, Channels
 from onnxslim.ops.channels.labels import Block, Trace
 from onnxslim.passes.half import Half
-from onnxslim.passes.prune import Prune, PruneFigures, PruningPlan
+from onnxslim.passes.prune import Prune, PruneFigures, PruningPlan, choose
 from onnxslim.passes.prune.cut import cut, prepare, zero
 from onnxslim.passes.prune.importance import rank
 from onnxslim.passes.quantize import Quantize
@@ -525,3 +527,26 @@ def test_units_that_one_of_two_layers_never_sees_go_by_the_other() -> None:
     small = weights(prune(model, CalibrationData(feeds), ratio=0.5).model)
     assert small["w"].shape == (6, 16)
     assert small["k"].shape == small["h"].shape == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("effort", "shares", "samples"), [("quick", 2, 8), ("normal", 4, 16), ("thorough", 8, 16)]
+)
+def test_effort_is_how_closely_damage_is_looked_at(
+    effort: Effort, shares: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[int] = []
+
+    class Counting(Judge):
+        """Counts what it judges, and on how many samples."""
+
+        def __call__(self, model: Model, *rest: Any) -> Score:
+            judged.append(self.seen)
+            return super().__call__(model, *rest)
+
+    monkeypatch.setattr(choose, "Judge", Counting)
+    figures = PruneFigures.of(
+        prune(chain(64), data(64), params=0.5, align=1, effort=effort).report.steps[0].changes
+    )
+    assert figures.params[1] <= 0.51 * figures.params[0]
+    assert judged == [samples] * (shares * (figures.families or 0))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from onnxslim.calibration.collect import Statistics, collect
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
-from onnxslim.engine.base import Context
+from onnxslim.engine.base import Context, Effort
+from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array, Constant, Node
 from onnxslim.ir.model import Model
@@ -395,3 +396,30 @@ def _pairs(model: Model) -> int:
 
 def _computes_in_integers(node: Node) -> bool:
     return any(maker.op == "DequantizeLinear" for tensor in node.inputs[1:2] for maker in tensor.inputs)
+
+
+def test_effort_is_how_much_is_tried(chain: Model, batches: list[dict[str, Array]]) -> None:
+    efforts: tuple[Effort, ...] = ("quick", "normal", "thorough")
+    steps: dict[Effort, list[str]] = {effort: [] for effort in efforts}
+    kept: dict[Effort, float] = {}
+    for effort in efforts:
+        told = steps[effort]
+        report = Pipeline(Quantize(effort=effort))(
+            chain, data=CalibrationData(batches * 4), progress=lambda what, *_, told=told: told.append(what)
+        ).report
+        assert report.steps[0].kept is not None
+        kept[effort] = report.steps[0].kept.sqnr
+    tried = [steps[effort].count("trying candidates") for effort in efforts]
+    assert 1 == tried[0] <= tried[1] < tried[2]
+    assert "repairing" in steps["thorough"]
+    assert "repairing" not in steps["quick"]
+    assert kept["quick"] < kept["thorough"]
+
+
+def test_quick_says_what_is_missing_to_what_is_required(
+    chain: Model, batches: list[dict[str, Array]]
+) -> None:
+    _, changes = quantize(chain, batches, effort="quick", require_sqnr=60)
+    assert changes
+    assert any("less than require_sqnr=60" in skip.reason for skip in changes.skipped)
+    assert not any("cost too much" in skip.reason for skip in changes.skipped)

@@ -69,7 +69,7 @@ def test_damage_is_told_where_it_was_measured_though_steps_are_uneven(
     monkeypatch.setattr(choose, "Judge", Judge)
     model, data = layers(), CalibrationData([{"x": normal(8, 3)}])
     found = candidates_of(model, align=8, data=data)
-    [curve] = choose.damages(model, found, data, Context()).values()
+    [curve] = choose.damages(model, found, data, Context(), Log()).values()
     assert curve == {0: 0.0, 6: 36.0, 14: 196.0}
 
 
@@ -86,7 +86,7 @@ def test_a_layer_that_is_spared_keeps_what_it_reads(name: str) -> None:
 def test_curves_without_data_are_what_the_criterion_says() -> None:
     model = layers()
     found = candidates_of(model)
-    [curve] = choose.damages(model, found, None, Context()).values()
+    [curve] = choose.damages(model, found, None, Context(), Log()).values()
     [ranking] = found.rankings.values()
     assert curve[1] == pytest.approx(ranking.damage[1])
     assert np.all(np.diff(list(curve.values())) >= 0)
