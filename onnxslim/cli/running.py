@@ -16,7 +16,7 @@ from onnxslim.runtime import isolated
 
 if TYPE_CHECKING:
     from onnxslim.compat.slim import Request
-    from onnxslim.engine.base import Pass, Progress
+    from onnxslim.engine.base import Pass
     from onnxslim.engine.pipeline import Report
     from onnxslim.recipes.data import Batches, Data
     from onnxslim.recipes.recipe import Outcome, Recipe
@@ -57,8 +57,7 @@ def process(
     _require_keepable(job, wanted, asked)
     for note in asked.notes if asked else ():
         terminal.log(f"warning: {note}")
-    with terminal.progress(job.quiet) as progress:
-        outcome = _run(job, words, wanted, asked, progress)
+    outcome = _run(job, words, wanted, asked)
     if outcome.unmeasured:
         terminal.log(f"warning: the report has no comparison of the models: {outcome.unmeasured}")
     _warn_of_doubtful_results(outcome.report, job.quiet)
@@ -105,19 +104,19 @@ def _run(
     words: DataWords,
     recipe: Recipe,
     asked: Request | None,
-    progress: Progress | None,
 ) -> Outcome:
     from onnxslim.recipes.recipe import Work
 
     metric = named_metric(job.metric)
     libraries = tuple(job.custom_ops or ())
     reported, journal = job.report is not None, guard.journal
-    work = Work(recipe, job.source, libraries, job.jobs, progress, metric, reported, journal)
+    work = Work(recipe, job.source, libraries, job.jobs, metric, reported, journal)
     feeds = asked.feeds(work.original) if asked else None
     if feeds is not None:
         work.feed([feeds])
     tell_data(work.opened, words, job.quiet)
-    outcome = work.run()
+    with terminal.progress(job.quiet, None if job.quiet else work.forecast()) as progress:
+        outcome = work.run(progress)
     if asked is None:
         return outcome
     return replace(outcome, report=asked.checked(outcome.original, outcome.model, outcome.report, feeds))

@@ -215,6 +215,23 @@ class Context:
         return self.data
 
 
+@dataclass(frozen=True)
+class PassWork:
+    """What a pass takes, about; measured, see `benchmarks/forecast.py`.
+
+    Attributes:
+        seconds: on any model.
+        per_node: seconds for every node.
+        runs: of the model on all samples that take as long.
+        per_parameter: seconds for every parameter, with data.
+    """
+
+    seconds: float = 0.0
+    per_node: float = 0.0
+    runs: float = 0.0
+    per_parameter: float = 0.0
+
+
 class Pass:
     """A step that rewrites a model in place.
 
@@ -244,6 +261,11 @@ class Pass:
         Of a group in the order in which moves are conceded, their damage convex; see `Move`.
         """
         return ()
+
+    @property
+    def work(self) -> PassWork:
+        """What it takes, with these options."""
+        return PassWork(seconds=0.1, per_node=1e-3)
 
     @property
     def needs_data(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,11 @@ from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import slowdown
 from onnxslim.shapes import cost
 from onnxslim.shapes.given import InputShapes, one_sample, sized_by, with_sizes
+
+# Steps at level INFO, what is worth a warning as one, how far long steps are at DEBUG; nobody hears of it who
+# does not ask for it.
+LOG = logging.getLogger(__name__)
+logging.getLogger("onnxslim").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -229,7 +235,8 @@ class Pipeline:
         model = load(model)
         _require_unbound(model)
         deadline = None if time_limit is None else Deadline(time_limit)
-        watched = progress if deadline is None else deadline.watching(progress)
+        watched = _logged(progress)
+        watched = watched if deadline is None else deadline.watching(watched)
         ctx = Context(Target.of(target), None, seed, jobs, watched, None, metric)
         steps: list[Step] = []
         notes: list[str] = []
@@ -264,9 +271,12 @@ class Pipeline:
             told = before, stats, macs_before, macs, changes, error, kept
             steps.append(Step(each.name, each.describe(), seconds, *told))
             _announce(progress, each, 1)
+            _log(steps[-1])
         lossy = any(step.kept is not None for step in steps)
         slower = ground.slowdown(model) if ground is not None and lossy else None
         report = Report(tuple(steps), tuple(dict.fromkeys(notes)), self._doubts(ctx.data), slower)
+        for warning in report.warnings:
+            LOG.warning("%s", warning)
         return Result(model, report, ctx.data)
 
     def _doubts(self, samples: Samples | None) -> tuple[str, ...]:
@@ -395,6 +405,24 @@ def _with_data(ctx: Context, model: Model, given: _Given, test: _Given) -> Conte
 def _announce(progress: Progress | None, each: Pass, done: int) -> None:
     if progress:
         progress(each.name, done, 1)
+
+
+def _logged(progress: Progress | None) -> Progress | None:
+    """The same callback, with what it is told in the log, where somebody wants to read that much."""
+    if not LOG.isEnabledFor(logging.DEBUG):
+        return progress
+
+    def report(what: str, done: int, total: int | None) -> None:
+        LOG.debug("%s: %d of %s", what, done, "?" if total is None else total)
+        if progress is not None:
+            progress(what, done, total)
+
+    return report
+
+
+def _log(step: Step) -> None:
+    told = step.outcome or str(step.kept or f"{len(step.changes.changed)} changes")
+    LOG.info("%s took %.2f s: %s", step.description, step.seconds, told)
 
 
 def _late(deadline: Deadline | None, each: Pass) -> TimeUp | None:

@@ -25,6 +25,7 @@ from pydantic import Field
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.samples import Samples, Subset, Whose
 from onnxslim.engine.base import Pass, Progress, options
+from onnxslim.engine.forecast import Forecast
 from onnxslim.engine.journal import Journal
 from onnxslim.engine.pipeline import Pipeline, Report, Result
 from onnxslim.engine.plans import PassPlan
@@ -253,12 +254,12 @@ class Recipe:
             ValidationError: the result does not meet what the recipe asks for.
             OnnxSlimError: whatever else went wrong.
         """
-        work = Work(self, model, tuple(libraries), jobs, progress, metric)
+        work = Work(self, model, tuple(libraries), jobs, metric)
         if data is not None:
             work.feed(data, labels)
         if test is not None:
             work.feed_test(test, test_labels)
-        return work.run().require()
+        return work.run(progress).require()
 
 
 class Work:
@@ -269,7 +270,7 @@ class Work:
     Args:
         recipe: what to run.
         model: left as it is.
-        libraries, jobs, progress, metric: see `Recipe.run`.
+        libraries, jobs, metric: see `Recipe.run`.
         reported: whether somebody wants to see the models compared, even where the recipe asks for nothing.
         journal: see `Pipeline`.
 
@@ -286,7 +287,6 @@ class Work:
         model: Source,
         libraries: tuple[str, ...] = (),
         jobs: int = 1,
-        progress: Progress | None = None,
         metric: Metric | None = None,
         reported: bool = False,
         journal: Journal | None = None,
@@ -295,7 +295,7 @@ class Work:
             for key, file in reading.files_of(each).items():
                 if not file.is_file():
                     raise UsageError(f"pass '{each.name}', option '{key}': there is no file '{file}'")
-        self._recipe, self._jobs, self._progress, self._metric = recipe, jobs, progress, metric
+        self._recipe, self._jobs, self._metric = recipe, jobs, metric
         self._reported, self._journal = reported, journal
         self._target = Target.named(recipe.target).with_libraries(libraries)
         self._source = load(model)
@@ -338,8 +338,16 @@ class Work:
         """Take other data than what the recipe names; see `CalibrationData.of`."""
         self._opened = Batches(CalibrationData.of(data), labels)
 
-    def run(self) -> Outcome:
+    def forecast(self) -> Forecast | None:
+        """How long the passes will take, about; None where that cannot be told."""
+        data = self.opened.data if self.opened else None
+        return Forecast.of(self._pipeline.passes, self.original, data, self._target)
+
+    def run(self, progress: Progress | None = None) -> Outcome:
         """Run the passes, and the models side by side where that is asked for.
+
+        Args:
+            progress: called with (what, done, total).
 
         Raises:
             CalibrationError: the data does not fit the model, or is needed and not there.
@@ -347,12 +355,12 @@ class Work:
             PassError: see `Pipeline`.
         """
         self._require_enough()
-        result = self._rewritten()
+        result = self._rewritten(progress)
         report = self._report + result.report
         verdict, unmeasured = None, ""
         if self._reported or self._recipe.check:
             try:
-                verdict = self._compared(result)
+                verdict = self._compared(result, progress)
             except OnnxSlimError as error:
                 if self._recipe.check:
                     raise
@@ -370,7 +378,7 @@ class Work:
                 what = "labels" if name == "max_accuracy_drop" else "a metric"
                 raise UsageError(f"the check of {name} needs {what}, and there is none")
 
-    def _rewritten(self) -> Result:
+    def _rewritten(self, progress: Progress | None) -> Result:
         origin = source_sha256(self._source)
         result = self._pipeline(
             self.original,
@@ -378,7 +386,7 @@ class Work:
             target=self._target,
             seed=self._recipe.seed,
             jobs=self._jobs,
-            progress=self._progress,
+            progress=progress,
             metric=self._metric,
             labels=self.opened.labels if self.opened else None,
             test=self.test.data if self.test else None,
@@ -393,7 +401,7 @@ class Work:
         marked = result.model.with_metadata({PREFIX + key: value for key, value in stamps.items()})
         return replace(result, model=marked)
 
-    def _compared(self, result: Result) -> Verdict:
+    def _compared(self, result: Result, progress: Progress | None) -> Verdict:
         timed = self._reported or "latency" in self._recipe.check
         judged, whose = self._judged(result.samples)
         verdict = validate(
@@ -404,7 +412,7 @@ class Work:
             labels=judged.labels if judged else None,
             metric=self._metric,
             rounds=ROUNDS if timed else 0,
-            progress=self._progress,
+            progress=progress,
             input_shapes=self._recipe.input_shapes,
         )
         return replace(verdict, whose=whose or verdict.whose)

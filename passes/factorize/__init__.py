@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 from onnxslim.calibration.samples import Samples
 from onnxslim.calibration.seen import NOTE, Sight, seen
 from onnxslim.engine import judging
-from onnxslim.engine.base import Changes, Context, Effort, Figures, Log, captioned, options
+from onnxslim.engine.base import Changes, Context, Effort, Figures, Log, PassWork, captioned, options
 from onnxslim.engine.demands import LEVELS, Demand, Demanding, LeastSqnr, MostDrop
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.matching import GLOBS, tell_idle
@@ -77,6 +77,13 @@ class FactorizeFigures(Figures):
     repaired: int | None = captioned("layers fitted again to what they computed before")
     latency: float | None = captioned("time of one run, relative to that before")
     plan: FactorizationPlan | None = None
+
+
+WORK: Mapping[Effort, PassWork] = {
+    "quick": PassWork(0.3, 5e-2, 10.0, 2e-6),
+    "normal": PassWork(0.5, 1e-1, 15.0, 4e-6),
+    "thorough": PassWork(0.5, 2e-1, 20.0, 4e-6),
+}
 
 
 @options
@@ -144,6 +151,11 @@ class Factorize(Demanding):
             UsageError: the plan cannot be read, or does not fit the model.
         """
         return _Work(self, model, ctx)()
+
+    @property
+    def work(self) -> PassWork:
+        """See `Pass.work`."""
+        return WORK[self.effort]
 
     def propose(self, model: Model, ctx: Context) -> Sequence[Move]:
         """Of every layer the factors that are worth it at some price of the unit of the budget."""

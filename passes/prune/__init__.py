@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from onnxslim.engine.base import (
     Figures,
     InterfacePart,
     Log,
+    PassWork,
     captioned,
     options,
 )
@@ -78,6 +79,13 @@ class PruneFigures(Figures):
     unrepaired: judging.Kept | None = captioned("before layers were fitted again")
     families: int | None = captioned("families of units that became smaller")
     oracle: float | None = captioned("largest relative difference to the same slices set to zero")
+
+
+WORK: Mapping[Effort, PassWork] = {
+    "quick": PassWork(0.3, 2e-2, 10.0, 1e-6),
+    "normal": PassWork(0.5, 4e-2, 15.0, 2e-6),
+    "thorough": PassWork(0.5, 6e-2, 20.0, 2e-6),
+}
 
 
 @options
@@ -144,6 +152,11 @@ class Prune(Demanding):
                 "as require_sqnr and max_drop want"
             )
         return _Run(self, model, ctx).run()
+
+    @property
+    def work(self) -> PassWork:
+        """See `Pass.work`."""
+        return WORK[self.effort]
 
     def propose(self, model: Model, ctx: Context) -> Sequence[Move]:
         """Of every family all the numbers of units that may go."""

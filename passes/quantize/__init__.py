@@ -14,7 +14,7 @@ from pydantic import Field
 from onnxslim import shapes
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.seen import NOTE, seen
-from onnxslim.engine.base import Changes, Context, Effort, Log, Pass, options
+from onnxslim.engine.base import Changes, Context, Effort, Log, Pass, PassWork, options
 from onnxslim.engine.demands import KEPT, LeastSqnr, MostDrop
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.engine.moves import Move
@@ -42,6 +42,11 @@ __all__ = ["QuantizationPlan", "Quantize", "QuantizeFigures"]
 
 # In dB: what keeps more is not worth a search; nothing is, and everything is.
 ENOUGH_BY_EFFORT: Mapping[Effort, float] = {"quick": -math.inf, "normal": ENOUGH, "thorough": math.inf}
+WORK: Mapping[Effort, PassWork] = {
+    "quick": PassWork(0.3, 2e-3, 5.0, 1e-7),
+    "normal": PassWork(0.5, 2e-2, 15.0, 5e-7),
+    "thorough": PassWork(0.5, 1e-1, 60.0, 5e-6),
+}
 EFFORTS = (
     "how much to try: quick takes the nearest integers by one way to choose ranges, and all layers; normal "
     f"searches where that keeps less than {ENOUGH:g} dB; thorough always does"
@@ -153,6 +158,11 @@ class Quantize(Pass):
     def _as(plan: QuantizationPlan) -> Quantize:
         """The pass with the options that a plan was made with."""
         return Quantize(**{item.name: getattr(plan.options, item.name) for item in fields(plan.options)})
+
+    @property
+    def work(self) -> PassWork:
+        """See `Pass.work`."""
+        return WORK[self.effort if self._way.calibrated else "quick"]
 
     def propose(self, model: Model, ctx: Context) -> Sequence[Move]:
         """Of every layer that it runs in integers while all others do not; without data, nothing is known."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import subprocess
+import sys
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +18,7 @@ from onnxslim.ir.model import Model
 from onnxslim.passes.fuse import Fuse
 from onnxslim.passes.quantize import Quantize
 from onnxslim.passes.slim import Slim
-from tests.helpers import filled, ops, parse
+from tests.helpers import ROOT, filled, ops, parse
 
 TEXT = """g (float[N,8] x) => (float[N,8] y) <float[8,8] w = {1}, float[8,8] v = {1}>
 { i = Identity(x) [first] a = MatMul(i, w) r = Relu(a) [second] b = MatMul(r, v) y = Tanh(b) }"""
@@ -204,3 +207,30 @@ def test_steps_count_before_and_after(model: Model) -> None:
     assert step.macs_before == step.macs_after == 2 * 8 * 8
     assert step.after.bytes < step.before.bytes
     assert step.seconds > 0
+
+
+def test_what_happens_is_in_the_log_for_who_asks(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    data = CalibrationData([{"x": np.ones((4, 8), np.float32)}])
+    with caplog.at_level(logging.DEBUG, "onnxslim"):
+        Pipeline(Slim(), Wrong(), Quantize(require_sqnr=0))(model, data=data)
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [text.split()[0] for level, text in told if level == "INFO"] == [
+        "slim()",
+        "wrong()",
+        "quantize(require_sqnr=0.0)",
+    ]
+    assert any(level == "DEBUG" and text.startswith("calibrating: 1 of") for level, text in told)
+    assert any(level == "WARNING" and "pass wrong() was reverted" in text for level, text in told)
+    assert {record.name for record in caplog.records} == {"onnxslim.engine.pipeline"}
+
+
+def test_nobody_hears_of_it_who_does_not_ask() -> None:
+    code = """if True:
+        import numpy as np, onnxslim
+        from onnxslim.passes import Quantize
+        from tests.helpers import normal, parse
+        model = parse("g (float[N,8] x) => (float[N,8] y) { y = MatMul(x, w) }", {"w": normal(8, 8)})
+        found = onnxslim.Pipeline(Quantize(classifier=True))(model, data={"x": np.zeros((2, 8), np.float32)})
+        assert found.report.warnings"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""

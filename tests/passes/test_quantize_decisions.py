@@ -62,6 +62,9 @@ class Building:
     def macs(self) -> dict[str, int]:
         return {}
 
+    def announce(self, what: str, done: int, total: int | None) -> None:
+        """Nobody listens."""
+
     @staticmethod
     def _without(variant: Variant, held: Mapping[str, str]) -> Variant:
         return replace(variant, kept=dict(held))
