@@ -3,6 +3,7 @@
     python -m tests.fuzz models FIRST COUNT FOLDER
     python -m tests.fuzz nodes FIRST COUNT FOLDER
     python -m tests.fuzz pipelines FIRST COUNT FOLDER
+    python -m tests.fuzz chains FIRST COUNT FOLDER
 
 Every case follows from its number, which is printed before it is tried: when the process dies, look at that
 one. `tests/test_fuzz.py` starts it with limits on memory and time.
@@ -26,13 +27,15 @@ from onnxslim import passes
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.engine.base import Pass
 from onnxslim.engine.check import interface, wellformed
-from onnxslim.engine.pipeline import Pipeline
+from onnxslim.engine.pipeline import UNFORESEEN, Pipeline, Result
 from onnxslim.errors import OnnxSlimError
 from onnxslim.ir.model import Model, load
 from onnxslim.models import zoo
 from onnxslim.report.inspect import inspect
+from onnxslim.runtime.probe import Feeds
 from onnxslim.runtime.session import Session
-from tests.helpers import parse
+from tests.helpers import feeds_for, parse, same_outputs
+from tests.traps.chains import Drawn, random_chain
 
 FASHION = Path(__file__).parent.parent / "models" / "fashion"
 NETS = ("resnet", "mobilenet", "vit")
@@ -233,24 +236,58 @@ def network(random: np.random.Generator) -> tuple[str, Model, CalibrationData]:
 
 
 def chosen(random: np.random.Generator) -> Pass:
-    """A pass, now and then with an option set to something."""
+    """A pass, now and then with options set to something."""
     cls = passes.get(str(random.choice(passes.names())))
-    options = passes.options_of(cls)
-    required = REQUIRED.get(cls.name, {})
-    if options and random.random() < 0.5:
-        option = options[random.integers(len(options))]
+    words = dict(REQUIRED.get(cls.name, {}))
+    options = [option for option in passes.options_of(cls) if option.type != "file"]
+    for _ in range(random.integers(3) if options else 0):
+        option = options[int(random.integers(len(options)))]
         values = option.type.split("|") if "|" in option.type else ["0.5", "2", "none", option.default]
-        try:
-            return passes.create(cls.name, {**required, option.name: str(random.choice(values))})
-        except OnnxSlimError:
-            pass  # not a value of this option
-    return passes.create(cls.name, required)
+        words[option.name] = str(random.choice(values))
+    try:
+        return passes.create(cls.name, words)
+    except OnnxSlimError:
+        return passes.create(cls.name, REQUIRED.get(cls.name, {}))  # not a value of this option
+
+
+# ------------------------------------------------------------------------------- random models and passes
+
+
+def small_pipeline(random: np.random.Generator, folder: Path) -> str:
+    """Any passes in any order on a random small graph end in a valid model or in a clean error."""
+    model = random_chain(Drawn(random), random).model()
+    chain = [chosen(random) for _ in range(random.integers(1, 5))]
+    batches = [feeds_for(model, batch=2, seed=seed) for seed in range(8)] if random.random() < 0.6 else None
+    path = folder / "in" / "case.onnx"
+    model.save(path)
+    print(f"  {', '.join(each.describe() for each in chain)}{' on data' * bool(batches)}", flush=True)
+    try:
+        result = Pipeline(*chain)(load(path), data=batches, seed=int(random.integers(9)))
+    except OnnxSlimError as error:
+        return ending(error)
+    for step in result.report.steps:
+        assert UNFORESEEN not in step.error, f"{step.description}: {step.error}"
+        reasons = (skip.reason for skip in step.changes.skipped)
+        assert not any(UNFORESEEN in each for each in reasons), step.description
+    result.save(folder / "out" / "case.onnx")
+    if not any(each.prepares or each.interface for each in chain):
+        compare(model, result, feeds_for(model, seed=99), exact=all(each.lossless for each in chain))
+    return "; ".join(step.error[:80] for step in result.report.steps if step.error) or "done"
+
+
+def compare(model: Model, result: Result, feeds: Feeds, *, exact: bool) -> None:
+    """A result runs; what passes without loss made of a model computes the same."""
+    wanted, found = (Session(each).run(feeds) for each in (model, result.model))
+    assert found.keys() == wanted.keys()
+    if exact:
+        same_outputs(model, result.model, feeds)
 
 
 KINDS: dict[str, Callable[[np.random.Generator, Path], str]] = {
     "models": broken_model,
     "nodes": broken_node,
     "pipelines": pipeline,
+    "chains": small_pipeline,
 }
 
 if __name__ == "__main__":

@@ -122,9 +122,10 @@ class Report:
         return (*reverted, *self.doubts, *little, *self._growth())
 
     def _growth(self) -> Iterator[str]:
-        if self.steps and self.steps[-1].after.bytes > self.steps[0].before.bytes:
-            before, after = (size(each.bytes) for each in (self.steps[0].before, self.steps[-1].after))
-            yield f"the result is larger than what came in: {after} for {before}"
+        before, after = (self.steps[0].before.bytes, self.steps[-1].after.bytes) if self.steps else (0, 0)
+        if after > before:
+            told = f"{size(after)} for {size(before)}, {size(after - before)} more"
+            yield f"the result is larger than what came in: {told}"
         if self.slowdown is not None:
             yield f"the result is slower than what came in: a run takes {self.slowdown:.2f} times as long"
 
@@ -362,6 +363,8 @@ class _Ground:
             return None
 
 
+# A fault of a pass, not of what it was given.
+UNFORESEEN = "it met something it was not made for"
 UNLIKE_REAL = "results may be much worse on real inputs than they look here: give some dozens of real samples"
 
 
@@ -444,7 +447,7 @@ def _run(each: Pass, model: Model, ctx: Context) -> Changes:
         raise
     except Exception as error:
         raise PassError(
-            f"pass '{each.name}' failed: it met something it was not made for, at {_place(each, error)}; "
+            f"pass '{each.name}' failed: {UNFORESEEN}, at {_place(each, error)}; "
             "please report this with the model",
             pass_name=each.name,
         ) from error

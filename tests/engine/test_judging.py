@@ -169,6 +169,7 @@ def test_a_result_that_grew_is_told() -> None:
     report = Pipeline(Widen(), on_error="raise")(model()).report
     (warning,) = report.warnings
     assert warning.startswith("the result is larger than what came in: ")
+    assert warning.endswith(" bytes more")
     assert Report().warnings == ()
 
 
