@@ -36,7 +36,7 @@ def tell(
     declared = model.inputs()
     specs = with_sizes(declared, by_name(input_shapes))
     given = sized_by(declared, specs)
-    unfuse(model, "all")
+    unfuse(model, "units")
     prepare(model)
     asked = {spec.name: known for spec in specs if spec.name in given and (known := sizes(spec.shape))}
     analysis = analyze(model, sizes=asked)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from onnxslim.ir.graph import Node, Tensor
-from onnxslim.ops import heads, integers
+from onnxslim.ops import blocks, heads, integers
 from onnxslim.ops.body import Body, WriteBody
 from onnxslim.ops.formulas import Results, gelu, normalized, root_normalized
 from onnxslim.ops.linear import conv_macs, gemm_macs
@@ -170,26 +170,23 @@ _BODIES: dict[str, WriteBody] = {
     "EmbedLayerNormalization": _embedded,
 }
 
-# ONNX Runtime has faster kernels for these.
-_ATTENTION: dict[str, WriteBody] = {"Attention": heads.packed, "MultiHeadAttention": heads.multi_head}
-
 _MACS: dict[str, Macs] = {
     "FusedConv": conv_macs,
     "FusedGemm": gemm_macs,
     "FusedMatMul": _matmul_macs,
     "TransposeMatMul": _matmul_macs,
     "QGemm": gemm_macs,
-    "Attention": heads.packed_macs,
-    "MultiHeadAttention": heads.multi_head_macs,
     "DynamicQuantizeMatMul": _matmul_macs,
     "MatMulIntegerToFloat": _matmul_macs,
 }
 
 register(
     *(OpSpec(op, DOMAIN, body=body, macs=_MACS.get(op)) for op, body in _BODIES.items()),
-    *(OpSpec(op, DOMAIN, body=body, macs=_MACS.get(op), kernel=True) for op, body in _ATTENTION.items()),
     *(
-        OpSpec(op, DOMAIN, body=body, macs=_MACS.get(op), qoperator=True)
+        OpSpec(op, DOMAIN, body=body, macs=_MACS.get(op), qoperator=True, written="layers")
         for op, body in integers.BODIES.items()
     ),
+    OpSpec("Attention", DOMAIN, body=heads.packed, macs=heads.packed_macs, written="layers"),
+    OpSpec("MultiHeadAttention", DOMAIN, body=heads.multi_head, macs=heads.multi_head_macs, written="units"),
+    OpSpec("MatMulNBits", DOMAIN, body=blocks.product, macs=blocks.product_macs, written="all"),
 )

@@ -170,6 +170,7 @@ g (uint8[N,5,4] x, uint8[4,3] w) => (int32[N,5,3] y) { y = MatMulInteger(x, w) }
         macs=lambda node: conv_macs(node, weight=3),
         body=integers.convolution,
         qoperator=True,
+        written="layers",
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (uint8[N,3,3,3] y)
 <float s = {0.5}, uint8 z = {0}, float t = {9.0}, float[3] p = {0.5, 0.25, 0.125}, uint8[3] q = {0, 0, 0}>
@@ -183,6 +184,7 @@ g (uint8[N,2,5,5] x, uint8[3,2,3,3] w) => (uint8[N,3,3,3] y)
         macs=_matmul_macs,
         body=integers.product,
         qoperator=True,
+        written="layers",
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (uint8[N,5,4] x, uint8[4,3] w) => (uint8[N,5,3] y)
 <float s = {0.5}, uint8 z = {0}, float t = {9.0}> { y = QLinearMatMul(x, s, z, w, s, z, t, z) }""",

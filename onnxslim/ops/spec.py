@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, Flag, auto
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from onnxslim.ir.graph import Array, Node, Shape
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model, constant_of
@@ -53,6 +53,13 @@ class Role(Enum):
     MOVE = "move"
     CLAMP = "clamp"
     FLOAT = "float"
+
+
+# What operators are written out for, each with those before it: nothing, as it costs no time; weights and
+# codes inside; units, such as heads, that go together; standard operators alone. Beyond the first, ONNX
+# Runtime's kernels are faster or files are smaller.
+Which: TypeAlias = Literal["free", "layers", "units", "all"]
+WHICH: tuple[Which, ...] = get_args(Which)
 
 
 class Trait(Flag):
@@ -135,7 +142,7 @@ class OpSpec:
         foldable: whether it can be computed once and for all when its inputs are constant.
         pure: whether two nodes with equal inputs and attributes make equal outputs.
         body: what it is in standard operators, where the standard domain does not have it.
-        kernel: whether ONNX Runtime has a kernel for it that is faster than what it makes of the body.
+        written: for what the body is put in the place of a node, see `Which`.
         qoperator: whether it takes codes, or makes them; its body has DQ and Q around what it does.
         example: a model of a few lines of ONNX text with this operator in it.
     """
@@ -161,7 +168,7 @@ class OpSpec:
     foldable: bool = True
     pure: bool = True
     body: WriteBody | None = None
-    kernel: bool = False
+    written: Which = "free"
     qoperator: bool = False
     example: str = ""
 

@@ -178,7 +178,7 @@ class _Run:
         self._settings = settings
         self._ctx = ctx
         self._log = Log()
-        for skip in unfuse(model, "all").skipped:
+        for skip in unfuse(model, "units").skipped:
             self._log.skip(skip.node, skip.reason)
         self._demand = settings.demand(model, ctx)
         # What is held to something must not have been fitted to what it is judged by.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -12,13 +12,11 @@ from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.engine.editor import Editor
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Graph, Node, Tensor
-from onnxslim.ir.model import Model, constant_of
+from onnxslim.ir.model import Model
 from onnxslim.ops import Role, body_of, spec_of
 from onnxslim.ops.body import MIN_OPSET, Body, UnwrittenError, WriteBody
+from onnxslim.ops.spec import WHICH, Which
 from onnxslim.passes.unfuse import codes
-
-# What is to be written out.
-Which: TypeAlias = Literal["free", "layers", "all"]
 
 
 @options
@@ -35,7 +33,7 @@ class Unfuse(Pass):
     which: Which = Field(
         "all",
         description="free: those that run as fast written out; layers: also those with weights or integers "
-        "inside; all: also attention without weights, which ONNX Runtime computes faster in one",
+        "inside; units: also attention, whose heads are seen then; all: also matrices of a few bits",
     )
 
     def run(self, model: Model, ctx: Context) -> Changes:
@@ -74,19 +72,10 @@ def writable(model: Model, which: Which) -> Iterator[tuple[Node, WriteBody]]:
     """Nodes that are to be written out, with what does it."""
     for node in model.nodes():
         spec = spec_of(node)
-        if spec.body is None or (which == "free" and (spec.qoperator or spec.kernel)):
-            continue
-        if which == "layers" and spec.kernel and not _has_weights(node):
-            continue
-        write = body_of(node, model, qoperators=spec.qoperator)
-        if write is not None:
-            yield node, write
-
-
-def _has_weights(node: Node) -> bool:
-    """Whether a node reads a constant matrix."""
-    values = (constant_of(tensor) for tensor in node.inputs)
-    return any(each is not None and each.ndim > 1 for each in values)
+        if spec.body is not None and WHICH.index(spec.written) <= WHICH.index(which):
+            write = body_of(node, model, qoperators=spec.qoperator)
+            if write is not None:
+                yield node, write
 
 
 def _obstacle(node: Node, edit: Editor) -> str:

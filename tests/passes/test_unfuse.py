@@ -15,6 +15,7 @@ from onnxslim.errors import LoadError
 from onnxslim.families.analysis import analyze
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
+from onnxslim.ops.spec import WHICH
 from onnxslim.passes.factorize import Factorize
 from onnxslim.passes.half import Half
 from onnxslim.passes.prune import Prune
@@ -232,11 +233,12 @@ def attention() -> Model:
 
 
 def test_attention_is_written_out_by_what_needs_it(attention: Model) -> None:
-    left = {which: apply(Unfuse(which=which), attention)[0] for which in ("free", "layers", "all")}
+    left = {which: apply(Unfuse(which=which), attention)[0] for which in WHICH}
     found = {which: {node.op for node in each.nodes() if node.domain} for which, each in left.items()}
     assert found == {
         "free": {"Attention", "MultiHeadAttention"},
         "layers": {"MultiHeadAttention"},
+        "units": set(),
         "all": set(),
     }
     for each in left.values():

@@ -1,0 +1,68 @@
+"""Matrices whose codes of few bits have a scale for each block of a column."""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+
+from onnxslim.ir.graph import Array, Node, Tensor
+from onnxslim.ops.body import Body, UnwrittenError
+from onnxslim.ops.formulas import Results
+from onnxslim.ops.spec import sizes
+
+# Types of codes by their bits, and the opset of scales for blocks.
+_CODES = {4: np.dtype(ml_dtypes.uint4), 8: np.dtype(np.uint8)}
+_BLOCKS = 21
+
+
+def unpacked(packed: Array, bits: int, count: int) -> Array:
+    """The first codes of each row of bytes, uint8: lower bits come first."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return np.asarray(codes.reshape(len(packed), -1)[:, :count])
+
+
+def product(b: Body) -> Results:
+    """MatMulNBits: a product by a matrix [K, N] of which each row of bytes holds a column."""
+    x, bias = b.input(0), b.optional(5)
+    b.passed("accuracy_level")  # in what type ONNX Runtime may compute it
+    weight = _any_matrix(b, x) if b.generic else _matrix(b)
+    made: Tensor = b.add("MatMul", x, weight)
+    return [made if bias is None else b.add("Add", made, bias)]
+
+
+def _any_matrix(b: Body, x: Tensor) -> Tensor:
+    for index in range(1, b.count):
+        b.optional(index)
+    b.passed("bits", "block_size")
+    return b.add("CastLike", b.add("ConstantOfShape", b.integers(b.attr("K", 0), b.attr("N", 0))), x)
+
+
+def _matrix(b: Body) -> Tensor:
+    """DQ of the codes, in the order of the standard."""
+    rows, columns = b.attr("K", 0), b.attr("N", 0)
+    bits, size = b.attr("bits", 4), b.attr("block_size", 0)
+    codes, scales, told = b.values(b.input(1)), b.values(b.input(2)), b.optional(3)
+    zeros = None if told is None else b.values(told)
+    b.require(b.opset >= _BLOCKS, f"scales for blocks take opset {_BLOCKS}")
+    b.require(b.optional(4) is None, "its rows are in groups of another order")
+    b.require(bits in _CODES, f"its codes have {bits} bits")
+    if codes is None or scales is None or (told is not None and zeros is None):
+        raise UnwrittenError("its codes are no constants")
+    b.require(zeros is None or zeros.dtype == np.uint8, "its zero points are no codes")
+    kind, blocks = _CODES[bits], math.ceil(rows / size)
+    whole = unpacked(codes.reshape(columns, -1), bits, rows)
+    middle = np.full((columns, blocks), 1 << (bits - 1), np.uint8)
+    points = middle if zeros is None else unpacked(zeros.reshape(columns, -1), bits, blocks)
+    stored = b.constant(np.ascontiguousarray(whole.T).astype(kind))
+    scale = b.constant(np.ascontiguousarray(scales.reshape(columns, blocks).T))
+    zero = b.constant(np.ascontiguousarray(points.T).astype(kind))
+    return b.add("DequantizeLinear", stored, scale, zero, axis=0, block_size=size)
+
+
+def product_macs(node: Node) -> int | None:
+    """Rows of the data times the elements of the matrix."""
+    data = sizes(node.inputs[0].shape)
+    return None if data is None else math.prod(data) * int(node.attrs["N"])
