@@ -101,6 +101,11 @@ class Body:
         self._known.update(names)
         return {name: self._node.attrs[name] for name in names if name in self._node.attrs}
 
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the attributes that are there."""
+        return tuple(self._node.attrs)
+
     def has_output(self, index: int) -> bool:
         """Whether an output has a name."""
         return index < len(self._node.outputs) and bool(self._node.outputs[index].name)

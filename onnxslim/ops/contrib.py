@@ -188,5 +188,7 @@ register(
     ),
     OpSpec("Attention", DOMAIN, body=heads.packed, macs=heads.packed_macs, written="layers"),
     OpSpec("MultiHeadAttention", DOMAIN, body=heads.multi_head, macs=heads.multi_head_macs, written="units"),
+    OpSpec("GroupQueryAttention", DOMAIN, body=heads.grouped, written="all"),
+    OpSpec("RotaryEmbedding", DOMAIN, body=heads.rotary, written="units"),
     OpSpec("MatMulNBits", DOMAIN, body=blocks.product, macs=blocks.product_macs, written="all"),
 )

@@ -15,6 +15,8 @@ from onnxslim.ops.spec import sizes
 # Axes: batch, heads, positions, channels of a head.
 _HEADS_FIRST = (0, 2, 1, 3)
 _SINGLE = np.dtype(np.float32)
+# The opset of RotaryEmbedding.
+_ROTARY = 23
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,45 @@ def packed(b: Body) -> Results:
         present = b.add("Concat", b.unsqueezed(key, 0), b.unsqueezed(value, 0), axis=0)
     at = Heads(query, key, value, x, widths[0] // heads, widths[2])
     return [_mixed(b, at, _masked(b, mask, x), added), present]
+
+
+def grouped(b: Body) -> Results:
+    """GroupQueryAttention, as far as types and shapes go: its keys and values lie in buffers."""
+    b.require(b.generic, "its keys and values lie in buffers of which a part is filled")
+    query, key, past, values, total = b.input(0), b.optional(1), b.optional(3), b.optional(4), b.input(6)
+    _ignore(b)
+    if key is None:  # they are packed behind the query
+        query = _cut(b, query, 2, total)
+    return [query, *(None if each is None else _cut(b, each, 2, total) for each in (past, values))]
+
+
+def _cut(b: Body, tensor: Tensor, axis: int, total: Tensor) -> Tensor:
+    """A tensor of which only some, nobody knows how many, are left along an axis."""
+    some = b.cast(b.add("Reshape", total, b.integers(1)), np.dtype(np.bool_))
+    return b.add("Compress", tensor, some, axis=axis)
+
+
+def _ignore(b: Body) -> None:
+    """What says nothing of types and shapes."""
+    for index in range(b.count):
+        b.optional(index)
+    b.passed(*b.attributes)
+
+
+def rotary(b: Body) -> Results:
+    """RotaryEmbedding, with positions as the second input."""
+    x, positions, cosines, sines = (b.input(index) for index in range(4))
+    if b.generic:
+        _ignore(b)
+        return [b.add("Identity", x)]
+    b.require(not b.attr("is_packed_batching", 0), "its batches are packed")
+    b.require(b.attr("scale", 1.0) == 1.0, "it scales as well")
+    b.require(b.rank(positions) == 2, "its positions are told by the first of them")
+    shared = b.passed("interleaved", "num_heads", "rotary_embedding_dim")
+    b.require(b.opset >= _ROTARY, f"it is there from opset {_ROTARY} on")
+    if b.rank(x) == 3 and not shared.get("num_heads", 0):
+        shared["num_heads"] = b.size(x, -1) // (2 * b.size(cosines, -1))
+    return [b.add("RotaryEmbedding", x, cosines, sines, positions, **shared)]
 
 
 def multi_head_macs(node: Node) -> int | None:

@@ -137,6 +137,13 @@ CALLS += [
         f"float[2,N,3,4,4] p, {_PACKED}",
     ),
 ]
+# From opset 23 on.
+_ROTATED = "int64[N,S] z | float[7,4] c, float[7,4] d"
+ROTARY = [
+    ("y = RotaryEmbedding(x, z, c, d)", f"float[N,S,24] x, {_ROTATED}"),
+    ("y = RotaryEmbedding<interleaved=1, num_heads=3>(x, z, c, d)", f"float[N,S,24] x, {_ROTATED}"),
+    ("y = RotaryEmbedding(x, z, c, d)", f"float[N,3,S,8] x, {_ROTATED}"),
+]
 # Calls of operators that take codes, or make them.
 _X, _TWO = "uint8[N,4,6,6] x", "uint8[N,4,6,6] x, uint8[N,4,6,6] z"
 _Y = "float s1, uint8 o1, float s, uint8 o"
@@ -254,7 +261,7 @@ def _values(model: Model) -> dict[str, Array]:
 
 CASES = [
     pytest.param(call, tensors, opset, id=f"{call}-{opset}")
-    for calls, opsets in ((CALLS, OPSETS), (CODED, CODED_OPSETS), (BITS, (LATE,)))
+    for calls, opsets in ((CALLS, OPSETS), (CODED, CODED_OPSETS), ((*BITS, *ROTARY), (LATE,)))
     for call, tensors in calls
     for opset in opsets
     if "= .Layer" not in call or opset < 17
@@ -298,6 +305,33 @@ def test_types_and_shapes_follow_from_bodies(call: str, tensors: str, opset: int
         wrong = sum(mine != size for mine, size in zip(sizes, value.shape, strict=True))
         # How many positions there are is counted, which inference does not follow.
         assert wrong <= ("EmbedLayerNormalization" in call)
+
+
+@pytest.mark.parametrize(
+    ("call", "tensors"),
+    [
+        ("(x, k, v, p, o, l, n)", "float[N,1,32] x, float[N,1,16] k, float[N,1,16] v"),
+        ("(x, , , p, o, l, n)", "float[N,1,64] x"),
+    ],
+)
+def test_types_and_shapes_behind_attention_with_buffers(call: str, tensors: str) -> None:
+    past = "float[N,2,5,8] p, float[N,2,5,8] o | int32[2] l, int32[1] n"
+    head = "y, r, t = GroupQueryAttention<num_heads=4, kv_num_heads=2>"
+    model = _fused(f"{head}{call}", f"{tensors}, {past}", 17)
+    model.graph.initializers["l"].values = np.full(2, 5, np.int32)
+    model.graph.initializers["n"].values = np.full(1, 6, np.int32)
+    found, facts = Session(model).run(_values(model)), shapes.deduce(model)
+    for tensor in model.graph.outputs:
+        shape, value = facts[id(tensor)].shape, found[tensor.name]
+        assert shape is not None
+        known = [SIZES.get(str(dim), dim) for dim in shape]
+        # How many channels of what is packed are of queries is not known, nor how much of a buffer is filled.
+        pairs = zip(known, value.shape, strict=True)
+        assert all(isinstance(dim, str) or dim == size for dim, size in pairs)
+        assert sum(isinstance(dim, str) for dim in known) <= 1
+        assert known[0] == SIZES["N"]
+    _, changes = apply(Unfuse(), model)
+    assert "buffers of which a part is filled" in next(iter(reasons(changes).values()))
 
 
 @pytest.mark.parametrize(("call", "tensors", "opset"), CASES)
@@ -364,6 +398,6 @@ def test_what_is_not_understood_stays_and_is_named(call: str, tensors: str, reas
 
 
 def test_every_body_is_run() -> None:
-    assert {_op(call) for call, _ in (*CALLS, *CODED, *BITS)} == {
+    assert {_op(call) for call, _ in (*CALLS, *CODED, *BITS, *ROTARY)} | {"GroupQueryAttention"} == {
         op for (_, op), spec in REGISTRY.items() if spec.body is not None
     }
