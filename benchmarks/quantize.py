@@ -69,6 +69,15 @@ from onnxslim.passes import Quantize, Slim
 Pipeline(Slim(), Quantize())(onnxslim.load(source), data=CalibrationData(feeds)).save(target)
 """,
     ),
+    "onnxslim, quick": Tool(
+        ("-e", str(common.ROOT)),
+        """
+import onnxslim
+from onnxslim import CalibrationData, Pipeline
+from onnxslim.passes import Quantize, Slim
+Pipeline(Slim(), Quantize(effort="quick"))(onnxslim.load(source), data=CalibrationData(feeds)).save(target)
+""",
+    ),
     "onnxslim, dynamic": Tool(
         ("-e", str(common.ROOT)),
         """

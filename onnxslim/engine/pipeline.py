@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, takewhile
 from traceback import walk_tb
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.doubts import doubts
@@ -239,53 +239,13 @@ class Pipeline:
         watched = _logged(progress)
         watched = watched if deadline is None else deadline.watching(watched)
         ctx = Context(Target.of(target), None, seed, jobs, watched, None, metric)
-        steps: list[Step] = []
-        notes: list[str] = []
-        stats, macs, ground = model.stats(), None, None
-        journal = journal or Journal()
+        given = _Given(data, labels, test, test_labels, input_shapes or {})
+        run = _PipelineRun(self, model, ctx, given, journal or Journal(), deadline)
         for position, each in enumerate(self.passes):
-            if ground is None and not each.prepares:
-                if data is not None and ctx.data is None:
-                    ctx = _with_data(ctx, model, (data, labels), (test, test_labels))
-                ground = _Ground(model, ctx, notes, self.count, input_shapes or {})
-                macs = ground.macs(model)
             _announce(progress, each, 0)
-            start = time.perf_counter()
-            if ground is None or each.prepares:
-                outcome, changes, error = *_prepared(each, model, ctx), ""
-            else:
-                with journal.within(position):
-                    failed = journal.failure(position, each.name) or _late(deadline, each)
-                    outcome, changes, error = self._attempt(each, model, ground, steps, failed)
-            seconds = time.perf_counter() - start
-            before, macs_before, kept = stats, macs, None
-            if outcome is not model:
-                stats, macs = outcome.stats(), ground.macs(outcome) if ground and not each.prepares else None
-                if ground is not None and not (each.lossless or each.prepares):
-                    with journal.within(position):
-                        kept = ground.judge(outcome)
-                if each.prepares or each.interface:
-                    ground = None
-                elif ground is not None and not each.lossless:
-                    ground.checker.accept(outcome)
-                model = outcome
-            told = before, stats, macs_before, macs, changes, error, kept
-            steps.append(Step(each.name, each.describe(), seconds, *told))
+            run.step(position, each)
             _announce(progress, each, 1)
-            _log(steps[-1])
-        lossy = any(step.kept is not None for step in steps)
-        slower = ground.slowdown(model) if ground is not None and lossy else None
-        report = Report(tuple(steps), tuple(dict.fromkeys(notes)), self._doubts(ctx.data), slower)
-        for warning in report.warnings:
-            LOG.warning("%s", warning)
-        return Result(model, report, ctx.data)
-
-    def _doubts(self, samples: Samples | None) -> tuple[str, ...]:
-        """Why data may not be what a lossy pass should be fitted to, in one line."""
-        if samples is None or all(each.lossless or each.prepares for each in self.passes):
-            return ()
-        found = doubts(samples.data)
-        return (f"{samples.data.name}: {'; '.join(found)}; {UNLIKE_REAL}",) if found else ()
+        return run.result()
 
     def prepared(self, model: Model) -> tuple[Result, Pipeline]:
         """The model as the passes that come first say it is, and a pipeline of the others.
@@ -299,10 +259,125 @@ class Pipeline:
         rest = Pipeline(*self.passes[len(first) :], on_error=self.on_error, count=self.count)
         return Pipeline(*first)(model), rest
 
-    def _attempt(
-        self, each: Pass, model: Model, ground: _Ground, steps: Sequence[Step], failed: PassError | None
-    ) -> tuple[Model, Changes, str]:
+
+class _Given(NamedTuple):
+    """What came with a model; see `Pipeline.__call__`."""
+
+    data: Any
+    labels: Array | None
+    test: Any
+    test_labels: Array | None
+    input_shapes: InputShapes
+
+    def samples(self, model: Model, ctx: Context) -> Samples | None:
+        """The data for a model, to be split; None if there is none.
+
+        Raises:
+            CalibrationError: the data does not fit the model.
+        """
+        if self.data is None:
+            return None
+        specs = model.inputs()
+        bound = CalibrationData.of(self.data, specs).bind(specs)
+        bound.check(specs)
+        test = None
+        if self.test is not None:
+            test = Subset(CalibrationData.of(self.test, specs, name="test data"), self.test_labels)
+        return Samples(bound, model, ctx.target, ctx.seed, self.labels, test=test)
+
+
+class _PipelineRun:
+    """One run of a pipeline: the model as it changes, and what was done to it.
+
+    Args:
+        pipeline: what is run.
+        model: as it comes in.
+        ctx: what passes may know, without the data.
+        given: the data, and what else came with the model.
+        journal: see `Pipeline`.
+        deadline: when it has to be done.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        model: Model,
+        ctx: Context,
+        given: _Given,
+        journal: Journal,
+        deadline: Deadline | None,
+    ) -> None:
+        self._pipeline, self._given, self._journal, self._deadline = pipeline, given, journal, deadline
+        self._model, self._ctx = model, ctx
+        self._steps: list[Step] = []
+        self._notes: list[str] = []
+        self._stats = model.stats()
+        self._macs: int | None = None
+        self._ground: _Ground | None = None
+
+    def step(self, position: int, each: Pass) -> None:
+        """Run one pass, and keep what is right of it."""
+        if not each.prepares:
+            self._stand()
+        start = time.perf_counter()
+        outcome, changes, error = self._outcome(position, each)
+        seconds = time.perf_counter() - start
+        stats, macs, kept = self._stats, self._macs, None
+        if outcome is not self._model:
+            kept = self._took(position, each, outcome)
+        told = stats, self._stats, macs, self._macs, changes, error, kept
+        self._steps.append(Step(each.name, each.describe(), seconds, *told))
+        _log(self._steps[-1])
+
+    def result(self) -> Result:
+        """The model as it is now, and the report."""
+        lossy = any(step.kept is not None for step in self._steps)
+        slower = self._ground.slowdown(self._model) if self._ground is not None and lossy else None
+        notes = tuple(dict.fromkeys(self._notes))
+        report = Report(tuple(self._steps), notes, self._doubts(self._ctx.data), slower)
+        for warning in report.warnings:
+            LOG.warning("%s", warning)
+        return Result(self._model, report, self._ctx.data)
+
+    def _stand(self) -> None:
+        """Have something that the model is held to, from here on."""
+        if self._ground is not None:
+            return
+        if self._ctx.data is None:
+            samples = self._given.samples(self._model, self._ctx)
+            metric = self._ctx.metric or (samples.metric if samples is not None else None)
+            self._ctx = replace(self._ctx, data=samples, metric=metric)
+        count, shapes = self._pipeline.count, self._given.input_shapes
+        self._ground = _Ground(self._model, self._ctx, self._notes, count, shapes)
+        self._macs = self._ground.macs(self._model)
+
+    def _outcome(self, position: int, each: Pass) -> tuple[Model, Changes, str]:
+        if self._ground is None or each.prepares:
+            return *_prepared(each, self._model, self._ctx), ""
+        with self._journal.within(position):
+            failed = self._journal.failure(position, each.name) or _late(self._deadline, each)
+            return self._attempt(each, self._ground, failed)
+
+    def _took(self, position: int, each: Pass, outcome: Model) -> Kept | None:
+        """Go on with what a pass made; what its outputs are worth, if it is not lossless."""
+        ground, kept = self._ground, None
+        self._model, self._stats, self._macs = outcome, outcome.stats(), None
+        if ground is None or each.prepares:
+            self._ground = None
+            return None
+        self._macs = ground.macs(outcome)
+        if not each.lossless:
+            with self._journal.within(position):
+                kept = ground.judge(outcome)
+        if each.interface:
+            self._ground = None
+        elif not each.lossless:
+            ground.checker.accept(outcome)
+        return kept
+
+    def _attempt(self, each: Pass, ground: _Ground, failed: PassError | None) -> tuple[Model, Changes, str]:
         """What a pass makes of the model, unless it is known to have failed before."""
+        model, on_error = self._model, self._pipeline.on_error
         candidate = model.copy()
         try:
             if failed is not None:
@@ -312,13 +387,20 @@ class Pipeline:
                 _check(each, candidate, changes, ground.checker)
             return candidate if changes else model, changes, ""
         except PassError as error:
-            if self.on_error == "revert" and each.parts():
+            if on_error == "revert" and each.parts():
                 return _piecewise(each, model, ground.ctx, ground.checker, str(error))
             failure = error
-        if self.on_error == "raise":
-            done = tuple(step.description for step in steps)
+        if on_error == "raise":
+            done = tuple(step.description for step in self._steps)
             raise type(failure)(str(failure), pass_name=each.name, node=failure.node, done=done) from failure
         return model, Changes(), str(failure)
+
+    def _doubts(self, samples: Samples | None) -> tuple[str, ...]:
+        """Why data may not be what a lossy pass should be fitted to, in one line."""
+        if samples is None or all(each.lossless or each.prepares for each in self._pipeline.passes):
+            return ()
+        found = doubts(samples.data)
+        return (f"{samples.data.name}: {'; '.join(found)}; {UNLIKE_REAL}",) if found else ()
 
 
 class _Ground:
@@ -368,10 +450,6 @@ UNFORESEEN = "it met something it was not made for"
 UNLIKE_REAL = "results may be much worse on real inputs than they look here: give some dozens of real samples"
 
 
-# Data in any form that `CalibrationData.of` takes, or None, and the classes of its samples.
-_Given: TypeAlias = tuple[Any, "Array | None"]
-
-
 def _require_pass(each: object) -> None:
     if isinstance(each, Pass):
         return
@@ -387,22 +465,6 @@ def _require_unbound(model: Model) -> None:
         why = binding(node)
         if why is not None and (node.domain, node.op) not in model.functions:
             raise LoadError(f"node '{node.label}' ({node.domain}.{node.op}) {why}")
-
-
-def _with_data(ctx: Context, model: Model, given: _Given, test: _Given) -> Context:
-    """The same with data for a model; a metric by its labels, if there are any and there is no other.
-
-    Raises:
-        CalibrationError: the data does not fit the model.
-    """
-    data, labels = given
-    bound = CalibrationData.of(data, model.inputs()).bind(model.inputs())
-    bound.check(model.inputs())
-    apart = None
-    if test[0] is not None:
-        apart = Subset(CalibrationData.of(test[0], model.inputs(), name="test data"), test[1])
-    samples = Samples(bound, model, ctx.target, ctx.seed, labels, test=apart)
-    return replace(ctx, data=samples, metric=ctx.metric or samples.metric)
 
 
 def _announce(progress: Progress | None, each: Pass, done: int) -> None:
