@@ -4,11 +4,11 @@
     python models/zoo.py fetch && python models/export.py && python benchmarks/untrained.py yolo   # once
     python benchmarks/speed.py [--tools TOOL ...] [--rounds N] [MODEL ...]
 
-Theirs is `quant_pre_process` and `quantize_static`, U8S8, per channel, MinMax; ours is Slim and Quantize with
-default options, and with `effort="quick"`; `--tools` takes others of benchmarks/quantize.py that this
-environment has. Every run is a process of its own, and runs take turns. Columns: CPU seconds of the whole process, imports and its own
-children included (median); the same relative to theirs; peak memory in MB; SQNR in dB of the worst part of
-the outputs on samples that neither has seen, as ONNX Runtime runs the file.
+Theirs is `quant_pre_process` and `quantize_static`, U8S8, per channel, MinMax; ours is Slim and Quantize
+with default options, and with `effort="quick"`; `--tools` takes others of benchmarks/quantize.py that this
+environment has. Every run is a process of its own, and runs take turns. Columns: CPU seconds of the whole
+process, imports and its own children included (median); the same relative to theirs; peak memory in MB;
+SQNR in dB of the worst part of the outputs on samples that neither has seen, as ONNX Runtime runs the file.
 """
 
 from __future__ import annotations
