@@ -8,6 +8,7 @@ Frantar et al., "GPTQ", ICLR 2023); what is left of a step is a product of a vec
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 
 import numpy as np
@@ -168,11 +169,7 @@ class Neighbours:
                 self._of[other].append(int(one))
 
     def bounds(self, codes: Floats, at: int) -> tuple[Floats, Floats]:
-        """Least and largest value the codes of an input may take, float32 (groups, outputs)."""
-        low = np.full(codes.shape[1:], -QMAX, np.float32)
-        high = np.full(codes.shape[1:], QMAX, np.float32)
-        for other in self._of[at]:
-            beside = codes[other]
-            np.minimum(high, MAX_PAIR - np.maximum(beside, 0), out=high)
-            np.maximum(low, -MAX_PAIR - np.minimum(beside, 0), out=low)
-        return low, high
+        """Least and largest value the codes of an input may take, by group and output, or one for all."""
+        others = [codes[other] for other in self._of[at]]
+        top, bottom = (reduce(extreme, others, np.float32(0)) for extreme in (np.maximum, np.minimum))
+        return np.maximum(-MAX_PAIR - bottom, -QMAX), np.minimum(MAX_PAIR - top, QMAX)
