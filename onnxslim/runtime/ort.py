@@ -118,7 +118,8 @@ class _Beside:
 
 def _is_large(constant: Constant) -> bool:
     dense = constant.proto is None or constant.tensor_proto is not None
-    return dense and constant.nbytes >= BESIDE_BYTES and constant.dtype.isbuiltin == 1
+    plain = constant.dtype.isbuiltin == 1 and constant.dtype.kind in "fiub"
+    return plain and dense and constant.nbytes >= BESIDE_BYTES
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxslim.errors import LoadError
 from onnxslim.ir.model import Model
 from onnxslim.runtime import native
 from onnxslim.runtime.session import Session
@@ -83,3 +84,12 @@ def test_sessions_compute_the_same_without_a_copy(name: str, given: list[Mapping
     assert set(given[0]) == beside
     for output, values in wanted.items():
         np.testing.assert_array_equal(found[output], values)
+
+
+def test_types_that_onnx_runtime_lacks_are_left_to_it_to_refuse() -> None:
+    model = parse(
+        "g (complex64[N,160] x) => (complex64[N,160] y) { y = MatMul(x, w) }",
+        {"w": LARGE.astype(np.complex64)},
+    )
+    with pytest.raises(LoadError, match="ONNX Runtime refuses the model"):
+        Session(model)
