@@ -170,10 +170,26 @@ def visit(trace: Trace, rule: Callable[[], None] | None, model: Model) -> None:
     elif any(tracer.shape(tensor) is None for tensor in tensors):
         trace.finish(f"not all shapes around this {node.op} are known")
     else:
-        rule()
-        trace.finish(f"{node.op} reads it as a whole")
+        _follow(trace, rule)
     for tensor in ir.captures(node):
         tracer.pin(tensor, node, f"a body of this {node.op} reads it")
+
+
+def _follow(trace: Trace, rule: Callable[[], None]) -> None:
+    """Run a rule, or pin all around a node whose shapes contradict each other.
+
+    At sizes that are tried for free axes, a model may contradict itself that runs at others: a batch in the
+    place of channels.
+    """
+    node, tracer = trace.node, trace.tracer
+    try:
+        rule()
+        trace.finish(f"{node.op} reads it as a whole")
+    except (ValueError, IndexError):
+        for tensor in (*node.inputs, *node.outputs):
+            if tensor.name:
+                why = f"the shapes around this {node.op} contradict each other at the sizes tried"
+                tracer.pin(tensor, node, why)
 
 
 def shapes_of(found: Mapping[str, Shape]) -> Callable[[Tensor], Shape | None]:

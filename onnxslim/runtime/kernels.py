@@ -56,6 +56,36 @@ def without_kernel(nodes: Sequence[Node], model: Model, kind: np.dtype[Any], tar
     return [id(node) for each in refused for node in first[id(each)]]
 
 
+def first_breaking(make: Callable[[int], Model], count: int, target: Target) -> int | None:
+    """Which of some changes, in their order, is the first with which a target no longer opens a model.
+
+    A target may refuse, or end at, what several nodes are together, though it runs each of them.
+
+    Args:
+        make: the model with the first so many of the changes.
+        count: how many there are.
+        target: opens the models in a process of its own, which it may end.
+
+    Returns:
+        Its place; None if the target opens the model with all of them, or does not even without.
+    """
+    if _opens_apart(make(count), target) or not _opens_apart(make(0), target):
+        return None
+    good, bad = 0, count
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if _opens_apart(make(middle), target) else (good, middle)
+    return good
+
+
+def _opens_apart(model: Model, target: Target) -> bool:
+    try:
+        Session(model, target, once=True)
+    except (LoadError, TargetError):
+        return False
+    return True
+
+
 def _others(first: dict[int, list[Node]], refused: Sequence[Node]) -> list[Node]:
     out = set(map(id, refused))
     return [group[0] for key, group in first.items() if key not in out]

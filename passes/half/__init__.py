@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -26,8 +27,10 @@ from onnxslim.passes.half.convert import Converter, narrow_interface, store
 from onnxslim.passes.half.facts import SINGLE, TYPES, delicate, unfit
 from onnxslim.passes.half.measure import lossy, worst_first, worst_weights_first
 from onnxslim.passes.unfuse import unfuse
-from onnxslim.runtime.kernels import without_kernel
+from onnxslim.runtime.kernels import first_breaking, without_kernel
 
+# Nodes that are looked for, one by one, where a target does not open the model with all of them.
+MOST_BREAKING = 8
 # Why a node, or a weight, stays in single precision where that was asked for by what is to be kept.
 REASON = "in half precision, the outputs would keep less than is required"
 
@@ -110,6 +113,8 @@ class Half(Demanding):
         shapes.infer(model)
         reasons = self._reasons(model, ctx)
         chosen = [node for node in model.graph.nodes if id(node) not in reasons]
+        reasons |= self._breaking(model, chosen, ctx)
+        chosen = [node for node in chosen if id(node) not in reasons]
         if demand is not None and chosen:
             wanted = self._kept_nodes(model, chosen, demand, ctx)
             if wanted is None:
@@ -140,17 +145,37 @@ class Half(Demanding):
         """Ids of as few of these nodes as have to stay in single precision; None if it had to be all."""
         kind = TYPES[self.dtype]
         order = worst_first(model, chosen, kind, ctx.given.fit.bind(model.inputs()), ctx)
-        place = {id(node): index for index, node in enumerate(model.graph.nodes)}
 
         def make(back: int) -> _NodesTrial:
-            trial = model.copy()
-            Converter(trial, kind, Log()).apply([trial.graph.nodes[place[id(node)]] for node in order[back:]])
-            return _NodesTrial(trial, frozenset(id(node) for node in order[:back]))
+            return _NodesTrial(self._converted(model, order[back:]), frozenset(map(id, order[:back])))
 
         made = demand.least(make, len(order) - 1)
         # What is left may be nodes without weights, for which Casts are no gain.
         useful = made is not None and made.model.stats().bytes < model.stats().bytes
         return made.kept if made is not None and useful else None
+
+    def _breaking(self, model: Model, chosen: Sequence[Node], ctx: Context) -> dict[int, str]:
+        """Why nodes have to stay for the target to open the model, by id; nothing if that is in vain."""
+        reasons: dict[int, str] = {}
+        for _ in range(MOST_BREAKING):
+            left = [node for node in chosen if id(node) not in reasons]
+            make = partial(self._first, model, left)
+            found = first_breaking(make, len(left), ctx.target)
+            if found is None:
+                return reasons
+            reasons[id(left[found])] = f"with it in {self.dtype}, {ctx.target.name} does not open the model"
+        return {}
+
+    def _first(self, model: Model, nodes: Sequence[Node], many: int) -> Model:
+        return self._converted(model, nodes[:many])
+
+    def _converted(self, model: Model, nodes: Sequence[Node]) -> Model:
+        """A copy with these nodes in half precision."""
+        trial, places = model.copy(), {id(node): index for index, node in enumerate(model.graph.nodes)}
+        Converter(trial, TYPES[self.dtype], Log()).apply(
+            [trial.graph.nodes[places[id(node)]] for node in nodes]
+        )
+        return trial
 
     def _kept_weights(self, model: Model, kind: np.dtype[Any], demand: Demand) -> dict[str, str] | None:
         """As few weights as have to stay in single precision, and why; None if it had to be all."""

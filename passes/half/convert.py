@@ -68,12 +68,20 @@ class Converter:
             if isinstance(tensor, Constant):
                 values = np.asarray(tensor.values).astype(self._kind)
                 self._halves[id(tensor)] = Constant(self._name(f"{tensor.name}_{self._kind.name}"), values)
+            elif (narrow := self._widened(tensor)) is not None:
+                self._halves[id(tensor)] = narrow
             else:
                 result = self._twin(tensor)
                 attrs = {"to": int(onnx.helper.np_dtype_to_tensor_dtype(self._kind))}
                 self._new.append(Node("Cast", self._name(f"{result.name}_Cast"), attrs, [tensor], [result]))
                 self._halves[id(tensor)] = result
         return self._halves[id(tensor)]
+
+    def _widened(self, tensor: Tensor) -> Tensor | None:
+        """What a Cast made single precision of, where that is the type."""
+        maker = ir.producer(tensor)
+        source = maker.input(0) if maker is not None and maker.op == "Cast" else None
+        return source if source is not None and source.dtype == self._kind else None
 
     def _twin(self, tensor: Variable) -> Variable:
         return Variable(self._name(f"{tensor.name}_{self._kind.name}"), self._kind, tensor.shape)

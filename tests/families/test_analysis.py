@@ -15,7 +15,7 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.passes.prune.cut import cut, prepare, zero
 from onnxslim.runtime.targets import Target
-from tests.helpers import normals, parse, same_outputs
+from tests.helpers import normal, normals, parse, runs, same_outputs
 
 EXACT = 1e-5
 
@@ -331,3 +331,15 @@ def test_a_batch_that_is_free_in_the_interface_alone(
     prove(model, analysis)
     without = analyze(model).families
     assert [family.size for family in without] == ([6] if batch == 1 else [])
+
+
+def test_a_batch_in_the_place_of_channels_is_left_alone_where_its_size_does_not_fit() -> None:
+    """It runs for two samples alone, which are not among the sizes tried."""
+    model = parse(
+        "g (float[N,4,6,6] x) => (float[a,b,c,d] y) "
+        "{ h = Conv(x, w) t = Transpose<perm = [3,0,2,1]>(h) y = Conv<group = 2>(t, v) }",
+        normals(w=(4, 4, 1, 1), v=(4, 1, 1, 1)),
+    )
+    assert runs(model, {"x": normal(2, 4, 6, 6)})
+    found = analyze(model)
+    assert not found.families

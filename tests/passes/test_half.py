@@ -266,3 +266,25 @@ def test_what_runs_in_no_type_on_what_it_is_tried_with_is_not_said_to_have_no_ke
         normals(w=(4, 4)),
     )
     assert not _kept(model)
+
+
+def test_what_a_runtime_ends_at_stays_in_float_and_the_rest_goes_on() -> None:
+    """A turned input and a product by a constant, in float16, end ONNX Runtime 1.31 while it opens them."""
+    model = parse(
+        """g (float[4,N,6] x) => (float[N,4,4] y)
+        { [turn] t = Transpose<perm = [1,0,2]>(x) [dot] p = MatMul(t, w) r = Relu(p) y = MatMul(r, v) }""",
+        normals(w=(6, 4), v=(4, 4)),
+    )
+    kept = _kept(model)
+    assert kept.keys() <= {"turn", "dot"}
+    assert _error(model, _halved(model), {"x": normal(4, 2, 6)}) < 1e-2
+
+
+def test_single_precision_that_was_half_before_is_read_as_it_was() -> None:
+    model = parse(
+        "g (float16[N,4] x) => (float[N,4] y) { [wide] c = Cast<to=1>(x) m = MatMul(c, w) y = Add(m, c) }",
+        normals(w=(4, 4)),
+    )
+    result, _ = apply(Half(exclude=("wide", "Add")), model)
+    (product,) = [node for node in result.nodes() if node.op == "MatMul"]
+    assert product.inputs[0].name == "x"
