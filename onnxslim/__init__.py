@@ -4,9 +4,9 @@
 >>> from onnxslim import CalibrationData, Pipeline
 >>> from onnxslim.passes import Quantize, Slim
 >>> model = onnxslim.load("model.onnx")
->>> data = CalibrationData.from_npz("calibration.npz")
->>> result = Pipeline(Slim(), Quantize())(model, data=data)
->>> onnxslim.validate(model, result.model, data).require(sqnr=20)
+>>> data, test = map(CalibrationData.from_npz, ("calibration.npz", "test.npz"))
+>>> result = Pipeline(Slim(), Quantize())(model, data=data, test=test)
+>>> onnxslim.validate(model, result.model, test).require(sqnr=20)
 >>> result.save("model.int8.onnx")
 """
 
