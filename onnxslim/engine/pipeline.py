@@ -331,8 +331,11 @@ class _PipelineRun:
 
     def result(self) -> Result:
         """The model as it is now, and the report."""
-        lossy = any(step.kept is not None for step in self._steps)
-        slower = self._ground.slowdown(self._model) if self._ground is not None and lossy else None
+        lossy = [at for at, step in enumerate(self._steps) if step.kept is not None]
+        slower = None
+        if self._ground is not None and lossy:
+            with self._journal.within(lossy[-1]):
+                slower = self._ground.slowdown(self._model)
         notes = tuple(dict.fromkeys(self._notes))
         report = Report(tuple(self._steps), notes, self._doubts(self._ctx.data), slower)
         for warning in report.warnings:

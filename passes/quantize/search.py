@@ -118,14 +118,17 @@ class Search:
         Raises:
             TimeUp: there is no time left to.
         """
-        build.announce("trying candidates", self._attempts, None)
-        self._attempts += 1
+        self._announce(build)
         candidate = build(variant)
         try:
             score = self._judge(candidate.model)
         except LoadError:
             score = FAILED
         return Trial(variant, build, candidate, score)
+
+    def _announce(self, build: Builder) -> None:
+        self._attempts += 1
+        build.announce("trying candidates", self._attempts, None)
 
     def observer(self, variant: Variant, build: Builder) -> Trial:
         """The best way to choose ranges for all tensors; the first one if that is good enough."""
@@ -248,8 +251,13 @@ class Search:
         return self.attempt(self._sparing(trial, choices[quickest]), trial.build)
 
     def _time_without(self, trial: Trial, labels: frozenset[str], seconds: float) -> float:
+        """Time relative to the float model's; infinite if it does not run."""
+        self._announce(trial.build)
         made = trial.build(self._sparing(trial, labels))
-        return self._judge.latencies([made.model], seconds)[0]
+        try:
+            return self._judge.latencies([made.model], seconds)[0]
+        except LoadError:
+            return math.inf
 
     @staticmethod
     def _sparing(trial: Trial, labels: frozenset[str]) -> Variant:
