@@ -133,11 +133,11 @@ def _block_scales(matrix: Weights, weight: NDArray[np.float64]) -> Weights:
     """For each block of inputs and each output the scale of least squared error, float32."""
     padded = np.pad(matrix, ((0, -len(matrix) % BLOCK), (0, 0)))
     blocks = padded.reshape(-1, BLOCK, matrix.shape[1])
-    counts = np.pad(weight, (0, -len(matrix) % BLOCK)).reshape(-1, BLOCK, 1)
+    counts = np.pad(weight / weight.max(), (0, -len(matrix) % BLOCK)).astype(np.float32).reshape(-1, BLOCK, 1)
     largest = np.abs(blocks).max(axis=1)
     full = np.where(largest > 0, largest / FOUR_BITS, 1.0)
     best, least = full, np.full(full.shape, np.inf)
-    for factor in np.linspace(0.7, 1.0, 13):
+    for factor in np.linspace(0.7, 1.0, 13, dtype=np.float32):
         steps = (full * factor)[:, None]
         error = np.rint(blocks / steps).clip(-FOUR_BITS, FOUR_BITS) * steps - blocks
         squared = (counts * np.square(error)).sum(axis=1)
