@@ -18,6 +18,7 @@ from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.ir.graph import MASK_MAGNITUDE, Array, Dim, Tensor, producer
 from onnxslim.ir.model import Model
 from onnxslim.ops import Trait, has
+from onnxslim.runtime.isolated import WorkerEnded
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import compare, slowdown
@@ -91,6 +92,8 @@ class Judge:
         samples: how many to use: whole batches from the beginning, until there are as many.
         optimize: how far ONNX Runtime may optimize the original; see `Session`.
         clear: in dB; a candidate that has kept that much of half of the samples is not run on the others.
+        opened: whether candidates are known to open. Else the first one is opened in a process of its own
+            before, and if that ends there, all others.
     """
 
     def __init__(
@@ -102,8 +105,10 @@ class Judge:
         *,
         optimize: str = "all",
         clear: float = math.inf,
+        opened: bool = False,
     ) -> None:
         self._target = target
+        self._apart, self._deadly = not opened, False
         self._model = model
         self._optimize = optimize
         self._clear = clear
@@ -144,6 +149,8 @@ class Judge:
         Raises:
             LoadError: it does not run.
         """
+        if self._apart:
+            self._open_apart(model)
         session = Session(model, self._target, spin=False)
         sums = [Noise() for _ in self._parts]
         same: list[bool] = []
@@ -157,6 +164,14 @@ class Judge:
             if seen >= self._half and self._score(sums, same).sqnr >= self._clear:
                 break
         return self._score(sums, same)
+
+    def _open_apart(self, model: Model) -> None:
+        try:
+            Session(model, self._target, once=True)
+        except WorkerEnded:
+            self._deadly = True
+            raise
+        self._apart = self._deadly
 
     def _score(self, sums: Sequence[Noise], same: Sequence[bool]) -> Score:
         heard = [each.sqnr for each in sums if each.signal > 0]

@@ -89,7 +89,7 @@ class OutputJudge:
         data, whose = self._data()
         try:
             if self._judge is None:
-                self._judge = Judge(self._model, data, self._target, SAMPLES)
+                self._judge = Judge(self._model, data, self._target, SAMPLES, opened=True)
             score = self._judge(model)
         except LoadError:
             return None

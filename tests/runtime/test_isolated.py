@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.fidelity import Judge
 from onnxslim.engine import check
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.engine.pipeline import Pipeline
@@ -400,3 +402,20 @@ def test_the_command_line_forks_its_worker_while_nothing_else_runs(
     survived = "the input does not run: ONNX Runtime ended with signal 11 while it opened the model"
     assert (survived in done.stdout) == (fate == "die" and before.startswith("sys"))
     assert ops(load(made)) == {"Tanh": 1}
+
+
+@pytest.mark.usefixtures("fateful")
+def test_candidates_of_a_search_may_end_a_process() -> None:
+    judge = Judge(parse(TEXT), CalibrationData([ONE]), Target.cpu())
+    for _ in range(2):
+        with pytest.raises(WorkerEnded):
+            judge(fated("die", "opened"))
+        assert judge(parse(TEXT)).sqnr == np.inf
+
+
+@pytest.mark.usefixtures("fateful")
+def test_only_the_first_candidate_is_opened_twice() -> None:
+    judge = Judge(parse(TEXT), CalibrationData([ONE]), Target.cpu())
+    for _ in range(2):
+        assert judge(parse(TEXT)).sqnr == np.inf
+    assert judge(fated("die", "opened")).sqnr == np.inf
