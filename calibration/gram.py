@@ -180,6 +180,7 @@ def observe(
     layers: Sequence[str],
     *,
     against: Mapping[str, str] | None = None,
+    alone: bool = False,
     rows: int = ROWS,
     seed: int = 0,
     target: Target | None = None,
@@ -194,6 +195,7 @@ def observe(
             whose weight (input 1) is a constant.
         against: by such a name, another floating-point tensor of the same shape whose values are to be y,
             such as the sum behind a residual branch; by default y is the layer's own output, bias included.
+        alone: whether inputs are all that is wanted: then there are no outputs (m = 0).
         rows: about how many positions of each layer's output to look at, spread evenly over all samples.
         seed: of the choice of positions.
         target: where to run; processors by default.
@@ -210,7 +212,8 @@ def observe(
     """
     source = (data if isinstance(data, CalibrationData) else CalibrationData(data)).bind(model.inputs())
     pairs = {name: _pair(model, name, (against or {}).get(name, name)) for name in layers}
-    return _moments(model, source, pairs, rows, seed, target, progress)
+    wanted = {name: _Inputs(pair) for name, pair in pairs.items()} if alone else pairs
+    return _moments(model, source, wanted, rows, seed, target, progress)
 
 
 def covariances(
@@ -328,6 +331,27 @@ class _Pair:
 
     def at(self, values: Mapping[str, Array], at: Positions) -> tuple[Floats, Floats]:
         return self.layer.columns(values[self.x], at), self.layer.results(values[self.y], at)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a layer reads, and no outputs."""
+
+    of: _Pair
+
+    def __str__(self) -> str:
+        return str(self.of)
+
+    @property
+    def reads(self) -> Sequence[str]:
+        return (self.of.x,)
+
+    def count(self, values: Mapping[str, Array]) -> int:
+        return self.of.count(values)
+
+    def at(self, values: Mapping[str, Array], at: Positions) -> tuple[Floats, Floats]:
+        x = self.of.layer.columns(values[self.of.x], at)
+        return x, np.zeros((len(x), 0, x.shape[2]), np.float32)
 
 
 def _pair(model: Model, name: str, y: str) -> _Pair:

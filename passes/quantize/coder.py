@@ -91,7 +91,8 @@ class WeightCoder:
         linear = {plan.labels[id(node)] for node in plan.linear}
         for rows, part in _portions([layer for layer in new if len(layer.node.inputs[1].outputs) == 1]):
             names = [layer.node.outputs[0].name for layer in part]
-            grams = observe(model, self._ctx.given.fit, names, rows=rows, target=self._ctx.target)
+            data, target = self._ctx.given.fit, self._ctx.target
+            grams = observe(model, data, names, alone=True, rows=rows, target=target)
             for layer, name in zip(part, names, strict=True):
                 if name not in grams:
                     continue  # it saw nothing: its weights are rounded to the nearest
@@ -149,10 +150,10 @@ def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:
     waiting: dict[int, list[Layer]] = {}
     sizes: Counter[int] = Counter()
     for layer in layers:
-        groups, outputs, inputs = layer.matrix().shape
+        groups, _, inputs = layer.matrix().shape
         rows = 1 << max(2 * inputs - 1, ROWS if inputs > NARROW else ROWS // 4).bit_length()
         # Sums in double precision, and the rows that wait to be summed up.
-        size = groups * (inputs + outputs) * (8 * inputs + 4 * min(rows, WAITING))
+        size = groups * inputs * (8 * inputs + 4 * min(rows, WAITING))
         if sizes[rows] + size > MAX_BYTES and waiting.get(rows):
             yield rows, waiting.pop(rows)
             sizes[rows] = 0

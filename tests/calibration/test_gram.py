@@ -219,6 +219,11 @@ def test_observed_moments_give_the_weights_back() -> None:
         model.graph.initializers["a"].values[None],
         atol=1e-4,
     )
+    alone = observe(model, data, ["c", "m"], alone=True)
+    for name, each in alone.items():
+        np.testing.assert_array_equal(each.gram, found[name].gram)
+        np.testing.assert_array_equal(each.x_mean, found[name].x_mean)
+        assert each.cross.shape[1] == each.power.shape[1] == 0
 
 
 def test_the_cut_into_batches_does_not_matter() -> None:
