@@ -51,15 +51,31 @@ def _matrix(b: Body) -> Tensor:
     b.require(bits in _CODES, f"its codes have {bits} bits")
     if codes is None or scales is None or (told is not None and zeros is None):
         raise UnwrittenError("its codes are no constants")
+    b.require(
+        rows > 0 and columns > 0 and size > 0, "it does not say how large its matrix and its blocks are"
+    )
     b.require(zeros is None or zeros.dtype == np.uint8, "its zero points are no codes")
-    kind, blocks = _CODES[bits], math.ceil(rows / size)
+    blocks = math.ceil(rows / size)
+    _require_sizes(b, (codes, columns * blocks * size * bits // 8), (scales, columns * blocks))
     whole = unpacked(codes.reshape(columns, -1), bits, rows)
-    middle = np.full((columns, blocks), 1 << (bits - 1), np.uint8)
-    points = middle if zeros is None else unpacked(zeros.reshape(columns, -1), bits, blocks)
-    stored = b.constant(np.ascontiguousarray(whole.T).astype(kind))
-    scale = b.constant(np.ascontiguousarray(scales.reshape(columns, blocks).T))
-    zero = b.constant(np.ascontiguousarray(points.T).astype(kind))
+    points = np.full((columns, blocks), 1 << (bits - 1), np.uint8)
+    if zeros is not None:
+        _require_sizes(b, (zeros, columns * math.ceil(blocks * bits / 8)))
+        points = unpacked(zeros.reshape(columns, -1), bits, blocks)
+    stored, scale, zero = (
+        b.constant(np.ascontiguousarray(each.T).astype(kind))
+        for each, kind in (
+            (whole, _CODES[bits]),
+            (scales.reshape(columns, blocks), scales.dtype),
+            (points, _CODES[bits]),
+        )
+    )
     return b.add("DequantizeLinear", stored, scale, zero, axis=0, block_size=size)
+
+
+def _require_sizes(b: Body, *found: tuple[Array, int]) -> None:
+    for values, size in found:
+        b.require(values.size == size, f"{values.size} numbers are not the {size} that its sizes ask for")
 
 
 def product_macs(node: Node) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
+import ml_dtypes
 import numpy as np
 import onnx.defs
 from onnx import FunctionProto, helper, numpy_helper
@@ -21,6 +22,8 @@ MIN_OPSET = 9
 # In bodies that are only inferred over: the first with everything that is written where little is known.
 _INFERRED_OPSET = 18
 _SINGLE = np.dtype(np.float32)
+_FLOATS = tuple(map(np.dtype, (np.float32, np.float16, np.float64, ml_dtypes.bfloat16)))
+_PLAIN = (int, float, str, tuple)
 
 
 class UnwrittenError(Exception):
@@ -99,7 +102,10 @@ class Body:
     def passed(self, *names: str) -> dict[str, Attribute]:
         """Those of some attributes that are there, to be handed on."""
         self._known.update(names)
-        return {name: self._node.attrs[name] for name in names if name in self._node.attrs}
+        given = {name: self._node.attrs[name] for name in names if name in self._node.attrs}
+        for name, value in given.items():
+            self.require(isinstance(value, _PLAIN) and value != (), f"its attribute '{name}' is odd")
+        return given
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -181,6 +187,7 @@ class Body:
     def number(self, value: float, *like: Tensor) -> Tensor:
         """A number of the element type of inputs."""
         kind = self.dtype(*like)
+        self.require(kind is None or kind in _FLOATS, f"it reads {kind}")
         if kind is not None:
             return self.constant(np.array(value, kind))
         if not self.generic:

@@ -40,7 +40,7 @@ class Heads:
 
 def _split(b: Body, x: Tensor, heads: int, channels: int) -> Tensor:
     """[batch, positions, channels] with heads first."""
-    b.require(channels % heads == 0, f"{channels} channels are no {heads} heads")
+    b.require(heads > 0 and channels % heads == 0, f"{channels} channels are no {heads} heads")
     return b.swapped(b.add("Reshape", x, b.integers(0, 0, heads, channels // heads)), *_HEADS_FIRST)
 
 
@@ -125,6 +125,7 @@ def packed(b: Body) -> Results:
     b.require(not b.attr("do_rotary", 0), "it rotates queries and keys")
     b.require(not b.attr("past_present_share_buffer", 0), "past and present are one buffer")
     third = b.size(weight, 1) // 3
+    b.require(len(told) in (0, 3), "its qkv_hidden_sizes are not three")
     widths = [int(each) for each in told] or [third] * 3
     projected: Tensor = b.add("MatMul", x, weight)
     projected = projected if bias is None else b.add("Add", projected, bias)

@@ -47,6 +47,7 @@ def _scalar(b: Body, tensor: Tensor) -> Tensor:
         return tensor
     values = b.values(tensor)
     if values is not None:
+        b.require(values.size == 1, f"'{tensor.name}' is not one number")
         return b.constant(values.reshape(()))
     return b.add("Reshape", tensor, b.integers())
 
@@ -55,6 +56,7 @@ def _product(b: Body, scale: Tensor, other: Tensor, factor: float = 1.0) -> Tens
     """The scale of a sum of products of codes."""
     values, others = b.values(scale), b.values(other)
     if values is not None and others is not None:
+        b.require(values.size == 1 and values.dtype == others.dtype == _SINGLE, "its scales are not float32")
         return b.constant(
             np.asarray(values.reshape(-1) * others * _SINGLE.type(factor)).reshape(others.shape)
         )

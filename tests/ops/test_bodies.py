@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import re
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx.defs
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
 
 from onnxslim import shapes
-from onnxslim.ir.graph import Array, Node, Variable
+from onnxslim.ir.graph import Array, Constant, Node, Shape, Tensor, Variable
 from onnxslim.ir.model import Model
-from onnxslim.ops import REGISTRY
+from onnxslim.ops import REGISTRY, body
 from onnxslim.passes.unfuse import Unfuse
 from onnxslim.runtime.session import Session
 from onnxslim.shapes.cost import macs
@@ -219,6 +226,11 @@ KEPT = [
     ),
     ("q = QLinearGlobalAveragePool<channels_last=1>(x, s1, o1, s, o)", f"{_X} | {_Y}", "the last axis"),
     ("y = DequantizeLinear(x, s, o)", "uint16[N,3,8] x | float s, uint16 o", "codes of uint16 take opset 21"),
+    (
+        "y = MatMulNBits<K=40, N=6, bits=4, block_size=32>(x, w, sw)",
+        f"{_BITS} | uint8[6,3,8] w, float[18] sw",
+        "144 numbers are not the 192",
+    ),
     ("y = FusedMatMul<transBatchA=1>(x, z)", f"{_ROW}, float[3,N,8] z", "moves batch axes"),
 ]
 
@@ -390,7 +402,7 @@ def test_onnx_runtime_computes_with_codes_again(call: str, tensors: str, tmp_pat
 
 @pytest.mark.parametrize(("call", "tensors", "reason"), KEPT)
 def test_what_is_not_understood_stays_and_is_named(call: str, tensors: str, reason: str) -> None:
-    before = _fused(call, tensors, 17)
+    before = _fused(call, tensors, LATE if "NBits" in call else 17)
     after, changes = apply(Unfuse(), before)
     assert ops(after) == ops(before)
     ((_, told),) = reasons(changes).items()
@@ -401,3 +413,54 @@ def test_every_body_is_run() -> None:
     assert {_op(call) for call, _ in (*CALLS, *CODED, *BITS, *ROTARY)} | {"GroupQueryAttention"} == {
         op for (_, op), spec in REGISTRY.items() if spec.body is not None
     }
+
+
+NAMES = sorted(
+    {
+        name
+        for call, _ in (*CALLS, *CODED, *BITS, *ROTARY)
+        for name in re.findall(r"(\w+)=", call.partition("<")[2])
+    }
+)
+ODD = st.one_of(
+    st.sampled_from([-1, 0, 3, 0.5, math.nan, "", "Relu", "Clip", (), (0, 1), (2, 2, 2, 2), (0.5,)]),
+    st.just(helper.make_attribute("odd", numpy_helper.from_array(np.zeros(2)))),
+)
+READ = st.sampled_from(
+    [
+        Variable(""),
+        Variable("free", np.dtype(np.float32)),
+        Variable("ranked", np.dtype(np.uint8), ("N", None)),
+        Constant("scalar", np.float32(2.0).reshape(())),
+        Constant("codes", np.ones((4, 3, 8), np.uint8)),
+        Constant("matrix", np.ones((4, 8), np.float32)),
+        Constant("empty", np.ones((0, 2), np.float32)),
+        Constant("words", np.array(["a"], object)),
+    ]
+)
+
+
+@pytest.mark.parametrize("key", [key for key, spec in REGISTRY.items() if spec.body is not None], ids=str)
+@given(reads=st.lists(READ, max_size=9), attrs=st.dictionaries(st.sampled_from(NAMES), ODD, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_odd_nodes_have_a_body_or_none_but_do_no_harm(
+    key: tuple[str, str], reads: list[Variable | Constant], attrs: dict[str, Any]
+) -> None:
+    spec = REGISTRY[key]
+    assert spec.body is not None
+    node = Node(spec.op, "odd", attrs, reads, [Variable("y"), Variable("z")], spec.domain)
+    body.function(node, spec.body, "test", "odd")
+    for opset in OPSETS:
+        found = body.Body(node, opset, Stated(), lambda name: name)
+        with suppress(body.UnwrittenError):
+            found.close(spec.body(found))
+
+
+class Stated:
+    """Facts of tensors that carry them."""
+
+    def dtype(self, tensor: Tensor) -> np.dtype[Any] | None:
+        return tensor.dtype
+
+    def shape(self, tensor: Tensor) -> Shape:
+        return tensor.shape
