@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +12,7 @@ import onnx
 
 from onnxslim.errors import LoadError, TargetError
 from onnxslim.ir import graph as ir
-from onnxslim.ir.graph import Constant, Graph, Node, Tensor, Variable
+from onnxslim.ir.graph import Array, Constant, Graph, Node, Tensor, Variable
 from onnxslim.ir.model import Model, load
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
@@ -39,8 +39,7 @@ def without_kernel(nodes: Sequence[Node], model: Model, kind: np.dtype[Any], tar
     """
     alike: dict[str, list[Node]] = {}
     for node in nodes:
-        types = [tensor.dtype for tensor in (*node.inputs, *node.outputs)]
-        alike.setdefault(f"{node.op} {sorted(node.attrs.items(), key=str)} {types}", []).append(node)
+        alike.setdefault(kernel_key(node), []).append(node)
     first = {id(group[0]): group for group in alike.values()}
 
     def opens(some: Sequence[Node], held: np.dtype[Any] = kind) -> bool:
@@ -56,31 +55,42 @@ def without_kernel(nodes: Sequence[Node], model: Model, kind: np.dtype[Any], tar
     return [id(node) for each in refused for node in first[id(each)]]
 
 
-def first_breaking(make: Callable[[int], Model], count: int, target: Target) -> int | None:
-    """Which of some changes, in their order, is the first with which a target no longer opens a model.
+def kernel_key(node: Node) -> str:
+    """The same for nodes that differ in nothing but tensors of other shapes."""
+    types = [tensor.dtype for tensor in (*node.inputs, *node.outputs)]
+    return f"{node.op} {sorted(node.attrs.items(), key=str)} {types}"
+
+
+def first_breaking(
+    make: Callable[[int], Model], count: int, target: Target, feeds: Mapping[str, Array] | None
+) -> int | None:
+    """Which of some changes, in their order, is the first with which a target no longer runs a model.
 
     A target may refuse, or end at, what several nodes are together, though it runs each of them.
 
     Args:
         make: the model with the first so many of the changes.
         count: how many there are.
-        target: opens the models in a process of its own, which it may end.
+        target: runs the models in a process of its own, which it may end.
+        feeds: what the model runs on without; None if it is to be opened alone.
 
     Returns:
-        Its place; None if the target opens the model with all of them, or does not even without.
+        Its place; None if the target runs the model with all of them, or does not even without.
     """
-    if _opens_apart(make(count), target) or not _opens_apart(make(0), target):
+    if _runs_apart(make(count), target, feeds) or not _runs_apart(make(0), target, feeds):
         return None
     good, bad = 0, count
     while bad - good > 1:
         middle = (good + bad) // 2
-        good, bad = (middle, bad) if _opens_apart(make(middle), target) else (good, middle)
+        good, bad = (middle, bad) if _runs_apart(make(middle), target, feeds) else (good, middle)
     return good
 
 
-def _opens_apart(model: Model, target: Target) -> bool:
+def _runs_apart(model: Model, target: Target, feeds: Mapping[str, Array] | None) -> bool:
     try:
-        Session(model, target, once=True)
+        session = Session(model, target, once=True)
+        if feeds is not None:
+            session.run(feeds)
     except (LoadError, TargetError):
         return False
     return True

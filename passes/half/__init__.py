@@ -27,9 +27,9 @@ from onnxslim.passes.half.convert import Converter, narrow_interface, store
 from onnxslim.passes.half.facts import SINGLE, TYPES, delicate, unfit
 from onnxslim.passes.half.measure import lossy, worst_first, worst_weights_first
 from onnxslim.passes.unfuse import unfuse
-from onnxslim.runtime.kernels import first_breaking, without_kernel
+from onnxslim.runtime.kernels import first_breaking, kernel_key, without_kernel
 
-# Nodes that are looked for, one by one, where a target does not open the model with all of them.
+# Kinds of nodes that are looked for, one by one, where a target does not run the model with all of them.
 MOST_BREAKING = 8
 # Why a node, or a weight, stays in single precision where that was asked for by what is to be kept.
 REASON = "in half precision, the outputs would keep less than is required"
@@ -155,15 +155,17 @@ class Half(Demanding):
         return made.kept if made is not None and useful else None
 
     def _breaking(self, model: Model, chosen: Sequence[Node], ctx: Context) -> dict[int, str]:
-        """Why nodes have to stay for the target to open the model, by id; nothing if that is in vain."""
+        """Why nodes have to stay for the target to run the model, by id; nothing if that is in vain."""
         reasons: dict[int, str] = {}
         for _ in range(MOST_BREAKING):
             left = [node for node in chosen if id(node) not in reasons]
             make = partial(self._first, model, left)
-            found = first_breaking(make, len(left), ctx.target)
+            found = first_breaking(make, len(left), ctx.target, ctx.sample)
             if found is None:
                 return reasons
-            reasons[id(left[found])] = f"with it in {self.dtype}, {ctx.target.name} does not open the model"
+            alike = kernel_key(left[found])
+            why = f"with it, or one alike, in {self.dtype}, {ctx.target.name} does not run the model"
+            reasons |= {id(node): why for node in left if kernel_key(node) == alike}
         return {}
 
     def _first(self, model: Model, nodes: Sequence[Node], many: int) -> Model:

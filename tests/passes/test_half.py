@@ -288,3 +288,19 @@ def test_single_precision_that_was_half_before_is_read_as_it_was() -> None:
     result, _ = apply(Half(exclude=("wide", "Add")), model)
     (product,) = [node for node in result.nodes() if node.op == "MatMul"]
     assert product.inputs[0].name == "x"
+
+
+def test_what_fails_on_data_alone_stays_in_float_with_all_that_are_alike() -> None:
+    """No made-up sizes of the parts fit each other, and zeros would not do for them."""
+    model = parse(
+        """g (float[N,4] x, int64[1] k) => (float[N,4] y) { h = MatMul(x, w) i = Expand(at, k2)
+        k2 = Concat<axis = 0>(k, four)
+        [one] s = ScatterElements<axis = 0, reduction = "add">(h, i, u) r = Relu(s)
+        [two] t = ScatterElements<axis = 0, reduction = "add">(r, i, u) y = MatMul(t, w) }""",
+        {**normals(w=(4, 4), u=(3, 4)), "at": np.zeros((1, 1), np.int64), "four": np.array([4])},
+        opset=18,
+    )
+    feeds = {"x": normal(3, 4), "k": np.array([3])}
+    kept = _kept(model, [feeds])
+    assert kept.keys() == {"one", "two"}
+    assert _error(model, _halved(model, [feeds]), feeds) < 1e-2
