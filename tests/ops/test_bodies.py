@@ -32,6 +32,8 @@ OPSETS = (11, 17, LATE)
 CODED_OPSETS = (13, LATE)
 LIMIT = 1e-5
 SIZES = {"N": 2, "S": 5}
+# Integers of this name are sums of products of codes, which are larger than indices.
+BIAS = "b"
 # A result of this name is no output.
 UNREAD = "u"
 # Keys and values for the next token: how many there are is counted.
@@ -184,6 +186,7 @@ CODED = [
     ("q = .QLinearMatMul(x, s1, o1, w, s2, o2, s, o)", f"{_CODES} | {_Y}, {_V1}"),
     ("q = QGemm<alpha=0.5>(x, s1, o1, w, sw, ow, b, s, o)", f"uint8[N,8] x | {_Y}, {_V}, int32[4] b"),
     ("q = QGemm(x, s1, o1, w, sw, ow, b, s, o)", f"uint8[N,8] x | {_Y}, {_V}, int32[4] b"),
+    ("q = QGemm<transB=1>(x, s1, o1, w, sw, ow, , s, o)", f"uint8[N,8] x | {_Y}, {_V.replace('8,4', '4,8')}"),
     ("y = QGemm<transB=1>(x, s1, o1, w, s2, o2)", f"uint8[N,8] x | {_Y}, int8[4,8] w, float s2, int8 o2"),
     ("y = DynamicQuantizeMatMul(x, w, sw)", f"{_ROW} | {_V}"),
     ("y = DynamicQuantizeMatMul(x, w, s2, o2, b)", f"{_ROW} | {_V1}, float[4] b"),
@@ -266,7 +269,8 @@ def _values(model: Model) -> dict[str, Array]:
         elif dtype.kind == "b":
             made[name] = random.integers(0, 2, sizes).astype(dtype)
         else:
-            low, high = (0, 3) if dtype.itemsize > 1 else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+            few = (-3000, 3000) if name == BIAS else (0, 3)
+            low, high = few if dtype.itemsize > 1 else (np.iinfo(dtype).min, np.iinfo(dtype).max)
             made[name] = np.asarray(random.integers(low, high, sizes), dtype)
     return made
 
