@@ -40,6 +40,11 @@ source, target, samples = sys.argv[1:]
 with open(samples, "rb") as file:
     feeds = pickle.load(file)
 """
+# A process is charged with what the one that started it held, but for this figure.
+TAIL = """
+with open("/proc/self/status") as status, open(target + ".peak", "w") as peak:
+    peak.write(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+"""
 ORT = """
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 class Reader(CalibrationDataReader):
@@ -160,7 +165,7 @@ class Cell:
 def quantize(python: Path, tool: Tool, source: Path, target: Path, samples: Path) -> Cell:
     """Run a tool in a process of its own."""
     script = target.with_suffix(".py")
-    script.write_text(HEAD + tool.program, encoding="utf-8")
+    script.write_text(HEAD + tool.program + TAIL, encoding="utf-8")
     command = [str(python), str(script), str(source), str(target), str(samples)]
     with target.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=target.parent)
@@ -168,7 +173,8 @@ def quantize(python: Path, tool: Tool, source: Path, target: Path, samples: Path
     if status or not target.is_file():
         lines = target.with_suffix(".log").read_text(errors="replace").strip().splitlines()
         return Cell(problem=f"fails: {lines[-1][:60]}" if lines else "fails")
-    return Cell(seconds=usage.ru_utime + usage.ru_stime, megabytes=usage.ru_maxrss / 1024)
+    peak = int(Path(f"{target}.peak").read_text("utf-8"))
+    return Cell(seconds=usage.ru_utime + usage.ru_stime, megabytes=peak / 1024)
 
 
 def row(name: str, tools: Sequence[str], venvs: Path) -> dict[str, Cell]:
