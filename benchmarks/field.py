@@ -6,10 +6,10 @@ Each cell is a command line: its exit code, or else the dB that the report gives
 session of ONNX Runtime finds on other inputs, both of the output that lost most, and the size of the file
 relative to the original's. "–" means that the command said that it could do nothing, and saved nothing.
 Behind a `!` stands what is wrong: dB that differ by more than `APART` and chance, a file that grew, an exit
-code that nobody documents, an exception as the reason. Where the report had to make up inputs, as for passes
-without data, its dB are of others than ours, and no fault. Ours come from the makers below, which know
-vocabularies and lengths: passes with data get 128 of them, in files of one sample, of lengths that differ
-where the model allows it.
+code that nobody documents, an exception as the reason. dB of a report that had to make up inputs, as for
+passes without data, stand in brackets: they are of others than ours, and no fault. Ours come from the makers
+below, which know vocabularies and lengths: passes with data get 128 of them, in files of one sample, of
+lengths that differ where the model allows it.
 """
 
 from __future__ import annotations
@@ -385,10 +385,11 @@ class Cell:
     said: str
 
     def __str__(self) -> str:
-        if self.code:
+        if self.code or self.size is None:
             told = "–" if self.code == 4 else f"exit {self.code}"
         else:
-            told = f"{_decibels(self.told)} / {_decibels(self.own and self.own[0])} · {self.size:.2f}"
+            kept = f"({_decibels(self.told)})" if self.whose == "made up" else _decibels(self.told)
+            told = f"{kept} / {_decibels(self.own and self.own[0])} · {self.size:.2f}"
         return told + "".join(f" **!** {each}" for each in self.wrong)
 
 
