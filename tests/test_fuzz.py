@@ -55,19 +55,20 @@ def test_damaged_models_end_in_a_result_or_an_error_of_ours(tmp_path: Path) -> N
     assert endings["LoadError"] >= 5
 
 
-@pytest.mark.fuzz
-@SEARCHING
-def test_more_damaged_models(tmp_path: Path) -> None:
-    end, number = time.monotonic() + SECONDS / 2, TODAY
-    while time.monotonic() < end:
-        tried("models", number, 50, tmp_path)
-        number += 50
+def test_random_passes_over_random_graphs_end_in_a_result_or_an_error_of_ours(tmp_path: Path) -> None:
+    endings = tried("chains", 0, 12, tmp_path)
+    assert endings["done"] >= 3
+
+
+# How many cases share a process, by kind: importing takes a second, making up the node suite several.
+TOGETHER = {"models": 50, "nodes": 500, "pipelines": 1, "chains": 20}
 
 
 @pytest.mark.fuzz
 @SEARCHING
-def test_random_pipelines(tmp_path: Path) -> None:
-    end, number = time.monotonic() + SECONDS / 2, TODAY
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_more_of_everything(kind: str, tmp_path: Path) -> None:
+    end, number = time.monotonic() + SECONDS / len(TOGETHER), TODAY
     while time.monotonic() < end:
-        tried("pipelines", number, 1, tmp_path)
-        number += 1
+        tried(kind, number, TOGETHER[kind], tmp_path)
+        number += TOGETHER[kind]
