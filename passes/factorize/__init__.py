@@ -80,9 +80,9 @@ class FactorizeFigures(Figures):
 
 
 WORK: Mapping[Effort, PassWork] = {
-    "quick": PassWork(0.3, 5e-2, 10.0, 2e-6),
-    "normal": PassWork(0.5, 1e-1, 15.0, 4e-6),
-    "thorough": PassWork(0.5, 2e-1, 20.0, 4e-6),
+    "quick": PassWork(0.5, 1e-2, 60.0, 2e-6),
+    "normal": PassWork(0.5, 1e-2, 90.0, 2e-6),
+    "thorough": PassWork(0.5, 1e-2, 150.0, 2e-6),
 }
 
 

@@ -14,7 +14,7 @@ from onnxslim import shapes
 from onnxslim.calibration.collect import collect
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.observers import Histogram
-from onnxslim.engine.base import Changes, Context, InterfacePart, Log, options
+from onnxslim.engine.base import Changes, Context, InterfacePart, Log, PassWork, options
 from onnxslim.engine.demands import Demand, Demanding, LeastSqnr, MostDrop
 from onnxslim.engine.matching import GLOBS, excluded, tell_idle
 from onnxslim.errors import UsageError
@@ -91,6 +91,11 @@ class Half(Demanding):
     def interface(self) -> frozenset[InterfacePart]:
         """Types of inputs and outputs, where that was asked for."""
         return frozenset(("types",) if self.everywhere else ())
+
+    @property
+    def work(self) -> PassWork:
+        """See `Pass.work`."""
+        return PassWork(0.5, 5e-3, 3.0)
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Convert the model in place.

@@ -82,9 +82,9 @@ class PruneFigures(Figures):
 
 
 WORK: Mapping[Effort, PassWork] = {
-    "quick": PassWork(0.3, 2e-2, 10.0, 1e-6),
-    "normal": PassWork(0.5, 4e-2, 15.0, 2e-6),
-    "thorough": PassWork(0.5, 6e-2, 20.0, 2e-6),
+    "quick": PassWork(0.5, 1.5e-2, 35.0, 1e-6),
+    "normal": PassWork(0.5, 2e-2, 90.0, 1e-6),
+    "thorough": PassWork(0.5, 2.5e-2, 120.0, 1e-6),
 }
 
 

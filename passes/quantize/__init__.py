@@ -43,9 +43,9 @@ __all__ = ["QuantizationPlan", "Quantize", "QuantizeFigures"]
 # In dB: what keeps more is not worth a search; nothing is, and everything is.
 ENOUGH_BY_EFFORT: Mapping[Effort, float] = {"quick": -math.inf, "normal": ENOUGH, "thorough": math.inf}
 WORK: Mapping[Effort, PassWork] = {
-    "quick": PassWork(0.3, 2e-3, 5.0, 1e-7),
-    "normal": PassWork(0.5, 2e-2, 15.0, 5e-7),
-    "thorough": PassWork(0.5, 1e-1, 60.0, 5e-6),
+    "quick": PassWork(0.3, 2e-3, 15.0, 1e-7),
+    "normal": PassWork(0.3, 5e-3, 60.0, 5e-7),
+    "thorough": PassWork(0.3, 2e-2, 130.0, 1e-6),
 }
 EFFORTS = (
     "how much to try: quick takes the nearest integers by one way to choose ranges, and all layers; normal "
