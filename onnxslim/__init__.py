@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         PassError,
         SaveError,
         TargetError,
+        TimeUp,
         UsageError,
         ValidationError,
     )
@@ -59,6 +60,7 @@ __all__ = [
     "SaveError",
     "Target",
     "TargetError",
+    "TimeUp",
     "UsageError",
     "ValidationError",
     "Verdict",
@@ -83,6 +85,7 @@ _HOMES = {
         "PassError",
         "SaveError",
         "TargetError",
+        "TimeUp",
         "UsageError",
         "ValidationError",
     ),
