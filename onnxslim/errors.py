@@ -5,7 +5,8 @@ OnnxSlimError
 ├─ SaveError          6  the result could not be written; what was there before is untouched
 ├─ UsageError         2  an option, a pass name or a value that does not exist
 ├─ PassError          3  a pass could not do its work; names the pass and, where known, the node
-│   └─ InvalidGraph   3  the check after a pass failed
+│   ├─ InvalidGraph   3  the check after a pass failed
+│   └─ TimeUp         3  the time that was given is over
 ├─ CalibrationError   5  calibration or test data that does not fit the model
 ├─ TargetError        7  an execution provider or data type that is not available
 └─ ValidationError    4  the result is not as good as was required; carries the verdict
@@ -13,6 +14,7 @@ OnnxSlimError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import ClassVar
@@ -38,6 +40,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+# What would end a line, or steer a terminal.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
 class OnnxSlimError(Exception):
     """Base of every error raised on purpose; its text is one line for the user.
 
@@ -46,6 +52,10 @@ class OnnxSlimError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: object = "") -> None:
+        # Names out of a model may hold anything.
+        super().__init__(_CONTROL.sub(lambda found: repr(found[0])[1:-1], str(message)))
 
 
 class LoadError(OnnxSlimError):

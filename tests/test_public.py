@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import pickle
 import subprocess
 import sys
 from types import ModuleType
@@ -47,6 +48,15 @@ def test_every_error_is_public() -> None:
     found = vars(onnxslim.errors).items()
     errors = {name for name, each in found if inspect.isclass(each) and each.__module__ == own}
     assert errors <= set(onnxslim.__all__)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in onnxslim.__all__ if name.endswith(("Error", "Graph", "Up"))]
+)
+def test_errors_are_one_line_whatever_names_are_in_them(name: str) -> None:
+    error = getattr(onnxslim, name)("tensor 'a\nb\x1b[2J\u2028é'")
+    assert str(error) == "tensor 'a\\nb\\x1b[2J\\u2028é'"
+    assert str(type(error)(str(error))) == str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_unknown_names_are_attribute_errors() -> None:

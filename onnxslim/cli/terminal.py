@@ -72,7 +72,8 @@ class Meter:
     def __init__(self, show: Callable[[str, float], None], forecast: Forecast | None = None) -> None:
         self._show, self._forecast = show, forecast
         self._start = self._since = time.monotonic()
-        self._at = -1  # the pass that is at work; before the first, and behind the last, there is none
+        self._at = -1  # the pass that is at work, or came to its end last
+        self._between = True
         self._now = ""
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
@@ -81,6 +82,7 @@ class Meter:
         following = self._at + (done == 0)
         if total == 1 and 0 <= following < len(names) and names[following] == what:
             self._at, self._since, self._now = following, time.monotonic(), ""
+            self._between = done == 1
         else:
             self._now = f"{what} {done}" + (f" of {total}" if total is not None else "")
         self._show(self.line(), self.share())
@@ -88,10 +90,10 @@ class Meter:
     def line(self) -> str:
         """Where it is."""
         names = self._forecast.names if self._forecast else ()
-        place = f"{names[self._at]} ({self._at + 1} of {len(names)})" if 0 <= self._at < len(names) else ""
+        place = "" if self._between else f"{names[self._at]} ({self._at + 1} of {len(names)})"
         told = ": ".join(part for part in (place, self._now) if part)
         left = self._left()
-        return told + (f", about {duration(left)} left" if left is not None else "")
+        return ", ".join(part for part in (told, f"about {duration(left)} left" if left else "") if part)
 
     def share(self) -> float:
         """How much is done, of 1, by what was forecast and what it took so far."""
@@ -102,12 +104,11 @@ class Meter:
         """Seconds of the passes to come, and of the one at work: as forecast, or a tenth of what it took."""
         if self._forecast is None:
             return None
-        if self._at < 0:
-            return self._forecast.total
+        later = sum(self._forecast.seconds[self._at + 1 :])
+        if self._between:
+            return later
         took = time.monotonic() - self._since
-        return max(self._forecast.seconds[self._at] - took, took / 10) + sum(
-            self._forecast.seconds[self._at + 1 :]
-        )
+        return later + max(self._forecast.seconds[self._at] - took, took / 10)
 
 
 def duration(seconds: float) -> str:

@@ -36,14 +36,19 @@ def test_a_meter_says_where_it_is_and_what_is_left(wait: Callable[[float], None]
     meter("measuring", 3, 12)
     wait(30)
     meter("repairing", 1, None)
+    meter("prune", 1, 1)
     meter("slim", 0, 1)
-    wait(2)
+    wait(1)
+    meter("folding", 1, None)
+    meter("slim", 1, 1)
     meter("validating", 1, 1)
     assert shown[0] == ("slim (1 of 3), about 23 s left", 0.0)
     assert shown[3] == ("prune (2 of 3): measuring 3 of 12, about 17 s left", 0.26)
     assert shown[4][0] == "prune (2 of 3): repairing 1, about 6 s left"  # late: a tenth of 35 s, and 2 s
-    assert shown[5] == ("slim (3 of 3), about 2 s left", 0.95)
-    assert shown[6] == ("slim (3 of 3): validating 1 of 1, about 1 s left", 0.99)
+    assert shown[5] == ("about 2 s left", 0.95)
+    assert shown[6] == ("slim (3 of 3), about 2 s left", 0.95)
+    assert shown[7] == ("slim (3 of 3): folding 1, about 1 s left", 0.97)
+    assert shown[9] == ("validating 1 of 1", 1.0)
 
 
 def test_a_meter_without_a_forecast_says_what_is_done() -> None:
