@@ -212,3 +212,10 @@ def ops(model: Model) -> Counter[str]:
 def heed_interrupts() -> None:
     """For a child as it starts: what runs in the background of a shell ignores them, and so would it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def products(count: int) -> Model:
+    """So many matrix products of one width, the last of which makes the output."""
+    names = ["x", *(f"t{at}" for at in range(1, count)), "y"]
+    nodes = " ".join(f"{names[at + 1]} = MatMul({names[at]}, w)" for at in range(count))
+    return parse(f"g (float[N,256] x) => (float[N,256] y) {{ {nodes} }}", {"w": normal(256, 256) / 16})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.engine import forecast
 from onnxslim.engine.base import Effort
 from onnxslim.engine.forecast import Forecast
 from onnxslim.ir.model import Model
@@ -10,6 +13,7 @@ from onnxslim.passes.factorize import Factorize
 from onnxslim.passes.prune import Prune
 from onnxslim.passes.quantize import Quantize
 from onnxslim.passes.slim import Slim
+from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from tests.helpers import normal, parse
 
@@ -48,3 +52,15 @@ def test_nothing_is_run_where_no_pass_takes_long_or_the_data_does_not_fit() -> N
     assert found is not None
     assert found.total < 1
     assert Forecast.of((Quantize(),), net(), data(8, 3), Target.cpu()) is None
+
+
+def test_a_model_is_run_where_its_end_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bool] = []
+
+    def session(model: Model, target: Target, *, once: bool = False, spin: bool = True) -> Session:
+        opened.append(once)
+        return Session(model, target, once=once, spin=spin)
+
+    monkeypatch.setattr(forecast, "Session", session)
+    assert Forecast.of((Quantize(),), net(), data(8), Target.cpu()) is not None
+    assert opened == [True]

@@ -14,7 +14,7 @@ from onnxslim.engine.judging import Kept
 from onnxslim.engine.pipeline import Pipeline, Report
 from onnxslim.ir.model import Model
 from onnxslim.passes.slim import Slim
-from tests.helpers import normal, parse
+from tests.helpers import normal, parse, products
 
 X = normal(256, 6)
 
@@ -81,13 +81,6 @@ def test_lossless_passes_are_not_judged_and_chains_are_as_wholes() -> None:
     assert once is not None
     assert twice is not None
     assert twice.sqnr < once.sqnr - 3
-
-
-def products(count: int) -> Model:
-    """So many matrix products of one width, the last of which makes the output."""
-    names = ["x", *(f"t{at}" for at in range(1, count)), "y"]
-    nodes = " ".join(f"{names[at + 1]} = MatMul({names[at]}, w)" for at in range(count))
-    return parse(f"g (float[N,256] x) => (float[N,256] y) {{ {nodes} }}", {"w": normal(256, 256) / 16})
 
 
 @options

@@ -7,20 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from onnxslim.ir.model import Model
 from onnxslim.runtime import timing
 from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import SLOWER, TELLING, slowdown
-from tests.helpers import normal, parse
+from tests.helpers import normal, products
 
 X = {"x": normal(64, 256)}
-
-
-def products(count: int) -> Model:
-    """So many matrix products in a row."""
-    names = ["x", *(f"t{at}" for at in range(1, count)), "y"]
-    nodes = " ".join(f"{names[at + 1]} = MatMul({names[at]}, w)" for at in range(count))
-    return parse(f"g (float[N,256] x) => (float[N,256] y) {{ {nodes} }}", {"w": normal(256, 256) / 16})
 
 
 def test_a_model_with_more_to_do_is_slower() -> None:
