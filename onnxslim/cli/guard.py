@@ -14,7 +14,6 @@ import os
 import signal
 import struct
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +23,7 @@ from typing import Any
 from onnxslim.cli import terminal
 from onnxslim.engine.journal import Journal
 from onnxslim.errors import InvalidGraph
+from onnxslim.runtime.isolated import may_fork
 
 # How native code ends; and what systems do that run out of memory.
 CRASHES = frozenset(("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGKILL"))
@@ -60,7 +60,7 @@ def guarded(command: Callable[[], int]) -> int:
     It returns in both processes: in the child with the command's own code, in the one that waits with what
     became of it. Must be called before anything starts threads.
     """
-    if sys.platform != "linux" or threading.active_count() > 1:
+    if not may_fork():
         return command()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where that is ignored, exit codes are lost
     shared = _SharedJournal()

@@ -182,14 +182,13 @@ class _Fork:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def _may_fork() -> bool:
-    """Whether a fork is certain to find no lock that a thread holds.
+def may_fork() -> bool:
+    """Whether a fork is certain to find no lock that a thread holds, and a child to miss no thread.
 
-    That is where the command line is all that runs: NumPy's threads are idle, and BLAS is made for it. ONNX
-    Runtime and its threads must not be there yet.
+    That is where nothing but this thread runs: NumPy's threads are idle, and BLAS is made for it. ONNX
+    Runtime must not be there yet: imported, it may have threads, for which a process waits in the end.
     """
-    quiet = threading.active_count() == 1 and "onnxruntime" not in sys.modules
-    return alone and quiet and sys.platform == "linux"
+    return sys.platform == "linux" and threading.active_count() == 1 and "onnxruntime" not in sys.modules
 
 
 def _spawned(said: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -222,7 +221,7 @@ class _Worker:
         self._ready = False
         self._process: subprocess.Popen[bytes] | _Fork
         try:
-            self._process = _Fork(self._said) if _may_fork() else _spawned(self._said)
+            self._process = _Fork(self._said) if alone and may_fork() else _spawned(self._said)
         except OSError as error:
             self._said.close()
             raise _CannotStart(one_line(error)) from error
