@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx.defs
 import onnx.parser
 import onnxruntime
 from onnx import numpy_helper
@@ -22,6 +23,7 @@ from onnxslim.engine.check import difference, interface, wellformed
 from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
+from onnxslim.ops import REGISTRY, OpSpec
 from onnxslim.passes.quantize import Quantize
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.probe import make_feeds
@@ -30,6 +32,8 @@ from onnxslim.runtime.targets import Target
 
 ROOT = Path(__file__).parent.parent
 FASHION = ROOT / "models" / "fashion"
+# How ONNX Runtime says that it has no kernel for an operator, or does not know the opset.
+LACKING = ("NOT_IMPLEMENTED", "is under development")
 NETS = ("resnet", "mobilenet", "vit")
 """Networks in `FASHION` that ship with the package."""
 
@@ -95,6 +99,26 @@ def feeds_for(model: Model, *, batch: int = 2, size: int = 3, seed: int = 0) -> 
 def stored(model: Model, name: str) -> Array:
     """Values of an initializer."""
     return model.graph.initializers[name].values
+
+
+def judge_of(model: Model, optimize: str = "none") -> Session:
+    """ONNX Runtime, or where it lacks a kernel or the opset, the reference evaluator."""
+    try:
+        return Session(model, optimize=optimize)
+    except LoadError as error:
+        if not any(why in str(error) for why in LACKING):
+            raise
+        return Session(model, Target.reference())
+
+
+def rows(*, domain: str | None = None) -> list[OpSpec]:
+    """Rows with an example in an opset that the installed onnx knows, and rows without one."""
+    newest = onnx.defs.onnx_opset_version()
+    return [
+        spec
+        for spec in REGISTRY.values()
+        if domain in (None, spec.domain) and (not spec.example or parse(spec.example).opset <= newest)
+    ]
 
 
 def runs(model: Model, feeds: Mapping[str, Array]) -> bool:

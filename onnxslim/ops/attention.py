@@ -22,10 +22,38 @@ def _einsum_macs(node: Node) -> int | None:
     return math.prod(lengths.values())
 
 
+def _attention_macs(node: Node) -> int | None:
+    """Products of queries and keys, and of what comes of them and values, of each head of queries."""
+    query, key, value = (sizes(tensor.shape) for tensor in node.inputs[:3])
+    cache = node.input(4)
+    past = (0, 0, 0, 0) if cache is None else sizes(cache.shape)
+    if query is None or key is None or value is None or past is None:
+        return None
+    if len(query) == 3:
+        heads, shared = int(node.attrs["q_num_heads"]), int(node.attrs["kv_num_heads"])
+        size, mixed = query[2] // heads, value[2] // shared
+    else:
+        heads, size, mixed = query[1], query[3], value[3]
+    return query[0] * heads * query[-2] * (key[-2] + past[2]) * (size + mixed)
+
+
+def _linear_attention_macs(node: Node) -> int | None:
+    """Each step adds a product of key and value to the state, of each head, and multiplies it by queries; by
+    keys, too, where the state is corrected."""
+    query, value = (sizes(node.inputs[index].shape) for index in (0, 2))
+    if query is None or value is None:
+        return None
+    heads, shared = int(node.attrs["q_num_heads"]), int(node.attrs["kv_num_heads"])
+    corrected = "delta" in node.attrs.get("update_rule", "gated_delta")
+    state = (query[2] // heads) * (value[2] // shared)
+    return math.prod(query[:2]) * state * (heads + shared * (1 + corrected))
+
+
 register(
     OpSpec(
         "Attention",
         traits=Trait.COUNTS_OUTPUTS,
+        macs=_attention_macs,
         channels=Channels(attention.attention, attention.cut_attention),
         example="""<ir_version: 10, opset_import: ["" : 23]>
 g (float[N,3,8] q, float[N,5,4] k, float[N,5,4] v) => (float[N,3,8] y)
@@ -37,6 +65,14 @@ g (float[N,3,8] q, float[N,5,4] k, float[N,5,4] v) => (float[N,3,8] y)
         example="""<ir_version: 10, opset_import: ["" : 23]>
 g (float[N,3,8] x, float[N,3,1] c, float[N,3,1] s) => (float[N,3,8] y)
 { y = RotaryEmbedding<num_heads=4>(x, c, s) }""",
+    ),
+    OpSpec(
+        "LinearAttention",
+        channels=Channels(attention.linear_attention, attention.cut_attention),
+        macs=_linear_attention_macs,
+        example="""<ir_version: 12, opset_import: ["" : 27]>
+g (float[N,3,8] q, float[N,3,4] k, float[N,3,6] v) => (float[N,3,12] y, float[N,2,2,3] s)
+{ y, s = LinearAttention<q_num_heads=4, kv_num_heads=2, update_rule="linear">(q, k, v) }""",
     ),
     OpSpec(
         "Einsum",

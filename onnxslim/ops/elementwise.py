@@ -273,15 +273,44 @@ register(
         "CastLike",
         traits=Trait.ELEMENTWISE,
         data=(0,),
+        channels=Channels(elementwise.like),
         example=_text("y = CastLike(x, z)", "float[N,2,4,4] x, double[1] z", "double[N,2,4,4] y"),
     ),
-    OpSpec("BitCast", traits=Trait.ELEMENTWISE | Trait.TELLS_ZEROS, data=(0,)),
+    # Its result are the bits of what it reads: no number is to be put in its place.
+    OpSpec(
+        "BitCast",
+        traits=Trait.ELEMENTWISE | Trait.TELLS_ZEROS,
+        data=(0,),
+        channels=SAME,
+        foldable=False,
+        example=_recent(_text("y = BitCast<to = 6>(x)", output="int32[N,2,4,4] y"), 26),
+    ),
+    OpSpec(
+        "SwiGLU",
+        traits=Trait.ELEMENTWISE,
+        channels=BROADCAST,
+        scales=scales.gate,
+        body=formulas.swiglu,
+        has_kernel=False,
+        example=_recent(_text("y = SwiGLU(z, x)", "float[N,2,4,4] x, float[N,2,4,4] z"), 28),
+    ),
     OpSpec("Hardmax", channels=ALONG_AXIS, example=_text("y = Hardmax<axis=3>(x)")),
     OpSpec(
         "GlobalMaxPool", channels=POOL, scales=scales.pool, example=_text("y = GlobalMaxPool(x)", output=_ONE)
     ),
     OpSpec("LpPool", channels=POOL, example=_text("y = LpPool<kernel_shape=[4,4]>(x)", output=_ONE)),
     OpSpec("GlobalLpPool", channels=POOL, example=_text("y = GlobalLpPool(x)", output=_ONE)),
+    OpSpec(
+        "LpNormalization",
+        traits=Trait.SENSITIVE,
+        channels=Channels(layers.lp_norm),
+        example=_text("y = LpNormalization<axis=1>(x)"),
+    ),
+    OpSpec(
+        "MeanVarianceNormalization",
+        channels=Channels(layers.mean_variance_norm),
+        example=_text("y = MeanVarianceNormalization<axes=[2,3]>(x)"),
+    ),
     OpSpec("LRN", channels=Channels(layers.local_response), example=_text("y = LRN<size=3>(x)")),
     OpSpec(
         "BatchNormalization",

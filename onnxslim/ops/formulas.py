@@ -26,6 +26,13 @@ def gelu(b: Body, x: Tensor, like: Tensor) -> Tensor:
     return b.add("Mul", product, b.number(0.5, like))
 
 
+def swiglu(b: Body) -> Results:
+    """x · sigmoid(alpha x) · z."""
+    x, z, alpha = b.input(0), b.input(1), b.attr("alpha", 1.0)
+    inner = x if alpha == 1.0 else b.add("Mul", x, b.number(alpha, x))
+    return [b.add("Mul", b.add("Mul", x, b.add("Sigmoid", inner)), z)]
+
+
 def normalized(
     b: Body, x: Tensor, scale: Tensor, bias: Tensor | None, epsilon: float, like: Tensor
 ) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnxslim.ops.channels import movement
+from onnxslim.ops.channels import movement, sampling
 from onnxslim.ops.spec import Channels, OpSpec, Trait, register
 
 
@@ -46,11 +46,32 @@ register(
     OpSpec(
         "CenterCropPad",
         traits=Trait.GROWS,
+        channels=Channels(sampling.crop),
         example=_text(
             "s = Constant<value_ints=[9,9]>() y = CenterCropPad<axes=[2,3]>(x, s)",
             "float[1,2,4,4] x",
             "float[1,2,9,9] y",
             18,
+        ),
+    ),
+    OpSpec(
+        "AffineGrid",
+        traits=Trait.GROWS,
+        example=_text(
+            "s = Constant<value_ints=[1,1,9,9]>() y = AffineGrid(x, s)",
+            "float[1,2,3] x",
+            "float[1,9,9,2] y",
+            20,
+        ),
+    ),
+    OpSpec(
+        "MelWeightMatrix",
+        traits=Trait.GROWS,
+        example=_text(
+            "b = Constant<value_int=8>() n = Constant<value_int=64>() r = Constant<value_int=8000>() "
+            "l = Constant<value_float=0.0>() h = Constant<value_float=4000.0>() "
+            "y = MelWeightMatrix(b, n, r, l, h)",
+            output="float[33,8] y",
         ),
     ),
     OpSpec(

@@ -90,6 +90,25 @@ g (float[N,2,5,5] x, float[3,2,3,3] w, float[3] b) => (float[N,3,3,3] y) { y = C
 g (float[N,2,3,3] x, float[2,3,2,2] w, float[3] b) => (float[N,3,6,6] y)
 { y = ConvTranspose<strides=[2,2]>(x, w, b) }""",
     ),
+    # Its columns depend on offsets, which no view of a layer reads: its weight is pruned, but not fitted.
+    OpSpec(
+        "DeformConv",
+        channels=Channels(layers.deformable_convolution, layers.cut_convolution),
+        data=(0,),
+        macs=conv_macs,
+        example="""<ir_version: 9, opset_import: ["" : 19]>
+g (float[N,2,5,5] x, float[3,2,3,3] w, float[N,18,3,3] o, float[3] b) => (float[N,3,3,3] y)
+{ y = DeformConv(x, w, o, b) }""",
+    ),
+    OpSpec(
+        "CausalConvWithState",
+        channels=Channels(layers.causal_convolution),
+        data=(0,),
+        macs=conv_macs,
+        example="""<ir_version: 12, opset_import: ["" : 27]>
+g (float[N,4,6] x, float[4,1,3] w, float[4] b) => (float[N,4,6] y, float[N,4,2] s)
+{ y, s = CausalConvWithState<activation="silu">(x, w, b) }""",
+    ),
     OpSpec(
         "Gemm",
         channels=Channels(layers.gemm),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from onnxslim.ir.graph import Node
-from onnxslim.ops.channels import layers, movement
+from onnxslim.ops.channels import indexing, layers, movement, sampling
 from onnxslim.ops.channels import scales as passed
 from onnxslim.ops.channels.scale_labels import ScaleTrace
 from onnxslim.ops.spec import Channels, OpSpec, Role, Trait, register
@@ -116,6 +116,7 @@ register(
         "y = GatherElements<axis=1>(x, i)",
         inputs="float[2,3] x, int64[2,1] i",
         output="float[2,1] y",
+        channels=Channels(indexing.gather_elements),
     ),
     _move(
         "Split",
@@ -177,7 +178,7 @@ register(
 
 def _row(
     op: str,
-    channels: Channels,
+    channels: Channels | None,
     body: str,
     output: str,
     inputs: str = "float[N,2,4,4] x",
@@ -212,6 +213,94 @@ g (float[N,2,4,4] x) => (float[N,2,8,8] y)
         "a = Constant<value_int=3>() y = CumSum(x, a)",
         "float[N,2,4,4] y",
         traits=Trait.SENSITIVE,
+    ),
+    OpSpec(
+        "CumProd",
+        channels=Channels(movement.along),
+        example="""<ir_version: 12, opset_import: ["" : 26]>
+g (float[N,2,4,4] x) => (float[N,2,4,4] y) { a = Constant<value_int=3>() y = CumProd(x, a) }""",
+    ),
+    _row(
+        "Trilu",
+        Channels(sampling.triangle),
+        "y = Trilu(x)",
+        "float[N,2,4,4] y",
+        traits=Trait.KEEPS_ZEROS,
+        scales=sampling.triangle,
+    ),
+    _row(
+        "GatherND",
+        Channels(indexing.gather_nd),
+        "i = Constant<value = int64[2,1] {3, 1}>() y = GatherND(x, i)",
+        "float[2,2,3] y",
+        "float[4,2,3] x",
+        traits=Trait.MOVES | Trait.KEEPS_ZEROS,
+        scales=indexing.gather_nd,
+    ),
+    _row(
+        "ScatterND",
+        Channels(indexing.scatter_nd),
+        "y = ScatterND(x, i, u)",
+        "float[4,2,3] y",
+        "float[4,2,3] x, int64[2,1] i, float[2,2,3] u",
+    ),
+    _row(
+        "ScatterElements",
+        Channels(indexing.scatter_elements),
+        "y = ScatterElements<axis=1>(x, i, u)",
+        "float[4,2,3] y",
+        "float[4,2,3] x, int64[4,1,3] i, float[4,1,3] u",
+    ),
+    OpSpec(
+        "TensorScatter",
+        channels=Channels(indexing.tensor_scatter),
+        example="""<ir_version: 11, opset_import: ["" : 24]>
+g (float[N,2,5,4] x, float[N,2,3,4] u) => (float[N,2,5,4] y) { y = TensorScatter(x, u) }""",
+    ),
+    _row(
+        "GridSample",
+        Channels(sampling.grid_sample),
+        "y = GridSample(x, g)",
+        "float[N,2,3,3] y",
+        "float[N,2,4,4] x, float[N,3,3,2] g",
+        traits=Trait.KEEPS_ZEROS,
+        scales=passed.sample,
+    ),
+    _row(
+        "RoiAlign",
+        Channels(sampling.regions),
+        "r = Constant<value = float[1,4] {0.0, 0.0, 3.0, 3.0}>() b = Constant<value_ints=[0]>() "
+        "y = RoiAlign<output_height=9, output_width=9>(x, r, b)",
+        "float[1,2,9,9] y",
+        traits=Trait.GROWS,
+        scales=sampling.regions,
+    ),
+    _row(
+        "MaxRoiPool",
+        Channels(sampling.regions),
+        "r = Constant<value = float[1,5] {0.0, 0.0, 1.0, 3.0, 3.0}>() "
+        "y = MaxRoiPool<pooled_shape=[9,9]>(x, r)",
+        "float[1,2,9,9] y",
+        traits=Trait.GROWS,
+        scales=sampling.regions,
+    ),
+    # The index of each element counts elements of the whole tensor.
+    _row(
+        "MaxUnpool",
+        None,
+        "y = MaxUnpool<kernel_shape=[2,2], strides=[2,2]>(x, i)",
+        "float[N,2,4,4] y",
+        "float[N,2,2,2] x, int64[N,2,2,2] i",
+        traits=Trait.GROWS | Trait.KEEPS_ZEROS,
+    ),
+    OpSpec(
+        "Col2Im",
+        traits=Trait.GROWS | Trait.KEEPS_ZEROS,
+        channels=Channels(sampling.columns),
+        scales=sampling.columns,
+        example="""<ir_version: 8, opset_import: ["" : 18]>
+g (float[N,12,4] x) => (float[N,3,6,6] y)
+{ s = Constant<value_ints=[6,6]>() k = Constant<value_ints=[2,2]>() y = Col2Im<strides=[4,4]>(x, s, k) }""",
     ),
     _row(
         "TopK",

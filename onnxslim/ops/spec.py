@@ -143,6 +143,8 @@ class OpSpec:
         pure: whether two nodes with equal inputs and attributes make equal outputs.
         body: what it is in standard operators, where the standard domain does not have it.
         written: for what the body is put in the place of a node, see `Which`.
+        has_kernel: whether ONNX Runtime can compute it; where not, its body is written where the standard
+            has the operator, too.
         qoperator: whether it takes codes, or makes them; its body has DQ and Q around what it does.
         example: a model of a few lines of ONNX text with this operator in it.
     """
@@ -169,6 +171,7 @@ class OpSpec:
     pure: bool = True
     body: WriteBody | None = None
     written: Which = "free"
+    has_kernel: bool = True
     qoperator: bool = False
     example: str = ""
 
@@ -208,7 +211,7 @@ def body_of(node: Node, model: Model, *, qoperators: bool = False) -> WriteBody 
     domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
     if write is None or (domain, node.op) in model.functions:
         return None
-    there = is_there(node, model.opset)
+    there = is_there(node, model.opset) and spec_of(node).has_kernel
     return write if not there or (qoperators and spec_of(node).qoperator) else None
 
 

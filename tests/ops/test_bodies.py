@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from onnxslim import shapes
+from onnxslim.errors import LoadError
 from onnxslim.ir.graph import Array, Constant, Node, Shape, Tensor, Variable
 from onnxslim.ir.model import Model
 from onnxslim.ops import REGISTRY, body
 from onnxslim.passes.unfuse import Unfuse
 from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
 from onnxslim.shapes.cost import macs
 from tests.helpers import apply, as_fused, ops, parse, reasons
 
@@ -413,8 +415,25 @@ def test_what_is_not_understood_stays_and_is_named(call: str, tensors: str, reas
     assert reason in told
 
 
+@pytest.mark.skipif(NEWEST < 28, reason="this onnx is older than SwiGLU")
+@pytest.mark.parametrize("alpha", ["", "<alpha=0.5>"])
+def test_what_onnx_runtime_lacks_is_written_out_though_it_is_standard(alpha: str) -> None:
+    tensors = "float[N,3,8] x, float[N,3,8] z"
+    before = parse(f"g ({tensors}) => (float[] y) {{ y = SwiGLU{alpha}(x, z) }}", opset=28, ir_version=13)
+    feeds = _values(before)
+    with pytest.raises(LoadError, match="Could not find an implementation"):
+        Session(before)
+    after, _ = apply(Unfuse(which="free"), before)
+    expected, found = Session(before, Target.reference()).run(feeds)["y"], Session(after).run(feeds)["y"]
+    np.testing.assert_allclose(found, expected, rtol=LIMIT, atol=LIMIT)
+
+
+# Bodies that have tests of their own.
+OTHERWISE = {"GroupQueryAttention", "SwiGLU"}
+
+
 def test_every_body_is_run() -> None:
-    assert {_op(call) for call, _ in (*CALLS, *CODED, *BITS, *ROTARY)} | {"GroupQueryAttention"} == {
+    assert {_op(call) for call, _ in (*CALLS, *CODED, *BITS, *ROTARY)} | OTHERWISE == {
         op for (_, op), spec in REGISTRY.items() if spec.body is not None
     }
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from onnxslim.ops.channels.cut import Cut
 from onnxslim.ops.channels.labels import Block, Labels, Trace
+
+_COMPARED = "it is summed over or compared along this axis"
+
+
+@dataclass(frozen=True)
+class _HeadLabels:
+    """Labels of the heads of queries, and of those of keys and values, each of which some of them share."""
+
+    queries: Labels
+    keys: Labels
 
 
 def attention(trace: Trace) -> None:
@@ -15,48 +26,114 @@ def attention(trace: Trace) -> None:
 
     A key-value head goes together with all query heads that share it; the sizes of heads stay.
     """
-    if trace.has(3):
-        _keep(trace, 3)
     if len(trace.shape(0)) == 4:
-        _heads_apart(trace)
+        heads = _heads_apart(trace)
     else:
         attrs = trace.node.attrs
-        _heads_merged(trace, attrs["q_num_heads"], attrs["kv_num_heads"])
-    for index in range(1, len(trace.node.outputs)):
-        if trace.node.outputs[index].name:
-            for which in range(3):
-                _keep(trace, which)
+        heads = _heads_merged(trace, attrs["q_num_heads"], attrs["kv_num_heads"])
+    _bias(trace, 3, heads)
+    _caches(trace, (4, 5), heads)
+    trace.emit([Block((1,), heads.queries)], 3)
+
+
+def grouped_query_attention(trace: Trace) -> None:
+    """GroupQueryAttention of com.microsoft: [batch, length, heads * size], or all three in one input."""
+    attrs = trace.node.attrs
+    merge = _heads_merged if trace.has(1) else _heads_packed
+    heads = merge(trace, attrs["num_heads"], attrs["kv_num_heads"])
+    _bias(trace, 10, heads)
+    _caches(trace, (3, 4), heads)
+    if trace.has(11):
+        trace.tie_axis(11, 0, heads.queries)
+    for index in (12, 13):
+        if trace.has(index) and np.prod(trace.shape(index)) > 1:
+            trace.pin(heads.keys, "its cache has a scale for each channel")
+    trace.emit([Block((1,), heads.queries)], 3)
+
+
+def linear_attention(trace: Trace) -> None:
+    """LinearAttention: [batch, length, heads * size], with a state, a decay and a rate for each head."""
+    attrs = trace.node.attrs
+    heads = _heads_merged(trace, attrs["q_num_heads"], attrs["kv_num_heads"])
+    for index in (4, 5):
+        if trace.has(index):
+            for axis in (0, 1):
+                trace.release(index, axis, _COMPARED)
+            if trace.shape(index)[2] > 1:
+                rows = trace.labels(index, 2).reshape(heads.keys.size, -1)
+                trace.tie(rows, heads.keys[:, None])
+    _caches(trace, (3,), heads, made=1)
+
+
+def _bias(trace: Trace, index: int, heads: _HeadLabels) -> None:
+    """What is added to scores, broadcast to [batch, heads of queries, length, keys]."""
+    if not trace.has(index):
+        return
+    sizes = trace.shape(index)
+    along = len(sizes) - 3
+    for axis in range(len(sizes)):
+        if axis != along:
+            trace.release(index, axis, _COMPARED)
+    if along >= 0:
+        trace.tie_axis(index, along, heads.queries)
+
+
+def _caches(trace: Trace, indices: Sequence[int], heads: _HeadLabels, made: int = 2) -> None:
+    """Keys and values, or states, of what was before, [batch, heads, ...]; they come out with what is new."""
+    for index in indices:
+        if trace.has(index):
+            for axis in (0, 2, 3):
+                trace.release(index, axis, _COMPARED)
+            trace.tie(trace.labels(index, 1), heads.keys, f"'{trace.node.inputs[index].name}' has its heads")
+    for index in range(1, made + 1):
+        trace.emit([Block((1,), heads.keys)], index)
 
 
 def _keep(trace: Trace, index: int) -> None:
     for axis in range(len(trace.shape(index))):
-        trace.release(index, axis, "heads are only followed through queries, keys and values")
+        trace.release(index, axis, "its letters stand for more axes, or for one twice")
 
 
-def _heads_apart(trace: Trace) -> None:
+def _heads_apart(trace: Trace) -> _HeadLabels:
     for index in range(3):
         for axis in (0, 2, 3):
-            trace.release(index, axis, "it is summed over or compared along this axis")
+            trace.release(index, axis, _COMPARED)
     queries, keys, values = (trace.labels(index, 1) for index in range(3))
-    _tie_heads(trace, queries, keys, values)
     trace.emit([Block((1,), queries)])
+    return _tied(trace, queries, keys, values)
 
 
-def _heads_merged(trace: Trace, query_heads: int, heads: int) -> None:
-    found: list[Labels] = []
-    for index, count in ((0, query_heads), (1, heads), (2, heads)):
+def _heads_merged(trace: Trace, query_heads: int, heads: int) -> _HeadLabels:
+    for index in range(3):
         for axis in (0, 1):
-            trace.release(index, axis, "it is compared along this axis")
-        rows = trace.labels(index, 2).reshape(count, -1)
+            trace.release(index, axis, _COMPARED)
+    return _merged(trace, [trace.labels(index, 2) for index in range(3)], query_heads, heads)
+
+
+def _heads_packed(trace: Trace, query_heads: int, heads: int) -> _HeadLabels:
+    """Queries, then keys, then values along the last axis of the first input."""
+    for axis in (0, 1):
+        trace.release(0, axis, _COMPARED)
+    labels = trace.labels(0, 2)
+    size = labels.size // (query_heads + 2 * heads)
+    places = (query_heads * size, (query_heads + heads) * size)
+    return _merged(trace, np.split(labels, places), query_heads, heads)
+
+
+def _merged(trace: Trace, parts: Sequence[Labels], query_heads: int, heads: int) -> _HeadLabels:
+    found: list[Labels] = []
+    for labels, count in zip(parts, (query_heads, heads, heads), strict=True):
+        rows = labels.reshape(count, -1)
         trace.tie(rows, rows[:, :1])
         found.append(rows[:, 0])
-    _tie_heads(trace, *found)
     trace.emit([Block((2,), np.repeat(found[0], trace.made()[2] // query_heads))])
+    return _tied(trace, *found)
 
 
-def _tie_heads(trace: Trace, queries: Labels, keys: Labels, values: Labels) -> None:
+def _tied(trace: Trace, queries: Labels, keys: Labels, values: Labels) -> _HeadLabels:
     trace.tie(queries.reshape(keys.size, -1), keys[:, None])
     trace.tie(keys, values)
+    return _HeadLabels(queries, keys)
 
 
 def cut_attention(cut: Cut) -> None:
@@ -67,20 +144,37 @@ def cut_attention(cut: Cut) -> None:
             cut.node.attrs[name] = cut.size(index, 2) * before // cut.before(index)[2]
 
 
+def cut_grouped_query_attention(cut: Cut) -> None:
+    """The same; groups keep their size."""
+    attrs, heads = cut.node.attrs, cut.node.attrs["num_heads"]
+    left = cut.size_made(2) * heads // cut.made()[2]
+    attrs["num_heads"], attrs["kv_num_heads"] = left, attrs["kv_num_heads"] * left // heads
+
+
 def rotary_embedding(trace: Trace) -> None:
     """RotaryEmbedding-23: channels of a head are mixed with each other, heads are not."""
+    _rotated(trace, trace.node.attrs.get("num_heads", 0))
+
+
+def indexed_rotary_embedding(trace: Trace) -> None:
+    """That of com.microsoft, whose heads are as large as its angles say where it does not tell how many."""
+    told = trace.node.attrs.get("num_heads", 0)
+    _rotated(trace, told or trace.shape(0)[-1] // (2 * trace.shape(2)[-1]))
+
+
+def _rotated(trace: Trace, heads: int) -> None:
     apart = len(trace.shape(0)) == 4
     for axis in (0, 2, 3) if apart else (0, 1):
         trace.release(0, axis, "its angles run along this axis")
     if not apart:
-        rows = trace.labels(0, 2).reshape(trace.node.attrs["num_heads"], -1)
+        rows = trace.labels(0, 2).reshape(heads, -1)
         trace.tie(rows, rows[:, :1])
     trace.emit(trace.blocks(0))
 
 
 def cut_rotary_embedding(cut: Cut) -> None:
     """State the new number of heads."""
-    if len(cut.before(0)) == 3 and cut.kept(0, 2) is not None:
+    if len(cut.before(0)) == 3 and cut.kept(0, 2) is not None and cut.node.attrs.get("num_heads"):
         cut.node.attrs["num_heads"] = cut.size(0, 2) * cut.node.attrs["num_heads"] // cut.before(0)[2]
 
 

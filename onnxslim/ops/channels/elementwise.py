@@ -18,6 +18,12 @@ def same_all(trace: Trace) -> None:
         trace.emit(trace.blocks(0), index)
 
 
+def like(trace: Trace) -> None:
+    """As `same`; of the second input, nothing but the type counts."""
+    trace.ignore(1)
+    same(trace)
+
+
 def broadcast(trace: Trace) -> None:
     """Axes are aligned from the right; along each, all operands that are not stretched share their slices."""
     operands = [index for index in range(len(trace.node.inputs)) if trace.has(index)]

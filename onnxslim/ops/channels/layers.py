@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 
 from onnxslim.ops.channels.cut import Cut
@@ -10,6 +12,10 @@ from onnxslim.ops.channels.labels import Block, Labels, Trace
 
 def convolution(trace: Trace) -> None:
     """Conv and ConvInteger: W[O, I/g, k...]; positions in a group are the same in all groups."""
+    _convolve(trace, bias=2)
+
+
+def _convolve(trace: Trace, bias: int) -> None:
     _keep_space(trace, 0)
     _keep_space(trace, 1)
     group, outputs = trace.node.attrs.get("group", 1), trace.labels(1, 0)
@@ -20,7 +26,7 @@ def convolution(trace: Trace) -> None:
     else:
         _tie_groups(trace, trace.labels(0, 1), group, trace.labels(1, 1))
         _tie_groups(trace, outputs, group)
-    _emit_channels(trace, outputs)
+    _emit_channels(trace, outputs, bias)
 
 
 def integer_convolution(trace: Trace) -> None:
@@ -67,7 +73,7 @@ def transposed_convolution(trace: Trace) -> None:
         _tie_groups(trace, inputs, group)
         trace.tie(inputs, trace.labels(1, 0))
         outputs = np.tile(trace.labels(1, 1), group)
-    _emit_channels(trace, outputs)
+    _emit_channels(trace, outputs, bias=2)
 
 
 def cut_integer_convolution(cut: Cut) -> None:
@@ -141,6 +147,37 @@ def _split_off(trace: Trace, index: int, axes: list[int]) -> None:
                 trace.release(index, axis, "")
 
 
+def causal_convolution(trace: Trace) -> None:
+    """CausalConvWithState: input [N, C, L], W[C, 1, k], bias [C] and a state [N, C, k - 1], per channel."""
+    trace.release(1, 2, "it moves a window along this axis")
+    channels = trace.labels(1, 0)
+    for index in (0, 3):
+        if trace.has(index):
+            for axis in (0, 2):
+                trace.release(index, axis, "it runs over steps, or samples")
+            trace.tie(trace.labels(index, 1), channels, "its input channels are fixed")
+    if trace.has(2):
+        trace.tie_axis(2, 0, channels)
+    for index in range(2):
+        trace.emit([Block((1,), channels)], index)
+
+
+def deformable_convolution(trace: Trace) -> None:
+    """DeformConv: as Conv, with offsets and a mask for each output position and group of channels.
+
+    They say where to look, so that all of their axes but that of samples stay.
+    """
+    offsets = trace.node.attrs.get("offset_group", 1)
+    if offsets > 1:
+        _tie_groups(trace, trace.labels(0, 1), offsets)
+    for index in (2, 4):
+        for axis in range(1, len(trace.shape(index))) if trace.has(index) else ():
+            trace.release(index, axis, "it says where to look, and with which weight")
+        if trace.has(index):
+            trace.tie(trace.labels(index, 0), trace.labels(0, 0))
+    _convolve(trace, bias=3)
+
+
 def batch_norm(trace: Trace) -> None:
     """Scale, bias, mean and variance run along axis 1."""
     channels = trace.labels(0, 1)
@@ -201,7 +238,28 @@ def layer_norm(trace: Trace) -> None:
         trace.emit([block for block in trace.blocks(0) if max(block.axes) < first], index)
 
 
-def _leave_block(trace: Trace, index: int, axis: int, inside: range) -> None:
+def lp_norm(trace: Trace) -> None:
+    """LpNormalization: divided by the norm along an axis, to which all of its slices add."""
+    _normalize(trace, [trace.node.attrs.get("axis", -1)])
+
+
+def mean_variance_norm(trace: Trace) -> None:
+    """MeanVarianceNormalization: statistics over several axes."""
+    _normalize(trace, trace.node.attrs.get("axes", (0, 2, 3)))
+
+
+def _normalize(trace: Trace, axes: Sequence[int]) -> None:
+    rank = len(trace.shape(0))
+    inside = {axis % rank for axis in axes}
+    for axis in inside:
+        _leave_block(trace, 0, axis, inside)
+    for block in trace.blocks(0):
+        if inside.intersection(block.axes):
+            trace.inexact(block.labels)
+    trace.emit(trace.blocks(0))
+
+
+def _leave_block(trace: Trace, index: int, axis: int, inside: Collection[int]) -> None:
     for block in trace.blocks(index):
         if axis in block.axes and not set(block.axes) <= set(inside):
             trace.release(index, axis, "")
@@ -260,8 +318,8 @@ def _tie_groups(trace: Trace, labels: Labels, group: int, row: Labels | None = N
     trace.tie(rows, rows[:1] if row is None else row[None], "a group must lose as much as the others")
 
 
-def _emit_channels(trace: Trace, outputs: Labels) -> None:
+def _emit_channels(trace: Trace, outputs: Labels, bias: int) -> None:
     batch = trace.labels(0, 0)
-    if trace.has(2):
-        trace.tie_axis(2, 0, outputs)
+    if trace.has(bias):
+        trace.tie_axis(bias, 0, outputs)
     trace.emit([Block((0,), batch), Block((1,), outputs)])

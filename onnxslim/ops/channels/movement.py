@@ -450,7 +450,7 @@ def arg_reduce(trace: Trace) -> None:
 
 
 def along(trace: Trace) -> None:
-    """CumSum, TopK, ReverseSequence and the like: the axis they work along stays, others are carried."""
+    """CumSum, CumProd, TopK, ReverseSequence and the like: the axis they work along stays."""
     rank = len(trace.shape(0))
     axes = _worked_axes(trace, rank)
     for axis in range(rank) if axes is None else axes:
@@ -461,7 +461,7 @@ def along(trace: Trace) -> None:
 
 def _worked_axes(trace: Trace, rank: int) -> list[int] | None:
     op, attrs = trace.node.op, trace.node.attrs
-    if op == "CumSum":
+    if op in ("CumSum", "CumProd"):
         given = trace.node.constant(1)
         return None if given is None else [int(given.reshape(-1)[0]) % rank]
     if op == "ReverseSequence":
@@ -496,12 +496,6 @@ def shape_of(trace: Trace) -> None:
     for axis in sorted(computed_with(trace.node, len(trace.shape(0)), tracer.shape, tracer.outputs)):
         trace.release(0, axis, "its size is computed with")
     trace.ignore(0)
-
-
-def scatter(trace: Trace) -> None:
-    """Elements are written to computed places: nothing may move."""
-    for axis in range(len(trace.shape(0))):
-        trace.release(0, axis, "elements are written to computed places")
 
 
 def _others(trace: Trace, axis: int) -> list[Block]:

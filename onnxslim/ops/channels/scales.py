@@ -84,6 +84,11 @@ def multiply(trace: ScaleTrace) -> None:
     _scaled_as(trace, 0 if trace.tracer.blocks(tensors[0]) else 1)
 
 
+def gate(trace: ScaleTrace) -> None:
+    """SwiGLU: what goes through the gate, the second tensor, may be scaled."""
+    _scaled_as(trace, 1)
+
+
 def divide(trace: ScaleTrace) -> None:
     """The divisor has no scale."""
     _scaled_as(trace, 0)
@@ -98,6 +103,11 @@ def pool(trace: ScaleTrace) -> None:
     for axis in range(2, len(trace.shape(0))):
         trace.release(0, axis, "it moves a window along this axis")
     trace.emit(trace.blocks(0))
+
+
+def sample(trace: ScaleTrace) -> None:
+    """What lies between pixels, or in a region of them, is scaled as they are."""
+    pool(trace)
 
 
 def pad(trace: ScaleTrace) -> None:
