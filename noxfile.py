@@ -56,8 +56,18 @@ def _required(session: nox.Session, provider: str) -> None:
 
 @nox.session
 def openvino(session: nox.Session) -> None:
-    """The bundled networks, in float and in integers, on OpenVINO."""
+    """The bundled networks on OpenVINO's plugin; it takes processors by Intel only, and skips elsewhere."""
     session.install("-e", ".[openvino,test]")
+    session.run("onnxslim", "providers")
+    session.run(
+        "pytest", "tests/runtime/test_providers.py", "tests/runtime/test_plugins.py", *session.posargs
+    )
+
+
+@nox.session
+def openvino_wheel(session: nox.Session) -> None:
+    """The same on the last wheel of ONNX Runtime with OpenVINO inside, which takes all processors."""
+    session.install("-e", ".[test]", "onnxruntime-openvino")
     _required(session, "OpenVINOExecutionProvider")
     session.run("pytest", "tests/runtime/test_providers.py", *session.posargs)
 

@@ -24,6 +24,7 @@ from onnxslim.cli.words import (
     CustomOps,
     DataWords,
     Debug,
+    EpLibrary,
     InputShapes,
     Json,
     MetricName,
@@ -32,6 +33,7 @@ from onnxslim.cli.words import (
     SavePlan,
     expanded,
     limits,
+    plug,
 )
 from onnxslim.errors import UsageError
 
@@ -304,6 +306,7 @@ def _validate(
     ] = 0,
     metric: MetricName = None,
     input_shapes: InputShapes = None,
+    ep_library: EpLibrary = None,
     custom_ops: CustomOps = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -313,6 +316,7 @@ def _validate(
 
     Compares outputs, accuracy, latency and size, on every execution provider.
     """
+    plug(ep_library)
     required = limits(require)
     require_report(report, {path.resolve(): "a model" for path in (first, second)})
     require_sheet(data)
@@ -353,6 +357,27 @@ def _validate(
         feeds = opened.data if opened else None
         html.document(model, result, Report(), verdict, limits=required, data=feeds).save(report)
     verdict.require(**required)
+
+
+@app.command("providers")
+def _providers(
+    ep_library: EpLibrary = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the execution providers, and which of them work here.
+
+    Each one that is installed runs a small model, in a process of its own.
+    """
+    plug(ep_library)
+    from onnxslim.report.text import show_offers
+    from onnxslim.runtime.profile import offers
+
+    found = offers()
+    if json:
+        terminal.show_json(found)
+    else:
+        show_offers(terminal.console(), found)
 
 
 @app.command("passes")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxslim.cli import guard, terminal
-from onnxslim.cli.words import DataWords, ModelWords, limits
+from onnxslim.cli.words import DataWords, ModelWords, limits, plug
 from onnxslim.errors import OnnxSlimError, SaveError, UsageError, ValidationError
 from onnxslim.runtime import isolated
 
@@ -50,6 +50,7 @@ def process(
         input_shapes: sizes to count for, in words.
     """
     _warn_of_rivals()
+    plug(job.ep_library)
     _require_places(job, recipe, save_plan)
     require_sheet(words)
     isolated.start()

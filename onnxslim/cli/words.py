@@ -21,6 +21,14 @@ CustomOps = Annotated[
     list[str] | None,
     typer.Option(metavar="LIBRARY", help="file of custom operators to load and run; may be repeated"),
 ]
+EpLibrary = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="LIBRARY",
+        help="file of a plugin of ONNX Runtime to load and run: its execution providers are then known by "
+        "their names (`onnxslim providers`); may be repeated",
+    ),
+]
 MetricName = Annotated[
     str | None,
     typer.Option(
@@ -207,6 +215,7 @@ class ModelWords:
     save_recipe: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="save what this command does as a recipe")
     ] = None
+    ep_library: EpLibrary = None
     custom_ops: CustomOps = None
     seed: Annotated[int | None, typer.Option(help="of everything random [default: 0]")] = None
     time_limit: Annotated[
@@ -250,6 +259,19 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in every]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run
+
+
+def plug(libraries: Sequence[str] | None) -> None:
+    """Make providers of these plugins known by their names, in this process.
+
+    Raises:
+        UsageError, TargetError: see `Target.in_library`.
+    """
+    if libraries:
+        from onnxslim.runtime.targets import REGISTRY, Target
+
+        for path in libraries:
+            REGISTRY.update({target.name: target for target in Target.in_library(path)})
 
 
 def limits(words: Sequence[str] | None) -> Mapping[str, float]:

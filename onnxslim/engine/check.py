@@ -21,6 +21,7 @@ from onnxslim.ops import Trait, has, spec_of
 from onnxslim.ops.spec import sizes as spec_sizes
 from onnxslim.runtime.limits import RunLimits
 from onnxslim.runtime.probe import Feeds, Run, probes
+from onnxslim.runtime.profile import left_over, may_stray, places
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from onnxslim.shapes import cost
@@ -60,6 +61,9 @@ class Checker:
     Attributes:
         feeds: the inputs models are compared on; none if there is nothing the original runs on.
         notes: what could not be checked, and why.
+
+    Raises:
+        TargetError: the target cannot be used, or runs no operator of the original.
     """
 
     def __init__(
@@ -82,6 +86,9 @@ class Checker:
         self._runs = session is not None
         self._take(probes(model, session, samples, specs) if session else [])
         self._limits = limits_after(time.perf_counter() - start, model)
+        if self.feeds and may_stray(target):
+            # A session names its provider even where that takes no operator: whether it does is looked up.
+            self.notes += left_over(target, "original", places(model, target, self.feeds[0], once=True))
         # Where no operator draws numbers or runs graphs, that is looked up only if a result differs.
         pure = all(spec_of(node).pure for node in model.nodes()) and not model.shell.functions
         self._random = None if pure else self._unstable(session) if session else set()

@@ -76,6 +76,8 @@ LAYOUTS: dict[str, IntegerLayout] = {
     "cuda": _GPU,
     # Explicit Q/DQ, biases in float.
     "tensorrt": _GPU,
+    # No integer kernels: integers are how weights are stored and, in blocks of 4 bits, read.
+    "webgpu": IntegerLayout(weight_only=frozenset(("MatMul", "Gemm"))),
     # Qualcomm's processors: 16-bit activations, which their own tools take for most networks.
     "qnn": IntegerLayout(
         activation=np.dtype(np.uint16), kernels=_CPU_KERNELS - {"HardSigmoid"} | {"ConvTranspose"}

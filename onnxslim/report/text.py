@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from onnxslim.engine.pipeline import Report, Step
     from onnxslim.passes import Option
     from onnxslim.report.inspect import Coverage, Difference, Inspection
+    from onnxslim.runtime.profile import Offer
     from onnxslim.validation.verdict import OutputRow, ProviderVerdict, Verdict
 
 WIDTH = 110
@@ -98,6 +99,17 @@ def show_passes(console: Console, known: Mapping[str, tuple[str, Sequence[Option
         for option in options:
             grid.add_row(*map(clean, (option.name, option.type, option.default, option.help)))
         console.print(grid if options else Text("  no options"))
+
+
+def show_offers(console: Console, offers: Sequence[Offer]) -> None:
+    """Execution providers: where they come from, what they run on, and whether they work."""
+    shown = table("name", "from", "works", left=3)
+    for each in offers:
+        shown.add_row(each.target or "?", each.source or "-", "no" if each.problem else "yes")
+    console.print(shown)
+    for each in offers:
+        about = (*each.devices, *([each.problem] if each.problem else ()), *each.notes)
+        lines(console, (f"{each.target or each.source}: {line}" for line in about))
 
 
 def show_inspections(console: Console, found: Sequence[Inspection], difference: Difference | None) -> None:

@@ -62,12 +62,13 @@ class Backend(Protocol):
     """Opens models for targets.
 
     Attributes:
-        has_latency: whether the time that a run takes says anything about the target.
         profiles: whether it tells what really ran where, and can thus be caught at running it elsewhere.
     """
 
-    has_latency: bool
     profiles: bool
+
+    def no_latency(self, target: Target) -> str:
+        """Why the time that a run takes says nothing about the target; empty if it does."""
 
     def open(self, model: Loadable, target: Target, how: Opening) -> Loaded:
         """Load a model.

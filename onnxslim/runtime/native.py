@@ -28,6 +28,10 @@ class SessionSettings:
         provider_options: as text.
         threads: threads per operator; 0 lets it choose.
         libraries: files of custom operators to load.
+        plugin: the file of a plugin that has the provider, for where this onnxruntime has not; may be empty.
+        device: the kind of its devices to take; the first one if empty.
+        plugin_options: instead of `provider_options` for the plugin.
+        needs: what a machine must have for it to offer a device.
         optimize, optimized, profile: see `onnxslim.runtime.session.Session`.
         prepack: whether weights may be copied into another layout.
         spin: whether threads that wait for work keep a core busy.
@@ -37,6 +41,10 @@ class SessionSettings:
     provider_options: tuple[tuple[str, str], ...] = ()
     threads: int = 0
     libraries: tuple[str, ...] = ()
+    plugin: str = ""
+    device: str = ""
+    plugin_options: tuple[tuple[str, str], ...] = ()
+    needs: str = ""
     optimize: str = "all"
     optimized: Path | None = None
     profile: Path | None = None
@@ -56,7 +64,7 @@ def onnxruntime() -> ModuleType:
     except ImportError as error:
         raise TargetError(
             "onnxruntime is not installed; install one of: pip install 'onnx-slimkit[cpu]', "
-            "'onnx-slimkit[gpu]', 'onnx-slimkit[openvino]'"
+            "'onnx-slimkit[gpu]', 'onnx-slimkit[openvino]', 'onnx-slimkit[webgpu]'"
         ) from error
     ort.set_default_logger_severity(4)
     return ort  # type: ignore[no-any-return]
@@ -118,12 +126,11 @@ def open_model(
         TargetError: the provider is not there, or not what is used.
         UsageError: a library of custom operators cannot be loaded.
     """
-    _require(settings.provider)
     options = _options(settings)
+    providers = _asked_for(options, settings)
     held = [onnxruntime().OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
     if held:
         options.add_external_initializers(list(weights), held)
-    providers = [(settings.provider, dict(settings.provider_options))]
     try:
         session = onnxruntime().InferenceSession(source, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime raises a dozen unrelated types
@@ -147,12 +154,92 @@ def message(error: Exception) -> str:
     return re.sub(r"^(\d+ : \w+ : )?/\S+:\d+ .*?\) ", r"\1", text)
 
 
-def _require(provider: str) -> None:
-    present = onnxruntime().get_available_providers()
-    if provider not in present:
+def built_in() -> list[str]:
+    """The providers of the installed onnxruntime itself."""
+    plugged = {device.provider for devices in _PLUGGED.values() for device in devices}
+    return [name for name in onnxruntime().get_available_providers() if name not in plugged]
+
+
+@dataclass(frozen=True)
+class PluginDevice:
+    """A device that a plugin offers on this machine.
+
+    Attributes:
+        provider: the execution provider that runs on it.
+        kind: CPU, GPU or NPU.
+        vendor: who made it.
+        version: of the provider.
+        handle: ONNX Runtime's own object.
+    """
+
+    provider: str
+    kind: str
+    vendor: str
+    version: str
+    handle: Any
+
+
+# Devices of each plugin that was loaded, by its file: it can be loaded only once.
+_PLUGGED: dict[str, tuple[PluginDevice, ...]] = {}
+
+
+def plugin_devices(library: str, provider: str = "") -> tuple[PluginDevice, ...]:
+    """Load a plugin into this process, and see what it offers here.
+
+    Args:
+        library: its file.
+        provider: the one that is looked for; some plugins call it as they are told.
+
+    Raises:
+        TargetError: it cannot be loaded.
+    """
+    if library not in _PLUGGED:
+        ort = onnxruntime()
+        try:
+            before = len(ort.get_ep_devices())
+            ort.register_execution_provider_library(provider or _stem(library), library)
+            found = ort.get_ep_devices()[before:]
+        except Exception as error:  # onnxruntime raises a dozen unrelated types, or is older than plugins
+            raise TargetError(f"the plugin '{library}' cannot be loaded: {message(error)}") from error
+        _PLUGGED[library] = tuple(map(_device, found))
+    return _PLUGGED[library]
+
+
+def _device(handle: Any) -> PluginDevice:
+    kind, version = handle.device.type.name, handle.ep_metadata.get("version", "")
+    return PluginDevice(handle.ep_name, kind, handle.device.vendor, version, handle)
+
+
+def _stem(library: str) -> str:
+    """What a library is called, without what all libraries of providers are called."""
+    name = Path(library).name.partition(".")[0].removeprefix("lib")
+    return name.removeprefix("onnxruntime_").removeprefix("providers_") or name
+
+
+def _asked_for(options: Any, settings: SessionSettings) -> list[Any] | None:
+    """What to name to a session: a provider that is built in; None where options name a device instead."""
+    provider, present = settings.provider, built_in()
+    if provider in present:
+        return [(provider, dict(settings.provider_options))]
+    if not settings.plugin:
         raise TargetError(
             f"{provider} is not available here; the installed onnxruntime has: {', '.join(present)}"
         )
+    offered = plugin_devices(settings.plugin, provider)
+    fit = [each for each in offered if each.provider == provider and settings.device in ("", each.kind)]
+    if not fit:
+        kinds = ", ".join(dict.fromkeys(f"{each.provider} on {each.kind}" for each in offered))
+        wanted = f"{settings.device} device".strip()
+        instead, needs = kinds and f", only {kinds}", settings.needs and f"; it needs {settings.needs}"
+        raise TargetError(
+            f"{provider} cannot be used here: its plugin '{Path(settings.plugin).name}' offers no {wanted} "
+            f"on this machine{instead}{needs}"
+        )
+    try:
+        options.add_provider_for_devices([fit[0].handle], dict(settings.plugin_options))
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
+        raise TargetError(f"{provider} cannot be used here: {message(error)}") from error
+    return None
 
 
 def _refused(settings: SessionSettings, source: bytes | str, error: Exception) -> Exception:

@@ -19,11 +19,12 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
 from onnxslim.ir.proto import encode_embedded
-from onnxslim.runtime import isolated, native
+from onnxslim.runtime import isolated, native, plugins, vulkan
 from onnxslim.runtime.backend import Loadable, Loaded, Opening
 from onnxslim.runtime.native import SessionSettings
 from onnxslim.runtime.targets import Target
 
+WEBGPU = "WebGpuExecutionProvider"
 # From here on, a copy of the weights would cost more memory than it saves time in a run or two.
 LARGE_BYTES = 512 << 20
 # From here on, weights are read where they are instead of copied into the model that a session opens.
@@ -33,8 +34,11 @@ BESIDE_BYTES = 1 << 16
 class OnnxRuntime:
     """Execution providers that the installed onnxruntime has."""
 
-    has_latency = True
     profiles = True
+
+    def no_latency(self, target: Target) -> str:
+        software = vulkan.software_device() if target.provider == WEBGPU else ""
+        return f"its device, {software}, is computed by the processor" if software else ""
 
     def open(self, model: Loadable, target: Target, how: Opening) -> Loaded:
         settings = _settings(model, target, how)
@@ -68,6 +72,10 @@ def _settings(model: Loadable, target: Target, how: Opening) -> SessionSettings:
         _provider_options(target),
         target.threads,
         tuple(os.path.abspath(name) if os.path.exists(name) else name for name in target.libraries),
+        plugin_library(target),
+        target.device,
+        _plugin_options(target),
+        target.needs,
         how.optimize,
         how.optimized,
         how.profile,
@@ -81,6 +89,20 @@ def _provider_options(target: Target) -> tuple[tuple[str, str], ...]:
     if target.threads and target.threads_option:
         options[target.threads_option] = str(target.threads)
     return tuple(options.items())
+
+
+def plugin_library(target: Target) -> str:
+    """The file of the plugin that has the provider of a target; empty if it takes none, or there is none."""
+    if target.provider == native.CPU or target.plugin:
+        return target.plugin
+    package = plugins.package_of(target.provider)
+    return package.library if package else ""
+
+
+def _plugin_options(target: Target) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (key, value.replace("{threads}", str(target.threads))) for key, value in target.plugin_options
+    )
 
 
 class _Beside:

@@ -6,8 +6,11 @@ import functools
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -16,34 +19,72 @@ import onnx.parser
 from onnxslim.errors import LoadError, TargetError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
+from onnxslim.runtime import native, plugins
 from onnxslim.runtime.backend import Loadable
 from onnxslim.runtime.native import CPU
+from onnxslim.runtime.ort import plugin_library
 from onnxslim.runtime.session import BACKENDS, Session
-from onnxslim.runtime.targets import REGISTRY, Target
+from onnxslim.runtime.targets import Target, known
 
 
-def placement(model: Loadable, target: Target, feeds: Mapping[str, Array]) -> dict[str, int]:
-    """How many operators each execution provider really runs, from ONNX Runtime's profile of one call.
+def places(
+    model: Loadable, target: Target, feeds: Mapping[str, Array], *, once: bool = False
+) -> dict[str, PlacedNode]:
+    """Which execution provider really runs each operator, by its name, from the profile of one call.
 
     A provider may take many nodes of the model as one operator of its own.
+
+    Args:
+        model: what to run.
+        target: where.
+        feeds: its inputs.
+        once: run it in a process of its own.
 
     Raises:
         TargetError: the provider of the target loads, but runs none of them; or it keeps no profile.
     """
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(model, target, profile=Path(folder))
+        session = Session(model, target, profile=Path(folder), once=once)
         session.run(feeds)
         events = json.loads(session.end_profile().read_text(encoding="utf-8"))
     ran = {
-        event["name"]: event["args"]["provider"]
+        event["name"].removesuffix("_kernel_time"): PlacedNode(
+            event["args"].get("op_name", ""), event["args"]["provider"]
+        )
         for event in events
         if event.get("cat") == "Node" and event.get("args", {}).get("provider")
     }
-    counts = dict(Counter(ran.values()))
+    counts = counted(ran)
     if ran and target.provider not in counts:
         others = ", ".join(f"{provider} runs {count}" for provider, count in counts.items())
         raise TargetError(f"{target.provider} loads, but runs no operator of the model: {others}")
-    return counts
+    return ran
+
+
+class PlacedNode(NamedTuple):
+    """An operator that ran, and the execution provider that ran it."""
+
+    op: str
+    provider: str
+
+
+def counted(nodes: Mapping[str, PlacedNode]) -> dict[str, int]:
+    """How many operators each execution provider runs."""
+    return dict(Counter(node.provider for node in nodes.values()))
+
+
+def placement(model: Loadable, target: Target, feeds: Mapping[str, Array]) -> dict[str, int]:
+    """How many operators each execution provider really runs; see `places`."""
+    return counted(places(model, target, feeds))
+
+
+def left_over(target: Target, which: str, nodes: Mapping[str, PlacedNode]) -> Iterator[str]:
+    """A note on the operators of a model that a target leaves to other providers, if there are any."""
+    for provider in counted(nodes):
+        if provider != target.provider:
+            ops = Counter(node.op for node in nodes.values() if node.provider == provider)
+            told = ", ".join(f"{count} {op}" for op, count in ops.most_common())
+            yield f"{target.name} leaves operators of the {which} model to {provider}: {told}"
 
 
 def may_stray(target: Target) -> bool:
@@ -65,18 +106,100 @@ def available() -> tuple[Target, ...]:
 
     A backend that does not tell what ran where, such as the reference evaluator, is used only when asked for.
     """
-    seen = (target for target in REGISTRY.values() if BACKENDS[target.backend].profiles)
-    return tuple(target for target in seen if not may_stray(target) or _works(target))
+    seen = (target for target in known() if BACKENDS[target.backend].profiles)
+    return tuple(target for target in seen if not may_stray(target) or not unusable(target))
+
+
+def installed(target: Target) -> bool:
+    """Whether the provider of a target is on this machine at all, be it in working order or not."""
+    outside = target.backend != "onnxruntime" or target.provider in native.built_in()
+    return outside or bool(plugin_library(target))
 
 
 @functools.cache
-def _works(target: Target) -> bool:
-    """Whether a small product really runs on this target."""
+def unusable(target: Target) -> str:
+    """Why a small product does not really run on this target; empty if it does."""
     model = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["" : 13]> g (float[2,2] x) => (float[2,2] y) { y = MatMul(x, x) }'
     )
+    feeds = {"x": np.ones((2, 2), np.float32)}
     try:
-        placement(model, target, {"x": np.ones((2, 2), np.float32)})
-    except (LoadError, TargetError):
-        return False
-    return True
+        if BACKENDS[target.backend].profiles:
+            places(model, target, feeds, once=True)
+        else:
+            Session(model, target).run(feeds)
+    except (LoadError, TargetError) as error:
+        return str(error)
+    return ""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A target, and what there is of it on this machine.
+
+    Attributes:
+        target: its name.
+        provider: ONNX Runtime's name of it.
+        source: what has it, with its version; empty if nothing has.
+        devices: that it offers: kind, vendor and version; of plugins only, as others do not tell.
+        problem: why a small model does not run on it; empty if it does.
+        notes: in what precision it computes, and whether its times say anything.
+    """
+
+    target: str
+    provider: str
+    source: str
+    devices: tuple[str, ...] = ()
+    problem: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def offers() -> tuple[Offer, ...]:
+    """All targets that are known of, and what is installed of them."""
+    return (*map(_offer, known()), *_broken())
+
+
+def _offer(target: Target) -> Offer:
+    if not installed(target):
+        wanted = " or ".join(target.packages)
+        return Offer(
+            target.name, target.provider, "", problem=f"not installed{wanted and f': pip install {wanted}'}"
+        )
+    slow = BACKENDS[target.backend].no_latency(target)
+    notes = (target.precision, slow and f"no latency is told: {slow}")
+    return Offer(
+        target.name,
+        target.provider,
+        _source(target),
+        _devices(target),
+        unusable(target),
+        tuple(filter(None, notes)),
+    )
+
+
+def _broken() -> Iterator[Offer]:
+    """Packages of plugins that do not even tell what they have."""
+    for each in plugins.packages():
+        if each.problem:
+            yield Offer("", "", each.name, problem=each.problem)
+
+
+def _source(target: Target) -> str:
+    if target.backend != "onnxruntime":
+        return f"onnx {metadata.version('onnx')}"
+    if target.provider in native.built_in():
+        return f"onnxruntime {native.onnxruntime().__version__}"
+    package = plugins.package_of(target.provider)
+    return Path(target.plugin).name or (package.name if package else "")
+
+
+def _devices(target: Target) -> tuple[str, ...]:
+    library = plugin_library(target)
+    if not library or target.provider in native.built_in():
+        return ()
+    try:
+        found = native.plugin_devices(library, target.provider)
+    except TargetError:  # told as the problem
+        return ()
+    mine = (each for each in found if each.provider == target.provider)
+    return tuple(f"{each.kind} by {each.vendor}, provider {each.version}" for each in mine)

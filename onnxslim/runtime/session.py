@@ -56,6 +56,11 @@ class Session:
         self._loaded = self.backend.open(model, self.target, how)
         self.input_names, self.output_names = self._loaded.input_names, self._loaded.output_names
 
+    @property
+    def no_latency(self) -> str:
+        """Why the time that a run takes says nothing about the target; empty if it does."""
+        return self.backend.no_latency(self.target)
+
     def run(
         self,
         feeds: Mapping[str, Array],

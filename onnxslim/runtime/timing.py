@@ -150,7 +150,7 @@ def slowdown(
     found = 1.0
     for _ in range(2):
         sessions = [Session(model, single) for model in (first, second)]
-        if not sessions[0].backend.has_latency:
+        if sessions[0].no_latency:
             return None
         table = _turns(sessions, feeds, 20, 3, seconds, _clock(single))
         ratios = table[:, 1] / table[:, 0]

@@ -27,7 +27,7 @@ from onnxslim.ir.model import InputSpec, Model, Source, load
 from onnxslim.runtime.metric import Metric, measure
 from onnxslim.runtime.native import CPU
 from onnxslim.runtime.probe import Feeds, probes
-from onnxslim.runtime.profile import available, may_stray, placement
+from onnxslim.runtime.profile import available, counted, left_over, may_stray, places
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import Latency, latencies
@@ -209,7 +209,7 @@ class _Runner:
         self._placed: tuple[Mapping[str, int], Mapping[str, int]] | None = None
         self._strays: dict[str, str] = {}
         self.sessions = (Session(first, target), _second(lambda: Session(second, target)))
-        self.notes: list[str] = []
+        self.notes = [f"{target.name}: {target.precision}"] if target.precision else []
         self.opening: Feeds = {}
         self._parts = list(_outputs_and_parts(first))
         self._rows, self._drift = ([_Row.of(part) for part in self._parts] for _ in range(2))
@@ -248,10 +248,10 @@ class _Runner:
         """See that the provider really runs the models, where it could leave them to processors."""
         if may_stray(self.target):
             before, after = self._models
-            self._placed = (
-                placement(before, self.target, first),
-                _second(lambda: placement(after, self.target, second)),
-            )
+            told = places(before, self.target, first), _second(lambda: places(after, self.target, second))
+            self._placed = counted(told[0]), counted(told[1])
+            for which, nodes in zip(("first", "second"), told, strict=True):
+                self.notes += left_over(self.target, which, nodes)
 
     def strays(self, reference: Target) -> Iterator[str]:
         """Notes on outputs of the first model that differ between providers."""
@@ -310,7 +310,10 @@ class _Runner:
 
     def time(self, rounds: int, seconds: float) -> tuple[tuple[Latency, Latency] | None, float | None]:
         """Latency of both models on the first batch, and the ratio of the second to the first."""
-        if rounds <= 0 or not self.sessions[0].backend.has_latency:
+        if rounds <= 0:
+            return None, None
+        if why := self.sessions[0].no_latency:
+            self.notes.append(f"{self.target.name}: no latency is told: {why}")
             return None, None
         (first, second), ratios = latencies(self.sessions, self.opening, rounds=rounds, seconds=seconds)
         if any(each.median > UNSTEADY * each.minimum for each in (first, second)):

@@ -110,7 +110,7 @@ def test_a_silent_fallback_is_refused(
     refused = f"TensorrtExecutionProvider was asked for, but cannot be used here: .* fell back to {CPU}"
     with pytest.raises(TargetError, match=refused):
         Session(parse(PRODUCT), Target.tensorrt())
-    assert not profile._works.__wrapped__(Target.tensorrt())
+    assert "fell back" in profile.unusable.__wrapped__(Target.tensorrt())
     parse(PRODUCT).save(tmp_path / "a.onnx")
     assert cli.main([word.format(tmp_path / "a.onnx") for word in words]) == TargetError.exit_code
     assert f"fell back to {CPU}" in capsys.readouterr().err
@@ -222,10 +222,10 @@ def test_the_reference_evaluator_from_the_command_line(
 
 
 def require(target: Target) -> None:
-    if target.provider not in INSTALLED:
-        pytest.skip(f"{target.provider} is not in the installed onnxruntime")
-    if target not in available():
-        pytest.skip(f"{target.provider} is installed but cannot be used on this machine")
+    if not profile.installed(target):
+        pytest.skip(f"{target.provider} is not installed")
+    if why := profile.unusable(target):
+        pytest.skip(why)
 
 
 def compared(name: str, target: Target) -> Verdict:

@@ -1,0 +1,288 @@
+"""Plugins of ONNX Runtime: found by name or by file, really used, or refused. What they do is played here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxslim import cli
+from onnxslim.errors import TargetError, UsageError
+from onnxslim.recipes.recipe import Recipe
+from onnxslim.runtime import native, plugins, profile
+from onnxslim.runtime.native import CPU, onnxruntime
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import REGISTRY, Target, known
+from tests.helpers import parse
+
+ACME = "AcmeExecutionProvider"
+PRODUCT = "g (float[N,2] x) => (float[N,2] y) <float[2,2] w = {1,2,3,4}> { p = MatMul(x, w)  y = Relu(p) }"
+X = {"x": np.ones((3, 2), np.float32)}
+PACKAGE = """
+def get_ep_names():
+    return [{!r}]
+
+def get_library_path():
+    return {!r}
+"""
+
+
+class PlayedRuntime:
+    """ONNX Runtime with plugins: it computes on the processor, and says what a plugin would make it say.
+
+    Attributes:
+        offered: kinds of devices, by the file of the plugin.
+        uses: whether sessions really use the plugin that they are asked for.
+        registered: names that plugins were loaded under, by their files.
+        asked: the device and the options of the last session.
+    """
+
+    def __init__(self) -> None:
+        self.offered: dict[str, tuple[str, ...]] = {}
+        self.uses = True
+        self.registered: dict[str, str] = {}
+        self.asked: tuple[Any, dict[str, str]] | None = None
+        self._devices: list[Any] = list(onnxruntime().get_ep_devices())
+        runtime = self
+
+        class Options(onnxruntime().SessionOptions):  # type: ignore[misc]
+            def add_provider_for_devices(self, devices: list[Any], options: dict[str, str]) -> None:
+                runtime.asked = devices[0], options
+
+        self.SessionOptions = Options
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(onnxruntime(), name)
+
+    def register_execution_provider_library(self, name: str, path: str) -> None:
+        assert path not in self.registered, "ONNX Runtime refuses a second time"
+        if path not in self.offered:
+            raise RuntimeError("/a/b.cc:1 void f(int) cannot open shared object file")
+        self.registered[path] = name
+        for kind in self.offered[path]:
+            device = SimpleNamespace(type=SimpleNamespace(name=kind), vendor="Acme")
+            self._devices.append(SimpleNamespace(ep_name=name, ep_metadata={"version": "9"}, device=device))
+
+    def get_ep_devices(self) -> list[Any]:
+        return list(self._devices)
+
+    def get_available_providers(self) -> list[str]:
+        """Newer versions list what plugins offer, too."""
+        return list(dict.fromkeys((*onnxruntime().get_available_providers(), *self._named())))
+
+    def _named(self) -> list[str]:
+        return [device.ep_name for device in self._devices]
+
+    def InferenceSession(self, source: Any, options: Any, providers: Any, **_: Any) -> Any:
+        real = onnxruntime().InferenceSession(source, options, providers=providers or [CPU])
+        if providers is None and self.uses:
+            assert self.asked is not None
+            named = [self.asked[0].ep_name, CPU]
+            return SimpleNamespace(
+                get_providers=lambda: named,
+                get_inputs=real.get_inputs,
+                get_outputs=real.get_outputs,
+                run=real.run,
+                end_profiling=lambda: self._profiled(real.end_profiling()),
+            )
+        return real
+
+    def _profiled(self, path: str) -> str:
+        assert self.asked is not None
+        file = Path(path)
+        file.write_text(file.read_text("utf-8").replace(CPU, self.asked[0].ep_name), "utf-8")
+        return path
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedRuntime]:
+    played = PlayedRuntime()
+    monkeypatch.setattr(native, "onnxruntime", lambda: played)
+    monkeypatch.setattr(native, "_PLUGGED", {})
+    monkeypatch.setenv("ONNXSLIM_ISOLATE", "0")  # workers have the real one
+    targets = dict(REGISTRY)
+    yield played
+    REGISTRY.clear()
+    REGISTRY.update(targets)
+    profile.unusable.cache_clear()
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of Python packages, three of which are plugins, one of these broken."""
+    for name, code in {
+        "onnxruntime_ep_acme": PACKAGE.format(ACME, "/acme.so"),
+        "onnxruntime_qnn": PACKAGE.format("QNNExecutionProvider", "/qnn.so"),
+        "onnxruntime_ep_broken": "raise RuntimeError('no\\ndriver')",
+        "onnxruntime_of_others": "raise AssertionError('not a plugin')",
+    }.items():
+        (tmp_path / "site" / name).mkdir(parents=True)
+        (tmp_path / "site" / name / "__init__.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    plugins.packages.cache_clear()
+    yield tmp_path
+    plugins.packages.cache_clear()
+
+
+def saved(folder: Path) -> str:
+    parse(PRODUCT).save(folder / "a.onnx")
+    return str(folder / "a.onnx")
+
+
+# ------------------------------------------------------------------------------------------ by name
+
+
+def test_packages_are_found_by_their_names(packages: Path) -> None:
+    found = {each.name: each for each in plugins.packages()}
+    assert found["onnxruntime_ep_acme"].providers == (ACME,)
+    assert found["onnxruntime_ep_broken"].problem == "no driver"
+    assert "onnxruntime_of_others" not in found
+    acme = Target.named("acme")
+    assert acme == Target.named(ACME) == Target.named("ACME")
+    assert acme in known()
+    assert not acme.layout.kernels
+    assert Target.named("qnn") is REGISTRY["qnn"], "what it wants is known"
+    assert [each.provider for each in known()].count("QNNExecutionProvider") == 1
+    with pytest.raises(TargetError, match=r"known are: .*cpu, .*acme"):
+        Target.named("acne")
+
+
+def test_a_plugin_is_used(packages: Path, runtime: PlayedRuntime) -> None:
+    runtime.offered["/acme.so"] = ("CPU", "NPU")
+    acme = Target.named("acme")
+    for _ in range(2):
+        assert Session(parse(PRODUCT), acme).run(X)["y"].shape == (3, 2)
+    assert runtime.registered == {"/acme.so": ACME}, "some plugins call their provider as they are told"
+    assert runtime.asked is not None
+    assert runtime.asked[0].device.type.name == "CPU"
+    assert Session(parse(PRODUCT), Target("acme", ACME, device="NPU")).target.device == "NPU"
+    assert runtime.asked[0].device.type.name == "NPU"
+    assert profile.available()[-1] == acme
+    assert not profile.unusable(acme)
+
+
+def test_what_a_plugin_is_told(packages: Path, runtime: PlayedRuntime) -> None:
+    runtime.offered["/acme.so"] = ("CPU",)
+    told = Target.openvino()
+    acme = Target("acme", ACME, options=told.options, plugin_options=told.plugin_options, device="CPU")
+    Session(parse(PRODUCT), acme.with_threads(3))
+    assert runtime.asked is not None
+    (value,) = runtime.asked[1].values()
+    assert json.loads(value) == {"CPU": {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 3}}
+
+
+def test_a_provider_of_the_wheel_needs_no_plugin(runtime: PlayedRuntime) -> None:
+    Session(parse(PRODUCT), Target("cpu2", CPU, plugin="/nowhere.so"))
+    assert runtime.registered == {}
+
+
+# ---------------------------------------------------------------------------------------- or refused
+
+
+@pytest.mark.parametrize("words", [["validate", "{0}", "{0}", "--provider"], ["slim", "{0}", "--target"]])
+def test_a_plugin_that_falls_back_silently_is_refused(
+    words: list[str], packages: Path, runtime: PlayedRuntime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runtime.offered["/acme.so"] = ("NPU",)
+    runtime.uses = False
+    acme = Target.named("acme")
+    with pytest.raises(TargetError, match=f"{ACME} was asked for, .* ONNX Runtime fell back to {CPU}"):
+        Session(parse(PRODUCT), acme)
+    assert acme not in profile.available()
+    assert cli.main([*(word.format(saved(packages)) for word in words), "acme"]) == TargetError.exit_code
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"fell back to {CPU}" in err
+
+
+@pytest.mark.parametrize("words", [["validate", "{0}", "{0}", "--provider"], ["slim", "{0}", "--target"]])
+def test_a_plugin_that_takes_no_operator_is_refused(
+    words: list[str],
+    packages: Path,
+    runtime: PlayedRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its sessions name it first all the same."""
+    runtime.offered["/acme.so"] = ("NPU",)
+    renamed = runtime._profiled
+    monkeypatch.setattr(
+        runtime, "_profiled", lambda path: path if "Relu" in Path(path).read_text("utf-8") else renamed(path)
+    )
+    assert not profile.unusable(Target.named("acme")), "it takes the small product"
+    Session(parse(PRODUCT), Target.named("acme"))
+    assert cli.main([*(word.format(saved(packages)) for word in words), "acme"]) == TargetError.exit_code
+    assert f"{ACME} loads, but runs no operator of the model: {CPU} runs 2" in capsys.readouterr().err
+
+
+def test_a_plugin_without_a_device_says_what_it_needs(packages: Path, runtime: PlayedRuntime) -> None:
+    runtime.offered |= {"/acme.so": (), "/qnn.so": ("CPU",)}
+    with pytest.raises(TargetError, match=rf"^{ACME} cannot be used here: .*'acme.so' offers no device on"):
+        Session(parse(PRODUCT), Target.named("acme"))
+    only = "offers no NPU device on this machine, only QNNExecutionProvider on CPU; it needs a neural"
+    with pytest.raises(TargetError, match=only):
+        Session(parse(PRODUCT), Target.qnn())
+
+
+def test_a_plugin_that_cannot_be_loaded_is_named(packages: Path, runtime: PlayedRuntime) -> None:
+    with pytest.raises(TargetError, match=r"'/acme.so' cannot be loaded: cannot open shared object file"):
+        Session(parse(PRODUCT), Target.named("acme"))
+
+
+# ------------------------------------------------------------------------------------------- by file
+
+
+def test_a_library_is_named_by_its_file(
+    tmp_path: Path, runtime: PlayedRuntime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = tmp_path / "libonnxruntime_providers_zeta.so"
+    library.touch()
+    runtime.offered[str(library)] = ("GPU",)
+    (zeta,) = Target.in_library(str(library))
+    assert (zeta.name, zeta.provider, zeta.plugin) == ("zeta", "zeta", str(library))
+    model, out = saved(tmp_path), str(tmp_path / "b.onnx")
+    recipe = str(tmp_path / "r.yaml")
+    words = ["slim", model, out, "--target", "zeta", "--save-recipe", recipe]
+    assert cli.main(words) == TargetError.exit_code
+    assert "unknown execution provider 'zeta'" in capsys.readouterr().err
+    assert cli.main([*words, "--ep-library", str(library)]) == 0
+    assert Recipe.load(recipe).target == "zeta"
+    capsys.readouterr()
+    assert cli.main(["validate", model, out, "--ep-library", str(library), "--json", "--rounds", "0"]) == 0
+    ran = {each["target"]: each for each in json.loads(capsys.readouterr().out)["providers"]}
+    assert ran["zeta"]["placed"] == [{"zeta": 2}, {"zeta": 2}]
+
+
+def test_a_library_comes_from_the_caller_alone(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("passes: [slim]\nep_library: a.so\n", encoding="utf-8")
+    for trust in (False, True):
+        with pytest.raises(UsageError, match="no key 'ep_library'"):
+            Recipe.load(tmp_path / "r.yaml", trust=trust)
+    with pytest.raises(UsageError, match="there is no plugin"):
+        Target.in_library(str(tmp_path / "a.so"))
+
+
+# ----------------------------------------------------------------------------------------- all of them
+
+
+def test_providers_are_listed(
+    packages: Path, runtime: PlayedRuntime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runtime.offered |= {"/acme.so": ("NPU",), "/qnn.so": ()}
+    assert cli.main(["providers", "--json"]) == 0
+    found = {each["target"] or each["source"]: each for each in json.loads(capsys.readouterr().out)}
+    acme, qnn, tensorrt = found["acme"], found["qnn"], found["tensorrt"]
+    assert (acme["source"], acme["devices"]) == ("onnxruntime_ep_acme", ["NPU by Acme, provider 9"])
+    assert acme["problem"] == found["cpu"]["problem"] == ""
+    assert "offers no NPU device" in qnn["problem"]
+    assert (tensorrt["source"], tensorrt["problem"]) == ("", "not installed: pip install onnxruntime-gpu")
+    assert found["onnxruntime_ep_broken"]["problem"] == "no driver"
+    assert cli.main(["providers"]) == 0
+    out = capsys.readouterr().out
+    assert "acme: NPU by Acme, provider 9" in out
+    assert "onnxruntime_ep_broken: no driver" in out
