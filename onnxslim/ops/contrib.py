@@ -190,5 +190,13 @@ register(
     OpSpec("MultiHeadAttention", DOMAIN, body=heads.multi_head, macs=heads.multi_head_macs, written="units"),
     OpSpec("GroupQueryAttention", DOMAIN, body=heads.grouped, written="all"),
     OpSpec("RotaryEmbedding", DOMAIN, body=heads.rotary, written="units"),
-    OpSpec("MatMulNBits", DOMAIN, body=blocks.product, macs=blocks.product_macs, written="all"),
+    OpSpec(
+        "MatMulNBits",
+        DOMAIN,
+        body=blocks.product,
+        body_opset=blocks.OPSET,
+        macs=blocks.product_macs,
+        qoperator=True,
+        written="all",
+    ),
 )

@@ -142,6 +142,7 @@ class OpSpec:
         foldable: whether it can be computed once and for all when its inputs are constant.
         pure: whether two nodes with equal inputs and attributes make equal outputs.
         body: what it is in standard operators, where the standard domain does not have it.
+        body_opset: what the body takes, where that is a late one.
         written: for what the body is put in the place of a node, see `Which`.
         has_kernel: whether ONNX Runtime can compute it; where not, its body is written where the standard
             has the operator, too.
@@ -170,6 +171,7 @@ class OpSpec:
     foldable: bool = True
     pure: bool = True
     body: WriteBody | None = None
+    body_opset: int = 0
     written: Which = "free"
     has_kernel: bool = True
     qoperator: bool = False

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from onnxslim import shapes
+from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.seen import NOTE, seen
 from onnxslim.engine.base import Changes, Context, Effort, Log, Pass, PassWork, options
@@ -21,11 +22,20 @@ from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
 from onnxslim.errors import UsageError
 from onnxslim.ir.model import Model
+from onnxslim.passes.quantize.block_products import has_products
 from onnxslim.passes.quantize.build import Builder, Candidate
-from onnxslim.passes.quantize.choices import Activations, Algorithm, Bits, Settings, Variant
+from onnxslim.passes.quantize.choices import (
+    Activations,
+    Algorithm,
+    Bits,
+    Settings,
+    StorageChoice,
+    StorageForm,
+    Variant,
+)
 from onnxslim.passes.quantize.dynamic import Dynamic
 from onnxslim.passes.quantize.figures import LayerFigures, QuantizeFigures
-from onnxslim.passes.quantize.fused import kernels
+from onnxslim.passes.quantize.fused import beside_floats, kernels
 from onnxslim.passes.quantize.goal import TrialGoal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
 from onnxslim.passes.quantize.recorded import LayoutName, QuantizationPlan, QuantizeOptions, moves_of
@@ -34,7 +44,7 @@ from onnxslim.passes.quantize.static import Static
 from onnxslim.passes.quantize.strategy import Strategy
 from onnxslim.passes.quantize.trained import Trained, strip
 from onnxslim.passes.quantize.trial import Trial
-from onnxslim.passes.quantize.weight_only import WeightOnly, WeightOnlyBlocks
+from onnxslim.passes.quantize.weight_only import WeightOnly, WeightOnlyBlocks, WeightOnlyBytes
 from onnxslim.runtime.native import CPU
 from onnxslim.runtime.targets import Target, layouts
 
@@ -80,6 +90,19 @@ class Quantize(Pass):
         description="integer type of activations: that of the target, or another one; dynamic: only matrix "
         "products by constants run in integers, and ranges of their data are those of every single input, "
         "without calibration; none: weights of matrix products and embeddings are stored as integers",
+    )
+    storage: StorageChoice = Field(
+        "auto",
+        description="with activations=none, how such weights are written: DequantizeLinear in front of the "
+        "product, which any runtime reads (qdq), or ONNX Runtime's own MatMulNBits, with accuracy_level 4 "
+        "(matmulnbits), which it makes of the former itself; auto: qdq, unless the file has the latter",
+    )
+    block_size: int | None = Field(
+        None,
+        ge=16,
+        le=256,
+        description="with activations=none, inputs of an output that share a scale, a power of two. By "
+        "default 32 in four bits; in eight, all of them, or 128 in MatMulNBits",
     )
     observer: ObserverName = Field(
         "auto",
@@ -133,9 +156,15 @@ class Quantize(Pass):
     )
 
     def __post_init__(self) -> None:
-        """Refuse a choice beside a plan."""
+        """Refuse a choice beside a plan, and options that mean nothing with others."""
         if self.plan is not None:
             self.require_alone()
+        if self.activations not in (None, "none"):
+            for option, given in (("storage", self.storage != "auto"), ("block_size", self.block_size)):
+                if given:
+                    raise UsageError(f"pass 'quantize': {option} goes with activations=none")
+        if (size := self.block_size or 16) & (size - 1):
+            raise UsageError(f"pass 'quantize': block_size is a power of two, not {size}")
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Quantize the model in place.
@@ -188,7 +217,9 @@ class Quantize(Pass):
                 "integers as it comes as well"
             )
         ctx = replace(ctx, target=self._target(ctx.target))
-        wide = self.weights == "int4" or ctx.target.layout.activation.itemsize > 1
+        form = self._form(model)
+        plain = form == "matmulnbits" or (self.weights == "int8" and self.block_size is None)
+        wide = not plain or ctx.target.layout.activation.itemsize > 1
         prepare(model, ctx.target.layout, log, WIDE_OPSET if wide else MIN_OPSET)
         tell_idle(self.exclude, model, log)
         trained = strip(model)
@@ -197,7 +228,13 @@ class Quantize(Pass):
         original = model.copy()
         if trained:
             trained.restore(original, ())
-        return Start(model, original, trained, ctx, looked_up)
+        return Start(model, original, trained, ctx, looked_up, form)
+
+    def _form(self, model: Model) -> StorageForm:
+        """How weights are written that are only stored as integers."""
+        if self.storage != "auto" or self.activations not in (None, "none"):
+            return "qdq" if self.storage == "auto" else self.storage
+        return "matmulnbits" if has_products(model) else "qdq"
 
     def _run(self, model: Model, ctx: Context, asked: QuantizationPlan | None) -> Changes:
         log = Log()
@@ -213,11 +250,13 @@ class Quantize(Pass):
             return Changes((), log.done().skipped)
         for name in start.looked_up:
             log.skip(name, NOTE)
-        model.graph = candidate.model.graph
+        model.graph, model.opsets = candidate.model.graph, candidate.model.opsets
         if ctx.target.provider == CPU and self.layout in ("target", "cpu"):
             integer = {key: label for key, label in plan.labels.items() if key in plan.integer}
             fused, total, unfused = kernels(model, integer, ctx.target)
             figures = replace(figures, fused=fused, total=total, unfused=unfused)
+            if self.activations in (None, "none"):
+                figures = replace(figures, beside_floats=_beside_floats(model, ctx))
         if trained:
             figures = replace(figures, trained=(len(trained.tensors), len(trained.constants)))
         return log.done(figures)
@@ -234,9 +273,11 @@ class Quantize(Pass):
         """How to quantize."""
         if self.activations == "dynamic":
             return Dynamic
-        if self.activations in (None, "none"):
-            return WeightOnlyBlocks if self.weights == "int4" else WeightOnly
-        return Static
+        if self.activations not in (None, "none"):
+            return Static
+        if self.weights == "int4":
+            return WeightOnlyBlocks
+        return WeightOnly if self.block_size is None else WeightOnlyBytes
 
     def _target(self, target: Target) -> Target:
         """The target with the wanted layout and type of activations."""
@@ -285,7 +326,7 @@ class Quantize(Pass):
         return trial.candidate, replace(self._told(figures, trial, search, goal), plan=kept)
 
     def _builder(self, start: Start) -> Builder:
-        return Builder(start.model, start.ctx, self._strategy(start.ctx.target), start.trained)
+        return Builder(start.model, start.ctx, self._strategy(start), start.trained)
 
     def _judged(self, start: Start) -> tuple[Search, Builder]:
         """What makes candidates, and what judges them on data."""
@@ -299,7 +340,7 @@ class Quantize(Pass):
         """Those that a plan keeps."""
         return QuantizeOptions(**{item.name: getattr(self, item.name) for item in fields(QuantizeOptions)})
 
-    def _strategy(self, target: Target) -> Strategy:
+    def _strategy(self, start: Start) -> Strategy:
         settings = Settings(
             exclude=self.exclude,
             classifier=self.classifier,
@@ -307,8 +348,11 @@ class Quantize(Pass):
             per_channel=self.per_channel,
             weights=self.weights,
             algorithm=self.algorithm,
+            storage=start.form,
+            block_size=self.block_size,
         )
-        return self._way(settings, target.layout)
+        bytewise = self._way is WeightOnly and start.form == "matmulnbits"
+        return (WeightOnlyBytes if bytewise else self._way)(settings, start.ctx.target.layout)
 
     def _everything(self, search: Search, build: Builder, log: Log) -> tuple[Trial, float]:
         """The candidate with all in integers, the nearest ones, and what one unscaled keeps, in dB."""
@@ -425,6 +469,7 @@ class Start:
         trained: what was taken out.
         ctx: with the target as the options want it.
         looked_up: tensors whose types only a run has told.
+        form: how weights are written that are only stored as integers.
     """
 
     model: Model
@@ -432,6 +477,16 @@ class Start:
     trained: Trained
     ctx: Context
     looked_up: Sequence[str]
+    form: StorageForm
+
+
+def _beside_floats(model: Model, ctx: Context) -> float | None:
+    """See `QuantizeFigures`; None where there is nothing to run on."""
+    feeds = ctx.one_run()
+    if ctx.data is None and feeds is None:
+        return None
+    data = CalibrationData([feeds or {}]) if ctx.data is None else ctx.data.tune
+    return round(beside_floats(model, data, ctx.target), 2)
 
 
 def _look(model: Model, ctx: Context) -> list[str]:

@@ -12,6 +12,7 @@ from onnxslim.engine.base import Context, Log
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Layer
+from onnxslim.passes.quantize.blocks import Blocks
 from onnxslim.passes.quantize.calibrate import Calibration, Group, names
 from onnxslim.passes.quantize.choices import Variant, refusal
 from onnxslim.passes.quantize.coder import Floats, WeightCoder
@@ -20,7 +21,7 @@ from onnxslim.passes.quantize.figures import QuantizeFigures
 from onnxslim.passes.quantize.insert import Inserter
 from onnxslim.passes.quantize.plan import Plan, Planner
 from onnxslim.passes.quantize.sequential import Sequential
-from onnxslim.passes.quantize.storing import Blocks, Storage
+from onnxslim.passes.quantize.storing import Storage
 from onnxslim.passes.quantize.strategy import Draft, Strategy
 from onnxslim.passes.quantize.trained import Trained
 from onnxslim.passes.quantize.weights import Encoded
@@ -131,6 +132,7 @@ class Builder:
             classifier=self._settings.classifier,
             irregular=self._calibration.irregular(),
             trained=self._trained.covers,
+            coded=self._trained.constants,
         )
         return planner.plan()
 

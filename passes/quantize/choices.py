@@ -11,6 +11,8 @@ from onnxslim.ir.graph import Node
 from onnxslim.ops import Role, spec_of
 
 Bits = Literal["int8", "int4"]
+StorageForm = Literal["qdq", "matmulnbits"]
+StorageChoice = Literal["auto", "qdq", "matmulnbits"]
 Activations = Literal["auto", "uint8", "int8", "uint16", "dynamic", "none"] | None
 Algorithm = Literal["auto", "rtn", "cd", "gptq"]
 Observer = Literal["minmax", "percentile", "kl", "mse"]
@@ -26,6 +28,8 @@ class Settings:
         exclude: globs of nodes that stay in floating point.
         weights: their integer type; int4 has a scale for every few inputs where activations are not integers.
         algorithm: how weights are rounded; see `Quantize`.
+        storage: how weights of matrix products are written where activations are no integers.
+        block_size: inputs of an output that share a scale there; None for what suits their bits.
     """
 
     exclude: tuple[str, ...] = ()
@@ -34,6 +38,8 @@ class Settings:
     per_channel: bool = True
     weights: Bits = "int8"
     algorithm: Algorithm = "auto"
+    storage: StorageForm = "qdq"
+    block_size: int | None = None
 
 
 @dataclass(frozen=True)

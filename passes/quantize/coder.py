@@ -14,11 +14,11 @@ from onnxslim.ir.graph import Node, producer
 from onnxslim.ir.model import Model
 from onnxslim.ops import layer_of
 from onnxslim.ops.layers import Layer
+from onnxslim.passes.quantize.blocks import Blocking, Blocks, nearest
 from onnxslim.passes.quantize.choices import Settings
 from onnxslim.passes.quantize.insert import pair_axis_of
 from onnxslim.passes.quantize.plan import Plan
 from onnxslim.passes.quantize.rounding import Rounder
-from onnxslim.passes.quantize.storing import BLOCK, Blocks, Rounding, nearest
 from onnxslim.passes.quantize.trained import Trained
 from onnxslim.passes.quantize.weights import Encoded, Encoder, encode, least_scales
 
@@ -60,8 +60,9 @@ class WeightCoder:
         self._settings = settings
         self._rounders: dict[str, Rounder] = {}
         self._codes = codes or {}
-        # By name of a weight, and whether they are better than the nearest.
-        self._blocks = {(name, True): each for name, each in (blocks or {}).items()}
+        # By name of a weight, how it is coded, and whether that is better than the nearest.
+        self._blocks = {(name, each.blocking, True): each for name, each in (blocks or {}).items()}
+        self._trained = trained
         self._nearest = Encoder(limit, kept=trained.codes)
         self._refined = Encoder(limit, self._rounders, self._codes, kept=trained.codes)
 
@@ -69,24 +70,38 @@ class WeightCoder:
         """What rounds weights: to the nearest codes, or to those found by what layers see; see `observe`."""
         return self._refined if refined else self._nearest
 
-    def blocks(self, weight: str, *, refined: bool) -> Rounding:
-        """How a weight of this name is rounded to codes with a scale for every few inputs."""
+    def blocks(self, layer: Layer, blocking: Blocking, *, refined: bool) -> Blocks:
+        """The weight of a layer in integers with a scale for every few inputs."""
+        if (known := self.known(layer, blocking)) is not None:
+            return known
+        weight = layer.node.inputs[1].name
         rounder = self._rounders.get(weight) if refined else None
-        key = weight, refined and (rounder is not None or (weight, True) in self._blocks)
+        key = weight, blocking, refined and (rounder is not None or (weight, blocking, True) in self._blocks)
+        if key not in self._blocks:
+            matrix = layer.kernels()[0]
+            self._blocks[key] = rounder.in_blocks(matrix, blocking) if rounder else nearest(matrix, blocking)
+        return self._blocks[key]
 
-        def rounding(matrix: Floats) -> Blocks:
-            if key not in self._blocks:
-                self._blocks[key] = rounder.four_bits(matrix) if rounder else nearest(matrix)
-            return self._blocks[key]
+    def known(self, layer: Layer, blocking: Blocking) -> Blocks | None:
+        """Integers that a weight was stored as, of as many bits at the most; None if it was not.
 
-        return rounding
+        More bits than those would say nothing more, and other scales something else: they stay what they are,
+        whatever the size of their blocks.
+        """
+        found = self._trained.blocks(layer, blocking.size)
+        return found if found is not None and found.blocking.bits <= blocking.bits else None
+
+    def came_in_blocks(self, node: Node) -> bool:
+        """Whether the weight of a node was stored with a scale for every few inputs."""
+        stored = self._trained.constants.get(node.inputs[1].name)
+        return stored is not None and bool(stored.grid.block)
 
     def observe(self, model: Model, plan: Plan) -> None:
         """See what the layers of a plan see, once, and make ready to round their weights by it."""
         labels = {plan.labels[id(node)] for node in (*plan.linear, *plan.stored)}
         nodes = [node for node in model.graph.nodes if node.label in labels]
         found = [layer for layer in map(layer_of, nodes) if isinstance(layer, Layer)]
-        done = {*self._rounders, *self._codes, *(name for name, better in self._blocks if better)}
+        done = {*self._rounders, *self._codes, *(name for name, _, better in self._blocks if better)}
         new = [layer for layer in found if layer.node.inputs[1].name not in done]
         linear = {plan.labels[id(node)] for node in plan.linear}
         for rows, part in _portions([layer for layer in new if len(layer.node.inputs[1].outputs) == 1]):
@@ -122,11 +137,11 @@ class WeightCoder:
         return found, codes * found.scales.reshape(*wanted.shape[:2], 1)
 
     def coded_in_blocks(
-        self, layer: Layer, wanted: Floats, gram: Gram, *, corrected: bool
+        self, layer: Layer, wanted: Floats, gram: Gram, blocking: Blocking, *, corrected: bool
     ) -> tuple[Blocks, Floats]:
         """The same with a scale for every few inputs."""
-        codes, scales = self._rounder(layer, gram, corrected, wanted).four_bits(wanted[0].T)
-        return (codes, scales), (codes * np.repeat(scales, BLOCK, axis=0)[: len(codes)]).T[None]
+        found = self._rounder(layer, gram, corrected, wanted).in_blocks(wanted[0].T, blocking)
+        return found, found.values().T[None]
 
     def _rounder(self, layer: Layer, gram: Gram, corrected: bool, wanted: Floats | None = None) -> Rounder:
         return Rounder(layer, gram, corrected, wanted, self._settings.algorithm)

@@ -14,10 +14,11 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.passes.quantize.storing import BLOCK
 from onnxslim.passes.quantize.weights import MAX_PAIR, QMAX
 
 Floats = NDArray[np.float32]
+# Inputs whose steps have one matrix product in common, where no scale says how many.
+BLOCK = 32
 
 
 def by_input(array: Floats) -> Floats:
@@ -81,19 +82,27 @@ class Descent:
         target: weights wanted.
         codes: to start from, within the limits; not modified.
         steps: what a code is worth, of the same shape, or one for all inputs.
-        limit: largest magnitude of a code.
+        limits: lowest and highest code.
         neighbours: which codes must not add up to more than `weights.MAX_PAIR`, if any.
+        size: inputs that are worked on at a time: those of a block that has steps of its own.
 
     Attributes:
         codes, steps: as they are now.
     """
 
     def __init__(
-        self, target: Floats, codes: Floats, steps: Floats, limit: int, neighbours: Neighbours | None = None
+        self,
+        target: Floats,
+        codes: Floats,
+        steps: Floats,
+        limits: tuple[int, int],
+        neighbours: Neighbours | None = None,
+        size: int = BLOCK,
     ) -> None:
         self.codes = codes.copy()
         self._target = np.asarray(target)  # slices of one that lies in a file take ten times as long
-        self._limit = limit
+        self._limits = limits
+        self._size = size
         self._neighbours = neighbours
         self.take(steps)
 
@@ -110,8 +119,8 @@ class Descent:
             scaled: whether each block of inputs has steps of its own, which are then refitted as well.
         """
         changed = 0
-        for start in range(0, len(self.codes), BLOCK):
-            block = slice(start, start + BLOCK)
+        for start in range(0, len(self.codes), self._size):
+            block = slice(start, start + self._size)
             inner = pulls.shares[:, block, block]
             own = (inner @ self._errors[block].swapaxes(0, 1)).swapaxes(0, 1)
             outer = pulls.on(block, self._errors) - own
@@ -124,9 +133,10 @@ class Descent:
 
     def _round(self, start: int, inner: Floats, outer: Floats) -> None:
         """The codes of one block, given how all others pull at it."""
-        errors = self._errors[start : start + BLOCK]
-        low: Floats | int = -self._limit
-        high: Floats | int = self._limit
+        errors = self._errors[start : start + self._size]
+        low: Floats | int
+        high: Floats | int
+        low, high = self._limits
         for j, pull in enumerate(outer):
             at = start + j
             if self._neighbours:
@@ -144,7 +154,7 @@ class Descent:
         along = (weighted * target - pulls.weight * codes * outer).sum(axis=0)
         own = (weighted * codes).sum(axis=0)
         ratio = np.where(own > 0, along / np.maximum(own, 1e-30), step)
-        self.steps[block] = np.where(ratio > 0.5 * step, ratio, step)
+        self.steps[block] = np.where(ratio / step > 0.5, ratio, step)
         self._errors[block] = codes * self.steps[block] - target
 
 

@@ -42,6 +42,8 @@ class QuantizeFigures(Figures):
         sqnr: of the result, in dB.
         metric: before and after.
         latency: time of one run, relative to that before.
+        beside_floats: SQNR of the result, in dB, beside its own integers multiplied in floating point; of
+            weights that alone are integers.
         parts: SQNR by output, or part of one.
         observer: how ranges were chosen.
         fused: operators that ONNX Runtime runs in integers, by type.
@@ -60,6 +62,10 @@ class QuantizeFigures(Figures):
         "SQNR with all in integers, in dB, weights rounded and ranges chosen by the outputs"
     )
     sqnr: float | None = captioned("SQNR of the result, in dB")
+    beside_floats: float | None = captioned(
+        "SQNR of the result beside its own integers multiplied in floating point, in dB: kernels of ONNX "
+        "Runtime round data to int8 by blocks"
+    )
     parts: Mapping[str, float] | None = captioned("SQNR of the result by output or part of one, in dB")
     layers: tuple[LayerFigures, ...] | None = captioned(
         "what single layers alone leave of the signal, the worst first"

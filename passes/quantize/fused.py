@@ -6,9 +6,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.fidelity import Judge
 from onnxslim.ir.graph import Node
 from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
+from onnxslim.ops.blocks import EXACT
+from onnxslim.ops.contrib import DOMAIN
+from onnxslim.passes.quantize.block_products import MAKES
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.targets import Target
 
@@ -53,6 +58,19 @@ def kernels(model: Model, integer: Mapping[int, str], target: Target) -> Kernels
     done = Counter(_kind(node) for node in countable if node.name in wanted and node.name not in lost)
     total = {op: count for op, count in Counter(map(_kind, countable)).items() if done[op]}
     return Kernels(dict(done), total, tuple(unfused))
+
+
+def beside_floats(model: Model, data: CalibrationData, target: Target) -> float:
+    """What a model whose weights alone are integers keeps of what these stand for, as SQNR in dB.
+
+    To multiply by weights of few bits, ONNX Runtime rounds the data of the product to int8, with a scale for
+    each block of a row: beside it is the same model in floating point.
+    """
+    exact = model.copy()
+    for node in exact.nodes():
+        if node.op in MAKES and node.domain == DOMAIN:
+            node.attrs = {**node.attrs, "accuracy_level": EXACT}
+    return Judge(exact, data, target, optimize="none")(model).sqnr
 
 
 def _may_be_integer(node: Node) -> bool:

@@ -78,6 +78,7 @@ class Planner:
         classifier: whether the last matrix product before an output is quantized too.
         irregular: of tensors whose values no integer range should cover, by name, what they hold.
         trained: whether a weighted node was trained to run in integers.
+        coded: names of the constants that are stored as integers already, however small they are.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Planner:
         classifier: bool = False,
         irregular: Mapping[str, str] | None = None,
         trained: Callable[[Node], bool] = lambda node: False,
+        coded: Collection[str] = (),
     ) -> None:
         self._nodes = model.graph.nodes
         self._rules = rules
@@ -106,6 +108,7 @@ class Planner:
         self._log = log
         self._irregular = irregular or {}
         self._trained = trained
+        self._coded = coded
         self._sealed = {id(self._result(node)) for node in self._nodes if _is_misread(node)}
         self._seal_moved()
         self._classifiers = set[int]() if classifier else self._found_classifiers()
@@ -223,7 +226,7 @@ class Planner:
             return why_computed(weight)
         if id(node) not in self._classifiers and not self._stores(node):
             return self._kept.get(node.label)
-        if weight.nbytes < MIN_STORED_BYTES:
+        if weight.nbytes < MIN_STORED_BYTES and weight.name not in self._coded:
             return f"its weight takes less than {MIN_STORED_BYTES} bytes"
         if len(weight.outputs) > 1 and not self._sharing:
             return "other nodes read its weight too"

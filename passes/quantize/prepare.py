@@ -5,20 +5,19 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import onnx
-import onnx.version_converter
 
 from onnxslim import shapes
 from onnxslim.engine import rewrite
 from onnxslim.engine.base import Log
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.rewrite import Rule
-from onnxslim.errors import LoadError, PassError, SaveError, one_line
+from onnxslim.errors import PassError
 from onnxslim.ir.graph import Node
 from onnxslim.ir.model import Model
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.fold.weights import store_weights
 from onnxslim.passes.unfuse import unfuse
+from onnxslim.passes.unfuse.opset import raise_opset
 
 # Per-channel DequantizeLinear appeared in this version.
 MIN_OPSET = 13
@@ -32,42 +31,17 @@ def prepare(model: Model, rules: IntegerLayout, log: Log, opset: int = MIN_OPSET
     Raises:
         PassError: the opset cannot be raised.
     """
-    for skip in unfuse(model, "layers").skipped:
+    for skip in unfuse(model, "layers", coded=True).skipped:
         log.skip(skip.node, skip.reason)
     if model.opset < opset:
-        raise_opset(model, opset)
+        if problem := raise_opset(model, opset):
+            raise PassError(f"pass 'quantize' needs opset {opset}, and {problem}", pass_name="quantize")
         log.change("model", f"raised to opset {opset}", "its way of quantizing needs it")
     for skip in store_weights(model):
         log.skip(skip.node, skip.reason)
     shapes.infer(model)
     wanted = [rule for rule in RULES if rule.needs <= rules.kernels]
     rewrite.apply(wanted, model, log)
-
-
-def raise_opset(model: Model, version: int) -> None:
-    """Convert the standard operators of a model to a later version, in place."""
-    try:
-        original = model.to_proto()
-        converted = onnx.version_converter.convert_version(original, version)
-        _declare_as(original.graph, converted.graph)
-        newer = Model.from_proto(converted)
-    except (RuntimeError, LoadError, SaveError, ValueError) as error:
-        raise PassError(
-            f"pass 'quantize' needs opset {version}, and opset {model.opset} could not be raised: "
-            f"{one_line(error)}; export the model again with a newer opset",
-            pass_name="quantize",
-        ) from error
-    # Of the rest, the converter drops functions and metadata.
-    model.graph, model.opsets = newer.graph, newer.opsets
-
-
-def _declare_as(original: onnx.GraphProto, converted: onnx.GraphProto) -> None:
-    """Declare inputs and outputs as they were: the converter replaces symbols by what it infers."""
-    for before, after in ((original.input, converted.input), (original.output, converted.output)):
-        declared = {info.name: info for info in before}
-        for info in after:
-            if info.name in declared:
-                info.CopyFrom(declared[info.name])
 
 
 class _KernelRule(Rule[Node]):

@@ -16,7 +16,7 @@ from onnxslim.errors import UsageError, nearest
 from onnxslim.ir.graph import Constant, Node
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Builder, Candidate
-from onnxslim.passes.quantize.choices import Activations, Algorithm, Bits, Observer, Variant
+from onnxslim.passes.quantize.choices import Activations, Algorithm, Bits, Observer, StorageChoice, Variant
 from onnxslim.passes.quantize.search import Sensitivity, stored
 from onnxslim.passes.quantize.trial import Trial
 from onnxslim.runtime.targets import layouts
@@ -36,6 +36,8 @@ class QuantizeOptions:
     bias_correction: bool
     per_channel: bool
     algorithm: Algorithm
+    storage: StorageChoice = "auto"
+    block_size: int | None = None
 
 
 @strict

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from onnxslim.calibration.gram import Gram
 from onnxslim.ops.layers import Layer
+from onnxslim.passes.quantize.blocks import Blocking, Blocks, nearest
 from onnxslim.passes.quantize.choices import Algorithm
 from onnxslim.passes.quantize.descent import Descent, Floats, Neighbours, Pulls, by_input, by_output
-from onnxslim.passes.quantize.storing import BLOCK, Blocks, nearest
-from onnxslim.passes.quantize.weights import FOUR_BITS, MAX_PAIR, QMAX, Encoded
+from onnxslim.passes.quantize.weights import MAX_PAIR, QMAX, Encoded
 
 Doubles = NDArray[np.float64]
 
@@ -53,9 +53,10 @@ class Rounder:
     target: Floats | None = None
     algorithm: Algorithm = "auto"
 
-    def four_bits(self, matrix: Floats) -> Blocks:
-        """Four-bit codes of a matrix [inputs, outputs], and their scales; see `storing.Rounding`."""
-        return round_blocks(matrix, self._moments()[0], self.gram.count, by_gptq=self.algorithm != "cd")
+    def in_blocks(self, matrix: Floats, blocking: Blocking) -> Blocks:
+        """Codes of a matrix [inputs, outputs] with a scale for each block; see `blocks.Rounding`."""
+        by_gptq = self.algorithm != "cd"
+        return round_blocks(matrix, blocking, self._moments()[0], self.gram.count, by_gptq=by_gptq)
 
     def _moments(self) -> Doubles:
         return self.gram.gram if self.corrected else self.gram.raw().gram
@@ -126,17 +127,17 @@ def gptq(target: Floats, scales: Floats, gram: Doubles, *, limit: int = QMAX, co
     Returns:
         float32 (groups, outputs, inputs).
     """
-    return by_output(_by_gptq(by_input(target), _steps(scales), _damped(gram, count), limit))
+    return by_output(_by_gptq(by_input(target), _steps(scales), _damped(gram, count), (-limit, limit)))
 
 
-def _by_gptq(target: Floats, steps: Floats, curvature: Floats, limit: int) -> Floats:
+def _by_gptq(target: Floats, steps: Floats, curvature: Floats, limits: tuple[int, int]) -> Floats:
     order = np.argsort(-np.einsum("gkk->gk", curvature), axis=1, kind="stable")
     rows = np.take_along_axis(curvature, order[:, :, None], axis=1)
     pulls = Pulls.in_order(np.take_along_axis(rows, order[:, None], axis=2))
     places = order.T[..., None]
     wanted = np.take_along_axis(target, places, axis=0)
     steps = np.take_along_axis(np.broadcast_to(steps, target.shape), places, axis=0)
-    work = Descent(wanted, np.zeros_like(target), steps, limit)
+    work = Descent(wanted, np.zeros_like(target), steps, limits)
     work.sweep(pulls)
     codes = np.empty_like(target)
     np.put_along_axis(codes, places, work.codes, axis=0)
@@ -148,29 +149,30 @@ def _steps(scales: Floats) -> Floats:
     return scales[None] if scales.ndim == 2 else by_input(scales)
 
 
-def round_blocks(matrix: Floats, gram: Doubles, count: int = 0, *, by_gptq: bool = False) -> Blocks:
+def round_blocks(
+    matrix: Floats, blocking: Blocking, gram: Doubles, count: int = 0, *, by_gptq: bool = False
+) -> Blocks:
     """Codes and scales of blocks, in turn, until the error of the outputs stays.
 
     Args:
         matrix: weights wanted, [inputs, outputs].
+        blocking: how they are coded.
         gram: covariance of the inputs, float64.
         count: rows that it was taken from; 0 if it is exact.
         by_gptq: whether to start from `gptq` instead of the nearest codes.
-
-    Returns:
-        codes [inputs, outputs] and scales [blocks, outputs].
     """
-    start, scales = nearest(matrix, np.diagonal(gram))
-    target, codes = matrix[:, None], start[:, None].astype(np.float32)
-    steps = np.repeat(scales, BLOCK, axis=0)[: len(matrix), None]
+    start, limits = nearest(matrix, blocking, np.diagonal(gram)), (blocking.low, blocking.high)
+    target, codes = matrix[:, None], start.codes[:, None].astype(np.float32)
+    steps = blocking.spread(start.scales, len(matrix))[:, None]
     curvature = _damped(gram[None], count)
     if by_gptq:
-        codes = _by_gptq(target, steps, curvature, FOUR_BITS)
-    work, pulls = Descent(target, codes, steps, FOUR_BITS), Pulls.of(curvature)
+        codes = _by_gptq(target, steps, curvature, limits)
+    work, pulls = Descent(target, codes, steps, limits, size=blocking.size), Pulls.of(curvature)
     for _ in range(FEW_SWEEPS if by_gptq else MANY_SWEEPS):
         if not work.sweep(pulls, scaled=True):
             break
-    return work.codes[:, 0].astype(np.int8), np.ascontiguousarray(work.steps[::BLOCK, 0])
+    scales = np.ascontiguousarray(work.steps[:: blocking.size, 0])
+    return Blocks(work.codes[:, 0].astype(np.int8), scales, blocking)
 
 
 def refine(
@@ -200,7 +202,7 @@ def refine(
         codes and scales of the same shapes.
     """
     pulls, wanted = Pulls.of(_damped(gram, count)), by_input(target)
-    work = Descent(wanted, by_input(codes), _steps(scales), limit, neighbours)
+    work = Descent(wanted, by_input(codes), _steps(scales), (-limit, limit), neighbours)
     for sweep in range(SWEEPS):
         changed = work.sweep(pulls)
         if sweep == 0 and scales.ndim == 2:

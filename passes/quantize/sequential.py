@@ -20,7 +20,7 @@ from onnxslim.engine.base import Context
 from onnxslim.ir.graph import Array, Constant, Namer, Node
 from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Layer
-from onnxslim.passes.quantize.storing import Blocks
+from onnxslim.passes.quantize.blocks import Blocks
 from onnxslim.passes.quantize.weights import Encoded
 from onnxslim.passes.repair import repair
 from onnxslim.passes.repair.jobs import Job, Linear

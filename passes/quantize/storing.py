@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from collections.abc import Iterable
 
 import ml_dtypes
 import numpy as np
@@ -13,18 +12,14 @@ from onnxslim.engine.base import Log
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
-from onnxslim.ops import view_of
+from onnxslim.passes.quantize.blocks import Blocks
 from onnxslim.passes.quantize.choices import Refusal
-from onnxslim.passes.quantize.weights import FOUR_BITS, Weights
+from onnxslim.passes.quantize.weights import Weights
 
 # Tables below this many bytes are left alone.
 MIN_TABLE_BYTES = 1 << 16
-# Weights that share a scale in four bits; runtimes take powers of two from 16 on.
-BLOCK = 32
-
-# Integer codes of a matrix [inputs, outputs] and their scales [blocks, outputs].
-Blocks: TypeAlias = tuple[NDArray[np.int8], Weights]
-Rounding = Callable[[Weights], Blocks]
+# Types of codes, by their bits.
+_SIGNED = {4: np.dtype(ml_dtypes.int4), 8: np.dtype(np.int8)}
 
 
 class Storage:
@@ -72,25 +67,25 @@ class Storage:
             self._drop(weight)
             self._log.change(node.label, "stores its weight as float16")
 
-    def four_bits(self, node: Node, rounding: Rounding) -> None:
-        """A matrix product's weight in int4, one scale for every `BLOCK` inputs of an output."""
-        weight, layer = node.inputs[1], view_of(node)
+    def in_blocks(self, node: Node, blocks: Blocks) -> None:
+        """A matrix product's weight as these integers, dequantized where it is read."""
+        weight, blocking = node.inputs[1], blocks.blocking
         assert isinstance(weight, Constant)
-        assert layer is not None
-        matrix = layer.kernels()[0]
-        rounded, scales = rounding(matrix)
-        codes = rounded.astype(ml_dtypes.int4)
+        kind = _SIGNED[blocking.bits]
         if node.op == "Gemm":
             node.attrs["transB"] = 0
         inputs: list[Tensor] = [
-            self._constant(weight, "int4", codes),
-            self._constant(weight, "scale", scales),
+            self._constant(weight, kind.name, blocks.codes.astype(kind)),
+            self._constant(weight, "scale", blocks.scales),
         ]
-        restored = Variable(self._name(f"{weight.name}_dequantized"), np.dtype(np.float32), matrix.shape)
-        self._add("DequantizeLinear", restored.name, inputs, restored, axis=0, block_size=BLOCK)
+        if blocks.zeros is not None:
+            inputs.append(self._constant(weight, "zero_point", blocks.zeros.astype(kind)))
+        shape = blocks.codes.shape
+        restored = Variable(self._name(f"{weight.name}_dequantized"), np.dtype(np.float32), shape)
+        self._add("DequantizeLinear", restored.name, inputs, restored, axis=0, block_size=blocking.size)
         node.inputs[1] = restored
         self._drop(weight)
-        self._log.change(node.label, f"{node.op} stores its weight as int4")
+        self._log.change(node.label, f"{node.op} stores its weight as {kind.name}")
 
     def finish(self) -> None:
         """Put the new nodes into the graph."""
@@ -114,36 +109,6 @@ class Storage:
 
     def _add(self, op: str, name: str, inputs: list[Tensor], output: Variable, **attrs: int) -> None:
         self._new.append(Node(op, self._name(name), attrs, inputs, [output]))
-
-
-def nearest(matrix: Weights, heard: NDArray[np.float64] | None = None) -> Blocks:
-    """The nearest four-bit codes, with scales of least squared error.
-
-    Args:
-        matrix: [inputs, outputs].
-        heard: how much errors of each input's weights count; all the same by default.
-    """
-    weight = np.ones(len(matrix)) if heard is None else heard + 0.01 * heard.mean() + 1e-30
-    scales = _block_scales(matrix, weight)
-    steps = np.repeat(scales, BLOCK, axis=0)[: len(matrix)]
-    return np.rint(matrix / steps).clip(-FOUR_BITS, FOUR_BITS).astype(np.int8), scales
-
-
-def _block_scales(matrix: Weights, weight: NDArray[np.float64]) -> Weights:
-    """For each block of inputs and each output the scale of least squared error, float32."""
-    padded = np.pad(matrix, ((0, -len(matrix) % BLOCK), (0, 0)))
-    blocks = padded.reshape(-1, BLOCK, matrix.shape[1])
-    counts = np.pad(weight / weight.max(), (0, -len(matrix) % BLOCK)).astype(np.float32).reshape(-1, BLOCK, 1)
-    largest = np.abs(blocks).max(axis=1)
-    full = np.where(largest > 0, largest / FOUR_BITS, 1.0)
-    best, least = full, np.full(full.shape, np.inf)
-    for factor in np.linspace(0.7, 1.0, 13, dtype=np.float32):
-        steps = (full * factor)[:, None]
-        error = np.rint(blocks / steps).clip(-FOUR_BITS, FOUR_BITS) * steps - blocks
-        squared = (counts * np.square(error)).sum(axis=1)
-        best = np.where(squared < least, full * factor, best)
-        least = np.minimum(squared, least)
-    return np.asarray(best, np.float32)
 
 
 def _by_column(table: Weights) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -18,12 +18,13 @@ from onnxslim.ir.graph import Array, Node
 from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Layer
 from onnxslim.ops.layouts import IntegerLayout
+from onnxslim.passes.quantize.blocks import Blocks
 from onnxslim.passes.quantize.choices import Settings, Variant, refusal
 from onnxslim.passes.quantize.coder import Floats, WeightCoder
 from onnxslim.passes.quantize.figures import QuantizeFigures
 from onnxslim.passes.quantize.insert import Inserter
 from onnxslim.passes.quantize.plan import Plan
-from onnxslim.passes.quantize.storing import Blocks, Storage
+from onnxslim.passes.quantize.storing import Storage
 from onnxslim.passes.quantize.trained import KnownGrid
 from onnxslim.passes.quantize.weights import QMAX, Encoded
 
@@ -106,9 +107,13 @@ class Strategy(ABC):
         return variant.kept
 
     def insert(self, draft: Draft, stored: Sequence[Node]) -> QuantizeFigures:
-        """Q/DQ for the nodes of the plan that run in integers, DQ for weights that are only stored so."""
-        plan, log = replace(draft.plan, stored=list(stored)), draft.log
-        if not plan.linear and not stored:
+        """Q/DQ for the nodes of the plan that run in integers, DQ for weights that are only stored so.
+
+        What came with a scale for every few inputs is put back as it was.
+        """
+        fresh = [node for node in stored if not draft.coder.came_in_blocks(node)]
+        plan, log = replace(draft.plan, stored=fresh), draft.log
+        if not plan.linear and not fresh:
             return QuantizeFigures()
         encoder = draft.coder.encoder(refined=draft.variant.refined)
         inserter = Inserter(draft.model, plan, self.layout, log, encoder)

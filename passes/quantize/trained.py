@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from onnxslim.calibration.observers import Histogram, percentile
@@ -18,7 +19,9 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import Role, Trait, has, spec_of
+from onnxslim.ops.layers import Layer
 from onnxslim.ops.layouts import IntegerLayout
+from onnxslim.passes.quantize.blocks import Blocking, Blocks
 from onnxslim.passes.quantize.weights import QMAX, Codes, Encoded
 
 MAKES = ("QuantizeLinear", "DequantizeLinear")
@@ -27,6 +30,13 @@ CLIPPED = 0.001
 # How much larger than anything seen a value may become.
 MARGIN = 1.1
 BYTES = (np.dtype(np.int8), np.dtype(np.uint8))
+# Types of codes with a scale for each block, by what takes them to the signed ones of as many bits.
+BLOCKED = {
+    np.dtype(np.int8): (8, 0),
+    np.dtype(np.uint8): (8, 128),
+    np.dtype(ml_dtypes.int4): (4, 0),
+    np.dtype(ml_dtypes.uint4): (4, 8),
+}
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,17 @@ class Grid:
     These are the multiples of a scale, for all codes of the zero point's type.
 
     Attributes:
-        scale: float32; a scalar, or one per slice along `axis`.
-        zero_point: int8, uint8 or, for biases, int32; of the scale's shape.
+        scale: float32; a scalar, or one per slice along `axis`, or of the rank of the values and one for each
+            `block` of them along it.
+        zero_point: int8, uint8 or, for biases, int32, or for blocks of codes of four bits theirs; of the
+            scale's shape.
+        block: 0 if there are none.
     """
 
     scale: Array
     zero_point: Array
     axis: int = 1
+    block: int = 0
 
     def same(self, other: Grid) -> bool:
         """Whether both hold the same values."""
@@ -50,7 +64,7 @@ class Grid:
             np.array_equal(self.scale, other.scale)
             and np.array_equal(self.zero_point, other.zero_point)
             and self.zero_point.dtype == other.zero_point.dtype
-            and (self.axis == other.axis or not self.scale.ndim)
+            and ((self.axis, self.block) == (other.axis, other.block) or not self.scale.ndim)
         )
 
     def spread(self, values: Array) -> tuple[Array, Array]:
@@ -58,6 +72,11 @@ class Grid:
         shape = [-1 if index == self.axis % values.ndim else 1 for index in range(values.ndim)]
         if not self.scale.ndim:
             return self.scale, self.zero_point
+        if self.block:
+            axis = self.axis % values.ndim
+            spread = (np.repeat(each, self.block, axis) for each in (self.scale, self.zero_point))
+            scale, zero = (np.take(each, range(values.shape[axis]), axis) for each in spread)
+            return scale, zero
         return self.scale.reshape(shape), self.zero_point.reshape(shape)
 
     def codes(self, values: Array) -> Array:
@@ -90,11 +109,43 @@ class Stored:
 
     def encoded(self) -> Encoded | None:
         """The same as symmetric int8; None if it is not that."""
+        if self.grid.block:
+            return None
         middle = {"int8": 0, "uint8": 128}.get(self.codes.dtype.name)
         if middle is None or (self.grid.zero_point != middle).any():
             return None
         codes: Codes = (self.codes.astype(np.int16) - middle).astype(np.int8)
         return Encoded(codes, np.asarray(self.grid.scale, np.float32))
+
+    def blocks(self, inputs_first: bool, size: int) -> Blocks | None:
+        """The same with a scale for each block of inputs; None if these do not lie along the blocks.
+
+        Args:
+            inputs_first: whether the first axis of the matrix runs over inputs.
+            size: inputs to a block, where there is one scale for all of an output's.
+        """
+        grid, known = self.grid, BLOCKED.get(self.codes.dtype)
+        if known is None or self.codes.ndim != 2:
+            return None
+        bits, middle = known
+        codes = self.codes if inputs_first else self.codes.T
+        scales, zeros = grid.scale, grid.zero_point
+        if grid.block:
+            if grid.axis % 2 == int(inputs_first):
+                return None
+            scales, zeros = (each if inputs_first else each.T for each in (scales, zeros))
+        elif scales.ndim and grid.axis % 2 != int(inputs_first):
+            return None
+        else:
+            shape = math.ceil(len(codes) / size), codes.shape[1]
+            scales, zeros = (np.broadcast_to(each, shape) for each in (scales, zeros))
+        signed = (zeros.astype(np.int16) - middle).astype(np.int8)
+        return Blocks(
+            np.ascontiguousarray((codes.astype(np.int16) - middle).astype(np.int8)),
+            np.ascontiguousarray(scales),
+            Blocking(bits, grid.block or size),
+            signed if signed.any() else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -125,6 +176,16 @@ class Trained:
         along = not found.scales.ndim or stored.grid.axis % len(weight.shape) == axis
         fits = limit == QMAX or int(np.abs(found.codes).max(initial=0)) <= limit
         return found if along and fits else None
+
+    def blocks(self, layer: Layer, size: int) -> Blocks | None:
+        """Integers that the weight of a layer was stored as, with a scale for each block of inputs.
+
+        Args:
+            layer: of a matrix product.
+            size: see `Stored.blocks`.
+        """
+        stored = self.constants.get(layer.node.inputs[1].name)
+        return None if stored is None else stored.blocks(layer.weight_axis == 1, size)
 
     def known(self, tensor: Tensor, rules: IntegerLayout, seen: Histogram | None) -> KnownGrid | None:
         """Scale and zero point of a tensor in the target's type; None where it has none, or cannot have them.
@@ -254,9 +315,12 @@ def _grid(node: Node) -> Grid | None:
     if zero is None:
         kind = node.inputs[0].dtype if has(node, Trait.DEQUANTIZES) else np.dtype(np.uint8)
         zero = np.zeros(scale.shape, kind)
-    if node.attrs.get("block_size", 0) or zero.dtype not in (*BYTES, np.dtype(np.int32)):
+    axis, block = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
+    if block:
+        plain = has(node, Trait.DEQUANTIZES) and zero.dtype in BLOCKED and scale.ndim > 1
+        return Grid(scale, zero, axis, block) if plain else None
+    if zero.dtype not in (*BYTES, np.dtype(np.int32)):
         return None
-    axis = int(node.attrs.get("axis", 1))
     if scale.size and (scale == scale.flat[0]).all() and (zero == zero.flat[0]).all():
         return Grid(scale.reshape(-1)[0].reshape(()), zero.reshape(-1)[0].reshape(()), axis)
     return Grid(scale, zero, axis)
@@ -369,4 +433,6 @@ def _dequantized(constant: Constant, stored: Stored, name: Namer) -> Node:
     if stored.codes.dtype != np.int32:
         inputs.append(Constant(name(f"{constant.name}_zero_point"), grid.zero_point))
     attrs = {"axis": grid.axis} if grid.scale.ndim else {}
+    if grid.block:
+        attrs["block_size"] = grid.block
     return Node("DequantizeLinear", name(f"{constant.name}_DequantizeLinear"), attrs, inputs, [result])

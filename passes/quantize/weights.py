@@ -20,7 +20,7 @@ MAX_BIAS_CODE = 2.0**30
 # Factors by which the scale of a channel may grow in the search for codes that do not saturate; with 2
 # every code is at most 64, and no pair can.
 _FACTORS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 2.0)
-_TINY = np.float32(np.finfo(np.float32).tiny)
+TINY = np.float32(np.finfo(np.float32).tiny)
 
 Weights = NDArray[np.float32]
 Codes = NDArray[np.int8]
@@ -150,7 +150,7 @@ def _scales(table: Weights, per_channel: bool, least: Scales | None, limit: int 
     absmax = np.maximum(table.max(axis=(1, 2)), -table.min(axis=(1, 2)))
     if not per_channel:
         absmax = np.broadcast_to(absmax.max(), absmax.shape)
-    scales = np.where(absmax > 0, np.maximum(absmax / limit, _TINY), 1.0).astype(np.float32)
+    scales = np.where(absmax > 0, np.maximum(absmax / limit, TINY), 1.0).astype(np.float32)
     if limit < QMAX:
         scales = _clipping(table, scales, limit, together=not per_channel)
     if least is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from pydantic import Field
@@ -17,6 +17,7 @@ from onnxslim.ops import Role, body_of, spec_of
 from onnxslim.ops.body import MIN_OPSET, Body, UnwrittenError, WriteBody
 from onnxslim.ops.spec import WHICH, Which
 from onnxslim.passes.unfuse import codes
+from onnxslim.passes.unfuse.opset import raise_opset
 
 
 @options
@@ -41,18 +42,23 @@ class Unfuse(Pass):
         return unfuse(model, self.which)
 
 
-def unfuse(model: Model, which: Which) -> Changes:
+def unfuse(model: Model, which: Which, *, coded: bool = False) -> Changes:
     """Write nodes in standard operators, in place: what every pass calls that works on layers.
+
+    Where these are of a later opset, the model is converted to that.
 
     Args:
         model: edited in place.
         which: see `Unfuse`; operators that take codes become DQ, what they do, and Q.
+        coded: whether all that take codes are to be written out, whatever for.
 
     Returns:
         What was written out, and which nodes stay although their operators are known, and why.
     """
     log = Log()
-    pending = list(writable(model, which))
+    pending = list(writable(model, which, coded=coded))
+    if _raised(model, [node for node, _ in pending], log):
+        pending = list(writable(model, which, coded=coded))
     if pending:
         edit = Editor(model)
         for node, write in pending:
@@ -68,14 +74,27 @@ def unfuse(model: Model, which: Which) -> Changes:
     return log.done()
 
 
-def writable(model: Model, which: Which) -> Iterator[tuple[Node, WriteBody]]:
+def writable(model: Model, which: Which, *, coded: bool = False) -> Iterator[tuple[Node, WriteBody]]:
     """Nodes that are to be written out, with what does it."""
     for node in model.nodes():
         spec = spec_of(node)
-        if spec.body is not None and WHICH.index(spec.written) <= WHICH.index(which):
+        wanted = WHICH.index(spec.written) <= WHICH.index(which) or (coded and spec.qoperator)
+        if spec.body is not None and wanted:
             write = body_of(node, model, qoperators=spec.qoperator)
             if write is not None:
                 yield node, write
+
+
+def _raised(model: Model, nodes: Sequence[Node], log: Log) -> bool:
+    """Convert a model to the opset that bodies of its nodes take; False where it has that, or cannot."""
+    opset = max((spec_of(node).body_opset for node in nodes), default=0)
+    if model.opset >= opset:
+        return False
+    if problem := raise_opset(model, opset):
+        log.skip("model", problem)
+        return False
+    log.change("model", f"raised to opset {opset}", "what is written out needs it")
+    return True
 
 
 def _obstacle(node: Node, edit: Editor) -> str:

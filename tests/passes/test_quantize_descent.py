@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from onnxslim.ir.graph import Array
 from onnxslim.passes.quantize import coder, rounding, weights
-from onnxslim.passes.quantize.descent import Descent, Neighbours, Pulls, by_input, by_output
-from onnxslim.passes.quantize.storing import BLOCK, nearest
+from onnxslim.passes.quantize.blocks import Blocking, nearest
+from onnxslim.passes.quantize.descent import BLOCK, Descent, Neighbours, Pulls, by_input, by_output
 from tests.helpers import normal, parse, quantize
 
 SEEDS = st.integers(0, 1 << 31)
@@ -50,7 +50,10 @@ def test_sweeps_end_as_low_as_by_definition(
     curvature = rounding._damped(gram)
     scales = (np.abs(target).max(axis=2) / limit).astype(np.float32)
     naive = start = np.rint(target / scales[..., None]).clip(-limit, limit).astype(np.float32)
-    work, pulls = Descent(by_input(target), by_input(start), scales[None], limit), Pulls.of(curvature)
+    work, pulls = (
+        Descent(by_input(target), by_input(start), scales[None], (-limit, limit)),
+        Pulls.of(curvature),
+    )
     for _ in range(4):
         naive = _by_definition(target, naive, scales, curvature, limit)
         work.sweep(pulls)
@@ -88,28 +91,40 @@ def test_what_is_given_stays_and_neighbours_keep_their_limit(
     target, gram = _problem(groups, outputs, channels * positions, seed)
     start = by_input(np.rint(target * 20).clip(-64, 64).astype(np.float32))
     before, steps = start.copy(), np.full((1, groups, outputs), 0.015, np.float32)
-    work = Descent(by_input(target), start, steps, weights.QMAX, Neighbours(channels, positions))
+    work = Descent(
+        by_input(target), start, steps, (-weights.QMAX, weights.QMAX), Neighbours(channels, positions)
+    )
     work.sweep(Pulls.of(rounding._damped(gram)))
     assert np.array_equal(start, before)
     table = by_output(work.codes).reshape(groups * outputs, channels, positions).astype(np.int8)
     assert not weights._saturates(table).any()
 
 
-@given(st.integers(1, 5), st.integers(1, 3 * BLOCK), SEEDS)
-@settings(max_examples=20, deadline=None)
-def test_steps_of_blocks_only_lower_the_loss(outputs: int, inputs: int, seed: int) -> None:
+@given(
+    st.integers(1, 5),
+    st.integers(1, 3 * BLOCK),
+    st.sampled_from((16, 32, 64)),
+    st.sampled_from((4, 8)),
+    SEEDS,
+)
+@settings(max_examples=30, deadline=None)
+def test_steps_of_blocks_only_lower_the_loss(
+    outputs: int, inputs: int, size: int, bits: int, seed: int
+) -> None:
     target, gram = _problem(1, outputs, inputs, seed)
     matrix, curvature = target[0].T, rounding._damped(gram)
-    start, scales = nearest(matrix, np.diagonal(gram[0]))
-    steps = np.repeat(scales, BLOCK, axis=0)[:inputs, None]
-    work = Descent(matrix[:, None], start[:, None].astype(np.float32), steps, 7)
+    blocking = Blocking(bits, size)
+    start = nearest(matrix, blocking, np.diagonal(gram[0]))
+    steps = blocking.spread(start.scales, inputs)[:, None]
+    codes, limits = start.codes[:, None].astype(np.float32), (blocking.low, blocking.high)
+    work = Descent(matrix[:, None], codes, steps, limits, size=size)
     last = np.inf
     for _ in range(3):
         loss = _loss(by_output(work.codes * work.steps) - target, curvature)
         assert loss <= last * (1 + 1e-5) + 1e-9
         last = loss
         work.sweep(Pulls.of(curvature), scaled=True)
-    assert np.array_equal(work.steps, np.repeat(work.steps[::BLOCK], BLOCK, axis=0)[:inputs])
+    assert np.array_equal(work.steps, np.repeat(work.steps[::size], size, axis=0)[:inputs])
 
 
 def test_each_weight_is_rounded_once_for_all_candidates(monkeypatch: pytest.MonkeyPatch) -> None:

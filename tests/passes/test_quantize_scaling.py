@@ -13,7 +13,8 @@ from onnxslim import shapes
 from onnxslim.calibration.noise import sqnr
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
-from onnxslim.passes.quantize import rounding, storing
+from onnxslim.passes.quantize import rounding
+from onnxslim.passes.quantize.blocks import Blocking, Blocks, nearest
 from onnxslim.passes.quantize.scaling import Scaling
 from onnxslim.runtime.session import Session
 from tests.helpers import ops, parse, quantize, same_outputs
@@ -322,13 +323,13 @@ def test_blocks_are_better_than_the_nearest(seed: int, by_gptq: bool) -> None:
     matrix = np.ascontiguousarray(target.T)
     damped = rounding._damped(gram[None])[0]
 
-    def loss(codes: Array, scales: Array) -> float:
-        return _loss((codes * np.repeat(scales, storing.BLOCK, axis=0)[:72] - matrix).T, damped)
+    def loss(found: Blocks) -> float:
+        return _loss((found.values() - matrix).T, damped)
 
-    codes, scales = rounding.round_blocks(matrix, gram, by_gptq=by_gptq)
-    assert np.abs(codes).max() <= 7
-    assert np.array_equal(codes, np.rint(codes))
-    assert loss(codes, scales) < 0.7 * loss(*storing.nearest(matrix))
+    found = rounding.round_blocks(matrix, Blocking(), gram, by_gptq=by_gptq)
+    assert found.codes.min() == -8
+    assert found.codes.max() <= 7
+    assert loss(found) < 0.7 * loss(nearest(matrix, Blocking()))
 
 
 def test_few_rows_say_little_about_pairs_of_inputs() -> None:

@@ -1,0 +1,232 @@
+"""Weights of few bits: the same codes in front of a product and inside of it, kept from file to file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxslim.calibration.noise import sqnr
+from onnxslim.engine.pipeline import Pipeline
+from onnxslim.errors import UsageError
+from onnxslim.ir.graph import Array, Constant
+from onnxslim.ir.model import Model
+from onnxslim.ops.blocks import packed, unpacked
+from onnxslim.passes import Quantize, Slim, Unfuse
+from onnxslim.passes.quantize import QuantizeFigures
+from onnxslim.passes.quantize.blocks import Blocking, nearest
+from onnxslim.runtime.profile import optimized_model
+from onnxslim.runtime.session import Session
+from tests.helpers import apply, normal, ops, parse, quantize, reasons, run, same_outputs
+
+FEEDS = {"x": normal(3, 5, 72)}
+KIND = "K=72, N=10, bits={bits}, block_size={size}, accuracy_level=4"
+NBITS = f"y = com.microsoft.MatMulNBits<{KIND}>(x, w, s{{zero}})"
+
+
+def products(opset: int = 17) -> Model:
+    text = """g (float[N,S,72] x) => (float[N,S,48] y)
+    { [one] a = MatMul(x, w1) ab = Add(a, b1) ar = Relu(ab) [two] y = MatMul(ar, w2) }"""
+    weights = {"w1": normal(72, 96, seed=1), "b1": normal(96, seed=2), "w2": normal(96, 48, seed=3)}
+    return parse(text, weights, opset=opset)
+
+
+def made(bits: int = 4, size: int = 32, *, zeros: bool = False, opset: int = 17) -> Model:
+    """A file with one product, as other tools write them."""
+    random = np.random.default_rng(bits + size)
+    blocks = -(-72 // size)
+    constants: dict[str, Array] = {
+        "w": random.integers(0, 256, (10, blocks, size * bits // 8)).astype(np.uint8),
+        "s": (random.random((10, blocks)) * 0.1 - 0.05).astype(np.float32),
+    }
+    if zeros:
+        constants["z"] = random.integers(0, 256, (10, -(-blocks * bits // 8))).astype(np.uint8)
+    call = NBITS.format(bits=bits, size=size, zero=", z" if zeros else "")
+    head = f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]>'
+    return parse(f"{head} g (float[N,S,72] x) => (float[N,S,10] y) {{ {call} }}", constants)
+
+
+def stored(model: Model, **options: Any) -> Model:
+    return apply(Quantize(activations="none", require_sqnr=0, **options), model)[0]
+
+
+def written_out(model: Model) -> list[Array]:
+    """What the weights of all products are, as DequantizeLinear computes them."""
+    plain, _ = apply(Unfuse(), model)
+    found = []
+    for node in plain.graph.nodes:
+        if node.op == "DequantizeLinear":
+            codes, scale, *zero = (tensor.values for tensor in node.inputs if isinstance(tensor, Constant))
+            spread = [
+                np.repeat(each, node.attrs["block_size"], axis=0)[: len(codes)] for each in (scale, *zero)
+            ]
+            point = spread[1].astype(np.int32) if zero else 0
+            found.append((codes.astype(np.int32) - point) * spread[0])
+    return found
+
+
+@pytest.mark.parametrize(("weights", "size"), [("int4", None), ("int4", 16), ("int4", 64), ("int8", 16)])
+def test_both_storages_hold_the_same_codes(weights: str, size: int | None) -> None:
+    model = products()
+    both = [stored(model, weights=weights, block_size=size, storage=form) for form in ("qdq", "matmulnbits")]
+    assert [ops(each)["MatMulNBits"] for each in both] == [0, 2]
+    assert both[1].opsets == {"": 17, "com.microsoft": 1}, "nothing of it needs a later one"
+    for one, two in zip(*map(written_out, both), strict=True):
+        assert np.array_equal(one, two)
+    outputs = [Session(each).run(FEEDS)["y"] for each in both]
+    assert sqnr(*outputs) > 100, "ONNX Runtime makes one of the other"
+    nodes = optimized_model(both[0]).graph.node
+    levels = [a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"]
+    assert levels == [node.attrs["accuracy_level"] for node in both[1].graph.nodes if node.domain]
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("bits", "size"), [(4, 16), (4, 32), (4, 128), (8, 32)])
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_codes_that_are_there_are_not_rounded_again(bits: int, size: int, zeros: bool, weights: str) -> None:
+    model = made(bits, size, zeros=zeros)
+    before, expected = written_out(model), run(model, FEEDS)["y"]
+    if bits == 8 and weights == "int4":
+        return
+    there = stored(model, weights=weights, storage="qdq")
+    back = stored(there, weights=weights, storage="matmulnbits", block_size=64)
+    for each in (there, back, stored(model, weights=weights, storage="matmulnbits")):
+        assert np.array_equal(written_out(each), before), ops(each)
+        assert sqnr(expected, run(each, FEEDS)["y"]) > 35
+    assert (ops(there)["MatMulNBits"], ops(back)["MatMulNBits"]) == (0, 1)
+    assert back.graph.nodes[0].attrs["block_size"] == size
+    assert there.nbytes() == pytest.approx(back.nbytes(), rel=0.8), "no weight is there twice"
+
+
+def test_eight_bits_become_four_where_that_is_asked_for() -> None:
+    model = made(8, 32)
+    result = stored(model, weights="int4")
+    assert [node.attrs["bits"] for node in result.graph.nodes] == [4]
+    assert 12 < sqnr(run(model, FEEDS)["y"], run(result, FEEDS)["y"]) < 30
+
+
+def test_the_form_that_a_file_has_stays() -> None:
+    assert ops(stored(made()))["MatMulNBits"] == 1
+    assert ops(stored(products(), weights="int4")) == {
+        "DequantizeLinear": 2,
+        "MatMul": 2,
+        "Add": 1,
+        "Relu": 1,
+    }
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+def test_files_of_few_bits_run_in_integers(opset: int) -> None:
+    model = made(zeros=True, opset=opset)
+    data = [{"x": normal(4, 5, 72, seed=seed)} for seed in range(8)]
+    result, changes = quantize(model, data, classifier=True)
+    assert ops(result)["QuantizeLinear"] == 1
+    assert ops(result)["MatMulNBits"] == 0
+    assert QuantizeFigures.of(changes).fused == {"MatMul": 1}
+    exact = run(apply(Unfuse(), model)[0], FEEDS)["y"]
+    assert sqnr(exact, Session(result).run(FEEDS)["y"]) > 30
+
+
+def test_what_stays_in_floats_keeps_its_few_bits() -> None:
+    model = made()
+    data = [{"x": normal(4, 5, 72, seed=seed)} for seed in range(8)]
+    result, _ = quantize(model, data)
+    assert result.nbytes() < 1.2 * model.nbytes()
+    assert "DequantizeLinear" in ops(result)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 20])
+def test_products_are_written_out_in_a_later_opset(opset: int) -> None:
+    model = made(zeros=True, opset=opset)
+    report = Pipeline(Unfuse())(model)
+    assert report.model.opset == 21
+    assert ops(report.model) == {"DequantizeLinear": 1, "MatMul": 1}
+    assert sqnr(run(model, FEEDS)["y"], run(report.model, FEEDS)["y"]) > 35
+
+
+def test_slim_leaves_them() -> None:
+    model = made()
+    slim = Pipeline(Slim())(model).model
+    assert ops(slim) == {"MatMulNBits": 1}
+    same_outputs(model, slim)
+
+
+def test_what_rounding_the_data_costs_is_told() -> None:
+    model, data = products(), [FEEDS]
+    found = {}
+    for form in ("qdq", "matmulnbits"):
+        _, changes = quantize(
+            model, data, weights="int4", activations="none", storage=form, require_sqnr=0, algorithm="rtn"
+        )
+        found[form] = QuantizeFigures.of(changes).beside_floats
+    assert found["qdq"] == found["matmulnbits"]
+    assert found["qdq"] is not None
+    assert 35 < found["qdq"] < 60
+    _, changes = apply(Quantize(weights="int4", activations="none"), model, sample=FEEDS)
+    assert QuantizeFigures.of(changes).beside_floats == found["qdq"], "also without data"
+
+
+def test_what_the_operator_cannot_do_is_stored_in_eight_bits() -> None:
+    text = """g (float[72,N] x, float[N,72] z) => (float[N,96] y, float[N,96] v, float[N,96] u)
+    { [left] y = Gemm<transA=1>(x, w1, b) [half] v = Gemm<alpha=0.5>(z, w2, b)
+      [plain] u = Gemm<transB=1>(z, w3, b) }"""
+    values = {
+        "w1": normal(72, 96),
+        "w2": normal(72, 96, seed=1),
+        "w3": normal(96, 72, seed=2),
+        "b": normal(96),
+    }
+    model = parse(text, values)
+    result, changes = apply(
+        Quantize(weights="int4", activations="none", storage="matmulnbits", require_sqnr=0), model
+    )
+    assert ops(result) == {"DequantizeLinear": 2, "Gemm": 2, "MatMulNBits": 1}
+    told = reasons(changes)
+    assert (told["left"], told["half"]) == ("its data is transposed", "its alpha is not 1")
+    feeds = {"x": normal(72, 4), "z": normal(4, 72, seed=3)}
+    before, after = run(model, feeds), run(result, feeds)
+    assert sqnr(before["y"], after["y"]) > 35
+    assert sqnr(before["v"], after["v"]) > 35
+    assert sqnr(before["u"], after["u"]) > 17
+
+
+def test_the_lowest_code_takes_the_larger_side() -> None:
+    """Of a block whose largest weight is on either side, all sixteen codes are used."""
+    matrix = normal(64, 200)
+    for signed in (True, False):
+        found = nearest(matrix, Blocking(4, 32, signed))
+        assert (found.codes.min(), found.codes.max()) == (-8, 7)
+        assert bool((found.scales < 0).any()) == signed
+    plain = np.abs(matrix).reshape(2, 32, 200).max(axis=1).repeat(32, axis=0) / 7
+    rounded = np.rint(matrix / plain) * plain
+    kept = [sqnr(matrix, nearest(matrix, Blocking(4, 32, signed)).values()) for signed in (True, False)]
+    assert kept[0] > kept[1] + 0.3
+    assert kept[1] > sqnr(matrix, rounded) + 0.8
+
+
+def test_eight_bits_of_a_block_use_the_lowest_code() -> None:
+    matrix = normal(64, 200)
+    found = nearest(matrix, Blocking(8, 32))
+    assert (np.abs(found.codes.astype(int)).reshape(2, 32, 200).max(axis=1) >= 127).all()
+    assert np.abs(found.values() - matrix).max() <= np.abs(found.scales).max() * 0.51
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.sampled_from((2, 4, 8)), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_bytes_hold_codes(rows: int, count: int, bits: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 1 << bits, (rows, count)).astype(np.uint8)
+    found = packed(codes, bits)
+    assert found.shape == (rows, -(-count * bits // 8))
+    assert np.array_equal(unpacked(found, bits, count), codes)
+
+
+def test_options_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(UsageError, match="storage goes with activations=none"):
+        Quantize(storage="matmulnbits")
+    with pytest.raises(UsageError, match="block_size goes with activations=none"):
+        Quantize(activations="dynamic", block_size=32)
+    with pytest.raises(UsageError, match="block_size is a power of two, not 48"):
+        Quantize(activations="none", block_size=48)
