@@ -22,7 +22,7 @@ from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
 from onnxslim.errors import UsageError
 from onnxslim.ir.model import Model
-from onnxslim.passes.quantize.block_products import has_products
+from onnxslim.passes.quantize.block_products import is_product
 from onnxslim.passes.quantize.build import Builder, Candidate
 from onnxslim.passes.quantize.choices import (
     Activations,
@@ -234,7 +234,7 @@ class Quantize(Pass):
         """How weights are written that are only stored as integers."""
         if self.storage != "auto" or self.activations not in (None, "none"):
             return "qdq" if self.storage == "auto" else self.storage
-        return "matmulnbits" if has_products(model) else "qdq"
+        return "matmulnbits" if any(map(is_product, model.nodes())) else "qdq"
 
     def _run(self, model: Model, ctx: Context, asked: QuantizationPlan | None) -> Changes:
         log = Log()

@@ -22,9 +22,9 @@ from onnxslim.passes.quantize.blocks import Blocks
 MAKES = ("MatMulNBits",)
 
 
-def has_products(model: Model) -> bool:
-    """Whether a model has matrix products in this form."""
-    return any(node.op in MAKES and node.domain == DOMAIN for node in model.nodes())
+def is_product(node: Node) -> bool:
+    """Whether a node is a matrix product in this form."""
+    return node.op in MAKES and node.domain == DOMAIN
 
 
 def unfit(node: Node) -> str | None:
@@ -86,7 +86,8 @@ class BlockProducts:
             inputs.extend([ir.empty()] * (5 - len(inputs)))
             inputs.append(told)
         was = node.op
-        node.op, node.domain, node.inputs = "MatMulNBits", DOMAIN, inputs
+        node.op = "MatMulNBits"
+        node.domain, node.inputs = DOMAIN, inputs
         node.attrs = {
             "K": rows,
             "N": columns,

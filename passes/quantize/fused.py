@@ -12,8 +12,7 @@ from onnxslim.ir.graph import Node
 from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.blocks import EXACT
-from onnxslim.ops.contrib import DOMAIN
-from onnxslim.passes.quantize.block_products import MAKES
+from onnxslim.passes.quantize.block_products import is_product
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.targets import Target
 
@@ -68,7 +67,7 @@ def beside_floats(model: Model, data: CalibrationData, target: Target) -> float:
     """
     exact = model.copy()
     for node in exact.nodes():
-        if node.op in MAKES and node.domain == DOMAIN:
+        if is_product(node):
             node.attrs = {**node.attrs, "accuracy_level": EXACT}
     return Judge(exact, data, target, optimize="none")(model).sqnr
 
