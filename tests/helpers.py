@@ -33,7 +33,7 @@ from onnxslim.runtime.targets import Target
 ROOT = Path(__file__).parent.parent
 FASHION = ROOT / "models" / "fashion"
 # How ONNX Runtime says that it has no kernel for an operator, or does not know the opset.
-LACKING = ("NOT_IMPLEMENTED", "is under development")
+LACKING = ("NOT_IMPLEMENTED", "is under development", "Unsupported model IR version")
 NETS = ("resnet", "mobilenet", "vit")
 """Networks in `FASHION` that ship with the package."""
 
@@ -103,12 +103,18 @@ def stored(model: Model, name: str) -> Array:
 
 def judge_of(model: Model, optimize: str = "none") -> Session:
     """ONNX Runtime, or where it lacks a kernel or the opset, the reference evaluator."""
+    return Session(model, optimize=optimize) if is_run(model) else Session(model, Target.reference())
+
+
+def is_run(model: Model) -> bool:
+    """Whether ONNX Runtime has kernels for a model, and knows its opset."""
     try:
-        return Session(model, optimize=optimize)
+        Session(model, optimize="none")
     except LoadError as error:
-        if not any(why in str(error) for why in LACKING):
-            raise
-        return Session(model, Target.reference())
+        if any(why in str(error) for why in LACKING):
+            return False
+        raise
+    return True
 
 
 def rows(*, domain: str | None = None) -> list[OpSpec]:
@@ -117,8 +123,12 @@ def rows(*, domain: str | None = None) -> list[OpSpec]:
     return [
         spec
         for spec in REGISTRY.values()
-        if domain in (None, spec.domain) and (not spec.example or parse(spec.example).opset <= newest)
+        if domain in (None, spec.domain) and (not spec.example or _opset_of(spec.example) <= newest)
     ]
+
+
+def _opset_of(text: str) -> int:
+    return int(next(each.version for each in onnx.parser.parse_model(text).opset_import if not each.domain))
 
 
 def runs(model: Model, feeds: Mapping[str, Array]) -> bool:

@@ -27,10 +27,20 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Tensor
 from onnxslim.ir.model import Model
 from onnxslim.ops import spec_of
-from onnxslim.ops.channels.labels import PINNED, Block, Contraction, Labels, Shape, Trace, Tracer
+from onnxslim.ops.channels.labels import (
+    PINNED,
+    Block,
+    Contraction,
+    Labels,
+    Shape,
+    Trace,
+    Tracer,
+    UnknownSizesError,
+)
 from onnxslim.runtime.probe import FREE_SIZES
 
 MATCHES = ("Reshape",)
+UNKNOWN = "not all shapes around this {} are known"
 
 # Sizes for a free batch axis while tracing: the first that the model has nowhere else.
 BATCHES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
@@ -164,11 +174,11 @@ def visit(trace: Trace, rule: Callable[[], None] | None, model: Model) -> None:
         model: the node is from.
     """
     node, tracer = trace.node, trace.tracer
-    tensors = [tensor for tensor in (*node.inputs, *node.outputs) if tensor.name]
+    tensors = [tensor for tensor in (*node.inputs, *node.outputs[:1]) if tensor.name]
     if rule is None or (node.domain, node.op) in model.functions:
         trace.finish(f"{node.op} is not known to carry slices along")
     elif any(tracer.shape(tensor) is None for tensor in tensors):
-        trace.finish(f"not all shapes around this {node.op} are known")
+        trace.finish(UNKNOWN.format(node.op))
     else:
         _follow(trace, rule)
     for tensor in ir.captures(node):
@@ -185,10 +195,12 @@ def _follow(trace: Trace, rule: Callable[[], None]) -> None:
     try:
         rule()
         trace.finish(f"{node.op} reads it as a whole")
-    except (ValueError, IndexError):
+    except (ValueError, IndexError) as error:
+        why = f"the shapes around this {node.op} contradict each other at the sizes tried"
+        if isinstance(error, UnknownSizesError):
+            why = UNKNOWN.format(node.op)
         for tensor in (*node.inputs, *node.outputs):
             if tensor.name:
-                why = f"the shapes around this {node.op} contradict each other at the sizes tried"
                 tracer.pin(tensor, node, why)
 
 

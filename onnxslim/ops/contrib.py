@@ -9,11 +9,15 @@ import numpy as np
 from onnxslim.ir.graph import Node, Tensor
 from onnxslim.ops import blocks, heads, integers
 from onnxslim.ops.body import Body, WriteBody
+from onnxslim.ops.channels import attention
+from onnxslim.ops.channels import blocks as block_channels
 from onnxslim.ops.formulas import Results, gelu, normalized, root_normalized
 from onnxslim.ops.linear import conv_macs, gemm_macs
-from onnxslim.ops.spec import Macs, OpSpec, register, sizes
+from onnxslim.ops.spec import Channels, Macs, OpSpec, register, sizes
 
 DOMAIN = "com.microsoft"
+_HEAD = f'<ir_version: 8, opset_import: ["" : 17, "{DOMAIN}" : 1]>\ng '
+_ANGLES = ", ".join(f"0.{digit}" for digit in range(12))
 
 # ---------------------------------------------------------------------------------------- activations
 
@@ -188,8 +192,27 @@ register(
     ),
     OpSpec("Attention", DOMAIN, body=heads.packed, macs=heads.packed_macs, written="layers"),
     OpSpec("MultiHeadAttention", DOMAIN, body=heads.multi_head, macs=heads.multi_head_macs, written="units"),
-    OpSpec("GroupQueryAttention", DOMAIN, body=heads.grouped, written="all"),
-    OpSpec("RotaryEmbedding", DOMAIN, body=heads.rotary, written="units"),
+    OpSpec(
+        "GroupQueryAttention",
+        DOMAIN,
+        body=heads.grouped,
+        written="all",
+        macs=heads.grouped_macs,
+        channels=Channels(attention.grouped_query_attention, attention.cut_grouped_query_attention),
+        example=f"""{_HEAD}(float[1,3,32] q, float[1,3,16] k, float[1,3,16] v) => (float[1,3,32] y)
+{{ l = Constant<value = int32[1] {{2}}>() n = Constant<value = int32 {{3}}>()
+  y, p, r = com.microsoft.GroupQueryAttention<num_heads=4, kv_num_heads=2>(q, k, v, , , l, n) }}""",
+    ),
+    OpSpec(
+        "RotaryEmbedding",
+        DOMAIN,
+        body=heads.rotary,
+        written="units",
+        channels=Channels(attention.indexed_rotary_embedding, attention.cut_rotary_embedding),
+        example=f"""{_HEAD}(float[N,3,32] x) => (float[N,3,32] y)
+<float[3,4] c = {{{_ANGLES}}}, float[3,4] s = {{{_ANGLES}}}>
+{{ p = Constant<value = int64[1] {{0}}>() y = com.microsoft.RotaryEmbedding(x, p, c, s) }}""",
+    ),
     OpSpec(
         "MatMulNBits",
         DOMAIN,
@@ -198,5 +221,11 @@ register(
         macs=blocks.product_macs,
         qoperator=True,
         written="all",
+        channels=Channels(
+            block_channels.block_product, block_channels.cut_block_product, block_channels.ready_block_product
+        ),
+        example=f"""{_HEAD}(float[N,3,64] x) => (float[N,3,2] y)
+<uint8[2,4,8] w = {{{", ".join(map(str, range(100, 164)))}}}, float[2,4] s = {{{", ".join(["0.5"] * 8)}}}>
+{{ y = com.microsoft.MatMulNBits<K=64, N=2, bits=4, block_size=16>(x, w, s) }}""",
     ),
 )

@@ -350,14 +350,18 @@ register(
         channels=Channels(layers.layer_norm),
         scales=scales.normalization,
         body=formulas.layer_norm,
-        example=_text("y = LayerNormalization(x, s, b)", "float[N,2,4,4] x, float[4] s, float[4] b"),
+        example=_text(
+            "y = LayerNormalization(x, s, b)", "float[N,2,6] x, float[6] s, float[6] b", "float[N,2,6] y"
+        ),
     ),
     OpSpec(
         "RMSNormalization",
         norm_axis=-1,
         channels=Channels(layers.layer_norm),
         scales=scales.normalization,
-        example=_recent(_text("y = RMSNormalization(x, s)", "float[N,2,4,4] x, float[4] s"), 23),
+        example=_recent(
+            _text("y = RMSNormalization(x, s)", "float[N,2,6] x, float[6] s", "float[N,2,6] y"), 23
+        ),
     ),
     # ONNX Runtime's own, in the standard domain all the same; without the mean, an RMSNormalization.
     OpSpec(

@@ -147,11 +147,19 @@ def packed(b: Body) -> Results:
 def grouped(b: Body) -> Results:
     """GroupQueryAttention, as far as types and shapes go: its keys and values lie in buffers."""
     b.require(b.generic, "its keys and values lie in buffers of which a part is filled")
-    query, key, past, values, total = b.input(0), b.optional(1), b.optional(3), b.optional(4), b.input(6)
+    query, key, value, total = b.input(0), b.optional(1), b.optional(2), b.input(6)
+    heads, shared = b.attr("num_heads", 0), b.attr("kv_num_heads", 0)
     _ignore(b)
-    if key is None:  # they are packed behind the query
-        query = _cut(b, query, 2, total)
-    return [query, *(None if each is None else _cut(b, each, 2, total) for each in (past, values))]
+    if key is None or value is None:  # they are packed behind the query
+        packed = b.add("Reshape", query, b.integers(0, 0, heads + 2 * shared, -1))
+        first, *new = b.split(packed, (heads, shared, shared), 2)
+        query = b.add("Reshape", first, b.integers(0, 0, -1))
+    else:
+        new = [b.add("Reshape", each, b.integers(0, 0, shared, -1)) for each in (key, value)]
+    made = []
+    for past, each in zip((b.optional(3), b.optional(4)), new, strict=True):
+        made.append(b.swapped(each, *_HEADS_FIRST) if past is None else _cut(b, past, 2, total))
+    return [query, *made]
 
 
 def _cut(b: Body, tensor: Tensor, axis: int, total: Tensor) -> Tensor:
@@ -191,6 +199,18 @@ def multi_head_macs(node: Node) -> int | None:
     if query is None or key is None or value is None or before is None or len(key) != 3:
         return None
     return math.prod(query[:2]) * (key[1] + before[2]) * (query[-1] + value[-1])
+
+
+def grouped_macs(node: Node) -> int | None:
+    """The same, of each head of queries; keys of a buffer count as if it were full."""
+    query, past, output = (None if each is None else sizes(each.shape) for each in _grouped_shapes(node))
+    if query is None or output is None or (node.input(3) is not None and past is None):
+        return None
+    return 2 * math.prod(output) * (query[1] + (0 if past is None else past[2]))
+
+
+def _grouped_shapes(node: Node) -> tuple[Tensor | None, ...]:
+    return node.inputs[0], node.input(3), node.outputs[0]
 
 
 def packed_macs(node: Node) -> int | None:

@@ -311,9 +311,9 @@ g (float[N,12,4] x) => (float[N,3,6,6] y)
     _row(
         "ReverseSequence",
         Channels(movement.along),
-        "y = ReverseSequence<batch_axis=1, time_axis=0>(x, l)",
+        "l = Constant<value_ints=[3,2]>() y = ReverseSequence<batch_axis=1, time_axis=0>(x, l)",
         "float[4,2,3] y",
-        "float[4,2,3] x, int64[2] l",
+        "float[4,2,3] x",
         traits=Trait.MOVES,
     ),
 )

@@ -32,10 +32,12 @@ class Channels:
         trace: ties the labels of its inputs and labels its outputs.
         cut: brings its attributes and its constants of sizes in line with what was removed; None if it has
             none that say anything about sizes.
+        ready: brings constants that it reads into shapes whose axes are slices; given what makes free names.
     """
 
     trace: Callable[[Trace], None]
     cut: Callable[[Cut], None] | None = None
+    ready: Callable[[Node, Callable[[str], str]], None] | None = None
 
 
 class Role(Enum):

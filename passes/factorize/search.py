@@ -15,6 +15,7 @@ from onnxslim.engine.matching import excluded
 from onnxslim.errors import TimeUp
 from onnxslim.ir import graph as ir
 from onnxslim.ir.model import Model
+from onnxslim.ops import spec_of
 from onnxslim.ops.layers import Layer
 from onnxslim.ops.spec import sizes
 from onnxslim.passes.factorize import candidates, chains, fit
@@ -115,6 +116,8 @@ def _candidates(model: Model, log: Log) -> Iterator[Layer]:
     main = {id(node) for node in model.graph.nodes}
     for node in model.nodes():
         layer = weighted(node)
+        if spec_of(node).qoperator:  # one that was not written out
+            log.skip(node.label, "its weight is quantized")
         if layer is None or ("", node.op) in own:
             continue
         if id(node) in main:

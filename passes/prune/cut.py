@@ -36,6 +36,11 @@ Twins: TypeAlias = list[tuple[Tensor, Tensor]]
 def prepare(model: Model) -> Twins:
     """Fold what is constant, which shapes often depend on, and undo sharing that would tie layers."""
     Fold().run(model, Context())
+    free = Namer(model.graph)
+    for node in model.graph.nodes:
+        channels = spec_of(node).channels
+        if channels is not None and channels.ready is not None:
+            channels.ready(node, free)
     return unshare(model)
 
 

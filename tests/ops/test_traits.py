@@ -380,9 +380,11 @@ def test_operators_fail_with_another_number_of_axes(spec: OpSpec, index: int) ->
     whole = {**feeds, **({"state": np.zeros((1, 2, 2), np.float32)} if index else {})}
     assert whole[name].ndim == spec.ranks[index]
     lone.run(whole)
+    # Older versions of ONNX Runtime end the process.
+    session = Session(lone.model, optimize="none", once=True)
     for shape in (whole[name].shape[1:], (*whole[name].shape, 1)):
         with pytest.raises(LoadError):
-            lone.run({**whole, name: np.zeros(shape, np.float32)})
+            session.run({**whole, name: np.zeros(shape, np.float32)})
 
 
 @pytest.mark.parametrize("spec", [pytest.param(s, id=s.op) for s in ROWS if s.at_most is not None])

@@ -212,6 +212,10 @@ def joined(first: Labels, second: Labels, count: int) -> Labels:
     return rank[inverse]
 
 
+class UnknownSizesError(ValueError):
+    """A rule asks for the sizes of a tensor that nobody knows."""
+
+
 class Trace:
     """What a rule sees and does at one node.
 
@@ -235,9 +239,14 @@ class Trace:
         return self.node.input(index) is not None
 
     def made(self, index: int = 0) -> Shape:
-        """Sizes of an output."""
+        """Sizes of an output; the rule is not run where those of the first one are unknown.
+
+        Raises:
+            UnknownSizesError: they are, of another one.
+        """
         found = self.tracer.shape(self.node.outputs[index])
-        assert found is not None
+        if found is None:
+            raise UnknownSizesError
         return found
 
     @property

@@ -1,0 +1,140 @@
+"""Decoders of ONNX Runtime's own operators, compressed like others; ONNX Runtime is the judge."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.noise import sqnr
+from onnxslim.engine.pipeline import Pipeline, Result
+from onnxslim.families.analysis import Analysis, analyze
+from onnxslim.ir.model import Model
+from onnxslim.passes.factorize import Factorize, FactorizeFigures
+from onnxslim.passes.prune import Prune, PruneFigures
+from onnxslim.passes.prune.cut import prepare
+from onnxslim.passes.quantize import Quantize, QuantizeFigures
+from onnxslim.passes.unfuse import unfuse
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.timing import Bench, Timing
+from onnxslim.shapes.cost import macs
+from tests.decoders import Decoder
+from tests.helpers import ops, reasons
+
+WIDE = Decoder(heads=8, shared=4)
+FORMS: dict[str, dict[str, Any]] = {
+    "apart": {},
+    "packed": {"packed": True},
+    "rotated before": {"rotary": False},
+    "four bits": {"bits": 4},
+    "eight bits, packed": {"bits": 8, "packed": True},
+}
+FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def _families(model: Model, *, interface: bool = False) -> Analysis:
+    unfuse(model, "units")
+    prepare(model)
+    return analyze(model, allow_inputs=interface, allow_outputs=interface)
+
+
+def _run(step: Any, model: Model, decoder: Decoder) -> Result:
+    return Pipeline(step, on_error="raise")(model, data=CalibrationData(decoder.tokens(12)))
+
+
+def _kept(before: Model, after: Model, decoder: Decoder) -> float:
+    """SQNR of the logits, of more tokens than there were."""
+    runs = [
+        [Session(model).run(feeds)["logits"] for feeds in decoder.tokens(4, length=11, seed=1)]
+        for model in (before, after)
+    ]
+    return sqnr(np.stack(runs[0]), np.stack(runs[1]))
+
+
+@FORM
+def test_heads_in_groups_and_hidden_units_are_families(form: dict[str, Any]) -> None:
+    decoder = replace(WIDE, **form)
+    found = _families(decoder.model())
+    block = 16 if decoder.bits else 1
+    assert [family.size for family in found.families] == [64 // block, *[4, 96 // block] * 2]
+    assert [bool(family.crosses) for family in found.families] == [True, *[False] * 4]
+
+
+@FORM
+def test_pruned(form: dict[str, Any]) -> None:
+    decoder = replace(WIDE, **form)
+    model = decoder.model()
+    result = _run(Prune(ratio=0.5, align=1), model, decoder)
+    figures = PruneFigures.of(result.report.steps[0].changes)
+    assert figures.families == 5
+    assert figures.oracle is not None
+    assert figures.oracle < 1e-5
+    assert figures.macs[1] < 0.3 * figures.macs[0]
+    heads = {
+        (node.attrs["num_heads"], node.attrs["kv_num_heads"])
+        for node in result.model.graph.nodes
+        if node.op == "GroupQueryAttention"
+    }
+    assert heads == {(4, 2)}
+    assert ops(result.model)["MatMulNBits"] == ops(model)["MatMulNBits"]
+    assert np.isfinite(_kept(model, result.model, decoder))
+
+
+def test_caches_that_are_given_keep_their_heads_and_say_so() -> None:
+    decoder = replace(WIDE, past=True)
+    found = _families(decoder.model())
+    assert [family.size for family in found.families] == [64, 96, 96]
+    assert "'present0' is an output of the model" in found.explain("w_k0")[1]
+    free = _families(decoder.model(), interface=True)
+    heads = [family for family in free.families if any(each.tensor == "past0" for each in family.members)]
+    assert [family.size for family in heads] == [4]
+
+
+@FORM
+def test_quantized(form: dict[str, Any]) -> None:
+    decoder = replace(WIDE, **form)
+    model = decoder.model()
+    result = _run(Quantize(), model, decoder)
+    figures = QuantizeFigures.of(result.report.steps[0].changes)
+    count = 11 if decoder.packed else 15
+    assert figures.fused == {"MatMul": count - 1}, figures  # the classifier stays
+    assert ops(result.model)["GroupQueryAttention"] == 2
+    assert _kept(model, result.model, decoder) > 20
+
+
+def test_factorized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of such sizes are no faster as factors, which is not the point here."""
+    monkeypatch.setattr(
+        Bench, "__call__", lambda self, what, first, others, feeds: Timing(1.0, dict.fromkeys(others, 0.5))
+    )
+    model = WIDE.model()
+    result = _run(Factorize(params=0.7), model, WIDE)
+    step = result.report.steps[0].changes
+    factored = FactorizeFigures.of(step).layers or {}
+    assert len(factored) >= 5
+    assert ops(result.model)["MatMul"] == 15 + len(factored)
+    assert result.model.stats().parameters < 0.75 * model.stats().parameters
+    assert _kept(model, result.model, WIDE) > 10
+
+
+def test_codes_are_not_factorized_and_say_so() -> None:
+    decoder = replace(WIDE, bits=4)
+    changes = _run(Factorize(), decoder.model(), decoder).report.steps[0].changes
+    assert not changes.changed
+    assert list(reasons(changes).values()).count("its weight is quantized") == 15
+
+
+def test_attention_counts_what_it_multiplies() -> None:
+    """Two products of each head, over all keys."""
+    decoder = Decoder(layers=1)
+    alone = macs(decoder.model(), {"tokens": (1, 8)})
+    wide = macs(
+        replace(decoder, past=True).model(),
+        {"tokens": (1, 8), "past0": (1, 2, 3, 16), "past1": (1, 2, 3, 16)},
+    )
+    assert alone is not None
+    assert wide is not None
+    assert wide - alone == 2 * 4 * 16 * 8 * 3
