@@ -15,6 +15,7 @@ from onnxslim.ops.spec import sizes
 # Types of codes by their bits, and the opset of scales for blocks.
 _CODES = {4: np.dtype(ml_dtypes.uint4), 8: np.dtype(np.uint8)}
 OPSET = 21
+_TABLES = (np.dtype(np.uint8), np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4))
 # To what ONNX Runtime may round the data of such a product: int8, a scale for each block of a row, or not at
 # all, which takes three times as long for one row with codes of four bits, sixty times with codes of eight.
 ACCURACY, EXACT = 4, 1
@@ -82,6 +83,40 @@ def _matrix(b: Body) -> Tensor:
         )
     )
     return b.add("DequantizeLinear", stored, scale, zero, axis=0, block_size=size)
+
+
+def table(b: Body) -> Results:
+    """GatherBlockQuantized: slices of a table, which are turned back once they are found."""
+    data, indices, scales, told = b.input(0), b.input(1), b.input(2), b.optional(3)
+    bits, size = b.attr("bits", 4), b.attr("block_size", 128)
+    axis, along = b.attr("quantize_axis", 1), b.attr("gather_axis", 0)
+    kind = b.dtype(data)
+    b.require(kind in _TABLES and bits in _CODES, f"its codes are {bits} bits of {kind}")
+    if b.generic:
+        found = b.add("Gather", b.add("CastLike", data, scales), indices, axis=along)
+        return [b.add("Concat", found, found, axis=-1) if kind == np.uint8 and bits < 8 else found]
+    b.require(b.opset >= OPSET, f"scales for blocks take opset {OPSET}")
+    codes, steps = b.values(data), b.values(scales)
+    zeros = None if told is None else b.values(told)
+    if codes is None or steps is None or (told is not None and zeros is None):
+        raise UnwrittenError("its codes are no constants")
+    b.require(zeros is None or zeros.dtype == kind, "its zero points are no codes")
+    shapes = {each.ndim for each in (codes, steps, zeros) if each is not None}
+    b.require(len(shapes) == 1 and max(shapes) > 1, "its codes and scales have other axes")
+    if kind == np.uint8:
+        codes = _opened(codes, bits).astype(_CODES[bits])
+        opened = np.full(steps.shape, 1 << (bits - 1)) if zeros is None else _opened(zeros, bits)
+        zeros = opened[..., : steps.shape[-1]].astype(_CODES[bits])
+    b.require(zeros is None or zeros.shape == steps.shape, "its zero points are not as many as its scales")
+    zero = None if zeros is None else b.constant(zeros)
+    whole = b.add("DequantizeLinear", b.constant(codes), scales, zero, axis=axis, block_size=size)
+    return [b.add("Gather", whole, indices, axis=along)]
+
+
+def _opened(packed: Array, bits: int) -> Array:
+    """Codes along the last axis, a byte each."""
+    codes = unpacked(packed.reshape(-1, packed.shape[-1]), bits, packed.shape[-1] * (8 // bits))
+    return codes.reshape(*packed.shape[:-1], -1)
 
 
 def _require_sizes(b: Body, *found: tuple[Array, int]) -> None:

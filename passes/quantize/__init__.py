@@ -42,6 +42,7 @@ from onnxslim.passes.quantize.recorded import LayoutName, QuantizationPlan, Quan
 from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Search, Sensitivity
 from onnxslim.passes.quantize.static import Static
 from onnxslim.passes.quantize.strategy import Strategy
+from onnxslim.passes.quantize.tables import ties_of, untie
 from onnxslim.passes.quantize.trained import Trained, strip
 from onnxslim.passes.quantize.trial import Trial
 from onnxslim.passes.quantize.weight_only import WeightOnly, WeightOnlyBlocks, WeightOnlyBytes
@@ -95,7 +96,8 @@ class Quantize(Pass):
         "auto",
         description="with activations=none, how such weights are written: DequantizeLinear in front of the "
         "product, which any runtime reads (qdq), or ONNX Runtime's own MatMulNBits, with accuracy_level 4 "
-        "(matmulnbits), which it makes of the former itself; auto: qdq, unless the file has the latter",
+        "(matmulnbits), which it makes of the former itself; auto: qdq, unless the file has the latter "
+        "or, on processors, a table that is looked up and multiplied by, for which there is no other form",
     )
     block_size: int | None = Field(
         None,
@@ -217,24 +219,27 @@ class Quantize(Pass):
                 "integers as it comes as well"
             )
         ctx = replace(ctx, target=self._target(ctx.target))
-        form = self._form(model)
+        form = self._form(model, ctx.target)
         plain = form == "matmulnbits" or (self.weights == "int8" and self.block_size is None)
         wide = not plain or ctx.target.layout.activation.itemsize > 1
         prepare(model, ctx.target.layout, log, WIDE_OPSET if wide else MIN_OPSET)
         tell_idle(self.exclude, model, log)
         trained = strip(model)
+        ties = untie(model) if form == "matmulnbits" else {}
         shapes.infer(model)
         looked_up = _look(model, ctx)
         original = model.copy()
         if trained:
             trained.restore(original, ())
-        return Start(model, original, trained, ctx, looked_up, form)
+        return Start(model, original, trained, ctx, looked_up, form, ties)
 
-    def _form(self, model: Model) -> StorageForm:
+    def _form(self, model: Model, target: Target) -> StorageForm:
         """How weights are written that are only stored as integers."""
         if self.storage != "auto" or self.activations not in (None, "none"):
             return "qdq" if self.storage == "auto" else self.storage
-        return "matmulnbits" if any(map(is_product, model.nodes())) else "qdq"
+        on_cpu = target.provider == CPU and self.layout in ("target", "cpu")
+        tied = on_cpu and any(True for _ in ties_of(model))
+        return "matmulnbits" if tied or any(map(is_product, model.nodes())) else "qdq"
 
     def _run(self, model: Model, ctx: Context, asked: QuantizationPlan | None) -> Changes:
         log = Log()
@@ -245,7 +250,7 @@ class Quantize(Pass):
         candidate, figures = self._candidate(start, log, asked)
         log.add(candidate.log.done())
         plan = candidate.plan
-        if not plan.linear and not plan.stored:
+        if not plan.linear and not plan.stored and not plan.tables:
             log.skip(model.graph.name or "model", _nothing(model, figures))
             return Changes((), log.done().skipped)
         for name in start.looked_up:
@@ -350,6 +355,7 @@ class Quantize(Pass):
             algorithm=self.algorithm,
             storage=start.form,
             block_size=self.block_size,
+            ties=start.ties,
         )
         bytewise = self._way is WeightOnly and start.form == "matmulnbits"
         return (WeightOnlyBytes if bytewise else self._way)(settings, start.ctx.target.layout)
@@ -470,6 +476,7 @@ class Start:
         ctx: with the target as the options want it.
         looked_up: tensors whose types only a run has told.
         form: how weights are written that are only stored as integers.
+        ties: see `Settings`.
     """
 
     model: Model
@@ -478,6 +485,7 @@ class Start:
     ctx: Context
     looked_up: Sequence[str]
     form: StorageForm
+    ties: Mapping[str, str]
 
 
 def _beside_floats(model: Model, ctx: Context) -> float | None:

@@ -40,7 +40,8 @@ class Candidate:
 
     def labels(self) -> set[str]:
         """Weighted nodes in integers, or stored so where none computes in them."""
-        return {self.plan.labels[id(node)] for node in self.plan.linear or self.plan.stored}
+        nodes = (*(self.plan.linear or self.plan.stored), *self.plan.tables)
+        return {self.plan.labels[id(node)] for node in nodes}
 
 
 class Builder:
@@ -132,6 +133,7 @@ class Builder:
             classifier=self._settings.classifier,
             irregular=self._calibration.irregular(),
             trained=self._trained.covers,
+            looks_up=self.strategy.looks_up,
             coded=self._trained.constants,
         )
         return planner.plan()
@@ -172,7 +174,9 @@ class Builder:
         plan = self._plan(student, variant, log)
         known = {tensor.name for node in self.model.graph.nodes for tensor in node.outputs}
         layers = [
-            node.outputs[0] for node in (*plan.linear, *plan.stored) if len(node.inputs[1].outputs) == 1
+            node.outputs[0]
+            for node in (*plan.linear, *plan.stored)
+            if len(node.inputs[1].outputs) == 1 and node.inputs[1].name not in self._settings.ties
         ]
         stored = {node.inputs[1].name for node in plan.stored}
         if self.strategy.calibrated:

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from onnxslim.engine.matching import excluded
 from onnxslim.ir.graph import Node
 from onnxslim.ops import Role, spec_of
+from onnxslim.passes.quantize.tables import table_of
 
 Bits = Literal["int8", "int4"]
 StorageForm = Literal["qdq", "matmulnbits"]
@@ -30,6 +31,7 @@ class Settings:
         algorithm: how weights are rounded; see `Quantize`.
         storage: how weights of matrix products are written where activations are no integers.
         block_size: inputs of an output that share a scale there; None for what suits their bits.
+        ties: by name of a weight, that of the table that it is the same as; see `tables.untie`.
     """
 
     exclude: tuple[str, ...] = ()
@@ -40,6 +42,7 @@ class Settings:
     algorithm: Algorithm = "auto"
     storage: StorageForm = "qdq"
     block_size: int | None = None
+    ties: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def refusal(settings: Settings, variant: Variant) -> Refusal:
         if reason := excluded(settings.exclude, node) or variant.refused.get(node.label):
             return reason
         others = variant.only is not None and node.label not in variant.only
-        if others and spec_of(node).role is Role.LINEAR:
+        chosen = settings.storage == "matmulnbits" and table_of(node) is not None
+        if others and (chosen or spec_of(node).role is Role.LINEAR):
             return "another one is looked at"
         return None
 

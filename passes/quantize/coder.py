@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from onnxslim.calibration.gram import Gram, observe
 from onnxslim.engine.base import Context
-from onnxslim.ir.graph import Node, producer
+from onnxslim.ir.graph import Constant, Node, producer
 from onnxslim.ir.model import Model
 from onnxslim.ops import layer_of
 from onnxslim.ops.layers import Layer
@@ -80,6 +80,13 @@ class WeightCoder:
         if key not in self._blocks:
             matrix = layer.kernels()[0]
             self._blocks[key] = rounder.in_blocks(matrix, blocking) if rounder else nearest(matrix, blocking)
+        return self._blocks[key]
+
+    def table(self, table: Constant, blocking: Blocking) -> Blocks:
+        """A table [rows, columns] in integers, as [columns, rows] with a scale for every few columns."""
+        key = table.name, blocking, False
+        if key not in self._blocks:
+            self._blocks[key] = nearest(np.ascontiguousarray(table.values.T), blocking)
         return self._blocks[key]
 
     def known(self, layer: Layer, blocking: Blocking) -> Blocks | None:

@@ -33,6 +33,7 @@ class Plan:
     Attributes:
         linear: weighted operators with an integer kernel, in order.
         stored: weighted operators that stay in floating point and only store their weight as integers.
+        tables: lookups of tables that are stored as integers of one size or another.
         last: ids of those of them that are the last matrix product before an output.
         followers: operators that run in integers between them, in order.
         tensors: tensors that get a Q/DQ pair, by id, in order of appearance.
@@ -44,6 +45,7 @@ class Plan:
 
     linear: list[Node] = field(default_factory=list)
     stored: list[Node] = field(default_factory=list)
+    tables: list[Node] = field(default_factory=list)
     last: set[int] = field(default_factory=set)
     followers: list[Node] = field(default_factory=list)
     tensors: dict[int, Tensor] = field(default_factory=dict)
@@ -78,6 +80,7 @@ class Planner:
         classifier: whether the last matrix product before an output is quantized too.
         irregular: of tensors whose values no integer range should cover, by name, what they hold.
         trained: whether a weighted node was trained to run in integers.
+        looks_up: whether a node looks up a table whose size of integers is to be chosen.
         coded: names of the constants that are stored as integers already, however small they are.
     """
 
@@ -94,6 +97,7 @@ class Planner:
         classifier: bool = False,
         irregular: Mapping[str, str] | None = None,
         trained: Callable[[Node], bool] = lambda node: False,
+        looks_up: Callable[[Node], bool] = lambda node: False,
         coded: Collection[str] = (),
     ) -> None:
         self._nodes = model.graph.nodes
@@ -108,6 +112,7 @@ class Planner:
         self._log = log
         self._irregular = irregular or {}
         self._trained = trained
+        self._looks_up = looks_up
         self._coded = coded
         self._sealed = {id(self._result(node)) for node in self._nodes if _is_misread(node)}
         self._seal_moved()
@@ -118,6 +123,7 @@ class Planner:
         plan = Plan()
         plan.linear = [node for node in self._nodes if self._is_linear(node)]
         plan.stored = [node for node in self._nodes if self._is_stored(node)]
+        plan.tables = [node for node in self._nodes if self._looks_up(node) and self._refuse(node) is None]
         plan.last = self._classifiers
         available = self._required(plan.linear)
         candidates = self._forward(available, plan.linear)
@@ -129,7 +135,7 @@ class Planner:
         for tensor in self._quantized(plan):
             plan.tensors[id(tensor)] = tensor
         self._share_scales(plan)
-        everything = (*plan.linear, *plan.stored, *plan.followers)
+        everything = (*plan.linear, *plan.stored, *plan.followers, *plan.tables)
         plan.labels = {id(node): node.label for node in everything}
         return plan
 

@@ -18,6 +18,7 @@ from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Builder, Candidate
 from onnxslim.passes.quantize.choices import Activations, Algorithm, Bits, Observer, StorageChoice, Variant
 from onnxslim.passes.quantize.search import Sensitivity, stored
+from onnxslim.passes.quantize.tables import weight_of
 from onnxslim.passes.quantize.trial import Trial
 from onnxslim.runtime.targets import layouts
 
@@ -220,7 +221,7 @@ def moves_of(trial: Trial, layers: Sequence[Sensitivity], options: QuantizeOptio
     weights = {
         node.label: weight
         for node in build.model.graph.nodes
-        if node.label in labels and isinstance(weight := node.inputs[1], Constant)
+        if node.label in labels and isinstance(weight := weight_of(node), Constant)
     }
     found = []
     for layer in layers:
@@ -242,7 +243,7 @@ def moves_of(trial: Trial, layers: Sequence[Sensitivity], options: QuantizeOptio
 
 
 def _weight(node: Node) -> tuple[int, ...]:
-    weight = node.inputs[1]
+    weight = weight_of(node)
     return tuple(weight.values.shape) if isinstance(weight, Constant) else ()
 
 

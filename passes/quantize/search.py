@@ -25,6 +25,7 @@ from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.build import Builder
 from onnxslim.passes.quantize.choices import ObserverChoice, Variant
 from onnxslim.passes.quantize.goal import TrialGoal
+from onnxslim.passes.quantize.tables import weight_of
 from onnxslim.passes.quantize.trial import Trial
 
 T = TypeVar("T")
@@ -279,7 +280,7 @@ class Search:
         within = trial.candidate.labels()
         for node in trial.build.model.graph.nodes:
             if node.label in within and len(node.inputs) > 1:
-                found[node.op, node.inputs[1].shape].add(node.label)
+                found[node.op, weight_of(node).shape].add(node.label)
         return [frozenset(kind) for kind in sorted(found.values(), key=len, reverse=True)[:KINDS]]
 
     def keep(self, trial: Trial, layers: Sequence[Sensitivity], goal: TrialGoal, gain: float = 0.0) -> Trial:
@@ -352,7 +353,7 @@ def stored(model: Model) -> int:
 
 def _size(node: Node) -> int:
     """Bytes of a node's weight."""
-    weight = node.inputs[1]
+    weight = weight_of(node)
     return weight.nbytes if isinstance(weight, Constant) else 0
 
 

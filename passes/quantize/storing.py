@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 from onnxslim.engine.base import Log
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
-from onnxslim.ir.model import DEFAULT_DOMAINS, Model
+from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.blocks import Blocks
 from onnxslim.passes.quantize.choices import Refusal
+from onnxslim.passes.quantize.tables import table_of
 from onnxslim.passes.quantize.weights import Weights
 
-# Tables below this many bytes are left alone.
-MIN_TABLE_BYTES = 1 << 16
 # Types of codes, by their bits.
 _SIGNED = {4: np.dtype(ml_dtypes.int4), 8: np.dtype(np.int8)}
 
@@ -30,7 +29,7 @@ class Storage:
         log: what is done goes here.
     """
 
-    matches = frozenset(("Gather", "Gemm"))
+    matches = frozenset(("Gemm",))
     makes = frozenset(("Cast", "DequantizeLinear"))
 
     def __init__(self, model: Model, log: Log) -> None:
@@ -43,10 +42,9 @@ class Storage:
     def tables(self, refuse: Refusal) -> None:
         """Embeddings: rows are looked up as int8 and those found are turned back, one scale per column."""
         for node in self._graph.nodes:
-            table = node.input(0)
-            if not _is_table(node, table) or refuse(node) is not None:
+            table = table_of(node)
+            if table is None or refuse(node) is not None:
                 continue
-            assert isinstance(table, Constant)
             label = node.label
             codes, scales = _by_column(table.values)
             node.inputs[0] = self._constant(table, "quantized", codes)
@@ -115,20 +113,6 @@ def _by_column(table: Weights) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     largest = np.abs(table).max(axis=0)
     scales = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
     return np.rint(table / scales).astype(np.int8), scales
-
-
-def _is_table(node: Node, table: Tensor | None) -> bool:
-    return (
-        node.op == "Gather"
-        and node.domain in DEFAULT_DOMAINS
-        and node.attrs.get("axis", 0) == 0
-        and isinstance(table, Constant)
-        and len(table.shape) == 2
-        and table.dtype == np.float32
-        and table.nbytes >= MIN_TABLE_BYTES
-        and len(table.outputs) == 1
-        and bool(np.isfinite(table.values).all())
-    )
 
 
 def _halves_well(weight: Constant) -> bool:

@@ -80,6 +80,10 @@ class Strategy(ABC):
         """Largest magnitude of a code of a weight."""
         return QMAX
 
+    def looks_up(self, node: Node) -> bool:
+        """Whether a node looks up a table whose size of integers is chosen like that of a weight."""
+        return False
+
     @abstractmethod
     def in_floats(self, model: Model, variant: Variant) -> Mapping[str, str]:
         """Labels of the nodes that compute in floating point whatever the plan, and why."""

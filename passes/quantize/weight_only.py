@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -19,6 +19,7 @@ from onnxslim.passes.quantize.coder import Floats, WeightCoder
 from onnxslim.passes.quantize.figures import QuantizeFigures
 from onnxslim.passes.quantize.storing import Storage
 from onnxslim.passes.quantize.strategy import Draft, Strategy, parted
+from onnxslim.passes.quantize.tables import BlockTables, retie, table_of
 from onnxslim.passes.quantize.weights import Encoded
 
 WEIGHTS_ONLY = "only weights are asked for, which it does not read as integers"
@@ -44,9 +45,10 @@ class WeightOnly(Strategy):
         """See `without`."""
         return variant.refused
 
-    def blocking(self, layer: Layer, bits: int = 8) -> Blocking:
-        """How the weight of a layer is coded in blocks by so many bits."""
-        size = self.settings.block_size or (FEW if bits < 8 else _least_bytes(layer.inputs))
+    def blocking(self, inputs: int, bits: int = 8, *, even: bool = False) -> Blocking:
+        """How a weight over so many inputs is coded by so many bits, in blocks that may have to be full."""
+        size = self.settings.block_size or (FEW if bits < 8 else MANY if even else _least_bytes(inputs))
+        size = math.gcd(inputs, size) if even else size
         return Blocking(bits, size, self.layout.signed_scales)
 
 
@@ -56,29 +58,64 @@ class WeightOnlyBytes(WeightOnly):
 
     bits: ClassVar[int] = 8
 
+    def looks_up(self, node: Node) -> bool:
+        """Tables that nothing but lookups read, where there is a form for them."""
+        table = table_of(node) if self._fused else None
+        return table is not None and table.name not in self.settings.ties.values()
+
+    @property
+    def _fused(self) -> bool:
+        return self.settings.storage == "matmulnbits"
+
     def compute(self, draft: Draft) -> QuantizeFigures:
         """Weights in blocks; those that cannot be written so as int8 per channel."""
-        fused = self.settings.storage == "matmulnbits"
         exact, rest = parted(draft, lambda node, label: self._reason(node, label, draft.variant))
         figures = self.insert(draft, exact)
-        storage, products = Storage(draft.model, draft.log), BlockProducts(draft.model, draft.log)
-        for node in rest:
+        if self._fused:
+            self._write(draft, rest)
+        else:
+            self._dequantize(draft, rest)
+        return figures
+
+    def _dequantize(self, draft: Draft, nodes: Sequence[Node]) -> None:
+        storage = Storage(draft.model, draft.log)
+        for node in nodes:
             layer = _layer(node)
-            blocking = self.blocking(layer, self._bits(node, draft))
-            if not fused and draft.coder.known(layer, blocking) is not None:
-                continue  # it is put back as it was
-            blocks = draft.coder.blocks(layer, blocking, refined=draft.variant.refined)
-            if fused:
-                products.write(node, blocks)
-            else:
+            blocking = self.blocking(layer.inputs, self._bits(node, draft))
+            if draft.coder.known(layer, blocking) is None:  # else it is put back as it was
+                blocks = draft.coder.blocks(layer, blocking, refined=draft.variant.refined)
                 storage.in_blocks(node, blocks)
         storage.finish()
-        return figures
+
+    def _write(self, draft: Draft, nodes: Sequence[Node]) -> None:
+        """In the form of ONNX Runtime, tables included."""
+        products, tables = BlockProducts(draft.model, draft.log), BlockTables(draft.model, draft.log)
+        ties = self.settings.ties
+        looked_up = {name: node for node in draft.model.graph.nodes for name in _names(node, ties)}
+        for node in nodes:
+            layer, name = _layer(node), node.inputs[1].name
+            blocking = self.blocking(layer.inputs, self._bits(node, draft), even=name in ties)
+            blocks = draft.coder.blocks(layer, blocking, refined=draft.variant.refined)
+            products.write(node, blocks)
+            if name in ties:
+                tables.share(looked_up[ties[name]].inputs[0], node, blocks)
+        for node in draft.plan.tables:
+            table = table_of(node)
+            assert table is not None
+            columns = table.shape[1]
+            bits = 8 if columns % 2 else self._bits(node, draft)
+            tables.write(node, draft.coder.table(table, self.blocking(columns, bits)))
+        tables.finish()
+        retie(draft.model, ties)
+
+    def store(self, draft: Draft, storage: Storage) -> None:
+        """Tables, where that is not done yet."""
+        if not self._fused:
+            super().store(draft, storage)
 
     def _reason(self, node: Node, label: str, variant: Variant) -> str | None:
         """Why a weight is int8 with a scale for each channel."""
-        fused = self.settings.storage == "matmulnbits"
-        return unfit(node) or (unwritable(node) if fused else None)
+        return unfit(node) or (unwritable(node) if self._fused else None)
 
     def _bits(self, node: Node, draft: Draft) -> int:
         return self.bits
@@ -87,7 +124,7 @@ class WeightOnlyBytes(WeightOnly):
         self, coder: WeightCoder, layer: Layer, wanted: Floats, gram: Gram, *, corrected: bool, kept: bool
     ) -> tuple[Encoded | Blocks, Floats]:
         """With a scale for every few inputs."""
-        blocking = self.blocking(layer, self.bits)
+        blocking = self.blocking(layer.inputs, self.bits)
         return coder.coded_in_blocks(layer, wanted, gram, blocking, corrected=corrected)
 
 
@@ -129,6 +166,12 @@ def _least_bytes(inputs: int) -> int:
     return min(
         (MANY, MANY // 2, MANY // 4, MANY // 8), key=lambda size: math.ceil(inputs / size) * (size + 4)
     )
+
+
+def _names(node: Node, ties: Mapping[str, str]) -> list[str]:
+    """The table that a node looks up, if a product has it as its weight."""
+    name = node.inputs[0].name if node.inputs else ""
+    return [name] if name in ties.values() else []
 
 
 def _layer(node: Node) -> Layer:

@@ -216,6 +216,26 @@ BITS = [
         f"{_BITS} | uint8[6,3,16] w, float[18] sw, uint8[18] ow",
     ),
 ]
+# Tables of a few bits.
+_IDS = "int64[N,3] i"
+TABLES = [
+    (
+        "y = GatherBlockQuantized<bits=4, block_size=16, quantize_axis=1>(w, i, sw)",
+        f"{_IDS} | uint8[6,20] w, float[6,3] sw",
+    ),
+    (
+        "y = GatherBlockQuantized<bits=4, block_size=16, quantize_axis=-1>(w, i, sw, ow)",
+        f"{_IDS} | uint8[6,20] w, float[6,3] sw, uint8[6,2] ow",
+    ),
+    (
+        "y = GatherBlockQuantized<bits=8, block_size=32>(w, i, sw, ow)",
+        f"{_IDS} | uint8[6,40] w, float[6,2] sw, uint8[6,2] ow",
+    ),
+    (
+        "y = GatherBlockQuantized<bits=8, block_size=32>(w, i, sw)",
+        f"{_IDS} | uint8[6,40] w, float[6,2] sw",
+    ),
+]
 # What is in no file that ONNX Runtime has made, or cannot be written: it stays, for a reason.
 KEPT = [
     ('y = FusedConv<activation="Relu", group=2, extra=1>(x, w)', _CONV, "its attribute 'extra'"),
@@ -289,7 +309,7 @@ def _run(model: Model, feeds: dict[str, Array]) -> dict[str, Any]:
 
 CASES = [
     pytest.param(call, tensors, opset, id=f"{call}-{opset}")
-    for calls, opsets in ((CALLS, OPSETS), (CODED, CODED_OPSETS), ((*BITS, *ROTARY), (LATE,)))
+    for calls, opsets in ((CALLS, OPSETS), (CODED, CODED_OPSETS), ((*BITS, *TABLES, *ROTARY), (LATE,)))
     for call, tensors in calls
     for opset in opsets
     if "= .Layer" not in call or opset < 17
@@ -301,7 +321,7 @@ CASES = [
 def test_bodies_compute_what_the_operator_does(call: str, tensors: str, opset: int, constant: bool) -> None:
     before = _fused(call, tensors, opset, constant=constant)
     after, changes = apply(Unfuse(), before)
-    if "NBits" in call and not constant:
+    if ("NBits" in call or "GatherBlock" in call) and not constant:
         assert "its codes are no constants" in next(iter(reasons(changes).values()))
         return
     assert not changes.skipped
@@ -443,7 +463,7 @@ OTHERWISE = {"GroupQueryAttention", "SwiGLU"}
 
 
 def test_every_body_is_run() -> None:
-    assert {_op(call) for call, _ in (*CALLS, *CODED, *BITS, *ROTARY)} | OTHERWISE == {
+    assert {_op(call) for call, _ in (*CALLS, *CODED, *BITS, *TABLES, *ROTARY)} | OTHERWISE == {
         op for (_, op), spec in REGISTRY.items() if spec.body is not None
     }
 
@@ -451,7 +471,7 @@ def test_every_body_is_run() -> None:
 NAMES = sorted(
     {
         name
-        for call, _ in (*CALLS, *CODED, *BITS, *ROTARY)
+        for call, _ in (*CALLS, *CODED, *BITS, *TABLES, *ROTARY)
         for name in re.findall(r"(\w+)=", call.partition("<")[2])
     }
 )

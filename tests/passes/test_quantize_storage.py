@@ -230,3 +230,103 @@ def test_options_that_mean_nothing_are_refused() -> None:
         Quantize(activations="dynamic", block_size=32)
     with pytest.raises(UsageError, match="block_size is a power of two, not 48"):
         Quantize(activations="none", block_size=48)
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+TIED = """g (int64[N,S] i) => (float[N,S,600] y)
+{{ x = Gather(t, i) [one] a = MatMul(x, w1) r = Relu(a) [two] b = MatMul(r, w2) s = Add(b, x) {head} }}"""
+HEADS = {
+    "MatMul": "tt = Transpose<perm=[1,0]>(t) [head] y = MatMul(s, tt)",
+    "MatMul, as it is": "tt = Transpose(t) [head] y = MatMul(s, tt)",
+}
+FLAT = """g (int64[N] i) => (float[N,600] y)
+{ x = Gather(t, i) [one] a = MatMul(x, w1) r = Relu(a) [two] b = MatMul(r, w2)
+  [head] y = Gemm<transB=1>(b, t, c) }"""
+IDS = {"i": np.random.default_rng(1).integers(0, 600, (3, 5))}
+
+
+def decoder(head: str = "MatMul", width: int = 64) -> Model:
+    weights = {"w1": normal(width, 96, seed=1) / 8, "w2": normal(96, width, seed=3) / 10}
+    return parse(TIED.format(head=HEADS[head]), {"t": normal(600, width), **weights})
+
+
+def lookup(opset: int = 17, width: int = 64) -> Model:
+    text = "g (int64[N,S] i) => (float[N,S,48] y) { [rows] x = Gather(t, i) [one] y = MatMul(x, w) }"
+    return parse(text, {"t": normal(600, width), "w": normal(width, 48, seed=1)}, opset=opset)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("weights", "size", "least"), [("int4", 0.17, 16), ("int8", 0.28, 36)])
+def test_a_table_and_the_head_have_one_set_of_codes(
+    head: str, weights: str, size: float, least: float
+) -> None:
+    model = decoder(head)
+    result = stored(model, weights=weights)
+    assert ops(result) == {"GatherBlockQuantized": 1, "Reshape": 1, "MatMulNBits": 3, "Relu": 1, "Add": 1}
+    assert result.nbytes() < size * model.nbytes()
+    assert sqnr(run(model, IDS)["y"], Session(result).run(IDS)["y"]) > least
+    head_node = next(node for node in result.graph.nodes if node.name == "head")
+    rows = next(node for node in result.graph.nodes if node.op == "GatherBlockQuantized")
+    assert rows.inputs[2] is head_node.inputs[2]
+    assert rows.inputs[0].inputs[0].inputs[0] is head_node.inputs[1]
+
+
+def test_a_table_in_a_gemm_is_shared_too() -> None:
+    constants = {"t": normal(600, 64), "w1": normal(64, 96, seed=1) / 8, "w2": normal(96, 64, seed=3) / 10}
+    model = parse(FLAT, {**constants, "c": normal(600, seed=5)})
+    result = stored(model, weights="int8")
+    assert ops(result) == {"GatherBlockQuantized": 1, "Reshape": 1, "MatMulNBits": 3, "Relu": 1}
+    feeds = {"i": IDS["i"].reshape(-1)}
+    assert sqnr(run(model, feeds)["y"], run(result, feeds)["y"]) > 33
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_that_stays_in_floats_shares_the_floats(head: str) -> None:
+    model = decoder(head)
+    result = stored(model, weights="int4", exclude=("head",))
+    assert ops(result) == {"Gather": 1, "Transpose": 1, "MatMul": 1, "MatMulNBits": 2, "Relu": 1, "Add": 1}
+    assert np.array_equal(result.graph.initializers["t"].values, model.graph.initializers["t"].values)
+    assert result.nbytes() < 0.85 * model.nbytes()
+    assert sqnr(run(model, IDS)["y"], run(result, IDS)["y"]) > 20
+
+
+def test_rows_that_blocks_do_not_fill_are_not_shared() -> None:
+    model = decoder(width=72)
+    assert ops(stored(model, weights="int4", storage="matmulnbits"))["MatMul"] == 1
+
+
+def test_tied_tables_are_written_so_for_processors_only() -> None:
+    model = decoder()
+    assert ops(stored(model, weights="int4", layout="cuda"))["MatMulNBits"] == 0
+    assert ops(stored(model, weights="int4", storage="qdq"))["MatMulNBits"] == 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "width", "bits"), [("int4", 64, 4), ("int8", 64, 8), ("int4", 72, 4), ("int4", 65, 8)]
+)
+def test_tables_are_looked_up_in_few_bits(weights: str, width: int, bits: int) -> None:
+    model = lookup(width=width)
+    result = stored(model, weights=weights, storage="matmulnbits")
+    rows = next(node for node in result.graph.nodes if node.name == "rows")
+    assert (rows.op, rows.attrs["bits"]) == ("GatherBlockQuantized", bits)
+    plain, _ = apply(Unfuse(), result)
+    assert ops(plain) == {"DequantizeLinear": 2, "Gather": 1, "MatMul": 1}
+    for feeds in (IDS, {"i": -1 - IDS["i"]}):
+        assert sqnr(run(model, feeds)["y"], run(result, feeds)["y"]) > (15 if weights == "int4" else 38)
+        assert sqnr(run(plain, feeds)["y"], run(result, feeds)["y"]) > 35
+
+
+def test_a_table_is_kept_in_eight_bits_where_four_cost_too_much() -> None:
+    model = lookup()
+    data = [{"i": np.random.default_rng(seed).integers(0, 600, (4, 12))} for seed in range(8)]
+    same: dict[str, Any] = {"weights": "int4", "activations": "none", "storage": "matmulnbits"}
+    result, changes = quantize(model, data, **same, require_sqnr=30)
+    bits = {node.name: node.attrs["bits"] for node in result.graph.nodes}
+    assert bits == {"rows": 8, "one": 8}
+    layers = QuantizeFigures.of(changes).layers
+    assert layers is not None
+    assert {layer.node: layer.op for layer in layers} == {"rows": "Gather", "one": "MatMul"}
+    plan = QuantizeFigures.of(changes).plan
+    again, _ = quantize(model, data, plan=plan)
+    assert again.to_proto() == result.to_proto()
