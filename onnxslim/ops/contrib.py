@@ -12,7 +12,7 @@ from onnxslim.ops.body import Body, WriteBody
 from onnxslim.ops.channels import attention
 from onnxslim.ops.channels import blocks as block_channels
 from onnxslim.ops.formulas import Results, gelu, normalized, root_normalized
-from onnxslim.ops.linear import conv_macs, gemm_macs
+from onnxslim.ops.linear import conv_macs, gemm_macs, recurrent_macs
 from onnxslim.ops.spec import Channels, Macs, OpSpec, register, sizes
 
 DOMAIN = "com.microsoft"
@@ -182,6 +182,7 @@ _MACS: dict[str, Macs] = {
     "QGemm": gemm_macs,
     "DynamicQuantizeMatMul": _matmul_macs,
     "MatMulIntegerToFloat": _matmul_macs,
+    "QAttention": lambda node: heads.packed_macs(node, before=8),
 }
 
 register(
@@ -190,6 +191,7 @@ register(
         OpSpec(op, DOMAIN, body=body, macs=_MACS.get(op), qoperator=True, written="layers")
         for op, body in integers.BODIES.items()
     ),
+    OpSpec("DynamicQuantizeLSTM", DOMAIN, body=integers.lstm, macs=recurrent_macs, written="all"),
     OpSpec("Attention", DOMAIN, body=heads.packed, macs=heads.packed_macs, written="layers"),
     OpSpec("MultiHeadAttention", DOMAIN, body=heads.multi_head, macs=heads.multi_head_macs, written="units"),
     OpSpec(

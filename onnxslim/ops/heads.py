@@ -116,20 +116,37 @@ def multi_head(b: Body) -> Results:
 
 def packed(b: Body) -> Results:
     """Attention with the projections of queries, keys and values in one matrix, in this order."""
-    x, weight, bias, mask, past, added = (
-        b.input(0),
-        b.input(1),
-        *(b.optional(index) for index in range(2, 6)),
-    )
+    bias, mask, past, added = (b.optional(index) for index in range(2, 6))
+    return projected(b, (b.input(0), b.input(1), bias), mask, past, added)
+
+
+def projected(
+    b: Body,
+    projection: tuple[Tensor, Tensor, Tensor | None],
+    mask: Tensor | None,
+    past: Tensor | None,
+    added: Tensor | None = None,
+    like: Tensor | None = None,
+) -> Results:
+    """The same of data, a matrix and a bias, wherever they come from.
+
+    Args:
+        b: of the node.
+        projection: data, matrix and bias.
+        mask, past, added: inputs of the node, if they are there.
+        like: an input with the element type that all is computed in; the data if None.
+    """
+    x, weight, bias = projection
+    like = x if like is None else like
     heads, told = b.attr("num_heads", 0), b.numbers("qkv_hidden_sizes")
     b.require(not b.attr("do_rotary", 0), "it rotates queries and keys")
     b.require(not b.attr("past_present_share_buffer", 0), "past and present are one buffer")
-    third = b.size(weight, 1) // 3
+    third = b.size(b.input(1), 1) // 3
     b.require(len(told) in (0, 3), "its qkv_hidden_sizes are not three")
     widths = [int(each) for each in told] or [third] * 3
-    projected: Tensor = b.add("MatMul", x, weight)
-    projected = projected if bias is None else b.add("Add", projected, bias)
-    parts: list[Tensor] = list(b.split(projected, widths, -1))
+    made: Tensor = b.add("MatMul", x, weight)
+    made = made if bias is None else b.add("Add", made, bias)
+    parts: list[Tensor] = list(b.split(made, widths, -1))
     if b.generic:
         b.passed("scale", "unidirectional", "mask_filter_value")
         return _single_head(b, *parts)
@@ -140,8 +157,8 @@ def packed(b: Body) -> Results:
     present = None
     if b.has_output(1):
         present = b.add("Concat", b.unsqueezed(key, 0), b.unsqueezed(value, 0), axis=0)
-    at = Heads(query, key, value, x, widths[0] // heads, widths[2])
-    return [_mixed(b, at, _masked(b, mask, x), added), present]
+    at = Heads(query, key, value, like, widths[0] // heads, widths[2])
+    return [_mixed(b, at, _masked(b, mask, like), added), present]
 
 
 def grouped(b: Body) -> Results:
@@ -213,12 +230,12 @@ def _grouped_shapes(node: Node) -> tuple[Tensor | None, ...]:
     return node.inputs[0], node.input(3), node.outputs[0]
 
 
-def packed_macs(node: Node) -> int | None:
-    """Those of the projections, and the same."""
+def packed_macs(node: Node, before: int = 4) -> int | None:
+    """Those of the projections, and the same; `before` is the input of keys and values that were before."""
     x, weight = (sizes(tensor.shape) for tensor in node.inputs[:2])
-    past = node.input(4)
-    before = (0, 0, 0, 0) if past is None else sizes(past.shape)
-    if x is None or weight is None or before is None:
+    past = node.input(before)
+    lengths = (0, 0, 0, 0) if past is None else sizes(past.shape)
+    if x is None or weight is None or lengths is None:
         return None
     widths = node.attrs.get("qkv_hidden_sizes") or (weight[1] // 3,) * 3
-    return math.prod(x[:2]) * (math.prod(weight) + (x[1] + before[3]) * (widths[0] + widths[2]))
+    return math.prod(x[:2]) * (math.prod(weight) + (x[1] + lengths[3]) * (widths[0] + widths[2]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxslim.ir.graph import Tensor
+from onnxslim.ops import heads
 from onnxslim.ops.body import Body, WriteBody
 from onnxslim.ops.formulas import Results
 
@@ -160,6 +161,25 @@ def _product_to_float(b: Body) -> Results:
     return [_scaled(b, product, b.add("Mul", scale, b.input(3)), bias)]
 
 
+def _attention(b: Body) -> Results:
+    """QAttention: the projections are of codes, what they make is in floating point."""
+    data = _values(b, b.input(0), b.input(3), b.optional(6))
+    scale = b.input(4)
+    weight = _values(b, b.input(1), scale, b.optional(7), 0 if _is_single(b, scale) else 1)
+    bias = b.input(2)
+    return heads.projected(b, (data, weight, bias), b.optional(5), b.optional(8), like=bias)
+
+
+def lstm(b: Body) -> Results:
+    """DynamicQuantizeLSTM, as far as types and shapes go: its state becomes codes at every step."""
+    b.require(b.generic, "its state is turned into integers at every step")
+    x, weights = b.input(0), [b.input(1), b.input(2)]
+    for index in range(3, b.count):
+        b.optional(index)
+    flat = [b.add("Transpose", b.add("CastLike", each, x), perm=(0, 2, 1)) for each in weights]
+    return b.add_many("LSTM", 3, x, *flat, **b.passed("direction", "hidden_size"))
+
+
 def code(op: str) -> WriteBody:
     """Q and DQ of a domain of their own, which had more types before the standard did."""
 
@@ -187,4 +207,5 @@ BODIES: dict[str, WriteBody] = {
     "QGemm": _gemm,
     "DynamicQuantizeMatMul": _dynamic_product,
     "MatMulIntegerToFloat": _product_to_float,
+    "QAttention": _attention,
 }

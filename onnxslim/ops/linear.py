@@ -53,7 +53,7 @@ def _gemm_unfit(node: Node) -> str | None:
     return None
 
 
-def _recurrent_macs(node: Node) -> int | None:
+def recurrent_macs(node: Node) -> int | None:
     """Steps times batch times the weights that each step reads."""
     data = sizes(node.inputs[0].shape)
     weights = [sizes(node.inputs[index].shape) for index in (1, 2)]
@@ -139,7 +139,7 @@ g (float[N,5,4] x, float[4,3] w) => (float[N,5,3] y) { y = MatMul(x, w) }""",
         "LSTM",
         ranks={0: 3, 5: 3, 6: 3},
         channels=_RECURRENT,
-        macs=_recurrent_macs,
+        macs=recurrent_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[5,N,3] x, float[1,8,3] w, float[1,8,2] r) => (float[5,1,N,2] y)
 { y = LSTM<hidden_size=2>(x, w, r) }""",
@@ -148,7 +148,7 @@ g (float[5,N,3] x, float[1,8,3] w, float[1,8,2] r) => (float[5,1,N,2] y)
         "GRU",
         ranks={0: 3, 5: 3},
         channels=_RECURRENT,
-        macs=_recurrent_macs,
+        macs=recurrent_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[5,N,3] x, float[1,6,3] w, float[1,6,2] r) => (float[5,1,N,2] y)
 { y = GRU<hidden_size=2>(x, w, r) }""",
@@ -157,7 +157,7 @@ g (float[5,N,3] x, float[1,6,3] w, float[1,6,2] r) => (float[5,1,N,2] y)
         "RNN",
         ranks={0: 3, 5: 3},
         channels=_RECURRENT,
-        macs=_recurrent_macs,
+        macs=recurrent_macs,
         example="""<ir_version: 8, opset_import: ["" : 17]>
 g (float[5,N,3] x, float[1,2,3] w, float[1,2,2] r) => (float[5,1,N,2] y)
 { y = RNN<hidden_size=2>(x, w, r) }""",

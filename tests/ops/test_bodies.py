@@ -163,6 +163,7 @@ _W = "int8[4,2,3,3] w, float[4] sw, int8[4] ow"
 _V = "int8[8,4] w, float[4] sw, int8[4] ow"
 _V1 = "int8[8,4] w, float[1] s2, int8[1] o2"
 _CODES = "uint8[N,3,8] x"
+_QX, _QW = "uint8[N,5,12] x", "int8[12,36] w, float[36] b"
 CODED = [
     ("q = QLinearAdd(x, s1, o1, z, s2, o2, s, o)", f"{_TWO} | {_YY}"),
     ("q = QLinearMul(x, s1, o1, z, s2, o2, s, o)", f"{_TWO} | {_YY}"),
@@ -195,6 +196,15 @@ CODED = [
     ("y = MatMulIntegerToFloat(x, w, s1, sw, o1, ow, b)", f"{_CODES} | {_Y}, {_V}, float[4] b"),
     ("y = MatMulIntegerToFloat(x, w, s1, sw)", f"{_CODES} | {_V}, float[1] s1"),
     ("y = MatMulIntegerToFloat(x, w, s1, s2, o1)", f"{_CODES}, float s1 | {_V1}, uint8 o1"),
+    ("y = QAttention<num_heads=3>(x, w, b, s1, s2, , o1)", f"{_QX} | {_QW}, float s2, float s1, uint8 o1"),
+    (
+        "y = QAttention<num_heads=3, unidirectional=1>(x, w, b, s1, sw, m, o1, ow)",
+        f"{_QX}, int32[N,5] m | {_QW}, float[36] sw, int8[36] ow, float s1, uint8 o1",
+    ),
+    (
+        "y, r = QAttention<num_heads=3, unidirectional=1>(x, w, b, s1, s2, , o1, , p)",
+        f"{_QX}, float[2,N,3,4,4] p | {_QW}, float s2, float s1, uint8 o1",
+    ),
     ("q = QuantizeLinear(x, s, o)", f"{_ROW} | float s, uint8 o"),
     ("q = QuantizeLinear<axis=2>(x, s, o)", f"{_ROW} | float[8] s, uint8[8] o"),
     ("y = DequantizeLinear(x, s, o)", f"{_CODES} | float s, uint8 o"),
@@ -422,8 +432,8 @@ def test_onnx_runtime_fuses_again_what_was_written_out(call: str, tensors: str, 
     assert sum(fused.values()) == 2, fused
 
 
-# It adds this bias by itself, and takes no alpha.
-OTHERS = ("o1, ow, b)", "alpha=0.5")
+# It adds this bias by itself, and takes no alpha; attention it leaves apart.
+OTHERS = ("o1, ow, b)", "alpha=0.5", "QAttention")
 
 
 @pytest.mark.parametrize(
@@ -445,6 +455,24 @@ def test_what_is_not_understood_stays_and_is_named(call: str, tensors: str, reas
     assert reason in told
 
 
+@pytest.mark.parametrize(("direction", "count"), [("forward", 1), ("bidirectional", 2)])
+def test_types_and_shapes_behind_recurrent_layers_of_codes(direction: str, count: int) -> None:
+    attrs = f'hidden_size=3, direction="{direction}"'
+    call = f"y, r, t = DynamicQuantizeLSTM<{attrs}>(x, w, k, b, , , , , sw, ow, sk, ow)"
+    codes = f"int8[{count},4,12] w, int8[{count},3,12] k, int8[{count}] ow"
+    scales = f"float[{count}] sw, float[{count}] sk, float[{count},24] b"
+    model = _fused(call, f"float[5,N,4] x | {codes}, {scales}", 17)
+    feeds = _values(model)
+    found, facts = Session(model).run(feeds), shapes.deduce(model)
+    for tensor in model.graph.outputs:
+        shape = facts[id(tensor)].shape
+        assert shape is not None
+        assert tuple(SIZES.get(str(dim), dim) for dim in shape) == found[tensor.name].shape
+    assert macs(model, {"x": feeds["x"].shape}) == 5 * SIZES["N"] * count * 12 * (4 + 3)
+    _, changes = apply(Unfuse(), model)
+    assert "turned into integers at every step" in next(iter(reasons(changes).values()))
+
+
 @pytest.mark.skipif(NEWEST < 28, reason="this onnx is older than SwiGLU")
 @pytest.mark.parametrize("alpha", ["", "<alpha=0.5>"])
 def test_what_onnx_runtime_lacks_is_written_out_though_it_is_standard(alpha: str) -> None:
@@ -459,7 +487,7 @@ def test_what_onnx_runtime_lacks_is_written_out_though_it_is_standard(alpha: str
 
 
 # Bodies that have tests of their own.
-OTHERWISE = {"GroupQueryAttention", "SwiGLU"}
+OTHERWISE = {"GroupQueryAttention", "SwiGLU", "DynamicQuantizeLSTM"}
 
 
 def test_every_body_is_run() -> None:
