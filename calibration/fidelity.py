@@ -19,7 +19,7 @@ from onnxslim.ir.graph import MASK_MAGNITUDE, Array, Dim, Tensor, producer
 from onnxslim.ir.model import Model
 from onnxslim.ops import Trait, has
 from onnxslim.runtime.isolated import WorkerEnded
-from onnxslim.runtime.session import Session
+from onnxslim.runtime.session import Session, no_latency
 from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import compare, slowdown
 
@@ -193,6 +193,11 @@ class Judge:
             (self._model, *models), self._feeds[0], single, rounds=20, least=3, seconds=seconds
         )
         return ratios[1:]
+
+    @property
+    def untimed(self) -> str:
+        """Why times say nothing about the target; empty if they do."""
+        return no_latency(self._target)
 
     def slowdown(self, model: Model) -> float | None:
         """How many times as long as the original a candidate takes, if it certainly takes longer."""

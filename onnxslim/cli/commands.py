@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -36,6 +37,9 @@ from onnxslim.cli.words import (
     plug,
 )
 from onnxslim.errors import UsageError
+
+if TYPE_CHECKING:
+    from onnxslim.validation.verdict import Verdict
 
 app = typer.Typer(
     cls=Commands,
@@ -285,8 +289,22 @@ def _run(
 @expanded
 def _validate(
     data: DataWords,
-    first: Annotated[Path, typer.Argument(metavar="A", readable=False, help="the original")],
-    second: Annotated[Path, typer.Argument(metavar="B", readable=False, help="what was made of it")],
+    first: Annotated[
+        Path | None, typer.Argument(metavar="A", readable=False, help="the original", show_default=False)
+    ] = None,
+    second: Annotated[
+        Path | None,
+        typer.Argument(metavar="B", readable=False, help="what was made of it", show_default=False),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.check.json",
+            readable=False,
+            help="instead of A and B: run a model that was made elsewhere on the target it was made for, "
+            "with the check that was left beside it",
+        ),
+    ] = None,
     provider: Annotated[
         list[str] | None,
         typer.Option(
@@ -316,8 +334,22 @@ def _validate(
 
     Compares outputs, accuracy, latency and size, on every execution provider.
     """
+    from onnxslim.validation import later
+
     plug(ep_library)
     required = limits(require)
+    if resume is not None:
+        if first or data.settings() or report or metric or input_shapes:
+            raise UsageError("--resume takes no models, data, report, metric or sizes: the check has them")
+        found, limited = _resume(resume, provider or (), threads, custom_ops or (), quiet)
+        if json:
+            terminal.show_json(found)
+        else:
+            terminal.show(found, quiet)
+        later.require(found, {**limited, **required})
+        return
+    if first is None or second is None:
+        raise UsageError("give two models, or --resume and a check")
     require_report(report, {path.resolve(): "a model" for path in (first, second)})
     require_sheet(data)
     from onnxslim.ir.model import load
@@ -357,6 +389,22 @@ def _validate(
         feeds = opened.data if opened else None
         html.document(model, result, Report(), verdict, limits=required, data=feeds).save(report)
     verdict.require(**required)
+
+
+def _resume(
+    check: Path, provider: Sequence[str], threads: int, libraries: Sequence[str], quiet: bool
+) -> tuple[Verdict, Mapping[str, float]]:
+    """Run what a check is for; returns what was found, and what the check asks for."""
+    from onnxslim.runtime.targets import Target
+    from onnxslim.validation import later
+
+    if len(provider) > 1:
+        raise UsageError("--resume runs a model on one target")
+    asked = later.read(check)
+    target = Target.named(provider[0] if provider else asked.target)
+    placed = target.with_threads(threads).with_libraries(libraries)
+    with terminal.progress(quiet) as progress:
+        return later.resume(check, placed, progress=progress), asked.limits
 
 
 @app.command("providers")

@@ -111,7 +111,7 @@ def _run(
     metric = named_metric(job.metric)
     libraries = tuple(job.custom_ops or ())
     reported, journal = job.report is not None, guard.journal
-    work = Work(recipe, job.source, libraries, job.jobs, metric, reported, journal)
+    work = Work(recipe, job.source, libraries, job.jobs, metric, reported, journal, job.simulate)
     feeds = asked.feeds(work.original) if asked else None
     if feeds is not None:
         work.feed([feeds])
@@ -207,6 +207,12 @@ def _save_model(job: ModelWords, outcome: Outcome) -> None:
     terminal.note(
         f"saved {job.output}: {size(after)}, {100 * after / before:.1f} % of {size(before)}", job.quiet
     )
+    left = outcome.save_check(job.output)
+    if left is not None:
+        target, files = outcome.target.stands_for, f"{job.output.name}, {left.name} and {left.stem}.npz"
+        terminal.note(
+            f"to check it on {target}, take {files} there: onnxslim validate --resume {left.name}", job.quiet
+        )
 
 
 def _save_plan(report: Report, path: Path) -> None:

@@ -204,6 +204,14 @@ class ModelWords:
         str | None,
         typer.Option(metavar="NAME", help="execution provider the result is made for [default: cpu]"),
     ] = None
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate",
+            help="lay the result out for the target, but check it on the processor, and leave a check for "
+            "where the target is; done in any case where the target is not installed",
+        ),
+    ] = False
     external_data: Annotated[
         bool,
         typer.Option("--external-data", help="put the weights in a .data file beside OUT, however small"),

@@ -83,7 +83,7 @@ class Report:
     Attributes:
         steps: in order.
         notes: on what could not be checked.
-        doubts: why what was made on the data may not hold for real inputs.
+        doubts: why what was made on the data may not hold for real inputs, or where it is to run.
         slowdown: how many times as long as what came in the result takes, on one thread; None where it is not
             certainly slower, or nothing was done that is not lossless.
     """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -400,3 +402,27 @@ def _without_data(constant: Constant) -> TensorProto:
 def _reload(path: Path) -> None:
     """Read back what was written; a disk that lies is noticed before the old file is replaced."""
     files.read_model(path)
+
+
+def source_sha256(model: Model) -> str:
+    """Hash of the file a model was read from, followed by its data files in order of their names.
+
+    That of `cat model.onnx a.data b.data | sha256sum`. Of a model that is only in memory, the hash of its
+    tensors followed by that of everything else.
+    """
+    digest = hashlib.sha256()
+    if model.source is None:
+        digest.update(model.to_proto_with(partial(_hashed, digest)).SerializeToString(deterministic=True))
+        return digest.hexdigest()
+    folder = model.source.resolve().parent
+    for file in (model.source, *(folder / name for name in model.data_files)):
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _hashed(digest: Any, constant: Constant) -> TensorProto:
+    """Takes in one tensor after the other, so that all of them may be more than a protobuf holds."""
+    digest.update(proto.encode_embedded(constant).SerializeToString(deterministic=True))
+    return TensorProto(name=constant.name)

@@ -13,13 +13,11 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from onnx import TensorProto
 from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData
@@ -31,15 +29,17 @@ from onnxslim.engine.pipeline import Pipeline, Report, Result
 from onnxslim.engine.plans import PassPlan
 from onnxslim.errors import OnnxSlimError, UsageError, ValidationError
 from onnxslim.formats import plain
-from onnxslim.ir.graph import Array, Constant
-from onnxslim.ir.model import Model, Source, load
-from onnxslim.ir.proto import encode_embedded
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model, Source, load, source_sha256
 from onnxslim.recipes import reading
 from onnxslim.recipes.data import Batches, Data
 from onnxslim.runtime.metric import Metric
+from onnxslim.runtime.profile import here_or_simulated
 from onnxslim.runtime.targets import Target
 from onnxslim.shapes.given import with_sizes
+from onnxslim.validation import later
 from onnxslim.validation.compare import validate
+from onnxslim.validation.later import not_run
 from onnxslim.validation.verdict import Verdict, check_limits
 from onnxslim.version import version
 
@@ -64,6 +64,8 @@ class Outcome:
         recipe: what was run.
         opened: the data it was run with, if any.
         unmeasured: why there is no verdict although somebody asked for one, but for no figures of it.
+        target: where it was run; see `Target.simulated`.
+        judged: samples that the result can be judged by, if there are any.
     """
 
     model: Model
@@ -73,6 +75,8 @@ class Outcome:
     recipe: Recipe
     opened: Batches | None = None
     unmeasured: str = ""
+    target: Target = field(default_factory=Target.cpu)
+    judged: CalibrationData | None = None
 
     def require(self) -> Outcome:
         """Insist on what the recipe asks for.
@@ -117,6 +121,21 @@ class Outcome:
     def save(self, path: str | os.PathLike[str], *, external_data: bool | None = None) -> None:
         """Write the model; see `Model.save`."""
         self.model.save(path, external_data=external_data)
+
+    def save_check(self, path: str | os.PathLike[str]) -> Path | None:
+        """Leave what there is to check where the target is, beside the model that was saved.
+
+        Returns:
+            The file that `onnxslim.validation.later.resume` reads there; None if the target has run here.
+
+        Raises:
+            CalibrationError: there is nothing that the models run on.
+            SaveError: it cannot be written.
+        """
+        if not self.target.stands_for:
+            return None
+        limits, sizes = self.recipe.check, self.recipe.input_shapes
+        return later.leave(Path(path), self.original, self.target, self.judged, limits, sizes)
 
 
 @options
@@ -237,6 +256,7 @@ class Recipe:
         jobs: int = 1,
         progress: Progress | None = None,
         metric: Metric | None = None,
+        simulate: bool = False,
     ) -> Outcome:
         """Run the passes and hold the result to what `check` says.
 
@@ -249,12 +269,15 @@ class Recipe:
             jobs: processes that may work in parallel; the result does not depend on their number.
             progress: called with (what, done, total).
             metric: see `Pipeline`; accuracy if there are labels and it is not given.
+            simulate: run on processors, in the place of the target, even if that is installed; where it is
+                not, that is done anyway, and `Outcome.later_check` is for where it is.
 
         Raises:
+            TargetError: the target is installed, but does not work here.
             ValidationError: the result does not meet what the recipe asks for.
             OnnxSlimError: whatever else went wrong.
         """
-        work = Work(self, model, tuple(libraries), jobs, metric)
+        work = Work(self, model, tuple(libraries), jobs, metric, simulate=simulate)
         if data is not None:
             work.feed(data, labels)
         if test is not None:
@@ -273,6 +296,7 @@ class Work:
         libraries, jobs, metric: see `Recipe.run`.
         reported: whether somebody wants to see the models compared, even where the recipe asks for nothing.
         journal: see `Pipeline`.
+        simulate: see `Recipe.run`.
 
     Attributes:
         original: the model as the first passes say it is, which data, checks and reports refer to.
@@ -290,6 +314,7 @@ class Work:
         metric: Metric | None = None,
         reported: bool = False,
         journal: Journal | None = None,
+        simulate: bool = False,
     ) -> None:
         for each in recipe.passes:
             for key, file in reading.files_of(each).items():
@@ -297,7 +322,8 @@ class Work:
                     raise UsageError(f"pass '{each.name}', option '{key}': there is no file '{file}'")
         self._recipe, self._jobs, self._metric = recipe, jobs, metric
         self._reported, self._journal = reported, journal
-        self._target = Target.named(recipe.target).with_libraries(libraries)
+        chosen = here_or_simulated(Target.named(recipe.target), simulate)
+        self._target = chosen.with_libraries(libraries)
         self._source = load(model)
         stop_or_revert: Literal["raise", "revert"] = "raise" if recipe.on_error == "raise" else "revert"
         start, self._pipeline = Pipeline(*recipe.passes, on_error=stop_or_revert).prepared(self._source)
@@ -357,6 +383,8 @@ class Work:
         self._require_enough()
         result = self._rewritten(progress)
         report = self._report + result.report
+        if self._target.stands_for:
+            report = replace(report, doubts=(not_run(self._target.stands_for), *report.doubts))
         verdict, unmeasured = None, ""
         if self._reported or self._recipe.check:
             try:
@@ -365,7 +393,9 @@ class Work:
                 if self._recipe.check:
                     raise
                 unmeasured = str(error)
-        return Outcome(result.model, report, verdict, self.original, self._recipe, self._opened, unmeasured)
+        told = Outcome(result.model, report, verdict, self.original, self._recipe, self._opened, unmeasured)
+        judged, _ = self._judged(result.samples)
+        return replace(told, target=self._target, judged=judged.data if judged else None)
 
     def _require_enough(self) -> None:
         """Raise if a pass needs data that is not there, or a check something to measure it by."""
@@ -428,30 +458,6 @@ class Work:
             return samples.judged, samples.whose
         given = self.test or self.opened
         return (Subset(given.data, given.labels) if given else None), None
-
-
-def source_sha256(model: Model) -> str:
-    """Hash of the file a model was read from, followed by its data files in order of their names.
-
-    That of `cat model.onnx a.data b.data | sha256sum`. Of a model that is only in memory, the hash of its
-    tensors followed by that of everything else.
-    """
-    digest = hashlib.sha256()
-    if model.source is None:
-        digest.update(model.to_proto_with(partial(_hashed, digest)).SerializeToString(deterministic=True))
-        return digest.hexdigest()
-    folder = model.source.resolve().parent
-    for file in (model.source, *(folder / name for name in model.data_files)):
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _hashed(digest: Any, constant: Constant) -> TensorProto:
-    """Takes in one tensor after the other, so that all of them may be more than a protobuf holds."""
-    digest.update(encode_embedded(constant).SerializeToString(deterministic=True))
-    return TensorProto(name=constant.name)
 
 
 # --------------------------------------------------------------------------------------------- writing

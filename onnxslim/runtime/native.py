@@ -35,6 +35,8 @@ class SessionSettings:
         optimize, optimized, profile: see `onnxslim.runtime.session.Session`.
         prepack: whether weights may be copied into another layout.
         spin: whether threads that wait for work keep a core busy.
+        fuse_integers: whether operators between Q and DQ may become integer kernels, which round and saturate
+            in ways of their own.
     """
 
     provider: str = CPU
@@ -50,6 +52,7 @@ class SessionSettings:
     profile: Path | None = None
     prepack: bool = True
     spin: bool = True
+    fuse_integers: bool = True
 
 
 @functools.cache
@@ -269,6 +272,8 @@ def _options(settings: SessionSettings) -> Any:
     }[settings.optimize]
     if not settings.prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if not settings.fuse_integers:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not settings.spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if settings.optimized is not None:

@@ -37,6 +37,8 @@ class OnnxRuntime:
     profiles = True
 
     def no_latency(self, target: Target) -> str:
+        if target.stands_for:
+            return f"it is in the place of {target.stands_for}"
         software = vulkan.software_device() if target.provider == WEBGPU else ""
         return f"its device, {software}, is computed by the processor" if software else ""
 
@@ -81,6 +83,7 @@ def _settings(model: Loadable, target: Target, how: Opening) -> SessionSettings:
         how.profile,
         prepack=not (how.once and isinstance(model, Model) and model.nbytes() >= LARGE_BYTES),
         spin=how.spin and not how.once,
+        fuse_integers=not target.stands_for,
     )
 
 

@@ -23,7 +23,7 @@ from onnxslim.runtime import native, plugins
 from onnxslim.runtime.backend import Loadable
 from onnxslim.runtime.native import CPU
 from onnxslim.runtime.ort import plugin_library
-from onnxslim.runtime.session import BACKENDS, Session
+from onnxslim.runtime.session import BACKENDS, Session, no_latency
 from onnxslim.runtime.targets import Target, known
 
 
@@ -107,13 +107,28 @@ def available() -> tuple[Target, ...]:
     A backend that does not tell what ran where, such as the reference evaluator, is used only when asked for.
     """
     seen = (target for target in known() if BACKENDS[target.backend].profiles)
-    return tuple(target for target in seen if not may_stray(target) or not unusable(target))
+    return tuple(each for each in seen if not may_stray(each) or (installed(each) and not unusable(each)))
 
 
 def installed(target: Target) -> bool:
     """Whether the provider of a target is on this machine at all, be it in working order or not."""
     outside = target.backend != "onnxruntime" or target.provider in native.built_in()
     return outside or bool(plugin_library(target))
+
+
+def here_or_simulated(target: Target, simulate: bool = False) -> Target:
+    """The target, or processors in its place where its provider is not installed, or where that is asked for.
+
+    Raises:
+        TargetError: the provider is installed, but does not work here.
+    """
+    if target.backend != "onnxruntime" or target.provider == CPU:
+        return target
+    if simulate or not installed(target):
+        return target.simulated()
+    if why := unusable(target):
+        raise TargetError(f"{why}; to lay the model out for another machine, simulate it (--simulate)")
+    return target
 
 
 @functools.cache
@@ -165,7 +180,7 @@ def _offer(target: Target) -> Offer:
         return Offer(
             target.name, target.provider, "", problem=f"not installed{wanted and f': pip install {wanted}'}"
         )
-    slow = BACKENDS[target.backend].no_latency(target)
+    slow = no_latency(target)
     notes = (target.precision, slow and f"no latency is told: {slow}")
     return Offer(
         target.name,

@@ -16,6 +16,11 @@ from onnxslim.runtime.targets import BackendName, Target
 BACKENDS: dict[BackendName, Backend] = {"onnxruntime": OnnxRuntime(), "reference": Reference()}
 
 
+def no_latency(target: Target) -> str:
+    """Why the time that a run takes says nothing about a target; empty if it does."""
+    return BACKENDS[target.backend].no_latency(target)
+
+
 class Session:
     """A loaded model.
 
@@ -59,7 +64,7 @@ class Session:
     @property
     def no_latency(self) -> str:
         """Why the time that a run takes says nothing about the target; empty if it does."""
-        return self.backend.no_latency(self.target)
+        return no_latency(self.target)
 
     def run(
         self,

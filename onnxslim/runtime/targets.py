@@ -143,7 +143,10 @@ class Target:
         return replace(self, threads=threads)
 
     def simulated(self) -> Target:
-        """Processors in the place of this target: models are laid out for it, and run here."""
+        """Processors in the place of this target: models are laid out for it, and run here.
+
+        Between Q and DQ they compute in float, so that no integer kernel of processors has a part in it.
+        """
         return replace(
             REGISTRY["cpu"],
             threads=self.threads,

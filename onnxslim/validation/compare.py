@@ -93,7 +93,7 @@ def validate(
     given = None if data is None else CalibrationData.of(data, first.inputs())
     declared = first.inputs()
     specs = with_sizes(declared, input_shapes or {})
-    batches, made_up = _batches(first, given, runners[0].sessions[0], specs)
+    batches, made_up = inputs_for(first, given, runners[0].sessions[0], specs)
     sizes = _stream(batches, runners, known, progress, _length(given))
     opening = runners[0].opening
     timed = [runner.time(rounds, seconds) for runner in runners]
@@ -103,8 +103,8 @@ def validate(
     origin = cost.ASSUMED if made_up else cost.SEEN
     notes.extend(cost.caveats(first, shapes, origin, sized_by(declared, specs)))
     return Verdict(
-        before=_footprint(first, shapes),
-        after=_footprint(second, shapes),
+        before=footprint(first, shapes),
+        after=footprint(second, shapes),
         providers=tuple(
             runner.verdict(latency, ratio) for runner, (latency, ratio) in zip(runners, timed, strict=True)
         ),
@@ -133,9 +133,20 @@ def _ordered(targets: Sequence[Target]) -> list[Target]:
     return sorted(targets, key=lambda target: target.provider != CPU)
 
 
-def _batches(
+def inputs_for(
     model: Model, data: CalibrationData | None, session: Session, specs: Sequence[InputSpec]
 ) -> tuple[Iterator[Feeds], bool]:
+    """Batches to run a model on, and whether they had to be made up.
+
+    Args:
+        model: what to feed.
+        data: what there is.
+        session: the same model, loaded.
+        specs: its inputs, where somebody said more of their sizes than the model does.
+
+    Raises:
+        CalibrationError: the data is empty, or there is nothing that the model runs on.
+    """
     if data is None:
         # What runs with ONNX Runtime's optimizations alone is no input of the model.
         made = probes(model, Session(model, session.target, optimize="none", once=True), (), specs)
@@ -194,7 +205,8 @@ def _labels_of(labels: Array, start: int, size: int) -> Array:
     return labels[start : start + size]
 
 
-def _footprint(model: Model, shapes: Shapes) -> Footprint:
+def footprint(model: Model, shapes: Shapes) -> Footprint:
+    """The size of a model, with the MACs of one sample of these shapes."""
     stats = model.stats()
     macs = cost.macs(model, shapes)
     return Footprint(stats.nodes, stats.parameters, stats.bytes, macs)
@@ -212,7 +224,7 @@ class _Runner:
         self.notes = [f"{target.name}: {target.precision}"] if target.precision else []
         self.opening: Feeds = {}
         self._parts = list(_outputs_and_parts(first))
-        self._rows, self._drift = ([_Row.of(part) for part in self._parts] for _ in range(2))
+        self._rows, self._drift = ([OutputSums.of(part) for part in self._parts] for _ in range(2))
         self._samples = 0
         self._correct = [0, 0]
         self._classes = 0
@@ -362,13 +374,13 @@ def _second(attempt: Callable[[], T]) -> T:
 
 def compare(name: str, reference: Any, actual: Any) -> OutputRow:
     """How close one value is to another, both of one batch."""
-    row = _Row(name)
+    row = OutputSums(name)
     row.update(reference, actual)
     return row.result()
 
 
 @dataclass
-class _Row:
+class OutputSums:
     """Running sums over one output."""
 
     name: str
@@ -386,7 +398,7 @@ class _Row:
     problems: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, part: OutputPart) -> _Row:
+    def of(cls, part: OutputPart) -> OutputSums:
         """For an output, or for a part of one, which says nothing of classes."""
         return cls(part.name, classifies=part.stop is None)
 

@@ -219,6 +219,7 @@ class Quantize(Pass):
                 "integers as it comes as well"
             )
         ctx = replace(ctx, target=self._target(ctx.target))
+        self._require_kernels(ctx.target)
         form = self._form(model, ctx.target)
         plain = form == "matmulnbits" or (self.weights == "int8" and self.block_size is None)
         wide = not plain or ctx.target.layout.activation.itemsize > 1
@@ -241,6 +242,15 @@ class Quantize(Pass):
         tied = on_cpu and any(True for _ in ties_of(model))
         return "matmulnbits" if tied or any(map(is_product, model.nodes())) else "qdq"
 
+    def _require_kernels(self, target: Target) -> None:
+        """Raise UsageError if a target would run nothing of what is asked for in integers."""
+        if self._way.calibrated and not target.layout.kernels:
+            name = target.stands_for or (target.name if self.layout == "target" else self.layout)
+            raise UsageError(
+                f"pass 'quantize': {name} has no integer kernels; with activations=none weights are stored "
+                "as integers"
+            )
+
     def _run(self, model: Model, ctx: Context, asked: QuantizationPlan | None) -> Changes:
         log = Log()
         start = self._prepared(model, ctx, log)
@@ -256,7 +266,7 @@ class Quantize(Pass):
         for name in start.looked_up:
             log.skip(name, NOTE)
         model.graph, model.opsets = candidate.model.graph, candidate.model.opsets
-        if ctx.target.provider == CPU and self.layout in ("target", "cpu"):
+        if ctx.target.provider == CPU and not ctx.target.stands_for and self.layout in ("target", "cpu"):
             integer = {key: label for key, label in plan.labels.items() if key in plan.integer}
             fused, total, unfused = kernels(model, integer, ctx.target)
             figures = replace(figures, fused=fused, total=total, unfused=unfused)
@@ -406,8 +416,11 @@ class Quantize(Pass):
                 lambda: self._without_worst(search, trial, found[0], goal),
             )
             figures = replace(figures, layers=layers)
-        if self._way.calibrated and (self.optimize_for == "latency" or not quick):
-            faster = search.fastest if self.optimize_for == "latency" else search.paying
+        for_speed = self.optimize_for == "latency"
+        if for_speed and search.untimed:
+            log.skip("model", f"no layer stays in float for speed: {search.untimed}")
+        elif self._way.calibrated and (for_speed or not quick):
+            faster = search.fastest if for_speed else search.paying
             made = fitted
             fitted = search.step("faster layers in floating point", made, lambda: faster(made))
         return fitted, figures
@@ -459,7 +472,7 @@ class Quantize(Pass):
             corrected=made.figures.corrected,
             sqnr=trial.score.sqnr,
             metric=None if goal.before is None else (goal.before, goal.value(made.model)),
-            latency=search.latency(trial),
+            latency=None if search.untimed else search.latency(trial),
             parts=dict(trial.score.parts),
             observer=trial.variant.observer[0],
         )

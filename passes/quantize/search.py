@@ -223,6 +223,11 @@ class Search:
         ]
         return found, sorted(quieter, key=lambda layer: -layer.noise)
 
+    @property
+    def untimed(self) -> str:
+        """Why times say nothing about the target; empty if they do."""
+        return self._judge.untimed
+
     def latency(self, trial: Trial, seconds: float = 0.5) -> float:
         """Time of a candidate relative to the float model's, on the first batch judged on."""
         return self._judge.latencies([trial.candidate.model], seconds)[0]

@@ -26,7 +26,7 @@ from onnxslim.engine.judging import TOLD
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import CalibrationError, OnnxSlimError, UsageError, ValidationError
 from onnxslim.ir.graph import Array
-from onnxslim.ir.model import Model, load
+from onnxslim.ir.model import Model, load, source_sha256
 from onnxslim.passes.extract import Extract
 from onnxslim.passes.half import Half
 from onnxslim.passes.prune import Prune
@@ -35,7 +35,7 @@ from onnxslim.passes.shapes import FixShapes
 from onnxslim.passes.slim import Slim
 from onnxslim.recipes.data import Data
 from onnxslim.recipes.reading import MAX_BYTES
-from onnxslim.recipes.recipe import Outcome, Recipe, source_sha256
+from onnxslim.recipes.recipe import Outcome, Recipe
 from onnxslim.runtime.session import Session
 from tests.helpers import normal, parse
 

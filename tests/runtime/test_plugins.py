@@ -229,6 +229,25 @@ def test_a_plugin_without_a_device_says_what_it_needs(packages: Path, runtime: P
         Session(parse(PRODUCT), Target.qnn())
 
 
+def test_what_does_not_work_here_is_simulated_only_if_that_is_asked_for(
+    packages: Path, runtime: PlayedRuntime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runtime.offered["/acme.so"] = ()
+    words = ["slim", saved(packages), str(packages / "b.onnx"), "--target", "acme"]
+    assert cli.main(words) == TargetError.exit_code
+    assert "offers no device on this machine; to lay the model out" in capsys.readouterr().err
+    assert not (packages / "b.onnx").exists()
+    assert cli.main([*words, "--simulate"]) == 0
+    assert "acme itself has not run" in capsys.readouterr().err
+    assert (packages / "b.check.json").exists()
+    runtime.offered["/acme.so"], runtime.registered = ("NPU",), {}
+    native._PLUGGED.clear()
+    assert cli.main(["validate", "--resume", str(packages / "b.check.json"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["providers"][1]["target"] == "acme"
+    assert any(f"operators of the second model run: 2 on {ACME}" in note for note in told["notes"])
+
+
 def test_a_plugin_that_cannot_be_loaded_is_named(packages: Path, runtime: PlayedRuntime) -> None:
     with pytest.raises(TargetError, match=r"'/acme.so' cannot be loaded: cannot open shared object file"):
         Session(parse(PRODUCT), Target.named("acme"))
