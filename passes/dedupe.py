@@ -180,7 +180,8 @@ def signature(node: Node) -> tuple[Any, ...] | None:
         inputs.pop()
     domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
     made = tuple(bool(tensor.name) for tensor in node.outputs)
-    return node.op, domain, attrs, tuple(inputs), made
+    overload = node.proto.overload if node.proto is not None else ""
+    return node.op, domain, overload, attrs, tuple(inputs), made
 
 
 def _value_key(value: Any) -> Any:

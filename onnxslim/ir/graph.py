@@ -29,7 +29,11 @@ Shape: TypeAlias = tuple[Dim, ...] | None
 Attribute: TypeAlias = Any  # int, float, str, bytes, a tuple of those, a Graph, or the AttributeProto itself
 
 # Types that share bytes in a model file.
-_PACKED_BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2}
+_PACKED_BITS = {
+    **dict.fromkeys(("float6_e2m3fn", "float6_e3m2fn"), 6),
+    **dict.fromkeys(("int4", "uint4", "float4_e2m1fn"), 4),
+    **dict.fromkeys(("int2", "uint2"), 2),
+}
 _PENDING = np.empty(0, np.uint8)
 
 # Attention masks are built from constants such as float32's lowest value (-3.4e38) or -1e38. They mean

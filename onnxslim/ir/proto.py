@@ -14,7 +14,16 @@ from typing import Any, TypeAlias, TypeVar
 import google.protobuf.message
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    NodeProto,
+    ShardingSpecProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
 
 from onnxslim.errors import LoadError
 from onnxslim.ir import graph as ir
@@ -377,8 +386,11 @@ def _node(node: Node, known: set[int], ir_version: int, encode: Encode) -> NodeP
     for field, value in (("op_type", node.op), ("name", node.name), ("domain", node.domain or "")):
         if getattr(proto, field) != value:
             setattr(proto, field, value)
+    if (node.op, node.domain or "") != (origin.op_type, origin.domain):
+        proto.ClearField("overload")
     proto.input.extend(tensor.name for tensor in node.inputs)
     proto.output.extend(tensor.name for tensor in node.outputs)
+    _keep_shards(proto, lambda spec: spec.tensor_name in (*proto.input, *proto.output))
     for name, value in node.attrs.items():
         if isinstance(value, Graph):
             item = fields_but(originals.get(name, AttributeProto(name=name, type=AttributeProto.GRAPH)), "g")
@@ -392,6 +404,34 @@ def _node(node: Node, known: set[int], ir_version: int, encode: Encode) -> NodeP
         else:
             proto.attribute.append(helper.make_attribute(name, value))
     return proto
+
+
+def forget_shards(node: Node, is_cut: Callable[[str, int], bool]) -> None:
+    """Drop how a node's tensors are split among devices along axes that are not as long as they were.
+
+    Args:
+        node: its declaration is replaced, not changed.
+        is_cut: of the name of a tensor and one of its axes, as the declaration counts it.
+    """
+    if node.proto is None or not node.proto.device_configurations:
+        return
+    node.proto = fields_but(node.proto)
+
+    def is_left(spec: ShardingSpecProto) -> bool:
+        kept = [dim for dim in spec.sharded_dim if not is_cut(spec.tensor_name, dim.axis)]
+        if kept:
+            del spec.sharded_dim[:]
+            spec.sharded_dim.extend(kept)
+        return bool(kept) or not spec.sharded_dim
+
+    _keep_shards(node.proto, is_left)
+
+
+def _keep_shards(proto: NodeProto, wanted: Callable[[ShardingSpecProto], bool]) -> None:
+    for placed in proto.device_configurations:
+        kept = [spec for spec in placed.sharding_spec if wanted(spec)]
+        del placed.sharding_spec[:]
+        placed.sharding_spec.extend(kept)
 
 
 def _is_as_read(node: Node, origin: NodeProto) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TypeAlias, TypeGuard
 
 import numpy as np
@@ -24,6 +25,7 @@ from onnxslim.ir.graph import (
     sweep,
 )
 from onnxslim.ir.model import Model
+from onnxslim.ir.proto import forget_shards
 from onnxslim.ops import Trait, has, spec_of
 from onnxslim.ops.channels.cut import Cut, Masks
 from onnxslim.ops.channels.size_vectors import TARGETS, Sizes
@@ -119,9 +121,16 @@ def cut(model: Model, removal: Removal) -> None:
         channels = spec_of(node).channels
         if channels is not None and channels.cut is not None and _touches(node, changed):
             channels.cut(Cut(node, shape, masks, free, model.opset))
+        ranks = {tensor.name: len(shape(tensor) or ()) for tensor in (*node.inputs, *node.outputs)}
+        forget_shards(node, partial(_is_cut, masks, ranks))
     for constant, axis, kept in _masked(model, masks):
         constant.values = np.compress(kept, constant.values, axis)
     _forget_shapes(model, masks)
+
+
+def _is_cut(masks: Masks, ranks: Mapping[str, int], name: str, axis: int) -> bool:
+    """Whether an axis of a tensor, which may be counted from behind, loses slices."""
+    return (name, axis % ranks[name]) in masks if ranks.get(name) else False
 
 
 def _touches(node: Node, changed: set[str]) -> bool:

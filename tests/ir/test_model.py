@@ -17,11 +17,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import convert_model_to_external_data
 
+from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import LoadError, SaveError
 from onnxslim.ir import files
 from onnxslim.ir.graph import Array, Constant, Variable, bit_width
 from onnxslim.ir.model import Model, load
 from onnxslim.ir.proto import elem_type_of
+from onnxslim.passes.prune import Prune
 from tests import printer
 from tests.helpers import parse, run
 
@@ -112,6 +114,38 @@ def test_values_keep_their_exact_type() -> None:
     assert packed.nbytes == 2
     assert packed.values.astype(int).tolist() == [1, -2, 3]
     assert model.graph.initializers["sparse"].values.tolist() == [0, 0, 5, 0]
+
+
+# Types of numbers that this onnx knows, of one byte and less above all.
+TYPES = [name for name, _ in TensorProto.DataType.items() if name not in ("UNDEFINED", "STRING")]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type_is_kept_and_written_anew(name: str, tmp_path: Path) -> None:
+    """As it was read, and from its values, in the file and beside it; a last byte may be filled in part."""
+    kind = TensorProto.DataType.Value(name)
+    values = np.arange(3000) % 2
+    info = helper.make_tensor_value_info("y", kind, [2999])
+    weights = helper.make_tensor("w", kind, [2999], values[1:])
+    graph = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "g", [], [info], [weights])
+    opsets = [helper.make_opsetid("", onnx.defs.onnx_opset_version())]
+    proto = helper.make_model(graph, ir_version=onnx.IR_VERSION, opset_imports=opsets)
+    model = load(proto)
+    assert model.to_proto() == proto
+    weight = model.graph.initializers["w"]
+    found = np.asarray(weight.values).astype(complex)
+    assert (found[::2] == 1).all()
+    assert np.abs(found[1::2]).max() < 1e-30  # FLOAT8E8M0 has no zero
+    weight.values = np.array(weight.values)
+    onnx.save(proto, tmp_path / "beside.onnx", save_as_external_data=True, size_threshold=0)
+    for written in (model.to_proto(), tmp_path / "beside.onnx"):
+        again = load(written).graph.initializers["w"]
+        assert again.dtype == weight.dtype
+        assert again.nbytes == weight.nbytes == (2999 * bit_width(weight.dtype) + 7) // 8
+        np.testing.assert_array_equal(again.values.view(np.uint8), weight.values.view(np.uint8))
+    model.save(tmp_path / "model.onnx")
+    saved = load(tmp_path / "model.onnx").graph.initializers["w"]
+    np.testing.assert_array_equal(saved.values.view(np.uint8), weight.values.view(np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -492,3 +526,62 @@ def test_load_takes_a_model_as_it_is() -> None:
     model = parse("g (float[N] x) => (float[N] y) { y = Relu(x) }")
     assert load(model) is model
     assert isinstance(load(model.to_proto()), Model)
+
+
+SHARDED = """<ir_version: 11, opset_import: ["" : 17]>
+g (float[N,8] x) => (float[N,4] y) <float[8,16] w, float[16,4] v>
+{ a = MatMul(x, w) r = Relu(a) y = MatMul(r, v) }"""
+
+
+def _sharded() -> Model:
+    """A product whose matrix, and what it makes, are split in two; its data is on all devices."""
+    proto = parse(SHARDED, {"w": np.ones((8, 16), np.float32), "v": np.ones((16, 4), np.float32)}).to_proto()
+    proto.configuration.add(name="two", num_devices=2, device=["a", "b"])
+    placed = proto.graph.node[0].device_configurations.add(configuration_id="two", pipeline_stage=1)
+    placed.sharding_spec.add(tensor_name="x", device=[0, 1])
+    for name, axis in (("w", 1), ("a", -1)):
+        spec = placed.sharding_spec.add(tensor_name=name, device=[0, 1])
+        spec.sharded_dim.add(axis=axis).simple_sharding.add(dim_value=16, num_shards=2)
+    return load(proto)
+
+
+def test_placement_on_devices_is_kept() -> None:
+    model = _sharded()
+    proto = model.to_proto()
+    assert load(proto).copy().to_proto() == proto
+    model.graph.nodes[0].name = "renamed"
+    written = model.to_proto()
+    assert written.configuration == proto.configuration
+    assert written.graph.node[0].device_configurations == proto.graph.node[0].device_configurations
+
+
+def test_placement_is_of_tensors_that_a_node_has() -> None:
+    model = _sharded()
+    model.graph.nodes[0].inputs[1] = Constant("other", np.ones((8, 16), np.float32))
+    (placed,) = model.to_proto().graph.node[0].device_configurations
+    assert [spec.tensor_name for spec in placed.sharding_spec] == ["x", "a"]
+    assert placed.pipeline_stage == 1
+
+
+def test_an_axis_that_is_cut_is_not_sharded() -> None:
+    model = _sharded()
+    small = Pipeline(Prune(ratio=0.5, align=1), on_error="raise")(model).model
+    assert small.graph.nodes[0].inputs[1].shape == (8, 8)
+    (placed,) = small.to_proto().graph.node[0].device_configurations
+    assert [spec.tensor_name for spec in placed.sharding_spec] == ["x"]
+    assert len(_sharded().to_proto().graph.node[0].device_configurations[0].sharding_spec) == 3
+    assert len(model.to_proto().graph.node[0].device_configurations[0].sharding_spec) == 3
+
+
+def test_another_operator_is_of_no_overload() -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 17, "own" : 1]> g (float x) => (float y) { y = own.F(x) }
+        <domain: "own", opset_import: ["" : 17]> F (a) => (b) { b = Exp(a) }"""
+    )
+    proto.functions[0].overload = proto.graph.node[0].overload = "second"
+    model = load(proto)
+    (node,) = model.graph.nodes
+    node.name = "renamed"
+    assert model.to_proto().graph.node[0].overload == "second"
+    node.op, node.domain = "Exp", ""
+    assert model.to_proto().graph.node[0].overload == ""
