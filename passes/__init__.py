@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from onnxslim.passes.fuse import Fuse
     from onnxslim.passes.half import Half
     from onnxslim.passes.inline import Inline
+    from onnxslim.passes.legalize import Legalize
     from onnxslim.passes.prune import Prune
     from onnxslim.passes.quantize import Quantize
     from onnxslim.passes.shapes import FixShapes
@@ -47,6 +48,7 @@ __all__ = [
     "Fuse",
     "Half",
     "Inline",
+    "Legalize",
     "Option",
     "Prune",
     "Quantize",
@@ -77,6 +79,7 @@ REGISTRY: tuple[tuple[str, str], ...] = (
     ("shapes", "FixShapes"),
     ("single", "Single"),
     ("unfuse", "Unfuse"),
+    ("legalize", "Legalize"),
 )
 
 

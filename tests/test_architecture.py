@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 PASSES: tuple[tuple[str, ...], ...] = (
     ("factorize", "quantize", "prune"),
     ("repair", "half", "slim"),
-    ("fuse",),
+    ("fuse", "legalize"),
     ("dedupe", "eliminate", "extract", "fold", "inline", "unfuse"),
     ("dead", "predicates", "shapes", "single"),
 )

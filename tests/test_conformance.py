@@ -14,6 +14,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ import pytest
 from onnx import numpy_helper
 
 from onnxslim.engine.base import Context
-from onnxslim.engine.check import difference, interface, wellformed
-from onnxslim.errors import LoadError
+from onnxslim.engine.check import OPTIMIZER_FACTOR, difference, interface, wellformed
+from onnxslim.engine.pipeline import Pipeline
+from onnxslim.errors import LoadError, PassError
 from onnxslim.ir.graph import Array
-from onnxslim.ir.model import Model, load
+from onnxslim.ir.model import DEFAULT_DOMAINS, Model, load
+from onnxslim.passes.legalize import Legalize
 from onnxslim.passes.slim import Slim
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
@@ -38,6 +41,9 @@ EQUAL, NOT_RUN = "equal", "not run"
 # What ONNX Runtime has kernels for differs between its versions, but never is so little: 1.23 runs 1197 of
 # the cases of onnx 1.23 as they are, 1.31 runs 1352.
 FEWEST = {"as it is": 1150, "first input fed": 800, "nothing fed": 1150}
+
+# An older opset, and of how many of every third case there is a form in it.
+OLDER, LEAST_OLDER = 13, 220
 
 
 @functools.cache
@@ -105,6 +111,28 @@ def test_slimming_changes_no_result(variant: str) -> None:
     if frozen().is_file():
         expected = json.loads(frozen().read_text(encoding="utf-8"))[variant]
         assert not_run(found) == expected
+
+
+def test_older_opsets_compute_the_same_or_are_refused() -> None:
+    problems, equal = [], 0
+    for name, proto, feeds in islice(variants("as it is"), 0, None, 3):
+        model = load(proto)
+        if set(model.opsets) - set(DEFAULT_DOMAINS) or model.opset <= OLDER:
+            continue
+        try:
+            expected = Session(model, Target.cpu(threads=1)).run(feeds)
+            result = Pipeline(Legalize(opset=OLDER), on_error="raise", count=False)(model).model
+        except (LoadError, PassError):
+            continue
+        actual = Session(result, Target.cpu(threads=1)).run(feeds)
+        wrong = [
+            each for each, value in expected.items() if difference(value, actual[each], OPTIMIZER_FACTOR)
+        ]
+        # What is drawn at random is another one in every run.
+        problems += [f"{name}: {each}" for each in wrong if "bernoulli" not in name]
+        equal += not wrong
+    assert not problems
+    assert equal >= LEAST_OLDER
 
 
 def frozen() -> Path:

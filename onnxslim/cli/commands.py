@@ -216,11 +216,14 @@ _SUMMARIES = {
     "half": "Compute in half precision where the ranges of --data allow it.",
     "inline": "Replace calls of the model's own functions by what these do.",
     "unfuse": "Write ONNX Runtime's own operators in standard ones.",
+    "legalize": "Write a model in operators that are there where it is to run.",
 }
 # Parts of slim, and commands that take more options than their pass.
 _NO_COMMANDS = ("slim", "prune", "fold", "eliminate", "fuse", "dedupe", "dead")
 
 
+# Without what these do there is no use in going on, unless --on-error says otherwise.
+_NEEDED = ("legalize",)
 # Those that take --plan, known without loading them.
 _PLANNED = ("factorize", "quantize")
 
@@ -228,6 +231,8 @@ _PLANNED = ("factorize", "quantize")
 def _add_pass_command(name: str) -> None:
     @expanded
     def run(job: ModelWords, data: DataWords, ctx: typer.Context, input_shapes: InputShapes = None) -> None:
+        if name in _NEEDED and job.on_error is None:
+            job = replace(job, on_error="raise")
         process(job, data, [passes.create(name, ctx.obj)], input_shapes=input_shapes or ())
 
     @expanded

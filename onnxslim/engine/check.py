@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.checker
@@ -428,13 +429,18 @@ def _float_difference(reference: Array, actual: Array, factor: float, moved: Any
     expected, got, close = (array[finite].astype(wide) for array in (reference, actual, near))
     # A mask value such as -3.4e38 must not lend its tolerance to the rest.
     masked = np.abs(expected) >= MASK_MAGNITUDE
-    share = factor * ROUNDINGS * float(np.finfo(reference.dtype).eps)
+    share = factor * ROUNDINGS * float(_finfo(reference.dtype).eps)
     parts = (
         _beyond_rounding(expected[part], got[part], close[part], share)
         for part in (~masked, masked)
         if part.any()
     )
     return next((problem for problem in parts if problem), "")
+
+
+def _finfo(dtype: np.dtype[Any]) -> Any:
+    """Limits of a type, be it NumPy's or one that it lacks."""
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
 
 def _beyond_rounding(expected: Array, got: Array, moved: Array, share: float) -> str:

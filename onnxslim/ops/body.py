@@ -117,6 +117,11 @@ class Body:
         return index < len(self._node.outputs) and bool(self._node.outputs[index].name)
 
     @property
+    def results(self) -> int:
+        """How many outputs there are."""
+        return len(self._node.outputs)
+
+    @property
     def count(self) -> int:
         """How many inputs there are, those included that are left out between others."""
         return len(self._node.inputs)

@@ -11,7 +11,7 @@ from onnxslim.ops import blocks, heads, integers
 from onnxslim.ops.body import Body, WriteBody
 from onnxslim.ops.channels import attention
 from onnxslim.ops.channels import blocks as block_channels
-from onnxslim.ops.formulas import Results, gelu, normalized, root_normalized
+from onnxslim.ops.formulas import Results, gelu, normalized, root_normalized, swish, tanh_gelu
 from onnxslim.ops.linear import conv_macs, gemm_macs, recurrent_macs
 from onnxslim.ops.spec import Channels, Macs, OpSpec, register, sizes
 
@@ -91,22 +91,9 @@ def _matmul_macs(node: Node) -> int | None:
 
 
 def _fast_gelu(b: Body) -> Results:
-    """x/2 · (1 + tanh(sqrt(2/pi) (x + 0.044715 x³))), with the bias added to x first."""
+    """The approximate Gelu, with the bias added to x first."""
     like, bias = b.input(0), b.optional(1)
-    x = like if bias is None else b.add("Add", like, bias)
-    if b.opset >= 20:
-        return [b.add("Gelu", x, approximate="tanh")]
-    cubed = b.add("Mul", b.add("Pow", x, b.number(3.0, like)), b.number(0.044715, like))
-    inner = b.add("Mul", b.add("Add", x, cubed), b.number(math.sqrt(2.0 / math.pi), like))
-    factor = b.add("Add", b.add("Tanh", inner), b.number(1.0, like))
-    return [b.add("Mul", b.add("Mul", x, b.number(0.5, like)), factor)]
-
-
-def _quick_gelu(b: Body) -> Results:
-    """x · sigmoid(alpha x)."""
-    x, alpha = b.input(0), b.attr("alpha", 1.702)
-    inner = x if alpha == 1.0 else b.add("Mul", x, b.number(alpha, x))
-    return [b.add("Mul", x, b.add("Sigmoid", inner))]
+    return [tanh_gelu(b, like if bias is None else b.add("Add", like, bias), like)]
 
 
 # -------------------------------------------------------------------------------- sums and normalizations
@@ -168,7 +155,7 @@ _BODIES: dict[str, WriteBody] = {
     "Gelu": lambda b: [gelu(b, b.input(0), b.input(0))],
     "BiasGelu": lambda b: [gelu(b, b.add("Add", b.input(0), b.input(1)), b.input(0))],
     "FastGelu": _fast_gelu,
-    "QuickGelu": _quick_gelu,
+    "QuickGelu": lambda b: [swish(b, b.attr("alpha", 1.702))],
     "SkipLayerNormalization": _skip_norm,
     "SkipSimplifiedLayerNormalization": _skip_simplified_norm,
     "EmbedLayerNormalization": _embedded,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from onnxslim.ir.graph import Node
 from onnxslim.ops import formulas
+from onnxslim.ops.body import WriteBody
 from onnxslim.ops.channels import elementwise, layers, movement, scales
 from onnxslim.ops.channels.scale_labels import ScaleTrace
 from onnxslim.ops.spec import Channels, OpSpec, Role, Trait, register
@@ -192,6 +193,11 @@ _SCALES: dict[str, Callable[[ScaleTrace], None]] = {
     "Sub": scales.add,
     "Div": scales.divide,
 }
+# What they are where the opset does not have them.
+_BODIES: dict[str, WriteBody] = {
+    "Gelu": formulas.either_gelu,
+    "Swish": lambda b: [formulas.swish(b, b.attr("alpha", 1.0))],
+}
 _FOUR = "float[N,4,4,4] x"
 _ONE = "float[N,2,1,1] y"
 
@@ -235,6 +241,7 @@ register(
             data=(0,),
             channels=SAME,
             scales=_SCALES.get(op),
+            body=_BODIES.get(op),
             example=_OTHER.get(op, _text(f"y = {op}(x)")),
         )
         for op in _SAME.split()
@@ -273,6 +280,7 @@ register(
         "CastLike",
         traits=Trait.ELEMENTWISE,
         data=(0,),
+        body=formulas.cast_like,
         channels=Channels(elementwise.like),
         example=_text("y = CastLike(x, z)", "float[N,2,4,4] x, double[1] z", "double[N,2,4,4] y"),
     ),
@@ -359,6 +367,7 @@ register(
         norm_axis=-1,
         channels=Channels(layers.layer_norm),
         scales=scales.normalization,
+        body=formulas.root_norm,
         example=_recent(
             _text("y = RMSNormalization(x, s)", "float[N,2,6] x, float[6] s", "float[N,2,6] y"), 23
         ),
@@ -368,7 +377,7 @@ register(
         "SimplifiedLayerNormalization",
         norm_axis=-1,
         scales=scales.normalization,
-        body=formulas.simplified_norm,
+        body=formulas.root_norm,
         example=_text("y = SimplifiedLayerNormalization(x, s)", "float[N,2,4,4] x, float[4] s"),
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onnxslim.ops import formulas
 from onnxslim.ops.channels import movement, sampling
 from onnxslim.ops.spec import Channels, OpSpec, Trait, register
 
@@ -78,6 +79,7 @@ register(
         "Shape",
         traits=Trait.MEASURES,
         channels=Channels(movement.shape_of),
+        older=formulas.part_of_shape,
         example=_text("s = Shape<start=2>(x) z = ConstantOfShape(s) y = Add(x, z)", _ALL, "float[N,2,4,4] y"),
     ),
     OpSpec("Size", traits=Trait.MEASURES, example=_text("y = Size(x)", _ALL, "int64 y")),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from onnxslim.ir.graph import Node
+from onnxslim.ops import formulas
+from onnxslim.ops.body import WriteBody
 from onnxslim.ops.channels import indexing, layers, movement, sampling
 from onnxslim.ops.channels import scales as passed
 from onnxslim.ops.channels.scale_labels import ScaleTrace
@@ -30,6 +32,7 @@ def _move(
     scales: Callable[[ScaleTrace], None] | None = None,
     traits: Trait = Trait.MOVES,
     unfit: Callable[[Node], str | None] | None = None,
+    older: WriteBody | None = None,
 ) -> OpSpec:
     """A row of an operator that moves its first input."""
     example = f'<ir_version: 8, opset_import: ["" : 18]>\ng ({inputs}) => ({output}) {{ {body} }}'
@@ -41,6 +44,7 @@ def _move(
         channels=channels,
         scales=scales,
         unfit=unfit,
+        older=older,
         example=example,
     )
 
@@ -52,6 +56,7 @@ register(
         output="float[N,32] y",
         scales=movement.regroup,
         channels=Channels(movement.reshape, movement.cut_reshape),
+        older=formulas.reshaped,
     ),
     _move(
         "Flatten",
@@ -124,6 +129,7 @@ register(
         output="float[N,1,4,4] y, float[N,1,4,4] z",
         scales=movement.split,
         channels=Channels(movement.split, movement.cut_split),
+        older=formulas.parts,
     ),
     _move(
         "MaxPool",

@@ -145,6 +145,7 @@ class OpSpec:
         pure: whether two nodes with equal inputs and attributes make equal outputs.
         body: what it is in standard operators, where the standard domain does not have it.
         body_opset: what the body takes, where that is a late one.
+        older: what it is in older opsets than the one that brought what a node asks for.
         written: for what the body is put in the place of a node, see `Which`.
         has_kernel: whether ONNX Runtime can compute it; where not, its body is written where the standard
             has the operator, too.
@@ -174,6 +175,7 @@ class OpSpec:
     pure: bool = True
     body: WriteBody | None = None
     body_opset: int = 0
+    older: WriteBody | None = None
     written: Which = "free"
     has_kernel: bool = True
     qoperator: bool = False

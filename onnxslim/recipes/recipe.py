@@ -28,13 +28,14 @@ from onnxslim.engine.journal import Journal
 from onnxslim.engine.pipeline import Pipeline, Report, Result
 from onnxslim.engine.plans import PassPlan
 from onnxslim.errors import OnnxSlimError, UsageError, ValidationError
-from onnxslim.formats import plain
+from onnxslim.formats import SHOWN_NAMES, plain
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, Source, load, source_sha256
 from onnxslim.recipes import reading
 from onnxslim.recipes.data import Batches, Data
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.profile import here_or_simulated
+from onnxslim.runtime.releases import SETTLED
 from onnxslim.runtime.targets import Target
 from onnxslim.shapes.given import with_sizes
 from onnxslim.validation import later
@@ -93,11 +94,13 @@ class Outcome:
 
     def _require_done(self) -> None:
         """Raise if passes were reverted, or found nothing they could do, and nothing else was done."""
-        passes, steps = self.recipe.passes, self.report.steps
+        # A model that was made to run has been through a step that nobody asked for.
+        asked = {each.describe(): each for each in self.recipe.passes}
+        steps = [step for step in self.report.steps if step.description in asked]
         missing = [
             step
-            for each, step in zip(passes, steps, strict=True)
-            if step.error or (not step.changes and not each.lossless)
+            for step in steps
+            if step.error or (not step.changes and not asked[step.description].lossless)
         ]
         if missing and not any(step.changes for step in steps):
             told = "; ".join(f"pass {step.description} {step.outcome}" for step in missing)
@@ -328,11 +331,34 @@ class Work:
         stop_or_revert: Literal["raise", "revert"] = "raise" if recipe.on_error == "raise" else "revert"
         start, self._pipeline = Pipeline(*recipe.passes, on_error=stop_or_revert).prepared(self._source)
         self.original, self._report = start.model, start.report
+        self._make_run()
         with_sizes(
             self.original.inputs(), recipe.input_shapes
         )  # what does not fit is refused before the work
         self._opened: Batches | None = None
         self._test: Batches | None = None
+
+    def _make_run(self) -> None:
+        """Take the model in operators that the target has kernels for, where it lacks some, for the original.
+
+        Nothing could be compared with what does not run, and nothing measured of it.
+        """
+        if self.original.opset <= SETTLED:
+            return
+        from onnxslim.passes.legalize import Legalize, needed
+
+        legalize = Legalize()
+        if self._pipeline.passes[:1] == (legalize,):
+            return
+        lacking = needed(self.original, self._target)
+        if lacking:
+            result = Pipeline(legalize, count=False)(self.original, target=self._target)
+            named = ", ".join(map(repr, lacking[:SHOWN_NAMES]))
+            note = (
+                f"{self._target.name} has no kernel for {named}: the model was legalized before anything else"
+            )
+            told = replace(result.report, notes=(note,)) if result.report.steps[0].changes else result.report
+            self.original, self._report = result.model, self._report + told
 
     @property
     def opened(self) -> Batches | None:

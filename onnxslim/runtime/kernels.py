@@ -12,8 +12,11 @@ import onnx
 
 from onnxslim.errors import LoadError, TargetError
 from onnxslim.ir import graph as ir
-from onnxslim.ir.graph import Array, Constant, Graph, Node, Tensor, Variable
+from onnxslim.ir import proto
+from onnxslim.ir.alone import alone
+from onnxslim.ir.graph import Array, Constant, Node, Tensor, Variable
 from onnxslim.ir.model import Model, load
+from onnxslim.runtime.native import LACKING
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 
@@ -125,13 +128,23 @@ def _failing(nodes: Sequence[Node], works: Callable[[Sequence[Node]], bool]) -> 
     return [node for half in (nodes[:middle], nodes[middle:]) for node in _failing(half, works)]
 
 
-@lru_cache(256)
+def is_lacking(model: bytes, target: Target) -> bool:
+    """Whether a target refuses a model because it has no kernel for something in it."""
+    return LACKING in _refusal(model, target)
+
+
 def _opens(model: bytes, target: Target) -> bool:
+    return not _refusal(model, target)
+
+
+@lru_cache(256)
+def _refusal(model: bytes, target: Target) -> str:
+    """Why a target does not open a model; empty if it does."""
     try:
         Session(onnx.ModelProto.FromString(model), target, optimize="none")
-    except (LoadError, TargetError):
-        return False
-    return True
+    except (LoadError, TargetError) as error:
+        return str(error)
+    return ""
 
 
 @lru_cache(256)
@@ -151,29 +164,19 @@ def _runs(model: bytes, target: Target) -> bool:
 
 
 def _alone(nodes: Sequence[Node], model: Model, kind: np.dtype[Any]) -> bytes:
-    """A model of these nodes side by side, each with inputs of its own."""
-    graph = Graph("kernels")
-    for number, node in enumerate(nodes):
-        inputs = [_input(tensor, f"i{number}_{at}", kind, graph) for at, tensor in enumerate(node.inputs)]
-        outputs = [_made(tensor, f"o{number}_{at}", kind) for at, tensor in enumerate(node.outputs)]
-        attrs = dict(node.attrs)
-        if node.op == "Cast" and attrs.get("to") == onnx.TensorProto.FLOAT:
-            attrs["to"] = int(onnx.helper.np_dtype_to_tensor_dtype(kind))
-        graph.nodes.append(Node(node.op, f"n{number}", attrs, inputs, outputs))
-        graph.outputs.extend(tensor for tensor in outputs if tensor.name)
-    shell = onnx.ModelProto(ir_version=model.ir_version)
-    shell.opset_import.add(domain="", version=model.opset)
-    return bytes(Model(graph, shell).to_proto().SerializeToString())
+    """A model of these nodes side by side, each with inputs of its own, in a type instead of float32."""
 
+    def twin(tensor: Tensor, name: str) -> Tensor:
+        if isinstance(tensor, Constant) and _is_kept(tensor):
+            values = np.asarray(tensor.values)
+            return Constant(name, values.astype(kind) if tensor.dtype == _WIDE else values)
+        return _made(tensor, name, kind)
 
-def _input(tensor: Tensor, name: str, kind: np.dtype[Any], graph: Graph) -> Tensor:
-    if isinstance(tensor, Constant) and _is_kept(tensor):
-        values = np.asarray(tensor.values)
-        return Constant(name, values.astype(kind) if tensor.dtype == _WIDE else values)
-    fed = _made(tensor, name, kind)
-    if fed.name:
-        graph.inputs.append(fed)
-    return fed
+    def attrs(node: Node) -> dict[str, ir.Attribute]:
+        narrow = node.op == "Cast" and node.attrs.get("to") == onnx.TensorProto.FLOAT
+        return {**node.attrs, "to": proto.elem_type_of(kind)} if narrow else node.attrs
+
+    return bytes(alone(nodes, model, twin, attrs).to_proto().SerializeToString())
 
 
 def _is_kept(tensor: Tensor) -> bool:

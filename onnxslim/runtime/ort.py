@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from onnxslim.ir.proto import encode_embedded
 from onnxslim.runtime import isolated, native, plugins, vulkan
 from onnxslim.runtime.backend import Loadable, Loaded, Opening
 from onnxslim.runtime.native import SessionSettings
+from onnxslim.runtime.releases import SETTLED
 from onnxslim.runtime.targets import Target
 
 WEBGPU = "WebGpuExecutionProvider"
@@ -55,12 +57,22 @@ class OnnxRuntime:
             with _loadable(model) as source:
                 return native.open_model(source, settings)
         except LoadError as error:
-            if native.LACKING in str(error) and isinstance(model, Model) and _has_bfloat16(model):
-                raise LoadError(f"{error}; {_ADVICE}") from error
+            advice = _advice(str(error), model)
+            if advice:
+                raise LoadError(f"{error}; {advice}") from error
             raise
 
 
-_ADVICE = "few kernels take bfloat16: 'onnxslim slim --dtype fp32' makes it float32"
+def _advice(refusal: str, model: Loadable) -> str:
+    """What to do where there is no kernel for an operator; empty if nobody knows."""
+    if native.LACKING not in refusal:
+        return ""
+    if isinstance(model, Model) and _has_bfloat16(model):
+        return "few kernels take bfloat16: 'onnxslim slim --dtype fp32' makes it float32"
+    since = re.search(r"\((\d+)\)", refusal)
+    if since and int(since[1]) > SETTLED:
+        return "'onnxslim legalize' writes it in operators that there are kernels for"
+    return ""
 
 
 def _has_bfloat16(model: Model) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 from pydantic import Field
@@ -11,7 +11,7 @@ from onnxslim.engine import rewrite
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.engine.editor import Editor
 from onnxslim.ir import graph as ir
-from onnxslim.ir.graph import Graph, Node, Tensor
+from onnxslim.ir.graph import Graph, Node
 from onnxslim.ir.model import Model
 from onnxslim.ops import Role, body_of, spec_of
 from onnxslim.ops.body import MIN_OPSET, Body, UnwrittenError, WriteBody
@@ -42,7 +42,9 @@ class Unfuse(Pass):
         return unfuse(model, self.which)
 
 
-def unfuse(model: Model, which: Which, *, coded: bool = False) -> Changes:
+def unfuse(
+    model: Model, which: Which, *, coded: bool = False, only: Callable[[Node], bool] = lambda node: True
+) -> Changes:
     """Write nodes in standard operators, in place: what every pass calls that works on layers.
 
     Where these are of a later opset, the model is converted to that.
@@ -51,19 +53,20 @@ def unfuse(model: Model, which: Which, *, coded: bool = False) -> Changes:
         model: edited in place.
         which: see `Unfuse`; operators that take codes become DQ, what they do, and Q.
         coded: whether all that take codes are to be written out, whatever for.
+        only: of which nodes.
 
     Returns:
         What was written out, and which nodes stay although their operators are known, and why.
     """
     log = Log()
-    pending = list(writable(model, which, coded=coded))
+    pending = _pending(model, which, coded, only)
     if _raised(model, [node for node, _ in pending], log):
-        pending = list(writable(model, which, coded=coded))
+        pending = _pending(model, which, coded, only)
     if pending:
         edit = Editor(model)
         for node, write in pending:
             label, op = node.label, node.op
-            why_not = _obstacle(node, edit) or _write(node, write, edit)
+            why_not = obstacle(node, edit) or _write(node, write, edit)
             if why_not:
                 log.skip(label, f"stays {op}: {why_not}")
             else:
@@ -97,7 +100,14 @@ def _raised(model: Model, nodes: Sequence[Node], log: Log) -> bool:
     return True
 
 
-def _obstacle(node: Node, edit: Editor) -> str:
+def _pending(
+    model: Model, which: Which, coded: bool, only: Callable[[Node], bool]
+) -> list[tuple[Node, WriteBody]]:
+    return [(node, write) for node, write in writable(model, which, coded=coded) if only(node)]
+
+
+def obstacle(node: Node, edit: Editor) -> str:
+    """Why nothing may be put in the place of a node; empty if it may."""
     home = edit.home(node)
     if home is None or not edit.can_edit(home) or any(map(edit.is_shadowed, (*node.inputs, *node.outputs))):
         return "a body uses a name for another tensor than the graph around it does"
@@ -106,30 +116,49 @@ def _obstacle(node: Node, edit: Editor) -> str:
 
 def _write(node: Node, write: WriteBody, edit: Editor) -> str:
     """Put the body of a node in its place; why there is none."""
-    body = Body(node, edit.opset, edit, edit.name)
+    try:
+        put(node, written(node, write, edit, edit.opset), edit)
+    except UnwrittenError as why_not:
+        return str(why_not)
+    return ""
+
+
+def written(node: Node, write: WriteBody, edit: Editor, opset: int) -> Graph:
+    """The body of a node in operators of an opset, which its results are the outputs of.
+
+    Raises:
+        UnwrittenError: it has none, and why.
+    """
+    body = Body(node, opset, edit, edit.name)
     try:
         results = body.close(write(body))
         for index, (made, result) in enumerate(zip(node.outputs, results, strict=True)):
             body.require(
                 result is not None or not edit.is_output(made), f"nothing is known of its output {index}"
             )
-    except UnwrittenError as why_not:
+    except UnwrittenError:
         for each in body.nodes:
             ir.detach(each)
-        return str(why_not)
-    _named(body.nodes, node.name)
-    edit.inline(node, _graph(body.nodes, results))
-    return ""
-
-
-def _named(nodes: list[Node], name: str) -> None:
-    """Give the name of what was written to the layer in it, or else to what makes the result."""
-    layers = [node for node in nodes if spec_of(node).role is Role.LINEAR]
-    (layers or nodes[-1:])[0].name = name
-
-
-def _graph(nodes: list[Node], results: list[Tensor | None]) -> Graph:
+        raise
     graph = Graph("body")
-    graph.nodes.extend(nodes)
+    graph.nodes.extend(body.nodes)
     graph.outputs = [ir.empty() if result is None else result for result in results]
     return graph
+
+
+def put(node: Node, body: Graph, edit: Editor) -> None:
+    """Put a body in the place of a node.
+
+    What it says of itself, its doc string and metadata, goes on where the body is a node of the same
+    operator; its name goes to the layer in it, or else to what makes the result.
+    """
+    first = body.nodes[0] if len(body.nodes) == 1 else None
+    if first is not None and first.op == node.op and len(first.outputs) == len(node.outputs):
+        inputs, attrs = list(first.inputs), dict(first.attrs)
+        ir.detach(first)
+        edit.replace_node(node, first.op, inputs, attrs)
+        return
+    layers = [each for each in body.nodes if spec_of(each).role is Role.LINEAR]
+    for each in (layers or body.nodes[-1:])[:1]:
+        each.name = node.name
+    edit.inline(node, body)
