@@ -39,7 +39,7 @@ from onnxslim.passes.quantize.fused import beside_floats, kernels
 from onnxslim.passes.quantize.goal import TrialGoal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
 from onnxslim.passes.quantize.recorded import LayoutName, QuantizationPlan, QuantizeOptions, moves_of
-from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Search, Sensitivity
+from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Search, Sensitivity, stored
 from onnxslim.passes.quantize.static import Static
 from onnxslim.passes.quantize.strategy import Strategy
 from onnxslim.passes.quantize.tables import ties_of, untie
@@ -58,6 +58,8 @@ WORK: Mapping[Effort, PassWork] = {
     "normal": PassWork(0.3, 5e-3, 60.0, 5e-7),
     "thorough": PassWork(0.3, 2e-2, 130.0, 1e-6),
 }
+# Where there are weights of four bits and of eight.
+MIXED = (("int4", None), ("int4", "none"))
 EFFORTS = (
     "how much to try: quick takes the nearest integers by one way to choose ranges, and all layers; normal "
     f"searches where that keeps less than {ENOUGH:g} dB; thorough always does"
@@ -106,6 +108,13 @@ class Quantize(Pass):
         description="with activations=none, inputs of an output that share a scale, a power of two. By "
         "default 32 in four bits; in eight, all of them, or 128 in MatMulNBits",
     )
+    size: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="with weights=int4 and activations=none, bytes of the constants to keep, of 1: as far as "
+        "there is room, the layers are in eight bits that gain most by it",
+    )
     observer: ObserverName = Field(
         "auto",
         description="how ranges of activations are chosen: exact min/max, a percentile, least KL divergence, "
@@ -121,7 +130,7 @@ class Quantize(Pass):
     require_sqnr: LeastSqnr = Field(
         None,
         description=f"{KEPT}; layers that cost too much of it stay in float (0: none does). By default 25, "
-        "or 0 where max_drop is given",
+        "or 0 where max_drop or size is given",
     )
     max_drop: MostDrop = None
     algorithm: Algorithm = Field(
@@ -165,6 +174,8 @@ class Quantize(Pass):
             for option, given in (("storage", self.storage != "auto"), ("block_size", self.block_size)):
                 if given:
                     raise UsageError(f"pass 'quantize': {option} goes with activations=none")
+        if self.size is not None and (self.weights, self.activations) not in MIXED:
+            raise UsageError("pass 'quantize': size goes with weights=int4 and activations=none")
         if (size := self.block_size or 16) & (size - 1):
             raise UsageError(f"pass 'quantize': block_size is a power of two, not {size}")
 
@@ -213,6 +224,7 @@ class Quantize(Pass):
         Raises:
             UsageError: options contradict each other.
         """
+        before = stored(model)
         if self.activations == "dynamic" and self.weights == "int4":
             raise UsageError(
                 "pass 'quantize': int4 weights go with activations=none, where ONNX Runtime turns data into "
@@ -232,7 +244,7 @@ class Quantize(Pass):
         original = model.copy()
         if trained:
             trained.restore(original, ())
-        return Start(model, original, trained, ctx, looked_up, form, ties)
+        return Start(model, original, trained, ctx, looked_up, form, ties, before)
 
     def _form(self, model: Model, target: Target) -> StorageForm:
         """How weights are written that are only stored as integers."""
@@ -281,7 +293,7 @@ class Quantize(Pass):
         """For ranges, and to rank layers on."""
         if (plan := self._planned()) is not None:
             return plan.needs_data or self._as(plan).needs_data
-        return self._way.calibrated or self.max_drop is not None
+        return self._way.calibrated or self.max_drop is not None or self.size is not None
 
     @property
     def _way(self) -> type[Strategy]:
@@ -318,14 +330,15 @@ class Quantize(Pass):
             kept = QuantizationPlan.of(self._options(), variant, build, candidate, False)
             return candidate, replace(candidate.figures, plan=kept)
         search, build = self._judged(start)
-        goal = TrialGoal(self.require_sqnr, self.max_drop, start.original, ctx)
+        least = 0.0 if self.require_sqnr is None and self.size is not None else self.require_sqnr
+        goal = TrialGoal(least, self.max_drop, start.original, ctx)
         if asked is not None:
             build = asked.builder(build, ctx.data.tune, log)
             trial, complete = search.attempt(asked.variant(build), build), asked.complete
             asked.require_whole(trial.candidate)
             figures = QuantizeFigures()
         else:
-            found, figures = self._search(search, build, goal, log)
+            found, figures = self._search(search, build, goal, log, start.bytes)
             trial, tune = found, ctx.data.tune
             if ctx.data.tuned and found.score.sqnr < search.enough:
                 trial = search.step(
@@ -401,13 +414,15 @@ class Quantize(Pass):
         return fitted
 
     def _search(
-        self, search: Search, build: Builder, goal: TrialGoal, log: Log
+        self, search: Search, build: Builder, goal: TrialGoal, log: Log, size: int
     ) -> tuple[Trial, QuantizeFigures]:
         """The candidate to take, and what was measured until it was found."""
         trial, nearest = self._everything(search, build, log)
         fitted = self._refined(search, trial)
         figures = QuantizeFigures(nearest=nearest, everything=fitted.score.sqnr)
         quick = self.effort == "quick"
+        if self.size is not None:
+            return self._within(search, trial, fitted, self.size * size, log), figures
         if self.layers or not (quick or goal.met(fitted)):
             found: tuple[Trial, tuple[LayerFigures, ...] | None] = fitted, None
             fitted, layers = search.step(
@@ -424,6 +439,17 @@ class Quantize(Pass):
             made = fitted
             fitted = search.step("faster layers in floating point", made, lambda: faster(made))
         return fitted, figures
+
+    def _within(self, search: Search, trial: Trial, fitted: Trial, budget: float, log: Log) -> Trial:
+        """The candidate with layers in eight bits as far as there is room; where there is none, says so."""
+        if (least := stored(fitted.candidate.model)) > budget:
+            log.skip("model", f"in four bits it takes {least} bytes, more than size={self.size:g} allows")
+        chosen = search.step(
+            "eight bits for some layers",
+            fitted,
+            lambda: search.within(fitted, trial, search.layers(trial), budget),
+        )
+        return max(fitted, chosen, key=lambda each: each.score.sqnr)
 
     def _rounds(self, trial: Trial, search: Search) -> bool:
         """Whether to look for better codes than a candidate has."""
@@ -490,6 +516,7 @@ class Start:
         looked_up: tensors whose types only a run has told.
         form: how weights are written that are only stored as integers.
         ties: see `Settings`.
+        bytes: of the constants of the model that came in.
     """
 
     model: Model
@@ -499,6 +526,7 @@ class Start:
     looked_up: Sequence[str]
     form: StorageForm
     ties: Mapping[str, str]
+    bytes: int
 
 
 def _beside_floats(model: Model, ctx: Context) -> float | None:

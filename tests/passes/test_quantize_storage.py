@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from onnxslim.calibration.noise import sqnr
 from onnxslim.engine.pipeline import Pipeline
-from onnxslim.errors import UsageError
+from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
 from onnxslim.ops.blocks import packed, unpacked
@@ -330,3 +330,45 @@ def test_a_table_is_kept_in_eight_bits_where_four_cost_too_much() -> None:
     plan = QuantizeFigures.of(changes).plan
     again, _ = quantize(model, data, plan=plan)
     assert again.to_proto() == result.to_proto()
+
+
+# ------------------------------------------------------------------------------- four and eight bits
+
+
+def uneven() -> tuple[Model, list[dict[str, Array]]]:
+    """Three products, of which the second counts most by far."""
+    text = """g (float[N,64] x) => (float[N,64] y)
+    { [first] a = MatMul(x, w1) [second] b = MatMul(x, w2) [third] c = MatMul(x, w3)
+      ab = Add(a, b) y = Add(ab, c) }"""
+    sizes = {"w1": 0.1, "w2": 1.0, "w3": 0.3}
+    weights = {
+        name: normal(64, 64, seed=seed) * np.float32(size) for seed, (name, size) in enumerate(sizes.items())
+    }
+    return parse(text, weights), [{"x": normal(8, 64, seed=seed)} for seed in range(8)]
+
+
+@pytest.mark.parametrize("form", ["qdq", "matmulnbits"])
+@pytest.mark.parametrize(
+    ("size", "wide"),
+    [(0.16, []), (0.20, ["second"]), (0.24, ["second", "third"]), (0.3, ["first", "second", "third"])],
+)
+def test_room_goes_to_the_layers_that_gain_most(form: str, size: float, wide: list[str]) -> None:
+    model, data = uneven()
+    options: dict[str, Any] = {"weights": "int4", "activations": "none", "storage": form, "classifier": True}
+    result, changes = quantize(model, data, **options, size=size)
+    assert result.nbytes() <= size * model.nbytes()
+    told = reasons(changes)
+    assert sorted(name for name in told if told[name] == "there is room for it in eight bits") == wide
+    plan = QuantizeFigures.of(changes).plan
+    assert quantize(model, data, plan=plan)[0].to_proto() == result.to_proto()
+
+
+def test_what_does_not_fit_is_told() -> None:
+    model, data = uneven()
+    result, changes = quantize(model, data, weights="int4", activations="none", size=0.1)
+    assert "in four bits it takes" in reasons(changes)["model"]
+    assert ops(result)["DequantizeLinear"] == 3
+    with pytest.raises(UsageError, match="size goes with weights=int4 and activations=none"):
+        Quantize(size=0.2)
+    with pytest.raises(CalibrationError, match="needs calibration data"):
+        apply(Quantize(weights="int4", activations="none", size=0.2), model)
