@@ -13,6 +13,7 @@ import numpy as np
 import onnx.defs
 import onnx.parser
 import onnxruntime
+import pytest
 from onnx import numpy_helper
 
 from onnxslim.calibration.data import CalibrationData
@@ -32,6 +33,9 @@ from onnxslim.runtime.targets import Target
 
 ROOT = Path(__file__).parent.parent
 FASHION = ROOT / "models" / "fashion"
+ONNX_RUNTIME = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+# The first version with what tests of recent operators run.
+RECENT = (1, 32)
 # How ONNX Runtime says that it has no kernel for an operator, or does not know the opset.
 LACKING = ("NOT_IMPLEMENTED", "is under development", "Unsupported model IR version")
 NETS = ("resnet", "mobilenet", "vit")
@@ -104,6 +108,12 @@ def stored(model: Model, name: str) -> Array:
 def judge_of(model: Model, optimize: str = "none") -> Session:
     """ONNX Runtime, or where it lacks a kernel or the opset, the reference evaluator."""
     return Session(model, optimize=optimize) if is_run(model) else Session(model, Target.reference())
+
+
+def skip_if_old(model: Model, feeds: Mapping[str, Array] | None = None) -> None:
+    """Skip a test whose model an ONNX Runtime does not run that is older than the operators in it."""
+    if ONNX_RUNTIME < RECENT and not runs(model, feeds_for(model) if feeds is None else feeds):
+        pytest.skip(f"this ONNX Runtime is older than {'.'.join(map(str, RECENT))}")
 
 
 def is_run(model: Model) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx.defs
@@ -16,7 +17,7 @@ from onnxslim.ir.model import Model
 from onnxslim.passes.prune import Prune, PruneFigures
 from onnxslim.passes.unfuse import Unfuse
 from onnxslim.runtime.session import Session
-from tests.helpers import apply, feeds_for, is_run, normals, parse
+from tests.helpers import apply, feeds_for, normals, parse, skip_if_old
 
 _FEW = 1e-5
 
@@ -84,6 +85,8 @@ IMAGES = {
         units=(),
     ),
 }
+_KEYS = "k = MatMul(x, l) e = MatMul(x, m)"
+_ATTENTION: dict[str, Any] = {"constants": normals(l=(12, 8), m=(12, 8)), "units": (2,)}
 # Between matrix products, [batch, 6, 16].
 ROWS = {
     "SwiGLU": Case("z = SwiGLU<alpha=1.5>(a, b)", 28),
@@ -97,6 +100,29 @@ ROWS = {
     "GatherND": Case("z = GatherND<batch_dims=1>(a, i)", inputs=", int64[N,4,1] i"),
     "ScatterND": Case('z = ScatterND<reduction="add">(a, i, b)', inputs=", int64[N,6,2] i"),
     "TensorScatter": Case("z = TensorScatter<axis=1>(a, b)", 24),
+    **{
+        name: Case(
+            f"{_KEYS} z = Attention<q_num_heads=4, kv_num_heads=2{attrs}>(a, k, e)", opset, **_ATTENTION
+        )
+        for name, attrs, opset in (
+            ("Attention", "", 23),
+            ("Attention, causal", ", is_causal=1, softcap=2.0", 24),
+            ("Attention in a window", ", left_window_size=2, right_window_size=1", 25),
+            ("Attention to the left", ", is_causal=1, left_window_size=1", 25),
+        )
+    },
+    "Attention of some": Case(
+        f"{_KEYS} z = Attention<q_num_heads=4, kv_num_heads=2>(a, k, e, , , , n)",
+        24,
+        ", int64[N] n",
+        **_ATTENTION,
+    ),
+    "Attention with a bias for each head": Case(
+        f"{_KEYS} z = Attention<q_num_heads=4, kv_num_heads=2>(a, k, e, p)",
+        23,
+        constants={**_ATTENTION["constants"], **normals(p=(1, 4, 6, 6))},
+        units=(2,),
+    ),
     "LinearAttention": Case(
         "k = MatMul(x, l) e = MatMul(x, m) z, s = LinearAttention<q_num_heads=4, kv_num_heads=2, "
         'update_rule="linear">(a, k, e)',
@@ -148,8 +174,7 @@ def test_units_go_through(make: Callable[[Case], Model], case: Case) -> None:
     assert tuple(family.size for family in families) == case.units
     assert any(family.crosses for family in families) is case.crosses
     written, _ = apply(Unfuse(which="free"), model)
-    if not is_run(written):
-        pytest.skip("this ONNX Runtime is older than the operator")
+    skip_if_old(written)
     if not families:
         return
     small, changes = apply(Prune(ratio=0.5, align=1), model)
@@ -159,3 +184,28 @@ def test_units_go_through(make: Callable[[Case], Model], case: Case) -> None:
     assert case.crosses or (figures.oracle is not None and figures.oracle < _FEW)
     (found,) = Session(small).run(feeds_for(small)).values()
     assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("past", ["", ", , k0, v0"])
+def test_heads_of_caches_that_are_given_stay_and_say_why(past: str) -> None:
+    """Where the interface may change, they go with them."""
+    caches = ", float[N,2,P,4] k0, float[N,2,P,4] v0" if past else ""
+    text = f"""g (float[N,6,12] x{caches}) => (float[N,6,5] y, float[] p, float[] q)
+{{ a = MatMul(x, w) k = MatMul(x, l) e = MatMul(x, m)
+   z, p, q = Attention<q_num_heads=4, kv_num_heads=2>(a, k, e{past}) y = MatMul(z, v) }}"""
+    weights = normals(w=(12, 16), l=(12, 8), m=(12, 8), v=(16, 5))
+    model = parse(text, weights, opset=23, ir_version=10)
+    fixed = analyze(model)
+    assert fixed.families == ()
+    assert "'p' is an output of the model" in fixed.explain("l")[1]
+    free = analyze(model, allow_inputs=True, allow_outputs=True)
+    heads = next(family for family in free.families if any(each.tensor == "p" for each in family.members))
+    assert heads.size == 2
+    assert {each.tensor for each in heads.members} >= {
+        "w",
+        "l",
+        "m",
+        "v",
+        "q",
+        *(("k0", "v0") if past else ()),
+    }

@@ -22,7 +22,7 @@ from onnxslim.runtime.session import Session
 from onnxslim.runtime.timing import Bench, Timing
 from onnxslim.shapes.cost import macs
 from tests.decoders import Decoder
-from tests.helpers import ops, reasons
+from tests.helpers import ops, reasons, skip_if_old
 
 WIDE = Decoder(heads=8, shared=4)
 FORMS: dict[str, dict[str, Any]] = {
@@ -42,6 +42,7 @@ def _families(model: Model, *, interface: bool = False) -> Analysis:
 
 
 def _run(step: Any, model: Model, decoder: Decoder) -> Result:
+    skip_if_old(model, decoder.tokens(1)[0])
     return Pipeline(step, on_error="raise")(model, data=CalibrationData(decoder.tokens(12)))
 
 
