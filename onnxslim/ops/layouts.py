@@ -23,7 +23,7 @@ class IntegerLayout:
         kernels: operators with an integer kernel, besides those that only move data.
         slow: operators that move data faster as floating point than as integers.
         weight_only: matrix products that read integer weights at no loss of time while their data is floats.
-        signed_scales: whether scales of weights may be negative.
+        zero_points: whether weights of few bits may have codes of zero other than 0.
     """
 
     activation: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
@@ -35,7 +35,7 @@ class IntegerLayout:
     kernels: frozenset[str] = frozenset()
     slow: frozenset[str] = frozenset()
     weight_only: frozenset[str] = frozenset()
-    signed_scales: bool = False
+    zero_points: bool = False
 
 
 _LINEAR_KERNELS = ("Conv", "Gemm", "MatMul")
@@ -71,7 +71,7 @@ LAYOUTS: dict[str, IntegerLayout] = {
         kernels=_CPU_KERNELS,
         slow=frozenset(("Resize",)),
         weight_only=frozenset(("MatMul", "Gemm")),
-        signed_scales=True,
+        zero_points=True,
     ),
     # Its kernel for the first convolution of a small ViT computes something else: 3 dB are left, 41 dB with
     # that layer in float (docs/providers.md).

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim.passes.quantize.weights import TINY, Weights
 
+Number = TypeVar("Number", bound=np.generic)
+Limit: TypeAlias = NDArray[np.float32] | int
 # Parts of the scale that clips nothing, of which the one of least squared error is taken. With codes of eight
 # bits it is almost always that scale itself.
-_PARTS = tuple(np.linspace(0.7, 1.05, 15, dtype=np.float32))
+_PARTS = tuple(np.linspace(0.7, 1.0, 13, dtype=np.float32))
 _WIDE = 8
 
 
@@ -24,13 +25,13 @@ class Blocking:
     Attributes:
         bits: of a code, in two's complement: all of them are used, the lowest included.
         size: inputs of an output that share a scale; runtimes take powers of two from 16 on.
-        signed: whether a scale may be negative, so that the lowest code, which has no opposite, goes to the
-            largest weight on either side. TensorRT takes none.
+        zeros: whether each block has a code of zero of its own, so that codes reach as far to either side as
+            weights do. TensorRT takes none.
     """
 
     bits: int = 4
     size: int = 32
-    signed: bool = True
+    zeros: bool = True
 
     @property
     def low(self) -> int:
@@ -42,9 +43,16 @@ class Blocking:
         """The highest code."""
         return -self.low - 1
 
-    def spread(self, values: NDArray[np.float32], inputs: int) -> NDArray[np.float32]:
+    def spread(self, values: NDArray[Number], inputs: int) -> NDArray[Number]:
         """Values of blocks [blocks, outputs] for each input of them."""
         return np.repeat(values, self.size, axis=0)[:inputs]
+
+    def limits(self, zeros: NDArray[np.int8] | None, inputs: int) -> tuple[Limit, Limit]:
+        """The lowest and highest code of each input, counted from zero."""
+        if zeros is None:
+            return self.low, self.high
+        middle = self.spread(zeros.astype(np.float32), inputs)
+        return self.low - middle, self.high - middle
 
 
 @dataclass(frozen=True)
@@ -63,18 +71,31 @@ class Blocks:
     blocking: Blocking
     zeros: NDArray[np.int8] | None = None
 
+    def counted(self) -> NDArray[np.int16]:
+        """The codes, counted from that of zero."""
+        if self.zeros is None:
+            return self.codes.astype(np.int16)
+        zeros = self.blocking.spread(self.zeros.astype(np.int16), len(self.codes))
+        return np.asarray(self.codes - zeros)
+
     def values(self) -> Weights:
         """What the codes stand for, as DequantizeLinear computes it."""
-        count = len(self.codes)
-        steps = self.blocking.spread(self.scales, count)
-        if self.zeros is None:
-            return np.asarray(self.codes * steps, np.float32)
-        zeros = np.repeat(self.zeros.astype(np.int16), self.blocking.size, axis=0)[:count]
-        return np.asarray((self.codes - zeros) * steps, np.float32)
+        steps = self.blocking.spread(self.scales, len(self.codes))
+        return np.asarray(self.counted() * steps, np.float32)
 
-
-# From a matrix [inputs, outputs] to its integers.
-Rounding: TypeAlias = Callable[[Weights], Blocks]
+    @classmethod
+    def of(
+        cls,
+        counted: NDArray[np.float32],
+        scales: Weights,
+        blocking: Blocking,
+        zeros: NDArray[np.int8] | None,
+    ) -> Blocks:
+        """The same by codes that are counted from that of zero."""
+        codes = counted if zeros is None else counted + blocking.spread(zeros, len(counted))
+        return cls(
+            codes.astype(np.int8), scales, blocking, zeros if zeros is not None and zeros.any() else None
+        )
 
 
 def nearest(matrix: Weights, blocking: Blocking, heard: NDArray[np.float64] | None = None) -> Blocks:
@@ -86,31 +107,36 @@ def nearest(matrix: Weights, blocking: Blocking, heard: NDArray[np.float64] | No
         heard: how much errors of each input's weights count; all the same by default.
     """
     weight = np.ones(len(matrix)) if heard is None else heard + 0.01 * heard.mean() + 1e-30
-    scales = _scales(matrix, blocking, weight)
-    steps = blocking.spread(scales, len(matrix))
-    codes = np.rint(matrix / steps).clip(blocking.low, blocking.high).astype(np.int8)
-    return Blocks(codes, scales, blocking)
+    scales, zeros = _grids(matrix, blocking, weight)
+    low, high = blocking.limits(zeros, len(matrix))
+    counted = np.rint(matrix / blocking.spread(scales, len(matrix))).clip(low, high)
+    return Blocks.of(counted, scales, blocking, zeros)
 
 
-def _scales(matrix: Weights, blocking: Blocking, weight: NDArray[np.float64]) -> Weights:
-    """For each block of inputs and each output the scale of least squared error."""
+def _grids(
+    matrix: Weights, blocking: Blocking, weight: NDArray[np.float64]
+) -> tuple[Weights, NDArray[np.int8] | None]:
+    """For each block of inputs and each output the scale of least squared error, and the code of zero."""
     low, high, size = blocking.low, blocking.high, blocking.size
     padding = -len(matrix) % size
     blocks = np.pad(matrix, ((0, padding), (0, 0))).reshape(-1, size, matrix.shape[1])
-    counts = np.pad(weight / weight.max(), (0, padding)).astype(np.float32).reshape(-1, size, 1)
-    top, bottom = blocks.max(axis=1), blocks.min(axis=1)
-    # The lowest code is one further from zero than the highest, and takes the side that reaches further.
-    flipped = (top > -bottom) if blocking.signed else np.zeros(top.shape, bool)
-    full = np.maximum(top / np.where(flipped, -low, high), bottom / np.where(flipped, -high, low))
-    full = np.where(full > 0, np.maximum(full, TINY), 1.0).astype(np.float32)
-    full = np.where(flipped, -full, full)
-    if blocking.bits >= _WIDE:
-        return np.asarray(full)
-    best, least = full, np.full(full.shape, np.inf)
-    for part in _PARTS:
-        steps = (full * part)[:, None]
-        error = np.rint(blocks / steps).clip(low, high) * steps - blocks
-        squared = (counts * np.square(error)).sum(axis=1)
-        best = np.where(squared < least, full * part, best)
-        least = np.minimum(squared, least)
-    return np.asarray(best, np.float32)
+    counts = np.pad(weight / weight.max(), (0, padding)).astype(np.float32).reshape(-1, size)
+    top, bottom = blocks.max(axis=1).clip(0, None), blocks.min(axis=1).clip(None, 0)
+    whole = (top - bottom) / (high - low) if blocking.zeros else np.maximum(top / high, bottom / low)
+    full = np.where(whole > 0, np.maximum(whole, TINY), 1.0).astype(np.float32)
+    middle = 0.5 * (top + bottom)
+    best, least = full, np.full(full.shape, np.inf, np.float32)
+    zero = np.zeros(full.shape, np.float32)
+    for part in _PARTS if blocking.bits < _WIDE else _PARTS[-1:]:
+        steps = full * part
+        # What lies in the middle gets the middle of the codes.
+        point = np.rint(-0.5 - middle / steps).clip(low, high) if blocking.zeros else zero
+        error = np.rint(blocks / steps[:, None])
+        np.clip(error, (low - point)[:, None], (high - point)[:, None], out=error)
+        error *= steps[:, None]
+        error -= blocks
+        squared = np.einsum("bk,bko,bko->bo", counts, error, error, optimize=True)
+        better = squared < least
+        best, zero = np.where(better, steps, best), np.where(better, point, zero)
+        least = np.where(better, squared, least)
+    return np.asarray(best, np.float32), zero.astype(np.int8) if blocking.zeros else None

@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxslim.passes.quantize.blocks import Limit
 from onnxslim.passes.quantize.weights import MAX_PAIR, QMAX
 
 Floats = NDArray[np.float32]
@@ -82,7 +83,7 @@ class Descent:
         target: weights wanted.
         codes: to start from, within the limits; not modified.
         steps: what a code is worth, of the same shape, or one for all inputs.
-        limits: lowest and highest code.
+        limits: lowest and highest code, of all or of each weight.
         neighbours: which codes must not add up to more than `weights.MAX_PAIR`, if any.
         size: inputs that are worked on at a time: those of a block that has steps of its own.
 
@@ -95,7 +96,7 @@ class Descent:
         target: Floats,
         codes: Floats,
         steps: Floats,
-        limits: tuple[int, int],
+        limits: tuple[Limit, Limit],
         neighbours: Neighbours | None = None,
         size: int = BLOCK,
     ) -> None:
@@ -134,16 +135,18 @@ class Descent:
     def _round(self, start: int, inner: Floats, outer: Floats) -> None:
         """The codes of one block, given how all others pull at it."""
         errors = self._errors[start : start + self._size]
-        low: Floats | int
-        high: Floats | int
         low, high = self._limits
+        least: Limit
+        most: Limit
         for j, pull in enumerate(outer):
             at = start + j
             if self._neighbours:
-                low, high = self._neighbours.bounds(self.codes, at)
+                least, most = self._neighbours.bounds(self.codes, at)
+            else:
+                least, most = (each if isinstance(each, int) else each[at] for each in (low, high))
             wanted = self._target[at] - pull - (inner[:, j : j + 1] @ errors.swapaxes(0, 1))[:, 0]
             code = np.rint(wanted / self.steps[at])
-            np.minimum(np.maximum(code, low, out=code), high, out=code)
+            np.minimum(np.maximum(code, least, out=code), most, out=code)
             self.codes[at] = code
             errors[j] = code * self.steps[at] - self._target[at]
 

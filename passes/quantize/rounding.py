@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from onnxslim.calibration.gram import Gram
 from onnxslim.ops.layers import Layer
-from onnxslim.passes.quantize.blocks import Blocking, Blocks, nearest
+from onnxslim.passes.quantize.blocks import Blocking, Blocks, Limit, nearest
 from onnxslim.passes.quantize.choices import Algorithm
 from onnxslim.passes.quantize.descent import Descent, Floats, Neighbours, Pulls, by_input, by_output
 from onnxslim.passes.quantize.weights import MAX_PAIR, QMAX, Encoded
@@ -130,14 +130,17 @@ def gptq(target: Floats, scales: Floats, gram: Doubles, *, limit: int = QMAX, co
     return by_output(_by_gptq(by_input(target), _steps(scales), _damped(gram, count), (-limit, limit)))
 
 
-def _by_gptq(target: Floats, steps: Floats, curvature: Floats, limits: tuple[int, int]) -> Floats:
+def _by_gptq(target: Floats, steps: Floats, curvature: Floats, limits: tuple[Limit, Limit]) -> Floats:
     order = np.argsort(-np.einsum("gkk->gk", curvature), axis=1, kind="stable")
     rows = np.take_along_axis(curvature, order[:, :, None], axis=1)
     pulls = Pulls.in_order(np.take_along_axis(rows, order[:, None], axis=2))
     places = order.T[..., None]
     wanted = np.take_along_axis(target, places, axis=0)
     steps = np.take_along_axis(np.broadcast_to(steps, target.shape), places, axis=0)
-    work = Descent(wanted, np.zeros_like(target), steps, limits)
+    low, high = (
+        each if isinstance(each, int) else np.take_along_axis(each, places, axis=0) for each in limits
+    )
+    work = Descent(wanted, np.zeros_like(target), steps, (low, high))
     work.sweep(pulls)
     codes = np.empty_like(target)
     np.put_along_axis(codes, places, work.codes, axis=0)
@@ -161,8 +164,10 @@ def round_blocks(
         count: rows that it was taken from; 0 if it is exact.
         by_gptq: whether to start from `gptq` instead of the nearest codes.
     """
-    start, limits = nearest(matrix, blocking, np.diagonal(gram)), (blocking.low, blocking.high)
-    target, codes = matrix[:, None], start.codes[:, None].astype(np.float32)
+    start = nearest(matrix, blocking, np.diagonal(gram))
+    low, high = blocking.limits(start.zeros, len(matrix))
+    limits = _per_input(low), _per_input(high)
+    target, codes = matrix[:, None], start.counted()[:, None].astype(np.float32)
     steps = blocking.spread(start.scales, len(matrix))[:, None]
     curvature = _damped(gram[None], count)
     if by_gptq:
@@ -172,7 +177,12 @@ def round_blocks(
         if not work.sweep(pulls, scaled=True):
             break
     scales = np.ascontiguousarray(work.steps[:: blocking.size, 0])
-    return Blocks(work.codes[:, 0].astype(np.int8), scales, blocking)
+    return Blocks.of(work.codes[:, 0], scales, blocking, start.zeros)
+
+
+def _per_input(limit: Limit) -> Limit:
+    """Limits of a matrix as `Descent` takes them."""
+    return limit if isinstance(limit, int) else limit[:, None]
 
 
 def refine(

@@ -7,7 +7,7 @@ as decoders have it, keeps one set of codes for both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -172,7 +172,11 @@ class BlockTables:
             Constant(self._name(name), values)
             for name, values in zip(what, (codes, np.ascontiguousarray(blocks.scales.T)), strict=True)
         )
-        self._look_up(node, data, [scales], blocks)
+        steps = [scales]
+        if blocks.zeros is not None:
+            zeros = packed((blocks.zeros.T.astype(np.int16) - blocking.low).astype(np.uint8), blocking.bits)
+            steps.append(Constant(self._name(f"{table.name}_zero_point"), zeros))
+        self._look_up(node, data, steps, blocks)
 
     def share(self, table: Tensor, product: Node, blocks: Blocks) -> None:
         """Have all that looks up a table read the integers of a product by it."""
@@ -184,7 +188,7 @@ class BlockTables:
         for node in [each for each in table.outputs if _looked_up(each) is table]:
             self._look_up(node, flat, [scales, *(each for each in zeros if each.name)], blocks)
 
-    def _look_up(self, node: Node, data: Tensor, steps: list[Tensor], blocks: Blocks) -> None:
+    def _look_up(self, node: Node, data: Tensor, steps: Sequence[Tensor], blocks: Blocks) -> None:
         table, blocking = node.inputs[0], blocks.blocking
         node.op = "GatherBlockQuantized"
         node.domain, node.inputs = DOMAIN, [data, node.inputs[1], *steps]

@@ -49,7 +49,7 @@ class WeightOnly(Strategy):
         """How a weight over so many inputs is coded by so many bits, in blocks that may have to be full."""
         size = self.settings.block_size or (FEW if bits < 8 else MANY if even else _least_bytes(inputs))
         size = math.gcd(inputs, size) if even else size
-        return Blocking(bits, size, self.layout.signed_scales)
+        return Blocking(bits, size, self.layout.zero_points and bits < 8)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,12 @@ def test_steps_of_blocks_only_lower_the_loss(
     blocking = Blocking(bits, size)
     start = nearest(matrix, blocking, np.diagonal(gram[0]))
     steps = blocking.spread(start.scales, inputs)[:, None]
-    codes, limits = start.codes[:, None].astype(np.float32), (blocking.low, blocking.high)
+    codes = start.counted()[:, None].astype(np.float32)
+    low, high = (
+        each[:, None] if isinstance(each, np.ndarray) else each
+        for each in blocking.limits(start.zeros, inputs)
+    )
+    limits = low, high
     work = Descent(matrix[:, None], codes, steps, limits, size=size)
     last = np.inf
     for _ in range(3):

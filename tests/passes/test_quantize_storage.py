@@ -193,17 +193,16 @@ def test_what_the_operator_cannot_do_is_stored_in_eight_bits() -> None:
     assert sqnr(before["u"], after["u"]) > 17
 
 
-def test_the_lowest_code_takes_the_larger_side() -> None:
-    """Of a block whose largest weight is on either side, all sixteen codes are used."""
+def test_all_codes_are_used_to_either_side() -> None:
     matrix = normal(64, 200)
-    for signed in (True, False):
-        found = nearest(matrix, Blocking(4, 32, signed))
+    for zeros in (True, False):
+        found = nearest(matrix, Blocking(4, 32, zeros))
         assert (found.codes.min(), found.codes.max()) == (-8, 7)
-        assert bool((found.scales < 0).any()) == signed
+        assert (found.zeros is not None) == zeros
     plain = np.abs(matrix).reshape(2, 32, 200).max(axis=1).repeat(32, axis=0) / 7
     rounded = np.rint(matrix / plain) * plain
-    kept = [sqnr(matrix, nearest(matrix, Blocking(4, 32, signed)).values()) for signed in (True, False)]
-    assert kept[0] > kept[1] + 0.3
+    kept = [sqnr(matrix, nearest(matrix, Blocking(4, 32, zeros)).values()) for zeros in (True, False)]
+    assert kept[0] > kept[1] + 0.8
     assert kept[1] > sqnr(matrix, rounded) + 0.8
 
 
@@ -350,7 +349,7 @@ def uneven() -> tuple[Model, list[dict[str, Array]]]:
 @pytest.mark.parametrize("form", ["qdq", "matmulnbits"])
 @pytest.mark.parametrize(
     ("size", "wide"),
-    [(0.16, []), (0.20, ["second"]), (0.24, ["second", "third"]), (0.3, ["first", "second", "third"])],
+    [(0.165, []), (0.20, ["second"]), (0.24, ["second", "third"]), (0.3, ["first", "second", "third"])],
 )
 def test_room_goes_to_the_layers_that_gain_most(form: str, size: float, wide: list[str]) -> None:
     model, data = uneven()
