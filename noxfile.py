@@ -36,6 +36,18 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def oldest(session: nox.Session) -> None:
+    """The node suite and the rows of operators on the oldest onnx and ONNX Runtime that may be installed."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    least = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
+    pins = [
+        f"{word.replace('>=', '==')}.*" for word in least if word.split(">=")[0] in ("onnx", "onnxruntime")
+    ]
+    session.install("-e", ".[test]", *pins)
+    session.run("pytest", "tests/test_conformance.py", "tests/ops", *session.posargs)
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Build a wheel and run the demo from it, away from the checkout."""
     folder = Path(session.create_tmp()).resolve()

@@ -80,8 +80,8 @@ IMAGES = {
     "Trilu": Case("z = Trilu(a)"),
     "CastLike": Case("z = CastLike(a, l)", constants=normals(l=(3,))),
     "MaxUnpool": Case(
-        "p, i = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a) "
-        "z = MaxUnpool<kernel_shape=[2,2], strides=[2,2]>(p, i)",
+        "p, i = MaxPool<kernel_shape=[5,5], strides=[5,5]>(a) "
+        "z = MaxUnpool<kernel_shape=[5,5], strides=[5,5]>(p, i)",
         units=(),
     ),
 }

@@ -24,7 +24,7 @@ from onnxslim.passes.unfuse import Unfuse
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from onnxslim.shapes.cost import macs
-from tests.helpers import apply, as_fused, ops, parse, reasons
+from tests.helpers import ONNX_RUNTIME, RECENT, apply, as_fused, ops, parse, reasons
 
 NEWEST = onnx.defs.onnx_opset_version()
 # The oldest in which all that is written is there, and those in which operators came that are written since.
@@ -334,6 +334,8 @@ def test_bodies_compute_what_the_operator_does(call: str, tensors: str, opset: i
     if ("NBits" in call or "GatherBlock" in call) and not constant:
         assert "its codes are no constants" in next(iter(reasons(changes).values()))
         return
+    if "GatherBlock" in call and "ow" in call and ONNX_RUNTIME < RECENT:
+        pytest.skip("this ONNX Runtime finds other zero points")
     assert not changes.skipped
     for node in after.nodes():
         assert onnx.defs.get_schema(node.op, opset), node.op

@@ -22,7 +22,7 @@ from onnxslim.runtime.session import Session
 from onnxslim.runtime.timing import Bench, Timing
 from onnxslim.shapes.cost import macs
 from tests.decoders import Decoder
-from tests.helpers import ops, reasons, skip_if_old
+from tests.helpers import ONNX_RUNTIME, RECENT, ops, reasons
 
 WIDE = Decoder(heads=8, shared=4)
 FORMS: dict[str, dict[str, Any]] = {
@@ -42,7 +42,8 @@ def _families(model: Model, *, interface: bool = False) -> Analysis:
 
 
 def _run(step: Any, model: Model, decoder: Decoder) -> Result:
-    skip_if_old(model, decoder.tokens(1)[0])
+    if decoder.packed and ONNX_RUNTIME < RECENT:
+        pytest.skip("this ONNX Runtime infers the shape of what is packed for that of queries")
     return Pipeline(step, on_error="raise")(model, data=CalibrationData(decoder.tokens(12)))
 
 
