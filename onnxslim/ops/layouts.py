@@ -22,6 +22,7 @@ class IntegerLayout:
             point; that is the first one of a network, which is also the most sensitive.
         kernels: operators with an integer kernel, besides those that only move data.
         slow: operators that move data faster as floating point than as integers.
+        recurrent: recurrent layers with a kernel that turns data and state into integers as they come.
         weight_only: matrix products that read integer weights at no loss of time while their data is floats.
         zero_points: whether weights of few bits may have codes of zero other than 0.
     """
@@ -34,6 +35,7 @@ class IntegerLayout:
     min_channels: int = 1
     kernels: frozenset[str] = frozenset()
     slow: frozenset[str] = frozenset()
+    recurrent: frozenset[str] = frozenset()
     weight_only: frozenset[str] = frozenset()
     zero_points: bool = False
 
@@ -70,6 +72,7 @@ LAYOUTS: dict[str, IntegerLayout] = {
         min_channels=4,
         kernels=_CPU_KERNELS,
         slow=frozenset(("Resize",)),
+        recurrent=frozenset(("LSTM",)),
         weight_only=frozenset(("MatMul", "Gemm")),
         zero_points=True,
     ),

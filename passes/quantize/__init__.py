@@ -91,8 +91,9 @@ class Quantize(Pass):
     activations: Activations = Field(
         "auto",
         description="integer type of activations: that of the target, or another one; dynamic: only matrix "
-        "products by constants run in integers, and ranges of their data are those of every single input, "
-        "without calibration; none: weights of matrix products and embeddings are stored as integers",
+        "products by constants, and on processors LSTMs, run in integers, and ranges of their data are those "
+        "of every single input, without calibration; none: weights of matrix products and embeddings are "
+        "stored as integers",
     )
     storage: StorageChoice = Field(
         "auto",
@@ -272,7 +273,7 @@ class Quantize(Pass):
         candidate, figures = self._candidate(start, log, asked)
         log.add(candidate.log.done())
         plan = candidate.plan
-        if not plan.linear and not plan.stored and not plan.tables:
+        if not any((plan.linear, plan.stored, plan.tables, plan.recurrent)):
             log.skip(model.graph.name or "model", _nothing(model, figures))
             return Changes((), log.done().skipped)
         for name in start.looked_up:

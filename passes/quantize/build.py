@@ -40,7 +40,7 @@ class Candidate:
 
     def labels(self) -> set[str]:
         """Weighted nodes in integers, or stored so where none computes in them."""
-        nodes = (*(self.plan.linear or self.plan.stored), *self.plan.tables)
+        nodes = (*(self.plan.linear or self.plan.stored), *self.plan.tables, *self.plan.recurrent)
         return {self.plan.labels[id(node)] for node in nodes}
 
 
@@ -134,6 +134,7 @@ class Builder:
             irregular=self._calibration.irregular(),
             trained=self._trained.covers,
             looks_up=self.strategy.looks_up,
+            recurs=self.strategy.recurs,
             coded=self._trained.constants,
         )
         return planner.plan()

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from onnxslim.engine.matching import excluded
 from onnxslim.ir.graph import Node
 from onnxslim.ops import Role, spec_of
+from onnxslim.passes.quantize.recurrent import is_recurrent
 from onnxslim.passes.quantize.tables import table_of
 
 Bits = Literal["int8", "int4"]
@@ -78,7 +79,7 @@ def refusal(settings: Settings, variant: Variant) -> Refusal:
             return reason
         others = variant.only is not None and node.label not in variant.only
         chosen = settings.storage == "matmulnbits" and table_of(node) is not None
-        if others and (chosen or spec_of(node).role is Role.LINEAR):
+        if others and (chosen or is_recurrent(node) or spec_of(node).role is Role.LINEAR):
             return "another one is looked at"
         return None
 

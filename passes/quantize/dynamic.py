@@ -12,16 +12,18 @@ from onnxslim.passes.quantize.choices import Variant
 from onnxslim.passes.quantize.dynamic_products import DynamicProducts, unfit
 from onnxslim.passes.quantize.figures import QuantizeFigures
 from onnxslim.passes.quantize.plan import LAST
+from onnxslim.passes.quantize.recurrent import DynamicRecurrent
 from onnxslim.passes.quantize.strategy import Draft, Strategy, parted
 
-AS_THEY_COME = "without ranges, only matrix products by constants run in integers"
+AS_THEY_COME = "without ranges, only matrix products by constants and LSTMs run in integers"
 
 
 @dataclass(frozen=True)
 class Dynamic(Strategy):
-    """Matrix products by constants turn data into integers as they come; what cannot stores its weight."""
+    """Matrix products by constants, and LSTMs, turn data into integers as they come; others store weights."""
 
     fits_in_turn: ClassVar[bool] = False
+    recurs: ClassVar[bool] = True
     sharing: ClassVar[bool] = True
 
     def in_floats(self, model: Model, variant: Variant) -> Mapping[str, str]:
@@ -41,4 +43,10 @@ class Dynamic(Strategy):
         per_channel = self.settings.per_channel
         writer = DynamicProducts(draft.model, self.layout, encoder, per_channel, draft.log)
         writer.apply(products)
-        return replace(figures, tightened=writer.tightened)
+        layers = DynamicRecurrent(draft.model, self.layout, per_channel, draft.log)
+        for node in draft.plan.recurrent:
+            if reason := kept.get(draft.plan.labels[id(node)]):
+                draft.log.skip(node.label, reason)
+            else:
+                layers.apply([node])
+        return replace(figures, tightened={**writer.tightened, **layers.tightened})

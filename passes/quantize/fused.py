@@ -13,10 +13,16 @@ from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.blocks import EXACT
 from onnxslim.passes.quantize.block_products import is_product
+from onnxslim.passes.quantize.recurrent import is_recurrent
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.targets import Target
 
-MATCHES = ("MatMul", "MatMulInteger")
+MATCHES = ("DynamicQuantizeLSTM", "LSTM", "MatMul", "MatMulInteger")
+
+# What operators that compute in integers by themselves are otherwise.
+_KINDS = {"MatMulInteger": "MatMul", "DynamicQuantizeLSTM": "LSTM"}
+# Those of them that keep their names in the graph that runs.
+_OWN = ("DynamicQuantizeLSTM",)
 
 
 class Kernels(NamedTuple):
@@ -51,7 +57,7 @@ def kernels(model: Model, integer: Mapping[int, str], target: Target) -> Kernels
     unfused = [
         node.name
         for node in countable
-        if node.name in wanted and ran.get(node.name) in (node.op, f"Fused{node.op}")
+        if node.name in wanted and node.op not in _OWN and ran.get(node.name) in (node.op, f"Fused{node.op}")
     ]
     lost = set(unfused)
     done = Counter(_kind(node) for node in countable if node.name in wanted and node.name not in lost)
@@ -73,8 +79,8 @@ def beside_floats(model: Model, data: CalibrationData, target: Target) -> float:
 
 
 def _may_be_integer(node: Node) -> bool:
-    return node.op == "MatMulInteger" or spec_of(node).role in (Role.LINEAR, Role.KERNEL)
+    return node.op in _KINDS or is_recurrent(node) or spec_of(node).role in (Role.LINEAR, Role.KERNEL)
 
 
 def _kind(node: Node) -> str:
-    return "MatMul" if node.op == "MatMulInteger" else node.op
+    return _KINDS.get(node.op, node.op)

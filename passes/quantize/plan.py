@@ -24,6 +24,7 @@ from onnxslim.ops.layers import Convolution
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.fold.weights import why_computed
 from onnxslim.passes.quantize.choices import Refusal
+from onnxslim.passes.quantize.recurrent import NO_RANGES, is_recurrent, unfit
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Plan:
         linear: weighted operators with an integer kernel, in order.
         stored: weighted operators that stay in floating point and only store their weight as integers.
         tables: lookups of tables that are stored as integers of one size or another.
+        recurrent: recurrent layers whose data and state become integers as they come.
         last: ids of those of them that are the last matrix product before an output.
         followers: operators that run in integers between them, in order.
         tensors: tensors that get a Q/DQ pair, by id, in order of appearance.
@@ -46,6 +48,7 @@ class Plan:
     linear: list[Node] = field(default_factory=list)
     stored: list[Node] = field(default_factory=list)
     tables: list[Node] = field(default_factory=list)
+    recurrent: list[Node] = field(default_factory=list)
     last: set[int] = field(default_factory=set)
     followers: list[Node] = field(default_factory=list)
     tensors: dict[int, Tensor] = field(default_factory=dict)
@@ -57,6 +60,7 @@ class Plan:
     def integer(self) -> set[int]:
         """Ids of all nodes that run in integers."""
         dynamic = [node for node in self.stored if has(node, Trait.INTEGER)]
+        dynamic += [node for node in self.recurrent if not is_recurrent(node)]
         return {id(node) for node in (*self.linear, *self.followers, *dynamic)}
 
     def sources(self) -> list[str]:
@@ -81,6 +85,7 @@ class Planner:
         irregular: of tensors whose values no integer range should cover, by name, what they hold.
         trained: whether a weighted node was trained to run in integers.
         looks_up: whether a node looks up a table whose size of integers is to be chosen.
+        recurs: whether recurrent layers are to turn their data into integers as they come.
         coded: names of the constants that are stored as integers already, however small they are.
     """
 
@@ -98,6 +103,7 @@ class Planner:
         irregular: Mapping[str, str] | None = None,
         trained: Callable[[Node], bool] = lambda node: False,
         looks_up: Callable[[Node], bool] = lambda node: False,
+        recurs: bool = False,
         coded: Collection[str] = (),
     ) -> None:
         self._nodes = model.graph.nodes
@@ -113,6 +119,7 @@ class Planner:
         self._irregular = irregular or {}
         self._trained = trained
         self._looks_up = looks_up
+        self._recurs = recurs
         self._coded = coded
         self._sealed = {id(self._result(node)) for node in self._nodes if _is_misread(node)}
         self._seal_moved()
@@ -124,6 +131,7 @@ class Planner:
         plan.linear = [node for node in self._nodes if self._is_linear(node)]
         plan.stored = [node for node in self._nodes if self._is_stored(node)]
         plan.tables = [node for node in self._nodes if self._looks_up(node) and self._refuse(node) is None]
+        plan.recurrent = [node for node in self._nodes if self._is_recurrent(node)]
         plan.last = self._classifiers
         available = self._required(plan.linear)
         candidates = self._forward(available, plan.linear)
@@ -135,7 +143,7 @@ class Planner:
         for tensor in self._quantized(plan):
             plan.tensors[id(tensor)] = tensor
         self._share_scales(plan)
-        everything = (*plan.linear, *plan.stored, *plan.followers, *plan.tables)
+        everything = (*plan.linear, *plan.stored, *plan.followers, *plan.tables, *plan.recurrent)
         plan.labels = {id(node): node.label for node in everything}
         return plan
 
@@ -217,6 +225,15 @@ class Planner:
         if id(node) in self._classifiers:
             return LAST
         return None
+
+    def _is_recurrent(self, node: Node) -> bool:
+        """Whether a recurrent layer can run in integers, and may."""
+        if not is_recurrent(node):
+            return False
+        why_not = self._refuse(node) or unfit(node, self._rules) or (None if self._recurs else NO_RANGES)
+        if why_not:
+            self._log.skip(node.label, why_not)
+        return why_not is None
 
     def _is_stored(self, node: Node) -> bool:
         """Whether the weight of a matrix product left in floating point is worth storing as integers."""

@@ -233,7 +233,8 @@ def moves_of(trial: Trial, layers: Sequence[Sensitivity], options: QuantizeOptio
                 step="quantize",
                 group=layer.node,
                 option=options.weights,
-                left={weight.name: 1.0 - (nothing - layer.bytes) / weight.nbytes},
+                # A recurrent layer has a second weight, which counts with the first.
+                left={weight.name: max(1.0 - (nothing - layer.bytes) / weight.nbytes, 0.0)},
                 damage=layer.error,
                 measured=True,
                 plan=QuantizationPlan.of(options, variant, build, trial.candidate, False),

@@ -65,6 +65,7 @@ class Strategy(ABC):
         layout: of the target.
         calibrated: whether ranges of activations are known beforehand, from data.
         fits_in_turn: whether weights can be fitted to what the quantized layers before them make.
+        recurs: whether recurrent layers turn their data and state into integers.
         sharing: whether a weight that several nodes read may be stored as integers.
     """
 
@@ -73,6 +74,7 @@ class Strategy(ABC):
 
     calibrated: ClassVar[bool] = False
     fits_in_turn: ClassVar[bool] = True
+    recurs: ClassVar[bool] = False
     sharing: ClassVar[bool] = False
 
     @property
