@@ -27,6 +27,7 @@ class Decoder:
         packed: whether queries, keys and values come out of one product.
         rotary: whether attention turns queries and keys; RotaryEmbedding does otherwise.
         bits: of the codes of matrices; 0 for float32.
+        table: whether embeddings are codes, too.
     """
 
     layers: int = 2
@@ -40,6 +41,7 @@ class Decoder:
     packed: bool = False
     rotary: bool = True
     bits: int = 0
+    table: bool = False
 
     def model(self) -> Model:
         """It, with weights of random numbers."""
@@ -71,13 +73,12 @@ class _Text:
         self.constants |= {
             "cosines": np.cos(angles).astype(np.float32),
             "sines": np.sin(angles).astype(np.float32),
-            "table": self._matrix(of.vocabulary, of.width),
             "one": np.array(1),
             "axis": np.array([0]),
             "first": np.zeros(1, np.int64),
         }
         self._lengths()
-        self.nodes.append("r0 = Gather(table, tokens)")
+        self._embedded()
         self._norm("r0", None, "n0")
         for at in range(of.layers):
             self._attention(f"n{2 * at}", at)
@@ -114,6 +115,23 @@ class _Text:
         values = (some + 0.1 * random.standard_normal((inputs, outputs))) / inputs**0.5
         return np.asarray(values, np.float32)
 
+    def _embedded(self) -> None:
+        table = self._matrix(self.of.vocabulary, self.of.width)
+        if not self.of.table:
+            self.constants["table"] = table
+            self.nodes.append("r0 = Gather(table, tokens)")
+            return
+        self.constants["table"], self.constants["s_table"] = self._coded(table)
+        attrs = f"bits={self.of.bits}, block_size=16"
+        self.nodes.append(f"r0 = com.microsoft.GatherBlockQuantized<{attrs}>(table, tokens, s_table)")
+
+    def _coded(self, rows: Array) -> tuple[Array, Array]:
+        """Codes of rows with a scale for each 16, and the scales, a row of them for each."""
+        bits, blocks = self.of.bits, rows.reshape(len(rows), -1, 16)
+        scales = np.abs(blocks).max(2) / (2 ** (bits - 1) - 1)
+        codes = (np.rint(blocks / scales[..., None]) + 2 ** (bits - 1)).astype(np.uint8).reshape(rows.shape)
+        return (codes[:, ::2] | (codes[:, 1::2] << 4) if bits == 4 else codes), scales.astype(np.float32)
+
     def _product(self, x: str, made: str, inputs: int, outputs: int) -> None:
         """A product by a matrix, whose codes have a scale for each 16 of a column."""
         weight = self._matrix(inputs, outputs)
@@ -121,13 +139,12 @@ class _Text:
             self.constants[f"w_{made}"] = weight
             self.nodes.append(f"{made} = MatMul({x}, w_{made})")
             return
-        bits, blocks = self.of.bits, inputs // 16
-        columns = weight.T.reshape(outputs, blocks, 16)
-        scales = np.abs(columns).max(2) / (2 ** (bits - 1) - 1)
-        codes = (np.rint(columns / scales[..., None]) + 2 ** (bits - 1)).astype(np.uint8)
-        stored = codes[..., ::2] | (codes[..., 1::2] << 4) if bits == 4 else codes
-        self.constants |= {f"w_{made}": stored, f"s_{made}": scales.reshape(-1).astype(np.float32)}
-        attrs = f"K={inputs}, N={outputs}, bits={bits}, block_size=16, accuracy_level=1"
+        stored, scales = self._coded(weight.T)
+        self.constants |= {
+            f"w_{made}": stored.reshape(outputs, inputs // 16, -1),
+            f"s_{made}": scales.reshape(-1),
+        }
+        attrs = f"K={inputs}, N={outputs}, bits={self.of.bits}, block_size=16, accuracy_level=1"
         self.nodes.append(f"{made} = com.microsoft.MatMulNBits<{attrs}>({x}, w_{made}, s_{made})")
 
     def _norm(self, x: str, added: str | None, made: str) -> None:

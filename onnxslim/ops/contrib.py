@@ -218,5 +218,15 @@ register(
 {{ y = com.microsoft.MatMulNBits<K=64, N=2, bits=4, block_size=16>(x, w, s) }}""",
     ),
     # Written out, ONNX Runtime turns all of the table back to look up a few rows of it.
-    OpSpec("GatherBlockQuantized", DOMAIN, body=blocks.table, body_opset=blocks.OPSET, written="all"),
+    OpSpec(
+        "GatherBlockQuantized",
+        DOMAIN,
+        body=blocks.table,
+        body_opset=blocks.OPSET,
+        written="all",
+        channels=Channels(block_channels.block_table),
+        example=f"""{_HEAD}(int64[N,3] i) => (float[N,3,64] y)
+<uint8[2,32] w = {{{", ".join(map(str, range(100, 164)))}}}, float[2,4] s = {{{", ".join(["0.5"] * 8)}}}>
+{{ y = com.microsoft.GatherBlockQuantized<bits=4, block_size=16>(w, i, s) }}""",
+    ),
 )

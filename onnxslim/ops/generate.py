@@ -90,6 +90,16 @@ register(
         at_most=16,
         example=_text("y = Compress(x, c)", "double[9] x, bool[9] c", "double[n] y"),
     ),
+    # Up to a row of three integers for each score.
+    OpSpec(
+        "NonMaxSuppression",
+        at_most=24,
+        example=_text(
+            "m = Constant<value_ints=[9]>() y = NonMaxSuppression(x, s, m)",
+            "float[1,4,4] x, float[1,2,4] s",
+            "int64[n,3] y",
+        ),
+    ),
     OpSpec(
         "Unique",
         at_most=16,

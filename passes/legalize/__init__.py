@@ -40,6 +40,7 @@ TYPES_IR = {
     "float4_e2m1fn": 11,
     "float8_e8m0fnu": 12,
     **dict.fromkeys(("int2", "uint2"), 13),
+    **dict.fromkeys(("float6_e2m3fn", "float6_e3m2fn"), 14),
 }
 # Before this opset, a zero in the target of a Reshape stands for a size of its input, always.
 ZEROS = 14

@@ -9,9 +9,10 @@ import pytest
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
+from onnxslim.passes.dedupe import Dedupe
 from onnxslim.passes.inline import Inline
 from onnxslim.passes.slim import Slim
-from tests.helpers import apply, ops, run, same_outputs
+from tests.helpers import apply, ops, run, same_outputs, settled
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21, "own" : 1]>'
 
@@ -171,3 +172,17 @@ def test_in_a_pipeline() -> None:
     result = Pipeline(Slim())(model("g (float[N,4] x) => (float[N,4] y) { y = own.elu(x) }", ELU))
     assert not result.report.steps[0].error
     assert ops(result.model) == {"Elu": 1}
+
+
+def test_overloads_are_inlined_each_with_its_own_body() -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 17, "own" : 1]>
+        g (float[2] x) => (float[2] y, float[2] z) { y = own.F(x) z = own.F(x) }
+        <domain: "own", opset_import: ["" : 17]> F (a) => (b) { b = Exp(a) }
+        <domain: "own", opset_import: ["" : 17]> F (a) => (b) { b = Neg(a) }"""
+    )
+    proto.functions[1].overload = proto.graph.node[1].overload = "second"
+    called = load(proto)
+    assert not apply(Dedupe(), called)[1]
+    result, _ = settled(Inline(), called)
+    assert [node.op for node in result.graph.nodes] == ["Exp", "Neg"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
+
 from onnxslim.ir.graph import Constant, Node
 from onnxslim.ops.channels.cut import Cut
 from onnxslim.ops.channels.labels import Block, Labels, Trace
@@ -32,6 +34,26 @@ def block_product(trace: Trace) -> None:
         trace.tie_axis(5, 0, columns)
     kept = [block for block in trace.blocks(0) if rank - 1 not in block.axes]
     trace.emit([*kept, Block((rank - 1,), columns)])
+
+
+def block_table(trace: Trace) -> None:
+    """GatherBlockQuantized: a table [rows, channels] in blocks of channels, whose codes may share a byte."""
+    attrs, rank = trace.node.attrs, len(trace.made())
+    if (
+        len(trace.shape(0)) != 2
+        or attrs.get("gather_axis", 0)
+        or attrs.get("quantize_axis", 1) not in (1, -1)
+    ):
+        return
+    for index in (0, 2, 3):
+        if trace.has(index):
+            trace.release(index, 0, "its rows are looked up")
+    codes, blocks = trace.labels(0, 1), trace.labels(2, 1)
+    channels = np.repeat(codes, trace.made()[-1] // codes.size)
+    _tie_blocks(trace, channels, blocks, attrs.get("block_size", 128))
+    if trace.has(3):
+        _tie_packed(trace, blocks, trace.labels(3, 1))
+    trace.emit([Block((rank - 1,), channels)])
 
 
 def _tie_blocks(trace: Trace, along: Labels, blocks: Labels, size: int) -> None:
