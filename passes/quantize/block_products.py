@@ -7,6 +7,8 @@ the same, in another order, so that going from one to the other loses nothing.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +68,9 @@ class BlockProducts:
         self._log = log
         self._name = Namer(model.graph)
         self._outputs = {id(tensor) for tensor in model.graph.outputs}
+        self._there: defaultdict[tuple[Any, ...], list[Constant]] = defaultdict(list)
+        for constant in model.constants():
+            self._there[constant.dtype, constant.shape].append(constant)
 
     def write(self, node: Node, blocks: Blocks) -> None:
         """Have a node, which is not `unwritable`, read these integers of its weight."""
@@ -100,7 +105,10 @@ class BlockProducts:
         self._log.change(node.label, f"{was} reads its weight as int{blocking.bits}")
 
     def _constant(self, like: Tensor, what: str, values: Array) -> Constant:
-        return Constant(self._name(f"{like.name}_{what}"), values)
+        """A new constant, or one that holds the same: lookups may have kept it."""
+        there = self._there[values.dtype, values.shape]
+        found = next((each for each in there if np.array_equal(each.values, values)), None)
+        return found or Constant(self._name(f"{like.name}_{what}"), values)
 
     def _drop(self, weight: Constant) -> None:
         if not weight.outputs and id(weight) not in self._outputs:

@@ -98,6 +98,10 @@ class WeightCoder:
         found = self._trained.blocks(layer, blocking.size)
         return found if found is not None and found.blocking.bits <= blocking.bits else None
 
+    def kept(self, layer: Layer) -> Blocks | None:
+        """Integers with a scale for every few inputs that a weight was stored as, whatever their bits."""
+        return self._trained.blocks(layer, 0) if self.came_in_blocks(layer.node) else None
+
     def came_in_blocks(self, node: Node) -> bool:
         """Whether the weight of a node was stored with a scale for every few inputs."""
         stored = self._trained.constants.get(node.inputs[1].name)

@@ -12,7 +12,7 @@ from onnxslim.engine.base import Log
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.rewrite import Rule
 from onnxslim.errors import PassError
-from onnxslim.ir.graph import Node
+from onnxslim.ir.graph import Constant, Node
 from onnxslim.ir.model import Model
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.fold.weights import store_weights
@@ -31,7 +31,7 @@ def prepare(model: Model, rules: IntegerLayout, log: Log, opset: int = MIN_OPSET
     Raises:
         PassError: the opset cannot be raised.
     """
-    for skip in unfuse(model, "layers", coded=True).skipped:
+    for skip in unfuse(model, "layers", coded=_is_single).skipped:
         log.skip(skip.node, skip.reason)
     if model.opset < opset:
         if problem := raise_opset(model, opset):
@@ -42,6 +42,12 @@ def prepare(model: Model, rules: IntegerLayout, log: Log, opset: int = MIN_OPSET
     shapes.infer(model)
     wanted = [rule for rule in RULES if rule.needs <= rules.kernels]
     rewrite.apply(wanted, model, log)
+
+
+def _is_single(node: Node) -> bool:
+    """Whether what a node reads in floating point is float32: scales of other types are left as they are."""
+    kinds = {tensor.dtype for tensor in node.inputs if isinstance(tensor, Constant)}
+    return not any(isinstance(kind, np.dtype) and kind.kind == "f" and kind != np.float32 for kind in kinds)
 
 
 class _KernelRule(Rule[Node]):

@@ -179,14 +179,19 @@ class BlockTables:
         self._look_up(node, data, steps, blocks)
 
     def share(self, table: Tensor, product: Node, blocks: Blocks) -> None:
-        """Have all that looks up a table read the integers of a product by it."""
-        data, scales, *zeros = product.inputs[1:4]
-        assert isinstance(data, Constant)
-        flat = Variable(self._name(f"{data.name}_rows"), data.dtype)
-        shape = Constant(self._name(f"{data.name}_shape"), np.array([len(data.values), -1], np.int64))
-        self._new.append(Node("Reshape", self._name(f"{flat.name}_Reshape"), {}, [data, shape], [flat]))
+        """Have all that looks up a table and a product by it read the same integers.
+
+        Lookups read them as they are stored, so that types and shapes behind them are known.
+        """
+        codes, scales, *zeros = product.inputs[1:4]
+        assert isinstance(codes, Constant)
+        rows = Constant(self._name(f"{codes.name}_rows"), codes.values.reshape(len(codes.values), -1))
+        shape = Constant(self._name(f"{codes.name}_shape"), np.array(codes.values.shape, np.int64))
+        blocked = Variable(codes.name, codes.dtype, codes.shape)
+        self._new.append(Node("Reshape", self._name(f"{codes.name}_Reshape"), {}, [rows, shape], [blocked]))
+        product.inputs[1] = blocked
         for node in [each for each in table.outputs if _looked_up(each) is table]:
-            self._look_up(node, flat, [scales, *(each for each in zeros if each.name)], blocks)
+            self._look_up(node, rows, [scales, *(each for each in zeros if each.name)], blocks)
 
     def _look_up(self, node: Node, data: Tensor, steps: Sequence[Tensor], blocks: Blocks) -> None:
         table, blocking = node.inputs[0], blocks.blocking

@@ -105,8 +105,17 @@ class WeightOnlyBytes(WeightOnly):
             columns = table.shape[1]
             bits = 8 if columns % 2 else self._bits(node, draft)
             tables.write(node, draft.coder.table(table, self.blocking(columns, bits)))
+        self._keep(draft, products)
         tables.finish()
         retie(draft.model, ties)
+
+    def _keep(self, draft: Draft, products: BlockProducts) -> None:
+        """What came in this form, and is left alone, leaves in it."""
+        for node in draft.model.graph.nodes:
+            layer = view_of(node)
+            blocks = draft.coder.kept(layer) if layer is not None and node.input(1) is not None else None
+            if blocks is not None and unwritable(node) is None:
+                products.write(node, blocks)
 
     def store(self, draft: Draft, storage: Storage) -> None:
         """Tables, where that is not done yet."""

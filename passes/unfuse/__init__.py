@@ -43,7 +43,11 @@ class Unfuse(Pass):
 
 
 def unfuse(
-    model: Model, which: Which, *, coded: bool = False, only: Callable[[Node], bool] = lambda node: True
+    model: Model,
+    which: Which,
+    *,
+    coded: Callable[[Node], bool] | None = None,
+    only: Callable[[Node], bool] = lambda node: True,
 ) -> Changes:
     """Write nodes in standard operators, in place: what every pass calls that works on layers.
 
@@ -52,7 +56,7 @@ def unfuse(
     Args:
         model: edited in place.
         which: see `Unfuse`; operators that take codes become DQ, what they do, and Q.
-        coded: whether all that take codes are to be written out, whatever for.
+        coded: which of those that take codes are written out as well, whatever they are written out for.
         only: of which nodes.
 
     Returns:
@@ -77,12 +81,16 @@ def unfuse(
     return log.done()
 
 
-def writable(model: Model, which: Which, *, coded: bool = False) -> Iterator[tuple[Node, WriteBody]]:
+def writable(
+    model: Model, which: Which, *, coded: Callable[[Node], bool] | None = None
+) -> Iterator[tuple[Node, WriteBody]]:
     """Nodes that are to be written out, with what does it."""
     for node in model.nodes():
         spec = spec_of(node)
-        wanted = WHICH.index(spec.written) <= WHICH.index(which) or (coded and spec.qoperator)
-        if spec.body is not None and wanted:
+        if spec.body is None:
+            continue
+        wanted = coded is not None and spec.qoperator and coded(node)
+        if wanted or WHICH.index(spec.written) <= WHICH.index(which):
             write = body_of(node, model, qoperators=spec.qoperator)
             if write is not None:
                 yield node, write
@@ -101,7 +109,7 @@ def _raised(model: Model, nodes: Sequence[Node], log: Log) -> bool:
 
 
 def _pending(
-    model: Model, which: Which, coded: bool, only: Callable[[Node], bool]
+    model: Model, which: Which, coded: Callable[[Node], bool] | None, only: Callable[[Node], bool]
 ) -> list[tuple[Node, WriteBody]]:
     return [(node, write) for node, write in writable(model, which, coded=coded) if only(node)]
 

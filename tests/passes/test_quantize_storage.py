@@ -101,6 +101,33 @@ def test_codes_that_are_there_are_not_rounded_again(bits: int, size: int, zeros:
     assert there.nbytes() == pytest.approx(back.nbytes(), rel=0.8), "no weight is there twice"
 
 
+def test_a_product_that_is_left_alone_keeps_its_form() -> None:
+    model = made(zeros=True)
+    assert not apply(Quantize(activations="none", exclude=("*",)), model)[1]
+    both = {"w1": normal(72, 72, seed=1), "w": model.graph.initializers["w"].values}
+    head = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>'
+    call = NBITS.format(bits=4, size=32, zero="").replace("(x,", "(a,").replace("y =", "[kept] y =")
+    text = f"{head} g (float[N,S,72] x) => (float[N,S,10] y) {{ [new] a = MatMul(x, w1) {call} }}"
+    mixed = parse(text, {**both, "s": model.graph.initializers["s"].values})
+    result, _ = apply(Quantize(activations="none", weights="int4", exclude=("kept",)), mixed)
+    assert ops(result) == {"MatMulNBits": 2}
+    assert np.array_equal(written_out(result)[1], written_out(mixed)[0])
+
+
+def test_scales_of_half_precision_are_left_as_they_are() -> None:
+    model = made()
+    text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+    g (float16[N,S,72] x) => (float16[N,S,10] y) {"""
+    constants = {name: model.graph.initializers[name].values for name in "ws"}
+    half = parse(
+        f"{text} {NBITS.format(bits=4, size=32, zero='')} }}",
+        {"w": constants["w"], "s": constants["s"].astype(np.float16)},
+    )
+    result, changes = apply(Quantize(activations="none", weights="int4"), half)
+    assert not changes
+    assert (ops(result), result.opset) == ({"MatMulNBits": 1}, 17)
+
+
 def test_eight_bits_become_four_where_that_is_asked_for() -> None:
     model = made(8, 32)
     result = stored(model, weights="int4")
@@ -268,7 +295,15 @@ def test_a_table_and_the_head_have_one_set_of_codes(
     head_node = next(node for node in result.graph.nodes if node.name == "head")
     rows = next(node for node in result.graph.nodes if node.op == "GatherBlockQuantized")
     assert rows.inputs[2] is head_node.inputs[2]
-    assert rows.inputs[0].inputs[0].inputs[0] is head_node.inputs[1]
+    assert head_node.inputs[1].inputs[0].inputs[0] is rows.inputs[0]
+
+
+def test_what_has_one_set_of_codes_keeps_it() -> None:
+    once = stored(decoder(), weights="int4")
+    for again in (stored(once, weights="int4"), Pipeline(Slim())(once).model):
+        assert ops(again) == ops(once)
+        assert again.nbytes() == once.nbytes()
+        assert np.array_equal(run(again, IDS)["y"], run(once, IDS)["y"])
 
 
 def test_a_table_in_a_gemm_is_shared_too() -> None:
