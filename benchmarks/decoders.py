@@ -73,10 +73,18 @@ SIZES = {
 
 
 class Writer:
-    """Nodes of a decoder, and its weights, which go to a file as they are made."""
+    """Nodes of a decoder, and its weights, which go to a file as they are made.
 
-    def __init__(self, decoder: Decoder, data: BinaryIO, seed: int = 0) -> None:
+    Args:
+        decoder: its sizes.
+        data: the file.
+        free: whether it takes any number of tokens up to `TOKENS`, not just that many.
+        seed: of its weights.
+    """
+
+    def __init__(self, decoder: Decoder, data: BinaryIO, *, free: bool = False, seed: int = 0) -> None:
         self.decoder = decoder
+        self._free = free
         self._data = data
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[TensorProto] = []
@@ -182,9 +190,10 @@ class Writer:
             x = self.add("Add", x, self.gated(self.norm(x, f"{name}.norm2"), f"{name}.mlp"), name=name)
         flipped = self.add("Transpose", "table", name="head", perm=(1, 0))
         self.add("MatMul", self.norm(x, "norm"), flipped, name="logits")
-        tokens = helper.make_tensor_value_info("tokens", TensorProto.INT64, ("batch", TOKENS))
+        length = "length" if self._free else TOKENS
+        tokens = helper.make_tensor_value_info("tokens", TensorProto.INT64, ("batch", length))
         logits = helper.make_tensor_value_info(
-            "logits", TensorProto.FLOAT, ("batch", TOKENS, self.decoder.vocabulary)
+            "logits", TensorProto.FLOAT, ("batch", length, self.decoder.vocabulary)
         )
         graph = helper.make_graph(self.nodes, "decoder", [tokens], [logits], self.weights)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
@@ -201,11 +210,27 @@ class Writer:
             "grow": np.float32(table_scale).reshape(()),
             "tiny": np.float32(1e-5).reshape(()),
             "last": np.array([-1], np.int64),
-            "split": np.array([0, TOKENS, self.decoder.width // HEAD, HEAD], np.int64),
-            "join": np.array([0, TOKENS, self.decoder.width], np.int64),
+            "split": np.array([0, self._length, self.decoder.width // HEAD, HEAD], np.int64),
+            "join": np.array([0, self._length, self.decoder.width], np.int64),
         }
+        cut = {"cosines": 1, "sines": 1, "mask": 2} if self._free else {}
         for name, value in values.items():
-            self.constant(name, value)
+            self.constant(f"all_{name}" if name in cut else name, value)
+        if cut:
+            length = self.add("Shape", "tokens", name="length", start=1, end=2)
+            for name, axes in cut.items():
+                begin, along = np.zeros(axes, np.int64), np.arange(axes)
+                ends = self.add(
+                    "Expand", length, self.constant(f"{name}.axes", np.array([axes])), name=f"{name}.ends"
+                )
+                starts = self.constant(f"{name}.starts", begin)
+                self.add(
+                    "Slice", f"all_{name}", starts, ends, self.constant(f"{name}.along", along), name=name
+                )
+
+    @property
+    def _length(self) -> int:
+        return -1 if self._free else TOKENS
 
 
 def inputs_of(decoder: Decoder, samples: int, seed: int) -> list[dict[str, Array]]:
@@ -215,10 +240,10 @@ def inputs_of(decoder: Decoder, samples: int, seed: int) -> list[dict[str, Array
     return [{"tokens": tokens.astype(np.int64)} for tokens in draw]
 
 
-def save(decoder: Decoder, path: Path) -> None:
-    """Write one, with its weights beside it."""
+def save(decoder: Decoder, path: Path, *, free: bool = False) -> None:
+    """Write one, with its weights beside it; see `Writer`."""
     with path.with_suffix(".data").open("wb") as data:
-        onnx.save(Writer(decoder, data).model(), path)
+        onnx.save(Writer(decoder, data, free=free).model(), path)
 
 
 def row(name: str, way: str, source: Path, samples: Path) -> str:
