@@ -24,8 +24,9 @@ from onnxslim.passes.dead import Dead
 from onnxslim.passes.eliminate import Eliminate
 from onnxslim.passes.fold.weights import store_weights
 from onnxslim.passes.half.convert import Converter, narrow_interface, store
-from onnxslim.passes.half.facts import SINGLE, TYPES, delicate, unfit
+from onnxslim.passes.half.facts import SINGLE, TYPES, delicate, squares, unfit
 from onnxslim.passes.half.measure import lossy, worst_first, worst_weights_first
+from onnxslim.passes.half.normalize import put_together
 from onnxslim.passes.unfuse import unfuse
 from onnxslim.runtime.kernels import first_breaking, kernel_key, without_kernel
 
@@ -60,7 +61,8 @@ class Half(Demanding):
     data (all nodes count as safe without data, but for constants), or if rounding to the type costs much of
     its result on it. So does one whose operator is sensitive to rounding, which computes angles, or
     which has to do with a constant that is lost in the type; one beside a part in integers; one that does not
-    take the type or has no kernel for it.
+    take the type or has no kernel for it. Steps of a normalization are made one operator, which does not
+    overflow between them, if need be in opset 17.
 
     Where the outputs lose more than `require_sqnr` or `max_drop` allows, more nodes stay in single precision,
     those first which lose most to rounding; with `weights_only`, more weights.
@@ -115,6 +117,7 @@ class Half(Demanding):
                 return self._none(model, demand, log)
             store(model, kind, self.exclude, log, kept)
             return log.done()
+        put_together(model, ctx, log)
         shapes.infer(model)
         reasons = self._reasons(model, ctx)
         chosen = [node for node in model.graph.nodes if id(node) not in reasons]
@@ -212,7 +215,7 @@ class Half(Demanding):
             reason = excluded(self.exclude, node) or unfit(node, model.opset, kind, seen)
             if reason is not None:
                 reasons[id(node)] = reason
-        reasons = {**delicate(nodes, kind), **reasons}
+        reasons = {**delicate(nodes, kind), **(squares(nodes, kind) if data is None else {}), **reasons}
         for number in without_kernel(rest(), model, kind, ctx.target):
             reasons[number] = f"{ctx.target.name} has no kernel for it in {kind.name}"
         if data is not None:

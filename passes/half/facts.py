@@ -12,10 +12,10 @@ import onnx
 from onnxslim.calibration.observers import Histogram
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Constant, Node, Tensor
-from onnxslim.ir.model import DEFAULT_DOMAINS
+from onnxslim.ir.model import DEFAULT_DOMAINS, constant_of
 from onnxslim.ops import Role, Trait, has, spec_of
 
-MATCHES = ("MatMul",)
+MATCHES = ("MatMul", "Mul", "Pow", "ReduceMean")
 
 SINGLE = np.dtype(np.float32)
 TYPES: Mapping[str, np.dtype[Any]] = {
@@ -23,6 +23,8 @@ TYPES: Mapping[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 LARGEST: Mapping[str, float] = {"float16": 65504.0, "bfloat16": 3.3e38}
+# Types that hold more than this hold squares of all there is.
+_SMALL = 1e10
 # From 1 to the next number.
 STEP: Mapping[str, float] = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 # Values of a tensor may exceed what was measured by this factor before they become infinite.
@@ -110,6 +112,29 @@ def delicate(nodes: Sequence[Node], kind: np.dtype[Any]) -> dict[int, str]:
         for around, reason in _delicate(node, kind):
             reasons.setdefault(id(around), reason)
     return reasons
+
+
+def squares(nodes: Sequence[Node], kind: np.dtype[Any]) -> dict[int, str]:
+    """Why means of squares stay in single precision where no data tells how large they are, by id.
+
+    In float16, squares of numbers from 256 on are infinite.
+    """
+    if LARGEST[kind.name] > _SMALL:
+        return {}
+    reason = f"squares of it may exceed what {kind.name} holds, as only data would tell"
+    means = [node for node in nodes if node.op == "ReduceMean" and _is_square(ir.producer(node.inputs[0]))]
+    around = (each for node in means for each in (*_makers(node), node, *_behind(node)))
+    return {id(each): reason for each in around}
+
+
+def _is_square(node: Node | None) -> bool:
+    """Whether a node multiplies a tensor by itself."""
+    if node is None or node.op not in ("Mul", "Pow"):
+        return False
+    if node.op == "Mul":
+        return node.inputs[0] is node.inputs[1]
+    exponent = constant_of(node.inputs[1])
+    return exponent is not None and bool((exponent == 2).all())
 
 
 def _delicate(node: Node, kind: np.dtype[Any]) -> Iterator[tuple[Node, str]]:
