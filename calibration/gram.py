@@ -139,9 +139,11 @@ class Moments:
         gram, cross, power, x, y = (each / self.count for each in self._sums)
         if not (np.isfinite(gram).all() and np.isfinite(cross).all() and np.isfinite(power).all()):
             raise CalibrationError("the rows hold NaN, infinities or values too large to square in float32")
+        gram -= x[:, :, None] * x[:, None, :]
+        cross -= y[:, :, None] * x[:, None, :]
         return Gram(
-            gram - x[:, :, None] * x[:, None, :],
-            cross - y[:, :, None] * x[:, None, :],
+            gram,
+            cross,
             np.maximum(power - y**2, 0.0),
             x + self._shift[0][..., 0],
             y + self._shift[1][..., 0],

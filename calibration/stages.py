@@ -7,18 +7,15 @@ read; everything else is forgotten. Weights are read when a stage begins.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from onnxslim.calibration.stream import Runner, Values
 from onnxslim.ir import graph as ir
+from onnxslim.ir.files import spilled
 from onnxslim.ir.graph import Array, Graph, Node, Variable
 from onnxslim.ir.model import Model
 from onnxslim.ops import Trait, has
@@ -26,49 +23,40 @@ from onnxslim.runtime.targets import Target
 
 
 class SpillStore:
-    """Arrays kept in memory up to a limit, and beyond it in files of a temporary folder.
+    """Arrays kept in memory up to a limit, and beyond it in temporary files.
 
     Args:
         limit: bytes to keep in memory.
+
+    Attributes:
+        held: bytes of those in memory.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
-        self.spilled = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files: dict[int, Path] = {}
+        self._outside = set[int]()
 
-    def __enter__(self) -> SpillStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+    @property
+    def outside(self) -> int:
+        """How many arrays are in files."""
+        return len(self._outside)
 
     def put(self, array: Array) -> Array:
         """The array to keep: the same, or one that lies in a file."""
         if self.held + array.nbytes <= self.limit or not array.size or array.dtype.hasobject:
             self.held += array.nbytes
             return array
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        path = Path(self._folder.name) / str(self.spilled)
-        self.spilled += 1
-        mapped = np.memmap(path, array.dtype, "w+", shape=array.shape)
-        mapped[...] = array
-        self._files[id(mapped)] = path
-        return mapped
+        made = spilled(array)
+        self._outside.add(id(made))
+        return made
 
     def drop(self, array: Array) -> None:
         """Forget an array that `put` returned."""
-        path = self._files.pop(id(array), None)
-        if path is None:
+        if id(array) in self._outside:
+            self._outside.remove(id(array))
+        else:
             self.held -= array.nbytes
-        elif os.name == "posix":  # elsewhere a mapped file stays until the folder goes
-            path.unlink()
 
 
 @dataclass(frozen=True)

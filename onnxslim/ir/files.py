@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from onnxslim.ir.proto import encode_embedded
 # protobuf refuses messages of 2 GiB; a margin is kept for everything that is not a tensor.
 MAX_EMBEDDED_BYTES = 1_900_000_000
 MIN_EXTERNAL_BYTES = 1024
+# What is larger goes to a file where it is not needed for some time.
+ASIDE_BYTES = 4 << 20
 # ONNX Runtime maps data files by page.
 ALIGNMENT = 4096
 
@@ -108,6 +111,24 @@ def _map(tensor: TensorProto, folder: Path) -> Array:
             return np.asarray(numpy_helper.to_array(packed))
         raw = np.memmap(file, dtype=np.uint8, mode="r", offset=offset, shape=(length,))
         return raw.view(dtype).reshape(shape)
+
+
+def spilled(array: Array) -> Array:
+    """The same values in a temporary file, of which the system keeps in memory what it has room for.
+
+    The file has no name any longer where the system allows that, and goes with the array.
+    """
+    with tempfile.TemporaryFile() as file:
+        mapped = np.memmap(file, array.dtype, "w+", shape=array.shape)
+    mapped[...] = array
+    if hasattr(mmap, "MADV_DONTNEED"):  # what was written stays in the file
+        mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+    return mapped
+
+
+def aside(array: Array) -> Array:
+    """The same array, or if it is large, one in a temporary file: for what is read again much later."""
+    return spilled(array) if array.nbytes >= ASIDE_BYTES else array
 
 
 @contextlib.contextmanager

@@ -167,7 +167,7 @@ class Half(Demanding):
         reasons: dict[int, str] = {}
         for _ in range(MOST_BREAKING):
             left = [node for node in chosen if id(node) not in reasons]
-            make = partial(self._first, model, left)
+            make = partial(self._first, model, left, ctx)
             found = first_breaking(make, len(left), ctx.target, ctx.sample)
             if found is None:
                 return reasons
@@ -176,7 +176,9 @@ class Half(Demanding):
             reasons |= {id(node): why for node in left if kernel_key(node) == alike}
         return {}
 
-    def _first(self, model: Model, nodes: Sequence[Node], many: int) -> Model:
+    def _first(self, model: Model, nodes: Sequence[Node], ctx: Context, many: int) -> Model:
+        if ctx.progress:
+            ctx.progress("trying kernels", len(nodes) - many, None)
         return self._converted(model, nodes[:many])
 
     def _converted(self, model: Model, nodes: Sequence[Node]) -> Model:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim.calibration.gram import Gram, observe
 from onnxslim.engine.base import Context
+from onnxslim.ir.files import aside
 from onnxslim.ir.graph import Constant, Node, producer
 from onnxslim.ir.model import Model
 from onnxslim.ops import layer_of
@@ -124,7 +126,9 @@ class WeightCoder:
                     continue  # it saw nothing: its weights are rounded to the nearest
                 node = layer.node
                 corrected = self._settings.bias_correction and node.label in linear and len(node.inputs) > 2
-                self._rounders[node.inputs[1].name] = self._rounder(layer, grams[name], corrected)
+                seen = grams.pop(name)
+                seen = replace(seen, gram=aside(seen.gram))
+                self._rounders[node.inputs[1].name] = self._rounder(layer, seen, corrected)
 
     def coded(
         self, layer: Layer, wanted: Floats, gram: Gram, *, corrected: bool, kept: bool

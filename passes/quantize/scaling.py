@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim.families.analysis import shapes_of, sized, visit
+from onnxslim.ir.files import aside
 from onnxslim.ir.graph import Constant, Namer, Node
 from onnxslim.ir.model import Model
 from onnxslim.ops import spec_of
@@ -149,7 +150,7 @@ class Scaling:
 
     def replace(self, node: Node, index: int, values: NDArray[np.float32]) -> None:
         """Give a node a constant of its own."""
-        old = node.inputs[index]
+        old, values = node.inputs[index], aside(values)
         if isinstance(old, Constant) and len(old.outputs) == 1 and id(old) not in self._outputs:
             old.values = values
         else:

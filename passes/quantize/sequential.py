@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from onnxslim.calibration.gram import Gram
 from onnxslim.engine.base import Context
+from onnxslim.ir.files import aside
 from onnxslim.ir.graph import Array, Constant, Namer, Node
 from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Layer
@@ -84,7 +85,7 @@ class Sequential:
             self.codes[name] = replace(encoded, lost=np.zeros(matrix.shape[0] * matrix.shape[1]))
         else:
             self.blocks[name] = encoded
-        self.wanted[name] = job.layer.restored(wanted)
+        self.wanted[name] = aside(job.layer.restored(wanted))
         before = 0.0 if fitted is None else fitted.before
         after = 0.0 if fitted is None else fitted.after
         return Fit(np.asarray((restored - matrix) * scale, np.float64), shift, 0.0, before, after)

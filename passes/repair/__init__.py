@@ -112,16 +112,16 @@ def repair(
         clean &= {tensor.name for tensor in student.graph.inputs}
     stages = schedule(student, teacher, clean, layers, log)
     if any(stages):
-        with SpillStore(memory) as store:
-            work = _Repair(
-                student, teacher, kept, method, target, clean, stages, store, log, finish, chosen, descend
-            )
-            try:
-                work.run(data, progress)
-            except TimeUp as error:
-                if finish is not None:  # who has the last word on every layer has not had it
-                    raise
-                log.skip(student.graph.name or "model", f"not all layers were fitted again: {error}")
+        store = SpillStore(memory)
+        work = _Repair(
+            student, teacher, kept, method, target, clean, stages, store, log, finish, chosen, descend
+        )
+        try:
+            work.run(data, progress)
+        except TimeUp as error:
+            if finish is not None:  # who has the last word on every layer has not had it
+                raise
+            log.skip(student.graph.name or "model", f"not all layers were fitted again: {error}")
     return log.done()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxslim.calibration.gram import Doubles
 from onnxslim.ir import graph as ir
+from onnxslim.ir.files import aside
 from onnxslim.ir.graph import Array, Constant, Graph, Node, Variable
 from onnxslim.ir.model import constant_of
 from onnxslim.ops import Trait, has
@@ -176,7 +177,7 @@ class Linear(Job):
                 slot.node.attrs.pop("beta", None)  # a Gemm without bias had no use for it
             put(graph, slot.node, slot.index, biases)
         if weights is not None:
-            put(graph, self.node, 1, weights)
+            put(graph, self.node, 1, aside(weights))
         return None
 
     def _biases(self, old: Array | None, factor: Doubles, change: Doubles) -> Array | None:

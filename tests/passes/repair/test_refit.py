@@ -13,6 +13,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.stages import SpillStore
 from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
 from tests.helpers import normal, parse, replaced, stored
 from tests.passes.repair.students import batches, error, mixing, refit, restored, run_repair
 
@@ -206,16 +207,20 @@ def test_the_cut_into_batches_does_not_matter() -> None:
 
 
 def test_tensors_beyond_the_limit_go_to_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    spilled: list[int] = []
-    close = SpillStore.__exit__
+    put, most = SpillStore.put, list[int]()
 
-    def noted(self: SpillStore, *args: Any) -> None:
-        spilled.append(self.spilled)
-        close(self, *args)
+    def noted(self: SpillStore, array: Array) -> Array:
+        made = put(self, array)
+        most[-1] = max(most[-1], self.outside)
+        return made
 
-    monkeypatch.setattr(SpillStore, "__exit__", noted)
-    inside, outside = (run_repair(batches(4, 4, 8, 8), memory=limit)[0] for limit in (1 << 30, 0))
-    assert spilled[0] == 0 < spilled[1]
+    monkeypatch.setattr(SpillStore, "put", noted)
+    found = list[Model]()
+    for limit in (1 << 30, 0):
+        most.append(0)
+        found.append(run_repair(batches(4, 4, 8, 8), memory=limit)[0])
+    (inside, outside), (few, many) = found, most
+    assert few == 0 < many
     for name in "wz":
         np.testing.assert_array_equal(stored(inside, name), stored(outside, name))
 
