@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -82,6 +82,9 @@ class OutputPart:
         return array[tuple(index)]
 
 
+Run: TypeAlias = Callable[[int, Mapping[str, Array]], Mapping[str, Any]]
+
+
 class Judge:
     """Compares candidates with the model they were made of.
 
@@ -152,11 +155,20 @@ class Judge:
         if self._apart:
             self._open_apart(model)
         session = Session(model, self._target, spin=False)
+        return self.judged(lambda _, feeds: session.run(feeds), samples)
+
+    @property
+    def is_wary(self) -> bool:
+        """Whether candidates may end the process that opens them, and are opened in another one before."""
+        return self._apart
+
+    def judged(self, run: Run, samples: int | None = None) -> Score:
+        """Judge what computes the outputs from the number of a batch and its inputs."""
         sums = [Noise() for _ in self._parts]
         same: list[bool] = []
         seen = 0
-        for feeds, expected in self._batches(samples):
-            found = _arrays(session.run(feeds))
+        for batch, (feeds, expected) in enumerate(self._batches(samples)):
+            found = _arrays(run(batch, feeds))
             for part, each in zip(self._parts, sums, strict=True):
                 _add(each, part.of(expected), part.of(found))
             same.extend(_decisions(expected, found))

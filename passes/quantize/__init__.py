@@ -53,6 +53,9 @@ __all__ = ["QuantizationPlan", "Quantize", "QuantizeFigures"]
 
 # In dB: what keeps more is not worth a search; nothing is, and everything is.
 ENOUGH_BY_EFFORT: Mapping[Effort, float] = {"quick": -math.inf, "normal": ENOUGH, "thorough": math.inf}
+# In dB: what lacks more is not tried with better integers of eight bits before layers are left out of
+# integers: they have brought 5 dB at most (benchmarks/README.md, Speed).
+FAR = 10.0
 WORK: Mapping[Effort, PassWork] = {
     "quick": PassWork(0.3, 2e-3, 15.0, 1e-7),
     "normal": PassWork(0.3, 5e-3, 60.0, 5e-7),
@@ -399,13 +402,13 @@ class Quantize(Pass):
             trial = search.step("scaled channels", plain, lambda: search.equalized(plain, choices, log))
         return trial, nearest
 
-    def _refined(self, search: Search, trial: Trial) -> Trial:
+    def _refined(self, search: Search, trial: Trial, goal: TrialGoal) -> Trial:
         """The same with better integers of its weights, where they matter and do better.
 
         Fitting in turn ends with integers of its own: what each layer alone would have is looked for only
         where that does not help.
         """
-        if not self._rounds(trial, search):
+        if not self._rounds(trial, search) or self._is_far(trial, goal):
             return trial
         fitted = trial
         if self.sequential:
@@ -419,7 +422,7 @@ class Quantize(Pass):
     ) -> tuple[Trial, QuantizeFigures]:
         """The candidate to take, and what was measured until it was found."""
         trial, nearest = self._everything(search, build, log)
-        fitted = self._refined(search, trial)
+        fitted = self._refined(search, trial, goal)
         figures = QuantizeFigures(nearest=nearest, everything=fitted.score.sqnr)
         quick = self.effort == "quick"
         if self.size is not None:
@@ -457,6 +460,11 @@ class Quantize(Pass):
         chosen = self.algorithm in ("cd", "gptq")
         return chosen or (self.algorithm == "auto" and trial.score.sqnr < search.enough)
 
+    def _is_far(self, trial: Trial, goal: TrialGoal) -> bool:
+        """Whether better integers of weights would not do: what activations lose has to be got back first."""
+        searched = self.effort == "normal" and self.algorithm == "auto"
+        return searched and self._way.calibrated and self.weights == "int8" and goal.missing(trial) > FAR
+
     def _without_worst(
         self, search: Search, trial: Trial, fitted: Trial, goal: TrialGoal
     ) -> tuple[Trial, tuple[LayerFigures, ...]]:
@@ -475,7 +483,7 @@ class Quantize(Pass):
             if self._way.calibrated and self.observer == "auto":
                 found, layers = search.ranges(trial, layers)
                 if found is not trial:
-                    fitted = max(fitted, self._refined(search, found), key=lambda each: each.score.sqnr)
+                    fitted = max(fitted, self._refined(search, found, goal), key=lambda each: each.score.sqnr)
             best = search.keep(fitted, layers, goal)
             if fitted is not found and not (goal.met(best) and 2 * best.held < len(layers)):
                 # What was fitted to a network all in integers does not suit one with little in them.

@@ -19,6 +19,7 @@ from onnxslim.passes.quantize.coder import Floats, WeightCoder
 from onnxslim.passes.quantize.equalize import equalize
 from onnxslim.passes.quantize.figures import QuantizeFigures
 from onnxslim.passes.quantize.insert import Inserter
+from onnxslim.passes.quantize.onward import Onward, is_plain
 from onnxslim.passes.quantize.plan import Plan, Planner
 from onnxslim.passes.quantize.sequential import Sequential
 from onnxslim.passes.quantize.storing import Storage
@@ -69,6 +70,7 @@ class Builder:
         calibration: Calibration | None = None,
         coder: WeightCoder | None = None,
     ) -> None:
+        self._onward: Onward | None = None
         self.is_equalized = False
         self.fitted_without: tuple[str, ...] | None = None
         self.model = model
@@ -203,6 +205,12 @@ class Builder:
         made.is_equalized = self.is_equalized
         made.fitted_without = tuple(sorted(self.strategy.held_back(variant)))
         return made
+
+    def onward(self) -> Onward | None:
+        """What runs candidates from where they begin to differ; None where tensors cannot be kept."""
+        if self._onward is None and is_plain(self.model):
+            self._onward = Onward(self.model, self.macs(), self.ctx.target)
+        return self._onward
 
     def absorb(self, data: CalibrationData) -> None:
         """Take more data into the ranges: what candidates were chosen by."""

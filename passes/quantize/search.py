@@ -15,7 +15,7 @@ from functools import partial
 from typing import TypeVar
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.fidelity import FAILED, Judge
+from onnxslim.calibration.fidelity import FAILED, Judge, Score
 from onnxslim.calibration.noise import decibels_of
 from onnxslim.engine.allocate import Additive, allocate, fewest, settled
 from onnxslim.engine.base import Log
@@ -189,7 +189,7 @@ class Search:
         found = []
         for index, (node, variant) in enumerate(zip(nodes, variants, strict=True)):
             alone = trial.build(variant)
-            score = self._judge(alone.model, RANKING)
+            score = self._alone(trial.build, alone.model)
             cost = 0.5 * (macs.get(node.label, mean) / mean if mean else 1.0) + 0.5 * _size(node) / size
             tensors = tuple(name for group in alone.groups for name in group)
             found.append(
@@ -197,6 +197,14 @@ class Search:
             )
             trial.build.announce("measuring layers", index + 1, len(nodes))
         return sorted(found, key=lambda layer: -layer.noise)
+
+    def _alone(self, build: Builder, model: Model) -> Score:
+        """Judge a candidate that differs from what it was built of in one layer, on the samples that rank."""
+        onward = None if self._judge.is_wary else build.onward()
+        if onward is None:
+            return self._judge(model, RANKING)
+        rest = onward(model)
+        return self._judge.judged(lambda batch, feeds: rest.run(0, batch, onward.at(batch, feeds)), RANKING)
 
     def ranges(self, trial: Trial, layers: Sequence[Sensitivity]) -> tuple[Trial, list[Sensitivity]]:
         """The same with another way to choose the ranges of single layers, if that does better as a whole.
@@ -211,7 +219,7 @@ class Search:
         for index, layer in enumerate(worst):
             special = dict.fromkeys(layer.tensors, other)
             alone = trial.build(replace(trial.variant, special=special, only=frozenset((layer.node,))))
-            noise = self._judge(alone.model, RANKING).noise
+            noise = self._alone(trial.build, alone.model).noise
             noises[layer.node] = noise
             for name in layer.tensors:
                 gains[name] += layer.noise - noise
