@@ -12,6 +12,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.noise import sqnr
 from onnxslim.engine.pipeline import Pipeline, Result
 from onnxslim.families.analysis import Analysis, analyze
+from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.passes.factorize import Factorize, FactorizeFigures
 from onnxslim.passes.prune import Prune, PruneFigures
@@ -22,7 +23,18 @@ from onnxslim.runtime.session import Session
 from onnxslim.runtime.timing import Bench, Timing
 from onnxslim.shapes.cost import macs
 from tests.decoders import Decoder
-from tests.helpers import ONNX_RUNTIME, RECENT, ops, reasons
+from tests.helpers import (
+    ONNX_RUNTIME,
+    RECENT,
+    apply,
+    normal,
+    normals,
+    ops,
+    parse,
+    reasons,
+    skip_if_old,
+    stored,
+)
 
 WIDE = Decoder(heads=8, shared=4)
 FORMS: dict[str, dict[str, Any]] = {
@@ -143,3 +155,35 @@ def test_attention_counts_what_it_multiplies() -> None:
     assert alone is not None
     assert wide is not None
     assert wide - alone == 2 * 4 * 16 * 8 * 3
+
+
+_BEHIND = ", , , "  # no angles, no positions
+OPTIONS = {
+    "a bias for each head": ("", f"{_BEHIND}, bias", {"bias": normal(1, 4, 6, 6)}),
+    "one bias": ("", f"{_BEHIND}, bias", {"bias": normal(1, 1, 6, 6)}),
+    "sinks": ("", f"{_BEHIND}, , sinks", {"sinks": normal(4)}),
+    "a window": (", local_window_size=2, softcap=3.0, scale=0.2", "", {}),
+    "all to all": (", causal=0", "", {}),
+}
+
+
+@pytest.mark.parametrize(("attrs", "inputs", "constants"), OPTIONS.values(), ids=OPTIONS)
+def test_options_of_attention_go_with_its_heads(attrs: str, inputs: str, constants: dict[str, Array]) -> None:
+    text = f"""<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+g (float[1,6,12] x) => (float[1,6,5] y)
+{{ a = MatMul(x, w) k = MatMul(x, l) e = MatMul(x, m)
+   z, p, q = com.microsoft.GroupQueryAttention<num_heads=4, kv_num_heads=2{attrs}>
+     (a, k, e, , , last, total{inputs})
+   y = MatMul(z, v) }}"""
+    weights = normals(w=(12, 32), l=(12, 16), m=(12, 16), v=(32, 5))
+    lengths = {"last": np.array([5], np.int32), "total": np.array(6, np.int32)}
+    model = parse(text, {**weights, **lengths, **constants})
+    skip_if_old(model)
+    small, changes = apply(Prune(ratio=0.5, align=1), model)
+    figures = PruneFigures.of(changes)
+    assert figures.families == 1
+    assert figures.oracle is not None
+    assert figures.oracle < 1e-5
+    assert small.graph.nodes[3].attrs["num_heads"] == 2
+    for name, values in constants.items():
+        assert stored(small, name).shape == tuple(2 if size == 4 else size for size in values.shape)

@@ -15,13 +15,13 @@ def convolution(trace: Trace) -> None:
     _convolve(trace, bias=2)
 
 
-def _convolve(trace: Trace, bias: int) -> None:
+def _convolve(trace: Trace, bias: int, alike: bool = True) -> None:
     _keep_space(trace, 0)
     _keep_space(trace, 1)
     group, outputs = trace.node.attrs.get("group", 1), trace.labels(1, 0)
     if 1 < group == trace.shape(0)[1] and trace.shape(1)[1] == 1:
         _per_channel(trace, outputs, group)
-    elif group == 1:
+    elif group == 1 and alike:
         trace.contract(0, 1, 1, 1)
     else:
         _tie_groups(trace, trace.labels(0, 1), group, trace.labels(1, 1))
@@ -165,7 +165,8 @@ def causal_convolution(trace: Trace) -> None:
 def deformable_convolution(trace: Trace) -> None:
     """DeformConv: as Conv, with offsets and a mask for each output position and group of channels.
 
-    They say where to look, so that all of their axes but that of samples stay.
+    They say where to look, so that all of their axes but that of samples stay. Channels that are looked at in
+    different places cannot stand in for each other.
     """
     offsets = trace.node.attrs.get("offset_group", 1)
     if offsets > 1:
@@ -175,7 +176,7 @@ def deformable_convolution(trace: Trace) -> None:
             trace.release(index, axis, "it says where to look, and with which weight")
         if trace.has(index):
             trace.tie(trace.labels(index, 0), trace.labels(0, 0))
-    _convolve(trace, bias=3)
+    _convolve(trace, bias=3, alike=offsets == 1)
 
 
 def batch_norm(trace: Trace) -> None:
