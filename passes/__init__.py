@@ -20,6 +20,7 @@ from onnxslim.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from onnxslim.engine.base import Pass
+    from onnxslim.passes.cluster import Cluster
     from onnxslim.passes.dead import Dead
     from onnxslim.passes.dedupe import Dedupe
     from onnxslim.passes.eliminate import Eliminate
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from onnxslim.passes.unfuse import Unfuse
 
 __all__ = [
+    "Cluster",
     "Dead",
     "Dedupe",
     "Eliminate",
@@ -74,6 +76,7 @@ REGISTRY: tuple[tuple[str, str], ...] = (
     ("prune", "Prune"),
     ("factorize", "Factorize"),
     ("quantize", "Quantize"),
+    ("cluster", "Cluster"),
     ("half", "Half"),
     ("extract", "Extract"),
     ("shapes", "FixShapes"),

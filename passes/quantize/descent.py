@@ -135,20 +135,23 @@ class Descent:
     def _round(self, start: int, inner: Floats, outer: Floats) -> None:
         """The codes of one block, given how all others pull at it."""
         errors = self._errors[start : start + self._size]
-        low, high = self._limits
-        least: Limit
-        most: Limit
         for j, pull in enumerate(outer):
             at = start + j
-            if self._neighbours:
-                least, most = self._neighbours.bounds(self.codes, at)
-            else:
-                least, most = (each if isinstance(each, int) else each[at] for each in (low, high))
             wanted = self._target[at] - pull - (inner[:, j : j + 1] @ errors.swapaxes(0, 1))[:, 0]
-            code = np.rint(wanted / self.steps[at])
-            np.minimum(np.maximum(code, least, out=code), most, out=code)
-            self.codes[at] = code
-            errors[j] = code * self.steps[at] - self._target[at]
+            self.codes[at], values = self._nearest(at, wanted)
+            errors[j] = values - self._target[at]
+
+    def _nearest(self, at: int, wanted: Floats) -> tuple[Floats, Floats]:
+        """The codes of one input that are worth what comes next to this, and what they are worth."""
+        least: Limit
+        most: Limit
+        if self._neighbours:
+            least, most = self._neighbours.bounds(self.codes, at)
+        else:
+            least, most = (each if isinstance(each, int) else each[at] for each in self._limits)
+        code = np.rint(wanted / self.steps[at])
+        np.minimum(np.maximum(code, least, out=code), most, out=code)
+        return code, code * self.steps[at]
 
     def _rescale(self, block: slice, pulls: Pulls, outer: Floats) -> None:
         """The step of least error for the codes of a block; as before where that is nothing sensible."""

@@ -105,7 +105,7 @@ class Rounder:
         start = np.rint(wanted / tried[..., None]).clip(-limit, limit).astype(np.float32)
         found = refine(wanted, start, tried, moments, limit=limit, least=bound, count=self.gram.count)
         every = np.concatenate((codes, found[0]), axis=1), np.concatenate((scales, found[1]), axis=1)
-        losses = _losses(np.concatenate((target, wanted), axis=1), *every, _damped(moments, self.gram.count))
+        losses = _losses(np.concatenate((target, wanted), axis=1), *every, damped(moments, self.gram.count))
         best = losses.reshape(len(target), -1, outputs).argmin(axis=1) * outputs + np.arange(outputs)
         return np.take_along_axis(every[0], best[..., None], axis=1), np.take_along_axis(
             every[1], best, axis=1
@@ -127,7 +127,7 @@ def gptq(target: Floats, scales: Floats, gram: Doubles, *, limit: int = QMAX, co
     Returns:
         float32 (groups, outputs, inputs).
     """
-    return by_output(_by_gptq(by_input(target), _steps(scales), _damped(gram, count), (-limit, limit)))
+    return by_output(_by_gptq(by_input(target), _steps(scales), damped(gram, count), (-limit, limit)))
 
 
 def _by_gptq(target: Floats, steps: Floats, curvature: Floats, limits: tuple[Limit, Limit]) -> Floats:
@@ -169,7 +169,7 @@ def round_blocks(
     limits = _per_input(low), _per_input(high)
     target, codes = matrix[:, None], start.counted()[:, None].astype(np.float32)
     steps = blocking.spread(start.scales, len(matrix))[:, None]
-    curvature = _damped(gram[None], count)
+    curvature = damped(gram[None], count)
     if by_gptq:
         codes = _by_gptq(target, steps, curvature, limits)
     work, pulls = Descent(target, codes, steps, limits, size=blocking.size), Pulls.of(curvature)
@@ -211,7 +211,7 @@ def refine(
     Returns:
         codes and scales of the same shapes.
     """
-    pulls, wanted = Pulls.of(_damped(gram, count)), by_input(target)
+    pulls, wanted = Pulls.of(damped(gram, count)), by_input(target)
     work = Descent(wanted, by_input(codes), _steps(scales), (-limit, limit), neighbours)
     for sweep in range(SWEEPS):
         changed = work.sweep(pulls)
@@ -228,7 +228,7 @@ def _losses(target: Floats, codes: Floats, scales: Floats, curvature: Floats) ->
     return np.asarray(((error @ curvature) * error).sum(axis=2))
 
 
-def _damped(gram: Doubles, count: int = 0) -> Floats:
+def damped(gram: Doubles, count: int = 0) -> Floats:
     """A covariance that few rows do not make certain of what they happened to show.
 
     Off the diagonal it shrinks the more, the fewer rows there are for each input.

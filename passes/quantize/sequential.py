@@ -28,7 +28,6 @@ from onnxslim.passes.repair.jobs import Job, Linear
 from onnxslim.passes.repair.solve import Fit
 
 Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
 # From a layer, wanted weights as its matrix, moments of what it sees, and whether a bias takes in the mean of
 # the error, to integers and the matrix they stand for.
 Coder: TypeAlias = Callable[[Layer, Floats, Gram, bool], "tuple[Encoded | Blocks, Floats]"]
@@ -69,26 +68,16 @@ class Sequential:
 
     def _finish(self, job: Job, fitted: Fit | None, gram: Gram) -> Fit | None:
         assert isinstance(job, Linear)
-        matrix = job.layer.matrix()
-        scale = job.goal.scale.reshape(*matrix.shape[:2], 1)
-        with np.errstate(divide="ignore", invalid="ignore"):  # told by what is not finite
-            change = 0.0 if fitted is None or fitted.weight is None else fitted.weight / scale
-        wanted = np.asarray(matrix + change, np.float32)
-        name = job.node.inputs[1].name
-        if not np.isfinite(wanted).all():
+        wanted, name = job.wanted(fitted), job.node.inputs[1].name
+        if wanted is None:
             return fitted
         encoded, restored = self._coder(job.layer, wanted, gram, job.takes_bias)
-        shift = np.zeros(scale.shape[:2]) if fitted is None else fitted.bias
-        if job.takes_bias:
-            shift = shift + scale[..., 0] * np.einsum("gmk,gk->gm", wanted - restored, gram.x_mean)
         if isinstance(encoded, Encoded):
-            self.codes[name] = replace(encoded, lost=np.zeros(matrix.shape[0] * matrix.shape[1]))
+            self.codes[name] = replace(encoded, lost=np.zeros(wanted.shape[0] * wanted.shape[1]))
         else:
             self.blocks[name] = encoded
         self.wanted[name] = aside(job.layer.restored(wanted))
-        before = 0.0 if fitted is None else fitted.before
-        after = 0.0 if fitted is None else fitted.after
-        return Fit(np.asarray((restored - matrix) * scale, np.float64), shift, 0.0, before, after)
+        return job.landed(restored, wanted, fitted, gram)
 
     def refitted(self, model: Model) -> Model:
         """A copy of the float model with the weights wanted, and the biases of the student."""

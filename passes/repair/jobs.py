@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnxslim.calibration.gram import Doubles
+from onnxslim.calibration.gram import Doubles, Gram
 from onnxslim.ir import graph as ir
 from onnxslim.ir.files import aside
 from onnxslim.ir.graph import Array, Constant, Graph, Node, Variable
@@ -16,6 +16,7 @@ from onnxslim.ir.model import constant_of
 from onnxslim.ops import Trait, has
 from onnxslim.ops.layers import Floats, Layer, Positions, per_channel, values_at
 from onnxslim.passes.predicates import rounded
+from onnxslim.passes.repair.solve import Fit
 
 MATCHES = ("Add", "BatchNormalization", "Gemm", "Mul")
 # Weights behind a scale this much smaller than the largest of its channels are left alone: rounding of the
@@ -157,6 +158,32 @@ class Linear(Job):
             shape = self.layer.shape(values[self.node.inputs[0].name])
             y += self.layer.results(np.broadcast_to(values[self.goal.other], shape), at)
         return x, y
+
+    def wanted(self, fitted: Fit | None) -> Floats | None:
+        """The weights that a fit asks for, as `Layer.matrix`; None if they are not finite."""
+        with np.errstate(divide="ignore", invalid="ignore"):  # told by what is not finite
+            change = 0.0 if fitted is None or fitted.weight is None else fitted.weight / self._scale
+        wanted = np.asarray(self._matrix + change, np.float32)
+        return wanted if np.isfinite(wanted).all() else None
+
+    def landed(self, restored: Floats, wanted: Floats, fitted: Fit | None, gram: Gram) -> Fit:
+        """The change to weights that can be stored, instead of those wanted; a bias takes in the mean error.
+
+        Args:
+            restored, wanted: as `Layer.matrix`.
+            fitted: what wants them; None if they are the layer's own.
+            gram: moments of what the layer sees.
+        """
+        shift = np.zeros(wanted.shape[:2]) if fitted is None else fitted.bias
+        if self.takes_bias:
+            shift = shift + self._scale[..., 0] * np.einsum("gmk,gk->gm", wanted - restored, gram.x_mean)
+        before, after = (0.0, 0.0) if fitted is None else (fitted.before, fitted.after)
+        return Fit(np.asarray((restored - self._matrix) * self._scale, np.float64), shift, 0.0, before, after)
+
+    @property
+    def _scale(self) -> Doubles:
+        """What stands between the layer's output and the goal, shape (groups, outputs, 1)."""
+        return self.goal.scale.reshape(*self._matrix.shape[:2], 1)
 
     def write(self, graph: Graph, weight: Doubles | None, bias: Doubles) -> str | None:
         """See `Job`."""

@@ -47,7 +47,7 @@ def test_sweeps_end_as_low_as_by_definition(
     groups: int, outputs: int, inputs: int, limit: int, seed: int
 ) -> None:
     target, gram = _problem(groups, outputs, inputs, seed)
-    curvature = rounding._damped(gram)
+    curvature = rounding.damped(gram)
     scales = (np.abs(target).max(axis=2) / limit).astype(np.float32)
     naive = start = np.rint(target / scales[..., None]).clip(-limit, limit).astype(np.float32)
     work, pulls = (
@@ -68,7 +68,7 @@ def test_gptq_is_that_of_the_paper(inputs: int) -> None:
     """By the inverse of the covariance, the inputs of most power first."""
     target, gram = _problem(2, 40, inputs, seed=inputs)
     scales = (np.abs(target).max(axis=2) / 7).astype(np.float32)
-    curvature = rounding._damped(gram).astype(np.float64)
+    curvature = rounding.damped(gram).astype(np.float64)
     wanted = np.empty(target.shape)
     for g, matrix in enumerate(curvature):
         order = np.argsort(-np.diagonal(matrix), kind="stable")
@@ -94,7 +94,7 @@ def test_what_is_given_stays_and_neighbours_keep_their_limit(
     work = Descent(
         by_input(target), start, steps, (-weights.QMAX, weights.QMAX), Neighbours(channels, positions)
     )
-    work.sweep(Pulls.of(rounding._damped(gram)))
+    work.sweep(Pulls.of(rounding.damped(gram)))
     assert np.array_equal(start, before)
     table = by_output(work.codes).reshape(groups * outputs, channels, positions).astype(np.int8)
     assert not weights._saturates(table).any()
@@ -112,7 +112,7 @@ def test_steps_of_blocks_only_lower_the_loss(
     outputs: int, inputs: int, size: int, bits: int, seed: int
 ) -> None:
     target, gram = _problem(1, outputs, inputs, seed)
-    matrix, curvature = target[0].T, rounding._damped(gram)
+    matrix, curvature = target[0].T, rounding.damped(gram)
     blocking = Blocking(bits, size)
     start = nearest(matrix, blocking, np.diagonal(gram[0]))
     steps = blocking.spread(start.scales, inputs)[:, None]

@@ -305,7 +305,7 @@ def test_gptq_and_descent_never_lose_to_the_nearest(seed: int) -> None:
     target, gram = _problem(seed)
     scales = np.abs(target).max(axis=1) / 7
     near = np.rint(target / scales[:, None])
-    damped = rounding._damped(gram[None])[0]
+    damped = rounding.damped(gram[None])[0]
     before = _loss(near * scales[:, None] - target, damped)
     found = rounding.gptq(target[None], scales[None], gram[None], limit=7)[0]
     assert np.abs(found).max() <= 7
@@ -321,7 +321,7 @@ def test_gptq_and_descent_never_lose_to_the_nearest(seed: int) -> None:
 def test_blocks_are_better_than_the_nearest(seed: int, by_gptq: bool) -> None:
     target, gram = _problem(seed, inputs=72)
     matrix = np.ascontiguousarray(target.T)
-    damped = rounding._damped(gram[None])[0]
+    damped = rounding.damped(gram[None])[0]
 
     def loss(found: Blocks) -> float:
         return _loss((found.values() - matrix).T, damped)
@@ -334,7 +334,7 @@ def test_blocks_are_better_than_the_nearest(seed: int, by_gptq: bool) -> None:
 
 def test_few_rows_say_little_about_pairs_of_inputs() -> None:
     _, gram = _problem(0)
-    few, many, exact = (rounding._damped(gram[None], count)[0] for count in (10, 10**9, 0))
+    few, many, exact = (rounding.damped(gram[None], count)[0] for count in (10, 10**9, 0))
     off = ~np.eye(len(gram), dtype=bool)
     np.testing.assert_allclose(few[off], gram[off] * 0.2, rtol=1e-5)
     np.testing.assert_allclose(many, exact, rtol=1e-4)

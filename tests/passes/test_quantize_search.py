@@ -307,7 +307,7 @@ def test_refined_codes_lower_the_error_and_keep_their_limits(
 
     def error(codes: Array, scales: Array) -> float:
         off = codes * scales[..., None] - target
-        return float(np.einsum("gmk,gkl,gml->", off, rounding._damped(gram), off))
+        return float(np.einsum("gmk,gkl,gml->", off, rounding.damped(gram), off))
 
     assert error(better, steps) <= error(codes, scales) * (1 + 1e-4)
     assert np.array_equal(better, np.rint(better))
