@@ -9,6 +9,8 @@ from pathlib import Path
 
 import nox
 
+from tests.swiftshader import environment
+
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
@@ -74,6 +76,22 @@ def openvino(session: nox.Session) -> None:
     session.run(
         "pytest", "tests/runtime/test_providers.py", "tests/runtime/test_plugins.py", *session.posargs
     )
+
+
+@nox.session
+def webgpu(session: nox.Session) -> None:
+    """The bundled networks on WebGPU, MiniLM if it was exported: on a graphics card, or else SwiftShader."""
+    session.install("-e", ".[webgpu,test,zoo]")
+    _required(session, "WebGpuExecutionProvider")
+    session.run("python", "models/zoo.py", "fetch")
+    env = (
+        {}
+        if any(Path("/sys/class/drm").glob("card*"))
+        else environment(Path(session.create_tmp()) / "chromium")
+    )
+    session.run("onnxslim", "providers", env=env)
+    files = [f"tests/runtime/test_{name}.py" for name in ("webgpu", "providers", "plugins")]
+    session.run("pytest", *files, *session.posargs, env=env)
 
 
 @nox.session

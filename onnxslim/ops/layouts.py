@@ -25,6 +25,7 @@ class IntegerLayout:
         recurrent: recurrent layers with a kernel that turns data and state into integers as they come.
         weight_only: matrix products that read integer weights at no loss of time while their data is floats.
         zero_points: whether weights of few bits may have codes of zero other than 0.
+        block_products: whether products by blocks of few bits run, but only where they are written as such.
     """
 
     activation: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
@@ -37,6 +38,7 @@ class IntegerLayout:
     slow: frozenset[str] = frozenset()
     recurrent: frozenset[str] = frozenset()
     weight_only: frozenset[str] = frozenset()
+    block_products: bool = False
     zero_points: bool = False
 
 
@@ -82,8 +84,8 @@ LAYOUTS: dict[str, IntegerLayout] = {
     "cuda": _GPU,
     # Explicit Q/DQ, biases in float.
     "tensorrt": _GPU,
-    # No integer kernels: integers are how weights are stored and, in blocks of 4 bits, read.
-    "webgpu": IntegerLayout(weight_only=frozenset(("MatMul", "Gemm"))),
+    # No integer kernels: integers are how weights are stored and, in blocks, read.
+    "webgpu": IntegerLayout(weight_only=frozenset(("MatMul", "Gemm")), block_products=True),
     # Qualcomm's processors: 16-bit activations, which their own tools take for most networks.
     "qnn": IntegerLayout(
         activation=np.dtype(np.uint16), kernels=_CPU_KERNELS - {"HardSigmoid"} | {"ConvTranspose"}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 
 from onnxslim.errors import LoadError, TargetError
 from onnxslim.ir import graph as ir
@@ -17,6 +18,7 @@ from onnxslim.ir.alone import alone
 from onnxslim.ir.graph import Array, Constant, Node, Tensor, Variable
 from onnxslim.ir.model import Model, load
 from onnxslim.runtime.native import LACKING
+from onnxslim.runtime.profile import may_stray
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 
@@ -56,6 +58,31 @@ def without_kernel(nodes: Sequence[Node], model: Model, kind: np.dtype[Any], tar
     light = [node for node in _others(first, refused) if _is_light(node)] if kind.kind == "f" else []
     refused += [node for node in _failing(light, runs) if runs([node], _WIDE)]
     return [id(node) for each in refused for node in first[id(each)]]
+
+
+def require_type(kind: np.dtype[Any], target: Target) -> None:
+    """See that a device computes in a type at all, before nodes are asked for one by one.
+
+    Args:
+        kind: the type.
+        target: what is asked; processors, which turn what they lack into float32, are not.
+
+    Raises:
+        TargetError: a small product runs there in float32, but not in the type.
+    """
+    if may_stray(target) and _runs(_product(_WIDE), target):
+        try:
+            _run_on_zeros(_product(kind), target)
+        except (LoadError, TargetError) as error:
+            raise TargetError(f"{target.name} does not compute in {kind.name} here: {error}") from error
+
+
+def _product(kind: np.dtype[Any]) -> bytes:
+    name = "float" if kind == _WIDE else kind.name
+    text = f"g ({name}[2,2] x) => ({name}[2,2] y) {{ y = MatMul(x, x) }}"
+    return bytes(
+        onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 13]> {text}').SerializeToString()
+    )
 
 
 def kernel_key(node: Node) -> str:
@@ -150,17 +177,21 @@ def _refusal(model: bytes, target: Target) -> str:
 @lru_cache(256)
 def _runs(model: bytes, target: Target) -> bool:
     """Whether a model runs on zeros, which are indices of everything."""
+    try:
+        _run_on_zeros(model, target)
+    except (LoadError, TargetError):
+        return False
+    return True
+
+
+def _run_on_zeros(model: bytes, target: Target) -> None:
     opened = load(onnx.ModelProto.FromString(model))
     feeds = {
         tensor.name: np.zeros(_fed_shape(tensor), tensor.dtype)
         for tensor in opened.graph.inputs
         if tensor.dtype is not None
     }
-    try:
-        Session(opened, target, optimize="none", once=True).run(feeds)
-    except (LoadError, TargetError):
-        return False
-    return True
+    Session(opened, target, optimize="none", once=True).run(feeds)
 
 
 def _alone(nodes: Sequence[Node], model: Model, kind: np.dtype[Any]) -> bytes:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -79,16 +80,41 @@ class OrtModel:
     Args:
         session: an `onnxruntime.InferenceSession`.
         weights: what it reads where it is.
+        elsewhere: opens the same model on processors, to know whether a run fails for the provider's sake.
     """
 
-    def __init__(self, session: Any, weights: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, session: Any, weights: Sequence[Any] = (), elsewhere: Callable[[], Any] | None = None
+    ) -> None:
         self._session = session
         self._weights = weights
+        self._elsewhere = elsewhere
         self.input_names = tuple(item.name for item in session.get_inputs())
         self.output_names = tuple(item.name for item in session.get_outputs())
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Any], limits: RunLimits | None) -> Sequence[Any]:
         """See `onnxslim.runtime.backend.Loaded`."""
+        try:
+            return self._limited(names, feeds, limits)
+        except LimitExceeded:
+            raise
+        except LoadError as error:
+            if self._elsewhere is None or not self._runs_elsewhere(names, feeds):
+                raise
+            provider, why = self._session.get_providers()[0], str(error).removeprefix(_FAILED)
+            raise TargetError(f"{provider} cannot run the model here: {why}") from error
+
+    def _runs_elsewhere(self, names: Sequence[str], feeds: Mapping[str, Any]) -> bool:
+        assert self._elsewhere is not None
+        try:
+            self._elsewhere().run(list(names), dict(feeds))
+        except Exception:  # onnxruntime raises a dozen unrelated types
+            return False
+        return True
+
+    def _limited(
+        self, names: Sequence[str], feeds: Mapping[str, Any], limits: RunLimits | None
+    ) -> Sequence[Any]:
         if limits is None:
             return self._run(names, feeds)
         options = onnxruntime().RunOptions()
@@ -107,7 +133,7 @@ class OrtModel:
         try:
             return list(self._session.run(list(names), dict(feeds), *options))
         except Exception as error:  # onnxruntime raises a dozen unrelated types
-            raise LoadError(f"ONNX Runtime fails to run the model: {message(error)}") from error
+            raise LoadError(_FAILED + message(error)) from error
 
     def end_profile(self) -> Path:
         """See `onnxslim.runtime.backend.Loaded`."""
@@ -143,9 +169,11 @@ def open_model(
         raise TargetError(
             f"{settings.provider} was asked for, but cannot be used here: ONNX Runtime fell back to {used}"
         )
-    return OrtModel(session, held)
+    on_processors = None if settings.provider == CPU else partial(_on_processors, source, settings.libraries)
+    return OrtModel(session, held, on_processors)
 
 
+_FAILED = "ONNX Runtime fails to run the model: "
 # In what ONNX Runtime says where it has no kernel for the types of an operator.
 LACKING = "NOT_IMPLEMENTED"
 
@@ -249,13 +277,18 @@ def _refused(settings: SessionSettings, source: bytes | str, error: Exception) -
     """What a session that could not be opened means: the model is at fault if processors refuse it too."""
     if settings.provider != CPU:
         try:
-            options = _options(SessionSettings(optimize="none", prepack=False))
-            onnxruntime().InferenceSession(source, options, providers=[CPU])
+            _on_processors(source, settings.libraries)
         except Exception:
             pass
         else:
             return TargetError(f"{settings.provider} cannot be used here: {message(error)}")
     return LoadError(f"ONNX Runtime refuses the model: {message(error)}")
+
+
+def _on_processors(source: bytes | str, libraries: tuple[str, ...]) -> Any:
+    """A session that tells whether a model is at fault, or the provider."""
+    options = _options(SessionSettings(libraries=libraries, optimize="none", prepack=False))
+    return onnxruntime().InferenceSession(source, options, providers=[CPU])
 
 
 def _options(settings: SessionSettings) -> Any:

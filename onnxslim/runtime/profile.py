@@ -46,19 +46,24 @@ def places(
     with tempfile.TemporaryDirectory() as folder:
         session = Session(model, target, profile=Path(folder), once=once)
         session.run(feeds)
-        events = json.loads(session.end_profile().read_text(encoding="utf-8"))
-    ran = {
+        ran = placed_in(session.end_profile())
+    counts = counted(ran)
+    if ran and target.provider not in counts:
+        others = ", ".join(f"{provider} runs {count}" for provider, count in counts.items())
+        raise TargetError(f"{target.provider} loads, but runs no operator of the model: {others}")
+    return ran
+
+
+def placed_in(profile: Path) -> dict[str, PlacedNode]:
+    """The operators that ran, by their names, from a file of `Session.end_profile`."""
+    events = json.loads(profile.read_text(encoding="utf-8"))
+    return {
         event["name"].removesuffix("_kernel_time"): PlacedNode(
             event["args"].get("op_name", ""), event["args"]["provider"]
         )
         for event in events
         if event.get("cat") == "Node" and event.get("args", {}).get("provider")
     }
-    counts = counted(ran)
-    if ran and target.provider not in counts:
-        others = ", ".join(f"{provider} runs {count}" for provider, count in counts.items())
-        raise TargetError(f"{target.provider} loads, but runs no operator of the model: {others}")
-    return ran
 
 
 class PlacedNode(NamedTuple):
@@ -129,6 +134,16 @@ def here_or_simulated(target: Target, simulate: bool = False) -> Target:
     if why := unusable(target):
         raise TargetError(f"{why}; to lay the model out for another machine, simulate it (--simulate)")
     return target
+
+
+def require_usable(target: Target) -> None:
+    """See that an installed provider works, before anything else is done with it, in a process of its own.
+
+    Raises:
+        TargetError: it does not; says why.
+    """
+    if may_stray(target) and installed(target) and (why := unusable(target)):
+        raise TargetError(why)
 
 
 @functools.cache

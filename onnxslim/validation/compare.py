@@ -27,7 +27,7 @@ from onnxslim.ir.model import InputSpec, Model, Source, load
 from onnxslim.runtime.metric import Metric, measure
 from onnxslim.runtime.native import CPU
 from onnxslim.runtime.probe import Feeds, probes
-from onnxslim.runtime.profile import available, counted, left_over, may_stray, places
+from onnxslim.runtime.profile import available, counted, left_over, may_stray, places, require_usable
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import Latency, latencies
@@ -89,6 +89,8 @@ def validate(
         check.require_affordable(model)
     several = [targets] if isinstance(targets, str | Target) else available() if targets is None else targets
     chosen = _ordered([Target.of(each) for each in several])
+    for each in chosen:
+        require_usable(each)
     runners = [_Runner(first, second, target, metric) for target in chosen]
     given = None if data is None else CalibrationData.of(data, first.inputs())
     declared = first.inputs()

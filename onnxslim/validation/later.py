@@ -28,7 +28,7 @@ from onnxslim.ir import files
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load, source_sha256
 from onnxslim.runtime.probe import Feeds
-from onnxslim.runtime.profile import counted, left_over, may_stray, places
+from onnxslim.runtime.profile import counted, left_over, may_stray, places, require_usable
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from onnxslim.shapes.given import InputShapes, one_sample, with_sizes
@@ -230,6 +230,7 @@ def resume(path: Path, target: Target | None = None, *, progress: Progress | Non
     """
     check = read(path)
     where = target or Target.named(check.target)
+    require_usable(where)
     model = _model(path, check)
     batches = _Samples(path, check)
     session = Session(model, where)

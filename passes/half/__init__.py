@@ -28,7 +28,7 @@ from onnxslim.passes.half.facts import SINGLE, TYPES, delicate, squares, unfit
 from onnxslim.passes.half.measure import lossy, worst_first, worst_weights_first
 from onnxslim.passes.half.normalize import put_together
 from onnxslim.passes.unfuse import unfuse
-from onnxslim.runtime.kernels import first_breaking, kernel_key, without_kernel
+from onnxslim.runtime.kernels import first_breaking, kernel_key, require_type, without_kernel
 
 # Kinds of nodes that are looked for, one by one, where a target does not run the model with all of them.
 MOST_BREAKING = 8
@@ -104,8 +104,11 @@ class Half(Demanding):
 
         Raises:
             CalibrationError: the data does not fit the model.
+            TargetError: the target does not compute in the type.
         """
         log, kind = Log(), TYPES[self.dtype]
+        if not self.weights_only:
+            require_type(kind, ctx.target)
         tell_idle(self.exclude, model, log)
         for skip in unfuse(model, "free").skipped:
             log.skip(skip.node, skip.reason)

@@ -102,8 +102,9 @@ class Quantize(Pass):
         "auto",
         description="with activations=none, how such weights are written: DequantizeLinear in front of the "
         "product, which any runtime reads (qdq), or ONNX Runtime's own MatMulNBits, with accuracy_level 4 "
-        "(matmulnbits), which it makes of the former itself; auto: qdq, unless the file has the latter "
-        "or, on processors, a table that is looked up and multiplied by, for which there is no other form",
+        "(matmulnbits), which it makes of the former itself; auto: qdq, unless the file has the latter, the "
+        "target runs only that (webgpu) or, on processors, a table is looked up and multiplied by, for which "
+        "there is no other form",
     )
     block_size: int | None = Field(
         None,
@@ -254,9 +255,10 @@ class Quantize(Pass):
         """How weights are written that are only stored as integers."""
         if self.storage != "auto" or self.activations not in (None, "none"):
             return "qdq" if self.storage == "auto" else self.storage
-        on_cpu = target.provider == CPU and self.layout in ("target", "cpu")
+        on_cpu = target.provider == CPU and not target.stands_for and self.layout in ("target", "cpu")
         tied = on_cpu and any(True for _ in ties_of(model))
-        return "matmulnbits" if tied or any(map(is_product, model.nodes())) else "qdq"
+        blocks = tied or target.layout.block_products
+        return "matmulnbits" if blocks or any(map(is_product, model.nodes())) else "qdq"
 
     def _require_kernels(self, target: Target) -> None:
         """Raise UsageError if a target would run nothing of what is asked for in integers."""

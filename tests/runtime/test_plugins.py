@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from onnxslim import cli
-from onnxslim.errors import TargetError, UsageError
+from onnxslim.errors import LoadError, TargetError, UsageError
 from onnxslim.recipes.recipe import Recipe
 from onnxslim.runtime import native, plugins, profile
 from onnxslim.runtime.native import CPU, onnxruntime
@@ -38,13 +38,14 @@ class PlayedRuntime:
     Attributes:
         offered: kinds of devices, by the file of the plugin.
         uses: whether sessions really use the plugin that they are asked for.
+        has_half: whether the device of plugins computes in float16.
         registered: names that plugins were loaded under, by their files.
         asked: the device and the options of the last session.
     """
 
     def __init__(self) -> None:
         self.offered: dict[str, tuple[str, ...]] = {}
-        self.uses = True
+        self.uses = self.has_half = True
         self.registered: dict[str, str] = {}
         self.asked: tuple[Any, dict[str, str]] | None = None
         self._devices: list[Any] = list(onnxruntime().get_ep_devices())
@@ -83,11 +84,20 @@ class PlayedRuntime:
         if providers is None and self.uses:
             assert self.asked is not None
             named = [self.asked[0].ep_name, CPU]
+
+            def run(names: list[str], feeds: dict[str, Any], *options: Any) -> Any:
+                types = {array.dtype for array in (*feeds.values(), *real.run(names, feeds))}
+                if np.dtype(np.float16) in types and not self.has_half:
+                    raise RuntimeError(
+                        "/a/b.cc:1 void f(int) Program Mul requires f16 but the device has none."
+                    )
+                return real.run(names, feeds, *options)
+
             return SimpleNamespace(
                 get_providers=lambda: named,
                 get_inputs=real.get_inputs,
                 get_outputs=real.get_outputs,
-                run=real.run,
+                run=run,
                 end_profiling=lambda: self._profiled(real.end_profiling()),
             )
         return real
@@ -220,6 +230,20 @@ def test_a_plugin_that_takes_no_operator_is_refused(
     assert f"{ACME} loads, but runs no operator of the model: {CPU} runs 2" in capsys.readouterr().err
 
 
+def test_validate_tries_a_provider_before_it_opens_models(
+    packages: Path,
+    runtime: PlayedRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a process of its own, where what it prints is nobody's business."""
+    runtime.offered["/acme.so"] = ("NPU",)
+    monkeypatch.setattr(runtime, "_profiled", lambda path: path)
+    model = saved(packages)
+    assert cli.main(["validate", model, model, "--provider", "acme"]) == TargetError.exit_code
+    assert f"{CPU} runs 1" in capsys.readouterr().err, "the small product, not the model"
+
+
 def test_a_plugin_without_a_device_says_what_it_needs(packages: Path, runtime: PlayedRuntime) -> None:
     runtime.offered |= {"/acme.so": (), "/qnn.so": ("CPU",)}
     with pytest.raises(TargetError, match=rf"^{ACME} cannot be used here: .*'acme.so' offers no device on"):
@@ -242,10 +266,53 @@ def test_what_does_not_work_here_is_simulated_only_if_that_is_asked_for(
     assert (packages / "b.check.json").exists()
     runtime.offered["/acme.so"], runtime.registered = ("NPU",), {}
     native._PLUGGED.clear()
+    profile.unusable.cache_clear()
     assert cli.main(["validate", "--resume", str(packages / "b.check.json"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["providers"][1]["target"] == "acme"
     assert any(f"operators of the second model run: 2 on {ACME}" in note for note in told["notes"])
+
+
+HALF = "g (float16[N,2] x) => (float16[N,2] y) { y = Mul(x, x) }"
+
+
+def test_a_run_that_only_the_provider_fails_is_not_the_models_fault(
+    packages: Path, runtime: PlayedRuntime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runtime.offered["/acme.so"], runtime.has_half = ("GPU",), False
+    session = Session(parse(HALF), Target.named("acme"))
+    why = (
+        r"^AcmeExecutionProvider cannot run the model here: Program Mul requires f16 but the device has none"
+    )
+    with pytest.raises(TargetError, match=why):
+        session.run({"x": np.ones((3, 2), np.float16)})
+    with pytest.raises(LoadError, match="fails to run the model"):
+        session.run({"x": np.ones((3, 2), np.float32)})
+    model = str(packages / "half.onnx")
+    parse(HALF).save(model)
+    assert cli.main(["validate", model, model, "--provider", "acme"]) == TargetError.exit_code
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize("more", [[], ["--weights-only", "--on-error", "keep"]])
+def test_half_precision_is_asked_of_the_device_first(
+    packages: Path, runtime: PlayedRuntime, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    runtime.offered["/acme.so"] = ("GPU",)
+    words = ["half", saved(packages), str(packages / "b.onnx"), "--target", "acme", "--quiet", *more]
+    assert cli.main(words) == 0
+    (packages / "b.onnx").unlink()
+    runtime.has_half = False
+    capsys.readouterr()
+    code, told = cli.main(words), capsys.readouterr().err
+    if more:
+        assert code == 0, "weights are turned back before the device sees them"
+        return
+    assert code == TargetError.exit_code
+    assert told.startswith("onnxslim: error: acme does not compute in float16 here: ")
+    assert told.count("\n") == 1
+    assert not (packages / "b.onnx").exists()
 
 
 def test_a_plugin_that_cannot_be_loaded_is_named(packages: Path, runtime: PlayedRuntime) -> None:
