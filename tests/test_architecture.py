@@ -37,7 +37,9 @@ PASSES: tuple[tuple[str, ...], ...] = (
     ("factorize", "quantize", "prune"),
     ("repair", "half", "slim"),
     ("fuse", "legalize"),
-    ("dedupe", "eliminate", "extract", "fold", "inline", "unfuse"),
+    ("unfuse",),
+    ("opsets",),
+    ("dedupe", "eliminate", "extract", "fold", "inline"),
     ("dead", "predicates", "shapes", "single"),
 )
 # The face stands beside the tower: anybody's caller, nobody's foundation.

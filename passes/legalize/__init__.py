@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import onnx.defs
-from onnx import FunctionProto, helper
+from onnx import helper
 from pydantic import Field
 
-from onnxslim import shapes
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.engine.editor import Editor
 from onnxslim.errors import PassError, UsageError
-from onnxslim.ir import proto
-from onnxslim.ir.graph import Constant, Node, Tensor
-from onnxslim.ir.model import DEFAULT_DOMAINS, Model
+from onnxslim.ir.graph import Node
+from onnxslim.ir.model import Model
 from onnxslim.ops import spec_of, versions
 from onnxslim.ops.body import UnwrittenError
 from onnxslim.ops.contrib import DOMAIN as CONTRIB
-from onnxslim.passes import dead, inline
-from onnxslim.passes.fold.edits import Edits
-from onnxslim.passes.fold.sizes import settle_targets
-from onnxslim.passes.legalize.forms import Forms, by_itself
-from onnxslim.passes.unfuse import obstacle, put, unfuse
+from onnxslim.passes.opsets import restate, standard, untaken
+from onnxslim.passes.opsets.forms import Forms, by_itself
+from onnxslim.passes.opsets.placing import obstacle, put
+from onnxslim.passes.unfuse import unfuse
 from onnxslim.runtime.kernels import is_lacking
 from onnxslim.runtime.releases import SETTLED, release
 from onnxslim.runtime.targets import Target
-from onnxslim.shapes.dims import dims_of
 
 NEWEST = onnx.defs.onnx_opset_version()
 # The version of the file format with functions, and those with types that came since.
@@ -42,8 +36,6 @@ TYPES_IR = {
     **dict.fromkeys(("int2", "uint2"), 13),
     **dict.fromkeys(("float6_e2m3fn", "float6_e3m2fn"), 14),
 }
-# Before this opset, a zero in the target of a Reshape stands for a size of its input, always.
-ZEROS = 14
 # Operators in operators in operators: none is written in more levels of others.
 MOST_LEVELS = 8
 
@@ -94,7 +86,7 @@ class Legalize(Pass):
             if opset is None:
                 settle(twin, ctx.target, log)
             else:
-                _restate(twin, opset, ctx, log)
+                _restate(twin, opset, ctx.target, log)
         except UnwrittenError as why_not:
             raise PassError(f"pass '{self.name}': {why_not}", pass_name=self.name) from why_not
         version = _ir_version(twin, model.opset)
@@ -108,77 +100,20 @@ class Legalize(Pass):
         return changes
 
 
-def _restate(model: Model, opset: int, ctx: Context, log: Log) -> None:
+def _restate(model: Model, opset: int, target: Target, log: Log) -> None:
     """Bring a model to an opset, in place; raises UnwrittenError where that cannot be."""
-    before = model.opset
-    if opset < before:
+    if opset < model.opset:
         for change in unfuse(model, "all", only=partial(_may_be_written, opset=opset)).changed:
             log.change(change.node, change.action)
-    if opset == before:
+    if opset == model.opset:
         log.skip(model.graph.name or "model", f"it is of opset {opset}")
-        return
-    _bring_functions(model, opset, ctx, log)
-    untaken = _untaken(model, opset)
-    if untaken:
-        raise UnwrittenError(untaken)
-    if opset < ZEROS and any(node.attrs.get("allowzero") for node in _standard(model)):
-        edits = Edits(model, log)
-        settle_targets(edits, dims_of(model))
-        edits.clean_up()
-    for note in Forms(ctx.target).bring(model, opset):
-        log.change(*note)
-    log.change(model.graph.name or "model", f"of opset {opset} instead of {before}")
+    else:
+        restate(model, opset, target, log)
 
 
 def _may_be_written(node: Node, opset: int) -> bool:
     """Whether a node is ONNX Runtime's own and may have a body in an opset."""
     return node.domain == CONTRIB and spec_of(node).body_opset <= opset
-
-
-def _untaken(model: Model, opset: int) -> str:
-    """What no operator of an opset says, as it has no such type; known before any work."""
-    facts = shapes.deduce(model)
-    for node in model.nodes():
-        if node.domain in DEFAULT_DOMAINS and versions.schema_of(node.op, opset) is not None:
-            tensors = [each for each in (*node.inputs, *node.outputs) if each.name]
-            kinds = {each.name: kind for each in tensors if (kind := _kind(each, facts)) is not None}
-            if why_not := versions.untaken(node, opset, kinds):
-                since = _earliest(node, kinds, opset, model.opset)
-                return (
-                    f"node '{node.label}' ({node.op}) has no form in opset {opset}: {why_not} opset {since}"
-                )
-    return ""
-
-
-def _kind(tensor: Tensor, facts: Mapping[int, shapes.Fact]) -> np.dtype[Any] | None:
-    if isinstance(tensor, Constant):
-        return tensor.dtype
-    return facts[id(tensor)].dtype if id(tensor) in facts else None
-
-
-def _earliest(node: Node, kinds: Mapping[str, np.dtype[Any]], low: int, high: int) -> int:
-    return next(each for each in range(low, high + 1) if not versions.untaken(node, each, kinds))
-
-
-def _bring_functions(model: Model, opset: int, ctx: Context, log: Log) -> None:
-    """Have functions of a model in an opset; their bodies instead, where they mean something else there."""
-    if any(_is_other(function, opset) for function in model.shell.functions):
-        log.add(inline.Inline().run(model, ctx))
-        for node, function in inline.calls(model):
-            raise UnwrittenError(
-                f"node '{node.label}' calls function '{function.name}', which cannot be inlined"
-            )
-    if model.shell.functions:
-        model.shell = proto.fields_but(model.shell)
-        for function in model.shell.functions:
-            for item in function.opset_import:
-                item.version = opset if item.domain in DEFAULT_DOMAINS else item.version
-
-
-def _is_other(function: FunctionProto, opset: int) -> bool:
-    own = next((each.version for each in function.opset_import if each.domain in DEFAULT_DOMAINS), opset)
-    standard = (node for node in dead.nested(function.node) if node.domain in DEFAULT_DOMAINS)
-    return any(not versions.is_alike(node.op_type, own, opset) for node in standard)
 
 
 def _ir_version(model: Model, before: int) -> int:
@@ -200,7 +135,7 @@ def _ir_version(model: Model, before: int) -> int:
 
 def needed(model: Model, target: Target) -> list[str]:
     """Nodes that a target has no kernels for, though the rest of a model tells nothing against it."""
-    if not any(_may_lack(node, model.opset) for node in _standard(model)):
+    if not any(_may_lack(node, model.opset) for node in standard(model)):
         return []
     return [node.label for node in lacking(model, target, Editor(model))]
 
@@ -217,7 +152,9 @@ def settle(model: Model, target: Target, log: Log) -> None:
         nodes = lacking(model, target, edit)
         if not nodes:
             if model.opset != before:
-                log.change(model.graph.name or "model", f"of opset {model.opset} instead of {before}")
+                log.change(
+                    model.graph.name or "model", f"lowered to opset {model.opset}", f"it was of {before}"
+                )
             return
         why = [
             f"{node.label}: {why_not}"
@@ -250,7 +187,7 @@ def _retreat(model: Model, target: Target, forms: Forms, log: Log) -> None:
     opset = min((versions.since(node.op, model.opset) for node in nodes), default=0) - 1
     if opset < SETTLED:
         raise UnwrittenError(f"{target.name} has no kernel for node '{nodes[0].label}' ({nodes[0].op})")
-    why_not = _untaken(model, opset)
+    why_not = untaken(model, opset)
     if why_not:
         raise UnwrittenError(
             f"{target.name} has no kernel for node '{nodes[0].label}' ({nodes[0].op}); {why_not}"
@@ -263,16 +200,11 @@ def lacking(model: Model, target: Target, edit: Editor) -> list[Node]:
     """Nodes that a target has no kernels for, as it says of each by itself."""
     return [
         node
-        for node in _standard(model)
+        for node in standard(model)
         if _may_lack(node, model.opset)
         and not node.bodies
         and is_lacking(by_itself(node, edit).SerializeToString(deterministic=True), target)
     ]
-
-
-def _standard(model: Model) -> Iterator[Node]:
-    own = model.functions
-    return (node for node in model.nodes() if node.domain in DEFAULT_DOMAINS and ("", node.op) not in own)
 
 
 def _may_lack(node: Node, opset: int) -> bool:

@@ -16,8 +16,8 @@ from onnxslim.ir.graph import Constant, Node
 from onnxslim.ir.model import Model
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.fold.weights import store_weights
+from onnxslim.passes.opsets import raise_opset
 from onnxslim.passes.unfuse import unfuse
-from onnxslim.passes.unfuse.opset import raise_opset
 
 # Per-channel DequantizeLinear appeared in this version.
 MIN_OPSET = 13
@@ -33,10 +33,8 @@ def prepare(model: Model, rules: IntegerLayout, log: Log, opset: int = MIN_OPSET
     """
     for skip in unfuse(model, "layers", coded=_is_single).skipped:
         log.skip(skip.node, skip.reason)
-    if model.opset < opset:
-        if problem := raise_opset(model, opset):
-            raise PassError(f"pass 'quantize' needs opset {opset}, and {problem}", pass_name="quantize")
-        log.change("model", f"raised to opset {opset}", "its way of quantizing needs it")
+    if model.opset < opset and (problem := raise_opset(model, opset, log)):
+        raise PassError(f"pass 'quantize' needs opset {opset}, and {problem}", pass_name="quantize")
     for skip in store_weights(model):
         log.skip(skip.node, skip.reason)
     shapes.infer(model)

@@ -10,14 +10,14 @@ from pydantic import Field
 from onnxslim.engine import rewrite
 from onnxslim.engine.base import Changes, Context, Log, Pass, options
 from onnxslim.engine.editor import Editor
-from onnxslim.ir import graph as ir
-from onnxslim.ir.graph import Graph, Node
+from onnxslim.ir.graph import Node
 from onnxslim.ir.model import Model
-from onnxslim.ops import Role, body_of, spec_of
-from onnxslim.ops.body import MIN_OPSET, Body, UnwrittenError, WriteBody
+from onnxslim.ops import body_of, spec_of
+from onnxslim.ops.body import UnwrittenError, WriteBody
 from onnxslim.ops.spec import WHICH, Which
+from onnxslim.passes.opsets import raise_opset
+from onnxslim.passes.opsets.placing import obstacle, put, written
 from onnxslim.passes.unfuse import codes
-from onnxslim.passes.unfuse.opset import raise_opset
 
 
 @options
@@ -101,25 +101,16 @@ def _raised(model: Model, nodes: Sequence[Node], log: Log) -> bool:
     opset = max((spec_of(node).body_opset for node in nodes), default=0)
     if model.opset >= opset:
         return False
-    if problem := raise_opset(model, opset):
+    problem = raise_opset(model, opset, log)
+    if problem:
         log.skip("model", problem)
-        return False
-    log.change("model", f"raised to opset {opset}", "what is written out needs it")
-    return True
+    return not problem
 
 
 def _pending(
     model: Model, which: Which, coded: Callable[[Node], bool] | None, only: Callable[[Node], bool]
 ) -> list[tuple[Node, WriteBody]]:
     return [(node, write) for node, write in writable(model, which, coded=coded) if only(node)]
-
-
-def obstacle(node: Node, edit: Editor) -> str:
-    """Why nothing may be put in the place of a node; empty if it may."""
-    home = edit.home(node)
-    if home is None or not edit.can_edit(home) or any(map(edit.is_shadowed, (*node.inputs, *node.outputs))):
-        return "a body uses a name for another tensor than the graph around it does"
-    return f"that takes opset {MIN_OPSET}" if edit.opset < MIN_OPSET else ""
 
 
 def _write(node: Node, write: WriteBody, edit: Editor) -> str:
@@ -129,44 +120,3 @@ def _write(node: Node, write: WriteBody, edit: Editor) -> str:
     except UnwrittenError as why_not:
         return str(why_not)
     return ""
-
-
-def written(node: Node, write: WriteBody, edit: Editor, opset: int) -> Graph:
-    """The body of a node in operators of an opset, which its results are the outputs of.
-
-    Raises:
-        UnwrittenError: it has none, and why.
-    """
-    body = Body(node, opset, edit, edit.name)
-    try:
-        results = body.close(write(body))
-        for index, (made, result) in enumerate(zip(node.outputs, results, strict=True)):
-            body.require(
-                result is not None or not edit.is_output(made), f"nothing is known of its output {index}"
-            )
-    except UnwrittenError:
-        for each in body.nodes:
-            ir.detach(each)
-        raise
-    graph = Graph("body")
-    graph.nodes.extend(body.nodes)
-    graph.outputs = [ir.empty() if result is None else result for result in results]
-    return graph
-
-
-def put(node: Node, body: Graph, edit: Editor) -> None:
-    """Put a body in the place of a node.
-
-    What it says of itself, its doc string and metadata, goes on where the body is a node of the same
-    operator; its name goes to the layer in it, or else to what makes the result.
-    """
-    first = body.nodes[0] if len(body.nodes) == 1 else None
-    if first is not None and first.op == node.op and len(first.outputs) == len(node.outputs):
-        inputs, attrs = list(first.inputs), dict(first.attrs)
-        ir.detach(first)
-        edit.replace_node(node, first.op, inputs, attrs)
-        return
-    layers = [each for each in body.nodes if spec_of(each).role is Role.LINEAR]
-    for each in (layers or body.nodes[-1:])[:1]:
-        each.name = node.name
-    edit.inline(node, body)

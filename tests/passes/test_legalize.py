@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import parser
 
-from onnxslim.engine.base import Context
+from onnxslim.engine.base import Context, Log
 from onnxslim.engine.check import difference
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import LoadError, PassError, UsageError
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model, load
 from onnxslim.ops import versions
 from onnxslim.passes.legalize import Legalize, needed
+from onnxslim.passes.opsets import raise_opset
 from onnxslim.passes.slim import Slim
 from onnxslim.recipes.recipe import Recipe
 from onnxslim.runtime.releases import release
@@ -263,6 +264,24 @@ def test_what_users_own_is_kept(tmp_path: Path) -> None:
     assert "Erf" in ops(result)
 
 
+def test_nothing_but_the_opset_changes_where_operators_stay_what_they_are() -> None:
+    model = parse(
+        "g (float[N,4] x) => (float[N,4] y) <float[4,4] w> { [a] h = MatMul(x, w) [b] y = Relu(h) }",
+        {"w": normal(4, 4)},
+        opset=11,
+    )
+    proto = model.to_proto()
+    proto.graph.node[0].doc_string = "of the product"
+    proto.graph.value_info.add(name="h").type.tensor_type.elem_type = 1
+    proto.metadata_props.add(key="mine", value="1")
+    raised = load(proto)
+    assert raise_opset(raised, 17, Log()) is None
+    expected = type(proto)()
+    expected.CopyFrom(proto)
+    expected.opset_import[0].version = 17
+    assert raised.to_proto() == expected
+
+
 CHAIN = [
     "{o} = Gelu({i})",
     "{o} = LayerNormalization({i}, s)",
@@ -288,6 +307,17 @@ def test_legalizing_twice_is_legalizing_once(chain: list[str], older: int) -> No
     twice = once.copy()
     assert not Legalize(opset=older).run(twice, Context())
     assert twice.to_proto() == once.to_proto()
+
+
+def test_other_defaults_are_seen_where_nothing_can_be_run() -> None:
+    (node,) = of("y = Softmax(x)", X, Y, 13).graph.nodes
+    assert versions.superfluous(node, 13, 12) == "Softmax has another 'axis' by default in opset 12"
+    node.attrs["axis"] = 1
+    assert versions.superfluous(node, 13, 12) == []
+    (node,) = of("y = Cast<to=1, saturate=0>(x)", X, Y, 19).graph.nodes
+    assert versions.superfluous(node, 19, 13) == "Cast has no attribute 'saturate' in opset 13"
+    node.attrs["saturate"] = 1
+    assert versions.superfluous(node, 19, 13) == ["saturate"]
 
 
 def test_a_model_that_runs_is_left_alone() -> None:

@@ -28,7 +28,7 @@ from onnxslim.ir.model import DEFAULT_DOMAINS, Model, constant_of, is_literal, l
 from onnxslim.ops import spec_of, versions
 from onnxslim.ops.body import UnwrittenError
 from onnxslim.passes.fold import Fold
-from onnxslim.passes.unfuse import obstacle, put, written
+from onnxslim.passes.opsets.placing import obstacle, put, written
 from onnxslim.runtime.targets import Target
 
 # Makes a form of a node by itself in another opset; raises UnwrittenError where there is none.
