@@ -14,7 +14,7 @@ import onnx
 import onnx.inliner
 import onnx.shape_inference
 import onnx.version_converter
-from onnx import GraphProto, ModelProto
+from onnx import GraphProto, ModelProto, ValueInfoProto
 
 from onnxslim.engine.base import Context
 from onnxslim.engine.check import Checker
@@ -222,7 +222,7 @@ def by_itself(node: Node, edit: Editor) -> ModelProto:
         values = constant_of(tensor)
         if values is not None and values.nbytes <= MAX_BYTES:
             return Constant(name, values)
-        return Variable(name, edit.dtype(tensor), edit.shape(tensor))
+        return Variable(name, edit.dtype(tensor), edit.shape(tensor), _structure(tensor, name))
 
     made = alone([node], edit.model, twin)
     made.opsets = {"": made.opset}
@@ -230,6 +230,17 @@ def by_itself(node: Node, edit: Editor) -> ModelProto:
     del plain.opset_import[:]
     plain.opset_import.add(domain="", version=made.opset)
     return plain
+
+
+def _structure(tensor: Tensor, name: str) -> ValueInfoProto | None:
+    """The declaration of a tensor that is a sequence or an optional, under another name."""
+    info = tensor.proto if isinstance(tensor, Variable) else None
+    if info is None or info.type.WhichOneof("value") in (None, "tensor_type"):
+        return None
+    twin = ValueInfoProto()
+    twin.CopyFrom(info)
+    twin.name = name
+    return twin
 
 
 def _stated(node: Node) -> Graph | None:
@@ -306,7 +317,7 @@ def _taken_in(node: Node, form: ModelProto, edit: Editor) -> Graph:
     code = GraphProto(name="form")
     code.node.extend(form.graph.node)
     code.initializer.extend(each for each in form.graph.initializer if each.name not in scope)
-    code.output.extend(onnx.ValueInfoProto(name=each.name) for each in form.graph.output)
+    code.output.extend(ValueInfoProto(name=each.name) for each in form.graph.output)
     graph = proto.import_graph(code, edit.model.ir_version, lambda item: files.decode(item, None), scope)
     label = node.name or f"{node.op}_{node.outputs[0].name}"
     for tensor in ir.tensors(graph):

@@ -24,7 +24,7 @@ from onnxslim.errors import PassError
 from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model, load
 from onnxslim.runtime.session import Session
-from tests.helpers import FASHION, ROOT, heed_interrupts, normal, normals, parse
+from tests.helpers import FASHION, ROOT, heed_interrupts, normal, normals, ops, parse
 
 
 @options
@@ -355,6 +355,27 @@ def error(result: tuple[int, str, str], code: int) -> str:
 )
 def test_usage_errors(run: Run, words: tuple[str, ...], message: str) -> None:
     assert message in error(run(*words), 2)
+
+
+def test_models_in_other_opsets(run: Run, folder: Path) -> None:
+    call = "a = Relu(x) y = Swish(a)"
+    parse(f"g (float[N,4] x) => (float[N,4] y) {{ {call} }}", opset=28, ir_version=13).save(
+        folder / "new.onnx"
+    )
+    code, _, _ = run("slim", "new.onnx", "out.onnx", "--quiet")
+    assert code == 0
+    assert ops(load(folder / "out.onnx")) == {"Relu": 1, "Sigmoid": 1, "Mul": 1}
+    code, out, _ = run("legalize", "new.onnx", "old.onnx", "--opset", "13")
+    assert code == 0
+    assert "note: cpu has no kernel for 'Swish→y': the model was legalized before anything else" in out
+    assert load(folder / "old.onnx").opset == 13
+    text = "g (int4[2,4] x, float s) => (float[2,4] y) { y = DequantizeLinear(x, s) }"
+    parse(text, opset=21, ir_version=10).save(folder / "bits.onnx")
+    refused = error(run("legalize", "bits.onnx", "out13.onnx", "--opset", "13"), 3)
+    assert "(DequantizeLinear) has no form in opset 13: 'x' is int4" in refused
+    assert not (folder / "out13.onnx").exists()
+    assert "1.15 to" in error(run("legalize", "bits.onnx", "--onnxruntime", "0.9"), 2)
+    assert "onnxslim legalize" in error(run("validate", "new.onnx", "new.onnx", "--provider", "cpu"), 3)
 
 
 def test_no_words_show_the_help(run: Run) -> None:

@@ -129,6 +129,17 @@ def test_operators_without_kernels_run(call: str, inputs: str, outputs: str, ops
     assert difference(expected["y"], found["y"]) == ""
 
 
+def test_what_reads_structures_runs_in_an_older_opset() -> None:
+    model = parse(
+        "g (optional(float[2]) x) => (bool y) { y = OptionalHasElement(x) }", opset=28, ir_version=13
+    )
+    with pytest.raises(LoadError, match="onnxslim legalize"):
+        Session(model)
+    result, _ = apply(Legalize(), model)
+    assert result.opset == 27
+    assert Session(result).run({"x": np.ones(2, np.float32)})["y"]
+
+
 @pytest.mark.parametrize("older", OLDER)
 @pytest.mark.parametrize(("call", "inputs", "outputs", "opset"), CALLS)
 def test_older_opsets_compute_the_same(call: str, inputs: str, outputs: str, opset: int, older: int) -> None:
