@@ -82,6 +82,11 @@ class Quantize(Pass):
     the metric (or the share of equal decisions) drops by more than `max_drop`, every layer is measured on its
     own, and the fewest that have to are kept out of integers. If the whole then takes longer than in floating
     point, so are the layers that make it slow.
+
+    With `activations="none"` the weights of matrix products and embeddings alone become integers: int8, or
+    int4 with a scale for every few inputs. ONNX Runtime multiplies by them as they are, and rounds the data
+    to int8 by blocks as it comes; the report says what that costs. Codes of few bits that a file brings
+    along, in whichever form, are kept to the bit.
     """
 
     name: ClassVar[str] = "quantize"
@@ -89,7 +94,8 @@ class Quantize(Pass):
     weights: Bits = Field(
         "int8",
         description="integer type of weights; int4 halves the file again, and is computed with as int8 or, "
-        "where activations are not integers, in blocks of 32 with a scale each",
+        "where activations are not integers, in blocks of 32 with a scale each, "
+        "on processors a zero point, too",
     )
     activations: Activations = Field(
         "auto",

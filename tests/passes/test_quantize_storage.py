@@ -101,6 +101,14 @@ def test_codes_that_are_there_are_not_rounded_again(bits: int, size: int, zeros:
     assert there.nbytes() == pytest.approx(back.nbytes(), rel=0.8), "no weight is there twice"
 
 
+def test_data_may_have_any_number_of_axes() -> None:
+    model = parse("g (float[72] x) => (float[96] y) { y = MatMul(x, w) }", {"w": normal(72, 96)})
+    feeds = {"x": normal(72, seed=1)}
+    result = stored(model, weights="int8", storage="matmulnbits")
+    assert ops(result) == {"MatMulNBits": 1}
+    assert sqnr(run(model, feeds)["y"], run(result, feeds)["y"]) > 35
+
+
 def test_a_product_that_is_left_alone_keeps_its_form() -> None:
     model = made(zeros=True)
     assert not apply(Quantize(activations="none", exclude=("*",)), model)[1]
@@ -306,6 +314,31 @@ def test_what_has_one_set_of_codes_keeps_it() -> None:
         assert np.array_equal(run(again, IDS)["y"], run(once, IDS)["y"])
 
 
+def test_blocks_of_a_shared_table_fill_its_rows() -> None:
+    model = decoder(width=48)
+    result = stored(model, weights="int4")
+    assert {node.name: node.attrs["block_size"] for node in result.graph.nodes if node.domain}["head"] == 16
+    assert sqnr(run(model, IDS)["y"], run(result, IDS)["y"]) > 16
+
+
+def test_codes_that_others_have_tied_stay_one() -> None:
+    """As tools for generation do it: the lookup reads those of the head, reshaped."""
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 256, (600, 2, 16)).astype(np.uint8)
+    text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+    g (int64[N,S] i) => (float[N,S,600] y) {
+      r = Constant<value = int64[2] {600, 32}>() t = Reshape(w, r)
+      x = com.microsoft.GatherBlockQuantized<bits=4, block_size=32, quantize_axis=1>(t, i, s)
+      z = Cast<to=1>(x)
+      y = com.microsoft.MatMulNBits<K=64, N=600, bits=4, block_size=32, accuracy_level=4>(z, w, s) }"""
+    scales = (random.random((600, 2)) * 0.1).astype(np.float32)
+    model = parse(text, {"w": codes, "s": scales})
+    result = stored(model, weights="int4")
+    assert ops(result)["MatMulNBits"] == 1
+    assert result.nbytes() < 1.01 * model.nbytes(), "once"
+    assert np.array_equal(run(result, IDS)["y"], run(model, IDS)["y"])
+
+
 def test_a_table_in_a_gemm_is_shared_too() -> None:
     constants = {"t": normal(600, 64), "w1": normal(64, 96, seed=1) / 8, "w2": normal(96, 64, seed=3) / 10}
     model = parse(FLAT, {**constants, "c": normal(600, seed=5)})
@@ -361,6 +394,9 @@ def test_a_table_is_kept_in_eight_bits_where_four_cost_too_much() -> None:
     layers = QuantizeFigures.of(changes).layers
     assert layers is not None
     assert {layer.node: layer.op for layer in layers} == {"rows": "Gather", "one": "MatMul"}
+    _, alone = quantize(model, data, **same, exclude=("rows",), require_sqnr=0, algorithm="rtn")
+    told = {layer.node: layer.sqnr for layer in layers}
+    assert told["one"] == pytest.approx(QuantizeFigures.of(alone).sqnr, abs=1.0), "the table is left alone"
     plan = QuantizeFigures.of(changes).plan
     again, _ = quantize(model, data, plan=plan)
     assert again.to_proto() == result.to_proto()
