@@ -94,7 +94,10 @@ class _Layer:
 
     def __init__(self, node: Node, shapes: Mapping[str, _Shape]) -> None:
         inputs, outputs = (
-            [Variable(tensor.name, None, shapes[tensor.name].sizes) for tensor in tensors]
+            [
+                Variable(each.name, None, shapes[each.name].sizes if each.name in shapes else None)
+                for each in tensors
+            ]
             for tensors in (node.inputs, node.outputs)
         )
         self._tensors = [*inputs, *outputs]
@@ -106,18 +109,21 @@ class _Layer:
 
     @classmethod
     def of(cls, node: Node, shape: object) -> _Layer | None:
-        """The layer, if all its shapes are known."""
+        """The layer, if the shapes of its inputs and of its first output are known."""
         assert callable(shape)
-        tensors = [tensor for tensor in (*node.inputs, *node.outputs) if tensor.name]
-        found = {tensor.name: shape(tensor) for tensor in tensors}
-        found[""] = _Shape((), ())
-        return cls(node, found) if all(each is not None for each in found.values()) else None
+        found = {each.name: shape(each) for each in (*node.inputs, *node.outputs[:1]) if each.name}
+        if any(each is None for each in found.values()):
+            return None
+        more = {each.name: shape(each) for each in node.outputs[1:] if each.name}
+        known = {name: each for name, each in (found | more).items() if each is not None}
+        return cls(node, {**known, "": _Shape((), ())})
 
     def macs(self, gone: Counts) -> int:
         key = tuple(gone.get(family, 0) for family in self._families)
         if key not in self._known:
             for tensor in self._tensors:
-                tensor.shape = self._shapes[tensor.name].after(gone)
+                if tensor.name in self._shapes:
+                    tensor.shape = self._shapes[tensor.name].after(gone)
             count = spec_of(self._node).macs
             self._known[key] = (count(self._node) if count else 0) or 0
         return self._known[key]

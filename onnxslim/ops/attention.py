@@ -40,13 +40,15 @@ def _attention_macs(node: Node) -> int | None:
 def _linear_attention_macs(node: Node) -> int | None:
     """Each step adds a product of key and value to the state, of each head, and multiplies it by queries; by
     keys, too, where the state is corrected."""
-    query, value = (sizes(node.inputs[index].shape) for index in (0, 2))
-    if query is None or value is None:
+    query, state = (
+        sizes(node.inputs[0].shape),
+        sizes(node.outputs[1].shape) if len(node.outputs) > 1 else None,
+    )
+    if query is None or state is None:
         return None
-    heads, shared = int(node.attrs["q_num_heads"]), int(node.attrs["kv_num_heads"])
+    group = int(node.attrs["q_num_heads"]) // int(node.attrs["kv_num_heads"])
     corrected = "delta" in node.attrs.get("update_rule", "gated_delta")
-    state = (query[2] // heads) * (value[2] // shared)
-    return math.prod(query[:2]) * state * (heads + shared * (1 + corrected))
+    return math.prod(query[:2]) * math.prod(state[1:]) * (group + 1 + corrected)
 
 
 register(

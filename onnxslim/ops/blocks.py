@@ -126,5 +126,5 @@ def _require_sizes(b: Body, *found: tuple[Array, int]) -> None:
 
 def product_macs(node: Node) -> int | None:
     """Rows of the data times the elements of the matrix."""
-    data = sizes(node.inputs[0].shape)
-    return None if data is None else math.prod(data) * int(node.attrs["N"])
+    data, made = sizes(node.inputs[0].shape), sizes(node.outputs[0].shape)
+    return None if data is None or made is None else math.prod(data) * made[-1]

@@ -191,6 +191,7 @@ class _Run:
         self._unrepaired: judging.Kept | None = None
         self._seen: dict[str, Sight] = {}  # what no rule tells the shape of
         self._missed = ""  # how far what was chosen last is from what was asked for
+        self._whole = 0.0, 0.0  # multiply-accumulates and parameters of the model as it was
 
     def run(self) -> Changes:
         """All steps."""
@@ -199,11 +200,11 @@ class _Run:
         self._spared = spared(self._model, self._settings.exclude)
         first = self._analyze()
         before = Costs(self._model, first)
-        self._whole = {"macs": before.macs({}), "params": before.parameters({})}
         done = False
         steps = self._settings.steps if self._settings.plan is None else 1  # a plan tells all at once
         for step in range(1, steps + 1):
             analysis = first if step == 1 else self._analyze()
+            self._whole = before.macs({}) * self._scale(before, first, analysis), before.parameters({})
             amount = self._step(analysis, step / steps)
             done = amount > 0 or done
             if self._demand and amount < 1.0:
@@ -211,9 +212,14 @@ class _Run:
         if not done:
             self._say_why(first)
             return Changes((), self._log.done().skipped)
-        figures = self._told(first)
+        figures = self._told(first, before)
         reshare(self._model, twins)
         return self._log.done(figures)
+
+    def _scale(self, before: Costs, first: Analysis, now: Analysis) -> float:
+        """How many times the first batch is looked at: sizes that constants have are not tried."""
+        left = before.macs(Removal.leaving(first, self._kept).counts)
+        return Costs(self._model, now).macs({}) / left if left else 1.0
 
     def moves(self) -> list[Move]:
         """What could go, with the damage that decides; see `Pass.propose`."""
@@ -363,9 +369,9 @@ class _Run:
             return uniform(found.families, found.limits, share * amount)
         costs = Costs(self._model, found.analysis)
         cost, goal, whole = (
-            (costs.macs, settings.macs, self._whole["macs"])
+            (costs.macs, settings.macs, self._whole[0])
             if settings.macs is not None
-            else (costs.parameters, settings.params, self._whole["params"])
+            else (costs.parameters, settings.params, self._whole[1])
         )
         assert goal is not None
         here, there = cost({}), whole * goal**progress
@@ -399,7 +405,7 @@ class _Run:
             descend=self._settings.effort != "quick",
         )
 
-    def _told(self, first: Analysis) -> PruneFigures:
+    def _told(self, first: Analysis, before: Costs) -> PruneFigures:
         """Figures of the whole; in the log what became of each family."""
         removal = Removal.leaving(first, self._kept)
         for family in first.families:
@@ -409,8 +415,8 @@ class _Run:
         for name in self._seen:
             self._log.skip(name, NOTE)
         return PruneFigures(
-            macs=(self._whole["macs"], costs.macs({})),
-            params=(self._whole["params"], costs.parameters({})),
+            macs=(before.macs({}), before.macs(removal.counts)),
+            params=(before.parameters({}), costs.parameters({})),
             plan=PruningPlan.of(removal),
             repairs=self._repaired,
             unrepaired=self._unrepaired,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from onnxslim.engine.check import wellformed
-from onnxslim.families.analysis import analyze
+from onnxslim.families.analysis import Analysis, analyze
+from onnxslim.families.costs import Costs
 from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
@@ -17,6 +18,7 @@ from onnxslim.ops.channels.cut import Masks
 from onnxslim.passes.fold import Fold
 from onnxslim.passes.prune.cut import cut
 from onnxslim.runtime.probe import make_feeds
+from onnxslim.shapes.cost import macs
 from tests.helpers import apply, judge_of, parse, rows
 
 ROWS = [
@@ -42,6 +44,14 @@ def test_a_cut_example_computes_what_is_left_of_its_outputs(spec: OpSpec) -> Non
         small = model.copy()
         cut(small, removal)
         compare(model, small, feeds, removal.masks, exact=not family.crosses)
+        expected = macs(small, {name: _left(name, analysis, removal.masks) for name in feeds})
+        assert Costs(model, analysis).macs(removal.counts) == (expected or 0)
+
+
+def _left(name: str, analysis: Analysis, masks: Masks) -> tuple[int, ...]:
+    """The shape of an input, of which a cut leaves so much."""
+    sizes = enumerate(analysis.sizes[name])
+    return tuple(int(masks[name, axis].sum()) if (name, axis) in masks else size for axis, size in sizes)
 
 
 def compare(model: Model, small: Model, feeds: Mapping[str, Array], masks: Masks, *, exact: bool) -> None:

@@ -550,3 +550,16 @@ def test_effort_is_how_closely_damage_is_looked_at(
     )
     assert figures.params[1] <= 0.51 * figures.params[0]
     assert judged == [samples] * (shares * (figures.families or 0))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_shares_do_not_depend_on_the_batch_that_is_looked_at(steps: int) -> None:
+    """Sizes that constants have are not tried for a free batch: with five units left, it is seven."""
+    text = "g (float[N,24] x) => (float[N,9] y) { a = MatMul(x, w) r = Relu(a) y = MatMul(r, v) }"
+    net = parse(text, normals(w=(24, 8), v=(8, 9)))
+    share = 0.4 if steps == 2 else 5 / 8
+    result = prune(net, macs=share, align=1, steps=steps)
+    before, after = PruneFigures.of(result.report.steps[0].changes).macs
+    left = weights(result.model)["v"].shape[0]
+    assert left == (3 if steps == 2 else 5)
+    assert after / before == left / 8
