@@ -402,8 +402,18 @@ def _node(node: Node, known: set[int], ir_version: int, encode: Encode) -> NodeP
         elif name in originals and node.imported.get(name) is value:
             proto.attribute.append(originals[name])
         else:
-            proto.attribute.append(helper.make_attribute(name, value))
+            kind = _kind_of_empty(node, name) if value in ((), []) else None
+            proto.attribute.append(helper.make_attribute(name, value, attr_type=kind))
     return proto
+
+
+def _kind_of_empty(node: Node, name: str) -> int:
+    """The type of an attribute without elements: that of the operator's, or else integers."""
+    try:
+        known = onnx.defs.get_schema(node.op, node.domain or "").attributes
+    except onnx.defs.SchemaError:
+        known = {}
+    return int(known[name].type) if name in known else AttributeProto.INTS  # type: ignore[call-overload]
 
 
 def forget_shards(node: Node, is_cut: Callable[[str, int], bool]) -> None:

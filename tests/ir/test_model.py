@@ -585,3 +585,14 @@ def test_another_operator_is_of_no_overload() -> None:
     assert model.to_proto().graph.node[0].overload == "second"
     node.op, node.domain = "Exp", ""
     assert model.to_proto().graph.node[0].overload == ""
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "kind"), [("ReduceMean", "axes", "INTS"), ("Constant", "value_floats", "FLOATS")]
+)
+def test_an_attribute_without_elements_has_the_type_its_operator_says(op: str, name: str, kind: str) -> None:
+    model = parse("g (float[2] x) => (float[] y) { y = Relu(x) }")
+    model.graph.nodes[0].op, model.graph.nodes[0].attrs[name] = op, ()
+    (written,) = model.to_proto().graph.node[0].attribute
+    assert written.type == onnx.AttributeProto.AttributeType.Value(kind)
+    assert load(model.to_proto()).graph.nodes[0].attrs == {name: ()}
