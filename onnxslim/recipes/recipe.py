@@ -347,12 +347,15 @@ class Work:
             return
         from onnxslim.passes.legalize import Legalize, needed
 
-        legalize = Legalize()
-        if self._pipeline.passes[:1] == (legalize,):
-            return
+        legalize, pipeline = Legalize(), self._pipeline
         lacking = needed(self.original, self._target)
         if lacking:
-            result = Pipeline(legalize, count=False)(self.original, target=self._target)
+            on_error: Literal["raise", "revert"] = "revert"
+            if pipeline.passes[:1] == (legalize,):
+                on_error = pipeline.on_error
+                self._pipeline = Pipeline(*pipeline.passes[1:], on_error=on_error, count=pipeline.count)
+            made = Pipeline(legalize, on_error=on_error, count=False)
+            result = made(self.original, target=self._target)
             named = ", ".join(map(repr, lacking[:SHOWN_NAMES]))
             note = (
                 f"{self._target.name} has no kernel for {named}: the model was legalized before anything else"

@@ -102,9 +102,11 @@ class Forms:
                 ir.detach(each)
         if node.domain not in DEFAULT_DOMAINS or node.bodies:
             raise UnwrittenError("nothing is known of what it consists of")
-        inner = load(_written_out(by_itself(node, edit)))
-        self._tidy(inner)
-        return _taken_in(node, inner.to_proto(), edit)
+        before = by_itself(node, edit)
+        form = self._tried(self._by_function, before, edit.opset)
+        if isinstance(form, str):
+            raise UnwrittenError(form)
+        return _taken_in(node, form, edit)
 
     def _found(self, node: Node, before: ModelProto, there: int) -> ModelProto:
         """A form that computes the same, of those that there are."""

@@ -349,6 +349,9 @@ def test_recipes_legalize_by_themselves() -> None:
     assert outcome.report.steps[1].changes
     assert ops(outcome.model) == {"Sigmoid": 1, "Mul": 1}
     Session(outcome.model)
+    asked = Recipe(passes=(Legalize(), Slim())).run(model)
+    assert [step.name for step in asked.report.steps] == ["legalize", "slim"]
+    assert asked.model.to_proto().graph == outcome.model.to_proto().graph
 
 
 def test_releases_say_what_they_read() -> None:
