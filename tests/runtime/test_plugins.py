@@ -73,8 +73,8 @@ class PlayedRuntime:
         return list(self._devices)
 
     def get_available_providers(self) -> list[str]:
-        """Newer versions list what plugins offer, too."""
-        return list(dict.fromkeys((*onnxruntime().get_available_providers(), *self._named())))
+        """Newer versions list what plugins offer, too; what else the wheel brings is no part in this play."""
+        return list(dict.fromkeys((CPU, *self._named())))
 
     def _named(self) -> list[str]:
         return [device.ep_name for device in self._devices]
