@@ -97,8 +97,8 @@ class Prune(Demanding):
     remaining weights are then fitted to what the original layers computed, without labels. Without data the
     norms of weights decide, and nothing is repaired.
 
-    Matrices that are codes already (MatMulNBits) lose columns and whole blocks, but are not fitted: prune first,
-    quantize then. Heads whose keys and values are inputs or outputs of the model stay.
+    Matrices that are codes already (MatMulNBits) lose columns and whole blocks, but are not fitted: prune
+    first, quantize then. Heads whose keys and values are inputs or outputs of the model stay.
 
     Where the outputs lose more than `require_sqnr` or `max_drop` allows, less goes than was asked for.
     """
