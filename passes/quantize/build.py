@@ -176,6 +176,7 @@ class Builder:
         student, log = self.model.copy(), Log()
         plan = self._plan(student, variant, log)
         known = {tensor.name for node in self.model.graph.nodes for tensor in node.outputs}
+        held = self.strategy.held_back(variant)
         layers = [
             node.outputs[0]
             for node in (*plan.linear, *plan.stored)
@@ -193,7 +194,10 @@ class Builder:
             layer: Layer, wanted: Floats, gram: Gram, corrected: bool
         ) -> tuple[Encoded | Blocks, Floats]:
             kept = layer.node.inputs[1].name in stored
-            return self.strategy.code(self._coder, layer, wanted, gram, corrected=corrected, kept=kept)
+            finer = layer.node.label in held
+            return self.strategy.code(
+                self._coder, layer, wanted, gram, corrected=corrected, kept=kept, finer=finer
+            )
 
         work = Sequential(student, code)
         work.run(self.model, found, self.ctx)

@@ -259,7 +259,14 @@ class Search:
         choices = Additive(damage, costs)
         picks = allocate(choices, budget - stored(trial.candidate.model), choices.best())
         held = {node: ROOM for node, option in picks.items() if option == MANY}
-        return self.attempt(without(trial.variant, held), trial.build) if held else trial
+        if not held:
+            return trial
+        nearest = self.attempt(without(plain.variant, held), plain.build)
+        if trial is plain:
+            return nearest
+        # What was fitted to layers all in four bits may not suit some of them in eight.
+        found = (self.attempt(without(trial.variant, held), trial.build), self.fitted(nearest))
+        return max(found, key=lambda each: each.score.sqnr)
 
     def latency(self, trial: Trial, seconds: float = 0.5) -> float:
         """Time of a candidate relative to the float model's, on the first batch judged on."""

@@ -99,9 +99,22 @@ class Strategy(ABC):
         storage.tables(refusal(self.settings, draft.variant))
 
     def code(
-        self, coder: WeightCoder, layer: Layer, wanted: Floats, gram: Gram, *, corrected: bool, kept: bool
+        self,
+        coder: WeightCoder,
+        layer: Layer,
+        wanted: Floats,
+        gram: Gram,
+        *,
+        corrected: bool,
+        kept: bool,
+        finer: bool,
     ) -> tuple[Encoded | Blocks, Floats]:
-        """Integers of weights that a layer is to have, and what they stand for; see `WeightCoder.coded`."""
+        """Integers of weights that a layer is to have, and what they stand for; see `WeightCoder.coded`.
+
+        Args:
+            coder, layer, wanted, gram, corrected, kept: as there.
+            finer: whether the layer is one step more exact than others.
+        """
         return coder.coded(layer, wanted, gram, corrected=corrected, kept=kept)
 
     def without(self, variant: Variant, held: Mapping[str, str]) -> Variant:

@@ -130,10 +130,18 @@ class WeightOnlyBytes(WeightOnly):
         return self.bits
 
     def code(
-        self, coder: WeightCoder, layer: Layer, wanted: Floats, gram: Gram, *, corrected: bool, kept: bool
+        self,
+        coder: WeightCoder,
+        layer: Layer,
+        wanted: Floats,
+        gram: Gram,
+        *,
+        corrected: bool,
+        kept: bool,
+        finer: bool,
     ) -> tuple[Encoded | Blocks, Floats]:
         """With a scale for every few inputs."""
-        blocking = self.blocking(layer.inputs, self.bits)
+        blocking = self.blocking(layer.inputs, 8 if finer else self.bits)
         return coder.coded_in_blocks(layer, wanted, gram, blocking, corrected=corrected)
 
 
