@@ -46,7 +46,7 @@ class ClusterFigures(Figures):
     weights: Mapping[str, str] | None = captioned("codes")
     bits: float | None = captioned("bits of a code, on average")
     codes: str | None = captioned("all codes")
-    tables: str | None = captioned("all tables")
+    tables: str | None = captioned("all tables, and factors of output channels")
     fitted: str | None = captioned("fitted")
     plan: ClusteringPlan | None = None
 
@@ -73,6 +73,9 @@ class Cluster(Demanding):
     )
     group: int = Field(
         0, ge=0, description="output channels that share a table; 0: one table for all of a weight"
+    )
+    scaled: bool | None = Field(
+        None, description="a factor for each output channel besides [default: of depthwise convolutions]"
     )
     size: float | None = Field(
         None, gt=0, lt=1, description="share of the bytes of the file to keep; chooses bits for each weight"
@@ -160,14 +163,14 @@ class _ClusterRun:
                 step=self._wish.name,
                 group=weight.name,
                 option=f"{bits} bits",
-                left={weight.name: weight.nbytes(choice.how(bits)) / weight.constant.nbytes},
+                left={weight.name: weight.nbytes(choice.how(weight, bits)) / weight.constant.nbytes},
                 damage=choice.damage[weight.name][bits],
                 measured=choice.measured,
-                plan=ClusteringPlan.of({weight: choice.how(bits)}),
+                plan=ClusteringPlan.of({weight: choice.how(weight, bits)}),
             )
             for weight in weights
             for bits in reversed(WIDTHS)
-            if weight.saves(choice.how(bits))
+            if weight.saves(choice.how(weight, bits))
         ]
 
     def _found(self) -> list[Weight]:
@@ -176,8 +179,13 @@ class _ClusterRun:
             self._log.skip(skip.node, skip.reason)
         return find(self._model, self._wish.exclude, self._log)
 
+    @property
+    def _how(self) -> Clustering:
+        """How weights are stored if nothing is chosen."""
+        return Clustering(self._wish.bits or DEFAULT_BITS, self._wish.group, self._wish.scaled)
+
     def _choice(self, weights: Sequence[Weight]) -> BitChoice:
-        return BitChoice(self._model, weights, self._wish.group, self._ctx.data, self._ctx)
+        return BitChoice(self._model, weights, self._how, self._ctx.data, self._ctx)
 
     def _chosen(self, weights: Sequence[Weight]) -> dict[Weight, Clustering]:
         """How weights are stored; empty if nothing is to be done."""
@@ -196,8 +204,9 @@ class _ClusterRun:
 
     def _alike(self, weights: Sequence[Weight]) -> dict[Weight, Clustering]:
         """The same bits for all that get smaller by it."""
-        how, chosen = Clustering(self._wish.bits or DEFAULT_BITS, self._wish.group), {}
+        chosen = {}
         for weight in weights:
+            how = weight.stored(self._how)
             if weight.saves(how):
                 chosen[weight] = how
             else:
@@ -242,7 +251,7 @@ class _ClusterRun:
             self._log.change(weight.label, f"'{weight.name}' as codes: {told[weight.label]}")
             values += book.codes.size
             codes += book.codes.size * book.bits
-            tables += book.tables.nbytes
+            tables += book.tables.nbytes + (0 if book.scales is None else book.scales.nbytes)
         return ClusterFigures(
             weights=told,
             bits=round(codes / values, 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.noise import Noise
@@ -25,16 +26,16 @@ class BitChoice:
     Args:
         model: not modified.
         weights: of it.
-        group: output channels that share a table; 0 if all do.
+        how: weights are stored, but for the bits.
         data: to measure what single weights cost the outputs; None to go by their own error.
         ctx: target and progress.
     """
 
     def __init__(
-        self, model: Model, weights: Sequence[Weight], group: int, data: Samples | None, ctx: Context
+        self, model: Model, weights: Sequence[Weight], how: Clustering, data: Samples | None, ctx: Context
     ) -> None:
         self._weights = {weight.name: weight for weight in weights}
-        self._group, self._ctx = group, ctx
+        self._how, self._ctx = how, ctx
         self.measured = data is not None
         self._rest = model.stats().bytes - sum(weight.constant.nbytes for weight in weights)
         errors = self._by_outputs(model, data) if data is not None else self._by_weights()
@@ -43,20 +44,20 @@ class BitChoice:
             for name, error in zip(self._weights, errors, strict=True)
         }
         self._costs = {
-            name: {bits: float(weight.nbytes(self.how(bits))) for bits in WIDTHS}
+            name: {bits: float(weight.nbytes(self.how(weight, bits))) for bits in WIDTHS}
             for name, weight in self._weights.items()
         }
 
-    def how(self, bits: int) -> Clustering:
-        """Codes of so many bits."""
-        return Clustering(bits, self._group)
+    def how(self, weight: Weight, bits: int) -> Clustering:
+        """A weight in codes of so many bits."""
+        return replace(weight.stored(self._how), bits=bits)
 
     def _by_outputs(self, model: Model, data: Samples) -> Iterator[float]:
         """Error of the outputs with one weight alone as codes, not fitted."""
         judge = Judge(model, data.tune, self._ctx.target)
         for done, weight in enumerate(self._weights.values()):
             trial = model.copy()
-            apply(trial, {weight: self.how(MEASURED_BITS)}, None, self._ctx, Log())
+            apply(trial, {weight: self.how(weight, MEASURED_BITS)}, None, self._ctx, Log())
             yield judge(trial).error
             if self._ctx.progress:
                 self._ctx.progress("measuring weights", done + 1, len(self._weights))
@@ -65,7 +66,7 @@ class BitChoice:
         """Error of the weights themselves, relative to their variance."""
         for weight in self._weights.values():
             values = weight.constant.values
-            yield _relative(values, self.how(MEASURED_BITS).of(values, weight.axis).values())
+            yield _relative(values, self.how(weight, MEASURED_BITS).of(values, weight.axis).values())
 
     def bytes_at(self, bits: float) -> float:
         """Bytes of the model with so many bits for each weight, between whole numbers in proportion."""
@@ -78,7 +79,8 @@ class BitChoice:
         enough."""
         choices = Additive(self.damage, self._costs)
         picks = allocate(choices, budget - self._rest, choices.best())
-        return {self._weights[name]: self.how(bits) for name, bits in picks.items()}
+        chosen = ((self._weights[name], bits) for name, bits in picks.items())
+        return {weight: self.how(weight, bits) for weight, bits in chosen}
 
     def nbytes(self, chosen: Mapping[Weight, Clustering]) -> float:
         """Bytes of the model with these choices, about."""

@@ -11,14 +11,15 @@ costs the same however many entries there are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim.calibration.gram import Doubles, Gram
+from onnxslim.ir.graph import Array
 from onnxslim.ops.layers import Floats, Layer
-from onnxslim.passes.cluster.tables import Codebook, middles, nearest, tables_along
+from onnxslim.passes.cluster.tables import Codebook, middles, nearest
 from onnxslim.passes.quantize.descent import Descent, Pulls, by_input, by_output
 from onnxslim.passes.quantize.rounding import damped
 
@@ -26,6 +27,8 @@ from onnxslim.passes.quantize.rounding import damped
 ROUNDS, STEPS = 6, 12
 # What is left of the error, in a norm of the gradient, that ends them.
 _ENOUGH = 1e-12
+# Curvature along a direction, relative to that of the diagonal, that is rounding in single precision.
+_FLAT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,16 @@ class Clustering:
     Attributes:
         bits: of a code.
         group: output channels that share a table; 0 if all do.
+        scaled: whether output channels have factors; None leaves it open, and there are none.
     """
 
     bits: int
     group: int = 0
+    scaled: bool | None = None
 
     def of(self, values: Floats, axis: int) -> Codebook:
         """Codes that come nearest to values, without data; see `tables.nearest`."""
-        return nearest(values, self.bits, axis, self.group)
+        return nearest(values, self.bits, axis, self.group, scaled=bool(self.scaled))
 
     def fitted(self, layer: Layer, wanted: Floats, gram: Gram, *, corrected: bool) -> tuple[Codebook, Floats]:
         """Codes and tables by which a layer makes most nearly what it makes of what it sees.
@@ -61,21 +66,27 @@ class Clustering:
         kind, axis = layer.weight.dtype, layer.weight_axis
         weight = layer.restored(wanted).astype(kind)
         counts = layer.stored(_split(layer, np.broadcast_to(diagonal, wanted.shape)))
-        start = nearest(weight, self.bits, axis, self.group, counts)
-        which = tables_along(weight.shape, axis, self.group)
-        channels = layer.matrix_of(np.broadcast_to(which, weight.shape))[..., 0].astype(np.intp)
+        start = nearest(weight, self.bits, axis, self.group, counts, scaled=bool(self.scaled))
         scale = np.float32(layer.scale)
+        scales = np.ones(weight.shape[axis], kind) if start.scales is None else start.scales
         work = TableDescent(
             by_input(np.asarray(wanted / scale, np.float32)),
             by_input(layer.matrix_of(start.codes)),
             start.tables.astype(np.float32),
-            channels,
+            _of_outputs(layer, start.which).astype(np.intp),
+            _of_outputs(layer, start.factors(scales)),
         )
         work.fit(Pulls.of(curvature))
         codes = layer.stored(_split(layer, by_output(work.codes))).astype(np.uint8)
-        book = Codebook(codes, work.tables.astype(kind), axis, self.group)
+        book = replace(start, codes=codes, tables=work.tables.astype(kind))
         restored: Floats = layer.matrix_of(book.values())
         return book, restored * scale
+
+
+def _of_outputs(layer: Layer, values: Array) -> Floats:
+    """Values that broadcast against a weight and do not differ by input, as (groups, outputs)."""
+    spread: Floats = layer.matrix_of(np.broadcast_to(values, layer.weight.shape))
+    return spread[..., 0]
 
 
 def _split(layer: Layer, matrix: Floats) -> Floats:
@@ -92,10 +103,13 @@ class TableDescent(Descent):
         codes: to start from, of the same shape; not modified.
         tables: float32 (tables, entries), ascending.
         which: the table of every output, (groups, outputs).
+        scales: the factor of every output, not zero, of the same shape.
     """
 
-    def __init__(self, target: Floats, codes: Floats, tables: Floats, which: NDArray[np.intp]) -> None:
-        self._which = which
+    def __init__(
+        self, target: Floats, codes: Floats, tables: Floats, which: NDArray[np.intp], scales: Floats
+    ) -> None:
+        self._which, self._scales = which, scales
         super().__init__(target, codes, tables, (0, tables.shape[1] - 1))
 
     @property
@@ -118,11 +132,12 @@ class TableDescent(Descent):
                 break
 
     def _nearest(self, at: int, wanted: Floats) -> tuple[Floats, Floats]:
+        wanted = wanted / self._scales
         if len(self.steps) == 1:
             code = np.searchsorted(self._middles[0], wanted)
-            return code.astype(np.float32), self.steps[0][code]
-        code = (wanted[..., None] > self._middles[self._which]).sum(axis=-1)
-        return code.astype(np.float32), self.steps[self._which, code]
+        else:
+            code = (wanted[..., None] > self._middles[self._which]).sum(axis=-1)
+        return code.astype(np.float32), self.steps[self._which, code] * self._scales
 
     def regress(self, pulls: Pulls) -> None:
         """The tables of least error for the codes; entries that are read nowhere stay."""
@@ -130,14 +145,24 @@ class TableDescent(Descent):
         shape, size = self._target.shape, self.steps.size
 
         def summed(values: Floats) -> Doubles:
-            return np.asarray(np.bincount(place, values.ravel(), size), np.float64)
+            return np.asarray(np.bincount(place, (values * self._scales).ravel(), size), np.float64)
 
         def times(entries: Doubles) -> Doubles:
-            return summed(pulls.times(entries[place].reshape(shape).astype(np.float32)))
+            spread = entries[place].reshape(shape).astype(np.float32) * self._scales
+            return summed(pulls.times(spread))
 
-        diagonal = summed(np.broadcast_to(pulls.weight, shape))
+        diagonal = summed(np.broadcast_to(pulls.weight * self._scales, shape))
         change = conjugate_gradients(times, -summed(pulls.times(self._errors)), diagonal)
-        self._ordered(self.steps + change.reshape(self.steps.shape).astype(np.float32))
+        tables, before = self.steps, self._lost(pulls)
+        self.take((tables + change.reshape(tables.shape)).astype(np.float32))
+        if self._lost(pulls) < before:
+            self._ordered(self.steps)
+        else:
+            self.take(tables)
+
+    def _lost(self, pulls: Pulls) -> float:
+        """E C E^T, summed over outputs."""
+        return float((self._errors * pulls.times(self._errors)).sum(dtype=np.float64))
 
     def _ordered(self, tables: Floats) -> None:
         """Take tables whose entries may have passed one another."""
@@ -147,7 +172,7 @@ class TableDescent(Descent):
         self.take(np.take_along_axis(tables, order, axis=1))
 
     def _looked_up(self, tables: Floats) -> Floats:
-        return np.asarray(tables[self._which, self.codes.astype(np.intp)])
+        return np.asarray(tables[self._which, self.codes.astype(np.intp)] * self._scales)
 
 
 def conjugate_gradients(
@@ -172,7 +197,10 @@ def conjugate_gradients(
         enough = enough or _ENOUGH * power
         along = ahead + power / before * along
         before, moved = power, times(along)
-        share = power / max(float(along @ moved), np.finfo(np.float64).tiny)
+        bend = float(along @ moved)
+        if bend <= _FLAT * float(along @ (diagonal * along)):  # nothing but rounding of the products
+            break
+        share = power / bend
         found += share * along
         left -= share * moved
     return found

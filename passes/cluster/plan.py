@@ -21,13 +21,14 @@ class WeightCodes:
         weight: its name.
         shape: of it.
         bits: of a code.
-        group: output channels that share a table; 0 if all do.
+        group, scaled: see `Clustering`.
     """
 
     weight: str
     shape: tuple[Annotated[int, Field(ge=0)], ...]
     bits: Annotated[int, Field(ge=1, le=8)]
     group: Annotated[int, Field(ge=0)]
+    scaled: bool
 
 
 def _once(weights: tuple[WeightCodes, ...]) -> tuple[WeightCodes, ...]:
@@ -52,7 +53,7 @@ class ClusteringPlan(PassPlan):
         """The plan that makes these choices."""
         return cls(
             tuple(
-                WeightCodes(weight.name, weight.shape, each.bits, each.group)
+                WeightCodes(weight.name, weight.shape, each.bits, each.group, bool(each.scaled))
                 for weight, each in chosen.items()
             )
         )
@@ -69,4 +70,7 @@ class ClusteringPlan(PassPlan):
         """
         shapes = {name: weight.shape for name, weight in weights.items()}
         require_fit(self.kind, "constant", {each.weight: each.shape for each in self.weights}, shapes)
-        return {weights[each.weight]: Clustering(each.bits, each.group) for each in self.weights}
+        return {
+            weights[each.weight]: Clustering(each.bits, each.group, bool(each.scaled))
+            for each in self.weights
+        }

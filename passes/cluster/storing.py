@@ -6,7 +6,10 @@ first.
 
     words = Cast(bytes) @ [1, 256, 65536, …]       where a word has more than one byte
     codes = Mod(Div(words, [1, 2^bits, 4^bits, …]), 2^bits)
-    weight = Gather(table, Reshape(codes))         plus where its table begins, if there are several
+    weight = Gather(table, Reshape(codes)) * scales
+
+The place where its table begins is added to a code if there are several, and scales of output channels are
+left out where there are none.
 
 All of it depends on constants alone: runtimes that fold these when they load a model, as ONNX Runtime does,
 run the same kernels on the same weights as before.
@@ -26,7 +29,7 @@ from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import Model
 from onnxslim.passes.cluster.tables import Codebook, Codes
 
-MAKES = ("Add", "Cast", "Div", "Gather", "MatMul", "Mod", "Reshape", "Slice")
+MAKES = ("Add", "Cast", "Div", "Gather", "MatMul", "Mod", "Mul", "Reshape", "Slice")
 
 # The version of the standard operators that has Mod, and Slice by inputs.
 LEAST_OPSET = 10
@@ -84,22 +87,24 @@ class Packing:
         return self.bits * np.arange(self.per_word, dtype=np.int64)
 
 
-def stored_bytes(name: str, shape: tuple[int, ...], itemsize: int, bits: int, tables: int) -> int:
+def stored_bytes(
+    name: str, shape: tuple[int, ...], itemsize: int, bits: int, tables: int, scales: int
+) -> int:
     """Bytes that a weight takes as codes, with the nodes that look them up, about and not too few.
 
     Args:
         name, shape: of the weight.
         itemsize: bytes of one of its values.
         bits: of a code.
-        tables: their number.
+        tables, scales: their number.
     """
     packing, count = Packing(bits), math.prod(shape)
     nodes = 3 + (packing.word_bytes > 1) + 2 * (packing.per_word > 1) + 2 * bool(count % packing.per_word)
-    nodes += tables > 1
+    nodes += (tables > 1) + bool(scales)
     # Every node has a tensor with such a name, as have codes and table, and each is named twice.
     named = len(name) + _SUFFIX
     overhead = nodes * (_NODE + 2 * named) + 2 * (_CONSTANT + 2 * named)
-    return packing.nbytes(count) + tables * (itemsize << bits) + overhead
+    return packing.nbytes(count) + itemsize * ((tables << bits) + scales) + overhead
 
 
 class CodeWriter:
@@ -130,7 +135,13 @@ class CodeWriter:
         if len(book.tables) > 1:
             starts = np.asarray(book.which << book.bits, packing.integer)
             at = self._add("Add", f"{name}_places", at, self._constant("starts", starts))
-        self._add("Gather", restored, Constant(self._name(f"{name}_table"), book.tables.ravel()), at)
+        table = Constant(self._name(f"{name}_table"), book.tables.ravel())
+        if book.scales is None:
+            self._add("Gather", restored, table, at)
+            return
+        found = self._add("Gather", f"{name}_found", table, at)
+        scales = Constant(self._name(f"{name}_scales"), book.factors(book.scales))
+        self._add("Mul", restored, found, scales)
 
     def _codes(self, name: str, packing: Packing, book: Codebook) -> Tensor:
         """Integers of the shape of the weight."""

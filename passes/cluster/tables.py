@@ -31,12 +31,14 @@ class Codebook:
         tables: of the type of the weight, shape (tables, 2**bits), each in ascending order.
         axis: of the weight; its slices have tables of their own, as many next to one another as share one.
         group: how many these are; 0 if there is one table for all.
+        scales: factor of every slice along the axis, of the type of the weight; None if all are 1.
     """
 
     codes: Codes
     tables: Array
     axis: int = 0
     group: int = 0
+    scales: Array | None = None
 
     @property
     def bits(self) -> int:
@@ -50,7 +52,12 @@ class Codebook:
 
     def values(self) -> Array:
         """What the codes stand for."""
-        return np.asarray(self.tables[self.which, self.codes])
+        found = np.asarray(self.tables[self.which, self.codes])
+        return found if self.scales is None else np.asarray(found * self.factors(self.scales))
+
+    def factors(self, scales: Array) -> Array:
+        """One value per slice along the axis, in a shape that broadcasts against the codes."""
+        return along(scales, self.codes.ndim, self.axis)
 
 
 def tables_along(shape: tuple[int, ...], axis: int, group: int) -> NDArray[np.intp]:
@@ -62,8 +69,19 @@ def tables_along(shape: tuple[int, ...], axis: int, group: int) -> NDArray[np.in
     return (np.arange(shape[axis]) // group).reshape(sizes)
 
 
+def along(values: Array, rank: int, axis: int) -> Array:
+    """Values along one axis, in a shape that broadcasts against all axes."""
+    return values.reshape([-1 if at == axis else 1 for at in range(rank)])
+
+
 def nearest(
-    values: Array, bits: int, axis: int = 0, group: int = 0, weights: Array | None = None
+    values: Array,
+    bits: int,
+    axis: int = 0,
+    group: int = 0,
+    weights: Array | None = None,
+    *,
+    scaled: bool = False,
 ) -> Codebook:
     """Codes of the least squared error; none where a table has no more than 2**bits different values.
 
@@ -72,19 +90,31 @@ def nearest(
         bits: of a code, 1 to 8.
         axis, group: see `Codebook`.
         weights: what the square of the error of each value counts, not negative; the same for all if None.
+        scaled: whether slices along the axis have factors, unless tables alone keep all values.
     """
     which = np.broadcast_to(tables_along(values.shape, axis, group), values.shape).ravel()
-    flat = values.ravel()
+    places = [which == index if group else slice(None) for index in range(int(which.max(initial=0)) + 1)]
+    flat, scales = values.ravel(), None
     weighed = None if weights is None else np.asarray(weights, np.float64).ravel()
+    if scaled and any(len(np.unique(flat[here])) > 1 << bits for here in places):
+        scales = _norms(values, axis)
+        factors = np.broadcast_to(along(scales, values.ndim, axis), values.shape).astype(np.float64).ravel()
+        flat = flat / factors
+        weighed = factors**2 if weighed is None else weighed * factors**2
     codes = np.empty(flat.size, np.uint8)
     tables = []
-    for index in range(int(which.max(initial=0)) + 1):
-        here = which == index if group else slice(None)
-        part = flat[here]
-        table = clustered(part, 1 << bits, None if weighed is None else weighed[here]).astype(values.dtype)
-        codes[here] = codes_of(part, table)
-        tables.append(table)
-    return Codebook(codes.reshape(values.shape), np.stack(tables), axis, group)
+    for here in places:
+        table = clustered(flat[here], 1 << bits, None if weighed is None else weighed[here])
+        tables.append(table.astype(values.dtype))
+        codes[here] = codes_of(flat[here], tables[-1])
+    return Codebook(codes.reshape(values.shape), np.stack(tables), axis, group, scales)
+
+
+def _norms(values: Array, axis: int) -> Array:
+    """Roots of the mean squares of slices along an axis; 1 where these are zero."""
+    rest = tuple(at for at in range(values.ndim) if at != axis)
+    found = np.sqrt(np.square(values.astype(np.float64)).mean(axis=rest)).astype(values.dtype)
+    return np.asarray(np.where(found > 0, found, np.ones_like(found)))
 
 
 def codes_of(values: Array, table: Array) -> Codes:
@@ -108,13 +138,18 @@ def clustered(values: Array, count: int, weights: Doubles | None = None) -> Doub
     """
     found, place = np.unique(values.astype(np.float64), return_inverse=True)
     if len(found) <= count:
-        return np.concatenate((found, np.repeat(found[-1:] if len(found) else [0.0], count - len(found))))
+        return _filled(found if len(found) else np.zeros(1), count)
     weighed = np.bincount(place.ravel(), weights, minlength=len(found)).astype(np.float64)
     if not weighed.any():
         weighed += 1.0
     else:  # what counts nothing has a place all the same
         weighed += 1e-9 * weighed.mean()
-    return _Sorted(found, weighed)(count)
+    return _filled(_Sorted(found, weighed)(count), count)
+
+
+def _filled(table: Doubles, count: int) -> Doubles:
+    """A table with its highest value once more wherever there are fewer values than entries."""
+    return np.concatenate((table, np.repeat(table[-1:], count - len(table))))
 
 
 class _Sorted:
@@ -131,7 +166,7 @@ class _Sorted:
         self._wxx = np.concatenate((zero, np.cumsum(weights * around**2)))
 
     def __call__(self, count: int) -> Doubles:
-        """Centres of so many clusters, fewer than there are values."""
+        """Centres of so many clusters, fewer than there are values; or of fewer."""
         centres = self._means(self._planned(self._bins(MANY_BINS if count > _MANY else FEW_BINS), count))
         for _ in range(ITERATIONS):
             inner = np.searchsorted(self._values, middles(centres), side="right")
@@ -149,13 +184,16 @@ class _Sorted:
 
     def _bins(self, count: int) -> NDArray[np.intp]:
         """Ends of intervals, half of them of as much weight each, half as wide as one another."""
+        if len(self._values) <= count:
+            return np.arange(len(self._values) + 1)
         by_weight = np.searchsorted(self._w, np.linspace(0.0, self._w[-1], count // 2 + 1))
         by_width = np.searchsorted(
             self._values, np.linspace(self._values[0], self._values[-1], count // 2 + 1), side="left"
         )
         ends = np.unique(np.concatenate((by_weight, by_width, [0, len(self._values)])))
-        if len(ends) > count // 4 or len(self._values) <= count:
-            return ends if len(self._values) > count else np.arange(len(self._values) + 1)
+        if len(ends) > count // 2:
+            return ends
+        # Few of them hold nearly all values, or nearly all of the weight.
         by_number = np.linspace(0, len(self._values), count // 2 + 1).astype(np.intp)
         return np.unique(np.concatenate((ends, by_number)))
 

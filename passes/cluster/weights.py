@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,13 +51,24 @@ class Weight:
         """Of the constant."""
         return self.constant.shape
 
+    def stored(self, how: Clustering) -> Clustering:
+        """How it is stored, with factors of output channels if that is left open and it is depthwise.
+
+        Depthwise channels differ most, and their codes take least room.
+        """
+        if how.scaled is not None:
+            return how
+        return replace(how, scaled=self.layer is not None and self.layer.channelwise)
+
     def tables(self, how: Clustering) -> int:
         """How many tables it has."""
         return -(-self.shape[self.axis] // how.group) if how.group else 1
 
     def nbytes(self, how: Clustering) -> int:
         """Bytes of it as codes, with the nodes that look them up, about."""
-        return stored_bytes(self.name, self.shape, self.constant.dtype.itemsize, how.bits, self.tables(how))
+        scales = self.shape[self.axis] if how.scaled else 0
+        kind = self.constant.dtype
+        return stored_bytes(self.name, self.shape, kind.itemsize, how.bits, self.tables(how), scales)
 
     def saves(self, how: Clustering) -> bool:
         """Whether codes take less room."""

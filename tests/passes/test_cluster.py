@@ -79,7 +79,8 @@ def test_codes_look_up_exactly_what_tables_hold(data: st.DataObject) -> None:
     count = -(-shape[axis] // group) if group else 1
     kind = data.draw(st.sampled_from((np.float32, np.float16)))
     tables = np.sort(random.standard_normal((count, 1 << bits)).astype(kind))
-    book = Codebook(random.integers(0, 1 << bits, shape).astype(np.uint8), tables, axis, group)
+    scales = random.standard_normal(shape[axis]).astype(kind) if data.draw(st.booleans()) else None
+    book = Codebook(random.integers(0, 1 << bits, shape).astype(np.uint8), tables, axis, group, scales)
     name, sizes = ("float", "float16")[kind is np.float16], ",".join(map(str, shape))
     model = parse(f"g () => ({name}[{sizes}] y) {{ y = Identity(w) }}", {"w": np.zeros(shape, kind)})
     writer = CodeWriter(model)
@@ -96,7 +97,7 @@ def test_codes_look_up_exactly_what_tables_hold(data: st.DataObject) -> None:
 def test_few_values_are_kept_exactly(bits: int, seed: int, grouped: bool) -> None:
     random = np.random.default_rng(seed)
     values = random.standard_normal(1 << bits).astype(np.float32)[random.integers(0, 1 << bits, (6, 50))]
-    book = nearest(values, bits, 0, 2 if grouped else 0)
+    book = nearest(values, bits, 0, 2 if grouped else 0, scaled=True)
     np.testing.assert_array_equal(book.values(), values)
     assert len(book.tables) == (3 if grouped else 1)
 
@@ -118,6 +119,20 @@ def test_no_other_clusters_have_less_error(count: int, seed: int) -> None:
     assert reached == pytest.approx(best, rel=1e-9)
 
 
+@settings(max_examples=40)
+@given(st.integers(1, 8), st.integers(0, 999), st.booleans())
+def test_tables_are_full_and_ascending_whatever_the_values(bits: int, seed: int, weighted: bool) -> None:
+    random = np.random.default_rng(seed)
+    values = np.concatenate((random.standard_cauchy(random.integers(1, 700)), [-90.0, 60.0])).astype(
+        np.float32
+    )
+    weights = random.standard_cauchy(values.size) ** 2 * (random.random(values.size) > 0.5)
+    book = nearest(values.reshape(1, -1), bits, weights=weights.reshape(1, -1) if weighted else None)
+    assert book.tables.shape == (1, 1 << bits)
+    assert (np.diff(book.tables) >= 0).all()
+    assert book.bits == bits
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 999), st.integers(0, 3))
 def test_regression_finds_the_best_tables(seed: int, group: int) -> None:
@@ -128,13 +143,14 @@ def test_regression_finds_the_best_tables(seed: int, group: int) -> None:
     which = (np.arange(6) // group if group else np.zeros(6, int))[None]
     codes = random.integers(0, 4, target.shape).astype(np.float32)
     tables = np.sort(random.standard_normal((which.max() + 1, 4)).astype(np.float32))
-    work = TableDescent(target, codes, tables, which)
+    scales = random.uniform(0.5, 2, (1, 6)).astype(np.float32)
+    work = TableDescent(target, codes, tables, which, scales)
     work.regress(Pulls.of(curvature))
-    found = work.tables[which, work.codes.astype(int)][:, 0]
+    found = (work.tables[which, work.codes.astype(int)] * scales)[:, 0]
     root = np.linalg.cholesky(curvature[0].astype(np.float64)).T
     onehot = np.zeros((10, 6, tables.size))
     place = codes[:, 0].astype(int) + 4 * which
-    np.put_along_axis(onehot, place[..., None], 1.0, axis=2)
+    np.put_along_axis(onehot, place[..., None], scales[0][None, :, None], axis=2)
     design = np.einsum("ij,jok->iok", root, onehot).reshape(60, -1)
     best = np.linalg.lstsq(design, (root @ target[:, 0]).ravel(), rcond=None)[0]
     wanted = onehot @ best
