@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 
 from onnxslim import cli
-from onnxslim.errors import LoadError, TargetError, UsageError
+from onnxslim.errors import LoadError, TargetError, UsageError, ValidationError
 from onnxslim.recipes.recipe import Recipe
-from onnxslim.runtime import native, plugins, profile
+from onnxslim.runtime import native, plugins, profile, vulkan
 from onnxslim.runtime.native import CPU, onnxruntime
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import REGISTRY, Target, known
@@ -318,6 +319,51 @@ def test_half_precision_is_asked_of_the_device_first(
 def test_a_plugin_that_cannot_be_loaded_is_named(packages: Path, runtime: PlayedRuntime) -> None:
     with pytest.raises(TargetError, match=r"'/acme.so' cannot be loaded: cannot open shared object file"):
         Session(parse(PRODUCT), Target.named("acme"))
+
+
+# ---------------------------------------------------------------------------- devices made of software
+
+
+@pytest.mark.parametrize(
+    ("devices", "named"),
+    [
+        ([(4, "Soft")], "Soft"),
+        ([(4, "Soft"), (2, "Card")], ""),
+        ([(1, "Inside")], ""),
+        ([], ""),
+    ],
+)
+def test_a_device_is_made_of_software_if_all_are(
+    monkeypatch: pytest.MonkeyPatch, devices: list[tuple[int, str]], named: str
+) -> None:
+    monkeypatch.setattr(vulkan, "_devices", lambda: devices)
+    assert vulkan.software_device.__wrapped__() == named
+
+
+@pytest.mark.parametrize("software", ["Soft", ""])
+def test_times_of_software_are_not_told(
+    packages: Path,
+    runtime: PlayedRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    software: str,
+) -> None:
+    (packages / "site" / "onnxruntime_ep_acme" / "__init__.py").write_text(
+        PACKAGE.format("WebGpuExecutionProvider", "/webgpu.so"), encoding="utf-8"
+    )
+    monkeypatch.delitem(sys.modules, "onnxruntime_ep_acme", raising=False)
+    monkeypatch.setattr(vulkan, "software_device", lambda: software)
+    runtime.offered["/webgpu.so"] = ("GPU",)
+    model = saved(packages)
+    words = ["validate", model, model, "--provider", "webgpu", "--json", "--rounds", "2"]
+    assert cli.main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    (row,) = told["providers"]
+    assert (row["latency"] is None) == bool(software)
+    note = "webgpu: no latency is told: its device, Soft, is computed by the processor"
+    assert (note in told["notes"]) == bool(software)
+    if software:
+        assert cli.main([*words, "--require", "latency=9"]) == ValidationError.exit_code
 
 
 # ------------------------------------------------------------------------------------------- by file

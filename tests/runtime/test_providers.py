@@ -261,7 +261,11 @@ def test_openvino(name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("target", [Target.cuda(), Target.tensorrt()], ids=lambda target: str(target.name))
+@pytest.mark.parametrize(
+    "target",
+    [Target.cuda(), Target.tensorrt(), Target.named("tensorrt-rtx")],
+    ids=lambda target: str(target.name),
+)
 def test_gpu(target: Target, name: str) -> None:
     require(target)
     hold(compared(name, target), target)
