@@ -18,8 +18,6 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.sparse import csgraph
 
 from onnxslim.ir.graph import Constant, Node, Tensor
 
@@ -204,6 +202,9 @@ def joined(first: Labels, second: Labels, count: int) -> Labels:
 
     Numbered from 0 in the order of their smallest vertices.
     """
+    from scipy import sparse  # takes as long to import as to slim a small model, where nothing needs it
+    from scipy.sparse import csgraph
+
     graph = sparse.coo_array((np.ones(first.size, bool), (first, second)), shape=(count, count))
     _, roots = csgraph.connected_components(graph, directed=False)
     _, where, inverse = np.unique(roots, return_index=True, return_inverse=True)
