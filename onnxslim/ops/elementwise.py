@@ -145,9 +145,16 @@ register(
         channels=ALONG_AXIS,
         role=Role.KERNEL,
         data=(0,),
+        older=formulas.along_axis("Softmax"),
         example=_text("y = Softmax(x)"),
     ),
-    OpSpec("LogSoftmax", traits=Trait.KEEPS_ORDER, channels=ALONG_AXIS, example=_text("y = LogSoftmax(x)")),
+    OpSpec(
+        "LogSoftmax",
+        traits=Trait.KEEPS_ORDER,
+        channels=ALONG_AXIS,
+        older=formulas.along_axis("LogSoftmax"),
+        example=_text("y = LogSoftmax(x)"),
+    ),
 )
 
 _SAME = (
@@ -262,6 +269,7 @@ register(
             traits=_TRAITS.get(op, Trait.NONE),
             channels=Channels(trace),
             scales=_SCALES.get(op),
+            older=formulas.over_axes(op),
             example=_recent(_text(f"a = Constant<value_ints=[2,3]>() y = {op}(x, a)", output=_ONE), 18),
         )
         for trace, ops in ((movement.reduce, _REDUCE), (movement.reduce_strictly, _REDUCE_STRICTLY))
@@ -302,7 +310,12 @@ register(
         has_kernel=False,
         example=_recent(_text("y = SwiGLU(z, x)", "float[N,2,4,4] x, float[N,2,4,4] z"), 28),
     ),
-    OpSpec("Hardmax", channels=ALONG_AXIS, example=_text("y = Hardmax<axis=3>(x)")),
+    OpSpec(
+        "Hardmax",
+        channels=ALONG_AXIS,
+        older=formulas.along_axis("Hardmax"),
+        example=_text("y = Hardmax<axis=3>(x)"),
+    ),
     OpSpec(
         "GlobalMaxPool", channels=POOL, scales=scales.pool, example=_text("y = GlobalMaxPool(x)", output=_ONE)
     ),

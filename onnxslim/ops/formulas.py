@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 
 from onnxslim.ir.graph import Tensor
-from onnxslim.ops.body import Body, UnwrittenError
+from onnxslim.ops.body import Body, UnwrittenError, WriteBody
 
 Results: TypeAlias = Sequence[Tensor | None]
 
@@ -142,3 +142,32 @@ def reshaped(b: Body) -> Results:
     sizes = b.values(target)
     b.require(not zeros or (sizes is not None and 0 not in sizes), "a size of its target may be zero")
     return [b.add("Reshape", x, target)]
+
+
+def over_axes(op: str) -> WriteBody:
+    """A reduction, Squeeze or Unsqueeze whose axes are an attribute: before opset 13, most before 18."""
+
+    def write(b: Body) -> Results:
+        x, axes, idle = b.input(0), b.optional(1), b.attr("noop_with_empty_axes", 0)
+        picked = () if axes is None else b.values(axes)
+        if picked is None:
+            raise UnwrittenError("its axes are no constants")
+        b.require(len(picked) > 0 or not idle, "it runs over no axis at all")
+        given = {"axes": tuple(map(int, picked))} if len(picked) else {}
+        return [b.add(op, x, **given, **b.passed("keepdims"))]
+
+    return write
+
+
+def along_axis(op: str) -> WriteBody:
+    """Softmax and its like over one axis, before opset 13 let that be another one than the last."""
+
+    def write(b: Body) -> Results:
+        x, axis = b.input(0), b.attr("axis", -1)
+        if b.is_last(x, axis):
+            return [b.add(op, x, axis=-1)]
+        order = list(range(b.rank(x)))
+        order[axis], order[-1] = order[-1], order[axis]
+        return [b.swapped(b.add(op, b.swapped(x, *order), axis=-1), *order)]
+
+    return write

@@ -79,6 +79,7 @@ register(
         output="float[N,4] y",
         scales=movement.regroup,
         channels=Channels(movement.regroup),
+        older=formulas.over_axes("Squeeze"),
     ),
     _move(
         "Unsqueeze",
@@ -86,6 +87,7 @@ register(
         output="float[N,1,2,4,4] y",
         scales=movement.regroup,
         channels=Channels(movement.regroup),
+        older=formulas.over_axes("Unsqueeze"),
     ),
     _move(
         "Expand",
@@ -142,6 +144,7 @@ register(
     _move(
         "ReduceMax",
         "a = Constant<value_ints=[2,3]>() y = ReduceMax(x, a)",
+        older=formulas.over_axes("ReduceMax"),
         output="float[N,2,1,1] y",
         traits=Trait.SEARCHES,
         scales=movement.reduce,
@@ -150,6 +153,7 @@ register(
     _move(
         "ReduceMin",
         "a = Constant<value_ints=[2,3]>() y = ReduceMin(x, a)",
+        older=formulas.over_axes("ReduceMin"),
         output="float[N,2,1,1] y",
         traits=Trait.SEARCHES,
         scales=movement.reduce,

@@ -85,6 +85,14 @@ CALLS = [
     ("a = Constant<value_ints=[-1,16]>() y = Reshape<allowzero=1>(x, a)", X, "float[M,16] y", 14),
     ("a = Constant<value_float=2.0>() y = Mul(x, a)", X, Y, 17),
     ("y = Softmax<axis=1>(x)", X, Y, 13),
+    ("y = LogSoftmax<axis=-2>(x)", X, Y, 13),
+    (
+        "a = Constant<value_ints=[2,-1]>() y = ReduceL2<noop_with_empty_axes=1>(x, a)",
+        X,
+        "float[N,4,1,1] y",
+        18,
+    ),
+    ("a = Constant<value_ints=[0,-1]>() y = Unsqueeze(x, a)", "float[N,4] x", "float[1,N,4,1] y", 13),
     ("y = Softmax(x)", X, Y, 22),
     ("a = Constant<value_ints=[0,0,1,1,0,0,2,0]>() y = Pad(x, a)", X, "float[N,4,7,5] y", 21),
     (
@@ -100,9 +108,12 @@ CALLS = [
     ("y = com.microsoft.BiasGelu(x, b)", f"{X}, float[4] b", Y, 20),
 ]
 OLDER = (17, 13, 11)
+NEWEST = onnx.defs.onnx_opset_version()
 
 
 def of(call: str, inputs: str, outputs: str, opset: int) -> Model:
+    if opset > NEWEST:
+        pytest.skip(f"this onnx is older than opset {opset}")
     text = f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]>'
     return parse(f"{text} g ({inputs}) => ({outputs}) {{ {call} }}")
 
@@ -129,6 +140,7 @@ def test_operators_without_kernels_run(call: str, inputs: str, outputs: str, ops
     assert difference(expected["y"], found["y"]) == ""
 
 
+@pytest.mark.skipif(NEWEST < 28, reason="this onnx is older than opset 28")
 def test_what_reads_structures_runs_in_an_older_opset() -> None:
     model = parse(
         "g (optional(float[2]) x) => (bool y) { y = OptionalHasElement(x) }", opset=28, ir_version=13
@@ -148,7 +160,8 @@ def test_older_opsets_compute_the_same(call: str, inputs: str, outputs: str, ops
         return
     result = Pipeline(Legalize(opset=older), on_error="raise")(model)
     require_opset(result.model, older)
-    assert not result.report.notes
+    # An ONNX Runtime that is older than the opset says so.
+    assert all("is under development" in note for note in result.report.notes)
     assert [spec.shape for spec in result.model.inputs()] == [spec.shape for spec in model.inputs()]
 
 
