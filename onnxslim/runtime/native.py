@@ -6,6 +6,7 @@ A worker of `onnxslim.runtime.isolated` starts with this module: it imports noth
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -224,11 +225,12 @@ def plugin_devices(library: str, provider: str = "") -> tuple[PluginDevice, ...]
     Raises:
         TargetError: it cannot be loaded.
     """
+    library = os.path.realpath(library)
     if library not in _PLUGGED:
         ort = onnxruntime()
         try:
             before = len(ort.get_ep_devices())
-            ort.register_execution_provider_library(provider or _stem(library), library)
+            ort.register_execution_provider_library(provider or library_name(library), library)
             found = ort.get_ep_devices()[before:]
         except Exception as error:  # onnxruntime raises a dozen unrelated types, or is older than plugins
             raise TargetError(f"the plugin '{library}' cannot be loaded: {message(error)}") from error
@@ -241,7 +243,7 @@ def _device(handle: Any) -> PluginDevice:
     return PluginDevice(handle.ep_name, kind, handle.device.vendor, version, handle)
 
 
-def _stem(library: str) -> str:
+def library_name(library: str) -> str:
     """What a library is called, without what all libraries of providers are called."""
     name = Path(library).name.partition(".")[0].removeprefix("lib")
     return name.removeprefix("onnxruntime_").removeprefix("providers_") or name

@@ -78,11 +78,6 @@ def counted(nodes: Mapping[str, PlacedNode]) -> dict[str, int]:
     return dict(Counter(node.provider for node in nodes.values()))
 
 
-def placement(model: Loadable, target: Target, feeds: Mapping[str, Array]) -> dict[str, int]:
-    """How many operators each execution provider really runs; see `places`."""
-    return counted(places(model, target, feeds))
-
-
 def left_over(target: Target, which: str, nodes: Mapping[str, PlacedNode]) -> Iterator[str]:
     """A note on the operators of a model that a target leaves to other providers, if there are any."""
     for provider in counted(nodes):
@@ -93,7 +88,7 @@ def left_over(target: Target, which: str, nodes: Mapping[str, PlacedNode]) -> It
 
 
 def may_stray(target: Target) -> bool:
-    """Whether operators may run elsewhere than on the target, so that `placement` has something to tell."""
+    """Whether operators may run elsewhere than on the target, so that `places` has something to tell."""
     return BACKENDS[target.backend].profiles and target.provider != CPU
 
 

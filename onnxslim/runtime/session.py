@@ -30,7 +30,7 @@ class Session:
         optimize: "all", "extended", "basic" or "none" of ONNX Runtime's own graph optimizations.
         optimized: if given, ONNX Runtime writes the graph it runs to this file.
         profile: if given, ONNX Runtime writes what ran where to a file in this folder; see
-            `onnxslim.runtime.profile.placement`.
+            `onnxslim.runtime.profile.places`.
         once: whether it is for a run or two. Large weights are not copied into another layout for these, and
             ONNX Runtime runs in a process of its own: if it crashes there, that is a LoadError.
         spin: whether threads keep their cores busy while they wait for the next run, as ONNX Runtime has it:

@@ -120,7 +120,9 @@ class Target:
         file = Path(path)
         if not file.is_file():
             raise UsageError(f"there is no plugin '{path}'")
-        found = dict.fromkeys(each.provider for each in native.plugin_devices(str(file.resolve())))
+        named = REGISTRY.get(native.library_name(path))
+        devices = native.plugin_devices(str(file.resolve()), named.provider if named else "")
+        found = dict.fromkeys(each.provider for each in devices)
         if not found:
             raise TargetError(f"the plugin '{path}' offers no device on this machine")
         return tuple(replace(_of_provider(each), plugin=str(file.resolve())) for each in found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -388,6 +389,18 @@ def test_a_library_is_named_by_its_file(
     assert cli.main(["validate", model, out, "--ep-library", str(library), "--json", "--rounds", "0"]) == 0
     ran = {each["target"]: each for each in json.loads(capsys.readouterr().out)["providers"]}
     assert ran["zeta"]["placed"] == [{"zeta": 2}, {"zeta": 2}]
+
+
+def test_a_library_of_a_known_provider_is_known(tmp_path: Path, runtime: PlayedRuntime) -> None:
+    """Some plugins call their provider as they are told: by the name that is known, with what it wants."""
+    library = tmp_path / "libonnxruntime_providers_qnn.so"
+    library.touch()
+    runtime.offered[str(library)] = ("NPU",)
+    (qnn,) = Target.in_library(str(library))
+    assert qnn == replace(Target.qnn(), plugin=str(library))
+    (tmp_path / "link.so").symlink_to(library)
+    assert Session(parse(PRODUCT), replace(qnn, plugin=str(tmp_path / "link.so"))).run(X)
+    assert runtime.registered == {str(library): "QNNExecutionProvider"}
 
 
 def test_a_library_comes_from_the_caller_alone(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from onnxslim.passes.slim import Slim
 from onnxslim.report.text import verdict_text
 from onnxslim.runtime import native, ort, profile, reference
 from onnxslim.runtime.native import CPU, onnxruntime
-from onnxslim.runtime.profile import available, placement
+from onnxslim.runtime.profile import available, counted, places
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import REGISTRY, Target
 from onnxslim.validation.compare import validate
@@ -39,7 +39,7 @@ X = {"x": np.ones((3, 2), np.float32)}
 
 
 def test_operators_are_counted_where_they_run() -> None:
-    assert placement(parse(PRODUCT), Target.cpu(), X) == {CPU: 2}
+    assert counted(places(parse(PRODUCT), Target.cpu(), X)) == {CPU: 2}
 
 
 @pytest.mark.skipif(AZURE not in INSTALLED, reason=f"{AZURE} is not installed")
@@ -48,7 +48,7 @@ def test_a_provider_that_loads_but_runs_nothing_is_refused() -> None:
     silent = Target("azure", AZURE)
     assert Session(parse(PRODUCT), silent).run(X)["y"].shape == (3, 2)
     with pytest.raises(TargetError, match=f"{AZURE} loads, but runs no operator .* {CPU} runs 2"):
-        placement(parse(PRODUCT), silent, X)
+        places(parse(PRODUCT), silent, X)
     with pytest.raises(TargetError, match="loads, but runs no operator"):
         validate(parse(PRODUCT), parse(PRODUCT), [X], [silent], rounds=0)
 
@@ -58,7 +58,7 @@ def test_what_is_available_really_works() -> None:
     assert found[-1] == Target.cpu()
     assert Target.reference() not in found
     for target in found:
-        assert placement(parse(PRODUCT), target, X)[target.provider] >= 1
+        assert counted(places(parse(PRODUCT), target, X))[target.provider] >= 1
 
 
 class Runtime:
@@ -189,7 +189,7 @@ def test_what_the_reference_evaluator_cannot_do(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(LoadError, match=r"onnx.reference fails to run the model"):
         Session(parse(PRODUCT), Target.reference()).run({"x": np.ones((3, 5), np.float32)})
     with pytest.raises(TargetError, match="does not tell what ran where"):
-        placement(parse(PRODUCT), Target.reference(), X)
+        places(parse(PRODUCT), Target.reference(), X)
     monkeypatch.setattr(reference, "MAX_REFERENCE_BYTES", 15)
     with pytest.raises(TargetError, match="is for small models: this one has 16 bytes of constants"):
         Session(parse(PRODUCT), Target.reference())
