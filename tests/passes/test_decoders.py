@@ -187,3 +187,33 @@ g (float[1,6,12] x) => (float[1,6,5] y)
     assert small.graph.nodes[3].attrs["num_heads"] == 2
     for name, values in constants.items():
         assert stored(small, name).shape == tuple(2 if size == 4 else size for size in values.shape)
+
+
+@pytest.mark.parametrize(("bits", "units"), [(4, 2), (8, 4)])
+@pytest.mark.parametrize("flat", [True, False])
+def test_zero_points_that_share_a_byte_go_together(bits: int, units: int, flat: bool) -> None:
+    random = np.random.default_rng(0)
+    constants: dict[str, Array] = {}
+    for name, rows, columns in (("w", 32, 64), ("v", 64, 5)):
+        blocks = rows // 16
+        points = random.integers(0, 256, (columns, blocks * bits // 8), np.uint8)
+        scales = random.uniform(0.01, 0.02, (columns, blocks)).astype(np.float32)
+        constants |= {
+            name: random.integers(0, 256, (columns, blocks, 2 * bits), np.uint8),
+            f"s{name}": scales.reshape(-1) if flat else scales,
+            f"z{name}": points.reshape(-1) if flat else points,
+        }
+    attrs = f"bits={bits}, block_size=16"
+    text = f"""<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+g (float[N,3,32] x) => (float[N,3,5] y)
+{{ a = com.microsoft.MatMulNBits<K=32, N=64, {attrs}>(x, w, sw, zw) r = Relu(a)
+   y = com.microsoft.MatMulNBits<K=64, N=5, {attrs}>(r, v, sv, zv) }}"""
+    model = parse(text, constants)
+    assert [family.size for family in _families(model.copy()).families] == [units]
+    small, changes = apply(Prune(ratio=0.5, align=1), model)
+    figures = PruneFigures.of(changes)
+    assert figures.oracle is not None
+    assert figures.oracle < 1e-5
+    first, _, last = small.graph.nodes
+    assert (first.attrs["N"], last.attrs["K"]) == (32, 32)
+    assert last.inputs[3].shape == (5, 2 * bits // 8)
