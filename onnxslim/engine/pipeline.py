@@ -22,6 +22,7 @@ from onnxslim.engine.journal import Journal
 from onnxslim.engine.judging import Kept, OutputJudge
 from onnxslim.errors import InvalidGraph, LoadError, OnnxSlimError, PassError, TimeUp, UsageError
 from onnxslim.formats import SHOWN_NAMES, plain, size
+from onnxslim.ir.download import Download, download
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, Source, Stats, load
 from onnxslim.ops.bound import binding
@@ -86,12 +87,15 @@ class Report:
         doubts: why what was made on the data may not hold for real inputs, or where it is to run.
         slowdown: how many times as long as what came in the result takes, on one thread; None where it is not
             certainly slower, or nothing was done that is not lossless.
+        download: bytes of what came in and of the result when they are sent; None where nothing was done that
+            is not lossless.
     """
 
     steps: tuple[Step, ...] = ()
     notes: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     slowdown: float | None = None
+    download: tuple[Download, Download] | None = None
 
     def __str__(self) -> str:
         from onnxslim.report.text import text
@@ -111,7 +115,10 @@ class Report:
         notes = dict.fromkeys((*self.notes, *later.notes))
         doubts = dict.fromkeys((*self.doubts, *later.doubts))
         slower = self.slowdown if later.slowdown is None else later.slowdown
-        return Report((*self.steps, *later.steps), tuple(notes), tuple(doubts), slower)
+        sent = self.download or later.download
+        if self.download is not None and later.download is not None:
+            sent = self.download[0], later.download[1]
+        return Report((*self.steps, *later.steps), tuple(notes), tuple(doubts), slower, sent)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -332,12 +339,13 @@ class _PipelineRun:
     def result(self) -> Result:
         """The model as it is now, and the report."""
         lossy = [at for at, step in enumerate(self._steps) if step.kept is not None]
-        slower = None
+        slower, sent = None, None
         if self._ground is not None and lossy:
             with self._journal.within(lossy[-1]):
                 slower = self._ground.slowdown(self._model)
+            sent = self._ground.downloads(self._model)
         notes = tuple(dict.fromkeys(self._notes))
-        report = Report(tuple(self._steps), notes, self._doubts(self._ctx.data), slower)
+        report = Report(tuple(self._steps), notes, self._doubts(self._ctx.data), slower, sent)
         for warning in report.warnings:
             LOG.warning("%s", warning)
         return Result(self._model, report, self._ctx.data)
@@ -437,6 +445,10 @@ class _Ground:
     def macs(self, model: Model) -> int | None:
         """Multiply-accumulates of one sample, where they are to be counted."""
         return cost.macs(model, self._shapes) if self._count else None
+
+    def downloads(self, model: Model) -> tuple[Download, Download]:
+        """What was sent before, and what is."""
+        return download(self._model), download(model)
 
     def slowdown(self, model: Model) -> float | None:
         """How many times as long as before a run of the model takes, where it certainly takes longer."""

@@ -206,7 +206,7 @@ class Model:
         Constant nodes count as parameters instead; scales and zero points of Q and DQ as neither.
         """
         constants = list(self.constants())
-        skeleton = self.to_proto_with(_without_data).ByteSize()
+        skeleton = self.to_proto_with(without_data).ByteSize()
         # An embedded constant folded into a Constant node counts as part of the skeleton.
         return Stats(
             nodes=sum(1 for node in self.nodes() if not is_literal(node)),
@@ -393,7 +393,8 @@ def _check_versions(model: onnx.ModelProto) -> None:
             )
 
 
-def _without_data(constant: Constant) -> TensorProto:
+def without_data(constant: Constant) -> TensorProto:
+    """A constant with its type and shape alone; see `Model.to_proto_with`."""
     tensor = TensorProto(name=constant.name, data_type=helper.np_dtype_to_tensor_dtype(constant.dtype))
     tensor.dims.extend(constant.shape)
     return tensor

@@ -268,6 +268,11 @@ def _summary(shown: Document) -> Iterator[tuple[str, str, str, str]]:
         before, after = (getattr(each, name) for each in figures)
         show = size if name == "bytes" else count
         yield name, show(before), show(after), quotient(after, before)
+    if (sent := shown.report.download) is not None:
+        for name in ("deflate", "zstd"):
+            before, after = (getattr(each, name) for each in sent)
+            if before is not None and after is not None:
+                yield f"bytes with {name}", size(before), size(after), quotient(after, before)
     yield "MACs of one sample", count(macs[0]), count(macs[1]), quotient(macs[1], macs[0])
 
 

@@ -68,6 +68,9 @@ def show_report(console: Console, report: Report) -> None:
         grid.add_row(*_step_cells(step))
     if report.steps:
         console.print(grid)
+    if report.download is not None:
+        before, after = report.download
+        lines(console, (f"download: {before.told(after)}",))
     for step in report.steps:
         lines(console, _details(step))
     lines(console, (f"note: {note}" for note in report.notes))
