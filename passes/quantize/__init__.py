@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -22,7 +23,7 @@ from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
 from onnxslim.errors import UsageError
 from onnxslim.ir.model import Model
-from onnxslim.passes.quantize.block_products import is_product
+from onnxslim.passes.quantize.block_products import clamped, is_product
 from onnxslim.passes.quantize.build import Builder, Candidate
 from onnxslim.passes.quantize.choices import (
     Activations,
@@ -109,8 +110,8 @@ class Quantize(Pass):
         description="with activations=none, how such weights are written: DequantizeLinear in front of the "
         "product, which any runtime reads (qdq), or ONNX Runtime's own MatMulNBits, with accuracy_level 4 "
         "(matmulnbits), which it makes of the former itself; auto: qdq, unless the file has the latter, the "
-        "target runs only that (webgpu) or, on processors, a table is looked up and multiplied by, for which "
-        "there is no other form",
+        "target runs only that (webgpu) or, on processors, that is not possible (a table that is looked up "
+        "and multiplied by) or slow (a Relu or Clip alone reads a product)",
     )
     block_size: int | None = Field(
         None,
@@ -262,8 +263,8 @@ class Quantize(Pass):
         if self.storage != "auto" or self.activations not in (None, "none"):
             return "qdq" if self.storage == "auto" else self.storage
         on_cpu = target.provider == CPU and not target.stands_for and self.layout in ("target", "cpu")
-        tied = on_cpu and any(True for _ in ties_of(model))
-        blocks = tied or target.layout.block_products
+        needed = on_cpu and any(True for _ in chain(ties_of(model), clamped(model)))
+        blocks = needed or target.layout.block_products
         return "matmulnbits" if blocks or any(map(is_product, model.nodes())) else "qdq"
 
     def _require_kernels(self, target: Target) -> None:

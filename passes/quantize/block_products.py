@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ import numpy as np
 from onnxslim.engine.base import Log
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor
-from onnxslim.ir.model import Model
-from onnxslim.ops import view_of
+from onnxslim.ir.model import Model, constant_of
+from onnxslim.ops import Role, spec_of, view_of
 from onnxslim.ops.blocks import ACCURACY, packed
 from onnxslim.ops.contrib import DOMAIN
+from onnxslim.ops.layers import Product
 from onnxslim.passes.quantize.blocks import Blocks
 
 MAKES = ("MatMulNBits",)
@@ -27,6 +29,22 @@ MAKES = ("MatMulNBits",)
 def is_product(node: Node) -> bool:
     """Whether a node is a matrix product in this form."""
     return node.op in MAKES and node.domain == DOMAIN
+
+
+def clamped(model: Model) -> Iterator[Node]:
+    """Products that ONNX Runtime runs in floating point behind a DequantizeLinear, which it runs each time.
+
+    It leaves them alone for the Relu or Clip that alone reads them: this may disappear in the range of a Q.
+    """
+    outputs = {id(tensor) for tensor in model.graph.outputs}
+    for node in model.graph.nodes:
+        if not isinstance(view_of(node), Product) or constant_of(node.inputs[1]) is None:
+            continue
+        result = node.outputs[0]
+        if len(result.outputs) == 1 and spec_of(result.outputs[0]).role is Role.CLAMP:
+            behind = result.outputs[0].outputs[0]
+            if not {id(result), id(behind)} & outputs:
+                yield node
 
 
 def unfit(node: Node) -> str | None:

@@ -101,6 +101,20 @@ def test_codes_that_are_there_are_not_rounded_again(bits: int, size: int, zeros:
     assert there.nbytes() == pytest.approx(back.nbytes(), rel=0.8), "no weight is there twice"
 
 
+@pytest.mark.parametrize("clamp", ["Relu(a)", "Clip(a)"])
+def test_what_onnx_runtime_would_not_fuse_is_written_fused(clamp: str) -> None:
+    """It leaves a product alone whose Relu may disappear in a Q, and turns back the weight in every run."""
+    text = f"""g (float[N,72] x) => (float[N,48] y)
+    {{ a = MatMul(x, w1) r = {clamp} y = MatMul(r, w2) }}"""
+    model = parse(text, {"w1": normal(72, 96), "w2": normal(96, 48, seed=1)})
+    asked = stored(model, weights="int4", storage="qdq")
+    ran = [node.op_type for node in optimized_model(asked).graph.node]
+    assert (ran.count("MatMulNBits"), ran.count("DequantizeLinear")) == (1, 1)
+    for weights in ("int4", "int8"):
+        assert ops(stored(model, weights=weights))["MatMulNBits"] == 2
+    assert ops(stored(model, weights="int4", layout="cuda"))["MatMulNBits"] == 0
+
+
 def test_data_may_have_any_number_of_axes() -> None:
     model = parse("g (float[72] x) => (float[96] y) { y = MatMul(x, w) }", {"w": normal(72, 96)})
     feeds = {"x": normal(72, seed=1)}
