@@ -146,6 +146,6 @@ class _Seldom:
 
     def __call__(self, line: str, share: float) -> None:
         now = time.monotonic()
-        if now - self._last >= EVERY:
+        if line and now - self._last >= EVERY:
             self._last = now
             log(f"{duration(now - self._start)}: {line}")

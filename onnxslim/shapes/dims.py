@@ -19,8 +19,9 @@ from onnxslim.shapes.inference import MAX_STEERING_ELEMENTS, Fact, Inference
 from onnxslim.shapes.symbols import Term
 from onnxslim.shapes.vectors import MAX_LENGTH, Vector
 
-# Each round lets onnx's inference go on from what the rules found; chains of more steps are rare.
-MAX_ROUNDS = 6
+# Each round lets onnx's inference go on from what the rules found; chains of more steps are rare, but a
+# transformer in an old opset takes a step for every layer.
+MAX_ROUNDS = 12
 
 
 class Dims:

@@ -79,6 +79,19 @@ def test_where_there_is_no_terminal_there_is_a_line_every_ten_seconds(
     assert told[0] == "onnxslim: this takes about 23 s"
     assert [line.split(": ")[1] for line in told[1:]] == [f"{EVERY:.0f} s", f"{2 * EVERY:.0f} s"]
     assert told[1].startswith("onnxslim: 10 s: slim (1 of 3): measuring 10 of 24, about 23 s left")
+    with progress(False) as meter:
+        assert meter is not None
+        wait(EVERY)
+        meter("measuring", 1, 1)
+        wait(EVERY)
+        meter("measuring", 1, 1)
+    assert capsys.readouterr().err.count("measuring") == 2
+    with progress(False, Forecast(("slim",), (0.1,))) as meter:
+        assert meter is not None
+        meter("slim", 0, 1)
+        wait(EVERY)
+        meter("slim", 1, 1)  # it has ended: there is nothing to tell
+    assert not capsys.readouterr().err
     with progress(True, FORECAST) as meter:
         assert meter is None
     with progress(False, Forecast(("slim",), (0.1,))):
