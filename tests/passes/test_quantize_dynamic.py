@@ -169,7 +169,7 @@ def test_where_only_weights_are_stored_the_worst_layers_get_more_bits() -> None:
     data = [{"x": normal(2, 8, 32, seed=seed)} for seed in range(8)]
     limits = {"int4": 18.0, "int8": 40.0}
     for bits, limit in limits.items():
-        options: dict[str, Any] = {"activations": "none", "weights": bits}
+        options: dict[str, Any] = {"activations": "none", "weights": bits, "storage": "qdq"}
         kept, changes = _dynamic(model, data, **options, require_sqnr=limit)
         found = ops(kept)["DequantizeLinear"]
         figures = QuantizeFigures.of(changes)
