@@ -452,7 +452,7 @@ class _Ground:
 
     def slowdown(self, model: Model) -> float | None:
         """How many times as long as before a run of the model takes, where it certainly takes longer."""
-        if self.ctx.sample is None:
+        if self.ctx.sample is None or self._model.nbytes() > UNTIMED_BYTES:
             return None
         try:
             return slowdown(self._model, model, self.ctx.sample, self.ctx.target)
@@ -460,6 +460,8 @@ class _Ground:
             return None
 
 
+# Bytes of weights beyond which a model is not timed unasked: sessions to be timed hold a copy of them.
+UNTIMED_BYTES = 2 << 30
 # A fault of a pass, not of what it was given.
 UNFORESEEN = "it met something it was not made for"
 UNLIKE_REAL = "results may be much worse on real inputs than they look here: give some dozens of real samples"

@@ -27,7 +27,7 @@ from onnxslim.runtime.releases import SETTLED
 from onnxslim.runtime.targets import Target
 
 WEBGPU = "WebGpuExecutionProvider"
-# From here on, a copy of the weights would cost more memory than it saves time in a run or two.
+# From here on, a copy of the weights would cost more memory than it saves time in a few runs.
 LARGE_BYTES = 512 << 20
 # From here on, weights are read where they are instead of copied into the model that a session opens.
 BESIDE_BYTES = 1 << 16
@@ -81,6 +81,7 @@ def _has_bfloat16(model: Model) -> bool:
 
 
 def _settings(model: Loadable, target: Target, how: Opening) -> SessionSettings:
+    few = how.once or not how.spin
     return SessionSettings(
         target.provider,
         _provider_options(target),
@@ -93,7 +94,7 @@ def _settings(model: Loadable, target: Target, how: Opening) -> SessionSettings:
         how.optimize,
         how.optimized,
         how.profile,
-        prepack=not (how.once and isinstance(model, Model) and model.nbytes() >= LARGE_BYTES),
+        prepack=not (few and isinstance(model, Model) and model.nbytes() >= LARGE_BYTES),
         spin=how.spin and not how.once,
         fuse_integers=not target.stands_for,
     )

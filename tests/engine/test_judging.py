@@ -115,6 +115,8 @@ def test_only_lossy_passes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxslim.engine.pipeline.slowdown", lambda *_: 2.0)
     assert Pipeline(Slim())(model(), data={"x": X}).report.slowdown is None
     assert Pipeline(Disturb(0.1))(model(), data={"x": X}).report.slowdown == 2.0
+    monkeypatch.setattr("onnxslim.engine.pipeline.UNTIMED_BYTES", model().nbytes() - 1)
+    assert Pipeline(Disturb(0.1))(model(), data={"x": X}).report.slowdown is None
 
 
 def test_parts_of_outputs_are_told_apart() -> None:

@@ -26,6 +26,7 @@ class Judging:
 
     scores: list[float]
     times: list[float] = field(default_factory=list)
+    is_wary: bool = True  # candidates are run as wholes
 
     def __call__(self, model: Any, samples: int | None = None) -> Score:
         return scored(self.scores.pop(0))

@@ -11,8 +11,10 @@ import pytest
 
 from onnxslim.errors import LoadError
 from onnxslim.ir.model import Model
-from onnxslim.runtime import native
+from onnxslim.runtime import native, ort
+from onnxslim.runtime.backend import Opening
 from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
 from tests.helpers import normal, parse
 
 LARGE = normal(160, 160)
@@ -93,3 +95,16 @@ def test_types_that_onnx_runtime_lacks_are_left_to_it_to_refuse() -> None:
     )
     with pytest.raises(LoadError, match="ONNX Runtime refuses the model"):
         Session(model)
+
+
+@pytest.mark.parametrize(
+    ("how", "copied"),
+    [(Opening(), True), (Opening(spin=False), False), (Opening(once=True), False)],
+)
+def test_weights_of_large_models_are_copied_only_to_be_timed(
+    how: Opening, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = parse("g (float[N,4] x) => (float[N,3] y) { y = MatMul(x, w) }", {"w": normal(4, 3)})
+    assert ort._settings(model, Target.cpu(), how).prepack
+    monkeypatch.setattr(ort, "LARGE_BYTES", model.nbytes())
+    assert ort._settings(model, Target.cpu(), how).prepack == copied
