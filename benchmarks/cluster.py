@@ -1,6 +1,7 @@
 """Cluster on the bundled nets and on real models: bytes, accuracy and fidelity, beside a peer's k-means.
 
     python benchmarks/cluster.py bits [NET ...]     4, 3 and 2 bits: with data, without, chosen, and the peer
+    python benchmarks/cluster.py sent [NET ...]     beside int8: what is sent, once deflated
     python benchmarks/cluster.py real [NAME ...]    real models in 4 bits; see models/zoo.py
 
 The peer is scikit-learn's KMeans on each weight by itself, stored as ours are, so that bytes are equal; rows
@@ -106,6 +107,30 @@ def bits(names: tuple[str, ...]) -> Iterator[str]:
                 yield f"| {net} | {way} | {row} | {seconds:.0f} | {after:.2f} ({after - before:+.2f}) |"
 
 
+def sent(names: tuple[str, ...]) -> Iterator[str]:
+    """What is sent: int8 files, and codes in 80 % of what these are once they are deflated."""
+    import onnxslim
+    from onnxslim import CalibrationData, Pipeline
+    from onnxslim.calibration.noise import sqnr
+    from onnxslim.ir.download import download
+    from onnxslim.passes import Cluster, Quantize, Slim
+    from onnxslim.runtime.session import Session
+
+    yield from _head("net", "int8, deflated", "SQNR dB", "codes, deflated", "of int8", "SQNR dB")
+    image = np.load(FASHION / "test.npz")["image"]
+    for net in names or NETS:
+        data = CalibrationData.from_npz(FASHION / "calibration.npz", batch_size=64)
+        model = Pipeline(Slim(), on_error="raise")(onnxslim.load(FASHION / f"{net}.onnx")).model
+        expected = Session(model).run({"image": image})["logits"]
+        int8 = Pipeline(Quantize(), on_error="raise")(model, data=data).model
+        whole, wanted = download(model).deflate, download(int8).deflate
+        codes = Pipeline(Cluster(download=0.8 * wanted / whole), on_error="raise")(model, data=data).model
+        noise = [sqnr(expected, Session(each).run({"image": image})["logits"]) for each in (int8, codes)]
+        found = download(codes).deflate
+        row = f"{wanted / 1e3:.0f} kB | {noise[0]:.1f} | {found / 1e3:.0f} kB | {found / wanted:.2f}"
+        yield f"| {net} | {row} | {noise[1]:.1f} |"
+
+
 def real(names: tuple[str, ...]) -> Iterator[str]:
     """Real models."""
     import onnxslim
@@ -135,7 +160,7 @@ def _head(*names: str) -> Iterator[str]:
     yield "|" + "---|" * len(names)
 
 
-PARTS = {"bits": bits, "real": real}
+PARTS = {"bits": bits, "real": real, "sent": sent}
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
 from onnxslim.errors import UsageError
 from onnxslim.formats import size
+from onnxslim.ir.download import download
 from onnxslim.ir.model import Model
 from onnxslim.passes.cluster.apply import apply
 from onnxslim.passes.cluster.choose import BitChoice
@@ -29,6 +30,8 @@ from onnxslim.passes.unfuse import unfuse
 
 # What codes have if nothing is said.
 DEFAULT_BITS = 4
+# How often a size is tried until what is left of it once deflated is what was wanted, and how exactly.
+DOWNLOAD_ROUNDS, DOWNLOAD_MET = 4, 0.97
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Cluster(Demanding):
     as before. With calibration data, codes and tables are fitted to what each layer computes on them, one
     layer after the other; without, to the weights, which costs much more accuracy below 6 bits.
 
-    Every weight gets `bits`; or those that cost the outputs least, so that the file has `size` of its bytes.
+    Every weight gets `bits`; or those that cost the outputs least, so that the file has `size` of its bytes,
+    or the download `download` of them.
     Where the outputs lose more than `require_sqnr` or `max_drop` allows, weights get more bits, those first
     that lose most.
     """
@@ -80,6 +84,12 @@ class Cluster(Demanding):
     size: float | None = Field(
         None, gt=0, lt=1, description="share of the bytes of the file to keep; chooses bits for each weight"
     )
+    download: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="the same of the bytes that are left once the file is deflated, as it is when it is sent",
+    )
     fitted: bool = Field(True, description="fit codes and tables to the calibration data, if there are any")
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to leave as they are")
     require_sqnr: LeastSqnr = None
@@ -92,8 +102,15 @@ class Cluster(Demanding):
         """Refuse two ways to choose bits, and a choice beside a plan."""
         if self.plan is not None:
             self.require_alone()
-        if self.bits is not None and self.size is not None:
-            raise UsageError("pass 'cluster' takes either bits, the same for all weights, or size, not both")
+        given = [name for name in ("bits", "size", "download") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(
+                f"pass 'cluster' takes one of bits, size and download, not {' and '.join(given)}"
+            )
+        if self.download is not None and self.needs_data:
+            raise UsageError(
+                "pass 'cluster': require_sqnr and max_drop find the smallest file, so download says nothing"
+            )
 
     @property
     def work(self) -> PassWork:
@@ -193,6 +210,8 @@ class _ClusterRun:
             return self._plan.choice({weight.name: weight for weight in weights})
         if self._demand is not None:
             return self._as_demanded(self._demand, weights)
+        if self._wish.download is not None:
+            return self._sent(self._wish.download, weights)
         if self._wish.size is None:
             return self._alike(weights)
         choice, budget = self._choice(weights), self._wish.size * self._model.stats().bytes
@@ -201,6 +220,24 @@ class _ClusterRun:
             least = f"{choice.nbytes(chosen) / self._model.stats().bytes:.1%} of its bytes"
             self._log.skip(self._name, f"with one bit for every weight there is {least} left")
         return chosen
+
+    def _sent(self, share: float, weights: Sequence[Weight]) -> dict[Weight, Clustering]:
+        """The bits that cost the outputs least for so much of the download."""
+        choice, goal = self._choice(weights), share * download(self._model).deflate
+        data = self._ctx.data if self._wish.fitted else None
+        budget, best, least = goal, dict[Weight, Clustering](), dict[Weight, Clustering]()
+        for _ in range(DOWNLOAD_ROUNDS):
+            least, trial = choice.within(budget), self._model.copy()
+            apply(trial, least, data, self._ctx, Log())
+            sent = download(trial).deflate
+            if sent <= goal:
+                best = least
+                if sent >= DOWNLOAD_MET * goal:
+                    break
+            budget *= (DOWNLOAD_MET + 1.0) / 2.0 * goal / sent
+        if not best:
+            self._log.skip(self._name, f"with {size(sent)} it is above {size(int(goal))} once it is deflated")
+        return best or least
 
     def _alike(self, weights: Sequence[Weight]) -> dict[Weight, Clustering]:
         """The same bits for all that get smaller by it."""

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxslim import cli, passes
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Moments
 from onnxslim.calibration.noise import sqnr
@@ -169,15 +170,18 @@ def test_regression_finds_the_best_tables(seed: int, group: int) -> None:
         ("MatMul(w, x)", (120, 6)),
     ],
 )
-@pytest.mark.parametrize("group", [0, 5])
-def test_every_layout_is_fitted_and_looked_up(text: str, shape: tuple[int, ...], group: int) -> None:
+@pytest.mark.parametrize(("group", "scaled"), [(0, False), (5, False), (0, True), (5, True)])
+def test_every_layout_is_fitted_and_looked_up(
+    text: str, shape: tuple[int, ...], group: int, scaled: bool
+) -> None:
     model = parse(f"g (float[N,8,6,6] x) => (float[N,M,O,P] y) {{ y = {text} }}", {"w": normal(*shape)})
     feeds = [{"x": np.abs(normal(16, 8, 6, 6, seed=3)) + normal(16, 8, 6, 6, seed=4)}]
-    alone = clustered_by(model, None, bits=3, group=group).model
-    fitted = clustered_by(model, feeds, bits=3, group=group).model
+    alone = clustered_by(model, None, bits=3, group=group, scaled=scaled).model
+    fitted = clustered_by(model, feeds, bits=3, group=group, scaled=scaled).model
     assert ops(fitted)["Gather"] == 1
-    assert kept(model, fitted, feeds) > kept(model, alone, feeds) - 1e-6
-    assert kept(model, alone, feeds) > 12
+    assert kept(model, alone, feeds) > 11
+    gain = kept(model, fitted, feeds) - kept(model, alone, feeds)
+    assert gain > -1e-6
 
 
 def test_a_factor_of_the_product_is_taken_into_account() -> None:
@@ -301,6 +305,14 @@ def test_size_is_met_by_the_bits_that_matter() -> None:
     assert kept(net, result.model, feeds) > kept(net, uniform, feeds) + 4
 
 
+def test_the_download_is_met(net: Model, feeds: list[dict[str, Array]]) -> None:
+    result = clustered_by(net, feeds, download=0.2)
+    assert result.report.download is not None
+    before, after = result.report.download
+    assert 0.185 * before.deflate < after.deflate <= 0.2 * before.deflate
+    assert "once it is deflated" in reasons(clustered_by(net, None, download=0.01))
+
+
 def test_a_size_out_of_reach_is_told(net: Model) -> None:
     assert "with one bit for every weight there is" in reasons(clustered_by(net, None, size=0.01))
 
@@ -328,7 +340,7 @@ def test_a_plan_makes_the_same_bytes(net: Model, feeds: list[dict[str, Array]], 
 
 
 def test_contradictions_are_refused() -> None:
-    with pytest.raises(UsageError, match="either bits"):
+    with pytest.raises(UsageError, match="one of bits, size and download, not bits and size"):
         Cluster(bits=4, size=0.1)
     with pytest.raises(UsageError, match="'bits'"):
         Cluster(bits=9)
@@ -343,3 +355,12 @@ def test_moves_compete_for_bytes(net: Model) -> None:
         plan = plan.joined(move.plan)
     made = clustered_by(net, None, plan=plan).model
     assert made.stats().bytes < 0.25 * net.stats().bytes
+
+
+def test_the_command_line_has_it(net: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, made = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    net.save(source)
+    assert cli.main(["cluster", str(source), str(made), "--bits", "3", "--group", "16"]) == 0
+    assert made.stat().st_size < 0.3 * source.stat().st_size
+    assert "bits of a code, on average: 3" in capsys.readouterr().out
+    assert passes.parse("cluster:bits=3,group=16") == Cluster(bits=3, group=16)
