@@ -22,7 +22,10 @@ from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
 from onnxslim.errors import UsageError
+from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
+from onnxslim.ops import layer_of
+from onnxslim.ops.layers import Layer
 from onnxslim.passes.quantize.block_products import clamped, is_product
 from onnxslim.passes.quantize.build import Builder, Candidate
 from onnxslim.passes.quantize.choices import (
@@ -47,6 +50,7 @@ from onnxslim.passes.quantize.tables import ties_of, untie
 from onnxslim.passes.quantize.trained import Trained, strip
 from onnxslim.passes.quantize.trial import Trial
 from onnxslim.passes.quantize.weight_only import WeightOnly, WeightOnlyBlocks, WeightOnlyBytes
+from onnxslim.passes.quantize.weights import floor_for
 from onnxslim.runtime.native import CPU
 from onnxslim.runtime.targets import Target, layouts
 
@@ -112,6 +116,13 @@ class Quantize(Pass):
         "(matmulnbits), which it makes of the former itself; auto: qdq, unless the file has the latter, the "
         "target runs only that (webgpu) or, on processors, that is not possible (a table that is looked up "
         "and multiplied by) or slow (a Relu or Clip alone reads a product)",
+    )
+    download: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the bytes of 8-bit weights to keep once they are deflated, as when they are "
+        "sent: channels with small weights get fewer codes, at some loss",
     )
     block_size: int | None = Field(
         None,
@@ -188,6 +199,8 @@ class Quantize(Pass):
                     raise UsageError(f"pass 'quantize': {option} goes with activations=none")
         if self.size is not None and (self.weights, self.activations) not in MIXED:
             raise UsageError("pass 'quantize': size goes with weights=int4 and activations=none")
+        if self.download is not None and (self.weights != "int8" or self.activations == "none"):
+            raise UsageError("pass 'quantize': download goes with weights=int8 and integer activations")
         if (size := self.block_size or 16) & (size - 1):
             raise UsageError(f"pass 'quantize': block_size is a power of two, not {size}")
 
@@ -391,6 +404,7 @@ class Quantize(Pass):
             algorithm=self.algorithm,
             storage=start.form,
             block_size=self.block_size,
+            floor=0.0 if self.download is None else floor_for(_weights_of(start.model), self.download),
             ties=start.ties,
         )
         bytewise = self._way is WeightOnly and start.form == "matmulnbits"
@@ -582,6 +596,12 @@ def _nothing(model: Model, figures: QuantizeFigures) -> str:
 def _row(layer: Sensitivity, trial: Trial) -> LayerFigures:
     kept = layer.node in trial.variant.kept or layer.node in trial.variant.refused
     return LayerFigures(layer.node, layer.op, round(layer.sqnr, 2), kept)
+
+
+def _weights_of(model: Model) -> list[tuple[Array, int]]:
+    """The weights of the layers of the main graph, each with its axis of output channels."""
+    layers = [layer for layer in map(layer_of, model.graph.nodes) if isinstance(layer, Layer)]
+    return [(layer.weight.astype(np.float32), layer.weight_axis) for layer in layers]
 
 
 # In dB: what keeps that much of a few samples need not be looked at any longer.

@@ -32,6 +32,7 @@ class Settings:
         algorithm: how weights are rounded; see `Quantize`.
         storage: how weights of matrix products are written where activations are no integers.
         block_size: inputs of an output that share a scale there; None for what suits their bits.
+        floor: least scale of a channel, by the root mean square of its weight; see `weights.floored`.
         ties: by name of a weight, that of the table that it is the same as; see `tables.untie`.
     """
 
@@ -43,6 +44,7 @@ class Settings:
     algorithm: Algorithm = "auto"
     storage: StorageForm = "qdq"
     block_size: int | None = None
+    floor: float = 0.0
     ties: Mapping[str, str] = field(default_factory=dict)
 
 

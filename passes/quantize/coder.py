@@ -22,7 +22,7 @@ from onnxslim.passes.quantize.insert import pair_axis_of
 from onnxslim.passes.quantize.plan import Plan
 from onnxslim.passes.quantize.rounding import Rounder
 from onnxslim.passes.quantize.trained import Trained
-from onnxslim.passes.quantize.weights import Encoded, Encoder, encode, least_scales
+from onnxslim.passes.quantize.weights import Encoded, Encoder, encode, floored, least_scales
 
 Floats = NDArray[np.float32]
 
@@ -65,8 +65,9 @@ class WeightCoder:
         # By name of a weight, how it is coded, and whether that is better than the nearest.
         self._blocks = {(name, each.blocking, True): each for name, each in (blocks or {}).items()}
         self._trained = trained
-        self._nearest = Encoder(limit, kept=trained.codes)
-        self._refined = Encoder(limit, self._rounders, self._codes, kept=trained.codes)
+        floor = settings.floor
+        self._nearest = Encoder(limit, kept=trained.codes, floor=floor)
+        self._refined = Encoder(limit, self._rounders, self._codes, kept=trained.codes, floor=floor)
 
     def encoder(self, *, refined: bool = False) -> Encoder:
         """What rounds weights: to the nearest codes, or to those found by what layers see; see `observe`."""
@@ -146,6 +147,7 @@ class WeightCoder:
         pair_axis = None if kept else pair_axis_of(layer.node, rules)
         weight = layer.restored(wanted).astype(np.float32)
         least = None if kept or not rules.integer_bias else _least(layer.node)
+        least = floored(weight, axis, least, self._settings.floor)
         start = encode(weight, axis, per_channel=True, pair_axis=pair_axis, least=least, limit=self.limit)
         found = self._rounder(layer, gram, corrected, wanted)(start, pair_axis, self.limit, least)
         codes = np.ascontiguousarray(layer.matrix_of(found.codes))

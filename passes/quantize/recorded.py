@@ -39,6 +39,7 @@ class QuantizeOptions:
     algorithm: Algorithm
     storage: StorageChoice = "auto"
     block_size: int | None = None
+    download: float | None = None
 
 
 @strict

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxslim.ir.download import DEFLATE_LEVEL
 from onnxslim.ir.graph import Array, Constant
 
 QMAX = 127
@@ -20,6 +22,8 @@ MAX_BIAS_CODE = 2.0**30
 # Factors by which the scale of a channel may grow in the search for codes that do not saturate; with 2
 # every code is at most 64, and no pair can.
 _FACTORS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 2.0)
+# How often the floor of scales that a share of the bytes takes is halved in.
+FLOOR_STEPS = 10
 TINY = np.float32(np.finfo(np.float32).tiny)
 
 Weights = NDArray[np.float32]
@@ -84,6 +88,49 @@ def encode(
     return Encoded(np.ascontiguousarray(restored), kept, tightened)
 
 
+def floored(weight: Array, axis: int, least: Scales | None, floor: float) -> Scales | None:
+    """Least scales that leave quiet channels fewer codes.
+
+    An error counts the same in every channel, so that one with small weights gains little by codes of its
+    own fineness, and fewer different codes take less room once they are compressed.
+
+    Args:
+        weight: float32.
+        axis: that of output channels.
+        least: what scales must be at least anyway.
+        floor: in parts of the root mean square of the weight; 0 for none.
+    """
+    if not floor:
+        return least
+    value = np.float32(floor * np.sqrt(np.square(weight, dtype=np.float64).mean()))
+    scales = np.zeros(weight.shape[axis], np.float32) if least is None else least
+    return np.asarray(np.maximum(scales, value), np.float32)
+
+
+def floor_for(weights: Sequence[tuple[Array, int]], share: float, limit: int = QMAX) -> float:
+    """The floor with which the nearest codes take this share of their bytes once deflated, by halving.
+
+    Args:
+        weights: float32, each with its axis of output channels.
+        share: of the bytes without a floor.
+        limit: largest magnitude of a code.
+    """
+
+    def sent(floor: float) -> int:
+        packer, size = zlib.compressobj(DEFLATE_LEVEL), 0
+        for weight, axis in weights:
+            least = floored(weight, axis, None, floor)
+            codes = encode(weight, axis, per_channel=True, least=least, limit=limit).codes
+            size += len(packer.compress(codes.tobytes()))
+        return size + len(packer.flush())
+
+    enough, lacking, goal = 1.0, 0.0, share * sent(0.0)
+    for _ in range(FLOOR_STEPS):
+        middle = (enough + lacking) / 2.0
+        enough, lacking = (middle, lacking) if sent(middle) <= goal else (enough, middle)
+    return enough
+
+
 class Encoder:
     """`encode`, which remembers what it made of a constant: candidates differ in few weights.
 
@@ -93,6 +140,7 @@ class Encoder:
             limit and the least scales.
         known: by name of a constant, integers of it that are known already.
         kept: integers of a constant with an axis of channels that must stay what they are, for a limit.
+        floor: see `floored`.
     """
 
     def __init__(
@@ -101,8 +149,9 @@ class Encoder:
         better: Mapping[str, Callable[[Encoded, int | None, int, Scales | None], Encoded]] | None = None,
         known: Mapping[str, Encoded] | None = None,
         kept: Callable[[Constant, int, int], Encoded | None] = lambda constant, axis, limit: None,
+        floor: float = 0.0,
     ) -> None:
-        self.limit = limit
+        self.limit, self._floor = limit, floor
         self._better = {} if better is None else better
         self._given = {} if known is None else known
         self._kept = kept
@@ -133,6 +182,8 @@ class Encoder:
             return given
         key = (weight.name, axis, per_channel, pair_axis, None if least is None else least.tobytes())
         if key not in self._known:
+            if per_channel:
+                least = floored(weight.values, axis, least, self._floor)
             found = encode(
                 weight.values,
                 axis,
