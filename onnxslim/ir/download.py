@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from onnxslim.formats import arrow, size
 from onnxslim.ir import proto
+from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model, without_data
 
 # What gzip and most servers use; and what zstd uses, unless told otherwise.
 DEFLATE_LEVEL, ZSTD_LEVEL = 6, 3
+# Of a constant of twice as many bytes or more, so many blocks are compressed, or one of every megabyte, of so
+# many bytes each: several windows of deflate.
+BLOCKS, BLOCK = 4, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -47,51 +51,49 @@ class _Compressor(Protocol):
 def download(model: Model) -> Download:
     """Compress a model, all of its data with it, and count what comes out.
 
+    Of a large constant only some blocks are compressed, and counted for all of it.
+
     Args:
         model: not modified; read constant by constant, so that data files may be larger than memory.
     """
-    found = [_Counter(zlib.compressobj(DEFLATE_LEVEL))]
-    modern = _zstd()
-    if modern is not None:
-        found.append(_Counter(modern))
-    for part in _parts(model):
-        for each in found:
-            each.add(part)
-    return Download(*(each.total() for each in found))
+    makers = [_deflate, *filter(None, (_zstd(),))]
+    small = [make() for make in makers]
+    found = [0.0 for _ in makers]
+    for part, share in _parts(model):
+        for at, make in enumerate(makers):
+            if share == 1:
+                found[at] += len(small[at].compress(part))
+            else:
+                alone = make()
+                found[at] += share * (len(alone.compress(part)) + len(alone.flush()))
+    return Download(*(round(each + len(rest.flush())) for each, rest in zip(found, small, strict=True)))
 
 
-class _Counter:
-    """Counts what a compressor makes."""
-
-    def __init__(self, compressor: _Compressor) -> None:
-        self._compressor, self._bytes = compressor, 0
-
-    def add(self, data: bytes) -> None:
-        """Take in more data."""
-        self._bytes += len(self._compressor.compress(data))
-
-    def total(self) -> int:
-        """Of all data."""
-        return self._bytes + len(self._compressor.flush())
-
-
-def _parts(model: Model) -> Iterator[bytes]:
-    """The bytes of a file, tensors last."""
-    yield model.to_proto_with(without_data).SerializeToString()
+def _parts(model: Model) -> Iterator[tuple[bytes, float]]:
+    """The bytes of a file, tensors last, and how many bytes each of them stands for."""
+    yield model.to_proto_with(without_data).SerializeToString(), 1
     for constant in model.constants():
-        yield proto.encode_embedded(constant).SerializeToString()
+        if constant.nbytes < 2 * BLOCKS * BLOCK:
+            yield proto.encode_embedded(constant).SerializeToString(), 1
+            continue
+        values, blocks = constant.values.reshape(-1), max(BLOCKS, constant.nbytes >> 20)
+        step, length = values.size // blocks, values.size * BLOCK // constant.nbytes
+        for start in range(0, blocks * step, step):
+            block = Constant(constant.name, values[start : start + length])
+            yield proto.encode_embedded(block).SerializeToString(), step / length
 
 
-def _zstd() -> _Compressor | None:
+def _deflate() -> _Compressor:
+    return zlib.compressobj(DEFLATE_LEVEL)
+
+
+def _zstd() -> Callable[[], _Compressor] | None:
     for name in ("compression.zstd", "zstandard"):
         try:
             library = importlib.import_module(name)
         except ImportError:
             continue
-        made: _Compressor = (
-            library.ZstdCompressor(level=ZSTD_LEVEL)
-            if name == "compression.zstd"
-            else library.ZstdCompressor(level=ZSTD_LEVEL).compressobj()
-        )
-        return made
+        if name == "compression.zstd":
+            return lambda: cast(_Compressor, library.ZstdCompressor(level=ZSTD_LEVEL))
+        return lambda: cast(_Compressor, library.ZstdCompressor(level=ZSTD_LEVEL).compressobj())
     return None

@@ -7,6 +7,7 @@ import zlib
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -31,6 +32,19 @@ def test_it_is_what_the_file_takes_once_deflated(net: Model) -> None:
     assert download(net).deflate < 0.5 * len(written)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("float", np.float32), ("int8", np.int8), ("int4", ml_dtypes.int4)]
+)
+def test_of_large_constants_some_blocks_are_enough(kind: str, dtype: type[np.generic]) -> None:
+    values = np.clip(np.round(normal(1 << 11, 1 << 11) * 2), -8, 7)
+    values[: 1 << 10] *= 0.5  # the first half has fewer values
+    text = f"g (int64[N] i) => ({kind}[N,2048] y) {{ y = Gather(w, i) }}"
+    large = parse(text, {"w": values.astype(dtype)}, opset=21)
+    written = large.to_proto().SerializeToString()
+    assert download(large).deflate == pytest.approx(len(zlib.compress(written, 6)), rel=0.03)
+    assert sum(len(part) for part, _ in sent._parts(large)) < 0.2 * len(written)
+
+
 def test_zstd_is_told_where_there_is_a_library(net: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     class Compressor:
         """Halves everything."""
@@ -52,7 +66,7 @@ def test_zstd_is_told_where_there_is_a_library(net: Model, monkeypatch: pytest.M
         return known[name]
 
     monkeypatch.setattr(importlib, "import_module", imported)
-    size = sum(map(len, sent._parts(net)))
+    size = sum(len(part) for part, _ in sent._parts(net))
     assert download(net).zstd == pytest.approx(size / 2 + 3, abs=2)
     known.clear()
     assert download(net).zstd is None
