@@ -85,12 +85,13 @@ class Body:
         return self._node.input(index)
 
     def attr(self, name: str, default: A) -> A:
-        """An attribute of the type of its default."""
+        """An attribute of the type of its default; real numbers in single precision, as files hold them."""
         self._known.add(name)
         value = self._node.attrs.get(name, default)
         if not isinstance(value, type(default)):
             raise UnwrittenError(f"its attribute '{name}' is no {type(default).__name__}")
-        return value
+        # 1e-5 is 9.99999975e-6 to every runtime: that shows in double precision.
+        return type(default)(np.float32(value)) if isinstance(value, float) else value
 
     def numbers(self, name: str) -> tuple[float, ...]:
         """An attribute of several numbers, none where it is left out."""

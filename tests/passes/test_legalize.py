@@ -54,6 +54,7 @@ CALLS = [
     ("y = Mish(x)", X, Y, 22),
     ("y = Celu(x)", X, Y, 28),
     ("y = LayerNormalization(x, s, b)", f"{X}, float[4] s, float[4] b", Y, 17),
+    ("y = LayerNormalization(x, s)", "double[N,4] x, double[4] s", "double[N,4] y", 17),
     ("y = LayerNormalization<axis=2>(x, s)", f"{X}, float[4,4] s", Y, 17),
     ("y, m, i = LayerNormalization(x, s)", f"{X}, float[4] s", f"{Y}, float[N,4,4,1] m", 17),
     ("y = GroupNormalization<num_groups=2>(x, s, b)", f"{X}, float[4] s, float[4] b", Y, 21),
