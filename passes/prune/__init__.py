@@ -437,7 +437,7 @@ class _Run:
         for node in self._model.graph.nodes:
             weight = node.input(1)
             if spec_of(node).role is Role.LINEAR and isinstance(weight, Constant) and told < 3:
-                for line in analysis.explain(weight.name):
+                for line in _explained(weight, analysis):
                     self._log.skip(node.label, line)
                 told += 1
         if not told:
@@ -445,6 +445,13 @@ class _Run:
             inside = f"; layers in bodies of {', '.join(bodies)} are left whole" if bodies else ""
             name = self._model.graph.name or "model"
             self._log.skip(name, f"no layer of the main graph has constant weights to cut{inside}")
+
+
+def _explained(weight: Constant, analysis: Analysis) -> list[str]:
+    try:
+        return analysis.explain(weight.name)
+    except UsageError:  # it says what else the user could have asked for, who did not ask
+        return [f"no axis of '{weight.name}' can be followed, or each has a single slice"]
 
 
 def _note(crosses: Sequence[str]) -> str:

@@ -117,6 +117,14 @@ def test_nothing_pruned_says_why() -> None:
     assert any("Softmax" in skip.reason for skip in step.changes.skipped)
 
 
+def test_layers_of_a_single_channel_are_told_of() -> None:
+    model = parse("g (float[N,1] x) => (float[N,1] y) { y = MatMul(x, w) }", normals(w=(1, 1)))
+    step = prune(model, ratio=0.5).report.steps[0]
+    assert [skip.reason for skip in step.changes.skipped] == [
+        "no axis of 'w' can be followed, or each has a single slice"
+    ]
+
+
 @pytest.mark.parametrize("goals", [{}, {"macs": 0.5, "ratio": 0.5}])
 def test_one_goal_is_wanted(goals: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="exactly one"):
