@@ -16,7 +16,7 @@ import numpy as np
 from onnxslim.calibration.stream import Runner, Values
 from onnxslim.ir import graph as ir
 from onnxslim.ir.files import spilled
-from onnxslim.ir.graph import Array, Graph, Node, Variable
+from onnxslim.ir.graph import Array, Constant, Graph, Node, Variable
 from onnxslim.ir.model import Model
 from onnxslim.ops import Trait, has
 from onnxslim.runtime.targets import Target
@@ -118,6 +118,8 @@ class StagedRunner:
         self._store = store
         self._target = target
         self._given = set(given) | {tensor.name for tensor in model.graph.inputs}
+        # Outputs that nothing computes.
+        self._constants = {each.name: each for each in model.graph.outputs if isinstance(each, Constant)}
         self.parts = _plan(model.graph, stops, self._given)
         self._last: dict[str, int] = {name: k for k, part in enumerate(self.parts) for name in part.reads}
         self._kept: dict[int, Values] = {}
@@ -147,7 +149,8 @@ class StagedRunner:
         if part.makes:
             values |= self._runner(stage, values).run(values, sorted(part.makes))
         self._keep(stage, kept, values)
-        return {name: values[name] for name in part.wanted}
+        constants = {name: self._constants[name].values for name in part.wanted - values.keys()}
+        return {name: values[name] for name in part.wanted & values.keys()} | constants
 
     def _keep(self, stage: int, kept: Values, values: Values) -> None:
         part = self.parts[stage]
@@ -212,7 +215,7 @@ def _part(stop: Stop, makers: Mapping[str, Node], there: Collection[str]) -> Par
         name = pending.pop()
         if name in there:
             reads.add(name)
-        elif id(makers[name]) not in nodes:
+        elif name in makers and id(makers[name]) not in nodes:
             nodes[id(makers[name])] = makers[name]
             pending.extend(_needs(makers[name]))
     computed = {tensor.name for node in nodes.values() for tensor in node.outputs}

@@ -54,6 +54,16 @@ def test_what_runs_onward_gives_what_the_whole_gives(net: Model, label: str) -> 
             np.testing.assert_allclose(found[name], wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_constants_that_are_outputs_are_handed_out(net: Model) -> None:
+    weight = net.graph.nodes[0].inputs[1]
+    net.graph.outputs.append(weight)
+    onward = Onward(net, dict.fromkeys(LAYERS, 1), Target.cpu())
+    feeds = {"x": normal(3, 4, 6, 6)}
+    found = onward(changed(net, "c4")).run(0, 0, onward.at(0, feeds))
+    assert isinstance(weight, Constant)
+    np.testing.assert_array_equal(found[weight.name], weight.values)
+
+
 def test_what_comes_before_a_change_is_not_run_again(net: Model) -> None:
     onward = Onward(net, dict.fromkeys(LAYERS, 1), Target.cpu())
     ran = [{node.label for node in onward(changed(net, label)).parts[0].nodes} for label in LAYERS]
