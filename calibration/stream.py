@@ -92,15 +92,17 @@ class Taps:
 
     def __init__(self, model: Model, names: Sequence[str], target: Target | None = None) -> None:
         self._names = list(dict.fromkeys(names))
+        self._defaults = {name: each.values for name, each in model.graph.defaults.items() if name in names}
         self._runner = Runner(tapped(model, self._names), target)
 
     def __call__(self, _: int, feeds: Mapping[str, Array]) -> Values:
-        """Values of the tensors, and of the inputs, in one batch.
+        """Values of the tensors, and of the inputs, in one batch; of an input left out, its default.
 
         Raises:
             CalibrationError: the model does not run on it.
         """
-        return {**feeds, **self._runner.run(feeds, [name for name in self._names if name not in feeds])}
+        given = {**self._defaults, **feeds}
+        return {**given, **self._runner.run(feeds, [name for name in self._names if name not in given])}
 
 
 def tapped(model: Model, tensors: Sequence[str]) -> Model:

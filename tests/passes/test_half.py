@@ -10,7 +10,7 @@ import pytest
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.noise import sqnr
 from onnxslim.engine.pipeline import Pipeline
-from onnxslim.ir.graph import Array
+from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
 from onnxslim.passes.half import Half
 from onnxslim.runtime.session import Session
@@ -54,6 +54,15 @@ def test_nodes_compute_in_half_precision_but_for_those_that_would_overflow(
     assert {"conv", "product"} <= {change.node for change in changes.changed}
     assert _error(net, result, feeds) < 5e-3
     assert result.graph.inputs[0].dtype == result.graph.outputs[0].dtype == np.float32
+
+
+def test_inputs_that_may_be_left_out_are_seen_as_their_defaults() -> None:
+    text = "g (float[N,4] x, float[4,4] w) => (float[N,4] y) <float[4,4] w = {0}> { y = MatMul(x, w) }"
+    model = parse(text)
+    model.graph.defaults["w"] = Constant("w", normal(4, 4))
+    result, _ = apply(Half(), model, [{"x": normal(3, 4)}])
+    assert "Cast" in ops(result)
+    assert _error(model, result, {"x": normal(3, 4)}) < 5e-3
 
 
 def test_without_data_only_constants_tell_what_is_safe(net: Model) -> None:
