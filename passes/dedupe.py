@@ -17,7 +17,7 @@ from onnxslim.ir import files
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Graph, Namer, Node
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
-from onnxslim.ops import spec_of
+from onnxslim.ops import Role, Trait, has, spec_of
 from onnxslim.passes import dead
 
 # Smaller constants stay in the body that reads them, where shape inference can see their values.
@@ -61,6 +61,12 @@ def _merge_constants(model: Model, log: Log) -> None:
     name: Namer | None = None
     unread = dead.unread(model)
     for group in list(_equal_constants(model)):
+        if any(_is_fused(constant) for constant, _ in group):
+            log.skip(
+                group[0][0].name,
+                "equal codes stay apart: runtimes multiply by those that one layer alone reads",
+            )
+            continue
         # An output cannot be renamed or moved, so it is the one that stays.
         group.sort(key=lambda item: id(item[0]) not in outputs)
         (keep, home), *others = group
@@ -72,6 +78,23 @@ def _merge_constants(model: Model, log: Log) -> None:
                 ir.replace_uses(constant, keep)
                 log.change(constant.name, f"merged with '{keep.name}'", "equal constants")
     dead.remove_constants(model, unread)
+
+
+def _is_fused(constant: Constant) -> bool:
+    """Whether it belongs to codes that a layer computing in floating point reads: runtimes fuse such a layer
+    with a DQ whose constants nothing else reads.
+    """
+    return any(
+        has(node, Trait.DEQUANTIZES)
+        and any(_is_layer_of_floats(reader) for reader in node.outputs[0].outputs)
+        for node in constant.outputs
+    )
+
+
+def _is_layer_of_floats(node: Node) -> bool:
+    maker = ir.producer(node.inputs[0])
+    coded = maker is not None and has(maker, Trait.DEQUANTIZES)
+    return spec_of(node).role is Role.LINEAR and not coded
 
 
 def _move(constant: Constant, home: Graph, to: Graph, name: Namer) -> None:

@@ -115,6 +115,24 @@ def test_a_default_of_an_input_is_no_duplicate() -> None:
     np.testing.assert_array_equal(run(result, feeds)["y"], run(model, feeds)["y"])
 
 
+@pytest.mark.parametrize(("data", "merged"), [("x, z", False), ("xq, zq", True)])
+def test_codes_that_runtimes_fuse_with_one_layer_stay_apart(data: str, merged: bool) -> None:
+    one, other = data.split(", ")
+    text = f"""g (float[N,2] x, float[N,2] z) => (float[N,2] y, float[N,2] t)
+    {{ c = QuantizeLinear(x, s) xq = DequantizeLinear(c, s)
+      d = QuantizeLinear(z, s) zq = DequantizeLinear(d, s)
+      v = DequantizeLinear(a, r) y = MatMul({one}, v) w = DequantizeLinear(b, q) t = MatMul({other}, w) }}"""
+    codes = np.array([[1, 2], [3, 4]], np.int8)
+    constants = {"a": codes, "b": codes, "r": np.float32(0.5), "q": np.float32(0.5), "s": np.float32(0.25)}
+    model = with_initializers(
+        text, *(numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items())
+    )
+    result, changes = settled(Dedupe(), model)
+    assert bool(changes) == merged
+    assert set(result.graph.initializers) == ({"a", "r", "s"} if merged else set(constants))
+    assert merged or "stay apart" in changes.skipped[0].reason
+
+
 def branches(size: int, inner: str = "a", outer: str = "c") -> Model:
     """Two branches and the graph around them, each with the same constant."""
     values = numpy_helper.from_array(np.arange(size, dtype=np.float32))
