@@ -135,7 +135,8 @@ def _grids(
         np.clip(error, (low - point)[:, None], (high - point)[:, None], out=error)
         error *= steps[:, None]
         error -= blocks
-        squared = np.einsum("bk,bko,bko->bo", counts, error, error, optimize=True)
+        with np.errstate(over="ignore"):  # what is infinitely wrong is not better
+            squared = np.einsum("bk,bko,bko->bo", counts, error, error, optimize=True)
         better = squared < least
         best, zero = np.where(better, steps, best), np.where(better, point, zero)
         least = np.where(better, squared, least)

@@ -25,6 +25,7 @@ from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.fold.weights import why_computed
 from onnxslim.passes.quantize.choices import Refusal
 from onnxslim.passes.quantize.recurrent import NO_RANGES, is_recurrent, unfit
+from onnxslim.passes.quantize.tables import SHOWN
 
 
 @dataclass
@@ -130,7 +131,7 @@ class Planner:
         plan = Plan()
         plan.linear = [node for node in self._nodes if self._is_linear(node)]
         plan.stored = [node for node in self._nodes if self._is_stored(node)]
-        plan.tables = [node for node in self._nodes if self._looks_up(node) and self._refuse(node) is None]
+        plan.tables = [node for node in self._nodes if self._looks_up(node) and self._may_look_up(node)]
         plan.recurrent = [node for node in self._nodes if self._is_recurrent(node)]
         plan.last = self._classifiers
         available = self._required(plan.linear)
@@ -235,6 +236,13 @@ class Planner:
             self._log.skip(node.label, why_not)
         return why_not is None
 
+    def _may_look_up(self, node: Node) -> bool:
+        """Whether a table may be integers."""
+        shown = id(node.inputs[0]) in self._outputs
+        if shown:
+            self._log.skip(node.label, SHOWN)
+        return not shown and self._refuse(node) is None
+
     def _is_stored(self, node: Node) -> bool:
         """Whether the weight of a matrix product left in floating point is worth storing as integers."""
         wanted = id(node) in self._classifiers or self._stores(node)
@@ -253,6 +261,8 @@ class Planner:
             return f"its weight takes less than {MIN_STORED_BYTES} bytes"
         if len(weight.outputs) > 1 and not self._sharing:
             return "other nodes read its weight too"
+        if id(weight) in self._outputs and not self._sharing:
+            return SHOWN
         return self._unfit_values(weight)
 
     def _stores(self, node: Node) -> bool:

@@ -14,7 +14,7 @@ from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize.blocks import Blocks
 from onnxslim.passes.quantize.choices import Refusal
-from onnxslim.passes.quantize.tables import table_of
+from onnxslim.passes.quantize.tables import SHOWN, table_of
 from onnxslim.passes.quantize.weights import Weights
 
 # Types of codes, by their bits.
@@ -44,6 +44,9 @@ class Storage:
         for node in self._graph.nodes:
             table = table_of(node)
             if table is None or refuse(node) is not None:
+                continue
+            if id(table) in self._outputs:
+                self._log.skip(node.label, SHOWN)
                 continue
             label = node.label
             codes, scales = _by_column(table.values)

@@ -44,6 +44,10 @@ class SharedTable(NamedTuple):
     flip: Node | None
 
 
+# Why it stays in floats where nothing else becomes of it: it would be stored twice.
+SHOWN = "its constant is an output of the model, and stays"
+
+
 def table_of(node: Node) -> Constant | None:
     """The table whose rows a node looks up, if nothing else reads it; float32, finite and not small."""
     table = _looked_up(node)

@@ -53,6 +53,30 @@ def stored(model: Model, **options: Any) -> Model:
     return apply(Quantize(activations="none", require_sqnr=0, **options), model)[0]
 
 
+@pytest.mark.parametrize("storage", ["qdq", "matmulnbits"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("call", ["a = MatMul(x, w)", "i = Cast<to=7>(x) a = Gather(w, i)"])
+def test_constants_that_are_outputs_are_not_stored_twice(call: str, weights: str, storage: str) -> None:
+    made = "float[2,72] y" if "MatMul" in call else "float[2,256,72] y"
+    text = f"g (float[2,256] x) => ({made}, float[256,72] w) {{ {call} y = MatMul(a, v) }}"
+    model = parse(text, {"w": normal(256, 72), "v": normal(72, 72, seed=1)})
+    options: dict[str, Any] = {"weights": weights, "storage": storage}
+    result, changes = apply(Quantize(activations="none", **options), model)
+    (reader,) = result.graph.outputs[1].outputs
+    assert reader.op == model.graph.outputs[1].outputs[0].op
+    assert any("an output of the model" in skip.reason for skip in changes.skipped)
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "cd"])
+def test_weights_as_large_as_float32_holds_are_rounded(algorithm: str) -> None:
+    text = "g (float[N,72] x) => (float[N,48] y) { a = MatMul(x, w) y = Mul(a, s) }"
+    model = parse(text, {"w": 1e36 * normal(72, 48), "s": np.float32(1e-36)})
+    feeds = {"x": normal(64, 72)}
+    options: dict[str, Any] = {"weights": "int4", "storage": "qdq", "algorithm": algorithm}
+    result, _ = quantize(model, [feeds], activations="none", require_sqnr=0, **options)
+    assert sqnr(run(model, feeds)["y"], run(result, feeds)["y"]) > 15
+
+
 def written_out(model: Model) -> list[Array]:
     """What the weights of all products are, as DequantizeLinear computes them."""
     plain, _ = apply(Unfuse(), model)
