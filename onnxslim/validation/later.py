@@ -200,8 +200,8 @@ def read(path: Path) -> LaterCheck:
         raise UsageError(f"cannot read the check '{path}': {error.strerror or error}") from None
     except Invalid as error:
         found = error.errors(include_url=False)[0]
-        where = ".".join(map(str, found["loc"]))
-        raise UsageError(f"'{path}' is no check: {where}: {one_line(Exception(found['msg']))}") from None
+        where = "".join(f"{each}: " for each in (".".join(map(str, found["loc"])),) if each)
+        raise UsageError(f"'{path}' is no check: {where}{one_line(Exception(found['msg']))}") from None
     if check.version != VERSION:
         raise UsageError(f"'{path}' is a check of version {check.version}, and this onnxslim reads {VERSION}")
     if Path(check.model).name != check.model:

@@ -86,7 +86,7 @@ class Legalize(Pass):
             if opset is None:
                 settle(twin, ctx.target, log)
             else:
-                _restate(twin, opset, ctx.target, log)
+                _restate(twin, opset, ctx.target, log, self._readers)
         except UnwrittenError as why_not:
             raise PassError(f"pass '{self.name}': {why_not}", pass_name=self.name) from why_not
         version = _ir_version(twin, model.opset)
@@ -99,14 +99,19 @@ class Legalize(Pass):
             model.become(twin)
         return changes
 
+    @property
+    def _readers(self) -> str:
+        """What is there to say of the opset."""
+        return "" if self.onnxruntime is None else f", which ONNX Runtime {self.onnxruntime} reads"
 
-def _restate(model: Model, opset: int, target: Target, log: Log) -> None:
+
+def _restate(model: Model, opset: int, target: Target, log: Log, readers: str) -> None:
     """Bring a model to an opset, in place; raises UnwrittenError where that cannot be."""
     if opset < model.opset:
         for change in unfuse(model, "all", only=partial(_may_be_written, opset=opset)).changed:
             log.change(change.node, change.action)
     if opset == model.opset:
-        log.skip(model.graph.name or "model", f"it is of opset {opset}")
+        log.skip(model.graph.name or "model", f"it is of opset {opset}{readers}")
     else:
         restate(model, opset, target, log)
 
@@ -155,6 +160,8 @@ def settle(model: Model, target: Target, log: Log) -> None:
                 log.change(
                     model.graph.name or "model", f"lowered to opset {model.opset}", f"it was of {before}"
                 )
+            elif not log.done():
+                log.skip(model.graph.name or "model", f"{target.name} has kernels for everything in it")
             return
         why = [
             f"{node.label}: {why_not}"

@@ -470,7 +470,9 @@ class Quantize(Pass):
     def _within(self, search: Search, trial: Trial, fitted: Trial, budget: float, log: Log) -> Trial:
         """The candidate with layers in eight bits as far as there is room; where there is none, says so."""
         if (least := stored(fitted.candidate.model)) > budget:
-            log.skip("model", f"in four bits it takes {least} bytes, more than size={self.size:g} allows")
+            log.warn(
+                f"size={self.size:g}", f"in four bits it takes {least} bytes, and {budget:.0f} are asked for"
+            )
         chosen = search.step(
             "eight bits for some layers",
             fitted,

@@ -77,6 +77,14 @@ def test_weights_as_large_as_float32_holds_are_rounded(algorithm: str) -> None:
     assert sqnr(run(model, feeds)["y"], run(result, feeds)["y"]) > 15
 
 
+def test_sizes_out_of_reach_are_warned_of() -> None:
+    options: dict[str, Any] = {"activations": "none", "weights": "int4", "size": 0.01}
+    _, changes = quantize(products(), [{"x": normal(8, 5, 72)}], **options)
+    (warning,) = (skip for skip in changes.skipped if skip.warning)
+    assert warning.node == "size=0.01"
+    assert "in four bits it takes" in warning.reason
+
+
 def written_out(model: Model) -> list[Array]:
     """What the weights of all products are, as DequantizeLinear computes them."""
     plain, _ = apply(Unfuse(), model)

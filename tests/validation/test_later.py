@@ -202,7 +202,7 @@ def test_another_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[st
         (lambda told: told | {"batches": 0}, "it has no samples"),
         (lambda told: told | {"batches": 99}, "lacks output 'y' of batch"),
         (lambda told: told | {"limits": {"sqr": 3.0}}, "unknown requirement 'sqr'"),
-        (lambda told: [told], "is no check"),
+        (lambda told: [told], "is no check: Input should be an object"),
     ],
 )
 def test_checks_are_read_strictly(folder: Path, change: Callable[[Any], Any], problem: str) -> None:
