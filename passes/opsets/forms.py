@@ -14,7 +14,7 @@ import onnx
 import onnx.inliner
 import onnx.shape_inference
 import onnx.version_converter
-from onnx import GraphProto, ModelProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, ValueInfoProto, helper
 
 from onnxslim.engine.base import Context
 from onnxslim.engine.check import Checker
@@ -301,6 +301,11 @@ def _written_out(before: ModelProto) -> ModelProto:
     op = before.graph.node[0].op_type
     try:
         typed = onnx.shape_inference.infer_shapes(before)
+        # The inliner looks the types of all that a node reads up, and finds none of constants.
+        typed.graph.value_info.extend(
+            helper.make_tensor_value_info(each.name, each.data_type, each.dims)
+            for each in before.graph.initializer
+        )
         typed.graph.node[0].attribute.extend(
             versions.defaults(op, before.opset_import[0].version, typed.graph.node[0].attribute)
         )

@@ -166,6 +166,14 @@ def test_older_opsets_compute_the_same(call: str, inputs: str, outputs: str, ops
     assert [spec.shape for spec in result.model.inputs()] == [spec.shape for spec in model.inputs()]
 
 
+def test_functions_of_the_standard_read_constants() -> None:
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g ({X}) => ({Y})'
+    model = parse(
+        f"{text} {{ y = GroupNormalization<num_groups=2>(x, s, b) }}", {"s": normal(4), "b": normal(4)}
+    )
+    require_opset(Pipeline(Legalize(opset=13), on_error="raise")(model).model, 13)
+
+
 @pytest.mark.parametrize(
     ("call", "opset", "newer"),
     [
