@@ -103,7 +103,7 @@ def normalization(node: Node, edit: Editor, channels: int) -> dict[str, Array] |
     if scale is None or shift is None or mean is None or variance is None:
         return "its statistics are not constants, or not one per channel"
     with np.errstate(all="ignore"):
-        factor = scale / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
+        factor = scale / np.sqrt(variance + np.float32(node.attrs.get("epsilon", 1e-5)))
         return {"scale": factor, "shift": shift - factor * mean}
 
 

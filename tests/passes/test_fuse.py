@@ -149,6 +149,16 @@ def test_does_not_make_the_file_grow() -> None:
     assert after.stats().bytes <= model.stats().bytes
 
 
+def test_epsilon_is_in_single_precision() -> None:
+    text = "g (double[N,4] x) => (double[N,5] y) { a = MatMul(x, w) y = BatchNormalization(a, o, z, z, v) }"
+    constants = {"o": np.ones(5), "z": np.zeros(5), "v": np.full(5, 1e-4), "w": normal(4, 5).astype(float)}
+    model = parse(text, constants)
+    result, _ = apply(Fuse(), model)
+    assert "BatchNormalization" not in ops(result)
+    feeds = {"x": normal(3, 4).astype(float)}
+    np.testing.assert_allclose(run(result, feeds)["y"], run(model, feeds)["y"], rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("graph", "reason"),
     [
