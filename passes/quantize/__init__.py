@@ -53,6 +53,7 @@ from onnxslim.passes.quantize.weight_only import WeightOnly, WeightOnlyBlocks, W
 from onnxslim.passes.quantize.weights import floor_for
 from onnxslim.runtime.native import CPU
 from onnxslim.runtime.targets import Target, layouts
+from onnxslim.shapes.cost import uncounted
 
 __all__ = ["QuantizationPlan", "Quantize", "QuantizeFigures"]
 
@@ -592,7 +593,8 @@ def _nothing(model: Model, figures: QuantizeFigures) -> str:
     other = [kind.name for kind in kinds if kind.kind == "f" and kind != np.float32]
     if other and np.dtype(np.float32) not in kinds:
         return f"{NOTHING_FOUND}: its weights are {other[0]}; 'onnxslim slim --dtype fp32' makes them float32"
-    return NOTHING_FOUND
+    inside = uncounted(model)
+    return f"{NOTHING_FOUND}; {inside} layers in bodies or functions are left" if inside else NOTHING_FOUND
 
 
 def _row(layer: Sensitivity, trial: Trial) -> LayerFigures:

@@ -46,6 +46,15 @@ def test_products_by_constants_run_in_integers_without_data() -> None:
     assert not any(name.startswith("w") and name[-1] in "qkv1" for name in result.graph.initializers)
 
 
+def test_layers_in_bodies_are_told_of() -> None:
+    text = """g (float[N,64] x, bool[1] c) => (float[N,64] y) { y = If (c) <
+    then_branch = t () => (float[N,64] p) { p = MatMul(x, w) },
+    else_branch = e () => (float[N,64] q) { q = Relu(x) }> }"""
+    _, changes = quantize(parse(text, {"w": normal(64, 64)}), activations="dynamic")
+    assert not changes
+    assert changes.skipped[-1].reason.endswith("; 1 layers in bodies or functions are left")
+
+
 @pytest.mark.parametrize(
     "text",
     [
