@@ -80,10 +80,13 @@ def _failed(error: Exception) -> int:
 
 
 def _usage_message(error: Any) -> str:
-    meant = closest(getattr(error, "option_name", ""), getattr(error, "possibilities", None) or ())
-    if meant:
-        return f"no such option: {error.option_name}; did you mean {meant}?"
-    return str(error.format_message())
+    name = getattr(error, "option_name", "")
+    if not hasattr(error, "possibilities"):
+        return str(error.format_message())
+    # Dashes, which all have, make none of them alike.
+    words = {each.lstrip("-"): each for each in error.possibilities or ()}
+    meant = closest(name.lstrip("-"), words)
+    return f"no such option: {name}; {f'did you mean {words[meant]}?' if meant else '--help lists them'}"
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

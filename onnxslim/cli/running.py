@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -211,7 +212,8 @@ def _save_model(job: ModelWords, outcome: Outcome) -> None:
     if left is not None:
         target, files = outcome.target.stands_for, f"{job.output.name}, {left.name} and {left.stem}.npz"
         terminal.note(
-            f"to check it on {target}, take {files} there: onnxslim validate --resume {left.name}", job.quiet
+            f"to check it on {target}, take {files} there: onnxslim validate --resume {shlex.quote(left.name)}",
+            job.quiet,
         )
 
 

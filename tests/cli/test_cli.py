@@ -348,6 +348,7 @@ def error(result: tuple[int, str, str], code: int) -> str:
         (("quantize", "in.onnx", "--observer", "kll"), "option 'observer': input should be "),
         (("slim",), "'IN'"),
         (("slim", "in.onnx", "out.onnx", "third"), "third"),
+        (("validate", "in.onnx", "--target", "cpu"), "no such option: --target; --help lists them"),
         (("passes", "scael"), "did you mean 'scale'?"),
         (("validate", "in.onnx", "in.onnx", "--require", "snr=3"), "did you mean 'sqnr'?"),
         (("demo", "--model", "alexnet"), "alexnet"),

@@ -65,6 +65,11 @@ def test_what_is_not_here_is_said_to_have_not_run(folder: Path, capsys: pytest.C
     assert (kept.target, kept.model, kept.limits, kept.made_up) == (ABSENT, "out.onnx", {"sqnr": 90.0}, True)
 
 
+def test_names_are_quoted_in_what_to_call(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("slim", "in.onnx", "o ut.onnx", "--target", ABSENT) == 0
+    assert "validate --resume 'o ut.check.json'" in capsys.readouterr().err
+
+
 def test_nothing_is_left_for_a_target_that_runs_here(folder: Path) -> None:
     assert run("slim", "in.onnx", "out.onnx", "--simulate") == 0
     assert not list(folder.glob("*.check.*"))
