@@ -147,7 +147,10 @@ class StagedRunner:
         kept = self._kept.setdefault(batch, {})
         values = {name: np.asarray(kept[name]) if name in kept else fed[name] for name in part.reads}
         if part.makes:
-            values |= self._runner(stage, values).run(values, sorted(part.makes))
+            # Of a node that is run for one of its outputs, others may be there already.
+            made = {tensor.name for node in part.nodes for tensor in node.outputs}
+            fed_in = {name: value for name, value in values.items() if name not in made}
+            values |= self._runner(stage, values).run(fed_in, sorted(part.makes))
         self._keep(stage, kept, values)
         constants = {name: self._constants[name].values for name in part.wanted - values.keys()}
         return {name: values[name] for name in part.wanted & values.keys()} | constants
