@@ -211,8 +211,9 @@ def _save_model(job: ModelWords, outcome: Outcome) -> None:
     left = outcome.save_check(job.output)
     if left is not None:
         target, files = outcome.target.stands_for, f"{job.output.name}, {left.name} and {left.stem}.npz"
+        call = f"onnxslim validate --resume {shlex.quote(left.name)}"
         terminal.note(
-            f"to check it on {target}, take {files} there: onnxslim validate --resume {shlex.quote(left.name)}",
+            f"to check it on {target}, take {files} there: {call}",
             job.quiet,
         )
 
