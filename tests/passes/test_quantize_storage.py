@@ -77,14 +77,6 @@ def test_weights_as_large_as_float32_holds_are_rounded(algorithm: str) -> None:
     assert sqnr(run(model, feeds)["y"], run(result, feeds)["y"]) > 15
 
 
-def test_sizes_out_of_reach_are_warned_of() -> None:
-    options: dict[str, Any] = {"activations": "none", "weights": "int4", "size": 0.01}
-    _, changes = quantize(products(), [{"x": normal(8, 5, 72)}], **options)
-    (warning,) = (skip for skip in changes.skipped if skip.warning)
-    assert warning.node == "size=0.01"
-    assert "in four bits it takes" in warning.reason
-
-
 def written_out(model: Model) -> list[Array]:
     """What the weights of all products are, as DequantizeLinear computes them."""
     plain, _ = apply(Unfuse(), model)
@@ -482,7 +474,8 @@ def test_room_goes_to_the_layers_that_gain_most(form: str, size: float, wide: li
 def test_what_does_not_fit_is_told() -> None:
     model, data = uneven()
     result, changes = quantize(model, data, weights="int4", activations="none", size=0.1)
-    assert "in four bits it takes" in reasons(changes)["model"]
+    assert "in four bits it takes" in reasons(changes)["size=0.1"]
+    assert [skip.node for skip in changes.skipped if skip.warning] == ["size=0.1"]
     assert ops(result)["DequantizeLinear"] == 3
     with pytest.raises(UsageError, match="size goes with weights=int4 and activations=none"):
         Quantize(size=0.2)
