@@ -141,7 +141,7 @@ def _settle(parts: Sequence[Pass], model: Model, ctx: Context) -> Changes:
 # Up to this many bytes of constants, a model is written to see how large it is.
 _COUNTED_BYTES = 1 << 20
 # Rules whose result may take more space than what it replaces.
-_GROWING = ("transpose-view",)
+_GROWING = ("transpose-view", "gated-skip")
 _PARTS = frozenset(part.name for part in (Inline, Unfuse, Fold, Eliminate, Fuse, Dedupe, Dead))
 _ELIMINATE = frozenset(rule.name for rule in eliminate.RULES)
 _DEDUPE = frozenset(("equal-constants", "equal-nodes"))

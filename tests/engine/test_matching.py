@@ -22,6 +22,7 @@ FILTERING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("factorize", {"params": 0.5, "repair": False}),
     ("quantize", {"observer": "minmax", "classifier": True}),
     ("quantize", {"activations": "none"}),
+    ("cluster", {"bits": 4}),
     ("half", {}),
     ("half", {"weights_only": True}),
 )

@@ -21,7 +21,7 @@ from onnxslim.errors import UsageError
 from onnxslim.ir.model import Model, load
 from onnxslim.passes import eliminate, fuse
 from onnxslim.passes.slim import Slim
-from tests.helpers import apply, feeds_for, normals, ops, parse, same_outputs, taken
+from tests.helpers import apply, feeds_for, normal, normals, ops, parse, reasons, same_outputs, taken
 from tests.shapes.test_dims import FREE, Program
 
 LIGHT = sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx"))
@@ -310,3 +310,13 @@ def test_a_convolution_over_one_axis_needs_no_views_around_its_bias() -> None:
         "Transpose", "Unsqueeze", "Conv", "Relu", "Conv", "Squeeze", "Transpose"
     ]  # fmt: skip
     assert len(result.graph.nodes[2].inputs) == 3, "the bias is in the convolution"
+
+
+def test_a_gate_whose_constants_take_more_than_its_nodes_stays() -> None:
+    text = """g (float[N,4,6,6] x) => (float[N,4,6,6] y)
+    { a = Conv(x, w, b) s = HardSigmoid<alpha=0.3>(a) m = Mul(s, x) t = Add(x, m) y = Relu(t) }"""
+    model = parse(text, {"w": normal(4, 4, 1, 1), "b": normal(4)})
+    slim, changes = apply(Slim(), model)
+    assert len(slim.to_proto().SerializeToString()) <= len(model.to_proto().SerializeToString())
+    assert reasons(changes)["gated-skip"] == "left out: the model would be larger for it"
+    assert ops(apply(Slim(max_growth=100), model)[0])["Clip"] == 1
