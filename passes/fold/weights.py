@@ -56,6 +56,13 @@ def computed_weights(model: Model) -> Iterator[Node]:
             yield node
 
 
+def why_no_weight(node: Node) -> str:
+    """Why a layer has no constant where its weight is read."""
+    if isinstance(node.inputs[0], Constant):
+        return "its constant comes first, where layers read their data"
+    return why_computed(node.inputs[1])
+
+
 def why_computed(weight: Tensor) -> str:
     """Why a weight is no constant, once `store_weights` has been called, and which pass makes it one."""
     makers = _makers(weight)

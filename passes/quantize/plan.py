@@ -22,7 +22,7 @@ from onnxslim.ir.model import DEFAULT_DOMAINS, Model
 from onnxslim.ops import OpSpec, Role, Trait, has, spec_of, view_of
 from onnxslim.ops.layers import Convolution
 from onnxslim.ops.layouts import IntegerLayout
-from onnxslim.passes.fold.weights import why_computed
+from onnxslim.passes.fold.weights import why_no_weight
 from onnxslim.passes.quantize.choices import Refusal
 from onnxslim.passes.quantize.recurrent import NO_RANGES, is_recurrent, unfit
 from onnxslim.passes.quantize.tables import SHOWN
@@ -213,7 +213,7 @@ class Planner:
     def _unfit_weight(self, node: Node) -> str | None:
         weight = node.inputs[1]
         if not isinstance(weight, Constant):
-            return why_computed(weight)
+            return why_no_weight(node)
         if reason := self._unfit_values(weight):
             return reason
         if id(weight) in self._captured or any(reader.bodies for reader in weight.outputs):
@@ -254,7 +254,7 @@ class Planner:
             return reason
         weight = node.inputs[1]
         if not isinstance(weight, Constant):
-            return why_computed(weight)
+            return why_no_weight(node)
         if id(node) not in self._classifiers and not self._stores(node):
             return self._kept.get(node.label)
         if weight.nbytes < MIN_STORED_BYTES and weight.name not in self._coded:

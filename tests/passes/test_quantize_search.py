@@ -23,7 +23,7 @@ from onnxslim.runtime.metric import Metric, Run
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
-from tests.helpers import normal, ops, parse, quantize, replaced, sqnr_of
+from tests.helpers import normal, ops, parse, quantize, reasons, replaced, sqnr_of
 
 CHAIN = """g (float[N,8,6,6] x) => (float[N,8,6,6] y)
 <float[8,8,1,1] w1 = {0}, float[8] b1 = {0}, float[16,8,3,3] w2 = {0}, float[16] b2 = {0},
@@ -423,3 +423,11 @@ def test_quick_says_what_is_missing_to_what_is_required(
     assert changes
     assert any("less than require_sqnr=60" in skip.reason for skip in changes.skipped)
     assert not any("cost too much" in skip.reason for skip in changes.skipped)
+
+
+def test_a_constant_on_the_left_is_no_weight() -> None:
+    text = "g (float[8,4] x) => (float[16,4] y) { [it] y = MatMul(w, x) }"
+    model, batches = parse(text, {"w": normal(16, 8)}), [{"x": normal(8, 4)}] * 4
+    for activations in ("auto", "none"):
+        _, changes = quantize(model, batches, activations=activations)
+        assert reasons(changes)["it"] == "its constant comes first, where layers read their data"
