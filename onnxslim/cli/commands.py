@@ -15,7 +15,7 @@ from onnxslim.cli.parsing import Commands, GroupedCommand, PassCommand, RunComma
 from onnxslim.cli.running import (
     named_metric,
     process,
-    require_report,
+    require_reports,
     require_sheet,
     require_writable,
     tell_data,
@@ -31,6 +31,7 @@ from onnxslim.cli.words import (
     MetricName,
     ModelWords,
     Quiet,
+    Reports,
     SavePlan,
     expanded,
     limits,
@@ -320,10 +321,7 @@ def _validate(
     require: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="fail unless met; as --check of `run`")
     ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="save a report: FILE.html for people, FILE.json for programs"),
-    ] = None,
+    report: Reports = None,
     rounds: Annotated[int, typer.Option(min=0, help="calls to time; 0 measures no latency")] = 30,
     threads: Annotated[
         int, typer.Option(min=0, help="threads per operator; 0 leaves it to ONNX Runtime")
@@ -356,7 +354,7 @@ def _validate(
         return
     if first is None or second is None:
         raise UsageError("give two models, or --resume and a check")
-    require_report(report, {path.resolve(): "a model" for path in (first, second)})
+    require_reports(report, {path.resolve(): "a model" for path in (first, second)})
     require_sheet(data)
     from onnxslim.ir.model import load
     from onnxslim.runtime.profile import available
@@ -388,12 +386,14 @@ def _validate(
         terminal.show_json(verdict)
     else:
         terminal.show(verdict, quiet)
-    if report is not None:
+    if report:
         from onnxslim.engine.pipeline import Report
         from onnxslim.report import html
 
         feeds = opened.data if opened else None
-        html.document(model, result, Report(), verdict, limits=required, data=feeds).save(report)
+        told = html.document(model, result, Report(), verdict, limits=required, data=feeds)
+        for path in report:
+            told.save(path)
     verdict.require(**required)
 
 

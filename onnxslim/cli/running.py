@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from onnxslim.cli import guard, terminal
 from onnxslim.cli.words import DataWords, ModelWords, limits, plug
 from onnxslim.errors import OnnxSlimError, SaveError, UsageError, ValidationError
+from onnxslim.report import require_form
 from onnxslim.runtime import isolated
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from onnxslim.report.html import Document
     from onnxslim.runtime.metric import Metric
     from onnxslim.validation.verdict import Verdict
-
-REPORTS = (".html", ".json")
 
 
 def process(
@@ -63,7 +62,7 @@ def process(
     if outcome.unmeasured:
         terminal.log(f"warning: the report has no comparison of the models: {outcome.unmeasured}")
     _warn_of_doubtful_results(outcome.report, job.quiet)
-    told = outcome.document(layers=job.report is not None) if job.json or job.report else None
+    told = outcome.document(layers=bool(job.report)) if job.json or job.report else None
     _tell(job, outcome, told)
     _save(job, wanted, outcome, told, save_plan)
     return outcome
@@ -111,7 +110,7 @@ def _run(
 
     metric = named_metric(job.metric)
     libraries = tuple(job.custom_ops or ())
-    reported, journal = job.report is not None, guard.journal
+    reported, journal = bool(job.report), guard.journal
     work = Work(recipe, job.source, libraries, job.jobs, metric, reported, journal, job.simulate)
     feeds = asked.feeds(work.original) if asked else None
     if feeds is not None:
@@ -173,8 +172,9 @@ def _save(
         except (OnnxSlimError, OSError) as error:
             failed.append(error)
 
-    if told is not None and job.report is not None:
-        attempt(partial(told.save, job.report))
+    if told is not None:
+        for path in job.report or ():
+            attempt(partial(told.save, path))
     try:
         outcome.require()
     except ValidationError:
@@ -244,21 +244,19 @@ def _require_places(job: ModelWords, recipe: Path | None, plan: Path | None) -> 
     for word, file in (("--save-recipe", job.save_recipe), ("--save-plan", plan)):
         if file is not None and file.resolve() in taken:
             raise UsageError(f"{word} {file} would overwrite {taken[file.resolve()]}")
-    require_report(job.report, taken)
+    require_reports(job.report, taken)
     for path in (job.output, job.save_recipe, plan):
         if path is not None:
             require_writable(path)
 
 
-def require_report(path: Path | None, taken: Mapping[Path, str]) -> None:
+def require_reports(paths: Sequence[Path] | None, taken: Mapping[Path, str]) -> None:
     """Fail early if a report could not be written, or would replace one of these files, called so."""
-    if path is None:
-        return
-    if path.resolve() in taken:
-        raise UsageError(f"--report {path} would overwrite {taken[path.resolve()]}")
-    if path.suffix not in REPORTS:
-        raise UsageError(f"--report {path}: a report is an .html or a .json file")
-    require_writable(path)
+    for path in paths or ():
+        if path.resolve() in taken:
+            raise UsageError(f"--report {path} would overwrite {taken[path.resolve()]}")
+        require_form(path)
+        require_writable(path)
 
 
 def _require_keepable(job: ModelWords, recipe: Recipe, asked: Request | None) -> None:

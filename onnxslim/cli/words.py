@@ -49,6 +49,15 @@ InputShapes = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="print the traceback of an error")]
 SavePlan = Annotated[Path | None, typer.Option(metavar="FILE.json", help="save what was chosen, for --plan")]
 
+Reports = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="save a report: FILE.html for people, FILE.json for programs, FILE.md to show where models are "
+        "built, FILE.xml as JUnit's tests; may be repeated",
+    ),
+]
+
 
 def of_images(name: str) -> bool:
     """Whether a field of `DataWords` is about folders of images."""
@@ -216,10 +225,7 @@ class ModelWords:
         bool,
         typer.Option("--external-data", help="put the weights in a .data file beside OUT, however small"),
     ] = False
-    report: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="save a report: FILE.html for people, FILE.json for programs"),
-    ] = None
+    report: Reports = None
     save_recipe: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="save what this command does as a recipe")
     ] = None

@@ -1,4 +1,4 @@
-"""A report to keep: one HTML file for people, which needs nothing else, or JSON for programs.
+"""A report to keep: one HTML file for people, which needs nothing else; JSON for programs; what builds show.
 
 Names come from model files. They are escaped twice over: control characters as on a terminal, and everything
 else by jinja2; and the page's own policy allows no script, no network and no style but its own.
@@ -10,7 +10,7 @@ import base64
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cache
@@ -23,13 +23,21 @@ import yaml
 from jinja2 import Environment, StrictUndefined, Template
 
 from onnxslim.engine.pipeline import Report, Step
-from onnxslim.errors import SaveError, UsageError
-from onnxslim.formats import arrow, clean, count, decibels, figure, percent, quotient, size, to_json
+from onnxslim.errors import SaveError
+from onnxslim.formats import clean, count, decibels, percent, quotient, size, to_json
 from onnxslim.ir.model import Model
+from onnxslim.report import junit, markdown, require_form
 from onnxslim.report.layers import ByteShare, LayerComparison, LayerFidelity, ValueSpread, analyse
-from onnxslim.report.text import figure_lines, grouped_changes, provider_lines
+from onnxslim.report.text import (
+    OUTPUT_HEAD,
+    figure_lines,
+    grouped_changes,
+    output_cells,
+    provider_lines,
+    step_cells,
+)
 from onnxslim.runtime.machine import Machine, machine
-from onnxslim.validation.verdict import Checked, OutputRow, Verdict
+from onnxslim.validation.verdict import Checked, Verdict
 from onnxslim.version import version
 
 # Of the JSON document; raised when a key changes its meaning or goes away.
@@ -119,18 +127,31 @@ class Document:
         """The page."""
         return _template().render(_cleaned(dict(_view(self))), style=STYLE, style_hash=_hash(STYLE))
 
+    def to_markdown(self) -> str:
+        """What to show of it where a build is summed up."""
+        return markdown.page(self.source or "model", self.report, self.verdict, self.checks)
+
+    def to_junit(self) -> str:
+        """What was asked for, and whether it is met, as tests."""
+        return junit.suites(self.source or "model", self.report, self.verdict, self.checks)
+
     def text(self, path: Path) -> str:
         """The document in the form that a file's name asks for.
 
         Raises:
-            UsageError: it ends neither in .html nor in .json.
+            UsageError: there is no such form.
         """
-        if path.suffix not in (".html", ".json"):
-            raise UsageError(f"'{path}': a report is an .html or a .json file")
-        return self.to_html() if path.suffix == ".html" else self.to_json() + "\n"
+        require_form(path)
+        forms: Mapping[str, Callable[[], str]] = {
+            ".html": self.to_html,
+            ".json": lambda: self.to_json() + "\n",
+            ".md": self.to_markdown,
+            ".xml": self.to_junit,
+        }
+        return forms[path.suffix]()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as HTML or JSON, by the file's name.
+        """Write it as HTML, JSON, Markdown or JUnit's XML, by the file's name.
 
         Raises:
             UsageError: see `text`.
@@ -276,9 +297,6 @@ def _summary(shown: Document) -> Iterator[tuple[str, str, str, str]]:
     yield "MACs of one sample", count(macs[0]), count(macs[1]), quotient(macs[1], macs[0])
 
 
-HEAD = ("output", "SQNR dB", "cosine", "max abs", "top-1", "equal")
-
-
 def _providers(verdict: Verdict) -> Iterator[dict[str, Any]]:
     for provider in verdict.providers:
         tables = [(f"Result against original, {verdict.looked_at}", provider.outputs)]
@@ -288,17 +306,10 @@ def _providers(verdict: Verdict) -> Iterator[dict[str, Any]]:
             "name": provider.target,
             "lines": [line.strip() for line in provider_lines(provider, verdict)],
             "tables": [
-                {"title": title, "head": HEAD, "rows": [_output(row) for row in rows]}
+                {"title": title, "head": OUTPUT_HEAD, "rows": [output_cells(row) for row in rows]}
                 for title, rows in tables
             ],
         }
-
-
-def _output(row: OutputRow) -> Sequence[str]:
-    if row.problem:
-        return row.name, row.problem, "", "", "", ""
-    figures = figure(row.cosine, ".6f"), figure(row.max_abs, ".3g"), percent(row.top1), percent(row.equal)
-    return (row.name, decibels(row.sqnr), *figures)
 
 
 def _step(step: Step) -> dict[str, Any]:
@@ -308,14 +319,7 @@ def _step(step: Step) -> dict[str, Any]:
         skipped.setdefault(skip.reason, []).append(skip.node)
     return {
         "name": step.description,
-        "cells": (
-            step.name,
-            f"{step.seconds:.2f}",
-            arrow(count(step.before.nodes), count(step.after.nodes)),
-            arrow(count(step.before.parameters), count(step.after.parameters)),
-            arrow(size(step.before.bytes), size(step.after.bytes)),
-            arrow(count(step.macs_before), count(step.macs_after)),
-        ),
+        "cells": step_cells(step),
         "outcome": step.outcome,
         "failed": bool(step.error),
         "done": done + ([str(step.kept)] if step.kept else []) + figure_lines(step.changes.figures),

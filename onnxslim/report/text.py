@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 WIDTH = 110
 Rows: TypeAlias = "list[tuple[str, ...]]"
 SHOWN_GROUPS = 20
+OUTPUT_HEAD = ("output", "SQNR dB", "cosine", "max abs", "top-1", "equal")
+STEP_HEAD = ("pass", "seconds", "nodes", "parameters", "bytes", "MACs")
+SIZE_HEAD = ("", "before", "after", "after / before")
 
 
 def text(report: Report) -> str:
@@ -63,9 +66,9 @@ def show(console: Console, shown: Report | Verdict) -> None:
 def show_report(console: Console, report: Report) -> None:
     """Print a report."""
     lines(console, (f"warning: {warning}" for warning in report.warnings))
-    grid = table("pass", "seconds", "nodes", "parameters", "bytes", "MACs")
+    grid = table(*STEP_HEAD)
     for step in report.steps:
-        grid.add_row(*_step_cells(step))
+        grid.add_row(*step_cells(step))
     if report.steps:
         console.print(grid)
     if report.download is not None:
@@ -78,16 +81,9 @@ def show_report(console: Console, report: Report) -> None:
 
 def show_verdict(console: Console, verdict: Verdict) -> None:
     """Print a verdict."""
-    grid = table("", "before", "after", "after / before")
-    before, after = verdict.before, verdict.after
-    for name, first, second in (
-        ("bytes", before.bytes, after.bytes),
-        ("parameters", before.parameters, after.parameters),
-        ("MACs of one sample", before.macs, after.macs),
-        ("nodes", before.nodes, after.nodes),
-    ):
-        show = size if name == "bytes" else count
-        grid.add_row(name, show(first), show(second), quotient(second, first))
+    grid = table(*SIZE_HEAD)
+    for row in size_rows(verdict):
+        grid.add_row(*row)
     console.print(grid)
     for provider in verdict.providers:
         _show_provider(console, provider, verdict)
@@ -209,20 +205,31 @@ def _show_provider(console: Console, provider: ProviderVerdict, verdict: Verdict
     lines(console, provider_lines(provider, verdict))
 
 
+def size_rows(verdict: Verdict) -> Iterator[tuple[str, ...]]:
+    """Sizes of both models, and their quotients."""
+    before, after = verdict.before, verdict.after
+    for name, first, second in (
+        ("bytes", before.bytes, after.bytes),
+        ("parameters", before.parameters, after.parameters),
+        ("MACs of one sample", before.macs, after.macs),
+        ("nodes", before.nodes, after.nodes),
+    ):
+        show = size if name == "bytes" else count
+        yield name, show(first), show(second), quotient(second, first)
+
+
+def output_cells(row: OutputRow) -> tuple[str, ...]:
+    """How close an output is, or why that is not known, below `OUTPUT_HEAD`."""
+    if row.problem:
+        return row.name, row.problem, "", "", "", ""
+    figures = figure(row.cosine, ".6f"), figure(row.max_abs, ".3g"), percent(row.top1), percent(row.equal)
+    return (row.name, decibels(row.sqnr), *figures)
+
+
 def _outputs(rows: Sequence[OutputRow]) -> Table:
-    grid = table("output", "SQNR dB", "cosine", "max abs", "top-1", "equal")
+    grid = table(*OUTPUT_HEAD)
     for row in rows:
-        if row.problem:
-            grid.add_row(clean(row.name), clean(row.problem), "", "", "", "")
-        else:
-            grid.add_row(
-                clean(row.name),
-                decibels(row.sqnr),
-                figure(row.cosine, ".6f"),
-                figure(row.max_abs, ".3g"),
-                percent(row.top1),
-                percent(row.equal),
-            )
+        grid.add_row(*output_cells(row))
     return grid
 
 
@@ -246,9 +253,10 @@ def provider_lines(provider: ProviderVerdict, verdict: Verdict) -> Iterator[str]
         )
 
 
-def _step_cells(step: Step) -> tuple[str, ...]:
+def step_cells(step: Step) -> tuple[str, ...]:
+    """What a pass took, and what it made of the model's size, below `STEP_HEAD`."""
     return (
-        clean(step.name),
+        step.name,
         f"{step.seconds:.2f}",
         arrow(count(step.before.nodes), count(step.after.nodes)),
         arrow(count(step.before.parameters), count(step.after.parameters)),

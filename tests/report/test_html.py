@@ -394,7 +394,7 @@ def test_the_command_line_keeps_reports(tmp_path: Path, capsys: pytest.CaptureFi
     assert told == json.loads(capsys.readouterr().out)
     assert (told["source"], told["metadata"]["onnxslim.version"]) == ("in.onnx", told["version"])
     assert cli.main([*words, str(tmp_path / "r.txt")]) == 2
-    assert "an .html or a .json file" in capsys.readouterr().err
+    assert "a report is a file in .html, .json, .md or .xml" in capsys.readouterr().err
 
 
 def test_a_report_of_what_cannot_run_is_still_written(
@@ -411,8 +411,8 @@ def test_a_report_of_what_cannot_run_is_still_written(
 def test_places_that_cannot_be_written(made: tuple[Model, Model, Document], tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="cannot write"):
         made[2].save(tmp_path / "none" / "r.html")
-    with pytest.raises(UsageError, match=r"an \.html or a \.json file"):
-        made[2].save(tmp_path / "r.md")
+    with pytest.raises(UsageError, match=r"a report is a file in \.html, \.json, \.md or \.xml"):
+        made[2].save(tmp_path / "r.pdf")
 
 
 def test_a_report_without_steps_or_figures_is_a_page_too() -> None:
