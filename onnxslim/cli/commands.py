@@ -413,6 +413,50 @@ def _resume(
         return later.resume(check, placed, progress=progress), asked.limits
 
 
+@app.command("verify", cls=GroupedCommand)
+@expanded
+def _verify(
+    data: DataWords,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", readable=False, help="what was made")],
+    original: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", readable=False, help="what it was made of, to compare with"),
+    ] = None,
+    provider: Annotated[str, typer.Option(metavar="NAME", help="where to run both")] = "cpu",
+    ep_library: EpLibrary = None,
+    custom_ops: CustomOps = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check what a model says of how it was made, and of what was measured then.
+
+    Commands and recipes write it into what they change. With --original and --data, outputs are measured
+    again.
+    """
+    from onnxslim.ir.model import load
+    from onnxslim.report import text
+    from onnxslim.runtime.targets import Target
+    from onnxslim.validation import certificate
+
+    plug(ep_library)
+    require_sheet(data)
+    made, source = load(model), data.source()
+    if source is not None and original is None:
+        raise UsageError("--data says nothing without --original")
+    opened = source.read(made) if source else None
+    tell_data(opened, data, quiet)
+    target = Target.named(provider).with_libraries(custom_ops or ())
+    told = certificate.Certificate.read(made)
+    before = None if original is None else load(original)
+    found = certificate.verify(made, before, opened.data if opened else None, target)
+    if json:
+        terminal.show_json({"certificate": told, "findings": found})
+    elif not quiet:
+        text.show_findings(terminal.console(), told, found)
+    certificate.require(found)
+
+
 @app.command("providers")
 def _providers(
     ep_library: EpLibrary = None,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,15 +39,14 @@ from onnxslim.runtime.releases import SETTLED
 from onnxslim.runtime.targets import Target
 from onnxslim.shapes.given import with_sizes
 from onnxslim.validation import later
+from onnxslim.validation.certificate import Certificate
 from onnxslim.validation.compare import validate
 from onnxslim.validation.later import not_run
 from onnxslim.validation.verdict import Verdict, check_limits
-from onnxslim.version import version
 
 if TYPE_CHECKING:
     from onnxslim.report.html import Document
 
-PREFIX = "onnxslim."
 # Calls to time where somebody looks at the latency.
 ROUNDS = 30
 
@@ -235,6 +234,10 @@ class Recipe:
             **{key: None if (data := getattr(self, key)) is None else _all(data) for key in _DATA},
             **{name: plain(getattr(self, name)) for name in _PLAIN},
         }
+
+    def told(self) -> list[Any]:
+        """The passes as `text` writes them, for others to read: of files and plans the names alone."""
+        return [_named(each, _names(each)) for each in self.passes]
 
     @property
     def sha256(self) -> str:
@@ -456,9 +459,9 @@ class Work:
         )
         if result.model is self._source:
             return result
-        stamps = {"version": version(), "recipe_sha256": self._recipe.sha256, "source_sha256": origin}
-        marked = result.model.with_metadata({PREFIX + key: value for key, value in stamps.items()})
-        return replace(result, model=marked)
+        kept = next((step.kept for step in reversed(result.report.steps) if step.kept is not None), None)
+        told = Certificate.of(result.model, self._recipe.sha256, origin, self._recipe.told(), kept)
+        return replace(result, model=told.stamped(result.model))
 
     def _compared(self, result: Result, progress: Progress | None) -> Verdict:
         timed = self._reported or "latency" in self._recipe.check
@@ -517,6 +520,12 @@ def _contents(each: Pass) -> dict[str, str]:
     }
 
 
+def _names(each: Pass) -> dict[str, str]:
+    """Of the files that a pass reads, and of plans, what they are called."""
+    plans = {key: repr(value) for key, value in each.given().items() if isinstance(value, PassPlan)}
+    return {**plans, **{key: path.name for key, path in reading.files_of(each).items()}}
+
+
 def _from(folder: Path, path: str | Path) -> str:
     """A file as a recipe in a folder names it."""
     found = Path(path).resolve()
@@ -527,7 +536,11 @@ def _from(folder: Path, path: str | Path) -> str:
 def _written(each: Pass, folder: Path) -> Any:
     if any(isinstance(value, PassPlan) for value in each.given().values()):
         raise UsageError(f"pass '{each.name}': recipes name files of plans; save the plan and give its path")
-    files = {key: _from(folder, path) for key, path in reading.files_of(each).items()}
+    return _named(each, {key: _from(folder, path) for key, path in reading.files_of(each).items()})
+
+
+def _named(each: Pass, files: Mapping[str, str]) -> Any:
+    """A pass by name, with what was given of its options, where files are called so."""
     settings = {**_given(each), **files}
     return {each.name: settings} if settings else each.name
 

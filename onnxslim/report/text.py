@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from onnxslim.passes import Option
     from onnxslim.report.inspect import Coverage, Difference, Inspection
     from onnxslim.runtime.profile import Offer
+    from onnxslim.validation.certificate import Certificate, Finding
     from onnxslim.validation.verdict import OutputRow, ProviderVerdict, Verdict
 
 WIDTH = 110
@@ -109,6 +110,21 @@ def show_offers(console: Console, offers: Sequence[Offer]) -> None:
     for each in offers:
         about = (*each.devices, *([each.problem] if each.problem else ()), *each.notes)
         lines(console, (f"{each.target or each.source}: {line}" for line in about))
+
+
+def show_findings(console: Console, told: Certificate, findings: Sequence[Finding]) -> None:
+    """Print what a model says of itself, and whether that holds."""
+    passes = "; ".join(each if isinstance(each, str) else _passed(each) for each in told.passes)
+    lines(console, (f"made by onnxslim {told.version}: {passes}",))
+    grid = table("", "holds", "", left=3)
+    for each in findings:
+        grid.add_row(each.what, {True: "yes", False: "NO", None: "-"}[each.holds], each.told)
+    console.print(grid)
+
+
+def _passed(told: Mapping[str, Any]) -> str:
+    given = {name: ",".join(f"{key}={value}" for key, value in each.items()) for name, each in told.items()}
+    return ", ".join(f"{name}:{options}" for name, options in given.items())
 
 
 def show_inspections(console: Console, found: Sequence[Inspection], difference: Difference | None) -> None:

@@ -37,6 +37,7 @@ from onnxslim.recipes.data import Data
 from onnxslim.recipes.reading import MAX_BYTES
 from onnxslim.recipes.recipe import Outcome, Recipe
 from onnxslim.runtime.session import Session
+from onnxslim.validation.certificate import content_sha256
 from tests.helpers import normal, parse
 
 WEIGHTS = ",".join(str(n / 7) for n in range(16))
@@ -172,7 +173,7 @@ def test_test_data_is_what_is_checked_and_what_passes_never_see() -> None:
     (provider,) = made.verdict.providers
     assert provider.accuracy is not None
     assert kept.accuracy == (provider.accuracy.before, provider.accuracy.after)
-    assert source_sha256(run(-test).model) == source_sha256(made.model), "it has no part in what is made"
+    assert content_sha256(run(-test).model) == content_sha256(made.model), "it has no part in what is made"
     with pytest.raises(CalibrationError, match="test data: there are 99 labels for 100 samples"):
         run(test, labels[:99])
     with pytest.raises(UsageError, match="test data says nothing without data"):
