@@ -61,7 +61,7 @@ def process(
     outcome = _run(job, words, wanted, asked)
     if outcome.unmeasured:
         terminal.log(f"warning: the report has no comparison of the models: {outcome.unmeasured}")
-    _warn_of_doubtful_results(outcome.report, job.quiet)
+    _warn_of_doubtful_results(outcome, job.quiet)
     told = outcome.document(layers=bool(job.report)) if job.json or job.report else None
     _tell(job, outcome, told)
     _save(job, wanted, outcome, told, save_plan)
@@ -281,14 +281,16 @@ def _warn_of_rivals() -> None:
         )
 
 
-def _warn_of_doubtful_results(report: Report, quiet: bool) -> None:
-    for step in report.steps:
+def _warn_of_doubtful_results(outcome: Outcome, quiet: bool) -> None:
+    # What ends the command is told at its end, and once.
+    ending = {id(step) for step in outcome.undone if outcome.recipe.on_error != "keep"}
+    for step in outcome.report.steps:
         for skip in step.changes.skipped:
             if skip.warning:
                 terminal.log(f"warning: pass {step.name}, '{skip.node}': {skip.reason}")
-        if step.outcome and not step.error:
+        if step.outcome and not step.error and id(step) not in ending:
             terminal.note(f"pass {step.description} {step.outcome}", quiet)
-    for warning in report.warnings:
+    for warning in outcome.report.warnings:
         terminal.log(f"warning: {warning}")
 
 

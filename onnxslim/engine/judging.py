@@ -55,7 +55,9 @@ class Kept:
         return self.sqnr < LEAST_SQNR or (self.agreement is not None and self.agreement < LEAST_AGREEMENT)
 
     def __str__(self) -> str:
-        if self.sqnr == math.inf:
+        if self.sqnr == math.inf and -math.inf in self.parts.values():
+            told = "nothing but noise, where all that the original computes is zero"
+        elif self.sqnr == math.inf:
             told = "the outputs to the last bit"
         else:
             worst = min(self.parts, key=lambda name: self.parts[name], default="")

@@ -25,7 +25,7 @@ from onnxslim.calibration.samples import Samples, Subset, Whose
 from onnxslim.engine.base import Pass, Progress, options
 from onnxslim.engine.forecast import Forecast
 from onnxslim.engine.journal import Journal
-from onnxslim.engine.pipeline import Pipeline, Report, Result
+from onnxslim.engine.pipeline import Pipeline, Report, Result, Step
 from onnxslim.engine.plans import PassPlan
 from onnxslim.errors import OnnxSlimError, UsageError, ValidationError
 from onnxslim.formats import SHOWN_NAMES, plain
@@ -85,25 +85,22 @@ class Outcome:
             ValidationError: it is not met; or no pass changed anything, and that is not because there was
                 nothing left to do without loss.
         """
-        if self.recipe.on_error != "keep":
-            self._require_done()
+        if self.undone and self.recipe.on_error != "keep":
+            told = "; ".join(f"pass {step.description} {step.outcome}" for step in self.undone)
+            raise ValidationError(f"{told}; on_error 'keep' takes the model as it is")
         if self.verdict is not None:
             self.verdict.require(**self.recipe.check)
         return self
 
-    def _require_done(self) -> None:
-        """Raise if passes were reverted, or found nothing they could do, and nothing else was done."""
+    @property
+    def undone(self) -> tuple[Step, ...]:
+        """Passes that were reverted, or found nothing they could do, where nothing else was done either."""
         # A model that was made to run has been through a step that nobody asked for.
         asked = {each.describe(): each for each in self.recipe.passes}
         steps = [step for step in self.report.steps if step.description in asked]
-        missing = [
-            step
-            for step in steps
-            if step.error or (not step.changes and not asked[step.description].lossless)
-        ]
-        if missing and not any(step.changes for step in steps):
-            told = "; ".join(f"pass {step.description} {step.outcome}" for step in missing)
-            raise ValidationError(f"{told}; on_error 'keep' takes the model as it is")
+        if any(step.changes for step in steps):
+            return ()
+        return tuple(step for step in steps if step.error or not asked[step.description].lossless)
 
     def document(self, *, layers: bool = False) -> Document:
         """All there is to tell, to be saved as HTML or JSON.

@@ -180,6 +180,15 @@ def test_slim_with_nothing_to_do_saves_all_the_same(run: Run, folder: Path) -> N
     assert weights(folder / "out.onnx") == [1.0] * 4
 
 
+def test_why_nothing_was_done_is_told_once(run: Run, folder: Path) -> None:
+    code, _, err = run("cluster", "in.onnx", "out.onnx")
+    assert code == 4
+    assert err.count("changed nothing") == 1
+    assert "error: pass cluster() changed nothing: " in err
+    code, _, err = run("cluster", "in.onnx", "out.onnx", "--on-error", "keep")
+    assert (code, err.count("changed nothing")) == (0, 1)
+
+
 def test_options_of_a_pass_command_are_the_fields_of_the_pass(run: Run) -> None:
     code, out, _ = run("quantize", "--help")
     assert code == 0

@@ -173,3 +173,9 @@ def test_a_result_that_grew_is_told() -> None:
 
 
 WIDE = "g (float[N,6] x) => (float[N,4] y) { i = Identity(x) v = Cast<to=1>(w) y = MatMul(i, v) }"
+
+
+def test_noise_where_all_is_zero_is_not_told_as_exact() -> None:
+    assert "to the last bit" in str(Kept(np.inf, {"y": np.inf}, None, 16, "held out"))
+    told = str(Kept(np.inf, {"y": np.inf, "z": -np.inf}, None, 16, "held out"))
+    assert "nothing but noise, where all that the original computes is zero" in told
