@@ -41,7 +41,7 @@ from onnxslim.runtime import timing
 from onnxslim.runtime.probe import make_feeds
 from onnxslim.shapes import cost
 
-SchemeName = Literal["auto", "svd", "output", "input", "spatial", "tucker"]
+SchemeName = Literal["auto", "svd", "output", "input", "spatial", "tucker", "separable"]
 Picks = list[tuple[LayerOptions, Factoring]]
 
 # What is asked for if nothing is said: half of the multiply-accumulates.

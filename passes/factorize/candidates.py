@@ -123,7 +123,7 @@ def _cost(layer: Whole, scheme: Scheme, ranks: Ranks, unit: Unit) -> float:
 def _ranks(layer: Whole, scheme: Scheme, align: int) -> Iterator[Ranks]:
     largest = scheme.largest(layer)
     if len(largest) == 1:
-        yield from ((rank,) for rank in steps(largest[0], align, layer.groups, RANKS))
+        yield from ((rank,) for rank in steps(largest[0], align, scheme.parts(layer), RANKS))
         return
     # Both widths of Tucker-2 are the same share of the channels; the second is at most what the first fills.
     unit, positions = step(align, layer.groups), math.prod(layer.kernel)
@@ -180,6 +180,18 @@ def expected(entry: LayerOptions, points: Mapping[str, float]) -> LayerOptions:
         factor, exponent = curves[each.scheme.name]
         judged.append(replace(each, error=factor * each.lost**exponent))
     return replace(entry, candidates=tuple(judged))
+
+
+def unbeaten(entry: LayerOptions) -> LayerOptions:
+    """Without candidates of optimistic schemes that one of another scheme beats in time and in error."""
+    others = [each for each in entry.candidates if not each.scheme.optimistic]
+    left = tuple(
+        each
+        for each in entry.candidates
+        if not each.scheme.optimistic
+        or not any(other.time <= each.time and other.error <= each.error for other in others)
+    )
+    return replace(entry, candidates=left)
 
 
 def _curve(found: Sequence[Factoring], points: Mapping[str, float]) -> tuple[float, float]:

@@ -44,7 +44,7 @@ def _follower(layer: Whole, known: Mapping[int, Whole], outputs: frozenset[int])
     if len(readers) != 1 or id(result) in outputs or layer.node.input(2) is not None:
         return None
     reader = known.get(id(readers[0]))
-    if reader is None or reader.groups != layer.groups or len(reader.kernel) != len(layer.kernel):
+    if reader is None or len(reader.kernel) != len(layer.kernel) or not _within(layer, reader):
         return None
     sides = [(each.node.op, each.view.weight_index) for each in (reader, layer)]
     if not layer.kernel and sides[0] != sides[1]:
@@ -54,10 +54,18 @@ def _follower(layer: Whole, known: Mapping[int, Whole], outputs: frozenset[int])
     return reader if layer.weight.size + reader.weight.size < math.prod(_whole((layer, reader))) else None
 
 
+def _within(layer: Whole, reader: Whole) -> bool:
+    """Whether every group of a layer is read by one group, of as many or, if it is depthwise, of fewer."""
+    if layer.groups == reader.groups:
+        return True
+    return layer.depthwise and layer.inputs == 1 and layer.groups % reader.groups == 0
+
+
 def _whole(chain: Chain) -> Sizes:
     """Shape of the weight of the layer that does what a chain does."""
     kernel = (max(sizes) for sizes in zip(*(layer.kernel for layer in chain), strict=True))
-    return (chain[0].groups, chain[0].inputs, chain[-1].outputs, *kernel)
+    first, groups = chain[0], chain[-1].groups
+    return (groups, first.groups * first.inputs // groups, chain[-1].outputs, *kernel)
 
 
 def undone(model: Model, chains: Sequence[Chain]) -> Model:
@@ -68,18 +76,18 @@ def undone(model: Model, chains: Sequence[Chain]) -> Model:
     for chain in chains:
         first, last = (made_by[layer.output] for layer in (chain[0], chain[-1]))
         data = first.inputs[1 - chain[0].view.weight_index]
-        weight = np.zeros(_whole(chain), chain[0].weight.dtype)
+        weight, attrs = np.zeros(_whole(chain), chain[0].weight.dtype), _joined(chain)
         like = next((each for each in chain if each.view.scatters), chain[-1])
-        like.restore(edit, last, data, weight, _joined([layer.node.attrs for layer in chain]))
+        like.restore(edit, last, data, weight, attrs)
     edit.commit()
     return copy
 
 
-def _joined(every: Sequence[Mapping[str, Attribute]]) -> dict[str, Attribute]:
+def _joined(chain: Chain) -> dict[str, Attribute]:
     """Attributes of the one layer; where a factor has nothing to say about an axis, it says 1, or 0."""
     joined: dict[str, Attribute] = {}
-    for name, value in (item for attrs in every for item in attrs.items()):
+    for name, value in (item for layer in chain for item in layer.node.attrs.items()):
         if isinstance(value, tuple) and name in joined:
             value = tuple(map(max, joined[name], value))
         joined[name] = value
-    return joined
+    return {**joined, "group": chain[-1].groups} if "group" in joined else joined

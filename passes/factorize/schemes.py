@@ -8,6 +8,10 @@ unfolded in one of three ways; Tucker-2 takes the outputs of the second factor o
     spatial  kx1 → 1xk      [inputs·k | outputs·k]       Jaderberg et al. 2014 (arXiv:1405.3866)
     tucker   1x1 → kernel → 1x1                          Kim et al. 2016 (arXiv:1511.06530)
 
+`separable` filters every channel by itself, with a few kernels for each, and mixes the results by a 1x1
+convolution: network decoupling (Guo et al. 2018, arXiv:1808.05517). Its matrices are those of single
+channels, [kernel | outputs].
+
 With the second moments of the data, each is fitted to what the layer makes of that data instead of to the
 weight: the pair is then a principal component analysis of the layer's results (Zhang et al. 2015,
 arXiv:1505.06798), and the last factor the least-squares solution for given first ones.
@@ -21,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import scipy.linalg
@@ -36,6 +40,8 @@ Ranks: TypeAlias = tuple[int, ...]
 LARGE, SHARE = 4096, 8
 # Added to moments that are to be inverted, relative to their mean diagonal.
 RIDGE = 1e-6
+# How often filters of channels are fitted to what mixes their results, and the other way round.
+TURNS = 2
 # Keeps quotients of what may be zero finite.
 _NOTHING = 1e-30
 
@@ -138,9 +144,12 @@ class Scheme(ABC):
 
     Attributes:
         name: in options and reports.
+        optimistic: whether its multiply-accumulates promise more speed than there is: candidates are then
+            kept only where those of other schemes are slower or cost the outputs more.
     """
 
     name: str
+    optimistic: ClassVar[bool] = False
 
     @abstractmethod
     def refuses(self, layer: Whole) -> str | None:
@@ -157,6 +166,10 @@ class Scheme(ABC):
     @abstractmethod
     def decompose(self, layer: Whole, problem: Problem, most: Ranks) -> Decomposition:
         """Factors of every rank up to `most`."""
+
+    def parts(self, layer: Whole) -> int:
+        """How many parts of the layer have these ranks each."""
+        return layer.groups
 
     def shapes(self, layer: Whole, ranks: Ranks) -> list[Sizes]:
         """Shapes of the weights of every factor."""
@@ -286,6 +299,40 @@ class Tucker(Scheme):
         )
 
 
+class Separable(Scheme):
+    """The kernel within each channel, then 1x1; the rank is the number of kernels of a channel."""
+
+    name = "separable"
+    optimistic = True  # kernels of single channels do less at a time than dense ones
+
+    def refuses(self, layer: Whole) -> str | None:
+        """There must be channels to be kept apart."""
+        if math.prod(layer.kernel) == 1:
+            return "its kernel has one position"
+        return "its groups have one input channel" if layer.inputs == 1 else None
+
+    def axes(self, layer: Whole) -> tuple[Sizes, ...]:
+        """All, and none."""
+        return tuple(range(len(layer.kernel))), ()
+
+    def parts(self, layer: Whole) -> int:
+        """Every input channel."""
+        return layer.groups * layer.inputs
+
+    def largest(self, layer: Whole) -> Ranks:
+        """The smaller side of what one channel has of the weight."""
+        return (min(layer.outputs, math.prod(layer.kernel)),)
+
+    def shapes(self, layer: Whole, ranks: Ranks) -> list[Sizes]:
+        """Of the filters, and of what mixes what they make."""
+        filters = (self.parts(layer), 1, ranks[0], *layer.kernel)
+        return [filters, (layer.groups, layer.inputs * ranks[0], layer.outputs, *_kernel(layer, ()))]
+
+    def decompose(self, layer: Whole, problem: Problem, most: Ranks) -> Decomposition:
+        """Channel by channel; how they go together depends on the rank."""
+        return SeparableDecomposition.of(problem, most[0])
+
+
 @dataclass(frozen=True)
 class PairDecomposition(Decomposition):
     """Both factors of every group, best direction first.
@@ -370,7 +417,145 @@ class TuckerDecomposition(Decomposition):
         return before + (1.0 - before) * self._outer(ranks)[1].lost(ranks[1:])
 
 
-SCHEMES: dict[str, Scheme] = {each.name: each for each in (Svd(), Output(), Input(), Spatial(), Tucker())}
+@dataclass(frozen=True)
+class SeparableDecomposition(Decomposition):
+    """Every channel's part of the weight taken apart by itself.
+
+    Attributes:
+        problem: what was taken apart.
+        parts: the directions of every channel of every group.
+        moments: of every group; None to come close to the weight, of which the channels do not interact.
+    """
+
+    problem: Problem
+    parts: Sequence[Directions]
+    moments: Sequence[ChannelMoments] | None
+
+    @staticmethod
+    def of(problem: Problem, most: int) -> SeparableDecomposition:
+        """Directions of every channel, up to `most`, by the moments of that channel."""
+        weight = problem.weight
+        channels = problem.matrix().reshape(-1, math.prod(problem.kernel), weight.shape[2])
+        if problem.gram is None:
+            found = [directions(channel, most) for channel in channels]
+            return SeparableDecomposition(problem, found, None)
+        pairs = zip(problem.gram, problem.matrix(), strict=True)
+        moments = [ChannelMoments.of(gram, matrix, weight.shape[1]) for gram, matrix in pairs]
+        own = itertools.chain.from_iterable(each.own for each in moments)
+        return SeparableDecomposition(
+            problem, [directions(*pair) for pair in zip(channels, itertools.repeat(most), own)], moments
+        )
+
+    def weights(self, ranks: Ranks) -> list[Array]:
+        """Filters, and what mixes their results."""
+        groups, inputs, outputs = self.problem.weight.shape[:3]
+        found = [self._group(group, ranks[0]) for group in range(groups)]
+        filters = np.concatenate([each for each, _ in found]).swapaxes(1, 2)
+        mix = np.stack([each for _, each in found])
+        ones = (1,) * len(self.problem.kernel)
+        return [
+            filters.reshape(groups * inputs, 1, ranks[0], *self.problem.kernel),
+            mix.reshape(groups, inputs * ranks[0], outputs, *ones),
+        ]
+
+    def lost(self, ranks: Ranks) -> float:
+        """From the lengths of the directions left out, or of what least squares leaves."""
+        if self.moments is None:
+            kept = sum(float(part.power[: ranks[0]].sum()) for part in self.parts)
+        else:
+            found = [self._group(group, ranks[0]) for group in range(len(self.moments))]
+            kept = sum(each.explained(*pair) for each, pair in zip(self.moments, found, strict=True))
+        return max(1.0 - kept / (self.problem.power + _NOTHING), 0.0)
+
+    def _group(self, group: int, rank: int) -> tuple[Array, Array]:
+        """Filters [inputs, kernel, rank] and mix [inputs·rank, outputs] of one group."""
+        inputs = self.problem.weight.shape[1]
+        mine = self.parts[group * inputs : (group + 1) * inputs]
+        filters = np.stack([part.left[:, :rank] for part in mine])
+        if self.moments is None:
+            return filters, np.concatenate([part.right[:rank] for part in mine])
+        return self.moments[group].alternated(filters)
+
+
+@dataclass(frozen=True)
+class ChannelMoments:
+    """Second moments of patches of one group, by channel, for filters [inputs, kernel, rank] and their mix.
+
+    Attributes:
+        gram: [inputs·kernel, inputs·kernel].
+        wanted: products of patches and of what is to be made of them, [inputs·kernel, outputs].
+        inputs: number of channels.
+    """
+
+    gram: Array
+    wanted: Array
+    inputs: int
+
+    @classmethod
+    def of(cls, gram: Array, matrix: Array, inputs: int) -> ChannelMoments:
+        """For a weight [inputs·kernel, outputs]."""
+        return cls(gram, gram @ matrix, inputs)
+
+    @property
+    def own(self) -> Array:
+        """Those within channels, [inputs, kernel, kernel]."""
+        size = len(self.gram) // self.inputs
+        blocks = self.gram.reshape(self.inputs, size, self.inputs, size)
+        return np.asarray(np.einsum("iaib->iab", blocks))
+
+    def alternated(self, filters: Array) -> tuple[Array, Array]:
+        """The best mix of what filters make, the best filters for that mix, and so on; ends with a mix."""
+        for _ in range(TURNS):
+            filters = self.filters(filters, self.mix(filters))
+        return filters, self.mix(filters)
+
+    def mix(self, filters: Array) -> Array:
+        """Least squares for given filters, [inputs·rank, outputs]."""
+        return solve(self._within(filters), self._through(filters, self.wanted))
+
+    def filters(self, filters: Array, mix: Array) -> Array:
+        """Least squares for a given mix, one channel after the other while those of the others stay.
+
+        Of one channel it is G L Q = R, with moments of its patches on one side and products of its rows of
+        the mix on the other, so that both are solved by themselves.
+        """
+        found: Array = filters.copy()
+        _, size, rank = filters.shape
+        made, products = self._made(filters), mix @ mix.T
+        for channel in range(self.inputs):
+            here = slice(channel * size, (channel + 1) * size)
+            mine = slice(channel * rank, (channel + 1) * rank)
+            gram, own = self.gram[here, here], products[mine, mine]
+            others = made[here] @ products[:, mine] - gram @ found[channel] @ own
+            right = self.wanted[here] @ mix[mine].T - others
+            found[channel] = solve(own, solve(gram, right).T).T
+            made[:, mine] = self.gram[:, here] @ found[channel]
+        return found
+
+    def explained(self, filters: Array, mix: Array) -> float:
+        """Power of what filters and their best mix make."""
+        return float((mix * (self._within(filters) @ mix)).sum())
+
+    def _made(self, filters: Array) -> Array:
+        """Products of patches and of what filters make of them, [inputs·kernel, inputs·rank]."""
+        by_channel: Array = self.gram.reshape(len(self.gram), self.inputs, -1)
+        found = np.einsum("rik,ikt->rit", by_channel, filters, optimize=True)
+        return np.asarray(found.reshape(len(self.gram), -1))
+
+    def _through(self, filters: Array, values: Array) -> Array:
+        """Values [inputs·kernel, n] as filters sum them up, [inputs·rank, n]."""
+        split = values.reshape(self.inputs, filters.shape[1], -1)
+        found: Array = np.matmul(filters.swapaxes(1, 2), split)
+        return found.reshape(-1, values.shape[1])
+
+    def _within(self, filters: Array) -> Array:
+        """Second moments of what filters make, [inputs·rank, inputs·rank]."""
+        return self._through(filters, self._made(filters))
+
+
+SCHEMES: dict[str, Scheme] = {
+    each.name: each for each in (Svd(), Output(), Input(), Spatial(), Tucker(), Separable())
+}
 
 
 # ---------------------------------------------------------------------------------------- linear algebra
@@ -396,8 +581,23 @@ def merged(weights: Sequence[Array], kernel: Sizes) -> Array:
     first, *rest = weights
     if not rest:
         return Problem(first).matrix()
+    first = _together(first, weights[-1].shape[0])
     left = tuple(1 if own > 1 else size for own, size in zip(first.shape[3:], kernel, strict=True))
     return _lift(first, kernel) @ merged(rest, left)
+
+
+def _together(weight: Array, groups: int) -> Array:
+    """The same layer in fewer groups, with zeros between what is now in one."""
+    many, inputs, outputs, *kernel = weight.shape
+    if many == groups:
+        return weight
+    each = many // groups
+    found = np.zeros((groups, each, inputs, each, outputs, *kernel))
+    split: Array = weight.reshape(groups, each, inputs, outputs, *kernel)
+    for part in range(each):
+        found[:, part, :, part] = split[:, part]
+    whole: Array = found.reshape(groups, each * inputs, each * outputs, *kernel)
+    return whole
 
 
 def directions(matrix: Array, most: int, metric: Array | None = None) -> Directions:
@@ -477,7 +677,8 @@ def balanced(weights: Sequence[Array]) -> list[Array]:
     for before, after in itertools.pairwise(found):
         into = np.square(before).sum(axis=(1, *range(3, before.ndim)), keepdims=True)
         out = np.square(after).sum(axis=tuple(range(2, after.ndim)), keepdims=True)
-        scale = ((np.swapaxes(out, 1, 2) + _NOTHING) / (into + _NOTHING)) ** 0.25
-        before *= scale
-        after /= np.swapaxes(scale, 1, 2)
+        # By inner channel; a layer of more groups than the next has the same ones in the same order.
+        scale = ((out.ravel() + _NOTHING) / (into.ravel() + _NOTHING)) ** 0.25
+        before *= scale.reshape(into.shape)
+        after /= scale.reshape(out.shape)
     return found

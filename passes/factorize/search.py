@@ -208,7 +208,7 @@ class FactorSearch:
             entry = self._passed(candidates.timed(entry, self._gate))
         if not entry.candidates:
             return None
-        return candidates.expected(entry, self._measured(entry, parts, gram))
+        return candidates.unbeaten(candidates.expected(entry, self._measured(entry, parts, gram)))
 
     def _passed(self, entry: LayerOptions) -> LayerOptions:
         """Without the candidates that are not faster by enough."""

@@ -31,7 +31,14 @@ from onnxslim.passes.dead import Dead
 from onnxslim.passes.factorize import Factorize, FactorizeFigures, candidates, chains, fit, ranks, schemes
 from onnxslim.passes.factorize.layers import Factor, Whole
 from onnxslim.passes.factorize.plan import FactorizationPlan, LayerFactors
-from onnxslim.passes.factorize.schemes import SCHEMES, Problem, balanced, directions, merged
+from onnxslim.passes.factorize.schemes import (
+    SCHEMES,
+    Problem,
+    SeparableDecomposition,
+    balanced,
+    directions,
+    merged,
+)
 from onnxslim.passes.factorize.search import layers_of
 from onnxslim.passes.prune import Prune
 from onnxslim.passes.quantize import Quantize, QuantizeFigures
@@ -253,7 +260,8 @@ def _patches(layer: Whole, x: Array) -> Array:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "ranks"), [("output", (3,)), ("input", (2,)), ("spatial", (5,)), ("tucker", (3, 4))]
+    ("scheme", "ranks"),
+    [("output", (3,)), ("input", (2,)), ("spatial", (5,)), ("tucker", (3, 4)), ("separable", (2,))],
 )
 def test_last_factor_is_the_least_squares_solution(scheme: str, ranks: tuple[int, ...]) -> None:
     model = parse("g (float[N,4,8,8] x) => (float[N,C,H,W] y) { y = Conv(x, w) }", {"w": normal(6, 4, 3, 3)})
@@ -279,6 +287,32 @@ def test_last_factor_is_the_least_squares_solution(scheme: str, ranks: tuple[int
     assert lost < float(
         np.square(wanted - rows @ merged(plain, layer.kernel)[0]).sum() / np.square(wanted).sum()
     )
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 5), st.sampled_from((1, 2)), st.integers(0, 99))
+def test_filters_of_channels_get_better_by_what_mixes_them(rank: int, groups: int, seed: int) -> None:
+    """Each half is least squares for the other one, so that no turn loses more than the one before."""
+    generator = np.random.default_rng(seed)
+    weight = generator.standard_normal((groups, 3, 7, 3, 2))
+    rows = generator.standard_normal((groups, 60, 18)) @ generator.standard_normal((18, 18))
+    problem = Problem(weight, rows.swapaxes(1, 2) @ rows)
+    found = SeparableDecomposition.of(problem, rank)
+    assert found.moments is not None
+    filters = np.stack([part.left[:, :rank] for part in found.parts[:3]])
+    kept, moments = [], found.moments[0]
+    for _ in range(4):
+        mix = moments.mix(filters)
+        kept.append(moments.explained(filters, mix))
+        filters = moments.filters(filters, mix)
+    assert all(more >= less * (1 - 1e-4) for less, more in itertools.pairwise(kept))
+    assert 0.0 <= found.lost((rank,)) < 1.0
+    # Of the channel that came last, the error that is left has nothing to do with what the mix reads of it.
+    made = np.concatenate([filters[at] @ mix[at * rank : (at + 1) * rank] for at in range(3)])
+    left = moments.wanted - moments.gram @ made
+    assert np.abs(left[-6:] @ mix[-rank:].T).max() < 1e-4 * np.abs(moments.wanted[-6:] @ mix[-rank:].T).max()
+    if rank < 5:
+        assert kept[-1] > kept[0], "turns change something"
 
 
 def test_of_few_inputs_and_many_outputs_no_more_directions_are_wanted_than_there_are() -> None:
@@ -394,7 +428,8 @@ def test_balancing_leaves_the_product_alone(scheme: str, seed: int) -> None:
     np.testing.assert_allclose(merged(even, (3, 3)), merged(weights, (3, 3)), atol=1e-9)
     before, after = even[-2:]
     into = np.square(before).sum(axis=(1, *range(3, before.ndim)))
-    np.testing.assert_allclose(into, np.square(after).sum(axis=tuple(range(2, after.ndim))), rtol=1e-6)
+    out = np.square(after).sum(axis=tuple(range(2, after.ndim)))
+    np.testing.assert_allclose(into.ravel(), out.ravel(), rtol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------- the choice
@@ -500,6 +535,23 @@ def test_candidates_that_others_beat_clearly_are_not_timed(
     assert len(kept) == 1 + left
     assert cheap in kept
     assert better in kept
+
+
+@pytest.mark.parametrize(("time", "error", "kept"), [(0.5, 0.1, False), (0.3, 0.3, True), (0.6, 0.01, True)])
+def test_separable_factors_stay_where_no_others_are_as_fast_for_as_little(
+    time: float, error: float, kept: bool
+) -> None:
+    model = parse("g (float[N,4,8,8] x) => (float[N,C,H,W] y) { y = Conv(x, w) }", {"w": normal(6, 4, 3, 3)})
+    layer = _layer(model)
+    own = candidates.Factoring(SCHEMES["separable"], (1,), 0.1, 0.2, 0.3, time, error)
+    worse = replace(own, ranks=(2,), time=time + 0.5)
+    other = candidates.Factoring(SCHEMES["spatial"], (8,), 0.5, 0.5, 0.1, 0.4, 0.1)
+    found = candidates.unbeaten(candidates.LayerOptions(layer, (own, other))).candidates
+    assert found == ((own, other) if kept else (other,))
+    alone = candidates.LayerOptions(layer, (own, worse))
+    assert candidates.unbeaten(alone) == alone, "by itself it is what was asked for"
+    untimed = candidates.LayerOptions(layer, tuple(replace(each, time=math.nan) for each in (worse, other)))
+    assert candidates.unbeaten(untimed) == untimed
 
 
 def _factorize(model: Model, data: CalibrationData | None = None, **options: Any) -> tuple[Model, Changes]:
