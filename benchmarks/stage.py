@@ -1,0 +1,178 @@
+"""True scores: what any chain of passes, any file and any peer leave of what a network is for.
+
+    python models/zoo.py fetch && python models/export.py     # once; the export needs PyTorch
+    python models/stage.py fetch                       # once; needs apt-get with the lists of Debian 12
+    python benchmarks/stage.py TASK [--model NAME] [-p PASS[:OPTION=VALUE,…] ...] [--chain "PASS PASS" ...]
+                                    [--file other.onnx ...] [--peer "ONNX Runtime, best practice" ...]
+
+`-p`, repeated, is one chain; `--chain` are others, with spaces between passes. Peers are those of
+benchmarks/quantize.py, each in a virtual environment of its own. All are calibrated on the same samples of
+the task, which its test does not have, and scored in one run. Columns: each score in %, with its 95 %
+interval; in the first of them the change from the float model, pair by pair, with an interval of its own, in
+bold where 0 is not in it; SQNR of the outputs in dB; size of the file, of its download (deflate) and latency
+(first sample of the test, one thread, all in turn), relative to the float model; CPU seconds of making it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pickle
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common
+from benchmarks.quantize import TOOLS, quantize
+from onnxslim import CalibrationData, Pipeline, load, passes
+from onnxslim.calibration.noise import sqnr
+from onnxslim.errors import OnnxSlimError
+from onnxslim.ir.download import download
+from onnxslim.models import tasks
+from onnxslim.models.tasks import Estimate, Outcomes, Task
+from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
+from onnxslim.runtime.timing import latencies
+
+THREAD = Target.cpu(threads=1)
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """Something to score: its name, its file, what it took to make, and why there is no file."""
+
+    name: str
+    path: Path
+    seconds: float = math.nan
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What an entrant is worth."""
+
+    session: Session
+    scores: tuple[Outcomes, ...]
+    fidelity: float
+
+
+def entrants(task: Task, given: argparse.Namespace, folder: Path) -> Iterator[Entrant]:
+    """The float model, then what chains and peers make of it, then other files."""
+    yield Entrant("float", task.path())
+    samples = task.calibration(given.samples)
+    chains = [given.passes, *(text.split() for text in given.chain)]
+    for number, chain in enumerate(filter(None, chains)):
+        yield chained(task, chain, samples, folder / f"chain{number}.onnx")
+    feeds = folder / "samples.pickle"
+    feeds.write_bytes(pickle.dumps(samples))
+    for number, tool in enumerate(given.peer):
+        home = given.venvs / tool.replace(" ", "-").replace(",", "")
+        python = common.environment(home, TOOLS[tool].requirements)
+        path = folder / f"peer{number}.onnx"
+        made = quantize(python, TOOLS[tool], task.path(), path, feeds)
+        yield Entrant(tool, path, made.seconds, made.problem)
+    for file in given.file:
+        yield Entrant(file.name, file)
+
+
+def chained(task: Task, chain: Sequence[str], samples: list[Any], path: Path) -> Entrant:
+    """Run passes; without calibration data where none of them is fitted to it."""
+    run, start = [passes.parse(word) for word in chain], time.process_time()
+    data = CalibrationData(samples) if any(each.needs_data for each in run) else None
+    result = Pipeline(*run, on_error="raise")(load(task.path()), data=data)
+    result.save(path)
+    return Entrant(" ".join(chain), path, time.process_time() - start)
+
+
+def scored(task: Task, found: Sequence[Entrant]) -> dict[str, Scored | str]:
+    """Each entrant by name, or why it has no score."""
+    expected: list[dict[str, Any]] = []
+    table: dict[str, Scored | str] = {}
+    for entrant in found:
+        if entrant.problem:
+            table[entrant.name] = entrant.problem
+            continue
+        try:
+            session = Session(entrant.path, THREAD)
+            outputs = [session.run(feeds) for feeds in task.test()]
+        except OnnxSlimError as error:
+            table[entrant.name] = f"does not run: {str(error)[:60]}"
+            continue
+        expected = expected or outputs
+        table[entrant.name] = Scored(session, task.judge(outputs), sqnr(expected, outputs))
+        print(f"{entrant.name}: scored", file=sys.stderr, flush=True)
+    return table
+
+
+def rows(task: Task, found: Sequence[Entrant], table: dict[str, Scored | str]) -> Iterator[str]:
+    """Lines of the table."""
+    running = {name: each for name, each in table.items() if isinstance(each, Scored)}
+    base = next(iter(running.values()))
+    names = [score.name for score in base.scores]
+    _, ratios = latencies([each.session for each in running.values()], task.test()[0], rounds=40, seconds=30)
+    yield f"| {task.name}, {task.model} | {' | '.join(names)} | SQNR | file | download | latency | CPU s |"
+    yield "|---" * (len(names) + 6) + "|"
+    source = found[0].path
+    sent = download(load(source)).deflate
+    for entrant in found:
+        each = table[entrant.name]
+        if isinstance(each, str):
+            yield f"| {entrant.name} | {each} |"
+            continue
+        size = entrant.path.stat().st_size / source.stat().st_size
+        share = download(load(entrant.path)).deflate / sent
+        ratio = ratios[list(running).index(entrant.name)]
+        cells = [score.estimate.told() for score in each.scores]
+        if each is not base:
+            cells[0] += f", {change(each.scores[0].change(base.scores[0]))}"
+        costs = "" if math.isnan(entrant.seconds) else f"{entrant.seconds:.0f}"
+        yield (
+            f"| {entrant.name} | {' | '.join(cells)} | {'' if each is base else f'{each.fidelity:.1f}'} "
+            f"| {size:.2f} | {share:.2f} | {ratio:.2f} | {costs} |"
+        )
+
+
+def change(found: Estimate) -> str:
+    """A change in points, in bold where it is certain."""
+    value, low, high = (100 * each for each in found)
+    text = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"**{text}**" if found.certain else text
+
+
+def arguments() -> argparse.Namespace:
+    """The words of the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("task", choices=sorted(tasks.TASKS))
+    parser.add_argument("--model", default="", help="of the zoo; by default the task's first")
+    parser.add_argument("-p", "--pass", dest="passes", action="append", default=[], metavar="PASS")
+    parser.add_argument("--chain", action="append", default=[], metavar='"PASS PASS"')
+    parser.add_argument("--file", action="append", default=[], type=Path)
+    parser.add_argument("--peer", action="append", default=[], choices=sorted(TOOLS))
+    parser.add_argument("--samples", type=int, default=128, help="to calibrate on (128)")
+    parser.add_argument("--venvs", type=Path, default=common.VENVS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print a table."""
+    given = arguments()
+    try:
+        task = tasks.create(given.task, given.model)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if lacking := task.missing():
+        sys.exit(f"error: not everything was fetched: {'; '.join(lacking)}")
+    with tempfile.TemporaryDirectory() as folder:
+        found = list(entrants(task, given, Path(folder)))
+        for line in rows(task, found, scored(task, found)):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
