@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from onnxslim.passes.shapes import FixShapes
     from onnxslim.passes.single import Single
     from onnxslim.passes.slim import Slim
+    from onnxslim.passes.sparsify import Sparsify
     from onnxslim.passes.unfuse import Unfuse
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "Quantize",
     "Single",
     "Slim",
+    "Sparsify",
     "Unfuse",
     "create",
     "get",
@@ -77,6 +79,7 @@ REGISTRY: tuple[tuple[str, str], ...] = (
     ("factorize", "Factorize"),
     ("quantize", "Quantize"),
     ("cluster", "Cluster"),
+    ("sparsify", "Sparsify"),
     ("half", "Half"),
     ("extract", "Extract"),
     ("shapes", "FixShapes"),

@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # The floors inside the room of the passes.
 PASSES: tuple[tuple[str, ...], ...] = (
-    ("cluster",),
+    ("cluster", "sparsify"),
     ("factorize", "quantize", "prune"),
     ("repair", "half", "slim"),
     ("fuse", "legalize"),

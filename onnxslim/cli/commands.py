@@ -215,6 +215,7 @@ _SUMMARIES = {
     "quantize": "Make a model run in 8-bit integers.\n\nRanges are calibrated on --data.",
     "factorize": "Replace large layers by products of smaller ones.",
     "cluster": "Store weights as codes of a few bits into tables.\n\nThey are fitted to --data.",
+    "sparsify": "Make weights zero.\n\nThe others are fitted to --data to make up for them.",
     "half": "Compute in half precision where the ranges of --data allow it.",
     "inline": "Replace calls of the model's own functions by what these do.",
     "unfuse": "Write ONNX Runtime's own operators in standard ones.",
@@ -227,7 +228,7 @@ _NO_COMMANDS = ("slim", "prune", "fold", "eliminate", "fuse", "dedupe", "dead")
 # Without what these do there is no use in going on, unless --on-error says otherwise.
 _NEEDED = ("legalize",)
 # Those that take --plan, known without loading them.
-_PLANNED = ("factorize", "quantize", "cluster")
+_PLANNED = ("factorize", "quantize", "cluster", "sparsify")
 
 
 def _add_pass_command(name: str) -> None:

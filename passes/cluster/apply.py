@@ -9,13 +9,12 @@ from onnxslim.calibration.samples import Samples
 from onnxslim.engine.base import Context, Log
 from onnxslim.errors import TimeUp
 from onnxslim.ir.model import Model
+from onnxslim.ops.layers import Floats, Layer
 from onnxslim.passes.cluster.fit import Clustering
 from onnxslim.passes.cluster.storing import CodeWriter
 from onnxslim.passes.cluster.tables import Codebook
 from onnxslim.passes.cluster.weights import Weight
-from onnxslim.passes.repair import repair
-from onnxslim.passes.repair.jobs import Job, Linear
-from onnxslim.passes.repair.solve import Fit
+from onnxslim.passes.repair import in_turn
 
 
 def apply(
@@ -70,19 +69,13 @@ def _fit(
     hows = {weight.name: how for weight, how in chosen.items() if weight.layer is not None}
     makes = [weight.layer.node.outputs[0].name for weight in chosen if weight.layer is not None]
 
-    def finish(job: Job, fitted: Fit | None, gram: Gram) -> Fit | None:
-        assert isinstance(job, Linear)
-        name, wanted = job.node.inputs[1].name, job.wanted(fitted)
-        if wanted is None:
-            return None
-        book, restored = hows[name].fitted(job.layer, wanted, gram, corrected=job.takes_bias)
-        books[name] = book
-        return job.landed(restored, wanted, fitted, gram)
+    def store(layer: Layer, wanted: Floats, gram: Gram, corrected: bool) -> Floats:
+        name = layer.node.inputs[1].name
+        books[name], restored = hows[name].fitted(layer, wanted, gram, corrected=corrected)
+        return restored
 
     try:
-        told = repair(
-            model, teacher, data, layers=makes, target=ctx.target, progress=ctx.progress, finish=finish
-        )
+        told = in_turn(model, teacher, data, makes, store, target=ctx.target, progress=ctx.progress)
     except TimeUp as error:
         log.skip(model.graph.name or "model", f"not all layers were fitted: {error}")
         return

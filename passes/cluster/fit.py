@@ -10,7 +10,6 @@ costs the same however many entries there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,13 +21,10 @@ from onnxslim.ops.layers import Floats, Layer
 from onnxslim.passes.cluster.tables import Codebook, middles, nearest
 from onnxslim.passes.quantize.descent import Descent, Pulls, by_input, by_output
 from onnxslim.passes.quantize.rounding import damped
+from onnxslim.passes.repair.conjugate import conjugate_gradients
 
-# Rounds of descent and regression, and steps of conjugate gradients in each.
-ROUNDS, STEPS = 6, 12
-# What is left of the error, in a norm of the gradient, that ends them.
-_ENOUGH = 1e-12
-# Curvature along a direction, relative to that of the diagonal, that is rounding in single precision.
-_FLAT = 1e-5
+# Rounds of descent and regression.
+ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -173,34 +169,3 @@ class TableDescent(Descent):
 
     def _looked_up(self, tables: Floats) -> Floats:
         return np.asarray(tables[self._which, self.codes.astype(np.intp)] * self._scales)
-
-
-def conjugate_gradients(
-    times: Callable[[Doubles], Doubles], right: Doubles, diagonal: Doubles, steps: int = STEPS
-) -> Doubles:
-    """A solution of A x = b after a few steps from zero; zero where the diagonal is.
-
-    Args:
-        times: multiplies a vector by A, which is symmetric and has no negative eigenvalues.
-        right: b.
-        diagonal: of a matrix like A, not negative.
-        steps: at the most.
-    """
-    found, left = np.zeros_like(right), right.copy()
-    along, before = np.zeros_like(right), 1.0
-    enough = 0.0
-    for _ in range(steps):
-        ahead = np.divide(left, diagonal, out=np.zeros_like(left), where=diagonal > 0)
-        power = float(left @ ahead)
-        if power <= enough:
-            break
-        enough = enough or _ENOUGH * power
-        along = ahead + power / before * along
-        before, moved = power, times(along)
-        bend = float(along @ moved)
-        if bend <= _FLAT * float(along @ (diagonal * along)):  # nothing but rounding of the products
-            break
-        share = power / bend
-        found += share * along
-        left -= share * moved
-    return found

@@ -1,18 +1,24 @@
 """Weights that exporters left computed, made the constants that passes over layers look for.
 
 A weight may stand behind Identity, Transpose, Reshape, Cast or arithmetic of constants, or be one constant
-that several names are given to. `store_weights` is what every pass calls that works on layers.
+that several names are given to. `store_weights` is what every pass calls that works on layers, and
+`stored_weights` what there is then, for those that give weights other values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from onnxslim.engine.base import Log, Skip
+from onnxslim.engine.matching import excluded
 from onnxslim.ir import graph as ir
-from onnxslim.ir.graph import Constant, Node, Tensor
+from onnxslim.ir.graph import MASK_MAGNITUDE, Constant, Node, Tensor
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model
-from onnxslim.ops import Role, Trait, has, spec_of
+from onnxslim.ops import Role, Trait, has, layer_of, spec_of
+from onnxslim.ops.layers import Layer
 from onnxslim.passes.fold.edits import Edits
 from onnxslim.passes.fold.literals import store_literals
 from onnxslim.passes.fold.values import Values, is_constant
@@ -54,6 +60,104 @@ def computed_weights(model: Model) -> Iterator[Node]:
         weight = node.input(1)
         if spec_of(node).role is Role.LINEAR and weight is not None and id(weight) in made:
             yield node
+
+
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """A constant of the main graph that may be given other values.
+
+    Attributes:
+        constant: the constant.
+        label: of the first node that reads it.
+        layer: what it is the weight of, where that is one layer that can be fitted; None for any other use.
+        axis: its axis of output channels; of other constants the first one.
+    """
+
+    constant: Constant
+    label: str
+    layer: Layer | None
+    axis: int
+
+    @property
+    def name(self) -> str:
+        """Of the constant."""
+        return self.constant.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the constant."""
+        return self.constant.shape
+
+
+def stored_weights(model: Model, exclude: Sequence[str], least: int, log: Log) -> Iterator[StoredWeight]:
+    """Floating-point constants of the main graph with two axes or more, in the order in which they are read.
+
+    Args:
+        model: not modified.
+        exclude: globs of nodes and constants to leave out.
+        least: bytes up to which a constant is no weight.
+        log: told of every weight that stays, and why.
+    """
+    for node in computed_weights(model):
+        log.skip(node.label, why_computed(node.inputs[1]))
+    fixed, inner = ir.protected(model.graph), {id(node) for node in model.graph.nodes}
+    for constant, readers in _constants(model).items():
+        if not _is_weight(constant, least):
+            continue
+        label = next((node.label for node in readers if id(node) in inner), readers[0].label)
+        why = _hindrance(constant, readers, exclude, fixed, inner)
+        if why:
+            log.skip(label, why)
+        else:
+            yield _weight(constant, readers, label)
+
+
+def _constants(model: Model) -> Mapping[Constant, list[Node]]:
+    """Constants of the main graph and all that reads them, by where they are first read."""
+    own = {id(constant) for constant in model.graph.initializers.values()}
+    elsewhere = {
+        id(constant)
+        for graph in model.graphs()
+        if graph is not model.graph
+        for constant in graph.initializers.values()
+    }
+    found: dict[Constant, list[Node]] = {}
+    for node in model.nodes():
+        for tensor in dict.fromkeys(node.inputs):
+            mine = isinstance(tensor, Constant) and (id(tensor) in own or id(tensor) not in elsewhere)
+            if isinstance(tensor, Constant) and mine:
+                found.setdefault(tensor, []).append(node)
+    return found
+
+
+def _is_weight(constant: Constant, least: int) -> bool:
+    """Whether a constant is large enough to count, and no vector, as biases and scales are."""
+    plain = constant.dtype in FLOATS and constant.nbytes > least
+    return plain and sum(size > 1 for size in constant.shape) > 1
+
+
+def _hindrance(
+    constant: Constant, readers: Sequence[Node], exclude: Sequence[str], fixed: set[int], inner: set[int]
+) -> str | None:
+    """Why a weight has to stay."""
+    for node in readers:
+        if why := excluded(exclude, node):
+            return why
+        if id(node) not in inner:
+            return f"'{constant.name}' is read in the body of a control-flow node"
+    if id(constant) in fixed:
+        return f"'{constant.name}' is an output"
+    values = constant.peek().astype(np.float64)
+    if not (np.abs(values) < MASK_MAGNITUDE).all():
+        return f"'{constant.name}' holds values that are no numbers to compute with"
+    return None
+
+
+def _weight(constant: Constant, readers: Sequence[Node], label: str) -> StoredWeight:
+    layer = layer_of(readers[0]) if len(constant.outputs) == 1 else None
+    if not isinstance(layer, Layer) or layer.node.inputs[layer.weight_index] is not constant:
+        return StoredWeight(constant, label, None, 0)
+    return StoredWeight(constant, label, layer, layer.weight_axis)
 
 
 def why_no_weight(node: Node) -> str:

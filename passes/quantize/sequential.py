@@ -23,9 +23,7 @@ from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Layer
 from onnxslim.passes.quantize.blocks import Blocks
 from onnxslim.passes.quantize.weights import Encoded
-from onnxslim.passes.repair import repair
-from onnxslim.passes.repair.jobs import Job, Linear
-from onnxslim.passes.repair.solve import Fit
+from onnxslim.passes.repair import in_turn
 
 Floats = NDArray[np.float32]
 # From a layer, wanted weights as its matrix, moments of what it sees, and whether a bias takes in the mean of
@@ -55,29 +53,26 @@ class Sequential:
 
     def run(self, teacher: Model, layers: list[str], ctx: Context) -> None:
         """Go through the layers with these output tensors."""
-        repair(
+        in_turn(
             self._student,
             teacher,
             ctx.given,
-            layers=layers,
+            layers,
+            self._store,
             target=ctx.target,
             progress=ctx.progress,
-            finish=self._finish,
             chosen=False,
         )
 
-    def _finish(self, job: Job, fitted: Fit | None, gram: Gram) -> Fit | None:
-        assert isinstance(job, Linear)
-        wanted, name = job.wanted(fitted), job.node.inputs[1].name
-        if wanted is None:
-            return fitted
-        encoded, restored = self._coder(job.layer, wanted, gram, job.takes_bias)
+    def _store(self, layer: Layer, wanted: Floats, gram: Gram, corrected: bool) -> Floats:
+        name = layer.node.inputs[1].name
+        encoded, restored = self._coder(layer, wanted, gram, corrected)
         if isinstance(encoded, Encoded):
             self.codes[name] = replace(encoded, lost=np.zeros(wanted.shape[0] * wanted.shape[1]))
         else:
             self.blocks[name] = encoded
-        self.wanted[name] = aside(job.layer.restored(wanted))
-        return job.landed(restored, wanted, fitted, gram)
+        self.wanted[name] = aside(layer.restored(wanted))
+        return restored
 
     def refitted(self, model: Model) -> Model:
         """A copy of the float model with the weights wanted, and the biases of the student."""

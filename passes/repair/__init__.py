@@ -29,10 +29,10 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops.channels.cut import Kept
-from onnxslim.ops.layers import Floats, Positions, values_at
+from onnxslim.ops.layers import Floats, Layer, Positions, values_at
 from onnxslim.passes.repair.activation import ElementwiseChain, Table, behind, tabulated
 from onnxslim.passes.repair.descent import Rows, gradient_refine
-from onnxslim.passes.repair.jobs import Job
+from onnxslim.passes.repair.jobs import Job, Linear
 from onnxslim.passes.repair.plan import schedule, unchanged
 from onnxslim.passes.repair.solve import Fit, Method, fit
 from onnxslim.runtime.targets import Target
@@ -40,6 +40,10 @@ from onnxslim.runtime.targets import Target
 # From a job, what the regression found for it (None: nothing better) and the moments of all rows, to what is
 # to be written.
 Finish: TypeAlias = Callable[[Job, "Fit | None", Gram], "Fit | None"]
+
+# From a layer, the weights it should have as its matrix, moments of what it sees, and whether a bias takes in
+# the mean of an error, to the matrix that it gets.
+Storer: TypeAlias = Callable[[Layer, Floats, Gram, bool], Floats]
 
 # Bytes of tensors between two stages that stay in memory; the rest goes to temporary files.
 MEMORY = 1 << 30
@@ -123,6 +127,49 @@ def repair(
                 raise
             log.skip(student.graph.name or "model", f"not all layers were fitted again: {error}")
     return log.done()
+
+
+def in_turn(
+    student: Model,
+    teacher: Model,
+    data: Samples,
+    layers: Collection[str],
+    store: Storer,
+    *,
+    target: Target | None = None,
+    progress: Progress | None = None,
+    chosen: bool = True,
+) -> Changes:
+    """Have layers get weights of another kind, one after the other, each behind those that have them already.
+
+    Args:
+        student: edited in place.
+        teacher, data, target, progress, chosen: see `repair`.
+        layers: names of their output tensors.
+        store: makes such a weight of the one that regression wants; a bias takes in the mean of the error.
+
+    Raises:
+        TimeUp: not all layers have got theirs.
+    """
+
+    def finish(job: Job, fitted: Fit | None, gram: Gram) -> Fit | None:
+        assert isinstance(job, Linear)
+        wanted = job.wanted(fitted)
+        if wanted is None:
+            return None
+        restored = store(job.layer, wanted, gram, job.takes_bias)
+        return job.landed(restored, wanted, fitted, gram)
+
+    return repair(
+        student,
+        teacher,
+        data,
+        layers=layers,
+        target=target,
+        progress=progress,
+        finish=finish,
+        chosen=chosen,
+    )
 
 
 @dataclass
@@ -275,10 +322,12 @@ class _Repair:
             train, tune = sums.train.result(), sums.tune.result()
         except CalibrationError as error:
             return str(error)
-        found = fit(train, tune, method=self.method, bias=job.takes_bias)
+        mask = job.mask
+        found = fit(train, tune, method=self.method, bias=job.takes_bias, mask=mask)
         if found.before <= _ROUNDING * sums.square / (train.count + tune.count):
             return "it computes what the original does"
-        whole = found.weight is not None or self.method == "bias"
+        # Steps of descent know no mask.
+        whole = self.method == "bias" or (found.weight is not None and mask is None)
         function = self._function(job, sums) if whole else None
         if function is not None:
             fitted_on, chosen_by = sums.rows

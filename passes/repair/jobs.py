@@ -17,11 +17,14 @@ from onnxslim.ops import Trait, has
 from onnxslim.ops.layers import Floats, Layer, Positions, per_channel, values_at
 from onnxslim.passes.predicates import rounded
 from onnxslim.passes.repair.solve import Fit
+from onnxslim.passes.repair.support import Mask, support
 
 MATCHES = ("Add", "BatchNormalization", "Gemm", "Mul")
 # Weights behind a scale this much smaller than the largest of its channels are left alone: rounding of the
 # others, 1e-7 in single precision, would come back as a tenth of what is asked of them.
 _FAINT = 1e-6
+# What is left of a weight, relative to what it was, that is rounding of its difference to zero.
+_CANCELLED = 1e-12
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,11 @@ class Job(ABC):
         """Whether a shift can be stored."""
         return self.goal.slot is not None
 
+    @property
+    def mask(self) -> Mask | None:
+        """What may change of a sparse weight, (groups, outputs, inputs); None if all of it may."""
+        return None
+
     def reads(self) -> list[str]:
         """Tensors whose values it takes, as they will stay."""
         return []
@@ -139,6 +147,11 @@ class Linear(Job):
     def size(self) -> int:
         """See `Job`."""
         return int(self._matrix.shape[0]) * self.width
+
+    @property
+    def mask(self) -> Mask | None:
+        """See `Job`."""
+        return support(self._matrix)
 
     def reads(self) -> list[str]:
         """See `Job`."""
@@ -191,7 +204,9 @@ class Linear(Job):
         if weight is not None:
             scale = self.goal.scale.reshape(weight.shape[0], -1, 1)
             change = np.divide(weight, scale, out=np.zeros_like(weight), where=_clear(scale))
-            weights = rounded(self.layer.restored(self._matrix + change), self.layer.weight.dtype)
+            found = self._matrix + change
+            found[np.abs(found) < _CANCELLED * np.abs(self._matrix)] = 0.0  # a sparse weight stays one
+            weights = rounded(self.layer.restored(found), self.layer.weight.dtype)
             if weights is None:
                 return f"its new weights do not fit into {self.layer.weight.dtype}"
         slot = self.goal.slot

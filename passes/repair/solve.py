@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from onnxslim.calibration.gram import Doubles, Gram
+from onnxslim.passes.repair.support import Mask, within
 
 Method: TypeAlias = Literal["ridge", "bias"]
 
@@ -39,7 +40,9 @@ class Fit:
     after: float
 
 
-def fit(train: Gram, tune: Gram, *, method: Method = "ridge", bias: bool = True) -> Fit:
+def fit(
+    train: Gram, tune: Gram, *, method: Method = "ridge", bias: bool = True, mask: Mask | None = None
+) -> Fit:
     """Regress what a layer's output lacks on its input, with a penalty on the change.
 
     Minimises E|r - D x - d|^2 + s m |D|^2 over D and d, m the mean square of an input of the group. Shrinking
@@ -50,18 +53,19 @@ def fit(train: Gram, tune: Gram, *, method: Method = "ridge", bias: bool = True)
         train, tune: moments of x and r = wanted - present output, of two disjoint sets of samples.
         method: "bias" leaves W as it is.
         bias: whether there is a d.
+        mask: what may change of W, of its shape (groups, outputs, inputs); all of it by default.
     """
     start, check = _centred(train, tune, bias=bias)
     before = float(tune.around(tune.x_mean, np.zeros_like(tune.y_mean)).power.sum())
     candidates = [(float(check.power.sum()), np.inf)]
     if method == "ridge":
         strength = _downhill(*map(_few, (start, check)))
-        candidates.append((_error(solved(start, strength), check), strength))
+        candidates.append((_error(solved(start, strength, mask), check), strength))
     after, strength = min(candidates)
     whole = train.joined(tune)
     centred = whole if bias else whole.raw()
     shift = centred.y_mean
-    weight = None if strength == np.inf else solved(centred, strength)
+    weight = None if strength == np.inf else solved(centred, strength, mask)
     if weight is not None:
         shift = shift - (weight @ centred.x_mean[..., None])[..., 0]
     return Fit(weight, shift if bias else np.zeros_like(shift), strength, before, after)
@@ -108,13 +112,14 @@ def ridge(moments: Gram, strength: float) -> Doubles:
     return np.asarray(strength * mean + _FLOOR * mean.mean() + np.finfo(np.float32).tiny)[:, None, None]
 
 
-def solved(moments: Gram, strength: float) -> Doubles:
-    """The ridge regression on moments that are centred as they should be."""
+def solved(moments: Gram, strength: float, mask: Mask | None = None) -> Doubles:
+    """The ridge regression on moments that are centred as they should be, within a mask if there is one."""
     if not moments.gram.shape[-1]:
         return np.zeros_like(moments.cross)
     matrix = moments.gram.copy()
     np.einsum("gkk->gk", matrix)[...] += ridge(moments, strength)[..., 0]
-    return np.asarray(np.linalg.solve(matrix, moments.cross.swapaxes(1, 2)).swapaxes(1, 2))
+    found = np.asarray(np.linalg.solve(matrix, moments.cross.swapaxes(1, 2)).swapaxes(1, 2))
+    return found if mask is None else np.asarray(within(found, mask, matrix))
 
 
 def _error(weight: Doubles, moments: Gram) -> float:

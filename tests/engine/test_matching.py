@@ -23,6 +23,7 @@ FILTERING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("quantize", {"observer": "minmax", "classifier": True}),
     ("quantize", {"activations": "none"}),
     ("cluster", {"bits": 4}),
+    ("sparsify", {"pattern": "2:4"}),
     ("half", {}),
     ("half", {"weights_only": True}),
 )
@@ -43,13 +44,13 @@ def run(step: Pass) -> Result:
 
 
 def is_whole(result: Model, weight: str) -> bool:
-    """Whether a node still reads a weight as large and as exact as it was, though perhaps refitted."""
+    """Whether a node still reads a weight as large, dense and exact as it was, though perhaps refitted."""
     original = next(tensor for tensor in net().constants() if tensor.name == weight)
     return any(
         (tensor.name, tensor.dtype, tensor.shape) == (weight, original.dtype, original.shape)
         for node in result.graph.nodes
         for tensor in node.inputs
-        if isinstance(tensor, Constant) and node.op != "QuantizeLinear"
+        if isinstance(tensor, Constant) and node.op != "QuantizeLinear" and tensor.values.all()
     )
 
 

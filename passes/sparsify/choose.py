@@ -1,0 +1,146 @@
+"""How many zeros each weight gets: what the outputs lose by them, and where they are cheapest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from onnxslim.calibration.fidelity import Judge
+from onnxslim.calibration.gram import Gram, observe
+from onnxslim.calibration.samples import SAMPLES, Samples
+from onnxslim.engine.allocate import Additive, allocate
+from onnxslim.engine.base import Context, Effort, Log
+from onnxslim.ir.model import Model
+from onnxslim.ops.layers import Floats, Layer
+from onnxslim.passes.fold.weights import StoredWeight
+from onnxslim.passes.quantize.rounding import damped
+from onnxslim.passes.repair.conjugate import STEPS
+from onnxslim.passes.repair.support import LEAST_ZEROS, within
+from onnxslim.passes.sparsify.apply import apply
+from onnxslim.passes.sparsify.fit import Thinning, scored
+
+# Shares of zeros to choose from, in percent, besides those that a pattern says.
+PERCENT = (0, *range(round(100 * LEAST_ZEROS), 96, 5))
+# Samples that the damage of a single weight is measured on.
+JUDGED: Mapping[Effort, int] = {"quick": 8, "normal": SAMPLES, "thorough": 2 * SAMPLES}
+# Bytes of second moments that are in memory at a time.
+MEMORY = 1 << 28
+_TINY = 1e-30
+
+
+class ShareChoice:
+    """Chooses the share of zeros of each weight of one model.
+
+    Args:
+        model: not modified.
+        weights: of layers of it.
+        how: they become sparse, but for the share.
+        data: to measure what single weights cost the outputs; None to go by their own error.
+        ctx: target and progress.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        weights: Sequence[StoredWeight],
+        how: Thinning,
+        data: Samples | None,
+        ctx: Context,
+    ) -> None:
+        self._weights = {weight.name: weight for weight in weights}
+        self._how, self._ctx, self._model = how, ctx, model
+        self.measured = data is not None
+        fixed = how.pattern.share
+        self.percent: tuple[int, ...] = PERCENT if fixed is None else (0, round(100 * fixed))
+        lost = self._of_layers(data) if data is not None else self._of_weights()
+        self.damage = {weight.name: dict(zip(self.percent, each, strict=True)) for weight, each in lost}
+        self._costs = {
+            name: {percent: self.how(percent).left(weight.constant.size) for percent in self.percent}
+            for name, weight in self._weights.items()
+        }
+
+    def how(self, percent: int) -> Thinning:
+        """A weight with so many zeros in a hundred."""
+        share = self._how.pattern.share
+        return replace(self._how, share=percent / 100.0 if share is None or not percent else share)
+
+    def within(self, share: float) -> dict[StoredWeight, Thinning]:
+        """The shares that cost the outputs least where so much of all weights is zero."""
+        choices = Additive(self.damage, self._costs)
+        whole = sum(weight.constant.size for weight in self._weights.values())
+        picks = allocate(choices, (1.0 - share) * whole, choices.best())
+        return {self._weights[name]: self.how(percent) for name, percent in picks.items()}
+
+    # -- damage
+
+    def _of_weights(self) -> Iterator[tuple[StoredWeight, list[float]]]:
+        """Squares of the weights that go, relative to those of all."""
+        for weight in self._weights.values():
+            layer = _layer(weight)
+            whole = float(np.square(layer.matrix(), dtype=np.float64).sum()) or 1.0
+            yield weight, [self._lost_of(layer, percent) / whole for percent in self.percent]
+
+    def _lost_of(self, layer: Layer, percent: int) -> float:
+        return float(np.square(layer.matrix() - self.how(percent).of(layer), dtype=np.float64).sum())
+
+    def _of_layers(self, data: Samples) -> Iterator[tuple[StoredWeight, list[float]]]:
+        """Error of the outputs with one weight alone sparse, in proportion to the error of its layer."""
+        judge = Judge(self._model, data.tune, self._ctx.target, JUDGED[self._how.effort])
+        done, middle = 0, self.percent[len(self.percent) // 2]
+        for weights in _groups([*self._weights.values()]):
+            grams = self._observed(weights, data)
+            for weight in weights:
+                layer = _layer(weight)
+                gram = grams.get(layer.node.outputs[0].name)
+                lost = self._of_weight(layer, gram)
+                trial = self._model.copy()
+                apply(trial, {weight: self.how(middle)}, None, self._ctx, Log())
+                alone = _error(layer, self.how(middle).of(layer), gram)
+                rate = judge(trial).error / max(alone, _TINY)
+                yield weight, [rate * each for each in lost]
+                done += 1
+                if self._ctx.progress:
+                    self._ctx.progress("measuring weights", done, len(self._weights))
+
+    def _observed(self, weights: Sequence[StoredWeight], data: Samples) -> dict[str, Gram]:
+        names = [_layer(weight).node.outputs[0].name for weight in weights]
+        return observe(self._model, data.fit, names, alone=True, target=self._ctx.target)
+
+    def _of_weight(self, layer: Layer, gram: Gram | None) -> list[float]:
+        """What a layer loses with each share, the rest making up for it."""
+        if gram is None:
+            return [self._lost_of(layer, percent) for percent in self.percent]
+        wanted, curvature = layer.matrix(), damped(gram.gram, gram.count)
+        scores = scored(self._how.criterion, wanted, curvature)
+        masks = [self.how(percent).kept(scores, layer) for percent in self.percent]
+        return [_error(layer, within(wanted, mask, curvature, STEPS), gram) for mask in masks]
+
+
+def _layer(weight: StoredWeight) -> Layer:
+    assert weight.layer is not None
+    return weight.layer
+
+
+def _error(layer: Layer, found: Floats, gram: Gram | None) -> float:
+    """Squared error of the outputs of a layer; without moments, of its weights."""
+    error = layer.matrix() - found
+    pulled = error if gram is None else error @ damped(gram.gram, gram.count)
+    return float((pulled * error).sum(dtype=np.float64))
+
+
+def _groups(weights: Sequence[StoredWeight]) -> Iterator[list[StoredWeight]]:
+    """Weights whose second moments are in memory at the same time."""
+    found: list[StoredWeight] = []
+    size = 0
+    for weight in weights:
+        groups, _, inputs = _layer(weight).matrix().shape
+        needed = 8 * groups * inputs**2
+        if found and size + needed > MEMORY:
+            yield found
+            found, size = [], 0
+        found.append(weight)
+        size += needed
+    if found:
+        yield found
