@@ -14,7 +14,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.gram import Gram, Moments
 from onnxslim.calibration.noise import sqnr
 from onnxslim.calibration.samples import Samples
-from onnxslim.engine.base import Context
+from onnxslim.engine.base import Context, Effort
 from onnxslim.engine.moves import Load, chosen
 from onnxslim.engine.pipeline import Pipeline, Result
 from onnxslim.errors import CalibrationError, UsageError
@@ -227,6 +227,21 @@ def test_a_second_run_only_adds_zeros(net: Model, feeds: list[dict[str, Array]])
         before, after = (stored(each, name) == 0 for each in (once, twice))
         assert after[before].all()
         assert after.mean() == pytest.approx(0.7, abs=0.01)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 999), st.sampled_from(("quick", "normal")), st.floats(0.5, 0.95))
+def test_zeros_are_neither_counted_twice_nor_taken_back(seed: int, effort: Effort, share: float) -> None:
+    random = np.random.default_rng(seed)
+    layer = layer_of(parse("g (float[N,12] x) => (float[N,8] y) { y = MatMul(x, w) }",
+                           normals(w=(12, 8))).graph.nodes[0])  # fmt: skip
+    assert isinstance(layer, Layer)
+    mixed = random.standard_normal((12, 12))
+    curvature = (mixed @ mixed.T + 0.01 * np.eye(12))[None].astype(np.float32)
+    wanted = random.standard_normal((1, 8, 12)) * (random.random((1, 8, 12)) > 0.7)
+    mask = Thinning(share, Pattern(), "surgeon", effort).mask(layer, wanted.astype(np.float32), curvature)
+    assert not mask[wanted == 0].any()
+    assert mask.sum() == min(round((1 - share) * 96), np.count_nonzero(wanted))
 
 
 def test_fits_leave_zeros_as_they_are(net: Model, feeds: list[dict[str, Array]]) -> None:
