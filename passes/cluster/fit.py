@@ -94,6 +94,8 @@ def _split(layer: Layer, matrix: Floats) -> Floats:
 class TableDescent(Descent):
     """Codes into tables on their way down, and the tables with them.
 
+    Of a sparse weight, each table has an entry that is zero: it stays zero, and zeros stay with it.
+
     Args:
         target: weights wanted, float32 (inputs, groups, outputs).
         codes: to start from, of the same shape; not modified.
@@ -117,6 +119,7 @@ class TableDescent(Descent):
         """Have codes look up other tables from now on, ascending."""
         self.steps = steps
         self._middles = middles(steps).astype(np.float32)
+        self._zeros = np.abs(steps).argmin(axis=1)[self._which].astype(np.float32)
         self._errors = self._looked_up(steps) - self._target
 
     def fit(self, pulls: Pulls) -> None:
@@ -133,7 +136,9 @@ class TableDescent(Descent):
             code = np.searchsorted(self._middles[0], wanted)
         else:
             code = (wanted[..., None] > self._middles[self._which]).sum(axis=-1)
-        return code.astype(np.float32), self.steps[self._which, code] * self._scales
+        if self._held is not None:
+            code = np.where(self._held[at], code, self._zeros)
+        return code.astype(np.float32), self.steps[self._which, code.astype(np.intp)] * self._scales
 
     def regress(self, pulls: Pulls) -> None:
         """The tables of least error for the codes; entries that are read nowhere stay."""
@@ -148,6 +153,8 @@ class TableDescent(Descent):
             return summed(pulls.times(spread))
 
         diagonal = summed(np.broadcast_to(pulls.weight * self._scales, shape))
+        if self._held is not None:  # what has no diagonal stays
+            diagonal *= self.steps.ravel() != 0
         change = conjugate_gradients(times, -summed(pulls.times(self._errors)), diagonal)
         tables, before = self.steps, self._lost(pulls)
         self.take((tables + change.reshape(tables.shape)).astype(np.float32))

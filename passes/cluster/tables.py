@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim.ir.graph import Array
+from onnxslim.passes.repair.support import support
 
 Doubles = NDArray[np.float64]
 Codes = NDArray[np.uint8]
@@ -85,6 +86,8 @@ def nearest(
 ) -> Codebook:
     """Codes of the least squared error; none where a table has no more than 2**bits different values.
 
+    Tables of a sparse weight have an entry that is zero, which its zeros read.
+
     Args:
         values: finite, of any shape.
         bits: of a code, 1 to 8.
@@ -96,6 +99,7 @@ def nearest(
     places = [which == index if group else slice(None) for index in range(int(which.max(initial=0)) + 1)]
     flat, scales = values.ravel(), None
     weighed = None if weights is None else np.asarray(weights, np.float64).ravel()
+    sparse = support(flat) is not None
     if scaled and any(len(np.unique(flat[here])) > 1 << bits for here in places):
         scales = _norms(values, axis)
         factors = np.broadcast_to(along(scales, values.ndim, axis), values.shape).astype(np.float64).ravel()
@@ -104,10 +108,19 @@ def nearest(
     codes = np.empty(flat.size, np.uint8)
     tables = []
     for here in places:
-        table = clustered(flat[here], 1 << bits, None if weighed is None else weighed[here])
+        table = _clustered(flat[here], 1 << bits, None if weighed is None else weighed[here], sparse=sparse)
         tables.append(table.astype(values.dtype))
         codes[here] = codes_of(flat[here], tables[-1])
     return Codebook(codes.reshape(values.shape), np.stack(tables), axis, group, scales)
+
+
+def _clustered(values: Array, count: int, weights: Doubles | None, *, sparse: bool) -> Doubles:
+    """See `clustered`; of a sparse weight with an entry for zeros, whatever the others are."""
+    if not sparse:
+        return clustered(values, count, weights)
+    others = values != 0
+    found = clustered(values[others], count - 1, None if weights is None else weights[others])
+    return np.sort(np.append(found, 0.0))
 
 
 def _norms(values: Array, axis: int) -> Array:

@@ -36,6 +36,7 @@ from onnxslim.passes.factorize.schemes import SCHEMES
 from onnxslim.passes.factorize.search import FactorSearch, MeasuredFactors, Wanted, layers_of, with_factors
 from onnxslim.passes.fold.weights import store_weights
 from onnxslim.passes.repair import repair
+from onnxslim.passes.repair.support import support
 from onnxslim.passes.unfuse import unfuse
 from onnxslim.runtime import timing
 from onnxslim.runtime.probe import make_feeds
@@ -209,11 +210,14 @@ class _Work:
         for name in told or ():
             self._log.skip(name, NOTE)
         data = self._ctx.data if self._wish.fitted else None
-        names = [entry.layer.name for entry, _ in picks]  # which are not to be had of what has factors
+        # What is not to be had of what has factors.
+        names = [entry.layer.name for entry, _ in picks]
+        sparse = {entry.layer.name for entry, _ in picks if support(entry.layer.weight) is not None}
         plans = [FactorizationPlan.of([each]) for each in picks]
         done = self._install(self._model, picks, teacher, data)
         for name, (_, pick) in zip(names[:done], picks, strict=False):
-            self._log.change(name, pick.told, f"{pick.scheme.name} factors")
+            lost = "; its zeros are lost" if name in sparse else ""
+            self._log.change(name, pick.told + lost, f"{pick.scheme.name} factors")
         self._figures = replace(
             self._figures,
             layers={name: pick.told for name, (_, pick) in zip(names[:done], picks, strict=False)},

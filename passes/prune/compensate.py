@@ -3,7 +3,7 @@
 Where a layer reads channels x = (x_S, x_P) and P goes, x_P is predicted as M x_S with the least mean square
 error, M = G_PS (G_SS + damping)^-1, and the weights that read P are added to those that read S through M.
 Only second moments of the channels are needed, not those of all kernel positions; the sequential repair after
-the cut starts from there.
+the cut starts from there. What is zero in a sparse weight stays zero.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from onnxslim.families.removal import Removal
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
 from onnxslim.passes.prune.importance import DAMPING
+from onnxslim.passes.repair.support import support
 
 
 def compensate(model: Model, removal: Removal, grams: Mapping[Channels, Gram]) -> None:
@@ -70,4 +71,6 @@ def _taken_over(values: Array, axis: int, kept: Array, moments: Array) -> Array:
     takes = np.linalg.solve(inside + ridge, moments[np.ix_(kept, ~kept)])
     flat = rows.reshape(rows.shape[0], -1).astype(np.float64)
     flat[kept] += takes @ flat[~kept]
+    if support(values) is not None:
+        flat[rows.reshape(flat.shape) == 0] = 0.0
     return np.moveaxis(flat.reshape(rows.shape), 0, axis).astype(values.dtype)

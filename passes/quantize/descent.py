@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from onnxslim.passes.quantize.blocks import Limit
 from onnxslim.passes.quantize.weights import MAX_PAIR, QMAX
+from onnxslim.passes.repair.support import support
 
 Floats = NDArray[np.float32]
 # Inputs whose steps have one matrix product in common, where no scale says how many.
@@ -77,7 +78,7 @@ class Pulls:
 
 
 class Descent:
-    """Codes of one weight on their way down.
+    """Codes of one weight on their way down; those of zeros of a sparse weight stay that of zero.
 
     Args:
         target: weights wanted.
@@ -102,6 +103,7 @@ class Descent:
     ) -> None:
         self.codes = codes.copy()
         self._target = np.asarray(target)  # slices of one that lies in a file take ten times as long
+        self._held = support(self._target)
         self._limits = limits
         self._size = size
         self._neighbours = neighbours
@@ -151,6 +153,8 @@ class Descent:
             least, most = (each if isinstance(each, int) else each[at] for each in self._limits)
         code = np.rint(wanted / self.steps[at])
         np.minimum(np.maximum(code, least, out=code), most, out=code)
+        if self._held is not None:
+            code *= self._held[at]
         return code, code * self.steps[at]
 
     def _rescale(self, block: slice, pulls: Pulls, outer: Floats) -> None:

@@ -22,6 +22,9 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops import layer_of
 from onnxslim.ops.layers import Floats, Layer
+from onnxslim.passes.cluster.fit import Clustering
+from onnxslim.passes.quantize.blocks import Blocking
+from onnxslim.passes.quantize.rounding import gptq, refine, round_blocks
 from onnxslim.passes.repair import repair
 from onnxslim.passes.repair.support import support, within
 from onnxslim.passes.sparsify import Sparsify, SparsifyFigures, SparsityPlan
@@ -340,3 +343,65 @@ def test_the_command_line_has_it(net: Model, tmp_path: Path, capsys: pytest.Capt
     assert "zeros of all weights looked at: 50.00 %" in capsys.readouterr().out
     assert passes.parse("sparsify:pattern=2:4,effort=quick") == Sparsify(pattern="2:4", effort="quick")
     assert run(net, {"x": normal(1, 8, 6, 6)})["y"].shape == (1, 40)
+
+
+# ------------------------------------------------------------------------------- what comes behind it
+
+
+def sparse_matrix(seed: int) -> tuple[Floats, Array]:
+    """A weight with half of its values zero, (1, outputs, inputs), and a covariance that pulls at them."""
+    random = np.random.default_rng(seed)
+    mixed = random.standard_normal((32, 32))
+    target = random.standard_normal((1, 6, 32)) * (random.random((1, 6, 32)) < 0.5)
+    return target.astype(np.float32), (mixed @ mixed.T + 0.1 * np.eye(32))[None]
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 999))
+def test_integers_of_zeros_are_zero(seed: int) -> None:
+    target, gram = sparse_matrix(seed)
+    scales = np.abs(target).max(axis=2) / 7
+    start = np.rint(target / scales[..., None])
+    for codes in (
+        refine(target, start, scales, gram, limit=7)[0],
+        gptq(target, scales, gram, limit=7),
+    ):
+        assert not codes[target == 0].any()
+    for zeros in (True, False):
+        for by_gptq in (True, False):
+            blocking = Blocking(4, 16, zeros)
+            found = round_blocks(target[0].T, blocking, gram[0], by_gptq=by_gptq)
+            assert not found.values()[target[0].T == 0].any()
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 999), st.integers(1, 4), st.sampled_from((0, 2)), st.booleans())
+def test_tables_of_sparse_weights_have_a_zero(seed: int, bits: int, group: int, scaled: bool) -> None:
+    target, gram = sparse_matrix(seed)
+    layer = layer_of(parse("g (float[N,32] x) => (float[N,6] y) { y = MatMul(x, w) }",
+                           {"w": target[0].T}).graph.nodes[0])  # fmt: skip
+    assert isinstance(layer, Layer)
+    how, empty = Clustering(bits, group, scaled), np.zeros((1, 0))
+    moments = Gram(gram, np.zeros((1, 0, 32)), empty, np.zeros((1, 32)), empty, 500)
+    alone = how.of(target[0].T, 1).values()
+    fitted = how.fitted(layer, target, moments, corrected=True)[0].values()
+    for values in (alone, fitted):
+        assert not values[target[0].T == 0].any()
+        assert values.any()
+
+
+def test_a_cut_leaves_zeros_where_they_were(net: Model, feeds: list[dict[str, Array]]) -> None:
+    sparse = made(net, feeds, sparsity=0.5, shares="same").model
+    data = CalibrationData(feeds)
+    cut = Pipeline(passes.parse("prune:ratio=0.25"), on_error="raise")(sparse, data=data).model
+    assert stored(cut, "v").size < stored(sparse, "v").size
+    assert zeros(cut, "v") > 0.4
+
+
+def test_factors_are_dense_and_that_is_told(net: Model, feeds: list[dict[str, Array]]) -> None:
+    sparse = made(net, feeds, sparsity=0.5, shares="same").model
+    step = passes.parse("factorize:params=0.6")
+    result = Pipeline(step, on_error="raise")(sparse, data=CalibrationData(feeds))
+    told = [change.action for change in result.report.steps[0].changes.changed if "factors" in change.reason]
+    assert told
+    assert all("; its zeros are lost" in each for each in told)
