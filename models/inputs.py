@@ -135,7 +135,7 @@ def _draw_text(pixels: Pixels, text: str, x: int, y: int, size: int, dark: bool)
     return np.asarray(picture)
 
 
-def _fade(pixels: Pixels, dark_text: bool) -> Pixels:
+def fade(pixels: Pixels, dark_text: bool) -> Pixels:
     """Move a background towards white or black, so that text on it can be read."""
     target = 255 if dark_text else 0
     return (0.35 * pixels + 0.65 * target).astype(np.uint8)
@@ -167,12 +167,12 @@ def _text_line(width: int, words: int, dark: bool, rng: np.random.Generator) -> 
     text = " ".join(rng.choice(SENTENCES).split()[:words])
     background = crop(photograph(str(rng.choice(SCENES))), 48, 480, rng)
     size = int(rng.integers(24, 33))
-    line = _draw_text(_fade(background, dark), text, 6, (44 - size) // 2, size, dark)
+    line = _draw_text(fade(background, dark), text, 6, (44 - size) // 2, size, dark)
     length = int(extra("PIL.ImageFont").load_default(size=size).getlength(text)) + 12
     return line[:, : min(length, width)]
 
 
-def _padded_line(line: Pixels, width: int) -> Samples:
+def padded_line(line: Pixels, width: int) -> Samples:
     """A line of text in BGR, -1..1, padded on the right with zeros to ``[1, 3, 48, width]``."""
     bgr = planes(line[:, :, ::-1], 0.5, 0.5)
     return np.pad(bgr, ((0, 0), (0, 0), (0, 0), (0, width - bgr.shape[3])))
@@ -183,13 +183,13 @@ def oriented_lines(samples: int, rng: np.random.Generator) -> list[Feed]:
     feeds = []
     for i in range(samples):
         line = _text_line(192, 2, bool(i % 4 < 2), rng)
-        feeds.append({"x": _padded_line(line[::-1, ::-1] if i % 2 else line, 192)})
+        feeds.append({"x": padded_line(line[::-1, ::-1] if i % 2 else line, 192)})
     return feeds
 
 
 def text_lines(samples: int, rng: np.random.Generator) -> list[Feed]:
     """``x`` float32 [1, 3, 48, 320]: upright lines of text."""
-    return [{"x": _padded_line(_text_line(320, 3, bool(i % 2), rng), 320)} for i in range(samples)]
+    return [{"x": padded_line(_text_line(320, 3, bool(i % 2), rng), 320)} for i in range(samples)]
 
 
 def _paragraph(rng: np.random.Generator) -> str:
@@ -281,20 +281,21 @@ FILES: tuple[Callable[[np.random.Generator], bytes], ...] = (
 
 
 def file_bytes(samples: int, rng: np.random.Generator) -> list[Feed]:
-    """``bytes`` int32 [1, 2048]: the first and the last 1024 bytes of files of many types.
+    """Files of many types, as `ends_of` wants them."""
+    return [ends_of(FILES[i % len(FILES)](rng)) for i in range(samples)]
+
+
+def ends_of(content: bytes) -> Feed:
+    """``bytes`` int32 [1, 2048]: the first and the last 1024 bytes of a file.
 
     White space is stripped from both ends of the file's first and last 4096 bytes, and the value 256 pads
     between the two halves, as the model was trained.
     """
-    feeds = []
-    for i in range(samples):
-        content = FILES[i % len(FILES)](rng)
-        head, tail = content[:4096].lstrip()[:1024], content[-4096:].rstrip()[-1024:]
-        features = np.full((1, 2048), 256, np.int32)
-        features[0, : len(head)] = np.frombuffer(head, np.uint8)
-        features[0, 2048 - len(tail) :] = np.frombuffer(tail, np.uint8)
-        feeds.append({"bytes": features})
-    return feeds
+    head, tail = content[:4096].lstrip()[:1024], content[-4096:].rstrip()[-1024:]
+    features = np.full((1, 2048), 256, np.int32)
+    features[0, : len(head)] = np.frombuffer(head, np.uint8)
+    features[0, 2048 - len(tail) :] = np.frombuffer(tail, np.uint8)
+    return {"bytes": features}
 
 
 def voice(length: int, rng: np.random.Generator) -> Samples:

