@@ -33,7 +33,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # The floors inside the room of the passes.
 PASSES: tuple[tuple[str, ...], ...] = (
-    ("cluster", "sparsify"),
+    ("sparsify",),
+    ("cluster",),
     ("factorize", "quantize", "prune"),
     ("repair", "half", "slim"),
     ("fuse", "legalize"),

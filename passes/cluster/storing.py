@@ -8,6 +8,10 @@ first.
     codes = Mod(Div(words, [1, 2^bits, 4^bits, …]), 2^bits)
     weight = Gather(table, Reshape(codes)) * scales
 
+A weight without its zeros has one bit for each of its values, and the table is what is not zero:
+
+    weight = Gather([0, values…], CumSum(bits) * bits)
+
 The place where its table begins is added to a code if there are several, and scales of output channels are
 left out where there are none.
 
@@ -29,10 +33,10 @@ from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import Model
 from onnxslim.passes.cluster.tables import Codebook, Codes
 
-MAKES = ("Add", "Cast", "Div", "Gather", "MatMul", "Mod", "Mul", "Reshape", "Slice")
+MAKES = ("Add", "Cast", "CumSum", "Div", "Gather", "MatMul", "Mod", "Mul", "Reshape", "Slice")
 
-# The version of the standard operators that has Mod, and Slice by inputs.
-LEAST_OPSET = 10
+# The version of the standard operators that has Mod, and Slice by inputs; and that which has CumSum.
+LEAST_OPSET, COUNTING_OPSET = 10, 11
 # Bytes of a node, and of a constant, besides names of tensors, and what is added to the name of a weight.
 _NODE, _CONSTANT, _SUFFIX = 40, 24, 9
 # Bits of a word up to which it fits into 32 bits with a sign.
@@ -87,6 +91,21 @@ class Packing:
         return self.bits * np.arange(self.per_word, dtype=np.int64)
 
 
+def why_not(model: Model, opset: int = LEAST_OPSET) -> str | None:
+    """Why a model cannot look up its weights with operators of this opset; None if it can."""
+    if model.opset < opset:
+        return f"its opset is {model.opset}, and codes are looked up by operators of opset {opset}"
+    own = sorted(op for op in MAKES if ("", op) in model.functions)
+    return f"it has functions of its own for {', '.join(own)}" if own else None
+
+
+def sparse_bytes(name: str, values: Array) -> int:
+    """Bytes of a weight without its zeros, with the nodes that put them back, about and not too few."""
+    table = np.count_nonzero(values) + 1
+    codes = stored_bytes(name, values.shape, values.dtype.itemsize, 1, 0, table)
+    return codes + 3 * (_NODE + 2 * (len(name) + _SUFFIX))  # CumSum, Mul and another Reshape
+
+
 def stored_bytes(
     name: str, shape: tuple[int, ...], itemsize: int, bits: int, tables: int, scales: int
 ) -> int:
@@ -128,10 +147,8 @@ class CodeWriter:
             book: codes of its shape, tables of its type.
         """
         name, packing = weight.name, Packing(book.bits)
-        restored = Variable(self._name(f"{name}_values"), weight.dtype, weight.shape)
-        ir.replace_uses(weight, restored)
-        self._graph.initializers.pop(name, None)
-        at = self._codes(name, packing, book)
+        restored = self._restored(weight, self._name(f"{name}_values"))
+        at = self._integers_of(name, packing, book.codes, book.codes.shape)
         if len(book.tables) > 1:
             starts = np.asarray(book.which << book.bits, packing.integer)
             at = self._add("Add", f"{name}_places", at, self._constant("starts", starts))
@@ -143,10 +160,34 @@ class CodeWriter:
         scales = Constant(self._name(f"{name}_scales"), book.factors(book.scales))
         self._add("Mul", restored, found, scales)
 
-    def _codes(self, name: str, packing: Packing, book: Codebook) -> Tensor:
-        """Integers of the shape of the weight."""
-        kind, count = packing.integer, book.codes.size
-        made: Tensor = Constant(self._name(f"{name}_codes"), packing.packed(book.codes))
+    def write_sparse(self, weight: Constant) -> None:
+        """Have all that reads a weight read its values without zeros, put back to where they were.
+
+        Args:
+            weight: a constant of the main graph that is none of its outputs.
+        """
+        name, values = weight.name, weight.values
+        stays, packing = np.asarray(values != 0, np.uint8), Packing(1)
+        restored = self._restored(weight, name)  # as it is called where its zeros are restored
+        flat = self._integers_of(name, packing, stays, (-1,))
+        axis = self._constant("axis", np.asarray(0, packing.integer))
+        counted = self._add("CumSum", f"{name}_counted", flat, axis)
+        places = self._add("Mul", f"{name}_places", counted, flat)
+        at = self._add("Reshape", f"{name}_at", places, self._integers(*values.shape))
+        table = np.concatenate((np.zeros(1, values.dtype), values[stays != 0]))
+        self._add("Gather", restored, Constant(self._name(f"{name}_table"), table), at)
+
+    def _restored(self, weight: Constant, name: str) -> Variable:
+        """What is read instead of a weight, still to be made."""
+        restored = Variable(name, weight.dtype, weight.shape)
+        ir.replace_uses(weight, restored)
+        self._graph.initializers.pop(weight.name, None)
+        return restored
+
+    def _integers_of(self, name: str, packing: Packing, codes: Codes, shape: tuple[int, ...]) -> Tensor:
+        """Integers of some shape."""
+        kind, count = packing.integer, codes.size
+        made: Tensor = Constant(self._name(f"{name}_codes"), packing.packed(codes))
         made = self._add("Cast", f"{name}_bytes", made, to=int(helper.np_dtype_to_tensor_dtype(kind)))
         if packing.word_bytes > 1:
             made = self._add("MatMul", f"{name}_words", made, self._constant("radices", packing.radices()))
@@ -157,7 +198,7 @@ class CodeWriter:
         if count % packing.per_word:
             made = self._add("Reshape", f"{name}_flat", made, self._integers(-1))
             made = self._add("Slice", f"{name}_used", made, self._integers(0), self._integers(count))
-        return self._add("Reshape", f"{name}_indices", made, self._integers(*book.codes.shape))
+        return self._add("Reshape", f"{name}_indices", made, self._integers(*shape))
 
     def _integers(self, *values: int) -> Constant:
         return self._constant("sizes", np.asarray(values, np.int64))

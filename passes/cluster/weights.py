@@ -8,7 +8,7 @@ from dataclasses import replace
 from onnxslim.engine.base import Log
 from onnxslim.ir.model import Model
 from onnxslim.passes.cluster.fit import Clustering
-from onnxslim.passes.cluster.storing import LEAST_OPSET, MAKES, stored_bytes
+from onnxslim.passes.cluster.storing import stored_bytes, why_not
 from onnxslim.passes.fold.weights import StoredWeight, stored_weights
 
 MOST_BITS = 8
@@ -52,17 +52,9 @@ def find(model: Model, exclude: Sequence[str], log: Log) -> list[Weight]:
         exclude: globs of nodes and constants to leave out.
         log: told of every weight that stays, and why.
     """
-    problem = _problem(model)
+    problem = why_not(model)
     if problem:
         log.skip(model.graph.name or "model", problem)
         return []
     found = stored_weights(model, exclude, LEAST_BYTES, log)
     return [Weight(each.constant, each.label, each.layer, each.axis) for each in found]
-
-
-def _problem(model: Model) -> str | None:
-    """Why codes cannot be looked up in a model."""
-    if model.opset < LEAST_OPSET:
-        return f"its opset is {model.opset}, and codes are looked up by operators of opset {LEAST_OPSET}"
-    own = sorted(op for op in MAKES if ("", op) in model.functions)
-    return f"it has functions of its own for {', '.join(own)}" if own else None

@@ -7,6 +7,7 @@ that several names are given to. `store_weights` is what every pass calls that w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,18 +26,22 @@ from onnxslim.passes.fold.values import Values, is_constant
 from onnxslim.passes.predicates import FLOATS
 from onnxslim.shapes.dims import Dims, dims_of
 
+MATCHES = ("CumSum", "Gather")
+
 
 def store_weights(model: Model) -> tuple[Skip, ...]:
     """Make constants of the floating-point tensors of the main graph that are computed from constants alone.
 
-    What a constant is copied by goes, so that one that is shared through copies stays one. The rest is run
-    ahead of time where that does not make the file larger (`onnxslim.passes.fold.budget`). Q and DQ stay, and
+    What a constant is copied by goes, so that one that is shared through copies stays one. Weights that are
+    stored without their zeros get them back. The rest is run ahead of time where that does not make the file
+    larger (`onnxslim.passes.fold.budget`). Q and DQ stay, and
     so does what is computed from their results: they say how a constant is stored.
 
     Returns:
         Nodes that stay although they depend on constants alone, and why.
     """
     store_literals(model)
+    restore_zeros(model)
     _bypass_copies(model)
     log = Log()
     edits = Edits(model, log)
@@ -50,6 +55,18 @@ def store_weights(model: Model) -> tuple[Skip, ...]:
         for node, reason in values.notes():
             log.skip(node.label, reason)
     return log.done().skipped
+
+
+def restore_zeros(model: Model) -> None:
+    """Make plain constants of weights that are stored without their zeros, as passes over layers want them.
+
+    Such a weight is looked up at places that are counted (`passes.cluster.storing`).
+    """
+    edits = Edits(model, Log())
+    counted = _counted(_constant_nodes(edits))
+    if counted:
+        Values(edits, sys.maxsize, counted).fold(dims_of(model))
+        edits.clean_up()
 
 
 def computed_weights(model: Model) -> Iterator[Node]:
@@ -209,6 +226,20 @@ def _constant_nodes(edits: Edits) -> list[Node]:
             made.update(id(tensor) for tensor in node.outputs)
             found.append(node)
     return found
+
+
+def _counted(nodes: Sequence[Node]) -> frozenset[int]:
+    """Ids of those of the nodes that look up values at places that are counted."""
+    behind: dict[int, list[Node]] = {}
+    found: set[int] = set()
+    for node in nodes:
+        cone = [node, *(each for tensor in node.inputs for each in behind.get(id(tensor), ()))]
+        behind.update((id(tensor), cone) for tensor in node.outputs)
+        if node.op == "Gather" and any(each.op == "CumSum" for each in cone):
+            table = node.inputs[0]
+            if isinstance(table, Constant) and table.dtype in FLOATS and len(table.shape) == 1:
+                found.update(id(each) for each in cone)
+    return frozenset(found)
 
 
 def _cones(nodes: Sequence[Node], dims: Dims) -> frozenset[int]:

@@ -31,12 +31,14 @@ from onnxslim.ops.channels.cut import Cut, Masks
 from onnxslim.ops.channels.size_vectors import TARGETS, Sizes
 from onnxslim.passes.dedupe import signature
 from onnxslim.passes.fold import Fold
+from onnxslim.passes.fold.weights import restore_zeros
 
 Twins: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 def prepare(model: Model) -> Twins:
     """Fold what is constant, which shapes often depend on, and undo sharing that would tie layers."""
+    restore_zeros(model)
     Fold().run(model, Context())
     free = Namer(model.graph)
     for node in model.graph.nodes:

@@ -26,6 +26,7 @@ from onnxslim.passes.sparsify.choose import ShareChoice
 from onnxslim.passes.sparsify.fit import Criterion, Thinning
 from onnxslim.passes.sparsify.patterns import Pattern, parsed
 from onnxslim.passes.sparsify.plan import SparsityPlan
+from onnxslim.passes.sparsify.storing import pack
 from onnxslim.passes.unfuse import unfuse
 
 # Zeros if nothing is said.
@@ -64,14 +65,15 @@ class Sparsify(Demanding):
     computes, one layer after the other, and layers get as many zeros as cost the outputs least; without, the
     smallest weights of every layer go.
 
-    Files get smaller once they are compressed. Processors and ONNX Runtime's kernels gain no time by zeros;
-    TensorRT does by 2:4.
+    Weights are stored without their zeros where that is smaller, and put together by standard operators that
+    the runtime folds when it loads the model; passes that come later see plain weights. Processors and ONNX
+    Runtime's kernels gain no time by zeros; TensorRT does by 2:4, which is stored with them.
 
     Where the outputs lose more than `require_sqnr` or `max_drop` allows, there are fewer zeros.
     """
 
     name: ClassVar[str] = "sparsify"
-    beside_plan: ClassVar[tuple[str, ...]] = ("criterion", "effort")
+    beside_plan: ClassVar[tuple[str, ...]] = ("criterion", "effort", "storage")
 
     sparsity: float | None = Field(
         None,
@@ -90,6 +92,11 @@ class Sparsify(Demanding):
     )
     criterion: Literal["auto", "magnitude", "wanda", "surgeon"] = Field(
         "auto", description="which weights go; auto is surgeon with calibration data and magnitude without"
+    )
+    storage: Literal["auto", "dense", "packed"] = Field(
+        "auto",
+        description="packed: without zeros, where that is smaller; dense: with them, for runtimes that read "
+        "weights themselves; auto is dense with a pattern and packed without",
     )
     effort: Effort = Field(
         "normal", description="how long the surgeon looks for weights that can go, and samples to measure on"
@@ -189,7 +196,17 @@ class _SparsifyRun:
         if not any(how.share for how in chosen.values()):
             return self._log.done()
         apply(self._model, chosen, self._ctx.data, self._ctx, self._log)
-        return self._log.done(self._figures(chosen))
+        figures = self._figures(chosen)
+        self._store(chosen)
+        return self._log.done(figures)
+
+    def _store(self, chosen: Mapping[StoredWeight, Thinning]) -> None:
+        auto = all(not how.pattern.of for how in chosen.values())
+        if self._wish.storage == "packed" or (auto and self._wish.storage == "auto"):
+            names = {weight.name for weight, how in chosen.items() if how.share}
+            why = pack(self._model, [each for each in self._model.constants() if each.name in names])
+            if why:
+                self._log.skip(self._name, f"zeros are stored, too: {why}")
 
     def moves(self) -> list[Move]:
         """What could be done to which weight; see `Pass.propose`."""
@@ -288,7 +305,7 @@ class _SparsifyRun:
             gone = int(np.count_nonzero(found == 0))
             zeros, values = zeros + gone, values + found.size
             if how.share:
-                told[weight.label] = f"{percent(gone / found.size)} ({how.pattern})"
+                told[weight.label] = f"{percent(gone / found.size)}, {how.pattern}"
                 self._log.change(weight.label, f"'{weight.name}' is sparse: {told[weight.label]}")
         return SparsifyFigures(
             weights=told,

@@ -93,9 +93,8 @@ class Pattern:
     def __str__(self) -> str:
         """For people."""
         if self.of:
-            return f"{self.kept} of {self.of} inputs"
-        block = f" in blocks of {self.outputs}x{self.inputs}" if self.outputs * self.inputs > 1 else ""
-        return f"zeros{block}"
+            return f"{self.kept} of {self.of} inputs stay"
+        return f"in blocks of {self.outputs}x{self.inputs}" if self.outputs * self.inputs > 1 else "anywhere"
 
 
 def positions_of(layer: Layer) -> int:

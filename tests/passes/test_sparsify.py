@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,15 +24,19 @@ from onnxslim.ir.model import Model
 from onnxslim.ops import layer_of
 from onnxslim.ops.layers import Floats, Layer
 from onnxslim.passes.cluster.fit import Clustering
+from onnxslim.passes.cluster.storing import CodeWriter
+from onnxslim.passes.fold.weights import store_weights
 from onnxslim.passes.quantize.blocks import Blocking
 from onnxslim.passes.quantize.rounding import gptq, refine, round_blocks
 from onnxslim.passes.repair import repair
 from onnxslim.passes.repair.support import support, within
+from onnxslim.passes.slim import Slim
 from onnxslim.passes.sparsify import Sparsify, SparsifyFigures, SparsityPlan
 from onnxslim.passes.sparsify.fit import Criterion, Thinning
 from onnxslim.passes.sparsify.patterns import Pattern
+from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.session import Session
-from tests.helpers import filled, normal, normals, parse, run, stored
+from tests.helpers import filled, normal, normals, ops, parse, run
 
 NET = """g (float[N,8,6,6] x) => (float[N,40] y)
 <float[32,8,3,3] w = {0}, float[32] b = {0}, float[32,32,1,1] v = {0}, float[32,40] m = {0},
@@ -59,6 +64,14 @@ def made(model: Model, feeds: list[dict[str, Array]] | None, **given: object) ->
 
 def kept(before: Model, after: Model, feeds: list[dict[str, Array]]) -> float:
     return sqnr(*(Session(each).run(feeds[0]) for each in (before, after)))
+
+
+def stored(model: Model, name: str) -> Array:
+    """A weight as layers read it, whether or not its zeros are stored."""
+    plain = model.copy()
+    store_weights(plain)
+    found: Array = next(each for each in plain.constants() if each.name == name).values
+    return found
 
 
 def reasons(result: Result) -> str:
@@ -248,7 +261,7 @@ def test_zeros_are_neither_counted_twice_nor_taken_back(seed: int, effort: Effor
 
 
 def test_fits_leave_zeros_as_they_are(net: Model, feeds: list[dict[str, Array]]) -> None:
-    student = made(net, None, sparsity=0.5).model
+    student = made(net, None, sparsity=0.5, storage="dense").model
     before = [stored(student, name) == 0 for name in "vm"]
     worse = kept(net, student, feeds)
     repair(student, net, Samples(CalibrationData(feeds), net))
@@ -277,7 +290,7 @@ def test_what_stays_is_named(net: Model) -> None:
 
 
 def test_fewer_zeros_where_more_is_required(net: Model, feeds: list[dict[str, Array]]) -> None:
-    low, high = (made(net, feeds, sparsity=0.9, require_sqnr=dB) for dB in (5, 22))
+    low, high = (made(net, feeds, sparsity=0.9, require_sqnr=dB, effort="quick") for dB in (5, 22))
     assert all_zeros(high.model) < all_zeros(low.model) - 0.05
     assert kept(net, high.model, feeds) > 20
     nothing = made(net, feeds, require_sqnr=300)
@@ -343,6 +356,65 @@ def test_the_command_line_has_it(net: Model, tmp_path: Path, capsys: pytest.Capt
     assert "zeros of all weights looked at: 50.00 %" in capsys.readouterr().out
     assert passes.parse("sparsify:pattern=2:4,effort=quick") == Sparsify(pattern="2:4", effort="quick")
     assert run(net, {"x": normal(1, 8, 6, 6)})["y"].shape == (1, 40)
+
+
+# -------------------------------------------------------------------------------------------- storage
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=4), st.integers(0, 99), st.booleans())
+def test_values_are_put_back_where_they_were(shape: list[int], seed: int, half: bool) -> None:
+    random = np.random.default_rng(seed)
+    values = (random.standard_normal(shape) * (random.random(shape) < 0.3)).astype(
+        np.float16 if half else "f"
+    )
+    kind, sizes = ("float16" if half else "float"), ",".join(map(str, shape))
+    model = parse(f"g () => ({kind}[{sizes}] y) {{ y = Identity(w) }}", {"w": values}, opset=11)
+    writer = CodeWriter(model)
+    writer.write_sparse(next(iter(model.constants())))
+    writer.finish()
+    onnx.checker.check_model(model.to_proto(), full_check=True)
+    np.testing.assert_array_equal(run(model, {})["y"], values)
+
+
+def test_files_without_zeros_are_smaller_and_run_the_same(net: Model, feeds: list[dict[str, Array]]) -> None:
+    packed, dense = (made(net, feeds, sparsity=0.7, storage=how).model for how in ("packed", "dense"))
+    assert packed.stats().bytes < 0.45 * dense.stats().bytes
+    np.testing.assert_array_equal(*(Session(each).run(feeds[0])["y"] for each in (packed, dense)))
+    left = [[node.op_type for node in optimized_model(each).graph.node] for each in (packed, dense)]
+    assert left[0] == left[1]
+    assert ops(Pipeline(Slim(), on_error="raise")(packed).model)["CumSum"] == 3
+    assert "CumSum" not in ops(made(net, feeds, pattern="2:4").model)
+    assert "CumSum" not in ops(made(net, None, sparsity=0.1).model)  # a tenth less is not worth the nodes
+
+
+def test_old_opsets_store_zeros(net: Model) -> None:
+    text = "g (float[N,40] x) => (float[N,40] y) { y = MatMul(x, w) }"
+    result = made(parse(text, normals(w=(40, 40)), opset=10), None)
+    assert "zeros are stored, too: its opset is 10" in reasons(result)
+    assert zeros(result.model, "w") == 0.5
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "quantize:require_sqnr=0",
+        "quantize:activations=dynamic",
+        "quantize:activations=none",
+        "prune:ratio=0.25",
+        "factorize:params=0.6",
+        "cluster:bits=3",
+        "sparsify:sparsity=0.8",
+        "half:weights_only=true",
+    ],
+)
+def test_passes_behind_it_see_plain_weights(net: Model, feeds: list[dict[str, Array]], words: str) -> None:
+    data = CalibrationData(feeds)
+    steps = [passes.parse(f"sparsify:sparsity=0.6,shares=same,storage={how}") for how in ("packed", "dense")]
+    found = [Pipeline(step, passes.parse(words), on_error="raise")(net, data=data) for step in steps]
+    assert all(each.report.steps[1].changes for each in found)
+    outputs = [Session(each.model).run(feeds[0])["y"] for each in found]
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-2, atol=1e-2)
 
 
 # ------------------------------------------------------------------------------- what comes behind it
