@@ -6,6 +6,7 @@ every time. Files are only ever read as plain arrays: no pickles, and never more
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -367,6 +368,15 @@ class CalibrationData:
         if self._sizes is None:
             self._sizes = tuple(map(batch_samples, self))
         return self._sizes
+
+    def sha256(self) -> str:
+        """Hash of all batches: names, types, shapes and values of their arrays."""
+        digest = hashlib.sha256()
+        for feeds in self:
+            for name, array in feeds.items():
+                digest.update(repr((name, array.dtype.str, array.shape)).encode())
+                digest.update(repr(array.tolist()).encode() if array.dtype == object else array.tobytes())
+        return digest.hexdigest()
 
     def _length(self) -> int | None:
         try:

@@ -67,6 +67,7 @@ class _Parts(NamedTuple):
     fit: Subset
     tune: Subset
     held: Subset | None
+    halves: tuple[Subset, Subset] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,7 @@ class Samples:
         seed: of the choice of samples.
         labels: the class of every sample of the data, in its order, shape (samples,).
         holding: whether some are held out, if there are enough.
+        hold_out: the share of them; by default at most `SAMPLES`.
         test: other samples, to judge results by; none of the data are held out then.
 
     Raises:
@@ -98,6 +100,7 @@ class Samples:
     labels: Array | None = None
     holding: bool = True
     test: Subset | None = None
+    hold_out: float = HELD
 
     @property
     def fit(self) -> CalibrationData:
@@ -120,6 +123,11 @@ class Samples:
         return self._parts.held or self._seen
 
     @property
+    def halves(self) -> tuple[Subset, Subset] | None:
+        """Those held out of the data in two: to choose among results by, and to judge what was chosen."""
+        return self._parts.halves
+
+    @property
     def whose(self) -> Whose:
         """What those are."""
         return "held out" if self._parts.held else "fitted on"
@@ -136,7 +144,7 @@ class Samples:
 
     @cached_property
     def _seen(self) -> Subset:
-        fit, tune, _ = self._parts
+        fit, tune = self._parts[:2]
         if tune is fit:
             return fit
         both = [part.labels for part in (fit, tune) if part.labels is not None]
@@ -168,12 +176,13 @@ class Samples:
         total = data.samples() if size else data.count()
         random = np.random.default_rng(self.seed)
 
-        def count(part: float, least: int) -> int:
-            found = min(int(total * part), math.ceil(SAMPLES / each))
+        def count(part: float, least: int, most: int = SAMPLES) -> int:
+            found = min(int(total * part), math.ceil(most / each))
             return found if found * each >= least else 0
 
-        holding = self.holding and self.test is None
-        held_out = _spread(np.arange(total), count(HELD if holding else 0.0, LEAST_HELD), random)
+        part_held = self.hold_out if self.holding and self.test is None else 0.0
+        most_held = SAMPLES if self.hold_out == HELD else total * each
+        held_out = _spread(np.arange(total), count(part_held, LEAST_HELD, most_held), random)
         left = np.setdiff1d(np.arange(total), held_out)
         chosen_by = _spread(left, count(TUNE, LEAST_TUNED), random)
 
@@ -184,7 +193,8 @@ class Samples:
 
         fit = part(np.setdiff1d(left, chosen_by))
         held = part(held_out) if held_out.size else self._test()
-        return _Parts(fit, part(chosen_by) if chosen_by.size else fit, held)
+        halves = (part(held_out[::2]), part(held_out[1::2])) if held_out.size > 1 else None
+        return _Parts(fit, part(chosen_by) if chosen_by.size else fit, held, halves)
 
     def _test(self) -> Subset | None:
         """The other samples, as the model takes them."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from onnxslim.ir.model import Model, load
     from onnxslim.recipes.recipe import Recipe
     from onnxslim.runtime.targets import Target
+    from onnxslim.search import Goals, SearchResult, optimize
     from onnxslim.validation.compare import validate
     from onnxslim.validation.verdict import Verdict
 
@@ -47,6 +48,7 @@ __all__ = [
     "CalibrationError",
     "Changes",
     "Context",
+    "Goals",
     "InvalidGraph",
     "LoadError",
     "Model",
@@ -58,6 +60,7 @@ __all__ = [
     "Report",
     "Result",
     "SaveError",
+    "SearchResult",
     "Target",
     "TargetError",
     "TimeUp",
@@ -67,6 +70,7 @@ __all__ = [
     "__version__",
     "analyze",
     "load",
+    "optimize",
     "passes",
     "slim",
     "validate",
@@ -94,6 +98,7 @@ _HOMES = {
     "engine.pipeline": ("Pipeline", "Report", "Result"),
     "recipes.recipe": ("Recipe",),
     "runtime.targets": ("Target",),
+    "search": ("Goals", "SearchResult", "optimize"),
     "validation.compare": ("validate",),
     "validation.verdict": ("Verdict",),
 }

@@ -18,7 +18,7 @@ from tests.structure import Product, room
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("compat",),
+    ("compat", "search"),
     ("recipes", "utils"),
     ("report",),
     ("validation",),

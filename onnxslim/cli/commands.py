@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from onnxslim import passes
-from onnxslim.cli import terminal
+from onnxslim.cli import searching, terminal
 from onnxslim.cli.parsing import Commands, GroupedCommand, PassCommand, RunCommand, SlimCommand
 from onnxslim.cli.running import (
     named_metric,
@@ -291,6 +291,9 @@ def _run(
         raise UsageError("give either passes (-p, --pass) or a recipe to run")
     steps = [passes.parse(text) for text in chain or ()]
     process(job, data, steps, recipe=recipe, trust=trust, input_shapes=input_shapes or ())
+
+
+searching.register(app)
 
 
 @app.command("validate", cls=GroupedCommand)

@@ -239,6 +239,14 @@ class ModelWords:
             help="take the best that was found by then, and say what was not tried [default: none]",
         ),
     ] = None
+    hold_out: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="share of --data that no pass sees, to judge results by without --test [default: 1/16, "
+            "at most 64 samples]",
+        ),
+    ] = None
     jobs: Annotated[int, typer.Option(min=1, help="processes that work in parallel")] = 1
     json: Json = False
     quiet: Quiet = False
@@ -246,7 +254,9 @@ class ModelWords:
 
     def settings(self) -> dict[str, Any]:
         """What was given of what a recipe can hold."""
-        given = {name: getattr(self, name) for name in ("on_error", "target", "seed", "time_limit")}
+        given = {
+            name: getattr(self, name) for name in ("on_error", "target", "seed", "time_limit", "hold_out")
+        }
         return {name: value for name, value in given.items() if value is not None}
 
 

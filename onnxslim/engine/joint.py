@@ -56,7 +56,12 @@ def acting(each: P, moves: Sequence[Move]) -> P:
 
 
 def jointly(
-    passes: Sequence[Pass], model: Model, ctx: Context, unit: BudgetUnit, share: float
+    passes: Sequence[Pass],
+    model: Model,
+    ctx: Context,
+    unit: BudgetUnit,
+    share: float,
+    proposed: Sequence[Sequence[Move]] | None = None,
 ) -> JointChoice:
     """Choose what passes do so that together they keep a model to a budget, with the least damage.
 
@@ -69,6 +74,7 @@ def jointly(
         model: not modified.
         ctx: see `Context`.
         unit, share: what is to be left, of all that the model has to compute or to store.
+        proposed: what each pass proposes for the model as it is, where somebody has asked them before.
 
     Raises:
         UsageError: see `chosen`.
@@ -78,8 +84,9 @@ def jointly(
     acted: list[Pass] = []
     made: list[Move] = []
     for index, each in enumerate(passes):
-        own = each.propose(now, ctx)
-        rest = [move for other in passes[index + 1 :] for move in other.propose(now, ctx)]
+        known = proposed if proposed is not None and not made else None
+        own, *others = known[index:] if known else [other.propose(now, ctx) for other in passes[index:]]
+        rest = [move for moves in others for move in moves]
         wanted = {id(move) for move in chosen([*own, *rest], _load(now, ctx), unit, share * whole)}
         if moves := [move for move in own if id(move) in wanted]:
             acted.append(acting(each, moves))

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.doubts import doubts
-from onnxslim.calibration.samples import Samples, Subset
+from onnxslim.calibration.samples import HELD, Samples, Subset
 from onnxslim.engine.base import Changes, Context, Log, Pass, Progress
 from onnxslim.engine.check import Checker, require_interface
 from onnxslim.engine.deadline import Deadline
@@ -206,6 +206,7 @@ class Pipeline:
         input_shapes: InputShapes | None = None,
         journal: Journal | None = None,
         time_limit: float | None = None,
+        hold_out: float = HELD,
     ) -> Result:
         """Run every pass on a copy of the model.
 
@@ -230,6 +231,8 @@ class Pipeline:
             journal: learns which pass is at work, and knows which ones are not to be tried again.
             time_limit: seconds after which passes that are not lossless take the best they have found, and
                 say what they have not tried.
+            hold_out: the share of the samples that passes do not see and results are judged by, without
+                `test`; by default a sixteenth, at most 64 of them.
 
         Raises:
             UsageError: there is no input of that name, or it has other axes; there is test data alone.
@@ -242,11 +245,13 @@ class Pipeline:
             raise UsageError("test data says nothing without data: give both, or data alone")
         model = load(model)
         _require_unbound(model)
+        if not 0 < hold_out < 1:
+            raise UsageError(f"hold_out is a share between 0 and 1, not {hold_out:g}")
         deadline = None if time_limit is None else Deadline(time_limit)
         watched = _logged(progress)
         watched = watched if deadline is None else deadline.watching(watched)
         ctx = Context(Target.of(target), None, seed, jobs, watched, None, metric)
-        given = _Given(data, labels, test, test_labels, input_shapes or {})
+        given = _Given(data, labels, test, test_labels, input_shapes or {}, hold_out)
         run = _PipelineRun(self, model, ctx, given, journal or Journal(), deadline)
         for position, each in enumerate(self.passes):
             _announce(progress, each, 0)
@@ -275,6 +280,7 @@ class _Given(NamedTuple):
     test: Any
     test_labels: Array | None
     input_shapes: InputShapes
+    hold_out: float
 
     def samples(self, model: Model, ctx: Context) -> Samples | None:
         """The data for a model, to be split; None if there is none.
@@ -290,7 +296,7 @@ class _Given(NamedTuple):
         test = None
         if self.test is not None:
             test = Subset(CalibrationData.of(self.test, specs, name="test data"), self.test_labels)
-        return Samples(bound, model, ctx.target, ctx.seed, self.labels, test=test)
+        return Samples(bound, model, ctx.target, ctx.seed, self.labels, test=test, hold_out=self.hold_out)
 
 
 class _PipelineRun:

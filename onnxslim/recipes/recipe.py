@@ -21,7 +21,7 @@ import yaml
 from pydantic import Field
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.samples import Samples, Subset, Whose
+from onnxslim.calibration.samples import HELD, SAMPLES, Samples, Subset, Whose
 from onnxslim.engine.base import Pass, Progress, options
 from onnxslim.engine.forecast import Forecast
 from onnxslim.engine.journal import Journal
@@ -164,6 +164,13 @@ class Recipe:
         None,
         gt=0,
         description="seconds after which passes take the best they have found, and say what was not tried",
+    )
+    hold_out: float = Field(
+        HELD,
+        gt=0,
+        lt=1,
+        description="share of the samples that no pass sees, to judge the result by, where no test data is "
+        f"given [default: {HELD}, at most {SAMPLES} of them]",
     )
     input_shapes: dict[str, tuple[int, ...]] = Field(
         default_factory=dict,
@@ -453,6 +460,7 @@ class Work:
             input_shapes=self._recipe.input_shapes,
             journal=self._journal,
             time_limit=self._recipe.time_limit,
+            hold_out=self._recipe.hold_out,
         )
         if result.model is self._source:
             return result
@@ -494,7 +502,7 @@ class Work:
 
 # What a recipe says besides passes and data.
 _DATA = ("data", "test")
-_PLAIN = ("target", "seed", "on_error", "check", "time_limit", "input_shapes")
+_PLAIN = ("target", "seed", "on_error", "check", "time_limit", "hold_out", "input_shapes")
 
 
 def _all(value: Any) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""What a search tries: ways to store weights and data, and what is left of channels and ranks before that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TypeAlias
+
+from onnxslim.engine.base import Context, Effort, Pass
+from onnxslim.engine.joint import jointly
+from onnxslim.engine.moves import Move
+from onnxslim.ir.model import Model
+from onnxslim.passes.cluster import Cluster
+from onnxslim.passes.factorize import Factorize
+from onnxslim.passes.half import Half
+from onnxslim.passes.prune import Prune
+from onnxslim.passes.quantize import Quantize
+from onnxslim.runtime.native import CPU
+from onnxslim.runtime.targets import Target
+from onnxslim.search.goals import Goals
+
+Chain: TypeAlias = tuple[Pass, ...]
+FLOAT = "float"
+# Shares of the multiply-accumulates that are tried, from the mildest on.
+SHARES = (0.85, 0.72, 0.6, 0.5, 0.42, 0.35, 0.29, 0.24, 0.2, 0.165, 0.135)
+
+
+def encodings(goals: Goals, target: Target, effort: Effort) -> Mapping[str, Chain]:
+    """Ways to store weights and data that can help to reach goals on a target, by name."""
+    found: dict[str, Chain] = {FLOAT: (), "int8": (Quantize(effort=effort),)}
+    if not goals.only_bytes:
+        found["dynamic int8"] = (Quantize(activations="dynamic", effort=effort),)
+    if target.provider != CPU:
+        found["half"] = (Half(),)
+    if {"size", "download"} & goals.budgets.keys():
+        found["int8 weights"] = (Quantize(activations="none", effort=effort),)
+        found["int4 weights"] = (Quantize(activations="none", weights="int4", effort=effort),)
+        found |= {f"codes of {bits} bits": (Cluster(bits=bits),) for bits in (6, 4, 3, 2)}
+    return found
+
+
+class Structures:
+    """Channels and ranks that go, chosen together, by how much of the work is to be left.
+
+    What could go is asked for once; see `onnxslim.engine.joint`.
+
+    Args:
+        model: slimmed.
+        ctx: with data.
+        effort: see the passes.
+    """
+
+    def __init__(self, model: Model, ctx: Context, effort: Effort) -> None:
+        self._model, self._ctx = model, ctx
+        self._passes = (Prune(effort=effort), Factorize(effort=effort))
+        self._made: dict[float, Chain] = {}
+
+    @cached_property
+    def _proposed(self) -> Sequence[Sequence[Move]]:
+        return [each.propose(self._model, self._ctx) for each in self._passes]
+
+    @property
+    def possible(self) -> bool:
+        """Whether anything can go at all."""
+        return any(self._proposed)
+
+    def __call__(self, share: float) -> Chain:
+        """The passes, with plans, that leave so much of the multiply-accumulates, or come nearest to it."""
+        if share >= 1:
+            return ()
+        if share not in self._made:
+            found = jointly(self._passes, self._model, self._ctx, "macs", share, self._proposed)
+            self._made[share] = found.passes
+        return self._made[share]

@@ -1,0 +1,207 @@
+"""The search: trials one after the other, each chosen by what came of those before.
+
+First every way to store weights and data by itself. Then, with the ones that look best, less and less of the
+network's work: how far that may go, or has to, is found by halving, since more damage and less cost are what
+leaving away more means. What is measured decides, on samples that no pass of a trial has seen.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from onnxslim.engine.allocate import fewest
+from onnxslim.engine.base import Effort, Progress
+from onnxslim.errors import OnnxSlimError
+from onnxslim.search.chains import SHARES
+from onnxslim.search.goals import Goals, TrialFigures
+from onnxslim.search.trials import Trial
+
+# Ways to store with which less of the network is tried, by how much is tried.
+WIDTH: Mapping[Effort, int] = {"quick": 1, "normal": 2, "thorough": 4}
+# How much slower a way to store may be, all by itself, than that of the best so far: if it loses less, more of
+# the network can go.
+LEEWAY: Mapping[Effort, float] = {"quick": 1.0, "normal": 1.3, "thorough": math.inf}
+# Times that are this near are the same: bytes decide between them.
+SAME_TIME = 1.03
+# Milder trials after a choice that other samples do not confirm.
+CORRECTIONS, MILDER = 3, 1.12
+
+
+class OutOfTime(Exception):
+    """The time limit of a search is over."""
+
+
+class Maker(Protocol):
+    """Makes trials; see `onnxslim.search.making.Workshop`."""
+
+    @property
+    def possible(self) -> bool:
+        """Whether anything of the work can be left away."""
+
+    def made(self, structure: float, encoding: str, begin: Callable[[], None]) -> Trial:
+        """The trial that leaves so much of the work, stored in this way; one that fails says why.
+
+        Calls `begin` before it makes one that is not known yet.
+        """
+
+    def keep(self, trial: Trial) -> None:
+        """Hold on to what this trial made, the last one, as long as nothing better comes."""
+
+
+@dataclass
+class Explorer:
+    """One search.
+
+    Attributes:
+        maker: makes trials.
+        encodings: names of the ways to store weights and data.
+        goals: what is asked for; completed once something is known.
+        effort: how much to try.
+        progress: called with (what, done, total).
+        until: when, by `time.monotonic`, no trial is begun any more.
+        on_trial: called with each trial that is made.
+        trials: that were made, in order.
+        untried: what time did not allow.
+    """
+
+    maker: Maker
+    encodings: Sequence[str]
+    goals: Goals
+    effort: Effort = "normal"
+    progress: Progress | None = None
+    until: float = math.inf
+    on_trial: Callable[[Trial], None] | None = None
+    trials: list[Trial] = field(default_factory=list)
+    untried: str = ""
+
+    def explore(self) -> None:
+        """Make all trials that the search wants, as far as time allows."""
+        try:
+            for encoding in self.encodings:
+                self.trial(1.0, encoding)
+            self.goals = self.goals.completed(self._any())
+            for encoding in self._promising():
+                self._shrink(encoding)
+        except OutOfTime:
+            self.untried = f"the time limit was over after {len(self.trials)} trials"
+
+    def _any(self) -> TrialFigures:
+        figures = next((each.figures for each in self.trials if each.figures is not None), None)
+        if figures is None:
+            raise OnnxSlimError(next(each.error for each in self.trials))
+        return figures
+
+    def trial(self, structure: float, encoding: str) -> Trial:
+        """What comes of leaving so much of the work, stored in this way.
+
+        Raises:
+            OutOfTime: there is no time to make it.
+        """
+        for known in self.trials:
+            if (known.structure, known.encoding) == (structure, encoding):
+                return known
+        trial = self.maker.made(structure, encoding, self._begin)
+        best = self.eligible()[:1]
+        self.trials.append(trial)
+        if self.meets(trial) and all(self._rank(trial) < self._rank(each) for each in best):
+            self.maker.keep(trial)
+        self._tell(trial)
+        return trial
+
+    def _begin(self) -> None:
+        if time.monotonic() > self.until:
+            raise OutOfTime
+
+    def eligible(self) -> list[Trial]:
+        """Trials that meet all goals on the samples to choose by, the best first."""
+        return sorted(filter(self.meets, self.trials), key=self._rank)
+
+    def nearest(self) -> tuple[Trial, str] | None:
+        """Where no trial meets all goals, the one that comes nearest, and what it lacks."""
+        measured = [each for each in self.trials if each.figures is not None]
+        if not measured:
+            return None
+        best = min(measured, key=lambda each: (len(self._lacks(each)), self._excess(each)))
+        return best, "; ".join(self._lacks(best))
+
+    def milder(self, trial: Trial) -> Trial | None:
+        """The same with somewhat more left; None where nothing is left away."""
+        share = round(min(trial.structure * MILDER, 1.0), 3)
+        return None if trial.structure >= 1 else self.trial(share, trial.encoding)
+
+    def _tell(self, trial: Trial) -> None:
+        if self.on_trial:
+            self.on_trial(trial)
+        if self.progress:
+            total = len(self.encodings) + WIDTH[self.effort] * math.ceil(math.log2(len(SHARES) + 1))
+            self.progress("trials", len(self.trials), max(total, len(self.trials)))
+
+    def meets(self, trial: Trial) -> bool:
+        """Whether a trial meets all goals on the samples to choose by."""
+        return trial.figures is not None and not self._lacks(trial)
+
+    def _lacks(self, trial: Trial) -> list[str]:
+        assert trial.figures is not None
+        return [*self.goals.lost(trial.figures), *self.goals.over(trial.figures)]
+
+    def _excess(self, trial: Trial) -> float:
+        """By how much a trial takes more than it may, as a factor; then by what it loses."""
+        assert trial.figures is not None
+        figures = trial.figures
+        over = [(getattr(figures, name) or math.inf) / limit for name, limit in self.goals.budgets.items()]
+        return max([1.0, *over]) - 1e-3 * min(figures.sqnr, 100.0)
+
+    def _rank(self, trial: Trial) -> tuple[float, ...]:
+        """Less is better: within budgets what loses least; else what is fastest, and of equals smallest."""
+        figures = trial.figures
+        assert figures is not None
+        if self.goals.budgets:
+            return tuple(-worth for worth in figures.worth)
+        return round(math.log(figures.latency or 1.0) / math.log(SAME_TIME)), figures.size
+
+    def _promising(self) -> list[str]:
+        """Ways to store with which to try less of the network."""
+        measured = [each for each in self.trials if each.figures is not None]
+        if self.goals.budgets:
+            # What is nearest to the budgets needs least of the network to go.
+            best = sorted(measured, key=self._excess)
+        else:
+            best = sorted((each for each in measured if not self._lost(each)), key=self._rank)
+        return [each.encoding for each in best][: WIDTH[self.effort]]
+
+    def _lost(self, trial: Trial) -> bool:
+        return trial.figures is None or bool(self.goals.lost(trial.figures))
+
+    def _shrink(self, encoding: str) -> None:
+        """Leave as much as budgets allow, or as little as still keeps enough."""
+        if not self.maker.possible or not self._worthwhile(encoding):
+            return
+        if self.goals.budgets:
+            fewest(lambda step: self._fits(SHARES[step - 1], encoding), len(SHARES))
+        else:
+            mildest = len(SHARES)
+            fewest(lambda back: self._keeps(SHARES[mildest - back], encoding), mildest)
+
+    def _worthwhile(self, encoding: str) -> bool:
+        """Whether a way to store may win, although all by itself it is slower than the best so far."""
+        best = next(iter(self.eligible()), None)
+        if self.goals.budgets or best is None:
+            return True
+        own, other = (_latency(self.trial(1.0, name)) for name in (encoding, best.encoding))
+        return own <= LEEWAY[self.effort] * other
+
+    def _fits(self, share: float, encoding: str) -> bool:
+        figures = self.trial(share, encoding).figures
+        return figures is not None and not self.goals.over(figures)
+
+    def _keeps(self, share: float, encoding: str) -> bool:
+        return not self._lost(self.trial(share, encoding))
+
+
+def _latency(trial: Trial) -> float:
+    """Relative to the original's; as long as that where times say nothing."""
+    return 1.0 if trial.figures is None or trial.figures.latency is None else trial.figures.latency

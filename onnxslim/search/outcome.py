@@ -1,0 +1,235 @@
+"""What a search starts from, and what it ends with."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.samples import Samples, Subset
+from onnxslim.engine.base import Context, Effort
+from onnxslim.engine.pipeline import Pipeline
+from onnxslim.errors import ValidationError
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model, source_sha256
+from onnxslim.passes.slim import Slim
+from onnxslim.recipes.data import Batches, Data
+from onnxslim.recipes.recipe import Outcome, Recipe
+from onnxslim.runtime.machine import fingerprint
+from onnxslim.runtime.metric import Metric
+from onnxslim.runtime.profile import require_usable
+from onnxslim.runtime.targets import Target
+from onnxslim.search.chains import Chain, Structures, encodings
+from onnxslim.search.explore import CORRECTIONS, Explorer, OutOfTime
+from onnxslim.search.fronts import front
+from onnxslim.search.goals import Goals, TrialFigures
+from onnxslim.search.making import TrialBench, Workshop
+from onnxslim.search.trials import Ledger, Trial
+from onnxslim.shapes.given import InputShapes, one_sample, with_sizes
+from onnxslim.version import version
+
+# Share of the data that trials are measured on: half of it to choose by, and half to judge what was chosen.
+HOLD_OUT = 0.25
+# Samples, as `CalibrationData.of` takes them or as users name them, and the class of each.
+Labelled: TypeAlias = tuple[Any, "Array | None"]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search has found.
+
+    Attributes:
+        model: of the best trial; the original, slimmed, where none meets the goals.
+        outcome: how the model came about: its report, and its recipe; None where none meets the goals.
+        best: that trial; None if there is none.
+        verified: what was measured of it on samples that nothing was chosen by.
+        samples: how many those are.
+        goals: what was asked for, with what is to be kept if nothing was.
+        trials: all that were made, in order.
+        problem: what no trial meets; empty if one does.
+        notes: what was not tried, or could not be looked at.
+    """
+
+    model: Model
+    outcome: Outcome | None
+    best: Trial | None
+    verified: TrialFigures | None
+    samples: int
+    goals: Goals
+    trials: tuple[Trial, ...]
+    problem: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def front(self) -> list[Trial]:
+        """Trials that no other one beats in time and in what is kept, the fastest first."""
+        return front(self.trials, "latency")
+
+    def require(self) -> SearchResult:
+        """Insist on a result.
+
+        Raises:
+            ValidationError: no trial meets the goals; says what the nearest one lacks.
+        """
+        if self.problem:
+            raise ValidationError(self.problem)
+        return self
+
+
+class Search:
+    """What trials have in common: the model, the data in its parts, and how a recipe is run.
+
+    Args:
+        model: the original.
+        data, test: with labels; see `onnxslim.search.optimize`.
+        metric, target, seed, libraries: likewise.
+
+    Raises:
+        CalibrationError: the data does not fit the model.
+        TargetError: the target is not there.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: Labelled,
+        test: Labelled,
+        metric: Metric | None,
+        target: Target,
+        seed: int,
+        libraries: tuple[str, ...],
+    ) -> None:
+        require_usable(target)
+        self._model, self._metric, self._seed = model, metric, seed
+        self._target, self._libraries = target.with_libraries(libraries), libraries
+        self._named = data[0] if isinstance(data[0], Data) else None
+        self._data = _opened(model, *data)
+        self._test = None if test[0] is None else _opened(model, *test)
+        self._samples = Samples(
+            self._data.data, model, self._target, seed, self._data.labels, hold_out=HOLD_OUT
+        )
+        self._notes: list[str] = []
+
+    def explorer(
+        self, goals: Goals, effort: Effort, work: str | os.PathLike[str] | None, shapes: InputShapes
+    ) -> Explorer:
+        """What makes trials; see `onnxslim.search.optimize`.
+
+        Raises:
+            UsageError: the metric fails, or sizes do not fit.
+        """
+        choose, verify = self._parts()
+        specs = self._model.inputs()
+        fed = {name: array.shape for name, array in next(iter(self._data.data)).items()}
+        sizes = one_sample(specs, with_sizes(specs, shapes), fed)
+        self._verify, bench = (
+            TrialBench(self._model, part, self._target, self._metric, sizes) for part in (verify, choose)
+        )
+        slimmed = Pipeline(Slim(), count=False)(self._model, target=self._target).model
+        structures = Structures(slimmed, Context(self._target, self._samples, self._seed), effort)
+        ways = encodings(goals, self._target, effort)
+        ledger = Ledger(None if work is None else Path(work), self._about())
+        self._workshop = Workshop(self._recipe, self._run, bench, structures, ways, ledger, effort)
+        return Explorer(self._workshop, tuple(ways), goals, effort)
+
+    def result(self, explorer: Explorer) -> SearchResult:
+        """The best trial that other samples confirm, or the original where none is."""
+        refused = ""
+        for trial in self._tried(explorer):
+            outcome = self._workshop.outcome(trial)
+            verified = self._verify(outcome.model, 0.0)
+            lacks = [*explorer.goals.lost(verified), *explorer.goals.over(verified)]
+            if not lacks:
+                return self._told(explorer, outcome.model, outcome, trial, verified)
+            refused = refused or f"{trial.label}: on other samples {'; '.join(lacks)}"
+        slimmed = self._run(self._recipe((Slim(),))).model
+        nearest = explorer.nearest()
+        lacking = f"{nearest[0].label}: {nearest[1]}" if nearest is not None else "nothing could be made"
+        problem = f"no result meets the goals; the nearest is {refused or lacking}"
+        return self._told(explorer, slimmed, None, None, None, problem)
+
+    def _tried(self, explorer: Explorer) -> Iterator[Trial]:
+        """Trials that meet the goals, the best first; behind it, milder ones, should it not hold."""
+        for rank, trial in enumerate(explorer.eligible()):
+            yield trial
+            try:
+                for _ in range(0 if rank else CORRECTIONS):
+                    milder = explorer.milder(trial)
+                    if milder is None:
+                        break
+                    trial = milder
+                    if explorer.meets(trial):
+                        yield trial
+            except OutOfTime:
+                self._notes.append("the time limit left none to try milder ones")
+
+    def _told(
+        self,
+        explorer: Explorer,
+        model: Model,
+        outcome: Outcome | None,
+        best: Trial | None,
+        verified: TrialFigures | None,
+        problem: str = "",
+    ) -> SearchResult:
+        notes = [*self._notes, *([explorer.untried] if explorer.untried else [])]
+        trials = tuple(explorer.trials)
+        samples, goals = self._verify.samples, explorer.goals
+        return SearchResult(model, outcome, best, verified, samples, goals, trials, problem, tuple(notes))
+
+    def _parts(self) -> tuple[Subset, Subset]:
+        """Samples to choose by, and to judge what was chosen."""
+        samples = self._samples
+        if self._test is not None:
+            if samples.held is None:
+                self._notes.append("there are too few samples to choose by others than passes were fitted on")
+            return samples.judged, Subset(self._test.data, self._test.labels)
+        if samples.halves is not None:
+            return samples.halves
+        self._notes.append(
+            "there are too few samples to hold some out: what is measured is of samples that passes were "
+            "fitted on"
+        )
+        return samples.judged, samples.judged
+
+    def _recipe(self, passes: Chain) -> Recipe:
+        return Recipe(
+            passes=passes, data=self._named, target=self._target.name, seed=self._seed, hold_out=HOLD_OUT
+        )
+
+    def _run(self, recipe: Recipe) -> Outcome:
+        return recipe.run(
+            self._model,
+            data=self._data.data,
+            labels=self._data.labels,
+            libraries=self._libraries,
+            metric=self._metric,
+        )
+
+    def _about(self) -> Mapping[str, Any]:
+        """All that figures of trials depend on, besides what is tried."""
+        data, labels = self._data.data, self._data.labels
+        metric = self._metric
+        return {
+            "version": version(),
+            "model": source_sha256(self._model),
+            "data": data.sha256(),
+            "labels": None if labels is None else hashlib.sha256(labels.tobytes()).hexdigest(),
+            "test": self._test is not None,
+            "metric": None if metric is None else f"{metric.__module__}:{metric.__qualname__}",
+            "target": [self._target.name, self._target.threads, dict(self._target.options)],
+            "machine": fingerprint(),
+            "seed": self._seed,
+        }
+
+
+def _opened(model: Model, data: Any, labels: Array | None) -> Batches:
+    if isinstance(data, Data):
+        return data.read(model)
+    bound = CalibrationData.of(data, model.inputs()).bind(model.inputs())
+    bound.check(model.inputs())
+    return Batches(bound, labels)

@@ -1,0 +1,189 @@
+"""The search itself, in a world of made-up figures: what it tries, what it ends with, and when it stops."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnxslim.errors import OnnxSlimError, UsageError
+from onnxslim.search.chains import SHARES
+from onnxslim.search.explore import Explorer
+from onnxslim.search.fronts import front
+from onnxslim.search.goals import Goals, TrialFigures
+from onnxslim.search.trials import Trial
+
+# Time and bytes of what is stored in this way, all of the work left.
+WAYS: Mapping[str, tuple[float, float]] = {"float": (1.0, 1.0), "int8": (0.5, 0.27), "slow": (1.4, 0.2)}
+
+
+def falling(share: float, way: str) -> float:
+    """In dB: less of what is left, and less of what has few bits."""
+    return 60 * share - (10.0 if way == "int8" else 0.0)
+
+
+@dataclass
+class World:
+    """Trials whose figures follow from what is left of the work and how it is stored.
+
+    Attributes:
+        sqnr: of a structure and a way to store.
+        failing: ways that cannot be made.
+        possible: whether anything can be left away.
+        log: trials that were made, in order.
+        kept: the one whose model is kept.
+    """
+
+    sqnr: Callable[[float, str], float] = falling
+    failing: tuple[str, ...] = ()
+    possible: bool = True
+    log: list[tuple[float, str]] = field(default_factory=list)
+    kept: Trial | None = None
+
+    def made(self, structure: float, encoding: str, begin: Callable[[], None]) -> Trial:
+        begin()
+        self.log.append((structure, encoding))
+        name = f"{structure} {encoding}"
+        if encoding in self.failing:
+            return Trial(name, name, structure, encoding, None, "it cannot be had")
+        seconds, size = (structure * each for each in WAYS[encoding])
+        sqnr = self.sqnr(structure, encoding)
+        figures = TrialFigures(sqnr, None, None, seconds, size, 0.9 * size, structure, 0.0)
+        return Trial(name, name, structure, encoding, figures)
+
+    def keep(self, trial: Trial) -> None:
+        self.kept = trial
+
+    def search(self, goals: Goals, **options: Any) -> Explorer:
+        explorer = Explorer(self, tuple(WAYS), goals, **options)
+        explorer.explore()
+        return explorer
+
+
+def test_without_budgets_the_fastest_that_keeps_enough() -> None:
+    world = World()
+    explorer = world.search(Goals(require_sqnr=20.0))
+    best = explorer.eligible()[0]
+    # 60 s - 10 >= 20 down to a half of the work.
+    assert (best.structure, best.encoding) == (0.5, "int8")
+    assert world.kept == best
+    assert explorer.untried == ""
+    # Every way once, and by halving the share that just keeps enough; float is twice as slow, and not tried.
+    assert world.log[: len(WAYS)] == [(1.0, way) for way in WAYS]
+    assert {way for _, way in world.log[len(WAYS) :]} == {"int8"}
+    assert len(world.log) <= len(WAYS) + 4
+    thorough = World()
+    thorough.search(Goals(require_sqnr=20.0), effort="thorough")
+    assert {way for _, way in thorough.log[len(WAYS) :]} >= {"int8", "float"}
+
+
+def test_within_budgets_what_loses_least() -> None:
+    explorer = World().search(Goals(size=0.15))
+    best = explorer.eligible()[0]
+    # int8 0.27 s <= 0.15 from 0.5 of the work on keeps 20 dB; "slow" 0.2 s from 0.72 on keeps 43.
+    assert (best.structure, best.encoding) == (0.72, "slow")
+    faster = World().search(Goals(size=0.15, latency=0.4)).eligible()[0]
+    assert (faster.structure, faster.encoding) == (0.5, "int8")
+
+
+def test_what_is_slower_is_not_taken_unless_only_bytes_were_asked_for() -> None:
+    def keeps(share: float, way: str) -> float:
+        return 30.0 if share == 1 and way == "slow" else 5.0
+
+    assert World(keeps).search(Goals(require_sqnr=20.0)).eligible() == []
+    assert World(keeps).search(Goals(require_sqnr=20.0, macs=1.0)).eligible() == []
+    assert World(keeps).search(Goals(require_sqnr=20.0, size=0.5)).eligible()[0].encoding == "slow"
+
+
+def test_where_nothing_meets_the_goals_the_nearest_says_what_it_lacks() -> None:
+    explorer = World().search(Goals(size=0.01, require_sqnr=50.0))
+    assert explorer.eligible() == []
+    nearest = explorer.nearest()
+    assert nearest is not None
+    assert "more than 0.01" in nearest[1] or "50 are required" in nearest[1]
+
+
+def test_a_way_that_cannot_be_had_is_a_trial_with_its_reason() -> None:
+    explorer = World(failing=("slow",)).search(Goals(size=0.15))
+    assert explorer.eligible()[0].encoding == "int8"
+    assert [each.error for each in explorer.trials if each.figures is None] == ["it cannot be had"]
+    with pytest.raises(OnnxSlimError, match="it cannot be had"):
+        World(failing=tuple(WAYS)).search(Goals())
+
+
+def test_where_nothing_can_be_left_away_only_ways_to_store_are_tried() -> None:
+    world = World(possible=False)
+    assert world.search(Goals(require_sqnr=20.0)).eligible()[0].label == "1.0 int8"
+    assert len(world.log) == len(WAYS)
+
+
+def test_no_trial_is_begun_once_time_is_over() -> None:
+    world = World()
+    explorer = world.search(Goals(require_sqnr=20.0), until=time.monotonic() - 1)
+    assert world.log == []
+    assert "after 0 trials" in explorer.untried
+    assert explorer.nearest() is None
+
+
+def test_goals_without_a_measure_are_refused() -> None:
+    with pytest.raises(UsageError, match="max_drop needs a metric"):
+        World().search(Goals(max_drop=0.01))
+
+
+def test_milder_trials_leave_more_until_all_is_left() -> None:
+    explorer = World().search(Goals(require_sqnr=20.0))
+    trial = explorer.eligible()[0]
+    shares = []
+    while (milder := explorer.milder(trial)) is not None:
+        shares.append(milder.structure)
+        trial = milder
+    assert shares[0] == 0.56
+    assert shares[-1] == 1.0
+    assert shares == sorted(set(shares))
+
+
+@given(st.floats(5.0, 55.0))
+def test_halving_finds_what_trying_all_would(least: float) -> None:
+    world = World()
+    explorer = world.search(Goals(require_sqnr=least), effort="thorough" if thorough else "normal")
+    every = [
+        (share, way) for share in (1.0, *SHARES) for way in ("float", "int8") if falling(share, way) >= least
+    ]
+    fastest = min(share * WAYS[way][0] for share, way in every)
+    found = explorer.eligible()[0].figures
+    assert found is not None
+    assert found.latency == pytest.approx(fastest, rel=0.03)
+
+
+points = st.lists(
+    st.tuples(st.floats(0.1, 1.0), st.floats(0.0, 0.2), st.floats(0.0, 60.0)), min_size=1, max_size=12
+)
+
+
+@given(points)
+def test_no_trial_beats_one_of_the_front_and_each_other_is_beaten(
+    found: list[tuple[float, float, float]],
+) -> None:
+    trials = [
+        Trial(str(at), "", 1.0, "", TrialFigures(sqnr, 1.0 - drop, None, cost, 1.0, 1.0, None, 0.0))
+        for at, (cost, drop, sqnr) in enumerate(found)
+    ]
+    best = front(trials, "latency")
+
+    def place(trial: Trial) -> tuple[float, tuple[float, float]]:
+        assert trial.figures is not None
+        assert trial.figures.latency is not None
+        return trial.figures.latency, trial.figures.worth
+
+    def beats(one: Trial, other: Trial) -> bool:
+        (cost, worth), (more, less) = place(one), place(other)
+        return cost <= more and worth >= less and (cost, worth) != (more, less)
+
+    assert not any(beats(one, other) for one in trials for other in best)
+    for trial in trials:
+        assert any(place(other) == place(trial) or beats(other, trial) for other in best)

@@ -1,0 +1,208 @@
+"""Searches on real networks: what comes back meets the goals, is rebuilt byte for byte, and resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import onnxslim
+from onnxslim import cli
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.errors import CalibrationError, TargetError, UsageError, ValidationError
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
+from onnxslim.recipes.recipe import Recipe
+from onnxslim.runtime.metric import Run
+from onnxslim.search import Goals, SearchResult, Trial, optimize, trials_in
+from onnxslim.validation.certificate import content_sha256
+from onnxslim.validation.compare import validate
+from tests.helpers import normal, parse
+
+NET = """g (float[N,64] x) => (float[N,8] y)
+{ a = MatMul(x, w) r = Relu(a) b = MatMul(r, v) q = Relu(b) c = MatMul(q, u) s = Relu(c) y = MatMul(s, t) }"""
+
+
+@pytest.fixture(scope="module")
+def net() -> Model:
+    """Layers of low rank, with units that hardly count."""
+    rng = np.random.default_rng(0)
+
+    def drawn(rows: int, columns: int) -> Array:
+        low = rng.standard_normal((rows, 12)) @ rng.standard_normal((12, columns)) / np.sqrt(12 * rows)
+        fading = 0.5 ** (np.arange(columns) * 8 / columns)
+        return np.asarray(low * fading, np.float32)
+
+    return parse(NET, {"w": drawn(64, 192), "v": drawn(192, 192), "u": drawn(192, 192), "t": normal(192, 8)})
+
+
+@pytest.fixture(scope="module")
+def data() -> Mapping[str, Array]:
+    return {"x": normal(256, 64, seed=1)}
+
+
+@pytest.fixture(scope="module")
+def kept(
+    net: Model, data: Mapping[str, Array], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, SearchResult]:
+    work = tmp_path_factory.mktemp("work")
+    return work, optimize(net, data, Goals(macs=0.5, require_sqnr=15.0), effort="quick", work=work)
+
+
+def test_what_comes_back_meets_the_goals_on_other_samples(
+    net: Model, kept: tuple[Path, SearchResult]
+) -> None:
+    found = kept[1].require()
+    assert found.best is not None
+    assert found.verified is not None
+    assert found.verified.macs is not None
+    assert found.verified.macs <= 0.5
+    assert found.verified.sqnr >= 15.0
+    assert found.samples == 32
+    verdict = validate(net, found.model, CalibrationData([{"x": normal(64, 64, seed=5)}]), rounds=0)
+    (row,) = verdict.providers[0].outputs
+    assert row.sqnr is not None
+    assert row.sqnr >= 12.0
+    assert found.best in found.trials
+    assert found.outcome is not None
+
+
+def test_every_trial_is_made_again_by_its_recipe(
+    net: Model, data: Mapping[str, Array], kept: tuple[Path, SearchResult]
+) -> None:
+    work, found = kept
+    assert found.best is not None
+    recipe = Recipe.load(work / found.best.key / "recipe.yaml", trust=True)
+    again = recipe.run(net, data=data).model
+    assert again.to_proto() == found.model.to_proto()
+    assert {trial.key for trial in trials_in(work)} == {trial.key for trial in found.trials}
+
+
+def test_a_search_goes_on_from_what_is_kept(
+    net: Model, data: Mapping[str, Array], kept: tuple[Path, SearchResult]
+) -> None:
+    work, first = kept
+    made: list[Trial] = []
+    again = optimize(
+        net,
+        data,
+        Goals(macs=0.5, require_sqnr=15.0),
+        effort="quick",
+        work=work,
+        time_limit=0.0,
+        on_trial=made.append,
+    )
+    assert again.notes == first.notes == ()
+    assert again.trials == first.trials
+    assert content_sha256(again.model) == content_sha256(first.model)
+    assert made == list(first.trials)
+    # Other data is another search, for which there is no time here.
+    other = optimize(net, {"x": normal(256, 64, seed=2)}, effort="quick", work=work, time_limit=0.0)
+    assert other.trials == ()
+    assert "time limit was over after 0 trials" in other.notes[0]
+
+
+def test_where_nothing_meets_the_goals_the_original_comes_back_slimmed(
+    net: Model, data: Mapping[str, Array], kept: tuple[Path, SearchResult]
+) -> None:
+    found = optimize(net, data, Goals(macs=0.5, require_sqnr=300.0), effort="quick", work=kept[0])
+    assert found.best is None
+    with pytest.raises(
+        ValidationError, match=r"no result meets the goals; the nearest is .*: it keeps .* dB, 300 are"
+    ):
+        found.require()
+    feeds = {"x": normal(4, 64)}
+    verdict = validate(net, found.model, CalibrationData([feeds]), rounds=0)
+    assert verdict.providers[0].outputs[0].max_abs == 0.0
+
+
+def test_the_metric_decides_if_there_is_one(net: Model, data: Mapping[str, Array]) -> None:
+    """A metric that only the original meets."""
+    x = normal(4, 64, seed=3)
+    expected = None
+
+    def exact(run: Run) -> float:
+        nonlocal expected
+        (y,) = run({"x": x}).values()
+        expected = y if expected is None else expected
+        return -float(np.abs(y - expected).max())
+
+    found = optimize(net, data, Goals(max_drop=0.0, macs=0.9), metric=exact, effort="quick")
+    assert "the metric drops from" in found.problem
+    (figures,) = {trial.figures.metric[0] for trial in found.trials if trial.figures and trial.figures.metric}
+    assert figures == 0.0
+
+
+def test_labels_make_accuracy_the_metric(net: Model, data: Mapping[str, Array]) -> None:
+    labels = np.zeros(256, np.int64)
+    found = optimize(
+        net, data, Goals(max_drop=1.0, size=0.9), labels=labels, effort="quick", test=data, test_labels=labels
+    )
+    assert found.verified is not None
+    assert found.verified.metric is not None
+    assert found.samples == 256
+
+
+def _nan(run: Run) -> float:
+    return float("nan")
+
+
+def _raising(run: Run) -> float:
+    raise ValueError("no such file")
+
+
+def test_wrong_inputs_are_told_before_any_trial(net: Model, data: Mapping[str, Array]) -> None:
+    def refuse(trial: Trial) -> None:
+        pytest.fail("a trial was made")
+
+    with pytest.raises(CalibrationError, match="needs data"):
+        optimize(net, None, on_trial=refuse)
+    with pytest.raises(UsageError, match="metric '_nan' is not a number"):
+        optimize(net, data, metric=_nan, on_trial=refuse)
+    with pytest.raises(UsageError, match="metric '_raising' fails: ValueError: no such file"):
+        optimize(net, data, metric=_raising, on_trial=refuse)
+    with pytest.raises(CalibrationError, match="'z'"):
+        optimize(net, {"z": normal(4, 64)}, on_trial=refuse)
+    with pytest.raises(TargetError, match="TensorrtExecutionProvider"):
+        optimize(net, data, target="tensorrt", on_trial=refuse)
+
+
+def test_with_few_samples_it_is_told_what_figures_are_of(net: Model) -> None:
+    found = optimize(net, {"x": normal(6, 64)}, Goals(macs=0.9), effort="quick")
+    assert any("too few samples" in note for note in found.notes)
+
+
+def test_public_names() -> None:
+    assert onnxslim.optimize is optimize
+    assert onnxslim.Goals is Goals
+
+
+def test_the_command(
+    net: Model, data: Mapping[str, Array], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output, work = (str(tmp_path / name) for name in ("in.onnx", "out.onnx", "work"))
+    net.save(source)
+    np.savez(tmp_path / "x.npz", x=data["x"])
+    words = ["auto", source, output, "--data", str(tmp_path / "x.npz"), "--effort", "quick", "--work", work]
+    assert cli.main([*words, "--macs", "0.5"]) == 0
+    text, err = capsys.readouterr()
+    assert "asked for: macs 0.5" in text
+    assert "chosen: " in text
+    assert f"saved {output}" in err
+    assert (tmp_path / "out.onnx").stat().st_size < 0.5 * (tmp_path / "in.onnx").stat().st_size
+    (tmp_path / "out.onnx").unlink()
+    assert cli.main([*words, "--macs", "0.5", "--require-sqnr", "300", "--json"]) == 4
+    text, err = capsys.readouterr()
+    told = json.loads(text)
+    assert told["best"] is None
+    assert f"error: {told['problem']}" in err
+    assert not (tmp_path / "out.onnx").exists()
+    assert cli.main(["trials", work, "--cost", "size"]) == 0
+    shown = capsys.readouterr().out
+    assert all(trial["label"] in shown for trial in told["trials"])
+    assert "*" in shown
+    assert cli.main(["auto", source]) == 2
+    assert "a search measures what is lost: give it --data" in capsys.readouterr().err

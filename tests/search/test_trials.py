@@ -1,0 +1,78 @@
+"""Trials on disk: read back, made again byte for byte, and of no harm where they are broken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnxslim.errors import SaveError, UsageError
+from onnxslim.passes.prune import Prune, PruningPlan
+from onnxslim.passes.slim import Slim
+from onnxslim.recipes.recipe import Recipe
+from onnxslim.search.goals import TrialFigures
+from onnxslim.search.trials import RECIPE, TRIAL, Ledger, Trial, trials_in
+
+FIGURES = TrialFigures(np.inf, None, (0.9, 0.8), None, 0.3, 0.25, None, 1.0)
+TRIAL_MADE = Trial("k" * 32, "half of it", 0.5, "int8", FIGURES)
+PLAN = PruningPlan((), ())
+
+
+def test_what_is_kept_is_read_back_by_another_search(tmp_path: Path) -> None:
+    first = Ledger(tmp_path / "new" / "work", {"model": "a"})
+    failed = Trial("f" * 32, "other", 1.0, "half", None, "it cannot be had")
+    for trial in (TRIAL_MADE, failed):
+        first.prepare(trial.key, Recipe(passes=(Slim(), Prune(plan=PLAN))))
+        first.add(trial)
+    second = Ledger(tmp_path / "new" / "work", {"model": "a"})
+    assert second.known(TRIAL_MADE.key) == TRIAL_MADE
+    assert second.known(failed.key) == failed
+    assert second.known("x" * 32) is None
+    assert trials_in(tmp_path / "new" / "work") == [failed, TRIAL_MADE]
+    plan = tmp_path / "new" / "work" / TRIAL_MADE.key / "prune.json"
+    for ledger in (first, second):
+        assert ledger.recipe(TRIAL_MADE.key).passes == (Slim(), Prune(plan=plan))
+
+
+def test_in_memory_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ledger = Ledger(None, {})
+    ledger.prepare("a", Recipe(passes=(Slim(),)))
+    ledger.add(Trial("a", "", 1.0, "float"))
+    assert ledger.known("a") is not None
+    assert ledger.recipe("a").passes == (Slim(),)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_tell_all_that_figures_depend_on() -> None:
+    key = Ledger(None, {"model": "a"}).key(0.5, "int8", "normal")
+    assert Ledger(None, {"model": "a"}).key(0.5, "int8", "normal") == key
+    others = [
+        Ledger(None, {"model": "b"}).key(0.5, "int8", "normal"),
+        Ledger(None, {"model": "a"}).key(0.6, "int8", "normal"),
+        Ledger(None, {"model": "a"}).key(0.5, "half", "normal"),
+        Ledger(None, {"model": "a"}).key(0.5, "int8", "quick"),
+    ]
+    assert len({key, *others}) == 5
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 3}', json.dumps({"key": "other", "label": ""})])
+def test_a_trial_that_did_not_end_is_none(tmp_path: Path, content: str) -> None:
+    ledger = Ledger(tmp_path, {})
+    ledger.prepare(TRIAL_MADE.key, Recipe(passes=(Slim(),)))
+    assert (tmp_path / TRIAL_MADE.key / RECIPE).is_file()
+    (tmp_path / TRIAL_MADE.key / TRIAL).write_text(content)
+    assert ledger.known(TRIAL_MADE.key) is None
+    ledger.add(TRIAL_MADE)
+    assert Ledger(tmp_path, {}).known(TRIAL_MADE.key) == TRIAL_MADE
+    assert sorted(path.name for path in (tmp_path / TRIAL_MADE.key).iterdir()) == [RECIPE, TRIAL]
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match="cannot keep trials in"):
+        Ledger(tmp_path / "file" / "work", {})
+    with pytest.raises(UsageError, match="there are no trials in"):
+        trials_in(tmp_path)
