@@ -15,11 +15,11 @@ from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
 from onnxslim.search.fronts import front
 from onnxslim.search.goals import Goals, TrialFigures
-from onnxslim.search.outcome import Search, SearchResult
-from onnxslim.search.trials import Trial, trials_in
+from onnxslim.search.outcome import SearchResult, SearchSetup
+from onnxslim.search.trials import SearchTrial, trials_in
 from onnxslim.shapes.given import InputShapes
 
-__all__ = ["Goals", "SearchResult", "Trial", "TrialFigures", "front", "optimize", "trials_in"]
+__all__ = ["Goals", "SearchResult", "SearchTrial", "TrialFigures", "front", "optimize", "trials_in"]
 
 
 def optimize(
@@ -37,7 +37,7 @@ def optimize(
     work: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    on_trial: Callable[[Trial], None] | None = None,
+    on_trial: Callable[[SearchTrial], None] | None = None,
     libraries: Sequence[str] = (),
     input_shapes: InputShapes | None = None,
 ) -> SearchResult:
@@ -75,7 +75,7 @@ def optimize(
     if data is None:
         raise CalibrationError("a search measures what is lost, and needs data: pass data=, or --data")
     samples = (data, labels), (test, test_labels)
-    search = Search(load(model), *samples, metric, Target.of(target), seed, tuple(libraries))
+    search = SearchSetup(load(model), *samples, metric, Target.of(target), seed, tuple(libraries))
     explorer = search.explorer(goals or Goals(), effort, work, input_shapes or {})
     explorer.progress, explorer.on_trial = progress, on_trial
     if time_limit is not None:

@@ -18,12 +18,12 @@ from onnxslim.engine.base import Effort, Progress
 from onnxslim.errors import OnnxSlimError
 from onnxslim.search.chains import SHARES
 from onnxslim.search.goals import Goals, TrialFigures
-from onnxslim.search.trials import Trial
+from onnxslim.search.trials import SearchTrial
 
 # Ways to store with which less of the network is tried, by how much is tried.
 WIDTH: Mapping[Effort, int] = {"quick": 1, "normal": 2, "thorough": 4}
-# How much slower a way to store may be, all by itself, than that of the best so far: if it loses less, more of
-# the network can go.
+# How much slower a way to store may be, all by itself, than that of the best so far: if it loses less, more
+# of the network can go.
 LEEWAY: Mapping[Effort, float] = {"quick": 1.0, "normal": 1.3, "thorough": math.inf}
 # Times that are this near are the same: bytes decide between them.
 SAME_TIME = 1.03
@@ -42,13 +42,13 @@ class Maker(Protocol):
     def possible(self) -> bool:
         """Whether anything of the work can be left away."""
 
-    def made(self, structure: float, encoding: str, begin: Callable[[], None]) -> Trial:
+    def made(self, structure: float, encoding: str, begin: Callable[[], None]) -> SearchTrial:
         """The trial that leaves so much of the work, stored in this way; one that fails says why.
 
         Calls `begin` before it makes one that is not known yet.
         """
 
-    def keep(self, trial: Trial) -> None:
+    def keep(self, trial: SearchTrial) -> None:
         """Hold on to what this trial made, the last one, as long as nothing better comes."""
 
 
@@ -74,8 +74,8 @@ class Explorer:
     effort: Effort = "normal"
     progress: Progress | None = None
     until: float = math.inf
-    on_trial: Callable[[Trial], None] | None = None
-    trials: list[Trial] = field(default_factory=list)
+    on_trial: Callable[[SearchTrial], None] | None = None
+    trials: list[SearchTrial] = field(default_factory=list)
     untried: str = ""
 
     def explore(self) -> None:
@@ -95,7 +95,7 @@ class Explorer:
             raise OnnxSlimError(next(each.error for each in self.trials))
         return figures
 
-    def trial(self, structure: float, encoding: str) -> Trial:
+    def trial(self, structure: float, encoding: str) -> SearchTrial:
         """What comes of leaving so much of the work, stored in this way.
 
         Raises:
@@ -116,11 +116,11 @@ class Explorer:
         if time.monotonic() > self.until:
             raise OutOfTime
 
-    def eligible(self) -> list[Trial]:
+    def eligible(self) -> list[SearchTrial]:
         """Trials that meet all goals on the samples to choose by, the best first."""
         return sorted(filter(self.meets, self.trials), key=self._rank)
 
-    def nearest(self) -> tuple[Trial, str] | None:
+    def nearest(self) -> tuple[SearchTrial, str] | None:
         """Where no trial meets all goals, the one that comes nearest, and what it lacks."""
         measured = [each for each in self.trials if each.figures is not None]
         if not measured:
@@ -128,34 +128,34 @@ class Explorer:
         best = min(measured, key=lambda each: (len(self._lacks(each)), self._excess(each)))
         return best, "; ".join(self._lacks(best))
 
-    def milder(self, trial: Trial) -> Trial | None:
+    def milder(self, trial: SearchTrial) -> SearchTrial | None:
         """The same with somewhat more left; None where nothing is left away."""
         share = round(min(trial.structure * MILDER, 1.0), 3)
         return None if trial.structure >= 1 else self.trial(share, trial.encoding)
 
-    def _tell(self, trial: Trial) -> None:
+    def _tell(self, trial: SearchTrial) -> None:
         if self.on_trial:
             self.on_trial(trial)
         if self.progress:
             total = len(self.encodings) + WIDTH[self.effort] * math.ceil(math.log2(len(SHARES) + 1))
             self.progress("trials", len(self.trials), max(total, len(self.trials)))
 
-    def meets(self, trial: Trial) -> bool:
+    def meets(self, trial: SearchTrial) -> bool:
         """Whether a trial meets all goals on the samples to choose by."""
         return trial.figures is not None and not self._lacks(trial)
 
-    def _lacks(self, trial: Trial) -> list[str]:
+    def _lacks(self, trial: SearchTrial) -> list[str]:
         assert trial.figures is not None
         return [*self.goals.lost(trial.figures), *self.goals.over(trial.figures)]
 
-    def _excess(self, trial: Trial) -> float:
+    def _excess(self, trial: SearchTrial) -> float:
         """By how much a trial takes more than it may, as a factor; then by what it loses."""
         assert trial.figures is not None
         figures = trial.figures
         over = [(getattr(figures, name) or math.inf) / limit for name, limit in self.goals.budgets.items()]
         return max([1.0, *over]) - 1e-3 * min(figures.sqnr, 100.0)
 
-    def _rank(self, trial: Trial) -> tuple[float, ...]:
+    def _rank(self, trial: SearchTrial) -> tuple[float, ...]:
         """Less is better: within budgets what loses least; else what is fastest, and of equals smallest."""
         figures = trial.figures
         assert figures is not None
@@ -173,7 +173,7 @@ class Explorer:
             best = sorted((each for each in measured if not self._lost(each)), key=self._rank)
         return [each.encoding for each in best][: WIDTH[self.effort]]
 
-    def _lost(self, trial: Trial) -> bool:
+    def _lost(self, trial: SearchTrial) -> bool:
         return trial.figures is None or bool(self.goals.lost(trial.figures))
 
     def _shrink(self, encoding: str) -> None:
@@ -202,6 +202,6 @@ class Explorer:
         return not self._lost(self.trial(share, encoding))
 
 
-def _latency(trial: Trial) -> float:
+def _latency(trial: SearchTrial) -> float:
     """Relative to the original's; as long as that where times say nothing."""
     return 1.0 if trial.figures is None or trial.figures.latency is None else trial.figures.latency

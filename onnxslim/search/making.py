@@ -19,7 +19,7 @@ from onnxslim.runtime.metric import Metric, measure
 from onnxslim.runtime.targets import Target
 from onnxslim.search.chains import Chain, Structures
 from onnxslim.search.goals import TrialFigures
-from onnxslim.search.trials import Ledger, Trial
+from onnxslim.search.trials import Ledger, SearchTrial
 from onnxslim.shapes import cost
 
 # Seconds to time one trial.
@@ -116,7 +116,7 @@ class Workshop:
         """Whether anything of the work can be left away."""
         return self._structures.possible
 
-    def made(self, structure: float, encoding: str, begin: Callable[[], None]) -> Trial:
+    def made(self, structure: float, encoding: str, begin: Callable[[], None]) -> SearchTrial:
         """See `onnxslim.search.explore.Maker`."""
         key = self._ledger.key(structure, encoding, self._effort)
         known = self._ledger.known(key)
@@ -128,17 +128,17 @@ class Workshop:
         self._ledger.add(trial)
         return trial
 
-    def keep(self, trial: Trial) -> None:
+    def keep(self, trial: SearchTrial) -> None:
         """See `onnxslim.search.explore.Maker`."""
         self._kept = self._last
 
-    def outcome(self, trial: Trial) -> Outcome:
+    def outcome(self, trial: SearchTrial) -> Outcome:
         """What a trial made; made again if it is not there any more."""
         if self._kept is None or self._kept[0] != trial.key:
             self._kept = trial.key, self._run(self._ledger.recipe(trial.key))
         return self._kept[1]
 
-    def _tried(self, key: str, structure: float, encoding: str) -> Trial:
+    def _tried(self, key: str, structure: float, encoding: str) -> SearchTrial:
         start = time.perf_counter()
         label, figures, error = _label(structure, encoding), None, ""
         try:
@@ -150,7 +150,7 @@ class Workshop:
                 self._last = key, outcome
         except OnnxSlimError as failed:
             error = str(failed)
-        return Trial(key, label, structure, encoding, figures, error)
+        return SearchTrial(key, label, structure, encoding, figures, error)
 
 
 def _label(structure: float, encoding: str) -> str:

@@ -28,7 +28,7 @@ from onnxslim.search.explore import CORRECTIONS, Explorer, OutOfTime
 from onnxslim.search.fronts import front
 from onnxslim.search.goals import Goals, TrialFigures
 from onnxslim.search.making import TrialBench, Workshop
-from onnxslim.search.trials import Ledger, Trial
+from onnxslim.search.trials import Ledger, SearchTrial
 from onnxslim.shapes.given import InputShapes, one_sample, with_sizes
 from onnxslim.version import version
 
@@ -56,16 +56,16 @@ class SearchResult:
 
     model: Model
     outcome: Outcome | None
-    best: Trial | None
+    best: SearchTrial | None
     verified: TrialFigures | None
     samples: int
     goals: Goals
-    trials: tuple[Trial, ...]
+    trials: tuple[SearchTrial, ...]
     problem: str = ""
     notes: tuple[str, ...] = ()
 
     @property
-    def front(self) -> list[Trial]:
+    def front(self) -> list[SearchTrial]:
         """Trials that no other one beats in time and in what is kept, the fastest first."""
         return front(self.trials, "latency")
 
@@ -80,7 +80,7 @@ class SearchResult:
         return self
 
 
-class Search:
+class SearchSetup:
     """What trials have in common: the model, the data in its parts, and how a recipe is run.
 
     Args:
@@ -152,7 +152,7 @@ class Search:
         problem = f"no result meets the goals; the nearest is {refused or lacking}"
         return self._told(explorer, slimmed, None, None, None, problem)
 
-    def _tried(self, explorer: Explorer) -> Iterator[Trial]:
+    def _tried(self, explorer: Explorer) -> Iterator[SearchTrial]:
         """Trials that meet the goals, the best first; behind it, milder ones, should it not hold."""
         for rank, trial in enumerate(explorer.eligible()):
             yield trial
@@ -172,7 +172,7 @@ class Search:
         explorer: Explorer,
         model: Model,
         outcome: Outcome | None,
-        best: Trial | None,
+        best: SearchTrial | None,
         verified: TrialFigures | None,
         problem: str = "",
     ) -> SearchResult:

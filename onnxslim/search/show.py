@@ -10,12 +10,12 @@ from onnxslim.formats import decibels, figure, percent
 from onnxslim.report.text import lines, table
 from onnxslim.search.goals import TrialFigures
 from onnxslim.search.outcome import SearchResult
-from onnxslim.search.trials import Trial
+from onnxslim.search.trials import SearchTrial
 
 HEAD = ("trial", "SQNR dB", "lost", "latency", "size", "download", "MACs", "seconds")
 
 
-def show_trials(console: Console, trials: Sequence[Trial], marked: Collection[str]) -> None:
+def show_trials(console: Console, trials: Sequence[SearchTrial], marked: Collection[str]) -> None:
     """Print what was tried, with a star at those whose keys are marked; what failed, and why, comes last."""
     grid = table(*HEAD)
     for trial in trials:

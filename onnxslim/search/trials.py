@@ -35,7 +35,7 @@ TRIAL, RECIPE = "trial.json", "recipe.yaml"
 
 
 @dataclass(frozen=True)
-class Trial:
+class SearchTrial:
     """One way to make the model smaller or faster, and what came of it.
 
     Attributes:
@@ -55,7 +55,7 @@ class Trial:
     error: str = ""
 
 
-_TRIAL: TypeAdapter[Trial] = TypeAdapter(Trial)
+_TRIAL: TypeAdapter[SearchTrial] = TypeAdapter(SearchTrial)
 
 
 class Ledger:
@@ -71,7 +71,7 @@ class Ledger:
 
     def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
         self._folder, self._about = folder, plain(about)
-        self._known: dict[str, Trial] = {}
+        self._known: dict[str, SearchTrial] = {}
         self._recipes: dict[str, Recipe] = {}
         try:
             if folder is not None:
@@ -84,7 +84,7 @@ class Ledger:
         told = json.dumps(plain([VERSION, self._about, *intent]), sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:32]
 
-    def known(self, key: str) -> Trial | None:
+    def known(self, key: str) -> SearchTrial | None:
         """A trial that has been made, now or in an earlier search."""
         if key not in self._known and self._folder is not None:
             found = _read(self._folder / key / TRIAL)
@@ -120,7 +120,7 @@ class Ledger:
             return self._recipes[key]
         return Recipe.load(self._folder / key / RECIPE, trust=True)
 
-    def add(self, trial: Trial) -> None:
+    def add(self, trial: SearchTrial) -> None:
         """Keep what came of one.
 
         Raises:
@@ -131,7 +131,7 @@ class Ledger:
             _write(self._folder / trial.key / TRIAL, json.dumps(plain(trial), indent=1))
 
 
-def trials_in(folder: Path) -> list[Trial]:
+def trials_in(folder: Path) -> list[SearchTrial]:
     """Trials that searches have kept in a folder, in order of their labels.
 
     Raises:
@@ -154,7 +154,7 @@ def _filed(passes: Sequence[Pass], place: Path) -> Iterator[Pass]:
         yield each
 
 
-def _read(path: Path) -> Trial | None:
+def _read(path: Path) -> SearchTrial | None:
     """What is kept there; a file that is missing or broken is a trial that did not end."""
     try:
         return _TRIAL.validate_json(path.read_text(encoding="utf-8"))

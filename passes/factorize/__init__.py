@@ -28,7 +28,7 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.passes.factorize import candidates, chains, fit
 from onnxslim.passes.factorize.candidates import Factoring, LayerOptions, Unit
-from onnxslim.passes.factorize.fit import Fitted, Goals
+from onnxslim.passes.factorize.fit import FactorGoals, Fitted
 from onnxslim.passes.factorize.gate import SpeedGate
 from onnxslim.passes.factorize.layers import Whole
 from onnxslim.passes.factorize.plan import FactorizationPlan
@@ -443,7 +443,7 @@ class _Work:
         goals = None
         if data is not None:
             seen = [entry.layer for entry, _ in picks if fit.observable(entry.layer)]
-            goals = fit.Goals(teacher, data, seen, self._ctx.target)
+            goals = fit.FactorGoals(teacher, data, seen, self._ctx.target)
         for index, (entry, pick) in enumerate(picks):
             layer = entry.layer
             fitted = self._fitted(model, layer, pick, goals)
@@ -471,7 +471,7 @@ class _Work:
         )
 
     @staticmethod
-    def _fitted(model: Model, layer: Whole, pick: Factoring, goals: Goals | None) -> Fitted:
+    def _fitted(model: Model, layer: Whole, pick: Factoring, goals: FactorGoals | None) -> Fitted:
         if goals is None or not fit.observable(layer):
             return fit.fit(layer, pick.scheme, pick.ranks)
         return fit.fit_moved(layer, pick.scheme, pick.ranks, *fit.against(model, goals, layer))

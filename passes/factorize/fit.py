@@ -78,7 +78,7 @@ def _portions(layers: Sequence[Whole], bytes_of: Callable[[Whole], int]) -> Iter
         yield portion
 
 
-class Goals:
+class FactorGoals:
     """What layers are to make: their outputs in another model, at the positions that moments are taken of.
 
     Args:
@@ -115,7 +115,7 @@ class Goals:
                 self._known[layer.output].append(layer.view.results(batch.values[layer.output], at))
 
 
-def against(student: Model, goals: Goals, layer: Whole) -> tuple[Gram, Gram]:
+def against(student: Model, goals: FactorGoals, layer: Whole) -> tuple[Gram, Gram]:
     """Moments of what a layer reads in one model and what it is to make.
 
     Args:

@@ -9,7 +9,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.samples import GROUP, Samples
 from onnxslim.engine.base import Pass
 from onnxslim.engine.pipeline import Pipeline
-from onnxslim.errors import CalibrationError
+from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.passes.factorize import Factorize
@@ -160,3 +160,38 @@ def test_passes_keep_accuracy_by_labels_and_the_report_has_that_of_samples_held_
     assert once.accuracy[1] == once.agreement
     assert both.accuracy[1] == both.agreement != 1
     assert "with accuracy 100.00 % → " in str(both)
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_a_share_that_is_asked_for_is_held_out_whole_and_in_halves(size: int) -> None:
+    many = normal(400, 4, 6, 6, seed=2)
+    wanted = Samples(grouped(size, images=many), net(), hold_out=0.25)
+    held = numbers(wanted.held, many)
+    assert len(held) == 100
+    assert wanted.halves is not None
+    choose, judge = (numbers(half.data, many) for half in wanted.halves)
+    assert (len(choose), len(judge)) == (50, 50)
+    assert sorted(choose + judge) == held
+    assert sorted(numbers(wanted.seen, many) + held) == list(range(400))
+    assert Samples(grouped(size, images=many), net(), holding=False, hold_out=0.25).halves is None
+
+
+def test_batches_that_are_left_whole_are_held_out_in_halves_with_their_labels() -> None:
+    """The mean over the batch ties its samples."""
+    tied = parse("g (float[N,4] x) => (float[N,4] y) { m = ReduceMean<axes=[0]>(x) y = Sub(x, m) }", opset=13)
+    batches = [{"x": normal(4, 4, seed=seed)} for seed in range(16)]
+    samples = Samples(CalibrationData(batches), tied, labels=np.arange(64), hold_out=0.25)
+    assert samples.halves is not None
+    first, second = samples.halves
+    for part in (first, second):
+        assert part.labels is not None
+        assert part.data.count() == 2
+        for feeds, labels in zip(part.data, part.labels.reshape(2, 4), strict=True):
+            assert np.array_equal(feeds["x"], batches[labels[0] // 4]["x"])
+    assert not {*first.labels.tolist()} & {*second.labels.tolist()}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -1.0])
+def test_a_share_to_hold_out_is_one(share: float) -> None:
+    with pytest.raises(UsageError, match="hold_out is a share between 0 and 1"):
+        Pipeline(Half())(net(), data=grouped(8), hold_out=share)

@@ -375,7 +375,7 @@ def test_goals_are_the_outputs_of_the_teacher_however_many_are_seen_together(
     layers, _ = layers_of(student, {"x": (8, 4)}, (), Log())
     data = Samples(CalibrationData([{"x": normal(8, 4, seed=seed)} for seed in range(12)]), teacher)
     monkeypatch.setattr(fit, "MAX_BYTES", limit)
-    goals = fit.Goals(teacher, data, layers, Target.cpu(1))
+    goals = fit.FactorGoals(teacher, data, layers, Target.cpu(1))
     for layer in layers:
         seen, _ = fit.against(student, goals, layer)
         (_, own), *_ = fit.moments(teacher, data.fit, [layer], Target.cpu(1), None)

@@ -17,7 +17,7 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.recipes.recipe import Recipe
 from onnxslim.runtime.metric import Run
-from onnxslim.search import Goals, SearchResult, Trial, optimize, trials_in
+from onnxslim.search import Goals, SearchResult, SearchTrial, optimize, trials_in
 from onnxslim.validation.certificate import content_sha256
 from onnxslim.validation.compare import validate
 from tests.helpers import normal, parse
@@ -85,7 +85,7 @@ def test_a_search_goes_on_from_what_is_kept(
     net: Model, data: Mapping[str, Array], kept: tuple[Path, SearchResult]
 ) -> None:
     work, first = kept
-    made: list[Trial] = []
+    made: list[SearchTrial] = []
     again = optimize(
         net,
         data,
@@ -155,7 +155,7 @@ def _raising(run: Run) -> float:
 
 
 def test_wrong_inputs_are_told_before_any_trial(net: Model, data: Mapping[str, Array]) -> None:
-    def refuse(trial: Trial) -> None:
+    def refuse(trial: SearchTrial) -> None:
         pytest.fail("a trial was made")
 
     with pytest.raises(CalibrationError, match="needs data"):

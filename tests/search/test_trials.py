@@ -13,16 +13,16 @@ from onnxslim.passes.prune import Prune, PruningPlan
 from onnxslim.passes.slim import Slim
 from onnxslim.recipes.recipe import Recipe
 from onnxslim.search.goals import TrialFigures
-from onnxslim.search.trials import RECIPE, TRIAL, Ledger, Trial, trials_in
+from onnxslim.search.trials import RECIPE, TRIAL, Ledger, SearchTrial, trials_in
 
 FIGURES = TrialFigures(np.inf, None, (0.9, 0.8), None, 0.3, 0.25, None, 1.0)
-TRIAL_MADE = Trial("k" * 32, "half of it", 0.5, "int8", FIGURES)
+TRIAL_MADE = SearchTrial("k" * 32, "half of it", 0.5, "int8", FIGURES)
 PLAN = PruningPlan((), ())
 
 
 def test_what_is_kept_is_read_back_by_another_search(tmp_path: Path) -> None:
     first = Ledger(tmp_path / "new" / "work", {"model": "a"})
-    failed = Trial("f" * 32, "other", 1.0, "half", None, "it cannot be had")
+    failed = SearchTrial("f" * 32, "other", 1.0, "half", None, "it cannot be had")
     for trial in (TRIAL_MADE, failed):
         first.prepare(trial.key, Recipe(passes=(Slim(), Prune(plan=PLAN))))
         first.add(trial)
@@ -40,7 +40,7 @@ def test_in_memory_nothing_is_written(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     ledger = Ledger(None, {})
     ledger.prepare("a", Recipe(passes=(Slim(),)))
-    ledger.add(Trial("a", "", 1.0, "float"))
+    ledger.add(SearchTrial("a", "", 1.0, "float"))
     assert ledger.known("a") is not None
     assert ledger.recipe("a").passes == (Slim(),)
     assert list(tmp_path.iterdir()) == []
