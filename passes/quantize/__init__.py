@@ -62,6 +62,9 @@ ENOUGH_BY_EFFORT: Mapping[Effort, float] = {"quick": -math.inf, "normal": ENOUGH
 # In dB: what lacks more is not tried with better integers of eight bits before layers are left out of
 # integers: they have brought 5 dB at most (benchmarks/README.md, Speed).
 FAR = 10.0
+# Where weights have less than this part in all the noise, better integers of them are not looked for: what
+# they would bring at the best is less than chance (benchmarks/README.md, Speed).
+PART = 1 / 3
 WORK: Mapping[Effort, PassWork] = {
     "quick": PassWork(0.3, 2e-3, 15.0, 1e-7),
     "normal": PassWork(0.3, 5e-3, 60.0, 5e-7),
@@ -434,6 +437,9 @@ class Quantize(Pass):
         """
         if not self._rounds(trial, search) or self._is_far(trial, goal):
             return trial
+        weighed = search.step("better integers of weights", 0.0, lambda: self._weighed(search, trial))
+        if weighed < PART:
+            return trial
         fitted = trial
         if self.sequential:
             fitted = search.step("weights fitted in turn", trial, lambda: search.fitted(trial))
@@ -488,8 +494,16 @@ class Quantize(Pass):
 
     def _is_far(self, trial: Trial, goal: TrialGoal) -> bool:
         """Whether better integers of weights would not do: what activations lose has to be got back first."""
-        searched = self.effort == "normal" and self.algorithm == "auto"
-        return searched and self._way.calibrated and self.weights == "int8" and goal.missing(trial) > FAR
+        return self._saves and self.weights == "int8" and goal.missing(trial) > FAR
+
+    def _weighed(self, search: Search, trial: Trial) -> float:
+        """The part that weights have in all the noise; all, where better integers are looked for anyway."""
+        return search.weights(trial) if self._saves else 1.0
+
+    @property
+    def _saves(self) -> bool:
+        """Whether better integers of weights are looked for only where they may help."""
+        return self.effort == "normal" and self.algorithm == "auto" and self._way.calibrated
 
     def _without_worst(
         self, search: Search, trial: Trial, fitted: Trial, goal: TrialGoal
@@ -506,7 +520,7 @@ class Quantize(Pass):
         best = fitted
         if not goal.met(fitted):
             found = trial
-            if self._way.calibrated and self.observer == "auto":
+            if self.effort == "thorough" and self._way.calibrated and self.observer == "auto":
                 found, layers = search.ranges(trial, layers)
                 if found is not trial:
                     fitted = max(fitted, self._refined(search, found, goal), key=lambda each: each.score.sqnr)

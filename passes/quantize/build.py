@@ -173,8 +173,7 @@ class Builder:
         """
         if self._trained or not self.strategy.fits_in_turn:
             return None
-        student, log = self.model.copy(), Log()
-        plan = self._plan(student, variant, log)
+        student, plan = self._student(variant)
         known = {tensor.name for node in self.model.graph.nodes for tensor in node.outputs}
         held = self.strategy.held_back(variant)
         layers = [
@@ -183,9 +182,6 @@ class Builder:
             if len(node.inputs[1].outputs) == 1 and node.inputs[1].name not in self._settings.ties
         ]
         stored = {node.inputs[1].name for node in plan.stored}
-        if self.strategy.calibrated:
-            inserter = Inserter(student, plan, self.ctx.target.layout, log, self._coder.encoder())
-            inserter.apply(self._calibration.ranges(plan, variant), True, activations_only=True)
         found = [tensor.name for tensor in layers if tensor.name in known]
         if not found or not self._settings.per_channel:
             return None
@@ -209,6 +205,19 @@ class Builder:
         made.is_equalized = self.is_equalized
         made.fitted_without = tuple(sorted(self.strategy.held_back(variant)))
         return made
+
+    def in_floats(self, variant: Variant) -> Model:
+        """A candidate whose activations alone are integers: what better integers of weights come close to."""
+        return self._student(variant)[0]
+
+    def _student(self, variant: Variant) -> tuple[Model, Plan]:
+        """A candidate with its weights as they are, and the plan of it."""
+        student, log = self.model.copy(), Log()
+        plan = self._plan(student, variant, log)
+        if self.strategy.calibrated:
+            inserter = Inserter(student, plan, self.ctx.target.layout, log, self._coder.encoder())
+            inserter.apply(self._calibration.ranges(plan, variant), True, activations_only=True)
+        return student, plan
 
     def onward(self) -> Onward | None:
         """What runs candidates from where they begin to differ; None where tensors cannot be kept."""

@@ -17,7 +17,7 @@ from typing import TypeVar
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import FAILED, Judge, Score
 from onnxslim.calibration.noise import decibels_of
-from onnxslim.engine.allocate import Additive, allocate, fewest, settled
+from onnxslim.engine.allocate import Additive, allocate, fewest
 from onnxslim.engine.base import Log
 from onnxslim.errors import LoadError, TimeUp
 from onnxslim.ir.graph import Constant, Dim, Node
@@ -51,6 +51,8 @@ RANKING = 8
 FASTER = 0.97
 # Of the layers kept out of integers, how many of the largest are tried in integers again.
 SPARED = 16
+# How many candidates that takes at the most.
+TRIES = 4
 # Of the noise that a layer is expected to add in integers again, the part that has to fit in what the goal
 # leaves for it to be tried. Not tuned: noise of layers adds up almost exactly (decision 29).
 SURE = 0.25
@@ -170,6 +172,15 @@ class Search:
     def rounding(self, trial: Trial) -> Trial:
         """The same with weights rounded by what their layers see, if that does better as a whole."""
         return _better(trial, self.attempt(replace(trial.variant, refined=True), trial.build))
+
+    def weights(self, trial: Trial) -> float:
+        """The part that integers of weights have in all the noise: better ones take back no more."""
+        self._announce(trial.build)
+        try:
+            without = self._judge(trial.build.in_floats(trial.variant)).noise
+        except LoadError:
+            return 1.0
+        return 1.0 - without / max(trial.score.noise, _TINY)
 
     def fitted(self, trial: Trial) -> Trial:
         """The same with weights fitted to the quantized inputs of their layers, if that does better."""
@@ -369,26 +380,46 @@ class Search:
     def _spared(self, trial: Trial, goal: TrialGoal, noises: Mapping[str, float]) -> Trial:
         """The same with the largest of the kept layers back in integers, where the goal allows it.
 
+        The quietest half of them goes back first, and half as many of the others; where that is too many,
+        half of these. Every try chooses by the same few samples, so that many would choose by chance.
+
         Args:
             trial: with some layers more exact than the others.
             goal: what is to be kept.
             noises: what layers add at least, by label; those that then miss the goal are not tried.
         """
-        build = trial.build
+        build, best, at = trial.build, trial, 0
         held_back, without = build.strategy.held_back, build.strategy.without
         sizes = {node.label: _size(node) for node in build.model.graph.nodes if len(node.inputs) > 1}
-        largest = sorted(held_back(trial.variant), key=lambda each: -sizes.get(each, 0))[:SPARED]
+        order = self._quietest(trial, goal, noises, sizes)
+        size = SPARED // 2
+        while size > 1 and size >= len(order):
+            size //= 2
+        for _ in range(TRIES if goal.met(trial) else 0):
+            if not (part := order[at : at + size]):
+                break
+            left = {each: why for each, why in held_back(best.variant).items() if each not in part}
+            found = self.attempt(without(best.variant, left), build)
+            met = goal.met(found)
+            best = found if met else best
+            at += size if met or size == 1 else 0
+            size = max(size // 2, 1)
+        return best
 
-        def back(found: Trial, label: str) -> Trial:
-            left = {each: why for each, why in held_back(found.variant).items() if each != label}
-            return self.attempt(without(found.variant, left), build)
+    @staticmethod
+    def _quietest(
+        trial: Trial, goal: TrialGoal, noises: Mapping[str, float], sizes: Mapping[str, int]
+    ) -> list[str]:
+        """The largest of the kept layers that may be in integers again, in the order of noise per byte."""
 
-        def may_go(found: Trial, label: str) -> bool:
-            expected = -decibels_of(max(found.score.noise + noises.get(label, 0.0), _TINY))
-            foreseen = replace(found, score=replace(found.score, sqnr=expected))
-            return goal.missing(foreseen) <= goal.missing(found)
+        def may_go(label: str) -> bool:
+            expected = -decibels_of(max(trial.score.noise + noises.get(label, 0.0), _TINY))
+            foreseen = replace(trial, score=replace(trial.score, sqnr=expected))
+            return goal.missing(foreseen) <= goal.missing(trial)
 
-        return settled(trial, goal.met, lambda found: [each for each in largest if may_go(found, each)], back)
+        held = trial.build.strategy.held_back(trial.variant)
+        largest = sorted(filter(may_go, held), key=lambda each: -sizes.get(each, 0))[:SPARED]
+        return sorted(largest, key=lambda each: noises.get(each, 0.0) / max(sizes.get(each, 0), 1))
 
 
 def stored(model: Model) -> int:

@@ -13,7 +13,7 @@ from onnxslim.calibration.fidelity import Score
 from onnxslim.engine.base import Log
 from onnxslim.engine.demands import STEP
 from onnxslim.passes.quantize.choices import Variant
-from onnxslim.passes.quantize.search import ENOUGH, FASTER, HARMLESS, MARGIN, OBSERVERS, Search
+from onnxslim.passes.quantize.search import ENOUGH, FASTER, HARMLESS, MARGIN, OBSERVERS, TRIES, Search
 
 
 def scored(sqnr: float) -> Score:
@@ -57,6 +57,9 @@ class Building:
     def fitted(self, variant: Variant) -> Building | None:
         return self.other
 
+    def in_floats(self, variant: Variant) -> Any:
+        return variant
+
     def absorb(self, data: Any) -> None:
         self.absorbed = True
 
@@ -99,6 +102,12 @@ def test_a_later_observer_has_to_be_clearly_better(simple: float, other: float, 
     trial = search.observer(Variant(), Building())
     assert trial.variant.observer == OBSERVERS[taken]
     assert trial.score.sqnr == (other if taken else simple)
+
+
+@pytest.mark.parametrize(("floats", "part"), [(20.0, 0.0), (23.0, 0.5), (30.0, 0.9)])
+def test_weights_have_the_part_in_the_noise_that_goes_with_them(floats: float, part: float) -> None:
+    search, _ = searching(20.0, floats)
+    assert search.weights(search.attempt(Variant(), Building())) == pytest.approx(part, abs=2e-3)
 
 
 def test_no_other_observer_is_tried_where_enough_is_kept() -> None:
@@ -171,8 +180,27 @@ def test_kept_layers_go_back_where_the_goal_allows_it() -> None:
     # Two layers are enough, one is not; put back in turn, the first does no harm and the second does.
     trial = search.attempt(Variant(), Building())
     found = search.keep(trial, _layers(worst=0.17, middle=0.146), Wanting(10.0))
-    assert found.variant.kept.keys() == {"middle"}
+    assert found.variant.kept.keys() == {"worst"}
     assert found.score.sqnr == 16.0
+
+
+@pytest.mark.parametrize(
+    ("scores", "back"),
+    [
+        ([24.0, 26.0, 24.0, 25.5, 30.0], "abd"),  # the four quietest, two of them, one more, and the next
+        ([26.0, 24.0, 25.5, 24.0, 30.0], "abcde"),  # four, one of the next two, not the other
+        ([26.0, 26.0, 26.0, 24.0], "abcdefg"),
+    ],
+)
+def test_kept_layers_go_back_by_halves_of_them(scores: list[float], back: str) -> None:
+    """The quietest first, at most as many times as it takes to halve them down to one."""
+    search, judge = searching(28.0, *scores, 30.0, 30.0)
+    held = dict.fromkeys("hgfedcba", "")
+    trial = search.attempt(Variant(kept=held), Building())
+    noises = {name: 1e-5 * (1 + place) for place, name in enumerate("abcdefgh")}
+    found = search._spared(trial, Wanting(25.0), noises)
+    assert held.keys() - found.variant.kept.keys() == set(back)
+    assert len(judge.scores) == len(scores) + 2 - TRIES
 
 
 @pytest.mark.parametrize(("everything", "tried"), [(10.0, 0), (25.0, 1)])

@@ -19,6 +19,8 @@ from onnxslim.ir.graph import Array, Constant, Node
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import Quantize, QuantizeFigures, calibrate, rounding, weights
 from onnxslim.passes.quantize.descent import Neighbours
+from onnxslim.passes.quantize.search import Search
+from onnxslim.passes.quantize.trial import Trial
 from onnxslim.runtime.metric import Metric, Run
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.session import Session
@@ -88,6 +90,30 @@ def test_the_layer_that_loses_most_is_kept_and_the_report_ranks_all(
     assert 0 < sum(row.kept for row in rows) < 3
     fresh = {"x": normal(16, 8, 6, 6, seed=99)}
     assert sqnr_of(model, kept, fresh) > max(sqnr_of(model, plain, fresh), 23)
+
+
+@pytest.mark.parametrize(
+    ("part", "effort", "tried"), [(0.3, "normal", 0), (0.4, "normal", 2), (0.3, "thorough", 2)]
+)
+def test_better_integers_of_weights_are_looked_for_where_these_make_the_noise(
+    chain: Model,
+    batches: list[dict[str, Array]],
+    monkeypatch: pytest.MonkeyPatch,
+    part: float,
+    effort: Effort,
+    tried: int,
+) -> None:
+    steps: list[Trial] = []
+
+    def step(self: Search, trial: Trial) -> Trial:
+        steps.append(trial)
+        return trial
+
+    monkeypatch.setattr(Search, "weights", lambda self, trial: part)
+    monkeypatch.setattr(Search, "fitted", step)
+    monkeypatch.setattr(Search, "rounding", step)
+    quantize(_with_outlier(chain), batches, equalization=False, require_sqnr=0, effort=effort)
+    assert len(steps) == tried
 
 
 def test_nothing_is_searched_where_enough_is_kept(chain: Model, batches: list[dict[str, Array]]) -> None:
