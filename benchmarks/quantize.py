@@ -4,9 +4,9 @@
     python benchmarks/quantize.py [--venvs FOLDER] [--tools TOOL ...] [MODEL ...]
 
 Every tool runs in a virtual environment of its own, made in FOLDER on the first run. 32 calibration samples
-and 64 others, from photographs, sentences and files (see models/inputs.py). A cell holds, in
-this order: SQNR of the outputs in dB, as ONNX Runtime runs the file; share of samples with the same largest
-output, for classifiers, or how well a search by embeddings finds what it should (task `docstrings`);
+and 64 others, from photographs, sentences and files (see models/inputs.py). A cell holds, in this order: SQNR
+of the outputs in dB, as ONNX Runtime runs the file; what it scores at its task, where there is one and its
+data was fetched (benchmarks/stage.py), or for classifiers the share of samples with the same largest output;
 size of the file and latency (one sample, one thread, all tools in turn) relative to the float model; CPU
 seconds and peak MB of the process that quantizes, imports included.
 """
@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,7 +31,17 @@ from benchmarks import common
 from benchmarks.real import agreement
 from onnxslim.calibration.noise import sqnr
 
+if TYPE_CHECKING:
+    from onnxslim.models.tasks import Task
+    from onnxslim.runtime.session import Session
+
 MODELS = ("efficientnet_lite0.dynamo", "ppocr_det", "minilm.dynamo", "magika")
+TASKS = {
+    "efficientnet_lite0.dynamo": "photographs",
+    "minilm.dynamo": "docstrings",
+    "magika": "files",
+    "ppocr_rec": "lines",
+}
 
 HEAD = """
 import pickle, sys
@@ -203,10 +213,10 @@ def measured(name: str, source: Path, made: dict[str, tuple[Path, Cell]]) -> dic
     from onnxslim.runtime.targets import Target
     from onnxslim.runtime.timing import latencies
 
-    target, feeds = Target.cpu(threads=1), zoo.inputs(name, 64, seed=1)
+    target, feeds, task = Target.cpu(threads=1), zoo.inputs(name, 64, seed=1), task_of(name)
     original = Session(source, target)
-    if name.startswith("minilm"):
-        print(f"{name}: float: {found_by(original, name)}", file=sys.stderr, flush=True)
+    if task:
+        print(f"{name}: float: {scores(task, original)}", file=sys.stderr, flush=True)
     expected = [original.run(batch) for batch in feeds]
     cells = {tool: cell for tool, (_, cell) in made.items()}
     sessions: dict[str, Session] = {}
@@ -221,9 +231,7 @@ def measured(name: str, source: Path, made: dict[str, tuple[Path, Cell]]) -> dic
             cells[tool] = Cell(problem=f"does not run: {str(error)[:50]}")
             continue
         size = path.stat().st_size / source.stat().st_size
-        same = agreement(name, expected, found)
-        if name.startswith("minilm"):
-            same = found_by(sessions[tool], name)
+        same = scores(task, sessions[tool]) if task else agreement(name, expected, found)
         cells[tool] = replace(cell, fidelity=sqnr(expected, found), agreement=same, size=size)
     _, ratios = latencies([original, *sessions.values()], feeds[0], rounds=40, seconds=30)
     return {
@@ -232,13 +240,18 @@ def measured(name: str, source: Path, made: dict[str, tuple[Path, Cell]]) -> dic
     }
 
 
-def found_by(session: Any, name: str) -> str:
-    """How well a search by a model finds docstrings."""
+def task_of(name: str) -> Task | None:
+    """What a model is for, if the data was fetched."""
     from onnxslim.models import tasks
 
-    task = tasks.create("docstrings", name)
-    scores = task.judge([session.run(feeds) for feeds in task.test()])
-    return ", ".join(f"{score.name} {score.value:.3f}" for score in scores)
+    found = tasks.create(TASKS[name], name) if name in TASKS else None
+    return None if found is None or found.missing() else found
+
+
+def scores(task: Task, session: Session) -> str:
+    """How good a model is at what it is for."""
+    found = task.judge([session.run(feeds) for feeds in task.test()])
+    return ", ".join(f"{score.name} {score.value:.3f}" for score in found)
 
 
 def main() -> None:

@@ -3,14 +3,16 @@
     python models/zoo.py fetch && python models/export.py     # once; the export needs PyTorch
     python models/stage.py fetch                       # once; needs apt-get with the lists of Debian 12
     python benchmarks/stage.py TASK [--model NAME] [-p PASS[:OPTION=VALUE,…] ...] [--chain "PASS PASS" ...]
-                                    [--file other.onnx ...] [--peer "ONNX Runtime, best practice" ...]
+                                    [--blind "PASS PASS" ...] [--file other.onnx ...]
+                                    [--peer "ONNX Runtime, best practice" ...]
 
-`-p`, repeated, is one chain; `--chain` are others, with spaces between passes. Peers are those of
-benchmarks/quantize.py, each in a virtual environment of its own. All are calibrated on the same samples of
-the task, which its test does not have, and scored in one run. Columns: each score in %, with its 95 %
-interval; in the first of them the change from the float model, pair by pair, with an interval of its own, in
-bold where 0 is not in it; SQNR of the outputs in dB; size of the file, of its download (deflate) and latency
-(first sample of the test, one thread, all in turn), relative to the float model; CPU seconds of making it.
+`-p`, repeated, is one chain; `--chain` are others, with spaces between passes; `--blind` those that get no
+data. Peers are those of benchmarks/quantize.py, each in a virtual environment of its own. Both have the
+same samples to calibrate on, none of which is in the test, and all are scored in one run. Columns: each
+score in %, with its 95 % interval; in the first of them the change from the float model, pair by pair, with
+an interval of its own, in bold where 0 is not in it; SQNR of the outputs in dB; size of the file, of its
+download (deflate) and latency (first sample of the test, one thread, all in turn), relative to the float
+model; CPU seconds of making it.
 """
 
 from __future__ import annotations
@@ -66,9 +68,9 @@ def entrants(task: Task, given: argparse.Namespace, folder: Path) -> Iterator[En
     """The float model, then what chains and peers make of it, then other files."""
     yield Entrant("float", task.path())
     samples = task.calibration(given.samples)
-    chains = [given.passes, *(text.split() for text in given.chain)]
-    for number, chain in enumerate(filter(None, chains)):
-        yield chained(task, chain, samples, folder / f"chain{number}.onnx")
+    for number, chain in enumerate(filter(None, [" ".join(given.passes), *given.chain, *given.blind])):
+        data = None if chain in given.blind else CalibrationData(samples)
+        yield chained(task, chain, data, folder / f"chain{number}.onnx")
     feeds = folder / "samples.pickle"
     feeds.write_bytes(pickle.dumps(samples))
     for number, tool in enumerate(given.peer):
@@ -78,16 +80,15 @@ def entrants(task: Task, given: argparse.Namespace, folder: Path) -> Iterator[En
         made = quantize(python, TOOLS[tool], task.path(), path, feeds)
         yield Entrant(tool, path, made.seconds, made.problem)
     for file in given.file:
-        yield Entrant(file.name, file)
+        yield Entrant(str(file), file)
 
 
-def chained(task: Task, chain: Sequence[str], samples: list[Any], path: Path) -> Entrant:
-    """Run passes; without calibration data where none of them is fitted to it."""
-    run, start = [passes.parse(word) for word in chain], time.process_time()
-    data = CalibrationData(samples) if any(each.needs_data for each in run) else None
+def chained(task: Task, chain: str, data: CalibrationData | None, path: Path) -> Entrant:
+    """Run passes on the float model."""
+    run, start = [passes.parse(word) for word in chain.split()], time.process_time()
     result = Pipeline(*run, on_error="raise")(load(task.path()), data=data)
     result.save(path)
-    return Entrant(" ".join(chain), path, time.process_time() - start)
+    return Entrant(chain if data else f"{chain} (no data)", path, time.process_time() - start)
 
 
 def scored(task: Task, found: Sequence[Entrant]) -> dict[str, Scored | str]:
@@ -152,6 +153,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="", help="of the zoo; by default the task's first")
     parser.add_argument("-p", "--pass", dest="passes", action="append", default=[], metavar="PASS")
     parser.add_argument("--chain", action="append", default=[], metavar='"PASS PASS"')
+    parser.add_argument("--blind", action="append", default=[], metavar='"PASS PASS"')
     parser.add_argument("--file", action="append", default=[], type=Path)
     parser.add_argument("--peer", action="append", default=[], choices=sorted(TOOLS))
     parser.add_argument("--samples", type=int, default=128, help="to calibrate on (128)")

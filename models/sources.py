@@ -147,13 +147,14 @@ class CutZip:
 
 def _downloaded(command: list[str], folder: Path, pattern: str) -> Path:
     """The one file that a client puts into a folder."""
-    what = f"{Path(command[0]).name} could not download {command[-1]}"
-    if command[0] != sys.executable and not shutil.which(command[0]):
-        raise RuntimeError(f"{command[-1]} is fetched by {command[0]}, which is not installed here")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    client, *words = command
+    if not (program := shutil.which(client)):
+        raise RuntimeError(f"{words[-1]} is fetched by {client}, which is not installed here")
+    done = subprocess.run([program, *words], capture_output=True, text=True, cwd=folder)
     found = list(folder.glob(pattern))
     if done.returncode or len(found) != 1:
-        raise RuntimeError(f"{what}: {(done.stderr.strip().splitlines() or ['no such file came'])[-1]}")
+        reason = (done.stderr.strip().splitlines() or ["no such file came"])[-1]
+        raise RuntimeError(f"{Path(client).name} could not download {words[-1]}: {reason}")
     return found[0]
 
 
