@@ -71,3 +71,20 @@ def test_the_command_is_the_one_in_the_package() -> None:
     from onnxslim.cli import main
 
     assert PROJECT["project"]["scripts"] == {"onnxslim": f"{main.__module__}:{main.__name__}"}
+
+
+def test_the_source_distribution_has_what_the_repository_has() -> None:
+    """What setuptools takes by itself, and what MANIFEST.in adds."""
+    lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()]
+    added = {name for verb, *names in lines if verb in ("graft", "include") for name in names}
+    assert all((ROOT / name).exists() for name in added), "all of it is there"
+    alone = {"onnxslim", *LINKED, "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"}
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and list(path.rglob("*.py"))}
+    left = {name for name in folders if not name.startswith(".")} - alone - added - {"build", "dist"}
+    assert left == set()
+    assert {path.name for path in ROOT.glob("*.md")} <= alone | added
+
+
+def test_citations_name_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.+)$", text, re.MULTILINE) == [PROJECT["project"]["version"]]
