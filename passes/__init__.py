@@ -20,6 +20,7 @@ from onnxslim.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from onnxslim.engine.base import Pass
+    from onnxslim.passes.cheapen import Cheapen
     from onnxslim.passes.cluster import Cluster
     from onnxslim.passes.dead import Dead
     from onnxslim.passes.dedupe import Dedupe
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from onnxslim.passes.unfuse import Unfuse
 
 __all__ = [
+    "Cheapen",
     "Cluster",
     "Dead",
     "Dedupe",
@@ -77,6 +79,7 @@ REGISTRY: tuple[tuple[str, str], ...] = (
     ("dead", "Dead"),
     ("prune", "Prune"),
     ("factorize", "Factorize"),
+    ("cheapen", "Cheapen"),
     ("quantize", "Quantize"),
     ("cluster", "Cluster"),
     ("sparsify", "Sparsify"),

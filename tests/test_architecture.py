@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 # The floors inside the room of the passes.
 PASSES: tuple[tuple[str, ...], ...] = (
     ("sparsify",),
-    ("cluster",),
+    ("cheapen", "cluster"),
     ("factorize", "quantize", "prune"),
     ("repair", "half", "slim"),
     ("fuse", "legalize"),

@@ -23,7 +23,7 @@ from tests.structure import Product, room
 NAMES = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain}
 NAMES |= {op for _, op in REGISTRY}
 # Calls that make nodes of an operator.
-MAKERS = ("Node", "add", "replace_node", "_add", "Found", "get_schema")
+MAKERS = ("Node", "add", "replace_node", "_add", "Found", "get_schema", "term")
 MATCHED, MADE = ("ops", "matches", "MATCHES"), ("makes", "needs", "MAKES")
 PRODUCT = Product.of(ROOT)
 MODULES = sorted(name for name in PRODUCT.modules if room(name) != "ops")
