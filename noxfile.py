@@ -60,6 +60,13 @@ def wheel(session: nox.Session) -> None:
     session.run("onnxslim", "demo", "--model", "all")
 
 
+@nox.session
+def train(session: nox.Session) -> None:
+    """What learns, with PyTorch; words after `--` go to pytest."""
+    session.install("-e", ".[cpu,train,test,zoo]")
+    session.run("pytest", "-m", "train", "tests/learn", "tests/passes/test_distill.py", *session.posargs)
+
+
 def _required(session: nox.Session, provider: str) -> None:
     """Fail where the wheel does not bring what the session is about, instead of skipping every test."""
     code = f"import onnxruntime; assert {provider!r} in onnxruntime.get_available_providers()"

@@ -32,6 +32,9 @@ SAMPLES = 64
 # The part of all samples to choose by, and to hold out. Those to choose by are fitted on as well in the end;
 # what is held out is lost for that: of 64 images an eighth costs a pruned ResNet 0.6 dB (decision 61).
 TUNE, HELD = 1 / 4, 1 / 16
+# The part to choose among states of weights by while they are learnt, where a pass does that, and the most of
+# them: what layers were fitted to in closed form, or chosen by, looks better than it is (decision 90).
+FRESH, MOST_FRESH = 1 / 8, 512
 # Fewer samples than these say too little to be worth what they are missed for.
 LEAST_TUNED, LEAST_HELD = 4, 8
 # Samples that a model is run on at a time, and bytes of their inputs and outputs, at most.
@@ -68,6 +71,8 @@ class _Parts(NamedTuple):
     tune: Subset
     held: Subset | None
     halves: tuple[Subset, Subset] | None
+    fresh: Subset | None
+    apart: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +92,7 @@ class Samples:
         holding: whether some are held out, if there are enough.
         hold_out: the share of them; by default at most `SAMPLES`.
         test: other samples, to judge results by; none of the data are held out then.
+        learning: whether some are set aside for passes that learn, if there are enough.
 
     Raises:
         CalibrationError: when split: the data does not fit the model, or there is none, or there are more or
@@ -101,6 +107,7 @@ class Samples:
     holding: bool = True
     test: Subset | None = None
     hold_out: float = HELD
+    learning: bool = False
 
     @property
     def fit(self) -> CalibrationData:
@@ -116,6 +123,25 @@ class Samples:
     def held(self) -> CalibrationData | None:
         """Samples to judge results by, which no pass may fit on or choose by; None if there are too few."""
         return self._parts.held.data if self._parts.held else None
+
+    @property
+    def fresh(self) -> CalibrationData | None:
+        """Samples to choose among states of weights by, which nothing else fits on or chooses by.
+
+        None where no pass learns, or there are too few.
+        """
+        return self._parts.fresh.data if self._parts.fresh else None
+
+    @property
+    def labelled(self) -> tuple[Array | None, Array | None]:
+        """The class of every sample in `seen`, and of every fresh one; None where nobody said."""
+        fresh = self._parts.fresh
+        return self._seen.labels, fresh.labels if fresh else None
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether the model computes every sample by itself."""
+        return self._parts.apart
 
     @property
     def judged(self) -> Subset:
@@ -153,7 +179,7 @@ class Samples:
     @cached_property
     def apart(self) -> Samples:
         """Those to fit on, split again: whatever is made with these can be judged by those to choose by."""
-        return replace(self, data=self.fit, labels=None, holding=False, test=None)
+        return replace(self, data=self.fit, labels=None, holding=False, test=None, learning=False)
 
     @property
     def metric(self) -> Metric | None:
@@ -184,6 +210,8 @@ class Samples:
         most_held = SAMPLES if self.hold_out == HELD else total * each
         held_out = _spread(np.arange(total), count(part_held, LEAST_HELD, most_held), random)
         left = np.setdiff1d(np.arange(total), held_out)
+        new = _spread(left, count(FRESH if self.learning else 0.0, LEAST_HELD, MOST_FRESH), random)
+        left = np.setdiff1d(left, new)
         chosen_by = _spread(left, count(TUNE, LEAST_TUNED), random)
 
         def part(numbers: NDArray[np.intp]) -> Subset:
@@ -194,7 +222,8 @@ class Samples:
         fit = part(np.setdiff1d(left, chosen_by))
         held = part(held_out) if held_out.size else self._test()
         halves = (part(held_out[::2]), part(held_out[1::2])) if held_out.size > 1 else None
-        return _Parts(fit, part(chosen_by) if chosen_by.size else fit, held, halves)
+        fresh = part(new) if new.size else None
+        return _Parts(fit, part(chosen_by) if chosen_by.size else fit, held, halves, fresh, bool(size))
 
     def _test(self) -> Subset | None:
         """The other samples, as the model takes them."""

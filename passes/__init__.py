@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onnxslim.passes.cluster import Cluster
     from onnxslim.passes.dead import Dead
     from onnxslim.passes.dedupe import Dedupe
+    from onnxslim.passes.distill import Distill
     from onnxslim.passes.eliminate import Eliminate
     from onnxslim.passes.extract import Extract
     from onnxslim.passes.factorize import Factorize
@@ -45,6 +46,7 @@ __all__ = [
     "Cluster",
     "Dead",
     "Dedupe",
+    "Distill",
     "Eliminate",
     "Extract",
     "Factorize",
@@ -84,6 +86,7 @@ REGISTRY: tuple[tuple[str, str], ...] = (
     ("cluster", "Cluster"),
     ("sparsify", "Sparsify"),
     ("half", "Half"),
+    ("distill", "Distill"),
     ("extract", "Extract"),
     ("shapes", "FixShapes"),
     ("single", "Single"),

@@ -216,6 +216,7 @@ _SUMMARIES = {
     "factorize": "Replace large layers by products of smaller ones.",
     "cluster": "Store weights as codes of a few bits into tables.\n\nThey are fitted to --data.",
     "sparsify": "Make weights zero.\n\nThe others are fitted to --data to make up for them.",
+    "distill": "Learn weights from what the original, or --teacher, makes of --data.\n\nNeeds PyTorch.",
     "half": "Compute in half precision where the ranges of --data allow it.",
     "inline": "Replace calls of the model's own functions by what these do.",
     "unfuse": "Write ONNX Runtime's own operators in standard ones.",

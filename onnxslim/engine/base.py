@@ -191,6 +191,8 @@ class Context:
         metric: how good a model is, for passes that are to keep that; None if nobody said.
         judge: what a model keeps of the outputs of the one that came in, on samples that no pass has seen
             where there are such; for reports, not to choose by.
+        teacher: the model that came in, or what it was since its interface last changed; None outside a
+            pipeline.
     """
 
     target: Target = field(default_factory=Target.cpu)
@@ -201,6 +203,7 @@ class Context:
     sample: Mapping[str, Array] | None = None
     metric: Metric | None = None
     judge: Callable[[Model], Kept | None] = lambda _: None
+    teacher: Model | None = None
 
     def one_run(self) -> Mapping[str, Array] | None:
         """Inputs of one run, those of the check or else the first batch; None if there are neither."""
@@ -224,12 +227,14 @@ class PassWork:
         per_node: seconds for every node.
         runs: of the model on all samples that take as long.
         per_parameter: seconds for every parameter, with data.
+        samples: runs of the model on one sample, however many there are.
     """
 
     seconds: float = 0.0
     per_node: float = 0.0
     runs: float = 0.0
     per_parameter: float = 0.0
+    samples: float = 0.0
 
 
 class Pass:
@@ -271,6 +276,14 @@ class Pass:
     def needs_data(self) -> bool:
         """Whether, with these options, it cannot do without calibration data."""
         return False
+
+    @property
+    def learns(self) -> bool:
+        """Whether, with these options, it chooses among states by samples that no other pass sees."""
+        return False
+
+    def require_installed(self) -> None:
+        """Raise UsageError if it takes something that is not installed; called before any work."""
 
     def require_data(self, data: object) -> None:
         """Raise CalibrationError if there is no data and it cannot do without."""

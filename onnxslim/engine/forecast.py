@@ -45,7 +45,7 @@ class Forecast:
             target: where it runs.
         """
         per_sample, samples = 0.0, 0
-        if data is not None and any(each.work.runs for each in passes):
+        if data is not None and any(each.work.runs + each.work.samples for each in passes):
             try:
                 per_sample, samples = _seconds_per_sample(model, data, target), data.samples()
             except OnnxSlimError:
@@ -66,7 +66,7 @@ def _seconds(passes: Sequence[Pass], model: Model, per_sample: float, samples: i
         yield (
             work.seconds
             + work.per_node * stats.nodes
-            + work.runs * samples * per_sample
+            + (work.runs * samples + work.samples) * per_sample
             + (work.per_parameter * stats.parameters if samples else 0.0)
         )
 

@@ -235,7 +235,8 @@ class Pipeline:
                 `test`; by default a sixteenth, at most 64 of them.
 
         Raises:
-            UsageError: there is no input of that name, or it has other axes; there is test data alone.
+            UsageError: there is no input of that name, or it has other axes; there is test data alone; a pass
+                takes something that is not installed.
             LoadError, TargetError: the model or the target is none, or the model is tied to one machine.
             PassError: when a pass fails that prepares the model; with on_error="raise", when any fails or
                 breaks the model.
@@ -243,6 +244,8 @@ class Pipeline:
         """
         if data is None and test is not None:
             raise UsageError("test data says nothing without data: give both, or data alone")
+        for each in self.passes:
+            each.require_installed()
         model = load(model)
         _require_unbound(model)
         if not 0 < hold_out < 1:
@@ -282,8 +285,11 @@ class _Given(NamedTuple):
     input_shapes: InputShapes
     hold_out: float
 
-    def samples(self, model: Model, ctx: Context) -> Samples | None:
+    def samples(self, model: Model, ctx: Context, learning: bool) -> Samples | None:
         """The data for a model, to be split; None if there is none.
+
+        Args:
+            learning: whether a pass learns.
 
         Raises:
             CalibrationError: the data does not fit the model.
@@ -296,7 +302,16 @@ class _Given(NamedTuple):
         test = None
         if self.test is not None:
             test = Subset(CalibrationData.of(self.test, specs, name="test data"), self.test_labels)
-        return Samples(bound, model, ctx.target, ctx.seed, self.labels, test=test, hold_out=self.hold_out)
+        return Samples(
+            bound,
+            model,
+            ctx.target,
+            ctx.seed,
+            self.labels,
+            test=test,
+            hold_out=self.hold_out,
+            learning=learning,
+        )
 
 
 class _PipelineRun:
@@ -361,7 +376,8 @@ class _PipelineRun:
         if self._ground is not None:
             return
         if self._ctx.data is None:
-            samples = self._given.samples(self._model, self._ctx)
+            learning = any(each.learns for each in self._pipeline.passes)
+            samples = self._given.samples(self._model, self._ctx, learning)
             metric = self._ctx.metric or (samples.metric if samples is not None else None)
             self._ctx = replace(self._ctx, data=samples, metric=metric)
         count, shapes = self._pipeline.count, self._given.input_shapes
@@ -439,7 +455,7 @@ class _Ground:
         self.checker = Checker(model, ctx.target, first, notes, specs)
         feeds = self.checker.feeds
         self.judge = OutputJudge(model, ctx.target, ctx.data, feeds)
-        self.ctx = replace(ctx, sample=feeds[-1] if feeds else None, judge=self.judge)
+        self.ctx = replace(ctx, sample=feeds[-1] if feeds else None, judge=self.judge, teacher=model)
         self._model = model
         fed = {name: array.shape for name, array in feeds[0].items()} if feeds else {}
         self._shapes = one_sample(declared, specs, fed)

@@ -57,6 +57,26 @@ def test_a_sample_is_in_one_part_however_samples_are_grouped(size: int, lazy: bo
     assert max(len(feeds["x"]) for feeds in found.fit) == GROUP
 
 
+def test_passes_that_learn_have_samples_that_nobody_else_sees() -> None:
+    labels = np.arange(128)
+    learning = Samples(grouped(8), net(), labels=labels, learning=True)
+    plain = Samples(grouped(8), net(), labels=labels)
+    assert plain.fresh is None
+    assert learning.fresh is not None
+    assert learning.held is not None
+    assert numbers(learning.held) == numbers(plain.held)
+    assert sorted(numbers(learning.seen) + numbers(learning.held) + numbers(learning.fresh)) == list(
+        range(128)
+    )
+    assert [learning.fresh.samples(), learning.by_sample] == [16, True]
+    assert [each.tolist() for each in learning.labelled if each is not None] == [
+        numbers(learning.seen),
+        numbers(learning.fresh),
+    ]
+    few = Samples(grouped(8, images=IMAGES[:56]), net(), learning=True)
+    assert few.fresh is None
+
+
 def test_a_seed_makes_the_split() -> None:
     splits = [numbers(Samples(grouped(8), net(), seed=seed).tune) for seed in (0, 0, 1)]
     assert splits[0] == splits[1] != splits[2]

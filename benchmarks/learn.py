@@ -1,0 +1,232 @@
+"""Learning with PyTorch: what can be computed, what distilling is worth, and what a step costs.
+
+    pip install -e '.[train]' && apt-get install dataset-fashion-mnist
+    python benchmarks/learn.py coverage [NAME ...]
+    python benchmarks/learn.py distill [NET ...] [--images 10000] [--steps 300] [--seeds 3]
+    python benchmarks/learn.py speed [NET ...]
+
+coverage: every model of the zoo, the bundled networks and the exports of `benchmarks/architectures.py` that
+are there, at one batch: the largest difference from ONNX Runtime by the largest magnitude, and the share of
+the floating-point numbers in the file that can be learnt.
+
+distill: the bundled networks pruned to 25 or 35 % of their MACs on the 512 images that ship with them, then
+distilled on unlabelled images of the training split, drawn at random by the seed: accuracy on the 2,000 test
+images of the original, of the pruned and of the distilled network, SQNR against the original, and seconds of
+CPU of both. One thread.
+
+speed: milliseconds of CPU for one image of a step, beside a loop written by hand around the same network as a
+module of PyTorch (`models/fashion/train.py`), with torch.optim.Adam and mean squared error, in turn, one
+thread, batches of 64, channels last in both.
+"""
+
+# PyTorch's annotations are incomplete, and where it is not installed its classes are Any.
+# mypy: warn-return-any=False, disallow-untyped-calls=False
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common
+from onnxslim import CalibrationData, Pipeline, Target, load
+from onnxslim.calibration.noise import sqnr
+from onnxslim.engine.base import Context, Log
+from onnxslim.errors import LoadError
+from onnxslim.ir.graph import Array
+from onnxslim.ir.model import Model
+from onnxslim.learn.door import FLOATS, UnknownError, to_numpy, to_torch, torch
+from onnxslim.learn.losses import Aim, loss_of
+from onnxslim.learn.net import Net
+from onnxslim.learn.optimizer import RelativeAdam
+from onnxslim.learn.weights import weights
+from onnxslim.models import zoo
+from onnxslim.passes import Distill, Prune, Slim
+from onnxslim.passes.distill.apart import taken_apart
+from onnxslim.passes.fold.edits import Edits
+from onnxslim.passes.fold.literals import lower_constants
+from onnxslim.runtime.probe import make_feeds
+from onnxslim.runtime.session import Session
+
+FASHION = Path(__file__).resolve().parent.parent / "models" / "fashion"
+SPLIT = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
+# The share of the multiply-accumulates that each network is pruned to.
+SHARES = {"resnet": 0.25, "mobilenet": 0.25, "vit": 0.35}
+BATCH = 64
+
+
+# -------------------------------------------------------------------------------------------- coverage
+
+
+def coverage(names: list[str]) -> Iterator[str]:
+    """One row per file."""
+    yield "| file | largest difference | learnt | weights |\n|---|---|---|---|"
+    for file in files():
+        if not names or any(name in file.name for name in names):
+            yield f"| {file.stem} | {computed(file)} |"
+
+
+def files() -> list[Path]:
+    """What there is."""
+    fetched = [zoo.path(name) for name in sorted(zoo.MODELS) if zoo.available(name)]
+    return [*sorted(FASHION.glob("*.onnx")), *fetched, *sorted(common.architectures().glob("*.onnx"))]
+
+
+def computed(file: Path) -> str:
+    """How a file is computed, or why it is not."""
+    model = load(file)
+    twin = taken_apart(model, Context())
+    lower_constants(Edits(twin, Log()), 0)
+    try:
+        learnt = weights(twin)
+        net = Net(twin, learnt)
+        feeds = inputs(file.stem, model)
+        with torch.no_grad():
+            found = net({name: to_torch(array) for name, array in feeds.items()})
+    except UnknownError as why:
+        return f"{why} | | "
+    worst = max(apart(each, found[name]) for name, each in Session(model, optimize="none").run(feeds).items())
+    numbers = sum(each.size for each in twin.constants() if each.dtype in FLOATS)
+    return f"{worst:.1e} | {sum(each.size for each in learnt) / numbers:.2%} | {len(learnt)}"
+
+
+def apart(expected: Array, found: Any) -> float:
+    """The largest difference, by the largest magnitude."""
+    wide = expected.astype(np.float64)
+    return float(np.abs(wide - to_numpy(found)).max() / max(np.abs(wide).max(), 1e-30))
+
+
+def inputs(name: str, model: Model) -> Mapping[str, Array]:
+    """A batch: real inputs where the zoo has some."""
+    return (
+        zoo.inputs(name, 2, seed=5)[0] if name in zoo.MODELS else make_feeds(model.inputs(), batch=2, size=32)
+    )
+
+
+# -------------------------------------------------------------------------------------------- distilling
+
+
+def images(count: int, seed: int) -> Array:
+    """Images of the training split, float32 [count, 1, 28, 28], in a random order."""
+    raw = np.frombuffer(gzip.decompress(SPLIT.read_bytes())[16:], np.uint8).reshape(-1, 1, 28, 28)
+    chosen = np.random.default_rng(seed).permutation(len(raw))[:count]
+    return raw[chosen].astype(np.float32)
+
+
+def distill(names: list[str], count: int, steps: int, seeds: int) -> Iterator[str]:
+    """One row per network and seed."""
+    yield "| network | MACs | seed | original | pruned | distilled | SQNR, dB | CPU s, prune and distill |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name in names or list(SHARES):
+        for seed in range(seeds):
+            yield row(name, images(count, seed), steps, seed)
+
+
+def row(name: str, unlabelled: Array, steps: int, seed: int) -> str:
+    """What comes of a network."""
+    with np.load(FASHION / "test.npz") as test, np.load(FASHION / "calibration.npz") as bundled:
+        feeds, labels, few = {"image": test["image"]}, test["label"], bundled["image"]
+    original, times = load(FASHION / f"{name}.onnx"), [time.process_time()]
+    models = [original]
+    for passes, data in (
+        ((Slim(), Prune(macs=SHARES[name])), few),
+        ((Distill(steps=steps, teacher=FASHION / f"{name}.onnx"),), unlabelled),
+    ):
+        batches = CalibrationData.from_arrays({"image": data}, 64)
+        made = Pipeline(*passes, count=False)(models[-1], data=batches, target=Target.cpu(1), seed=seed)
+        models.append(made.model)
+        times.append(time.process_time())
+    results = [Session(each).run(feeds)["logits"] for each in models]
+    right = [f"{np.mean(each.argmax(1) == labels):.2%}" for each in results]
+    noise = " → ".join(f"{sqnr(results[0], each):.1f}" for each in results[1:])
+    seconds = " and ".join(f"{end - start:.0f}" for start, end in pairwise(times))
+    return f"| {name} | {SHARES[name]} | {seed} | {' | '.join(right)} | {noise} | {seconds} |"
+
+
+# ------------------------------------------------------------------------------------------------- speed
+
+
+def speed(names: list[str]) -> Iterator[str]:
+    """One row per network: ours, by hand, and the ratio of the two."""
+    from onnxslim.models.fashion import train
+
+    torch.set_num_threads(1)
+    yield "| network | ours, ms | by hand, ms | ratio |\n|---|---|---|---|"
+    x = images(BATCH, 0)
+    for name in names or ["resnet", "mobilenet", "vit", "vgg"]:
+        steps = ours(name, x), by_hand(train.RECIPES[name].build(), x)
+        times: list[list[float]] = [[], []]
+        for _ in range(8):
+            for step, taken in zip(steps, times, strict=True):
+                start = time.process_time()
+                for _ in range(3):
+                    step()
+                taken.append((time.process_time() - start) / 3 / BATCH * 1e3)
+        mine, other = (sorted(each)[len(each) // 2] for each in times)
+        yield f"| {name} | {mine:.2f} | {other:.2f} | {mine / other:.2f} |"
+
+
+def ours(name: str, x: Array) -> Callable[[], None]:
+    """A step of `onnxslim/learn/fit.py`."""
+    from onnxslim.calibration.fidelity import OutputPart
+
+    model = Pipeline(Slim())(load(FASHION / f"{name}.onnx")).model
+    net = Net(model, weights(model), torch.float32)
+    optimizer = RelativeAdam(net.parameters)
+    wanted = [Aim(OutputPart("logits", "logits"), "relative", 1.0)]
+    goal = {"logits": torch.zeros(len(x), 10)}
+
+    def step() -> None:
+        loss_of(wanted, net({"image": to_torch(x)}), goal, None).backward()
+        optimizer.step(1e-4)
+
+    return step
+
+
+def by_hand(module: Any, x: Array) -> Callable[[], None]:
+    """What somebody would write who has the module."""
+    module = module.eval().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(module.parameters(), 1e-4)
+    goal = torch.zeros(len(x), 10)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(module(torch.from_numpy(x)), goal).backward()
+        optimizer.step()
+
+    return step
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("what", choices=("coverage", "distill", "speed"))
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    rows = {
+        "coverage": lambda: coverage(args.names),
+        "distill": lambda: distill(args.names, args.images, args.steps, args.seeds),
+        "speed": lambda: speed(args.names),
+    }
+    try:
+        for line in rows[args.what]():
+            print(line, flush=True)
+    except LoadError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

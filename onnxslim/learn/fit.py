@@ -1,0 +1,280 @@
+"""Weights learnt from examples: the best state on samples that nothing was fitted to, the start included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnxslim.calibration.stream import Progress
+from onnxslim.errors import TimeUp
+from onnxslim.ir.graph import Array, Node
+from onnxslim.learn.door import Tensor, to_numpy, to_torch, torch
+from onnxslim.learn.examples import Examples, Lesson
+from onnxslim.learn.losses import Aim, loss_of
+from onnxslim.learn.net import Net
+from onnxslim.learn.optimizer import RelativeAdam
+
+# The share of the steps in which the rate comes up, and how often on the way states are judged.
+WARM_UP, LOOKS = 10, 6
+# How much lower the rate is where no state was better than the start.
+LOWER = 1 / 3
+# A model that is so close to its teacher has nothing to learn from it.
+LEARNT_ALREADY = 1e-9
+# What went wrong is not waited for any longer.
+HOPELESS, SLACK = 10.0, 1.0
+
+
+@dataclass(frozen=True)
+class Course:
+    """How to learn.
+
+    Attributes:
+        steps: how many.
+        rate: the largest step, relative to the size of each weight.
+        batch: samples for a step.
+        seed: of the order of samples.
+        threads: of PyTorch; results are the same for the same number. 0: as it is.
+        label: the output that scores classes, if there are labels.
+    """
+
+    steps: int
+    rate: float
+    batch: int = 64
+    seed: int = 0
+    threads: int = 0
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a state was worth.
+
+    Attributes:
+        step: after so many.
+        rate: the largest of the attempt.
+        loss: mean over the steps since the last look; not a number for the start.
+        unseen: on the samples to judge by.
+    """
+
+    step: int
+    rate: float
+    loss: float
+    unseen: float
+
+
+@dataclass
+class Learnt:
+    """What came of it.
+
+    Attributes:
+        looks: at all states, in order; the first is the start.
+        best: the one that was kept.
+        values: of the parameters then.
+        notes: on what went wrong, in sentences without a full stop.
+        idle: parameters that no gradient came to, by their number, and the node that was in the way; None
+            where it was always zero.
+        threads: of PyTorch.
+    """
+
+    looks: list[Look]
+    best: Look
+    values: list[Array]
+    notes: list[str] = field(default_factory=list)
+    idle: dict[int, Node | None] = field(default_factory=dict)
+    threads: int = 0
+
+    @property
+    def improved(self) -> bool:
+        """Whether a state was better than the start."""
+        return self.best is not self.looks[0]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[int]:
+    """So many threads of PyTorch, for the time being."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def fit(
+    net: Net,
+    wanted: Sequence[Aim],
+    learnt_from: Examples,
+    judged_by: Examples,
+    course: Course,
+    progress: Progress | None = None,
+    masks: Sequence[Array | None] = (),
+) -> Learnt:
+    """Learn the parameters of a net.
+
+    Where no state is better than the start, it is tried once more with lower steps. What it has at that time
+    is returned when the time is up.
+
+    Args:
+        net: its parameters are changed in place.
+        wanted: what is to come close to what.
+        learnt_from, judged_by: examples, of which the latter alone decide.
+        course: how.
+        progress: called with what is done, steps done and steps in all.
+        masks: for each parameter, where it may change; None where everywhere. None at all by default.
+
+    Raises:
+        UnknownError: PyTorch does not compute the net on these samples.
+    """
+    with _threads(course.threads) as threads:
+        fitting = _Fitting(net, wanted, learnt_from, judged_by, course, progress, masks)
+        try:
+            if not math.isfinite(fitting.best.unseen):
+                fitting.notes.append("the start is no number on the samples to judge by")
+            elif fitting.best.unseen < LEARNT_ALREADY:
+                fitting.notes.append("the model computes what its teacher does: there is nothing to learn")
+            else:
+                fitting.attempt(course.rate)
+                if fitting.best is fitting.looks[0] and fitting.learns:
+                    fitting.notes.append(f"no state was better than the start at a rate of {course.rate:g}")
+                    fitting.attempt(course.rate * LOWER)
+        except TimeUp as error:
+            fitting.notes.append(str(error))
+        return fitting.learnt(threads)
+
+
+class _Fitting:
+    """The state of learning; see `fit`."""
+
+    def __init__(
+        self,
+        net: Net,
+        wanted: Sequence[Aim],
+        learnt_from: Examples,
+        judged_by: Examples,
+        course: Course,
+        progress: Progress | None,
+        masks: Sequence[Array | None],
+    ) -> None:
+        self._net, self._wanted, self._course, self._progress = net, wanted, course, progress
+        self._examples, self._judges = learnt_from, judged_by
+        self._start = [each.detach().clone() for each in net.parameters]
+        self._values = self._start
+        self._masks = [None if each is None else to_torch(each) for each in masks]
+        self.notes: list[str] = []
+        self._idle: dict[int, Node | None] | None = None
+        self.best = Look(0, course.rate, math.nan, self._judge())
+        self.looks = [self.best]
+
+    @property
+    def learns(self) -> bool:
+        """Whether a gradient came to any parameter."""
+        return len(self._idle or ()) < len(self._net.parameters)
+
+    def learnt(self, threads: int) -> Learnt:
+        values = [to_numpy(each.contiguous()) for each in self._values]
+        return Learnt(self.looks, self.best, values, self.notes, self._idle or {}, threads)
+
+    def attempt(self, rate: float) -> None:
+        """All steps at one rate, from the start on."""
+        net, steps = self._net, self._course.steps
+        self._set(self._start)
+        optimizer = RelativeAdam(net.parameters)
+        lessons = self._examples.steps(self._course.batch, np.random.default_rng(self._course.seed))
+        every, losses = max(steps // LOOKS, 1), list[float]()
+        for step in range(steps):
+            losses.append(self._backward(next(lessons)))
+            if not self.learns:
+                return
+            if self._went_wrong(step, losses):
+                return
+            self._mask()
+            optimizer.step(rate * _share(step, steps))
+            if (step + 1) % every == 0 or step + 1 == steps:
+                self._look(step + 1, rate, losses)
+            self._tell(step + 1, losses)
+
+    def _backward(self, lessons: Sequence[Lesson]) -> float:
+        """Gradients of the mean over some samples; the loss."""
+        total, samples = 0.0, sum(each.samples for each in lessons)
+        for lesson in lessons:
+            loss = self._loss(lesson)
+            share = lesson.samples / samples
+            if loss.requires_grad:
+                (loss if share == 1.0 else loss * share).backward()
+            total += float(loss.detach()) * share
+        if self._idle is None:
+            self._note_idle()
+        return total
+
+    def _loss(self, lesson: Lesson) -> Tensor:
+        found = self._net({name: to_torch(array) for name, array in lesson.feeds.items()})
+        goal = {name: to_torch(array) for name, array in lesson.wanted.items()}
+        return loss_of(self._wanted, found, goal, self._course.label)
+
+    def _judge(self) -> float:
+        """The loss on samples to judge by."""
+        total = 0.0
+        with torch.no_grad():
+            for lesson in self._judges.in_order(self._course.batch):
+                total += float(self._loss(lesson)) * lesson.samples
+        return total / max(len(self._judges), 1)
+
+    def _went_wrong(self, step: int, losses: Sequence[float]) -> bool:
+        wrong = not math.isfinite(losses[-1]) or losses[-1] > HOPELESS * losses[0] + SLACK
+        if wrong:
+            self.notes.append(f"the loss went from {losses[0]:.3g} to {losses[-1]:.3g} in step {step + 1}")
+        return wrong
+
+    def _look(self, step: int, rate: float, losses: Sequence[float]) -> None:
+        before = max((each.step for each in self.looks if each.rate == rate and each.step < step), default=0)
+        with self._rounded() as values:
+            look = Look(step, rate, float(np.mean(losses[before:])), self._judge())
+        self.looks.append(look)
+        if look.unseen < self.best.unseen:
+            self.best, self._values = look, values
+
+    @contextmanager
+    def _rounded(self) -> Iterator[list[Tensor]]:
+        """Copies of the parameters, which are what the model can hold of them meanwhile."""
+        exact = [each.detach().clone() for each in self._net.parameters]
+        values = [each.to(kind).to(each.dtype) for each, kind in zip(exact, self._net.kinds, strict=True)]
+        self._set(values)
+        try:
+            yield values
+        finally:
+            self._set(exact)
+
+    def _set(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self._net.parameters, values, strict=True):
+                parameter.copy_(value)
+
+    def _mask(self) -> None:
+        """Let nothing go where it may not."""
+        for parameter, mask in zip(self._net.parameters, self._masks, strict=False):
+            if mask is not None and parameter.grad is not None:
+                parameter.grad.mul_(mask)
+
+    def _tell(self, step: int, losses: Sequence[float]) -> None:
+        if self._progress is not None:
+            told = f"loss {losses[-1]:.3g}, {self.looks[-1].unseen:.3g} unseen: step"
+            self._progress(told, step, self._course.steps)
+
+    def _note_idle(self) -> None:
+        """Which parameters nothing came to in the first step."""
+        self._idle = {
+            at: self._net.in_the_way(at)
+            for at, each in enumerate(self._net.parameters)
+            if each.grad is None or not bool(each.grad.any())
+        }
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the largest rate: up in the first steps, then down as a cosine."""
+    warm = max(min(WARM_UP, steps // 2), 1)
+    return min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * step / steps)) / 2

@@ -1,0 +1,368 @@
+"""Distillation: weights learnt from what another model makes of unlabelled inputs, mostly the original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from onnxslim.calibration.fidelity import OutputPart, parts_of
+from onnxslim.calibration.noise import sqnr
+from onnxslim.calibration.stream import Taps
+from onnxslim.engine.base import Changes, Context, Effort, Figures, Log, Pass, PassWork, captioned, options
+from onnxslim.engine.matching import GLOBS, excluded, tell_idle
+from onnxslim.errors import UsageError, nearest
+from onnxslim.formats import count
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Constant
+from onnxslim.ir.model import Model, load
+from onnxslim.learn import door
+from onnxslim.learn.door import UnknownError
+from onnxslim.learn.examples import Examples
+from onnxslim.learn.fit import Course, Learnt, Look, fit
+from onnxslim.learn.losses import Aim, LossName
+from onnxslim.learn.net import Net, unknown
+from onnxslim.learn.teaching import computed, goals, taught
+from onnxslim.learn.weights import is_vector, weights
+from onnxslim.passes.distill.apart import taken_apart
+from onnxslim.passes.fold.edits import Edits
+from onnxslim.passes.fold.literals import lower_constants
+from onnxslim.passes.fold.weights import store_weights
+from onnxslim.passes.repair.support import support
+
+STEPS: dict[Effort, int] = {"quick": 100, "normal": 300, "thorough": 1000}
+# What a step costs for one sample, forwards and backwards, in runs of ONNX Runtime.
+RUNS = 7.0
+# In dB, how close PyTorch has to come to ONNX Runtime: integers of a quantized model round in other places.
+SAME = 25.0
+TOO_FEW = "too few samples to set some aside: the best state is chosen on samples that other passes chose by"
+
+
+@dataclass(frozen=True)
+class DistillFigures(Figures):
+    """What distilling has to tell of a model.
+
+    Attributes:
+        distance: how far it was from its teacher and is now, on samples that nothing was fitted to.
+        weights: what was learnt.
+        examples: what from, and by what it was judged.
+        threads: of PyTorch; the same number gives the same weights.
+        looks: at all states that were judged; the first is the start.
+    """
+
+    distance: str | None = captioned("distance from the teacher")
+    weights: str | None = captioned("learnt")
+    examples: str | None = captioned("from")
+    threads: int | None = captioned("threads")
+    looks: tuple[Look, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Lessons:
+    """What is learnt, and what from.
+
+    Attributes:
+        aims: what is to come close to what.
+        examples: to learn from.
+        unseen: to judge by.
+    """
+
+    aims: Sequence[Aim]
+    examples: Examples
+    unseen: Examples
+
+
+@options
+class Distill(Pass):
+    """Learn weights from what the original makes of the calibration data, without labels.
+
+    The model as it came into the pipeline is the teacher, so that this belongs behind the passes that changed
+    it; `teacher` names another one with the same inputs and outputs. All weights that something multiplies by
+    or adds are learnt, by Adam with steps relative to the size of each. Of the states on the way the best is
+    kept on samples that no pass has seen, which are set aside for that, and the start if none is better.
+    Needs PyTorch, which comes with the extra `train`.
+    """
+
+    name: ClassVar[str] = "distill"
+
+    steps: int | None = Field(None, ge=1, description="how many [default: by effort: 100, 300 or 1000]")
+    epochs: float | None = Field(
+        None, gt=0, description="instead of steps: how often every sample is learnt from"
+    )
+    teacher: Path | None = Field(
+        None, description="file of another model to learn from, instead of the original"
+    )
+    train: Literal["all", "vectors"] = Field(
+        "all", description="which weights: all, or only those along one axis, such as biases"
+    )
+    loss: LossName = Field(
+        "relative",
+        description="what is to become less: relative, the squared error by the variance of the teacher's "
+        "output; kl, of the classes that logits along the last axis are of; cosine, of directions along it",
+    )
+    features: tuple[str, ...] = Field(
+        (), description="names of tensors inside both models that are to come close to the teacher's, too"
+    )
+    labels: str | None = Field(
+        None, description="an output that scores the classes which labels of the data name: half of the loss"
+    )
+    lr: float = Field(3e-3, gt=0, lt=1, description="largest step, relative to the size of each weight")
+    batch: int = Field(64, ge=1, description="samples of a step")
+    exclude: tuple[str, ...] = Field((), description=f"{GLOBS} whose weights stay as they are")
+    effort: Effort = Field("normal", description="how many steps, if nothing else says so")
+
+    def __post_init__(self) -> None:
+        """Refuse two lengths."""
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError("pass 'distill' takes steps or epochs, not both")
+
+    @property
+    def learns(self) -> bool:
+        """See `Pass.learns`."""
+        return True
+
+    @property
+    def needs_data(self) -> bool:
+        """To learn from."""
+        return True
+
+    @property
+    def work(self) -> PassWork:
+        """See `Pass.work`."""
+        if self.epochs is not None:
+            return PassWork(2.0, 5e-3, 2.0 + RUNS * self.epochs)
+        return PassWork(2.0, 5e-3, 2.0, samples=RUNS * (self.steps or STEPS[self.effort]) * self.batch)
+
+    def require_installed(self) -> None:
+        """See `Pass.require_installed`."""
+        door.require(f"pass '{self.name}'")
+
+    def run(self, model: Model, ctx: Context) -> Changes:
+        """Learn weights in place.
+
+        Raises:
+            CalibrationError: there is no data, or it does not fit the model.
+            UsageError: PyTorch is not installed; the teacher has other inputs or outputs; there is no such
+                feature or output, or there are no labels.
+        """
+        self.require_installed()
+        self.require_data(ctx.data)
+        log = Log()
+        tell_idle(self.exclude, model, log)
+        teacher = self._teacher(model, ctx)
+        self._require_known(model, teacher, ctx)
+        _make_weights(model)
+        twin = taken_apart(model, ctx)
+        chosen = self._chosen(model, twin, log)
+        try:
+            for node, why in unknown(twin):
+                raise UnknownError(f"node '{node.label}': {why}")
+            if not chosen:
+                raise UnknownError("it has no weights to learn")
+            net = Net(twin, [constant for _, constant in chosen], door.torch.float32, self.features)
+            lessons = self._lessons(net, model, teacher, ctx, log)
+            learnt = fit(
+                net,
+                lessons.aims,
+                lessons.examples,
+                lessons.unseen,
+                self._course(lessons, ctx),
+                ctx.progress,
+                [_mask(own) for own, _ in chosen],
+            )
+        except UnknownError as why_not:
+            log.skip(model.graph.name or "model", str(why_not))
+            return log.done()
+        return _written([own for own, _ in chosen], learnt, lessons, log)
+
+    # What is given
+
+    def _teacher(self, model: Model, ctx: Context) -> Model:
+        """The model to learn from.
+
+        Raises:
+            UsageError: it has other inputs or outputs.
+        """
+        if self.teacher is None:
+            return (ctx.teacher or model).copy()
+        teacher = load(self.teacher)
+        for what, mine, theirs in (
+            ("inputs", model.graph.inputs, teacher.graph.inputs),
+            ("outputs", model.graph.outputs, teacher.graph.outputs),
+        ):
+            names, others = ([each.name for each in tensors] for tensors in (mine, theirs))
+            if sorted(names) != sorted(others):
+                raise UsageError(
+                    f"pass 'distill': the teacher '{self.teacher}' has {what} {', '.join(others)}, "
+                    f"the model {', '.join(names)}"
+                )
+        return teacher
+
+    def _require_known(self, model: Model, teacher: Model, ctx: Context) -> None:
+        """Raise UsageError for names that are not there, and labels that nobody gave."""
+        for name in self.features:
+            for whose, each in (("model", model), ("teacher", teacher)):
+                made = [tensor.name for node in each.graph.nodes for tensor in node.outputs]
+                if name not in made:
+                    raise UsageError(
+                        f"pass 'distill': the {whose} has no tensor '{name}'; {nearest(name, made)}"
+                    )
+        outputs = [tensor.name for tensor in model.graph.outputs]
+        if self.labels is not None and self.labels not in outputs:
+            raise UsageError(
+                f"pass 'distill': there is no output '{self.labels}'; {nearest(self.labels, outputs)}"
+            )
+        if self.labels is not None and ctx.given.labels is None:
+            raise UsageError("pass 'distill' is to learn from labels, and the data has none")
+
+    def _chosen(self, model: Model, twin: Model, log: Log) -> list[tuple[Constant, Constant]]:
+        """Weights to learn, in the model and in its copy."""
+        mine, found = {each.name: each for each in model.constants()}, []
+        for constant in weights(twin):
+            own = mine.get(constant.name)
+            if own is None or (own.shape, own.dtype) != (constant.shape, constant.dtype):
+                continue
+            if self.train == "vectors" and not is_vector(constant):
+                continue
+            why_not = next(filter(None, (excluded(self.exclude, node) for node in own.outputs)), None)
+            if why_not is None:
+                found.append((own, constant))
+            else:
+                log.skip(own.outputs[0].label, why_not)
+        return found
+
+    def _course(self, lessons: _Lessons, ctx: Context) -> Course:
+        steps = self.steps or STEPS[self.effort]
+        if self.epochs is not None:
+            steps = math.ceil(self.epochs * len(lessons.examples) / self.batch)
+        return Course(steps, self.lr, self.batch, ctx.seed, ctx.target.threads, self.labels)
+
+    # Lessons
+
+    def _lessons(self, net: Net, model: Model, teacher: Model, ctx: Context, log: Log) -> _Lessons:
+        """What the teacher makes of the data.
+
+        Raises:
+            UnknownError: there is nothing to learn, or PyTorch computes something else.
+        """
+        samples, judges = ctx.given, ctx.given.fresh
+        examples = samples.seen
+        if judges is None:
+            if not samples.tuned:
+                raise UnknownError("there are too few samples to judge what is learnt by others")
+            log.skip("learning", TOO_FEW)
+            examples, judges = samples.fit, samples.tune
+        outputs = [each.name for each in teacher.graph.outputs]
+        run = Taps(teacher, [*outputs, *self.features], ctx.target)
+        feeds = next(iter(judges))
+        parts = list(_comparable(teacher, self.features, _seen(net, model, feeds, ctx), run(0, feeds), log))
+        labels = samples.labelled if self.labels is not None else (None, None)
+        if labels[1] is None and self.labels is not None:
+            raise UnknownError("too few samples with labels to set some aside")
+        lessons, sums = taught(
+            examples,
+            run,
+            parts,
+            labels=labels[0],
+            apart=samples.by_sample,
+            progress=ctx.progress,
+        )
+        unseen, _ = taught(judges, run, parts, labels=labels[1], apart=samples.by_sample)
+        return _Lessons(goals(parts, sums, self.loss, outputs), lessons, unseen)
+
+
+def _seen(net: Net, model: Model, feeds: Mapping[str, Array], ctx: Context) -> dict[str, Array]:
+    """What the net makes of a batch, once that is what ONNX Runtime makes of it.
+
+    Raises:
+        UnknownError: it is something else.
+    """
+    found = computed(net, feeds)
+    names = [each.name for each in model.graph.outputs]
+    expected = Taps(model, names, ctx.target)(0, feeds)
+    for name in names:
+        if expected[name].shape != found[name].shape or sqnr(expected[name], found[name]) < SAME:
+            raise UnknownError(f"PyTorch computes something else for output '{name}' than ONNX Runtime")
+    return found
+
+
+def _comparable(
+    teacher: Model, features: Sequence[str], mine: Mapping[str, Array], theirs: Mapping[str, Array], log: Log
+) -> Iterator[OutputPart]:
+    """Outputs, parts of them and features that can come close to the teacher's.
+
+    Raises:
+        UnknownError: there are none.
+    """
+    outputs = [part for parts in parts_of(teacher).values() for part in parts]
+    any_left = False
+    for part in (*outputs, *(OutputPart(name, name) for name in features)):
+        found, wanted = part.of(mine), part.of(theirs)
+        if found.dtype.kind != "f" or wanted.dtype.kind != "f":
+            log.skip(part.name, "nothing is learnt from it, as it is not in floating point")
+        elif found.shape != wanted.shape:
+            log.skip(
+                part.name, f"nothing is learnt from it: {found.shape} here, {wanted.shape} in the teacher"
+            )
+        else:
+            any_left = True
+            yield part
+    if not any_left:
+        raise UnknownError("no output can come close to the teacher's")
+
+
+# ---------------------------------------------------------------------------------- weights of the model
+
+
+def _make_weights(model: Model) -> None:
+    """Have weights as constants with names of their own, in bodies too."""
+    edits = Edits(model, Log())
+    lower_constants(edits, 0)
+    edits.clean_up()
+    store_weights(model)
+    fresh, taken = ir.Namer(model.graph), set[str]()
+    for graph in model.graphs():
+        for constant in graph.initializers.values():
+            if constant.name in taken:
+                constant.name = fresh(constant.name)
+            taken.add(constant.name)
+        graph.initializers = {each.name: each for each in graph.initializers.values()}
+
+
+def _mask(weight: Constant) -> Array | None:
+    """Where a sparse matrix may change; None for everywhere."""
+    found = support(weight.values) if len(weight.shape) > 1 else None
+    return found if found is not None and found.any() else None
+
+
+def _written(chosen: Sequence[Constant], learnt: Learnt, lessons: _Lessons, log: Log) -> Changes:
+    """Write what was learnt into the model, if that is better than what was there."""
+    for at, node in learnt.idle.items():
+        reader = chosen[at].outputs[0].label
+        way = "it is always zero" if node is None else f"{node.op} '{node.label}' is in the way"
+        log.skip(reader, f"no gradient comes to '{chosen[at].name}': {way}")
+    for note in learnt.notes:
+        log.skip("learning", note)
+    start, best = learnt.looks[0], learnt.best
+    if not learnt.improved:
+        log.skip("learning", "the start stays, as no state was better on unseen samples")
+    else:
+        for at, (constant, values) in enumerate(zip(chosen, learnt.values, strict=True)):
+            if at not in learnt.idle:
+                constant.values = values.astype(constant.dtype)
+                log.change(constant.outputs[0].label, "learnt a weight", constant.name)
+    numbers = sum(each.size for each in chosen)
+    told = f"{start.unseen:.3g} → {best.unseen:.3g}, after {best.step} steps at a rate of {best.rate:.2g}"
+    return log.done(
+        DistillFigures(
+            told if learnt.improved else f"{start.unseen:.3g}",
+            f"{len(chosen)} weights of {count(numbers)} numbers",
+            f"{len(lessons.examples)} samples, judged by {len(lessons.unseen)}",
+            learnt.threads,
+            tuple(learnt.looks),
+        )
+    )
