@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.samples import SAMPLES
@@ -61,7 +61,6 @@ def jointly(
     ctx: Context,
     unit: BudgetUnit,
     share: float,
-    proposed: Sequence[Sequence[Move]] | None = None,
 ) -> JointChoice:
     """Choose what passes do so that together they keep a model to a budget, with the least damage.
 
@@ -74,26 +73,59 @@ def jointly(
         model: not modified.
         ctx: see `Context`.
         unit, share: what is to be left, of all that the model has to compute or to store.
-        proposed: what each pass proposes for the model as it is, where somebody has asked them before.
 
     Raises:
         UsageError: see `chosen`.
     """
     now = model.copy()
     whole = _load(now, ctx).total(unit)
-    acted: list[Pass] = []
-    made: list[Move] = []
+    steps = planned(passes, now, ctx, unit, share)
+    if steps and isinstance(steps[-1].acting, type(passes[-1])):
+        steps[-1].acting.run(now, ctx)
+    left = _load(now, ctx).total(unit) / whole
+    moves = tuple(move for step in steps for move in step.moves)
+    return JointChoice(tuple(step.acting for step in steps), moves, left, now, _lost(model, now, ctx))
+
+
+class PlannedStep(NamedTuple):
+    """What one of several passes is to do.
+
+    Attributes:
+        acting: the pass with its plan.
+        moves: that the plan makes.
+    """
+
+    acting: Pass
+    moves: tuple[Move, ...]
+
+
+def planned(
+    passes: Sequence[Pass],
+    now: Model,
+    ctx: Context,
+    unit: BudgetUnit,
+    share: float,
+    proposed: Sequence[Sequence[Move]] | None = None,
+) -> list[PlannedStep]:
+    """Choose as `jointly` does, without looking at what comes of it; passes with nothing to do are left out.
+
+    Args:
+        passes, ctx, unit, share: see there.
+        now: the model; what all passes but the last do is done to it.
+        proposed: what each pass proposes for the model as it is, where somebody has asked them before.
+    """
+    whole = _load(now, ctx).total(unit)
+    steps: list[PlannedStep] = []
     for index, each in enumerate(passes):
-        known = proposed if proposed is not None and not made else None
+        known = proposed if proposed is not None and not steps else None
         own, *others = known[index:] if known else [other.propose(now, ctx) for other in passes[index:]]
         rest = [move for moves in others for move in moves]
         wanted = {id(move) for move in chosen([*own, *rest], _load(now, ctx), unit, share * whole)}
-        if moves := [move for move in own if id(move) in wanted]:
-            acted.append(acting(each, moves))
-            acted[-1].run(now, ctx)
-            made += moves
-    left = _load(now, ctx).total(unit) / whole
-    return JointChoice(tuple(acted), tuple(made), left, now, _lost(model, now, ctx))
+        if moves := tuple(move for move in own if id(move) in wanted):
+            steps.append(PlannedStep(acting(each, moves), moves))
+            if index + 1 < len(passes):
+                steps[-1].acting.run(now, ctx)
+    return steps
 
 
 def _lost(model: Model, result: Model, ctx: Context) -> float | None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from onnxslim.engine.base import Context, Effort, Pass
-from onnxslim.engine.joint import jointly
+from onnxslim.engine.joint import planned
 from onnxslim.engine.moves import Move
 from onnxslim.ir.model import Model
 from onnxslim.passes.cluster import Cluster
@@ -69,6 +69,7 @@ class Structures:
         if share >= 1:
             return ()
         if share not in self._made:
-            found = jointly(self._passes, self._model, self._ctx, "macs", share, self._proposed)
-            self._made[share] = found.passes
+            now, known = self._model.copy(), self._proposed
+            steps = planned(self._passes, now, self._ctx, "macs", share, known)
+            self._made[share] = tuple(step.acting for step in steps)
         return self._made[share]

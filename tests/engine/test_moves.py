@@ -135,9 +135,9 @@ def test_moves_of_pruning_alone_are_what_it_does_by_itself(net: Model) -> None:
 
 
 def test_moves_of_factorization_alone_are_what_it_does_by_itself(net: Model) -> None:
-    ctx, load, wish = context(net), load_of(net), Factorize(params=0.1, align=4)
+    ctx, load, wish = context(net), load_of(net), Factorize(params=0.15, align=4)
     own = FactorizeFigures.of(apply(wish, net, BATCHES)[1]).plan
-    picked = chosen(wish.propose(net, ctx), load, "bytes", 0.1 * load.total("bytes"))
+    picked = chosen(wish.propose(net, ctx), load, "bytes", 0.15 * load.total("bytes"))
     assert len(picked) > 2
     assert acting(wish, picked).plan == own
 
