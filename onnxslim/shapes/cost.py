@@ -121,6 +121,12 @@ def macs(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> i
     return total
 
 
+def by_label(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, int]:
+    """The same by label of those nodes of the main graph that count, where shapes tell."""
+    counts = zip(model.graph.nodes, by_node(model, inputs), strict=True)
+    return {node.label: count for node, count in counts if count}
+
+
 def by_node(model: Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> list[int | None]:
     """The same for every node of the main graph, in order; None for those whose shapes are not determined."""
     counts = ((spec_of(node).macs, node) for node in sized(model, inputs).graph.nodes)

@@ -24,6 +24,7 @@ from onnxslim.passes.prune.budget import Allowance
 from onnxslim.passes.prune.compensate import compensate
 from onnxslim.passes.prune.cut import cut
 from onnxslim.passes.prune.importance import WITH_DATA, Ranking, rank
+from onnxslim.passes.repair.onward import Onward
 
 # Covariances of more channels than this would take gigabytes.
 MAX_CHANNELS = 4096
@@ -44,7 +45,7 @@ class Measuring:
 
 MEASURED: Mapping[Effort, Measuring] = {
     "quick": Measuring((0.5, 1.0), 8),
-    "normal": Measuring((0.25, 0.5, 0.75, 1.0), SAMPLES),
+    "normal": Measuring((0.25, 0.5, 0.75, 1.0), SAMPLES // 2),
     "thorough": Measuring(tuple(share / 8 for share in range(1, 9)), SAMPLES),
 }
 
@@ -194,13 +195,14 @@ def damages(
     """
     measuring = MEASURED[effort]
     judge = Judge(model, data, ctx.target, measuring.samples) if data is not None else None
+    onward = Onward.of(model, next(iter(data), {}), ctx.target) if data is not None else None
     curves = dict[str, dict[int, float]]()
     for index, name in enumerate(found.families):
         allowed = found.limits[name].allowed
         if judge is None:
             points = {count: found.rankings[name].damage[count] for count in allowed}
         else:
-            points = _measured(model, found, name, judge, measuring.shares)
+            points = _measured(model, found, name, judge, onward, measuring)
         curves[name] = convex(points)
         try:
             if ctx.progress:
@@ -213,13 +215,18 @@ def damages(
 
 
 def _measured(
-    model: Model, found: Candidates, name: str, judge: Judge, shares: Sequence[float]
+    model: Model, found: Candidates, name: str, judge: Judge, onward: Onward | None, measuring: Measuring
 ) -> dict[int, float]:
     """What some numbers of units of a family do to the outputs, and in between."""
     allowed = found.limits[name].allowed
-    places = sorted({allowed[round(share * (len(allowed) - 1))] for share in (0.0, *shares)})
-    trials = (_trial(model, found, {name: count}) for count in places[1:])
-    errors = [0.0, *(judge(trial).error for trial in trials)]
+    places = sorted({allowed[round(share * (len(allowed) - 1))] for share in (0.0, *measuring.shares)})
+
+    def error(trial: Model) -> float:
+        if onward is None or judge.is_wary:
+            return judge(trial).error
+        return onward.judged(judge, trial, measuring.samples).error
+
+    errors = [0.0, *(error(_trial(model, found, {name: count})) for count in places[1:])]
     curve = np.interp(allowed, places, np.maximum.accumulate(np.minimum(errors, 1e6)))
     return dict(zip(allowed, curve.tolist(), strict=True))
 

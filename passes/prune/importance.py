@@ -178,8 +178,12 @@ def _obs(sources: Sequence[_Source], size: int) -> Ranking:
     while left.any():
         count = max(1, int(left.sum()) ** 2 // AT_ONCE)
         losses = np.where(left, sum(state.losses(size) for state in states), np.inf)
-        near = np.argsort(losses, kind="stable")[: 4 * count if count > 1 else 1]
-        chosen, lost = _one_by_one([state.part(near) for state in states], near[left[near]], count, size)
+        if count == 1:
+            chosen = [int(np.argmin(losses))]
+            lost = [float(losses[chosen[0]])]
+        else:
+            near = np.argsort(losses, kind="stable")[: 4 * count]
+            chosen, lost = _one_by_one([state.part(near) for state in states], near[left[near]], count, size)
         order += chosen
         damage += (damage[-1] + np.cumsum(lost)).tolist()
         left[chosen] = False
@@ -218,19 +222,23 @@ def _one_by_one(
 
 
 class _Elimination:
-    """The inverse moments of the channels that are left, and how the weights of those that went live on."""
+    """The inverse moments of the channels that are left, and how the weights of those that went live on.
+
+    Rows and columns of channels that went say nothing; once there are many, they are taken out.
+    """
 
     def __init__(self, units: NDArray[np.int64], inverse: Doubles, weight: Doubles) -> None:
         self._units = units
         self._inverse = inverse
         self._weight = weight
+        self._gone = 0
 
     @classmethod
     def of(cls, source: _Source) -> _Elimination:
         """All channels of a consumer."""
         scale = float(np.mean(np.diag(source.gram))) or 1.0
         gram = source.gram + DAMPING * scale * np.eye(len(source.gram))
-        return cls(source.units, np.asarray(np.linalg.inv(gram), np.float64), np.array(source.weight))
+        return cls(source.units.copy(), np.asarray(np.linalg.inv(gram), np.float64), np.array(source.weight))
 
     def part(self, units: NDArray[np.intp]) -> _Elimination:
         """A copy of what concerns some units; eliminating any of them does not need the others."""
@@ -239,17 +247,20 @@ class _Elimination:
 
     def losses(self, size: int) -> Doubles:
         """Share of what the consumer makes that would go with each unit."""
-        counts = np.bincount(self._units[self._units >= 0], minlength=size)
+        inside = np.flatnonzero(self._units >= 0)
+        counts = np.bincount(self._units[inside], minlength=size)
         if counts.max(initial=0) <= 1:
-            inside = self._units >= 0
-            diagonal = np.maximum(np.diag(self._inverse), 1e-300)
-            each = np.diag(self._weight) / diagonal
-            return np.asarray(np.bincount(self._units[inside], each[inside], size), np.float64)
+            diagonal = np.maximum(self._inverse[inside, inside], 1e-300)
+            each = self._weight[inside, inside] / diagonal
+            return np.asarray(np.bincount(self._units[inside], each, size), np.float64)
         found = np.zeros(size)
-        for unit in np.flatnonzero(counts):
-            at = np.ix_(self._units == unit, self._units == unit)
-            residual = np.linalg.pinv(self._inverse[at], hermitian=True)
-            found[unit] = float(np.sum(residual * self._weight[at]))
+        channels = inside[np.argsort(self._units[inside], kind="stable")]
+        for count in np.unique(counts[counts > 0]):  # those of as many channels at once
+            units = np.flatnonzero(counts == count)
+            at = channels[np.isin(self._units[channels], units)].reshape(-1, count)
+            blocks = at[:, :, None], at[:, None, :]
+            residual = np.linalg.pinv(self._inverse[blocks], hermitian=True)
+            found[units] = (residual * self._weight[blocks]).sum(axis=(1, 2))
         return found
 
     def remove(self, units: Sequence[int]) -> None:
@@ -257,17 +268,33 @@ class _Elimination:
 
         Weights change by -moved times the weights of the block, and so does their product W W^T.
         """
-        gone = np.isin(self._units, units)
-        if not gone.any():
+        gone = np.flatnonzero(self._units == units[0] if len(units) == 1 else np.isin(self._units, units))
+        if not gone.size:
             return
-        stay = ~gone
-        columns = self._inverse[np.ix_(stay, gone)]
-        moved = columns @ np.linalg.pinv(self._inverse[np.ix_(gone, gone)], hermitian=True)
-        inner, rows = self._weight[np.ix_(gone, gone)], self._weight[np.ix_(gone, stay)]
-        change = moved @ (0.5 * inner @ moved.T - rows)
-        self._inverse = self._inverse[np.ix_(stay, stay)] - moved @ columns.T
-        self._weight = self._weight[np.ix_(stay, stay)] + change + change.T
-        self._units = self._units[stay]
+        columns = self._inverse[:, gone]
+        moved = columns @ _inverted(columns[gone])
+        rows = self._weight[gone]
+        change = moved @ (0.5 * rows[:, gone] @ moved.T - rows)
+        self._inverse -= moved @ columns.T
+        self._weight += change
+        self._weight += change.T
+        self._units[gone] = _GONE
+        self._gone += gone.size
+        if 4 * self._gone > len(self._units):
+            at, self._gone = np.flatnonzero(self._units != _GONE), 0
+            self._inverse, self._weight = (each[np.ix_(at, at)] for each in (self._inverse, self._weight))
+            self._units = self._units[at]
+
+
+# Of a channel that no unit has any more; those that never went with any have -1.
+_GONE = -2
+
+
+def _inverted(block: Doubles) -> Doubles:
+    """The pseudo-inverse of a covariance."""
+    if block.size == 1:
+        return np.divide(1.0, block, out=np.zeros_like(block), where=block != 0)
+    return np.asarray(np.linalg.pinv(block, hermitian=True))
 
 
 _GREEDY = {"energy": _energy, "thinet": _thinet, "obs": _obs}

@@ -19,13 +19,13 @@ from onnxslim.passes.quantize.coder import Floats, WeightCoder
 from onnxslim.passes.quantize.equalize import equalize
 from onnxslim.passes.quantize.figures import QuantizeFigures
 from onnxslim.passes.quantize.insert import Inserter
-from onnxslim.passes.quantize.onward import Onward, is_plain
 from onnxslim.passes.quantize.plan import Plan, Planner
 from onnxslim.passes.quantize.sequential import Sequential
 from onnxslim.passes.quantize.storing import Storage
 from onnxslim.passes.quantize.strategy import Draft, Strategy
 from onnxslim.passes.quantize.trained import Trained
 from onnxslim.passes.quantize.weights import Encoded
+from onnxslim.passes.repair.onward import Onward
 from onnxslim.shapes import cost
 
 
@@ -221,8 +221,8 @@ class Builder:
 
     def onward(self) -> Onward | None:
         """What runs candidates from where they begin to differ; None where tensors cannot be kept."""
-        if self._onward is None and is_plain(self.model):
-            self._onward = Onward(self.model, self.macs(), self.ctx.target)
+        if self._onward is None:
+            self._onward = Onward.of(self.model, self._first(), self.ctx.target)
         return self._onward
 
     def absorb(self, data: CalibrationData) -> None:
@@ -231,10 +231,11 @@ class Builder:
 
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates of weighted nodes on the first batch, by label, where shapes tell."""
-        feeds: Mapping[str, Array] = next(iter(self.ctx.given.fit), {})
-        counts = cost.by_node(self.model, {name: array.shape for name, array in feeds.items()})
-        nodes = self.model.graph.nodes
-        return {node.label: count for node, count in zip(nodes, counts, strict=True) if count}
+        return cost.by_label(self.model, {name: array.shape for name, array in self._first().items()})
+
+    def _first(self) -> Mapping[str, Array]:
+        """The first batch, if there is one."""
+        return next(iter(self.ctx.given.fit), {})
 
     def announce(self, what: str, done: int, total: int | None) -> None:
         """Tell the caller of the pass how far a long step is."""

@@ -212,10 +212,7 @@ class Search:
     def _alone(self, build: Builder, model: Model) -> Score:
         """Judge a candidate that differs from what it was built of in one layer, on the samples that rank."""
         onward = None if self._judge.is_wary else build.onward()
-        if onward is None:
-            return self._judge(model, RANKING)
-        rest = onward(model)
-        return self._judge.judged(lambda batch, feeds: rest.run(0, batch, onward.at(batch, feeds)), RANKING)
+        return self._judge(model, RANKING) if onward is None else onward.judged(self._judge, model, RANKING)
 
     def ranges(self, trial: Trial, layers: Sequence[Sensitivity]) -> tuple[Trial, list[Sensitivity]]:
         """The same with another way to choose the ranges of single layers, if that does better as a whole.

@@ -1,14 +1,15 @@
 """Candidates that differ from a model in one place, run from there on.
 
-What every layer does alone is measured on as many candidates as there are layers, each of which repeats what
-the float model does before its layer. The tensors at a few places of that, kept for the samples to rank on,
-are where candidates begin.
+What every layer, or family of channels, does alone is measured on as many candidates as there are of them,
+each of which repeats what the model does before it. The tensors at a few places of that, kept for the samples
+to rank on, are where candidates begin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from onnxslim.calibration.fidelity import Judge, Score
 from onnxslim.calibration.stages import SpillStore, StagedRunner, Stop
 from onnxslim.calibration.stream import Values
 from onnxslim.ir import graph as ir
@@ -16,6 +17,7 @@ from onnxslim.ir.graph import Array, Constant, Node
 from onnxslim.ir.model import Model
 from onnxslim.passes.repair.plan import unchanged
 from onnxslim.runtime.targets import Target
+from onnxslim.shapes import cost
 
 # How many places to begin at, and bytes of tensors there that stay in memory.
 PLACES = 8
@@ -45,6 +47,18 @@ class Onward:
         clean = unchanged(candidate, self._model)
         given = [name for name in self._names if name in clean]
         return StagedRunner(candidate, [self._outputs], self._store, given=given, target=self._target)
+
+    @classmethod
+    def of(cls, model: Model, feeds: Mapping[str, Array], target: Target) -> Onward | None:
+        """The same with costs of a run on these inputs; None where tensors cannot be kept."""
+        if not is_plain(model):
+            return None
+        return cls(model, cost.by_label(model, {name: array.shape for name, array in feeds.items()}), target)
+
+    def judged(self, judge: Judge, candidate: Model, samples: int) -> Score:
+        """What a candidate keeps of the model's outputs on about so many samples."""
+        rest = self(candidate)
+        return judge.judged(lambda batch, feeds: rest.run(0, batch, self.at(batch, feeds)), samples)
 
     def at(self, batch: int, feeds: Mapping[str, Array]) -> Values:
         """Inputs of a batch, and the model's tensors at all places.

@@ -11,8 +11,8 @@ from onnxslim.calibration.stages import SpillStore, StagedRunner, Stop
 from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model
 from onnxslim.passes.quantize import QuantizeFigures
-from onnxslim.passes.quantize.onward import Onward, is_plain
 from onnxslim.passes.quantize.search import Search
+from onnxslim.passes.repair.onward import Onward, is_plain
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from tests.helpers import normal, parse, quantize
