@@ -312,7 +312,8 @@ class Work:
         original: the model as the first passes say it is, which data, checks and reports refer to.
 
     Raises:
-        UsageError: a pass needs a file that is not there or does not fit the model, or input sizes do not.
+        UsageError: a pass needs a file that is not there or does not fit the model, or something that is not
+            installed, or input sizes do not fit.
     """
 
     def __init__(
@@ -327,6 +328,7 @@ class Work:
         simulate: bool = False,
     ) -> None:
         for each in recipe.passes:
+            each.require_installed()
             for key, file in reading.files_of(each).items():
                 if not file.is_file():
                     raise UsageError(f"pass '{each.name}', option '{key}': there is no file '{file}'")

@@ -348,9 +348,9 @@ def _written(chosen: Sequence[Constant], learnt: Learnt, lessons: _Lessons, log:
     for note in learnt.notes:
         log.skip("learning", note)
     start, best = learnt.looks[0], learnt.best
-    if not learnt.improved:
+    if not learnt.improved and len(learnt.looks) > 1:
         log.skip("learning", "the start stays, as no state was better on unseen samples")
-    else:
+    if learnt.improved:
         for at, (constant, values) in enumerate(zip(chosen, learnt.values, strict=True)):
             if at not in learnt.idle:
                 constant.values = values.astype(constant.dtype)

@@ -96,6 +96,7 @@ def test_weights_in_bodies_are_learnt() -> None:
         ("t = Transpose<perm=[1,0]>(w) y = MatMul(x, t)", True),
         ("h = Cast<to=10>(w) t = Cast<to=1>(h) y = Mul(x, t)", True),
         ("y = Pow(x, w)", False),
+        ("i = Cast<to=3>(x) y = DequantizeLinear(i, w)", False),
         ("y = Max(x, w)", False),
         ("c = Greater(x, w) y = Cast<to=1>(c)", False),
     ],

@@ -65,7 +65,17 @@ FLAT = {
     ),
     *("BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "BitShift"),
     *("ArgMax", "ArgMin", "NonZero", "Size", "EyeLike", "Range"),
-    *("Ceil", "Floor", "Round", "Sign", "Hardmax", "QuantizeLinear", "MatMulInteger", "ConvInteger"),
+    *(
+        "Ceil",
+        "Floor",
+        "Round",
+        "Sign",
+        "Hardmax",
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "MatMulInteger",
+        "ConvInteger",
+    ),
 }
 
 

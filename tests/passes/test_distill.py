@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.cli import main
 from onnxslim.engine.base import Progress
 from onnxslim.engine.pipeline import Pipeline, Result
 from onnxslim.errors import CalibrationError, TimeUp, UsageError
@@ -18,6 +19,7 @@ from onnxslim.ir.model import Model, load
 from onnxslim.learn import door
 from onnxslim.passes.distill import Distill, DistillFigures
 from onnxslim.passes.prune import Prune
+from onnxslim.recipes.recipe import Recipe, Work
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from tests.helpers import FASHION, normal, normals, parse, reasons, replaced
@@ -96,6 +98,28 @@ def test_it_says_what_to_install_before_any_work(monkeypatch: pytest.MonkeyPatch
             net(), data={"x": X}, progress=lambda what, done, total: seen.append(what)
         )
     assert seen == []
+
+
+def test_the_command_line_says_so_before_it_reads_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "is_missing", lambda: True)
+    with pytest.raises(UsageError, match="needs PyTorch"):
+        Work(Recipe(passes=(Distill(),)), "there is no such file.onnx")
+
+
+@trained
+def test_the_command_writes_what_it_learnt(teacher: Path, tmp_path: Path) -> None:
+    worse(net()).save(tmp_path / "student.onnx")
+    np.savez(tmp_path / "x.npz", x=X)
+    words = [
+        "distill",
+        str(tmp_path / "student.onnx"),
+        str(tmp_path / "out.onnx"),
+        "--quiet",
+        "--steps",
+        "20",
+    ]
+    assert main([*words, "--teacher", str(teacher), "--data", str(tmp_path / "x.npz")]) == 0
+    assert error(teacher, load(tmp_path / "out.onnx")) < error(teacher, worse(net()))
 
 
 def test_steps_and_epochs_are_one_length() -> None:

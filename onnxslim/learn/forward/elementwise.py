@@ -315,7 +315,8 @@ def _in_blocks(x: Tensor, along: Tensor, call: Call) -> Tensor:
     return along.repeat_interleave(block, axis).narrow(axis % x.ndim, 0, x.shape[axis])
 
 
-@forward("DequantizeLinear", weights=(1,))
+# Its scale is no weight: what rounds to it, and biases in units of it, would not follow.
+@forward("DequantizeLinear")
 def dequantize(call: Call, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     codes = x.to(scale.dtype)
     if zero is not None:
