@@ -166,6 +166,9 @@ def _told(found: SearchResult) -> dict[str, Any]:
 def _trials(
     folder: Annotated[Path, typer.Argument(metavar="DIR", readable=False, help="what --work named")],
     cost: Annotated[CostChoice, typer.Option(help="what the front is of, beside what is kept")] = "latency",
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="draw what trials cost and keep, with the fronts")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -174,10 +177,15 @@ def _trials(
     DIR/KEY/recipe.yaml makes a trial again: onnxslim run DIR/KEY/recipe.yaml IN OUT --trust
     """
     from onnxslim.search import front, trials_in
+    from onnxslim.search.chart import chart
     from onnxslim.search.show import show_trials
 
+    if svg is not None:
+        require_writable(svg)
     found = trials_in(folder)
     best = front(found, cost)
+    if svg is not None:
+        svg.write_text(chart(found), encoding="utf-8")
     if json:
         terminal.show_json({"trials": found, "front": [each.key for each in best]})
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -200,7 +201,10 @@ def test_the_command(
     assert told["best"] is None
     assert f"error: {told['problem']}" in err
     assert not (tmp_path / "out.onnx").exists()
-    assert cli.main(["trials", work, "--cost", "size"]) == 0
+    assert cli.main(["trials", work, "--cost", "size", "--svg", str(tmp_path / "t.svg")]) == 0
+    root = ElementTree.parse(tmp_path / "t.svg").getroot()
+    titles = [each.text for each in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert {trial["label"] for trial in told["trials"] if trial["figures"]} == set(titles)
     shown = capsys.readouterr().out
     assert all(trial["label"] in shown for trial in told["trials"])
     assert "*" in shown
