@@ -106,8 +106,10 @@ def scored(task: Task, found: Sequence[Entrant]) -> dict[str, Scored | str]:
             table[entrant.name] = f"does not run: {str(error)[:60]}"
             continue
         expected = expected or outputs
-        table[entrant.name] = Scored(session, task.judge(outputs), sqnr(expected, outputs))
-        print(f"{entrant.name}: scored", file=sys.stderr, flush=True)
+        scores = task.judge(outputs)
+        table[entrant.name] = Scored(session, scores, sqnr(expected, outputs))
+        told = ", ".join(f"{score.name} {score.estimate.told()}" for score in scores)
+        print(f"{entrant.name}: {told}", file=sys.stderr, flush=True)
     return table
 
 

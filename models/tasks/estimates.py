@@ -88,12 +88,12 @@ class Outcomes:
     def change(self, before: Outcomes) -> Estimate:
         """How much more was gained than before, on the same samples, pair by pair.
 
-        A normal interval over the differences of groups, with one sample more for each direction (Bonett and
-        Price, Statistics in Medicine 31, 2012): where no sample changed, the interval is not of width zero.
+        A normal interval over the differences of groups, with one that gained 1 and one that lost 1 beside
+        them (Bonett and Price, Statistics in Medicine 31, 2012): where nothing changed, it still has a width.
         """
         difference = self.value - before.value
         pairs = self._errors() - before._errors()
-        one = len(pairs) / len(self.gained)
+        one = len(pairs) / float(before.possible.sum())
         spread = np.concatenate([pairs + difference, [one, -one]])
         middle = len(pairs) * difference / len(spread)
         half = Z * math.sqrt(float(np.square(spread - middle).mean()) / len(spread))

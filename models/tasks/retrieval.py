@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from onnxslim.ir.graph import Array
 from onnxslim.models import stage, zoo
 from onnxslim.models.inputs import Feed, tokenizer, tokens
 from onnxslim.models.tasks.base import Outputs, Task, first
@@ -22,17 +23,10 @@ from onnxslim.models.tasks.estimates import Outcomes
 TOKENS = 128
 
 
-class Retrieval(Task):
-    """Recall at 1 and the mean of 1 / rank: queries, each with one passage among all that it should find.
-
-    Texts are batches of their own, unpadded.
-    """
+class Encoding(Task):
+    """What sentence encoders are for. Texts are batches of their own, unpadded."""
 
     models = ("minilm.dynamo", "minilm.torchscript", "mpnet.dynamo")
-
-    @abstractmethod
-    def pairs(self) -> list[tuple[str, str]]:
-        """Queries and their passages."""
 
     def feeds(self, texts: Sequence[str]) -> list[Feed]:
         """One feed of the tokens of each text."""
@@ -40,19 +34,31 @@ class Retrieval(Task):
         encoder.enable_truncation(TOKENS)
         return [tokens(line) for line in encoder.encode_batch(list(texts))]
 
+
+def unit_rows(outputs: Sequence[Outputs]) -> Array:
+    """Embeddings of length one, float64 [texts, size]."""
+    rows = np.concatenate([first(found) for found in outputs]).astype(np.float64)
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+class Retrieval(Encoding):
+    """Recall at 1 and the mean of 1 / rank: queries, each with one passage among all that it should find."""
+
+    @abstractmethod
+    def pairs(self) -> list[tuple[str, str]]:
+        """Queries and their passages."""
+
     def _make_test(self) -> Sequence[Feed]:
         queries, passages = zip(*self.pairs(), strict=True)
         return self.feeds([*queries, *passages])
 
     def judge(self, outputs: Sequence[Outputs]) -> tuple[Outcomes, ...]:
         """Recall at 1 and the mean reciprocal rank, of cosine similarities."""
-        rows = np.concatenate([first(found) for found in outputs]).astype(np.float64)
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        ranks = ranked(*np.split(rows, 2))
+        ranks = ranked(*np.split(unit_rows(outputs), 2))
         return Outcomes.of("recall@1", ranks == 1), Outcomes.of("MRR", 1 / ranks)
 
 
-def ranked(queries: np.ndarray, passages: np.ndarray) -> np.ndarray:
+def ranked(queries: Array, passages: Array) -> Array:
     """The rank of each query's own passage, from 1; what is as near as it comes before it."""
     likeness = queries @ passages.T
     return np.asarray((likeness >= np.diag(likeness)[:, None]).sum(axis=1))

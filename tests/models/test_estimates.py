@@ -73,6 +73,11 @@ def test_where_nothing_changed_something_could_have(samples: int) -> None:
     assert 0 < found.high < 2 / np.sqrt(samples)
 
 
+def test_one_more_is_little_where_much_can_be_gained() -> None:
+    clips = Outcomes.of("frames", np.full(50, 90.0), np.full(50, 100.0))
+    assert clips.change(clips).high == pytest.approx(hits(45, 50).change(hits(45, 50)).high / 100)
+
+
 def test_a_change_is_seen_that_two_intervals_do_not_tell_apart() -> None:
     before, after = hits(500, 1000), hits(480, 1000)
     assert after.change(before).certain

@@ -18,6 +18,7 @@ from onnxslim.models.tasks import fashion, files, lines, retrieval, speech
 from onnxslim.models.tasks.fashion import Fashion
 from onnxslim.models.tasks.files import Files, by_turns
 from onnxslim.models.tasks.lines import Lines, decoded, distance, fitting
+from onnxslim.models.tasks.mails import Mails, text_of
 from onnxslim.models.tasks.photographs import OTHER_GROUNDS, TEST_GROUNDS
 from onnxslim.models.tasks.retrieval import Glosses
 from onnxslim.models.tasks.speech import FRAME, FRAMES, Clip, Speech
@@ -241,3 +242,48 @@ def test_clothes_by_hand() -> None:
 def test_glosses_are_one_order_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Glosses, "_entries", lambda: [retrieval.Entry("a", "b"), retrieval.Entry("c", "d")])
     assert Glosses.texts() == ["b", "d"]
+
+
+MAIL = b"""From: a@b.c
+Subject: Offer
+Content-Type: multipart/mixed; boundary=x
+
+--x
+Content-Type: text/html; charset=utf-8
+
+<p>Buy   <b>now</b></p>
+--x--
+"""
+
+
+def test_what_is_to_be_read_of_a_mail() -> None:
+    assert text_of(MAIL) == "Offer Buy now"
+    assert text_of(b"Subject: Hello\n\nall of\nyou\n") == "Hello all of you"
+    assert text_of(b"") == "-"
+
+
+def test_mails_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONNXSLIM_ZOO", str(tmp_path))
+    for name in ("spam-1", "spam-2", "easy-ham-1", "easy-ham-2"):
+        (folder := shelve("mails") / name).mkdir(parents=True)
+        for index in range(6):
+            (folder / f"{index}.txt").write_bytes(f"Subject: {name}\n\n{index}\n".encode())
+    monkeypatch.setattr(Mails, "known", 2)
+    monkeypatch.setattr(Mails, "asked", 3)
+    monkeypatch.setattr(Mails, "feeds", lambda _, texts: list(texts))
+    task = Mails()
+    parts = (task.calibration(6), task.unlabelled(6), task.test())
+    calibration, unlabelled, tested = (list(map(str, part)) for part in parts)
+    assert calibration[:2] == ["spam-1 0", "easy-ham-1 0"]
+    assert len({*calibration, *unlabelled, *tested}) == 6 + 6 + 10
+    with pytest.raises(ValueError, match=r"^mails has 6 such samples, not 7$"):
+        task.calibration(7)
+
+
+def test_mails_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mails, "known", 1)
+    monkeypatch.setattr(Mails, "asked", 2)
+    # Known along the axes; of each class one that is asked is nearer to its own, one of the second is not.
+    rows = [[1, 0], [5, 1], [3, 2], [0, 2], [1, 9], [4, 1]]
+    (accuracy,) = Mails().judge([{"embedding": np.array([row], np.float32)} for row in rows])
+    assert accuracy.value == 0.75
