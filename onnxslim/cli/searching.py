@@ -100,6 +100,13 @@ def _auto(
             metavar="DIR", help="keep trials there, with recipes that make them again; go on from those there"
         ),
     ] = None,
+    distill: Annotated[
+        bool,
+        typer.Option(
+            "--distill",
+            help="learn weights again where something was left away; takes PyTorch and thousands of samples",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     input_shapes: InputShapes = None,
     ep_library: EpLibrary = None,
@@ -143,6 +150,7 @@ def _auto(
             progress=progress,
             libraries=tuple(custom_ops or ()),
             input_shapes=by_name(input_shapes or ()),
+            distill=distill,
         )
     if json:
         terminal.show_json(_told(found))

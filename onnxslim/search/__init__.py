@@ -40,6 +40,7 @@ def optimize(
     on_trial: Callable[[SearchTrial], None] | None = None,
     libraries: Sequence[str] = (),
     input_shapes: InputShapes | None = None,
+    distill: bool = False,
 ) -> SearchResult:
     """Search for what makes a model smallest and fastest and still keeps what it has to.
 
@@ -65,17 +66,19 @@ def optimize(
         on_trial: called with each trial as it is made.
         libraries: files of custom operators that the model needs to run.
         input_shapes: sizes of inputs with free axes, to count for.
+        distill: learn weights again, from what the original makes of the data, wherever something was left
+            away; takes PyTorch (the extra `train`), and pays with thousands of samples.
 
     Raises:
         CalibrationError: there is no data, or it does not fit the model.
-        UsageError: the goals, or the metric, mean nothing.
+        UsageError: the goals, or the metric, mean nothing; PyTorch is wanted, and not installed.
         TargetError: the target is not there.
         LoadError: the model is none, or does not run.
     """
     if data is None:
         raise CalibrationError("a search measures what is lost, and needs data: pass data=, or --data")
     samples = (data, labels), (test, test_labels)
-    search = SearchSetup(load(model), *samples, metric, Target.of(target), seed, tuple(libraries))
+    search = SearchSetup(load(model), *samples, metric, Target.of(target), seed, tuple(libraries), distill)
     explorer = search.explorer(goals or Goals(), effort, work, input_shapes or {})
     explorer.progress, explorer.on_trial = progress, on_trial
     if time_limit is not None:

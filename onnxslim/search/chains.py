@@ -48,10 +48,11 @@ class Structures:
         model: slimmed.
         ctx: with data.
         effort: see the passes.
+        learning: passes that learn weights again behind a cut; none by default.
     """
 
-    def __init__(self, model: Model, ctx: Context, effort: Effort) -> None:
-        self._model, self._ctx = model, ctx
+    def __init__(self, model: Model, ctx: Context, effort: Effort, learning: Chain = ()) -> None:
+        self._model, self._ctx, self._learning = model, ctx, learning
         self._passes = (Prune(effort=effort), Factorize(effort=effort))
         self._made: dict[float, Chain] = {}
 
@@ -71,5 +72,6 @@ class Structures:
         if share not in self._made:
             now, known = self._model.copy(), self._proposed
             steps = planned(self._passes, now, self._ctx, "macs", share, known)
-            self._made[share] = tuple(step.acting for step in steps)
+            cut = tuple(step.acting for step in steps)
+            self._made[share] = (*cut, *self._learning) if cut else ()
         return self._made[share]

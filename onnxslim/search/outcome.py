@@ -16,6 +16,7 @@ from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import ValidationError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, source_sha256
+from onnxslim.passes.distill import Distill
 from onnxslim.passes.slim import Slim
 from onnxslim.recipes.data import Batches, Data
 from onnxslim.recipes.recipe import Outcome, Recipe
@@ -86,9 +87,10 @@ class SearchSetup:
     Args:
         model: the original.
         data, test: with labels; see `onnxslim.search.optimize`.
-        metric, target, seed, libraries: likewise.
+        metric, target, seed, libraries, distill: likewise.
 
     Raises:
+        UsageError: PyTorch is wanted, and not installed.
         CalibrationError: the data does not fit the model.
         TargetError: the target is not there.
     """
@@ -102,16 +104,19 @@ class SearchSetup:
         target: Target,
         seed: int,
         libraries: tuple[str, ...],
+        distill: bool,
     ) -> None:
         require_usable(target)
+        if distill:
+            Distill().require_installed()
+        self._distill = distill
         self._model, self._metric, self._seed = model, metric, seed
         self._target, self._libraries = target.with_libraries(libraries), libraries
         self._named = data[0] if isinstance(data[0], Data) else None
         self._data = _opened(model, *data)
         self._test = None if test[0] is None else _opened(model, *test)
-        self._samples = Samples(
-            self._data.data, model, self._target, seed, self._data.labels, hold_out=HOLD_OUT
-        )
+        given = self._data.data, model, self._target, seed, self._data.labels
+        self._samples = Samples(*given, hold_out=HOLD_OUT, learning=distill)
         self._notes: list[str] = []
 
     def explorer(
@@ -130,7 +135,9 @@ class SearchSetup:
             TrialBench(self._model, part, self._target, self._metric, sizes) for part in (verify, choose)
         )
         slimmed = Pipeline(Slim(), count=False)(self._model, target=self._target).model
-        structures = Structures(slimmed, Context(self._target, self._samples, self._seed), effort)
+        learning = (Distill(effort=effort),) if self._distill else ()
+        ctx = Context(self._target, self._samples, self._seed)
+        structures = Structures(slimmed, ctx, effort, learning)
         ways = encodings(goals, self._target, effort)
         ledger = Ledger(None if work is None else Path(work), self._about())
         self._workshop = Workshop(self._recipe, self._run, bench, structures, ways, ledger, effort)
@@ -224,6 +231,7 @@ class SearchSetup:
             "target": [self._target.name, self._target.threads, dict(self._target.options)],
             "machine": fingerprint(),
             "seed": self._seed,
+            "distill": self._distill,
         }
 
 

@@ -1,0 +1,68 @@
+"""What is tried for which goals, and that passes with plans leave what was asked for."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.samples import Samples
+from onnxslim.engine.base import Context
+from onnxslim.engine.pipeline import Pipeline
+from onnxslim.errors import UsageError
+from onnxslim.learn import door
+from onnxslim.passes.distill import Distill
+from onnxslim.runtime.targets import Target
+from onnxslim.search import Goals, optimize
+from onnxslim.search.chains import FLOAT, SHARES, Structures, encodings
+from onnxslim.shapes import cost
+from tests.helpers import normal, normals, parse
+
+NET = """g (float[N,32] x) => (float[N,8] y)
+{ a = MatMul(x, w) r = Relu(a) b = MatMul(r, v) q = Relu(b) y = MatMul(q, u) }"""
+DATA = CalibrationData([{"x": normal(8, 32, seed=seed)} for seed in range(16)])
+
+
+@pytest.mark.parametrize("share", [0.72, 0.5])
+def test_what_is_left_of_the_work_is_what_was_asked_for(share: float) -> None:
+    net = parse(NET, normals(w=(32, 64), v=(64, 64), u=(64, 8)))
+    learning = (Distill(steps=3),)
+    structures = Structures(net, Context(data=Samples(DATA, net)), "quick", learning)
+    assert structures.possible
+    assert structures(1.0) == ()
+    chain = structures(share)
+    assert structures(share) is chain
+    assert chain[-1:] == learning
+    result = Pipeline(*chain[:-1], on_error="raise")(net, data=DATA).model
+    before, after = (cost.macs(model, {"x": (1, 32)}) for model in (net, result))
+    assert before is not None
+    assert after is not None
+    assert 0.5 * share * before < after <= share * before
+
+
+def test_where_nothing_can_go_nothing_is_proposed() -> None:
+    net = parse("g (float[N,32] x) => (float[N,32] y) { y = Relu(x) }")
+    assert not Structures(net, Context(data=Samples(DATA, net)), "quick").possible
+
+
+def test_codes_and_integer_weights_are_tried_where_bytes_count() -> None:
+    fast = encodings(Goals(latency=0.5), Target.cpu(), "quick")
+    assert list(fast) == [FLOAT, "int8", "dynamic int8"]
+    assert "half" in encodings(Goals(), Target.cuda(), "quick")
+    small = encodings(Goals(size=0.2), Target.cpu(), "quick")
+    assert "dynamic int8" not in small, "only bytes count"
+    assert {"int4 weights", "codes of 2 bits"} <= small.keys()
+    both = encodings(Goals(download=0.2, macs=0.5), Target.cpu(), "quick")
+    assert {"dynamic int8", "codes of 4 bits"} <= both.keys()
+
+
+def test_shares_go_down_in_like_steps() -> None:
+    assert all(0.75 < after / before < 0.9 for before, after in pairwise(SHARES))
+
+
+@pytest.mark.skipif(not door.is_missing(), reason="PyTorch is installed")
+def test_learning_without_pytorch_is_refused_before_any_work() -> None:
+    net = parse(NET, normals(w=(32, 64), v=(64, 64), u=(64, 8)))
+    with pytest.raises(UsageError, match=r"needs PyTorch.*pip install"):
+        optimize(net, DATA, distill=True, on_trial=lambda trial: pytest.fail("a trial was made"))
