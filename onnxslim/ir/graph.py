@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -225,6 +226,7 @@ def empty() -> Variable:
     return Variable("")
 
 
+@cache
 def bit_width(dtype: np.dtype[Any]) -> int:
     """Bits of one element in a model file; sub-byte types are packed, strings count as 0."""
     if dtype.kind == "O":

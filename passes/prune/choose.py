@@ -25,6 +25,7 @@ from onnxslim.passes.prune.compensate import compensate
 from onnxslim.passes.prune.cut import cut
 from onnxslim.passes.prune.importance import WITH_DATA, Ranking, rank
 from onnxslim.passes.repair.onward import Onward
+from onnxslim.shapes import cost
 
 # Covariances of more channels than this would take gigabytes.
 MAX_CHANNELS = 4096
@@ -195,7 +196,7 @@ def damages(
     """
     measuring = MEASURED[effort]
     judge = Judge(model, data, ctx.target, measuring.samples) if data is not None else None
-    onward = Onward.of(model, next(iter(data), {}), ctx.target) if data is not None else None
+    onward = Onward.of(model, _macs(model, data), ctx.target) if data is not None else None
     curves = dict[str, dict[int, float]]()
     for index, name in enumerate(found.families):
         allowed = found.limits[name].allowed
@@ -212,6 +213,12 @@ def damages(
                 log.skip(missed, f"left whole, as it was not measured what it does: {error}")
             break
     return curves
+
+
+def _macs(model: Model, data: CalibrationData) -> dict[str, int]:
+    """Multiply-accumulates of nodes on the first batch, by label."""
+    feeds: Mapping[str, Array] = next(iter(data), {})
+    return cost.by_label(model, {name: array.shape for name, array in feeds.items()})
 
 
 def _measured(

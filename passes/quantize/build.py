@@ -71,6 +71,7 @@ class Builder:
         coder: WeightCoder | None = None,
     ) -> None:
         self._onward: Onward | None = None
+        self._macs: dict[str, int] | None = None
         self.is_equalized = False
         self.fitted_without: tuple[str, ...] | None = None
         self.model = model
@@ -222,7 +223,7 @@ class Builder:
     def onward(self) -> Onward | None:
         """What runs candidates from where they begin to differ; None where tensors cannot be kept."""
         if self._onward is None:
-            self._onward = Onward.of(self.model, self._first(), self.ctx.target)
+            self._onward = Onward.of(self.model, self.macs(), self.ctx.target)
         return self._onward
 
     def absorb(self, data: CalibrationData) -> None:
@@ -231,7 +232,10 @@ class Builder:
 
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates of weighted nodes on the first batch, by label, where shapes tell."""
-        return cost.by_label(self.model, {name: array.shape for name, array in self._first().items()})
+        if self._macs is None:
+            sizes = {name: array.shape for name, array in self._first().items()}
+            self._macs = cost.by_label(self.model, sizes)
+        return self._macs
 
     def _first(self) -> Mapping[str, Array]:
         """The first batch, if there is one."""

@@ -17,7 +17,6 @@ from onnxslim.ir.graph import Array, Constant, Node
 from onnxslim.ir.model import Model
 from onnxslim.passes.repair.plan import unchanged
 from onnxslim.runtime.targets import Target
-from onnxslim.shapes import cost
 
 # How many places to begin at, and bytes of tensors there that stay in memory.
 PLACES = 8
@@ -49,11 +48,9 @@ class Onward:
         return StagedRunner(candidate, [self._outputs], self._store, given=given, target=self._target)
 
     @classmethod
-    def of(cls, model: Model, feeds: Mapping[str, Array], target: Target) -> Onward | None:
-        """The same with costs of a run on these inputs; None where tensors cannot be kept."""
-        if not is_plain(model):
-            return None
-        return cls(model, cost.by_label(model, {name: array.shape for name, array in feeds.items()}), target)
+    def of(cls, model: Model, costs: Mapping[str, int], target: Target) -> Onward | None:
+        """The same; None where tensors cannot be kept."""
+        return cls(model, costs, target) if is_plain(model) else None
 
     def judged(self, judge: Judge, candidate: Model, samples: int) -> Score:
         """What a candidate keeps of the model's outputs on about so many samples."""
