@@ -20,7 +20,7 @@ from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops import layer_of
-from onnxslim.ops.layers import Floats, Layer, Positions
+from onnxslim.ops.layers import Floats, Layer, Positions, values_at
 from onnxslim.runtime.targets import Target
 
 Doubles = NDArray[np.float64]
@@ -250,6 +250,35 @@ def covariances(
     return _moments(model, data.bind(model.inputs()), slices, rows, seed, target, progress)
 
 
+def joint(
+    model: Model,
+    data: CalibrationData,
+    pairs: Sequence[TensorPair],
+    *,
+    rows: int = ROWS,
+    seed: int = 0,
+    target: Target | None = None,
+    progress: Progress | None = None,
+) -> dict[TensorPair, Gram]:
+    """Moments of the channels of one tensor together with those of another one.
+
+    Args:
+        model: not modified.
+        data: batches of inputs.
+        pairs: of floating-point tensors of the main graph.
+        rows, seed, target, progress: see `covariances`.
+
+    Returns:
+        Moments with one group (g = 1), x and y of which are the channels; of pairs that were not empty in all
+        of the data.
+
+    Raises:
+        CalibrationError: the data does not fit the model, is empty, or makes a tensor NaN or infinite.
+    """
+    wanted = {pair: pair for pair in pairs}
+    return _moments(model, data.bind(model.inputs()), wanted, rows, seed, target, progress)
+
+
 class _Rows(Protocol):
     """Something with positions, at each of which there is a pair of x and y."""
 
@@ -287,6 +316,39 @@ def _result(what: _Rows, moments: Moments) -> Gram:
         return moments.result()
     except CalibrationError as error:
         raise CalibrationError(f"{what}: {error}; check the calibration data") from error
+
+
+@dataclass(frozen=True)
+class TensorPair:
+    """Two tensors, of which the second can be broadcast to the shape of the first.
+
+    Attributes:
+        x, y: their names.
+        axis: of the first, the one that runs over its channels.
+    """
+
+    x: str
+    y: str
+    axis: int
+
+    def __str__(self) -> str:
+        return f"tensors '{self.x}' and '{self.y}'"
+
+    @property
+    def reads(self) -> Sequence[str]:
+        """Names of the tensors."""
+        return [self.x, self.y]
+
+    def count(self, values: Mapping[str, Array]) -> int:
+        """Positions in a batch."""
+        x = values[self.x]
+        return int(x.size // max(x.shape[self.axis], 1))
+
+    def at(self, values: Mapping[str, Array], at: Positions) -> tuple[Floats, Floats]:
+        """Channels of both at some positions."""
+        x = values[self.x]
+        y = np.broadcast_to(values[self.y], x.shape)
+        return values_at(x, self.axis, at)[None], values_at(y, self.axis, at)[None]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from onnxslim.families.analysis import Analysis, Family
 from onnxslim.ir.graph import Constant, Node, Tensor, Variable
@@ -27,7 +28,7 @@ class _Shape:
             sizes[axis] -= width * gone.get(family, 0)
         return tuple(sizes)
 
-    @property
+    @cached_property
     def families(self) -> frozenset[str]:
         return frozenset(family for _, family, _ in self.losses)
 
@@ -38,10 +39,13 @@ class Costs:
     Args:
         model: the analyzed model.
         analysis: of the model; multiply-accumulates are those of the sizes it was made for.
+
+    Whole branches may be gone as well: `without` names what their nodes make first, and their constants.
     """
 
     def __init__(self, model: Model, analysis: Analysis) -> None:
         self._uncounted = 0
+        self._nodes = model.graph.nodes
         losses: dict[str, list[tuple[int, str, int]]] = {}
         for family in analysis.families:
             for member in family.members:
@@ -51,6 +55,7 @@ class Costs:
             sizes = tensor.shape if isinstance(tensor, Constant) else analysis.sizes.get(tensor.name)
             return None if sizes is None else _Shape(sizes, tuple(losses.get(tensor.name, ())))
 
+        self._shape = shape
         self._layers = [
             layer for node in model.graph.nodes if spec_of(node).macs if (layer := _Layer.of(node, shape))
         ]
@@ -80,13 +85,48 @@ class Costs:
             counts.append((name, math.prod(shape.after(gone)), math.prod(shape.sizes)))
         return {name: now / whole for name, now, whole in counts if now < whole}
 
-    def macs(self, gone: Counts) -> int:
+    def macs(self, gone: Counts, without: Collection[str] = ()) -> int:
         """Multiply-accumulates of the main graph."""
-        return sum(layer.macs(gone) for layer in self._layers)
+        return sum(layer.macs(gone) for layer in self._layers if layer.name not in without)
 
-    def parameters(self, gone: Counts) -> int:
+    def parameters(self, gone: Counts, without: Collection[str] = ()) -> int:
         """Elements of the constants, those in bodies included."""
-        return sum(math.prod(shape.after(gone)) for shape in self._constants.values()) + self._uncounted
+        left = (shape for name, shape in self._constants.items() if name not in without)
+        return sum(math.prod(shape.after(gone)) for shape in left) + self._uncounted
+
+    @cached_property
+    def works(self) -> list[NodeWork]:
+        """What every node has to do, as far as it is known."""
+        layers = {layer.name: layer for layer in self._layers}
+        made = ((node.outputs[0].name, self._shape(node.outputs[0])) for node in self._nodes if node.outputs)
+        return [
+            NodeWork(name, shape, layers.get(name))
+            for name, shape in made
+            if name in layers or shape is not None
+        ]
+
+
+class NodeWork:
+    """What one node has to do: multiply-accumulates if it is a layer, else elements that it makes.
+
+    Attributes:
+        name: of what it makes first.
+        macs, elements: of the whole; 0 where that is not known.
+    """
+
+    def __init__(self, name: str, shape: _Shape | None, layer: _Layer | None) -> None:
+        self.name = name
+        self._shape, self._layer = shape, layer
+        self.macs = layer.macs({}) if layer is not None else 0
+        self.elements = math.prod(shape.sizes) if shape is not None else 0
+
+    def left(self, gone: Counts) -> float:
+        """The share of it that is left."""
+        if self._layer is not None and self.macs:
+            return self._layer.macs(gone) / self.macs
+        if self._shape is None or not self.elements or not self._shape.families & gone.keys():
+            return 1.0
+        return math.prod(self._shape.after(gone)) / self.elements
 
 
 class _Layer:

@@ -10,12 +10,10 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.samples import Samples
 from onnxslim.calibration.seen import NOTE, Sight, seen
 from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.engine import judging
-from onnxslim.engine.allocate import Joint, allocate
 from onnxslim.engine.base import (
     Change,
     Changes,
@@ -34,6 +32,7 @@ from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
 from onnxslim.errors import UsageError
 from onnxslim.families.analysis import Analysis, analyze
+from onnxslim.families.branches import Branch, branches
 from onnxslim.families.costs import Costs
 from onnxslim.families.removal import Removal
 from onnxslim.formats import percent
@@ -41,21 +40,30 @@ from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Kept
-from onnxslim.passes.prune.budget import TOLERANCE, uniform
-from onnxslim.passes.prune.choose import Candidates, candidates, criterion_of, damages, spared
-from onnxslim.passes.prune.compensate import compensate
-from onnxslim.passes.prune.cut import cut, prepare, reshare
-from onnxslim.passes.prune.exact import prove
+from onnxslim.passes.prune.budget import uniform
+from onnxslim.passes.prune.choose import spared
+from onnxslim.passes.prune.cut import Twins, prepare, reshare
+from onnxslim.passes.prune.exact import prove, prove_dropped
 from onnxslim.passes.prune.importance import Importance
 from onnxslim.passes.prune.plan import PruningPlan
+from onnxslim.passes.prune.price import Stopwatch, Unit
+from onnxslim.passes.prune.standin import Kind, blank, drop
+from onnxslim.passes.prune.within import Choice, Stage, Way, What, Within, shortfall, without
 from onnxslim.passes.repair import repair
 from onnxslim.passes.unfuse import unfuse
+from onnxslim.runtime.probe import make_feeds
 
 __all__ = ["Prune", "PruneFigures", "PruningPlan"]
 
-Curves: TypeAlias = dict[str, dict[int, float]]
-# From how much of what should go to what does, and what that was chosen from.
-_Chooser: TypeAlias = Callable[[float], "tuple[Removal, Candidates | None]"]
+# From how much of what should go to what does.
+_Chooser: TypeAlias = Callable[[float], Choice]
+# What reports say of what stands in for a branch, of its skip.
+STANDS_IN: Mapping[Kind, str] = {
+    "nothing": "'{}' is left as it is",
+    "mean": "a shift of '{}' per channel stands in for it",
+    "affine": "a scale and a shift of '{}' per channel stand in for it",
+    "linear": "one linear map of '{}' stands in for it",
+}
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,10 @@ class PruneFigures(Figures):
         repairs: layers that were fitted again, and what became of them.
         unrepaired: what the outputs kept before that.
         families: how many lost units.
+        branches: what stands in for each branch that went, by the sum it flowed into.
+        latency: time of one run, relative to that before; of a budget of latency only.
         oracle: largest difference, relative to the largest magnitude of an output, between the model that was
-            cut and the one with the same slices set to zero; None if it could not be run.
+            cut and the one with the same slices and branches set to zero; None if it could not be run.
     """
 
     macs: tuple[int, int]
@@ -78,7 +88,9 @@ class PruneFigures(Figures):
     repairs: tuple[Change, ...] = ()
     unrepaired: judging.Kept | None = captioned("before layers were fitted again")
     families: int | None = captioned("families of units that became smaller")
-    oracle: float | None = captioned("largest relative difference to the same slices set to zero")
+    branches: Mapping[str, Kind] | None = captioned("branches that went, and what stands in for them")
+    latency: float | None = captioned("time of one run, relative to that before")
+    oracle: float | None = captioned("largest relative difference to the same set to zero")
 
 
 WORK: Mapping[Effort, PassWork] = {
@@ -90,12 +102,20 @@ WORK: Mapping[Effort, PassWork] = {
 
 @options
 class Prune(Demanding):
-    """Remove whole channels, attention heads and hidden units, and let the rest make up for them.
+    """Remove whole channels, attention heads and hidden units, and branches; the rest makes up for them.
 
     What can go together is found on the graph. Which units go is chosen by what the layers that read them
     would lose, and how many of each family by what the outputs lose, measured on calibration data. The
     remaining weights are then fitted to what the original layers computed, without labels. Without data the
     norms of weights decide, and nothing is repaired.
+
+    Within a budget of `macs`, `params` or `latency`, whole branches into sums (attention, perceptrons,
+    residual convolutions) compete with units by what they cost the outputs on calibration data. A linear map
+    of the skip, a scale and a shift of it, a shift, or nothing stands in for a branch. Branches go where the
+    outputs keep more by that once layers are fitted again, as of transformers at half of the latency.
+
+    `latency=0.6` keeps that share of the time of one run, measured on the target, on one thread unless the
+    target says otherwise: `onnxslim prune model.onnx faster.onnx --latency 0.6 --data calibration.npz`.
 
     Matrices that are codes already (MatMulNBits) lose columns and whole blocks, but are not fitted: prune
     first, quantize then. Heads whose keys and values are inputs or outputs of the model stay.
@@ -108,12 +128,20 @@ class Prune(Demanding):
 
     macs: float | None = Field(None, gt=0, le=1, description="multiply-accumulates to keep, of 1")
     params: float | None = Field(None, gt=0, le=1, description="parameters to keep, of 1")
+    latency: float | None = Field(
+        None, gt=0, le=1, description="time of one run on the target to keep, of 1; it is measured"
+    )
     ratio: float | None = Field(None, ge=0, lt=1, description="share of the units of every family to remove")
     importance: Importance = Field(
         "auto", description="which units go first; auto is obs with calibration data and l2 without"
     )
     align: int = Field(8, ge=1, description="what is left of a layer is a multiple of so many channels")
     max_ratio: float = Field(0.9, gt=0, lt=1, description="largest share of a family to remove")
+    what: What = Field(
+        "both",
+        description="what may go: units of families, whole branches into sums, for which something linear "
+        "stands in, or both; branches go within a budget only, and by calibration data",
+    )
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to leave whole")
     allow_outputs: bool = Field(False, description="let axes of the model's outputs shrink")
     steps: int = Field(1, ge=1, description="rounds of choosing, cutting and repairing on the way")
@@ -144,17 +172,35 @@ class Prune(Demanding):
             UsageError: not exactly one of macs, params, ratio and plan is given, or the plan does not fit.
             InvalidGraph: a cut is not what setting the same slices to zero is; names the family.
         """
-        goals = [goal for goal in (self.macs, self.params, self.ratio, self.plan) if goal is not None]
-        if len(goals) != 1:
-            raise UsageError("pass 'prune' needs exactly one of macs, params, ratio and plan")
+        goals = (self.macs, self.params, self.latency, self.ratio, self.plan)
+        if sum(goal is not None for goal in goals) != 1:
+            raise UsageError("pass 'prune' needs exactly one of macs, params, latency, ratio and plan")
         if self.plan is not None:
             self.require_alone()
+        if self.what == "branches" and self.ratio is not None:
+            raise UsageError("pass 'prune': ratio is of units, and what='branches' leaves them whole")
+        self.require_data(ctx.data)
         if self.allow_outputs and (self.require_sqnr is not None or self.max_drop is not None):
             raise UsageError(
                 "pass 'prune': outputs that shrink (allow_outputs) cannot be compared with what they were, "
                 "as require_sqnr and max_drop want"
             )
         return _Run(self, model, ctx).run()
+
+    @property
+    def needs_data(self) -> bool:
+        """To measure what branches do, and to hold candidates to what is asked for."""
+        return self.what == "branches" or super().needs_data
+
+    @property
+    def unit(self) -> Unit:
+        """What the budget is in."""
+        return "params" if self.params is not None else "latency" if self.latency is not None else "macs"
+
+    @property
+    def share(self) -> float:
+        """What is to be left, of 1."""
+        return self.macs or self.params or self.latency or 1.0
 
     @property
     def work(self) -> PassWork:
@@ -181,6 +227,7 @@ class _Run:
         self._settings = settings
         self._ctx = ctx
         self._log = Log()
+        self._watch = self._stopwatch(model) if settings.latency is not None else None
         for skip in unfuse(model, "units").skipped:
             self._log.skip(skip.node, skip.reason)
         self._demand = settings.demand(model, ctx)
@@ -189,71 +236,92 @@ class _Run:
         self._teacher = model.copy()
         self._model = model
         self._kept: Kept = {}  # slices of the original that are left
+        self._cuts: dict[Branch, Kind] = {}  # branches of it that are not
         self._errors: list[float] = []
         self._repaired: tuple[Change, ...] = ()
         self._unrepaired: judging.Kept | None = None
         self._seen: dict[str, Sight] = {}  # what no rule tells the shape of
-        self._missed = ""  # how far what was chosen last is from what was asked for
-        self._whole = 0.0, 0.0  # multiply-accumulates and parameters of the model as it was
+        self._spared: Mapping[str, str] = {}
+
+    def _stopwatch(self, model: Model) -> Stopwatch:
+        given = self._ctx.one_run()
+        feeds = make_feeds(model.inputs(), batch=1, size=32) if given is None else given
+        return Stopwatch(model.copy(), feeds, self._ctx.target)
 
     def run(self) -> Changes:
         """All steps."""
         tell_idle(self._settings.exclude, self._teacher, self._log)
-        twins = prepare(self._model)
-        self._spared = spared(self._model, self._settings.exclude)
-        first = self._analyze()
-        before = Costs(self._model, first)
+        twins = self._prepared()
+        self._first = self._analyze(self._model)
+        self._before = Costs(self._model, self._first)
+        self._whole = self._model.copy()
         done = False
         steps = self._settings.steps if self._settings.plan is None else 1  # a plan tells all at once
         for step in range(1, steps + 1):
-            analysis = first if step == 1 else self._analyze()
-            self._whole = before.macs({}) * self._scale(before, first, analysis), before.parameters({})
+            analysis = self._first if step == 1 else self._analyze(self._model)
             amount = self._step(analysis, step / steps)
             done = amount > 0 or done
             if self._demand and amount < 1.0:
                 break
         if not done:
-            self._say_why(first)
+            self._say_why(self._first)
             return Changes((), self._log.done().skipped)
-        figures = self._told(first, before)
+        figures = self._told()
         reshare(self._model, twins)
         return self._log.done(figures)
 
-    def _scale(self, before: Costs, first: Analysis, now: Analysis) -> float:
-        """How many times the first batch is looked at: sizes that constants have are not tried."""
-        left = before.macs(Removal.leaving(first, self._kept).counts)
-        return Costs(self._model, now).macs({}) / left if left else 1.0
+    def _prepared(self) -> Twins:
+        twins = prepare(self._model)
+        self._spared = spared(self._model, self._settings.exclude)
+        return twins
+
+    def _origin(self) -> tuple[Analysis, Costs]:
+        """What the families were before any unit went, in the model without the branches that went."""
+        if not self._cuts:
+            return self._first, self._before
+        base = self._whole.copy()
+        drop(base, {branch: blank(base, branch, kind) for branch, kind in self._cuts.items()})
+        analysis = self._analyze(base)
+        return analysis, Costs(base, analysis)
+
+    def _start(self, now: Analysis) -> float:
+        """What the model cost at first in the unit of the budget.
+
+        Sizes that constants have are not tried, so that a batch may count as often as they say now.
+        """
+        if self._settings.unit != "macs":
+            return self._before.parameters({}) if self._settings.unit == "params" else 1.0
+        analysis, costs = self._origin()
+        left = costs.macs(Removal.leaving(analysis, self._kept).counts)
+        return self._before.macs({}) * (Costs(self._model, now).macs({}) / left if left else 1.0)
 
     def moves(self) -> list[Move]:
         """What could go, with the damage that decides; see `Pass.propose`."""
-        prepare(self._model)
-        self._spared = spared(self._model, self._settings.exclude)
-        analysis = self._analyze()
-        found = self._candidates(analysis, self._data.fit if self._data else None)
-        curves, costs, ordered = self._curves(found), Costs(self._model, analysis), self._ordered(found)
+        self._prepared()
+        stage = self._stage(self._analyze(self._model))
         return [
             Move(
                 step=self._settings.name,
                 group=name,
-                option=f"{count} of {found.families[name].size} units",
-                left=costs.shares({name: count}),
+                option=f"{count} of {stage.found.families[name].size} units",
+                left=stage.costs.shares({name: count}),
                 damage=damage,
                 measured=self._data is not None,
-                plan=PruningPlan.of(ordered.removal({name: count})),
+                plan=PruningPlan.of(stage.ordered.removal({name: count})),
             )
-            for name, curve in curves.items()
+            for name, curve in stage.curves.items()
             for count, damage in curve.items()
             if count
         ]
 
-    def _analyze(self) -> Analysis:
+    def _analyze(self, model: Model) -> Analysis:
         sizes, told = None, dict[str, Sight]()
         for feeds in self._samples():
             sizes = {name: array.shape for name, array in feeds.items()}
-            told = seen(self._model, feeds, self._ctx.target)
+            told = seen(model, feeds, self._ctx.target)
         self._seen.update(told)
         return analyze(
-            self._model,
+            model,
             sizes=sizes,
             seen={name: each.shape for name, each in told.items()},
             allow_outputs=self._settings.allow_outputs,
@@ -263,20 +331,40 @@ class _Run:
         """The first batch, if there is one."""
         return list(islice(self._data.fit, 1)) if self._data is not None else []
 
+    def _stage(self, analysis: Analysis) -> Stage:
+        """The model as it is now, and how to choose what goes of it."""
+        wish = self._settings
+        way = Way(
+            wish.what,
+            wish.importance,
+            wish.align,
+            wish.max_ratio,
+            wish.effort,
+            self._spared,
+            self._data,
+            self._ctx,
+            self._log,
+            self._teacher,
+            self._analyze,
+            lambda model, removal, data: self._repair(model, removal.after(self._kept), data),
+        )
+        return Stage(self._model, analysis, way)
+
     def _step(self, analysis: Analysis, progress: float) -> float:
         """Choose, prove, cut and repair; how much of what should go did, of 1."""
         choose = self._chooser(analysis, progress)
         amount = 1.0 if self._demand is None else self._amount(choose, self._demand)
-        removal, found = choose(amount)
-        if self._missed:
-            self._log.skip(self._model.graph.name or "model", self._missed)
-        if not removal:
+        choice = choose(amount)
+        if progress == amount == 1:
+            self._tell(choose)
+        if not choice:
             return 0.0
-        error = prove(self._model, removal, self._ctx.target, self._samples())
-        if error is not None:
-            self._errors.append(error)
-        self._cut(self._model, removal, found)
-        self._kept = removal.after(self._kept)
+        self._prove(choice)
+        choice.applied(self._model, self._settings.repair != "none")
+        self._kept = choice.removal.after(self._kept)
+        made = {branch: stand_in.kind for branch, stand_in in choice.cuts.items()}
+        gone = {name for branch in made for name in branch.nodes}
+        self._cuts = {branch: kind for branch, kind in self._cuts.items() if branch.sum not in gone} | made
         chosen = progress == 1 or amount < 1.0  # then all samples may be fitted to
         if chosen and self._data is not None and self._settings.repair != "none":
             self._unrepaired = self._ctx.judge(self._model)
@@ -288,20 +376,30 @@ class _Run:
         self._repaired = repaired.changed
         return amount
 
+    def _prove(self, choice: Choice) -> None:
+        """That what goes of the model is what setting it to zero is."""
+        target, samples = self._ctx.target, self._samples()
+        left = self._model
+        found = [prove_dropped(left, list(choice.cuts), target, samples)]
+        if choice.cuts:
+            left = left.copy()
+            drop(left, choice.cuts)
+        found.append(prove(left, choice.removal, target, samples))
+        self._errors += [error for error in found if error is not None]
+
     def _amount(self, choose: _Chooser, demand: Demand) -> float:
         """The most that may go; 0, with the reason, if nothing may."""
         known: dict[str, _PruneTrial] = {}
 
         def make(back: int) -> _PruneTrial:
             amount = 1.0 - back / LEVELS
-            removal, found = choose(amount)
-            key = repr(sorted(removal.counts.items()))
-            if key not in known:
+            choice = choose(amount)
+            if choice.key not in known:
                 model = self._model.copy()
-                self._cut(model, removal, found)
-                self._repair(model, removal.after(self._kept), self._data)
-                known[key] = _PruneTrial(model, amount)
-            return known[key]
+                choice.applied(model, self._settings.repair != "none")
+                self._repair(model, choice.removal.after(self._kept), self._data)
+                known[choice.key] = _PruneTrial(model, amount)
+            return known[choice.key]
 
         made = demand.least(make, LEVELS - 1)
         name = self._model.graph.name or "model"
@@ -312,80 +410,31 @@ class _Run:
             self._log.skip(name, f"{share} goes: with more, {demand.refused}")
         return made.amount if made is not None else 0.0
 
-    def _cut(self, model: Model, removal: Removal, found: Candidates | None) -> None:
-        """Remove units from a model, which is edited, and let the others stand in for them."""
-        if found is not None and self._settings.repair != "none":
-            compensate(model, removal, found.grams)
-        cut(model, removal)
-
     def _chooser(self, analysis: Analysis, progress: float) -> _Chooser:
         """From how much of what this step should reach, of 1, to what goes."""
-        settings, data = self._settings, self._data
+        settings, stage = self._settings, self._stage(analysis)
         if settings.plan is not None:
-            planned = PruningPlan.given(settings.plan).removal(analysis)
-            return lambda _: (planned, None)
-        by_outputs = settings.ratio is None
-        found = self._candidates(analysis, (data.fit if by_outputs else data.seen) if data else None)
-        curves = self._curves(found) if by_outputs else {}
-        last = self._ordered(found) if by_outputs else found
-
-        def choose(amount: float) -> tuple[Removal, Candidates | None]:
-            return last.removal(self._numbers(found, curves, progress, amount)), last
-
-        return choose
-
-    def _ordered(self, found: Candidates) -> Candidates:
-        """The same once numbers are chosen: then all samples may say which units."""
-        if self._data is None or not self._data.tuned:
-            return found
-        return self._candidates(found.analysis, self._data.seen)
-
-    def _candidates(self, analysis: Analysis, data: CalibrationData | None) -> Candidates:
-        settings = self._settings
-        return candidates(
-            self._model,
-            analysis,
-            criterion=criterion_of(settings.importance, self._data, self._log, self._model),
-            align=settings.align,
-            max_ratio=settings.max_ratio,
-            spared=self._spared,
-            data=data,
-            ctx=self._ctx,
-            log=self._log,
-        )
-
-    def _curves(self, found: Candidates) -> Curves:
-        return damages(
-            self._model,
-            found,
-            self._data.tune if self._data else None,
-            self._ctx,
-            self._log,
-            self._settings.effort,
-        )
-
-    def _numbers(self, found: Candidates, curves: Curves, progress: float, amount: float) -> dict[str, int]:
-        """Units to remove of each family, so that this step gets so far on its way."""
-        settings = self._settings
+            plan = PruningPlan.given(settings.plan)
+            planned = without(stage, plan.cuts(branches(self._model).found) if plan.branches else {})
+            choice = Choice(planned.cuts, plan.removal(planned.analysis), None)
+            return lambda _: choice
         if settings.ratio is not None:
+            found = stage.way.candidates(self._model, analysis, self._data.seen if self._data else None)
             share = 1 - (1 - settings.ratio) ** (1 / settings.steps)
-            return uniform(found.families, found.limits, share * amount)
-        costs = Costs(self._model, found.analysis)
-        cost, goal, whole = (
-            (costs.macs, settings.macs, self._whole[0])
-            if settings.macs is not None
-            else (costs.parameters, settings.params, self._whole[1])
-        )
-        assert goal is not None
-        here, there = cost({}), whole * goal**progress
-        gone = allocate(Joint(curves, cost), here + amount * (there - here), dict.fromkeys(curves, 0))
-        reached = cost(gone) / whole if whole else 1.0
-        self._missed = ""
-        if progress == amount == 1 and abs(reached - goal) > TOLERANCE:
-            what = "MACs" if settings.macs is not None else "parameters"
-            why = _shortfall(reached, goal, settings)
-            self._missed = f"{reached:.3f} of the {what} are left instead of {goal:g}: {why}"
-        return gone
+            return lambda amount: Choice(
+                {}, found.removal(uniform(found.families, found.limits, share * amount)), found
+            )
+        return Within(stage, settings.unit, self._start(analysis), settings.share**progress, self._watch)
+
+    def _tell(self, choose: _Chooser) -> None:
+        """What the last choice of all leaves to be desired."""
+        if not isinstance(choose, Within):
+            return
+        wish, name = self._settings, self._model.graph.name or "model"
+        for branch in choose.spared:
+            self._log.skip(branch.label, "its branch stays: the outputs keep more if units go alone")
+        if missed := shortfall(choose.reached, wish.share, wish.unit, wish.align, wish.max_ratio):
+            self._log.skip(name, missed)
 
     def _repair(self, model: Model, kept: Kept, data: Samples | None) -> Changes:
         method = self._settings.repair
@@ -408,22 +457,28 @@ class _Run:
             descend=self._settings.effort != "quick",
         )
 
-    def _told(self, first: Analysis, before: Costs) -> PruneFigures:
+    def _told(self) -> PruneFigures:
         """Figures of the whole; in the log what became of each family."""
-        removal = Removal.leaving(first, self._kept)
-        for family in first.families:
+        analysis, origin = self._origin()
+        removal = Removal.leaving(analysis, self._kept)
+        for branch, kind in self._cuts.items():
+            self._log.change(branch.label, "its branch is gone", STANDS_IN[kind].format(branch.skip))
+        for family in analysis.families:
             if gone := removal.counts.get(family.name):
                 self._log.change(family.name, f"{gone} of {family.size} units removed", _note(family.crosses))
-        costs = Costs(self._model, self._analyze())
+        costs = Costs(self._model, self._analyze(self._model))
         for name in self._seen:
             self._log.skip(name, NOTE)
+        all_of = branches(self._whole).found if self._cuts else ()
         return PruneFigures(
-            macs=(before.macs({}), before.macs(removal.counts)),
-            params=(before.parameters({}), costs.parameters({})),
-            plan=PruningPlan.of(removal),
+            macs=(self._before.macs({}), origin.macs(removal.counts)),
+            params=(self._before.parameters({}), costs.parameters({})),
+            plan=PruningPlan.of(removal, self._cuts, all_of),
             repairs=self._repaired,
             unrepaired=self._unrepaired,
             families=len(removal.counts),
+            branches={branch.label: kind for branch, kind in self._cuts.items()} or None,
+            latency=self._watch([self._model.copy])[0] if self._watch else None,
             oracle=max(self._errors, default=None),
         )
 
@@ -461,9 +516,3 @@ def _note(crosses: Sequence[str]) -> str:
     return f"changes the statistics of '{crosses[0]}'" + (
         f" and {len(crosses) - 1} more" if len(crosses) > 1 else ""
     )
-
-
-def _shortfall(reached: float, goal: float, settings: Prune) -> str:
-    if reached > goal:
-        return f"no family can lose more (align={settings.align}, max_ratio={settings.max_ratio:g})"
-    return f"one step of {settings.align} channels is larger than what was left to go"

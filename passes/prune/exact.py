@@ -2,7 +2,8 @@
 
 A model without a set of slices must compute what the original computes when the layers that read these
 slices get zeros there. This holds up to rounding for every unit that does not lie under a normalization;
-those change statistics, and are left out of the proof.
+those change statistics, and are left out of the proof. A model without a branch, and with nothing in its
+place, must compute what the original computes when what the branch makes is multiplied by zero.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from onnxslim.engine.check import relative_difference
+from onnxslim.engine.editor import Editor
 from onnxslim.errors import InvalidGraph
+from onnxslim.families.branches import Branch
 from onnxslim.families.removal import Removal
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Variable
@@ -20,6 +23,7 @@ from onnxslim.ir.model import Model
 from onnxslim.ops import Trait, has
 from onnxslim.passes.predicates import FLOATS, spacing
 from onnxslim.passes.prune.cut import cut, zero
+from onnxslim.passes.prune.standin import NOTHING, drop, sum_of
 from onnxslim.runtime.targets import Target
 
 # Largest difference, relative to the largest magnitude of an output, that rounding explains: so many steps of
@@ -29,6 +33,7 @@ from onnxslim.runtime.targets import Target
 EXACT_STEPS = 84.0
 ROUNDING_FACTOR = 4.0
 
+MAKES = ("Mul",)
 Samples = Sequence[Mapping[str, Array]]
 
 
@@ -74,6 +79,56 @@ def prove(model: Model, removal: Removal, target: Target, samples: Samples) -> f
             node=blamed,
         )
     return found
+
+
+def prove_dropped(model: Model, branches: Sequence[Branch], target: Target, samples: Samples) -> float | None:
+    """The largest relative difference between the model without branches and the one with zeros there.
+
+    Args:
+        model: not modified.
+        branches: of it, none inside another.
+        target, samples: see `prove`.
+
+    Returns:
+        None if there is nothing to prove, or nothing the model runs on.
+
+    Raises:
+        InvalidGraph: the cut is wrong; names the sum to blame.
+    """
+    found = _dropped(model, branches, target, samples) if branches else None
+    if found is None or found <= EXACT_STEPS * _step(model):
+        return found
+    worst = {each: _dropped(model, [each], target, samples) or 0.0 for each in branches}
+    blamed = max(worst, key=lambda each: worst[each])
+    raise InvalidGraph(
+        f"dropping the branch into '{blamed.label}' is not what setting it to zero is: outputs differ by "
+        f"{found:.1e}; exclude it, and please report this",
+        pass_name="prune",
+        node=blamed.label,
+    )
+
+
+def _dropped(model: Model, branches: Sequence[Branch], target: Target, samples: Samples) -> float | None:
+    small, zeroed = model.copy(), model.copy()
+    drop(small, dict.fromkeys(branches, NOTHING))
+    for branch in branches:
+        _mute(zeroed, branch)
+    for each in (small, zeroed):
+        _unsquash(each)
+    found = [relative_difference(zeroed, small, target, each) for each in _inputs(samples)]
+    return max((each for each in found if each is not None), default=None)
+
+
+def _mute(model: Model, branch: Branch) -> None:
+    """Multiply by zero what a sum reads of a branch."""
+    edit, node = Editor(model), sum_of(model, branch)
+    at = next(index for index, each in enumerate(node.inputs) if each.name == branch.end)
+    dtype = edit.dtype(node.inputs[at])
+    zero_of = edit.constant(f"{branch.end}_zero", np.zeros((), dtype if dtype is not None else np.float32))
+    muted = edit.variable(f"{branch.end}_muted", node.inputs[at])
+    edit.add(node, "Mul", [node.inputs[at], zero_of], [muted])
+    edit.set_input(node, at, muted)
+    edit.commit()
 
 
 def _step(model: Model) -> float:
