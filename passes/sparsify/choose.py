@@ -54,12 +54,14 @@ class ShareChoice:
         self.measured = data is not None
         fixed = how.pattern.share
         self.percent: tuple[int, ...] = PERCENT if fixed is None else (0, round(100 * fixed))
+        self._costs = {name: self._left(weight) for name, weight in self._weights.items()}
         lost = self._of_layers(data) if data is not None else self._of_weights()
         self.damage = {weight.name: dict(zip(self.percent, each, strict=True)) for weight, each in lost}
-        self._costs = {
-            name: {percent: self.how(percent).left(weight.constant.size) for percent in self.percent}
-            for name, weight in self._weights.items()
-        }
+
+    def _left(self, weight: StoredWeight) -> dict[int, float]:
+        """Values of a weight that are not zero, with each share; zeros that are there already stay."""
+        there = float(np.count_nonzero(weight.constant.values))
+        return {each: min(self.how(each).left(weight.constant.size), there) for each in self.percent}
 
     def how(self, percent: int) -> Thinning:
         """A weight with so many zeros in a hundred."""
@@ -88,21 +90,27 @@ class ShareChoice:
     def _of_layers(self, data: Samples) -> Iterator[tuple[StoredWeight, list[float]]]:
         """Error of the outputs with one weight alone sparse, in proportion to the error of its layer."""
         judge = Judge(self._model, data.tune, self._ctx.target, JUDGED[self._how.effort])
-        done, middle = 0, self.percent[len(self.percent) // 2]
+        done = 0
         for weights in _groups([*self._weights.values()]):
             grams = self._observed(weights, data)
             for weight in weights:
                 layer = _layer(weight)
                 gram = grams.get(layer.node.outputs[0].name)
                 lost = self._of_weight(layer, gram)
-                trial = self._model.copy()
-                apply(trial, {weight: self.how(middle)}, None, self._ctx, Log())
-                alone = _error(layer, self.how(middle).of(layer), gram)
+                trial, how = self._model.copy(), self._tried(weight)
+                apply(trial, {weight: how}, None, self._ctx, Log())
+                alone = _error(layer, how.of(layer), gram)
                 rate = judge(trial).error / max(alone, _TINY)
                 yield weight, [rate * each for each in lost]
                 done += 1
                 if self._ctx.progress:
                     self._ctx.progress("measuring weights", done, len(self._weights))
+
+    def _tried(self, weight: StoredWeight) -> Thinning:
+        """In the middle of what would make a difference to a weight."""
+        costs = self._costs[weight.name]
+        telling = [each for each in self.percent if costs[each] < costs[0]] or self.percent
+        return self.how(telling[(len(telling) - 1) // 2])
 
     def _observed(self, weights: Sequence[StoredWeight], data: Samples) -> dict[str, Gram]:
         names = [_layer(weight).node.outputs[0].name for weight in weights]

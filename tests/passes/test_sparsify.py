@@ -245,6 +245,11 @@ def test_a_second_run_only_adds_zeros(net: Model, feeds: list[dict[str, Array]])
         assert after.mean() == pytest.approx(0.7, abs=0.01)
 
 
+def test_zeros_that_are_there_count(net: Model, feeds: list[dict[str, Array]]) -> None:
+    once = made(net, feeds, sparsity=0.7).model
+    assert 0.7 <= all_zeros(made(once, feeds, sparsity=0.75).model) < 0.78
+
+
 @settings(max_examples=20)
 @given(st.integers(0, 999), st.sampled_from(("quick", "normal")), st.floats(0.5, 0.95))
 def test_zeros_are_neither_counted_twice_nor_taken_back(seed: int, effort: Effort, share: float) -> None:
