@@ -2,6 +2,7 @@
 
     python benchmarks/cluster.py bits [NET ...]     4, 3 and 2 bits: with data, without, chosen, and the peer
     python benchmarks/cluster.py sent [NET ...]     beside int8: what is sent, once deflated
+    python benchmarks/cluster.py priced [NET ...]   int8 whose codes are chosen by error and bits
     python benchmarks/cluster.py real [NAME ...]    real models in 4 bits; see models/zoo.py
 
 The peer is scikit-learn's KMeans on each weight by itself, stored as ours are, so that bytes are equal; rows
@@ -131,6 +132,33 @@ def sent(names: tuple[str, ...]) -> Iterator[str]:
         yield f"| {net} | {row} | {noise[1]:.1f} |"
 
 
+def priced(names: tuple[str, ...]) -> Iterator[str]:
+    """int8 files, as they are and with `download=`."""
+    import onnxslim
+    from onnxslim import CalibrationData, Pipeline
+    from onnxslim.calibration.noise import sqnr
+    from onnxslim.ir.download import download
+    from onnxslim.passes import Quantize, Slim
+    from onnxslim.runtime.session import Session
+
+    yield from _head("net", "download", "deflated", "of int8", "SQNR dB", "accuracy, %", "CPU s")
+    test = np.load(FASHION / "test.npz")
+    for net in names or NETS:
+        data = CalibrationData.from_npz(FASHION / "calibration.npz", batch_size=64)
+        model = Pipeline(Slim(), on_error="raise")(onnxslim.load(FASHION / f"{net}.onnx")).model
+        expected = Session(model).run({"image": test["image"]})["logits"]
+        whole = 0
+        for share in (None, 0.9, 0.8, 0.7):
+            start = time.process_time()
+            found = Pipeline(Quantize(download=share), on_error="raise")(model, data=data).model
+            seconds, size = time.process_time() - start, download(found).deflate
+            whole = whole or size
+            logits = Session(found).run({"image": test["image"]})["logits"]
+            right = 100 * float((logits.argmax(1) == test["label"]).mean())
+            row = f"{size / 1e3:.0f} kB | {size / whole:.2f} | {sqnr(expected, logits):.1f} | {right:.2f}"
+            yield f"| {net} | {share or '–'} | {row} | {seconds:.0f} |"
+
+
 def real(names: tuple[str, ...]) -> Iterator[str]:
     """Real models."""
     import onnxslim
@@ -160,7 +188,7 @@ def _head(*names: str) -> Iterator[str]:
     yield "|" + "---|" * len(names)
 
 
-PARTS = {"bits": bits, "real": real, "sent": sent}
+PARTS = {"bits": bits, "real": real, "sent": sent, "priced": priced}
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -37,11 +38,13 @@ from onnxslim.passes.quantize.choices import (
     StorageForm,
     Variant,
 )
+from onnxslim.passes.quantize.coder import priced
 from onnxslim.passes.quantize.dynamic import Dynamic
 from onnxslim.passes.quantize.figures import LayerFigures, QuantizeFigures
 from onnxslim.passes.quantize.fused import beside_floats, kernels
 from onnxslim.passes.quantize.goal import TrialGoal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
+from onnxslim.passes.quantize.rate import price_for
 from onnxslim.passes.quantize.recorded import LayoutName, QuantizationPlan, QuantizeOptions, moves_of
 from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Search, Sensitivity, stored
 from onnxslim.passes.quantize.static import Static
@@ -126,7 +129,8 @@ class Quantize(Pass):
         gt=0,
         lt=1,
         description="share of the bytes of 8-bit weights to keep once they are deflated, as when they are "
-        "sent: channels with small weights get fewer codes, at some loss",
+        "sent: with data, codes are chosen by error and bits; without, channels with small weights get "
+        "fewer of them",
     )
     block_size: int | None = Field(
         None,
@@ -408,11 +412,24 @@ class Quantize(Pass):
             algorithm=self.algorithm,
             storage=start.form,
             block_size=self.block_size,
-            floor=0.0 if self.download is None else floor_for(_weights_of(start.model), self.download),
+            floor=self._floor(start),
+            price=self._price(start),
             ties=start.ties,
         )
         bytewise = self._way is WeightOnly and start.form == "matmulnbits"
         return (WeightOnlyBytes if bytewise else self._way)(settings, start.ctx.target.layout)
+
+    def _floor(self, start: Start) -> float:
+        """Of scales, where fewer bits are wanted and no data says which."""
+        if self.download is None or start.ctx.data is not None:
+            return 0.0
+        return floor_for(_weights_of(start.model), self.download)
+
+    def _price(self, start: Start) -> float:
+        """What a bit is worth, where fewer are wanted and there is data."""
+        if self.download is None or start.ctx.data is None:
+            return 0.0
+        return price_for(priced(start.model, start.ctx), self.download)
 
     def _everything(self, search: Search, build: Builder, log: Log) -> tuple[Trial, float]:
         """The candidate with all in integers, the nearest ones, and what one unscaled keeps, in dB."""
@@ -435,6 +452,9 @@ class Quantize(Pass):
         Fitting in turn ends with integers of its own: what each layer alone would have is looked for only
         where that does not help.
         """
+        if self.download is not None:
+            smaller = partial(search.smaller, trial, sequential=self.sequential)
+            return search.step("fewer bits for weights", trial, smaller)
         if not self._rounds(trial, search) or self._is_far(trial, goal):
             return trial
         weighed = search.step("better integers of weights", 0.0, lambda: self._weighed(search, trial))

@@ -33,6 +33,7 @@ class Settings:
         storage: how weights of matrix products are written where activations are no integers.
         block_size: inputs of an output that share a scale there; None for what suits their bits.
         floor: least scale of a channel, by the root mean square of its weight; see `weights.floored`.
+        price: what a bit of the codes is worth, where there is data; see `rate`.
         ties: by name of a weight, that of the table that it is the same as; see `tables.untie`.
     """
 
@@ -45,6 +46,7 @@ class Settings:
     storage: StorageForm = "qdq"
     block_size: int | None = None
     floor: float = 0.0
+    price: float = 0.0
     ties: Mapping[str, str] = field(default_factory=dict)
 
 

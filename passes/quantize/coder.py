@@ -20,7 +20,8 @@ from onnxslim.passes.quantize.blocks import Blocking, Blocks, nearest
 from onnxslim.passes.quantize.choices import Settings
 from onnxslim.passes.quantize.insert import pair_axis_of
 from onnxslim.passes.quantize.plan import Plan
-from onnxslim.passes.quantize.rounding import Rounder
+from onnxslim.passes.quantize.rate import Priced, least_steps
+from onnxslim.passes.quantize.rounding import Rounder, damped
 from onnxslim.passes.quantize.trained import Trained
 from onnxslim.passes.quantize.weights import Encoded, Encoder, encode, floored, least_scales
 
@@ -161,7 +162,8 @@ class WeightCoder:
         return found, found.values().T[None]
 
     def _rounder(self, layer: Layer, gram: Gram, corrected: bool, wanted: Floats | None = None) -> Rounder:
-        return Rounder(layer, gram, corrected, wanted, self._settings.algorithm)
+        settings = self._settings
+        return Rounder(layer, gram, corrected, wanted, settings.algorithm, settings.price)
 
 
 def _least(node: Node) -> Floats | None:
@@ -171,6 +173,21 @@ def _least(node: Node) -> Floats | None:
     if bias is None or scale is None:
         return None
     return np.asarray(ROOM * least_scales(bias.reshape(-1), np.float32(scale.max())), np.float32)
+
+
+def priced(model: Model, ctx: Context) -> list[Priced]:
+    """The weights of the layers of the main graph that see something, with what they see."""
+    layers = [layer for layer in map(layer_of, model.graph.nodes) if isinstance(layer, Layer)]
+    found = []
+    for rows, part in _portions([layer for layer in layers if layer.unfit() is None]):
+        names = [layer.node.outputs[0].name for layer in part]
+        grams = observe(model, ctx.given.fit, names, alone=True, rows=rows, target=ctx.target)
+        for layer, name in zip(part, names, strict=True):
+            if name in grams:
+                gram = grams.pop(name)
+                steps = least_steps(layer.matrix(), damped(gram.gram, gram.count), 1.0)
+                found.append(Priced(layer.weight.astype(np.float32), layer.weight_axis, steps))
+    return found
 
 
 def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:

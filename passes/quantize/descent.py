@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim.passes.quantize.blocks import Limit
+from onnxslim.passes.quantize.rate import Rate
 from onnxslim.passes.quantize.weights import MAX_PAIR, QMAX
 from onnxslim.passes.repair.support import support
 
@@ -87,6 +88,7 @@ class Descent:
         limits: lowest and highest code, of all or of each weight.
         neighbours: which codes must not add up to more than `weights.MAX_PAIR`, if any.
         size: inputs that are worked on at a time: those of a block that has steps of its own.
+        rate: what codes cost besides the error; None for nothing.
 
     Attributes:
         codes, steps: as they are now.
@@ -100,8 +102,11 @@ class Descent:
         limits: tuple[Limit, Limit],
         neighbours: Neighbours | None = None,
         size: int = BLOCK,
+        rate: Rate | None = None,
     ) -> None:
         self.codes = codes.copy()
+        self._rate = rate
+        self._weight: Floats = np.ones((len(codes), 1, 1), np.float32)
         self._target = np.asarray(target)  # slices of one that lies in a file take ten times as long
         self._held = support(self._target)
         self._limits = limits
@@ -121,7 +126,9 @@ class Descent:
             pulls: what errors ask of each other.
             scaled: whether each block of inputs has steps of its own, which are then refitted as well.
         """
-        changed = 0
+        changed, self._weight = 0, pulls.weight
+        if self._rate is not None:
+            self._rate.renew(self.codes)
         for start in range(0, len(self.codes), self._size):
             block = slice(start, start + self._size)
             inner = pulls.shares[:, block, block]
@@ -151,11 +158,15 @@ class Descent:
             least, most = self._neighbours.bounds(self.codes, at)
         else:
             least, most = (each if isinstance(each, int) else each[at] for each in self._limits)
-        code = np.rint(wanted / self.steps[at])
+        steps = self.steps[at]
+        code = np.rint(wanted / steps)
         np.minimum(np.maximum(code, least, out=code), most, out=code)
+        if self._rate is not None:
+            weight = self._weight[at] * np.square(steps)
+            code = self._rate.best(code, wanted / steps, weight, least, most)
         if self._held is not None:
             code *= self._held[at]
-        return code, code * self.steps[at]
+        return code, code * steps
 
     def _rescale(self, block: slice, pulls: Pulls, outer: Floats) -> None:
         """The step of least error for the codes of a block; as before where that is nothing sensible."""

@@ -20,7 +20,8 @@ from onnxslim.ops.layers import Layer
 from onnxslim.passes.quantize.blocks import Blocking, Blocks, Limit, nearest
 from onnxslim.passes.quantize.choices import Algorithm
 from onnxslim.passes.quantize.descent import Descent, Floats, Neighbours, Pulls, by_input, by_output
-from onnxslim.passes.quantize.weights import MAX_PAIR, QMAX, Encoded
+from onnxslim.passes.quantize.rate import Rate, least_steps, power_of
+from onnxslim.passes.quantize.weights import MAX_PAIR, QMAX, Encoded, encode
 
 Doubles = NDArray[np.float64]
 
@@ -45,6 +46,7 @@ class Rounder:
         target: weights to come close to, as `Layer.matrix`, if not the layer's own.
         algorithm: which codes to start from: "gptq", the nearest ("cd"), or ("auto") those of GPTQ where
             scales are chosen with them, and else the nearest.
+        price: share of the power of the outputs that a bit of the codes is worth; see `rate`.
     """
 
     layer: Layer
@@ -52,6 +54,7 @@ class Rounder:
     corrected: bool
     target: Floats | None = None
     algorithm: Algorithm = "auto"
+    price: float = 0.0
 
     def in_blocks(self, matrix: Floats, blocking: Blocking) -> Blocks:
         """Codes of a matrix [inputs, outputs] with a scale for each block; see `blocks.Rounding`."""
@@ -66,6 +69,8 @@ class Rounder:
         target = self.layer.matrix() if self.target is None else self.target
         if encoded.scales.size != target.shape[0] * target.shape[1]:
             return encoded
+        if self.price:
+            encoded, least = self._coarser(target, pair_axis, limit, least)
         codes = np.ascontiguousarray(self.layer.matrix_of(encoded.codes))
         saturates = pair_axis is not None and 2 * limit > MAX_PAIR
         channels = encoded.codes.shape[pair_axis] if saturates and pair_axis is not None else 0
@@ -83,8 +88,9 @@ class Rounder:
             neighbours=neighbours,
             least=lower,
             count=self.gram.count,
+            price=self.price,
         )
-        if target.shape[2] <= FEW and neighbours is None:
+        if not self.price and target.shape[2] <= FEW and neighbours is None:
             best, scales = self._best_of_many(target, best, scales, limit, lower)
         lost = np.einsum("gmk,gk->gm", target - best * scales[..., None], self.gram.x_mean)
         return replace(
@@ -93,6 +99,16 @@ class Rounder:
             scales=scales.reshape(encoded.scales.shape),
             lost=lost.reshape(-1) if self.corrected else None,
         )
+
+    def _coarser(
+        self, target: Floats, pair_axis: int | None, limit: int, least: Floats | None
+    ) -> tuple[Encoded, Floats]:
+        """The nearest integers with scales that are worth their bits, and these."""
+        steps = least_steps(target, damped(self._moments(), self.gram.count), self.price)
+        bound = steps if least is None else np.maximum(least, steps)
+        weight, axis = self.layer.restored(target).astype(np.float32), self.layer.weight_axis
+        found = encode(weight, axis, per_channel=True, pair_axis=pair_axis, least=bound, limit=limit)
+        return found, bound
 
     def _best_of_many(
         self, target: Floats, codes: Floats, scales: Floats, limit: int, least: Floats | float
@@ -195,6 +211,7 @@ def refine(
     neighbours: Neighbours | None = None,
     least: Floats | float = 0.0,
     count: int = 0,
+    price: float = 0.0,
 ) -> tuple[Floats, Floats]:
     """Better codes than the given ones, and better scales where there is one for each output.
 
@@ -207,12 +224,15 @@ def refine(
         neighbours: which codes must not add up to more than `weights.MAX_PAIR`, if any.
         least: what scales must not fall below, of each output.
         count: rows that the covariance was taken from; 0 if it is exact.
+        price: share of the power of the outputs that a bit of the codes is worth; see `rate`.
 
     Returns:
         codes and scales of the same shapes.
     """
-    pulls, wanted = Pulls.of(damped(gram, count)), by_input(target)
-    work = Descent(wanted, by_input(codes), _steps(scales), (-limit, limit), neighbours)
+    curvature = damped(gram, count)
+    pulls, wanted = Pulls.of(curvature), by_input(target)
+    rate = Rate(price * power_of(target, curvature), limit) if price else None
+    work = Descent(wanted, by_input(codes), _steps(scales), (-limit, limit), neighbours, rate=rate)
     for sweep in range(SWEEPS):
         changed = work.sweep(pulls)
         if sweep == 0 and scales.ndim == 2:

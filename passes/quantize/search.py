@@ -189,6 +189,11 @@ class Search:
             return trial
         return _better(trial, self.attempt(replace(trial.variant, refined=True), build))
 
+    def smaller(self, trial: Trial, *, sequential: bool) -> Trial:
+        """The same with codes that take fewer bits, whatever that loses; fitted in turn, if that can be."""
+        build = (trial.build.fitted(trial.variant) if sequential else None) or trial.build
+        return self.attempt(replace(trial.variant, refined=True), build)
+
     def layers(self, trial: Trial) -> list[Sensitivity]:
         """What every weighted node of a candidate does on its own, the worst first."""
         nodes = [node for node in trial.build.model.graph.nodes if node.label in trial.candidate.labels()]

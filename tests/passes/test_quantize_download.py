@@ -6,17 +6,24 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from onnxslim.calibration.gram import Gram
 from onnxslim.errors import UsageError
 from onnxslim.ir.download import download
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
+from onnxslim.ops import layer_of
+from onnxslim.ops.layers import Layer
 from onnxslim.passes.quantize import Quantize
-from onnxslim.passes.quantize.weights import encode, floor_for, floored
+from onnxslim.passes.quantize.rate import Priced, Rate, deflated, power_of, price_for
+from onnxslim.passes.quantize.rounding import Rounder, damped, refine
+from onnxslim.passes.quantize.weights import encode, floor_for, floored, saturates
 from tests.helpers import normal, parse, quantize
 
 NET = """g (float[N,16,6,6] x) => (float[N,64,2,2] y)
-{ a = Conv(x, u) b = Relu(a) [layer] c = Conv(b, w) d = Relu(c) y = Conv(d, v) }"""
+{ a = Conv(x, u, k) b = Relu(a) [layer] c = Conv(b, w, k) d = Relu(c) y = Conv(d, v, k) }"""
 
 
 def uneven(*shape: int, seed: int) -> Array:
@@ -33,7 +40,7 @@ def codes_of(model: Model) -> bytes:
 @pytest.fixture
 def net() -> Model:
     weights = {"u": uneven(64, 16, 3, 3, seed=1), "w": uneven(64, 64, 3, 3, seed=2)}
-    return parse(NET, {**weights, "v": uneven(64, 64, 1, 1, seed=3)})
+    return parse(NET, {**weights, "v": uneven(64, 64, 1, 1, seed=3), "k": normal(64, seed=4)})
 
 
 @pytest.mark.parametrize("share", [0.9, 0.75])
@@ -41,7 +48,7 @@ def test_integers_take_less_once_deflated(net: Model, share: float) -> None:
     data = [{"x": normal(16, 16, 6, 6)}]
     plain, _ = quantize(net, data, classifier=True)
     small, _ = quantize(net, data, classifier=True, download=share)
-    assert small.stats().bytes == plain.stats().bytes
+    assert len(codes_of(small)) == len(codes_of(plain))
     sent = [len(zlib.compress(codes_of(each), 6)) for each in (plain, small)]
     # Of all layers together, of which the first one stays in floats.
     assert share - 0.05 < sent[1] / sent[0] < share + 0.06
@@ -69,6 +76,106 @@ def test_scales_that_have_to_be_larger_stay_so() -> None:
 
 
 def test_it_goes_with_integers_of_eight_bits() -> None:
-    for given in ({"weights": "int4"}, {"activations": "none"}):
+    for options in ({"weights": "int4"}, {"activations": "none"}):
         with pytest.raises(UsageError, match="download goes with"):
-            Quantize(download=0.8, **given)  # type: ignore[arg-type]
+            Quantize(download=0.8, **options)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------ with data: a price
+
+
+def gram_of(x: Array) -> Array:
+    """Second moments of rows [samples, inputs], with a first axis for the group."""
+    found: Array = (x.T @ x / len(x)).astype(np.float64)[None]
+    return found
+
+
+def bits_of(codes: Array) -> float:
+    """Bits a code takes on average, by how often each comes."""
+    _, counts = np.unique(codes, return_counts=True)
+    shares = counts / codes.size
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def loss(target: Array, codes: Array, scales: Array, gram: Array) -> float:
+    error = codes * scales[..., None] - target
+    return float(((error @ gram) * error).sum())
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 99), st.sampled_from((1e-5, 1e-4, 1e-3)))
+def test_what_is_lost_and_what_is_sent_together_are_less(seed: int, price: float) -> None:
+    """Than with the codes of the least error, at the price that both are compared by."""
+    target = normal(1, 24, 32, seed=seed)
+    gram = gram_of(normal(200, 32, seed=seed + 1) @ normal(32, 32, seed=seed + 2))
+    scales = (np.abs(target).max(axis=2) / 40).astype(np.float32)
+    start = np.rint(target / scales[..., None]).astype(np.float32)
+    sums = []
+    for at in (0.0, price):
+        codes, steps = refine(target, start, scales, gram, price=at)
+        unit = price * power_of(target, damped(gram))
+        sums.append((loss(target, codes, steps, gram), bits_of(codes), unit * codes.size))
+    (least, many, unit), (more, few, _) = sums
+    assert few < many
+    assert more + unit * few < least + unit * many
+
+
+def test_inputs_that_say_little_get_the_codes_that_others_have() -> None:
+    target, sizes = normal(1, 512, 16, seed=3), np.geomspace(1.0, 1e-4, 16)
+    scales = (np.abs(target).max(axis=2) / 30).astype(np.float32)
+    start = np.rint(target / scales[..., None]).astype(np.float32)
+    codes, _ = refine(target, start, scales, np.diag(sizes)[None], price=1e-7)
+    assert bits_of(codes[..., 12:]) < 0.9 * bits_of(codes[..., :4])
+    assert bits_of(codes[..., :4]) > 0.95 * bits_of(start[..., :4])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_price_keeps_pairs_from_saturating(seed: int) -> None:
+    weight = normal(24, 16, 3, 3, seed=seed)
+    model = parse("g (float[N,16,8,8] x) => (float[N,A,B,C] y) { y = Conv(x, w) }", {"w": weight})
+    layer = layer_of(model.graph.nodes[0])
+    assert isinstance(layer, Layer)
+    rows = normal(400, 144, seed=seed)
+    means = np.zeros((1, 144)), np.zeros((1, 24))
+    gram = Gram(gram_of(rows), np.zeros((1, 24, 144)), np.zeros((1, 24)), *means, 400)
+    start = encode(weight, 0, per_channel=True, pair_axis=1)
+    found = Rounder(layer, gram, False, price=1e-7)(start, 1, 127, None)
+    assert not saturates(found.codes, 0, 1, 255)
+    assert bits_of(found.codes) < bits_of(start.codes)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6])
+def test_the_price_is_the_least_that_is_enough(share: float) -> None:
+    weights = [
+        Priced(uneven(32, 16, 3, 3, seed=seed), 0, np.full(32, 10.0**seed, np.float32)) for seed in (0, 1)
+    ]
+
+    def sent(price: float) -> int:
+        return deflated(
+            encode(
+                each.weight, 0, per_channel=True, least=each.steps * np.float32(np.sqrt(price))
+            ).codes.tobytes()
+            for each in weights
+        )
+
+    price = price_for(weights, share)
+    assert sent(price) <= share * sent(0.0) < sent(0.9 * price)
+
+
+def test_codes_are_chosen_by_error_and_bits_with_data(net: Model) -> None:
+    sizes = np.geomspace(1, 0.02, 16, dtype=np.float32).reshape(-1, 1, 1)
+    rows = [{"x": normal(16, 16, 6, 6, seed=seed) * sizes} for seed in range(4)]
+    priced, _ = quantize(net, rows, classifier=True, download=0.7)
+    plain, _ = quantize(net, rows, classifier=True)
+    sent = [download(each).deflate for each in (plain, priced)]
+    assert sent[1] < 0.85 * sent[0]
+
+
+def test_codes_that_others_have_are_taken_within_limits_only() -> None:
+    rate = Rate(1.0, 127)
+    rate.renew(np.repeat(np.array([6, 5, -2], np.float32), (1000, 2, 1)))
+    code, wanted, weight = (np.full((1, 3), value, np.float32) for value in (5, 5.3, 0.1))
+    free = rate.best(code, wanted, weight, -127, 127)
+    held = rate.best(code, wanted, weight, np.full((1, 3), -128.0), np.array([[5.0, 6.0, 5.0]], np.float32))
+    np.testing.assert_array_equal(free, [[6, 6, 6]])
+    np.testing.assert_array_equal(held, [[5, 6, 5]])
