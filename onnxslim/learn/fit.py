@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
 from onnxslim.calibration.stream import Progress
 from onnxslim.errors import TimeUp
 from onnxslim.ir.graph import Array, Node
+from onnxslim.learn.checkpoint import Checkpoint
 from onnxslim.learn.door import Tensor, to_numpy, to_torch, torch
 from onnxslim.learn.examples import Examples, Lesson
 from onnxslim.learn.losses import Aim, loss_of
@@ -20,8 +24,8 @@ from onnxslim.learn.optimizer import RelativeAdam
 
 # The share of the steps in which the rate comes up, and how often on the way states are judged.
 WARM_UP, LOOKS = 10, 6
-# How much lower the rate is where no state was better than the start.
-LOWER = 1 / 3
+# Shares of the rate that are tried in turn, as long as no state was better than the start.
+RATES = (1.0, 1 / 3)
 # A model that is so close to its teacher has nothing to learn from it.
 LEARNT_ALREADY = 1e-9
 # What went wrong is not waited for any longer.
@@ -113,6 +117,7 @@ def fit(
     course: Course,
     progress: Progress | None = None,
     masks: Sequence[Array | None] = (),
+    checkpoint: Path | None = None,
 ) -> Learnt:
     """Learn the parameters of a net.
 
@@ -126,23 +131,24 @@ def fit(
         course: how.
         progress: called with what is done, steps done and steps in all.
         masks: for each parameter, where it may change; None where everywhere. None at all by default.
+        checkpoint: file to keep the state in, once a minute, and to go on from, if it is there.
 
     Raises:
+        UsageError: the file is of something else.
+        SaveError: it cannot be written.
         UnknownError: PyTorch does not compute the net on these samples.
     """
     with _threads(course.threads) as threads:
-        fitting = _Fitting(net, wanted, learnt_from, judged_by, course, progress, masks)
+        fitting = _Fitting(net, wanted, learnt_from, judged_by, course, progress, masks, checkpoint)
         try:
             if not math.isfinite(fitting.best.unseen):
                 fitting.notes.append("the start is no number on the samples to judge by")
             elif fitting.best.unseen < LEARNT_ALREADY:
                 fitting.notes.append("the model computes what its teacher does: there is nothing to learn")
             else:
-                fitting.attempt(course.rate)
-                if fitting.best is fitting.looks[0] and fitting.learns:
-                    fitting.notes.append(f"no state was better than the start at a rate of {course.rate:g}")
-                    fitting.attempt(course.rate * LOWER)
+                fitting.attempts()
         except TimeUp as error:
+            fitting.save()
             fitting.notes.append(str(error))
         return fitting.learnt(threads)
 
@@ -159,6 +165,7 @@ class _Fitting:
         course: Course,
         progress: Progress | None,
         masks: Sequence[Array | None],
+        checkpoint: Path | None,
     ) -> None:
         self._net, self._wanted, self._course, self._progress = net, wanted, course, progress
         self._examples, self._judges = learnt_from, judged_by
@@ -169,6 +176,9 @@ class _Fitting:
         self._idle: dict[int, Node | None] | None = None
         self.best = Look(0, course.rate, math.nan, self._judge())
         self.looks = [self.best]
+        self._number, self._step, self._losses = 0, 0, list[float]()
+        self._optimizer = RelativeAdam(net.parameters)
+        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, self._key())
 
     @property
     def learns(self) -> bool:
@@ -179,24 +189,86 @@ class _Fitting:
         values = [to_numpy(each.contiguous()) for each in self._values]
         return Learnt(self.looks, self.best, values, self.notes, self._idle or {}, threads)
 
-    def attempt(self, rate: float) -> None:
-        """All steps at one rate, from the start on."""
-        net, steps = self._net, self._course.steps
-        self._set(self._start)
-        optimizer = RelativeAdam(net.parameters)
+    def attempts(self) -> None:
+        """At the rate that was asked for, and if that is in vain at a lower one."""
+        state = self._checkpoint.read() if self._checkpoint is not None else None
+        if state is not None:
+            self._restore(state)
+        while self._number < len(RATES):
+            rate = self._course.rate * RATES[self._number]
+            self._attempt(rate)
+            if self.best is not self.looks[0] or not self.learns:
+                break
+            self.notes.append(f"no state was better than the start at a rate of {rate:g}")
+            self._number, self._step, self._losses = self._number + 1, 0, []
+        if self._checkpoint is not None:
+            self._checkpoint.remove()
+
+    def _attempt(self, rate: float) -> None:
+        """All steps at one rate, from the start on, or from where it was."""
+        steps = self._course.steps
         lessons = self._examples.steps(self._course.batch, np.random.default_rng(self._course.seed))
-        every, losses = max(steps // LOOKS, 1), list[float]()
-        for step in range(steps):
-            losses.append(self._backward(next(lessons)))
-            if not self.learns:
-                return
-            if self._went_wrong(step, losses):
+        if not self._step:
+            self._set(self._start)
+            self._optimizer = RelativeAdam(self._net.parameters)
+        every = max(steps // LOOKS, 1)
+        for step, lesson in islice(enumerate(lessons), self._step, steps):
+            self._losses.append(self._backward(lesson))
+            if not self.learns or self._went_wrong(step, self._losses):
                 return
             self._mask()
-            optimizer.step(rate * _share(step, steps))
+            self._optimizer.step(rate * _share(step, steps))
             if (step + 1) % every == 0 or step + 1 == steps:
-                self._look(step + 1, rate, losses)
-            self._tell(step + 1, losses)
+                self._look(step + 1, rate, self._losses)
+            self._step = step + 1
+            if self._checkpoint is not None and self._checkpoint.due:
+                self.save()
+            self._tell(step + 1, self._losses)
+
+    # Interrupted
+
+    def save(self) -> None:
+        """Keep the state, if that was asked for."""
+        if self._checkpoint is None or not self._step:
+            return
+        state = {
+            "at": np.array([self._number, self._step, self.looks.index(self.best)]),
+            "losses": np.array(self._losses),
+            "looks": np.array([(each.step, each.rate, each.loss, each.unseen) for each in self.looks]),
+            "notes": np.array(self.notes, np.str_),
+        }
+        for name, tensors in self._tensors().items():
+            state |= {f"{name}{at}": to_numpy(each) for at, each in enumerate(tensors)}
+        self._checkpoint.write(state)
+
+    def _restore(self, state: Mapping[str, Array]) -> None:
+        """Go on from a state; what learns nothing shows in the first step, which is looked at again."""
+        first = next(self._examples.steps(self._course.batch, np.random.default_rng(self._course.seed)))
+        self._backward(first)
+        for parameter in self._net.parameters:
+            parameter.grad = None
+        self._number, self._step, best = (int(each) for each in state["at"])
+        self._losses, self._optimizer.steps = state["losses"].tolist(), self._step
+        self.looks = [Look(int(step), *rest) for step, *rest in state["looks"].tolist()]
+        self.best, self.notes = self.looks[best], state["notes"].tolist()
+        self._values = [each.clone() for each in self._start]
+        with torch.no_grad():
+            for name, tensors in self._tensors().items():
+                for at, tensor in enumerate(tensors):
+                    tensor.copy_(to_torch(state[f"{name}{at}"]))
+
+    def _tensors(self) -> dict[str, Sequence[Tensor]]:
+        """All that a state has of tensors."""
+        first, second = self._optimizer.moments
+        parameters = self._net.parameters
+        return {"parameter": parameters, "first": first, "second": second, "best": self._values}
+
+    def _key(self) -> str:
+        """What is learnt, from what and how."""
+        digest = hashlib.sha256(repr((self._course, len(self._examples), self.best.unseen)).encode())
+        for each in self._start:
+            digest.update(to_numpy(each).tobytes())
+        return digest.hexdigest()
 
     def _backward(self, lessons: Sequence[Lesson]) -> float:
         """Gradients of the mean over some samples; the loss."""

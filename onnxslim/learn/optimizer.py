@@ -30,6 +30,20 @@ class RelativeAdam:
         self._second = [torch.zeros_like(each) for each in parameters]
         self._steps = 0
 
+    @property
+    def moments(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Running means of gradients and of their squares, one of each for every parameter."""
+        return self._first, self._second
+
+    @property
+    def steps(self) -> int:
+        """How many were taken."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._steps = steps
+
     def step(self, rate: float) -> None:
         """Go on against the gradients, which are forgotten.
 

@@ -112,6 +112,9 @@ class Distill(Pass):
     )
     lr: float = Field(3e-3, gt=0, lt=1, description="largest step, relative to the size of each weight")
     batch: int = Field(64, ge=1, description="samples of a step")
+    checkpoint: str | None = Field(
+        None, description="file to keep the state in, once a minute; goes on from it, if it is there"
+    )
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} whose weights stay as they are")
     effort: Effort = Field("normal", description="how many steps, if nothing else says so")
 
@@ -173,6 +176,7 @@ class Distill(Pass):
                 self._course(lessons, ctx),
                 ctx.progress,
                 [_mask(own) for own, _ in chosen],
+                None if self.checkpoint is None else Path(self.checkpoint),
             )
         except UnknownError as why_not:
             log.skip(model.graph.name or "model", str(why_not))

@@ -17,6 +17,7 @@ from onnxslim.errors import CalibrationError, TimeUp, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
 from onnxslim.learn import door
+from onnxslim.learn.fit import Look
 from onnxslim.passes.distill import Distill, DistillFigures
 from onnxslim.passes.prune import Prune
 from onnxslim.recipes.recipe import Recipe, Work
@@ -352,6 +353,41 @@ def test_when_the_time_is_up_the_best_so_far_is_taken(teacher: Path) -> None:
     looks = DistillFigures.of(changes).looks
     assert [look.step for look in looks] == [0, 16]
     assert error(teacher, result.model) < error(teacher, worse(net()))
+
+
+@trained
+@pytest.mark.parametrize("lr", [3e-3, 0.3])
+def test_what_was_interrupted_goes_on_from_its_checkpoint(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lr: float
+) -> None:
+    monkeypatch.setattr("onnxslim.learn.checkpoint.EVERY", 0.0)
+    file, student, told = tmp_path / "state", worse(net(), 0.1 if lr < 0.1 else 1e-3), list[int]()
+    step = Distill(steps=30, lr=lr, checkpoint=str(file))
+
+    def progress(what: str, done: int, total: int | None) -> None:
+        told.extend([done] if "unseen" in what else [])
+        if len(told) == (20 if lr < 0.1 else 40):
+            raise KeyboardInterrupt
+
+    plain = distilled(Distill(steps=30, lr=lr), student, teacher)
+    with pytest.raises(KeyboardInterrupt):
+        distilled(step, student, teacher, progress=progress)
+    assert file.exists()
+    with pytest.raises(UsageError, match="is of another model, data or options"):
+        distilled(Distill(steps=31, lr=lr, checkpoint=str(file)), student, teacher)
+    told.clear()
+    resumed = distilled(step, student, teacher, progress=lambda what, done, total: told.append(done))
+    assert resumed.model.to_proto() == plain.model.to_proto()
+    first, second = (DistillFigures.of(each.report.steps[0].changes).looks for each in (plain, resumed))
+    np.testing.assert_array_equal([*map(_numbers, first)], [*map(_numbers, second)])
+    assert not file.exists()
+    file.write_bytes(b"something else")
+    with pytest.raises(UsageError, match="is no checkpoint"):
+        distilled(step, student, teacher)
+
+
+def _numbers(look: Look) -> tuple[float, ...]:
+    return look.step, look.rate, look.loss, look.unseen
 
 
 @trained
