@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
-from onnxslim.calibration.samples import Samples
+from onnxslim.calibration.samples import SAMPLES, Samples
 from onnxslim.engine.allocate import Joint, allocate
 from onnxslim.engine.base import Context, Effort, Log
 from onnxslim.families.analysis import Analysis
@@ -235,7 +235,7 @@ class Within:
             model = self._whole.model.copy()
             choice.applied(model)
             way.refit(model, choice.removal, way.data.apart if way.data.tuned else way.data)
-            judge = Judge(way.teacher, way.data.tune, way.ctx.target, MEASURED[way.effort].samples)
+            judge = Judge(way.teacher, way.data.tune, way.ctx.target, SAMPLES)
             self._errors[choice.key] = judge(model).error
         return self._errors[choice.key]
 
