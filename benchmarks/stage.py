@@ -4,10 +4,12 @@
     python models/stage.py fetch                       # once; needs apt-get with the lists of Debian 12
     python benchmarks/stage.py TASK [--model NAME] [-p PASS[:OPTION=VALUE,…] ...] [--chain "PASS PASS" ...]
                                     [--blind "PASS PASS" ...] [--file other.onnx ...]
+                                    [--auto "latency=0.5 effort=quick" ...]
                                     [--peer "ONNX Runtime, best practice" ...]
 
 `-p`, repeated, is one chain; `--chain` are others, with spaces between passes; `--blind` those that get no
-data. Peers are those of benchmarks/quantize.py, each in a virtual environment of its own. Both have the
+data; `--auto` searches within goals. Peers are those of benchmarks/quantize.py, each in a virtual environment
+of its own. All have the
 same samples to calibrate on, none of which is in the test, and all are scored in one run. Columns: each
 score in %, with its 95 % interval; in the first of them the change from the float model, pair by pair, with
 an interval of its own, in bold where 0 is not in it; SQNR of the outputs in dB; size of the file, of its
@@ -32,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from benchmarks.quantize import TOOLS, quantize
-from onnxslim import CalibrationData, Pipeline, load, passes
+from onnxslim import CalibrationData, Goals, Pipeline, load, optimize, passes
 from onnxslim.calibration.noise import sqnr
 from onnxslim.errors import OnnxSlimError
 from onnxslim.ir.download import download
@@ -71,6 +73,8 @@ def entrants(task: Task, given: argparse.Namespace, folder: Path) -> Iterator[En
     for number, chain in enumerate(filter(None, [" ".join(given.passes), *given.chain, *given.blind])):
         data = None if chain in given.blind else CalibrationData(samples)
         yield chained(task, chain, data, folder / f"chain{number}.onnx")
+    for number, words in enumerate(given.auto):
+        yield searched(task, words, CalibrationData(samples), folder / f"auto{number}.onnx")
     feeds = folder / "samples.pickle"
     feeds.write_bytes(pickle.dumps(samples))
     for number, tool in enumerate(given.peer):
@@ -89,6 +93,20 @@ def chained(task: Task, chain: str, data: CalibrationData | None, path: Path) ->
     result = Pipeline(*run, on_error="raise")(load(task.path()), data=data)
     result.save(path)
     return Entrant(chain if data else f"{chain} (no data)", path, time.process_time() - start)
+
+
+def searched(task: Task, words: str, data: CalibrationData, path: Path) -> Entrant:
+    """Search within goals, in words such as `latency=0.5 effort=quick`."""
+    given: dict[str, Any] = dict(word.split("=") for word in words.split())
+    effort = given.pop("effort", "normal")
+    start = time.process_time()
+    goals = Goals(**{name: float(value) for name, value in given.items()})
+    found = optimize(task.path(), data, goals, effort=effort)
+    seconds = time.process_time() - start
+    found.model.save(path)
+    name = " ".join(("auto", words)).strip()
+    told = f"{name}: {found.best.label}" if found.best is not None else ""
+    return Entrant(told or name, path, seconds, found.problem)
 
 
 def scored(task: Task, found: Sequence[Entrant]) -> dict[str, Scored | str]:
@@ -156,6 +174,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-p", "--pass", dest="passes", action="append", default=[], metavar="PASS")
     parser.add_argument("--chain", action="append", default=[], metavar='"PASS PASS"')
     parser.add_argument("--blind", action="append", default=[], metavar='"PASS PASS"')
+    parser.add_argument("--auto", action="append", default=[], metavar='"GOAL=VALUE effort=quick"')
     parser.add_argument("--file", action="append", default=[], type=Path)
     parser.add_argument("--peer", action="append", default=[], choices=sorted(TOOLS))
     parser.add_argument("--samples", type=int, default=128, help="to calibrate on (128)")
