@@ -131,7 +131,13 @@ SLOWER, TELLING = 1.05, 0.1
 
 
 def slowdown(
-    first: Model, second: Model, feeds: Mapping[str, Array], target: Target, seconds: float = 0.5
+    first: Model,
+    second: Model,
+    feeds: Mapping[str, Array],
+    target: Target,
+    seconds: float = 0.5,
+    *,
+    telling: float = TELLING,
 ) -> float | None:
     """How many times as long as the first model the second takes, where it certainly takes longer; else None.
 
@@ -142,6 +148,7 @@ def slowdown(
         feeds: inputs of both.
         target: where to run; the reference evaluator has no time to speak of.
         seconds: budget of each of two comparisons.
+        telling: milliseconds that the first one has to take, or nothing is told.
 
     Raises:
         LoadError: a model does not run.
@@ -154,7 +161,7 @@ def slowdown(
             return None
         table = _turns(sessions, feeds, 20, 3, seconds, _clock(single))
         ratios = table[:, 1] / table[:, 0]
-        if np.quantile(ratios, 0.25) <= SLOWER or np.median(table[:, 0]) < TELLING:
+        if np.quantile(ratios, 0.25) <= SLOWER or np.median(table[:, 0]) < telling:
             return None
         found = float(np.median(ratios))
     return found

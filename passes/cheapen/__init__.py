@@ -231,7 +231,7 @@ class _CheapenRun:
             self._figures = replace(self._figures, unrepaired=unrepaired, repaired=len(repaired.changed))
         _, (_, ratio) = timing.compare([self._model, made], self._sample, self._ctx.target)
         self._figures = replace(self._figures, latency=ratio)
-        faster = timing.slowdown(made, self._model, self._sample, self._ctx.target)
+        faster = timing.slowdown(made, self._model, self._sample, self._ctx.target, telling=0.0)
         if faster is None and self._plan is None:
             told = f"with {len(picks)} cheaper forms the whole model takes {ratio:.2f} of its time"
             self._log.skip(self._name, f"{told}, which is not certainly less by a twentieth")

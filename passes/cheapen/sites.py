@@ -111,17 +111,19 @@ def find(
     except CalibrationError as error:
         log.skip(model.graph.name or "model", f"sizes are not known, as it does not run: {error}")
         return []
-    sites = [
-        Site(
-            chain,
-            before,
-            lead.name,
-            (values[chain.start.name].shape, values[lead.name].shape),
-            values[chain.start.name].dtype,
-        )
-        for chain, (before, lead) in zip(allowed, made, strict=True)
-    ]
+    pairs = zip(allowed, made, strict=True)
+    sites = [_site(chain, before, lead, values) for chain, (before, lead) in pairs]
     return [site for site in sites if 0 not in site.shapes[0]]
+
+
+def _site(
+    chain: ElementwiseChain, before: tuple[Node, ...], lead: Variable, values: Mapping[str, Array]
+) -> Site:
+    """A place, given values in one run; what makes its data of integers is not timed with it."""
+    data, first = values[chain.start.name], values[lead.name]
+    if first.dtype != data.dtype:
+        before, lead, first = (), chain.start, data
+    return Site(chain, before, lead.name, (data.shape, first.shape), data.dtype)
 
 
 def _chains(model: Model, log: Log) -> Iterator[ElementwiseChain]:

@@ -67,7 +67,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         whole = seconds(first())
         return timing.Timing(whole, {name: seconds(make()) / whole for name, make in others.items()})
 
-    def slowdown(first: Model, second: Model, *_: Any) -> float | None:
+    def slowdown(first: Model, second: Model, *_: Any, telling: float) -> float | None:
         ratio = seconds(second) / seconds(first)
         return ratio if ratio > 1.05 else None
 
@@ -185,6 +185,17 @@ def test_what_makes_the_data_is_timed_with_it(net: Model) -> None:
     assert site.lead == "z"
 
 
+def test_what_makes_the_data_of_integers_is_not() -> None:
+    body = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) y = Sigmoid(d)"
+    model = parse(
+        f"g (float[N,4] x) => (float[N,4] y) {{ {body} }}", {"s": np.float32(0.1), "z": np.uint8(3)}
+    )
+    (site,), _ = _sites(model)
+    assert not site.before
+    assert site.lead == "d"
+    assert site.dtype == np.float32
+
+
 def test_excluded_places_and_those_in_bodies_are_named(net: Model) -> None:
     found, told = _sites(net, ("Mish",))
     assert [site.output for site in found] == ["d"]
@@ -247,7 +258,7 @@ def test_what_is_not_faster_is_left_with_the_time_it_takes(net: Model, clock: di
 def test_a_whole_that_is_not_faster_stays(
     net: Model, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timing, "slowdown", lambda *_: None)
+    monkeypatch.setattr(timing, "slowdown", lambda *_, telling: None)
     found, changes = _cheapen(net, _data())
     assert not changes
     assert any("not certainly less" in reason for reason in reasons(changes).values())
