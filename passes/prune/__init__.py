@@ -433,7 +433,7 @@ class _Run:
         wish, name = self._settings, self._model.graph.name or "model"
         for branch in choose.spared:
             self._log.skip(branch.label, "its branch stays: the outputs keep more if units go alone")
-        if missed := shortfall(choose.reached, wish.share, wish.unit, wish.align, wish.max_ratio):
+        if missed := shortfall(choose.reached, wish.share, wish.unit, wish.what, wish.align, wish.max_ratio):
             self._log.skip(name, missed)
 
     def _repair(self, model: Model, kept: Kept, data: Samples | None) -> Changes:

@@ -341,11 +341,14 @@ def _is_spared(branch: Branch, spared: Mapping[str, str], log: Log) -> bool:
     return glob is not None
 
 
-def shortfall(reached: float, goal: float, unit: Unit, align: int, max_ratio: float) -> str:
+def shortfall(reached: float, goal: float, unit: Unit, what: What, align: int, max_ratio: float) -> str:
     """How far a choice is from what was asked for; empty if that is not worth a remark."""
     if abs(reached - goal) <= TOLERANCE:
         return ""
-    why = f"one step of {align} channels is larger than what was left to go"
-    if reached > goal:
+    if what == "branches":
+        why = "no other branch can go" if reached > goal else "one branch is larger than what was left to go"
+    elif reached > goal:
         why = f"no family can lose more (align={align}, max_ratio={max_ratio:g})"
+    else:
+        why = f"one step of {align} channels is larger than what was left to go"
     return f"{reached:.3f} of the {NAMES[unit]} are left instead of {goal:g}: {why}"

@@ -172,6 +172,15 @@ def test_of_nested_branches_the_outer_one_takes_the_inner_one_along() -> None:
     assert gone.branches == {"Add→t": "linear"}
 
 
+@pytest.mark.parametrize(
+    ("share", "why"),
+    [(0.95, "one branch is larger than what was left to go"), (0.01, "no other branch can go")],
+)
+def test_a_budget_that_branches_miss_says_why(share: float, why: str) -> None:
+    result = prune(blocks(), data(16), macs=share, what="branches", repair="none")
+    assert reasons(result.report.steps[0].changes)["g"].endswith(why)
+
+
 def test_steps_and_branches_go_together() -> None:
     result = prune(blocks(), data(), macs=0.5, steps=2)
     assert figures(result).branches
