@@ -31,7 +31,7 @@ BATCH = 64
 def main() -> None:
     """Thin one file in every way."""
     source, calibration, folder = sys.argv[1:]
-    model, arrays = onnx.load(source), np.load(calibration)
+    arrays = np.load(calibration)
     samples = {name: arrays[name] for name in arrays.files}
     count = len(next(iter(samples.values())))
     batches = [
@@ -40,6 +40,7 @@ def main() -> None:
     seconds = {}
     for zeros, options in ZEROS.items():
         for way in ("magnitude", "sparsegpt"):
+            model = onnx.load(source)  # anew: it may be edited in place
             start = time.process_time()
             if way == "magnitude":
                 made = onnxsim.apply_magnitude_pruning(model, **options)
