@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from onnxslim.calibration.samples import Samples, Subset
 from onnxslim.engine.base import Context, Effort
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import ValidationError
+from onnxslim.formats import percent
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, source_sha256
 from onnxslim.passes.distill import Distill
@@ -131,7 +133,7 @@ class SearchSetup:
         specs = self._model.inputs()
         fed = {name: array.shape for name, array in next(iter(self._data.data)).items()}
         sizes = one_sample(specs, with_sizes(specs, shapes), fed)
-        self._verify, bench = (
+        self._verify, self._choose = (
             TrialBench(self._model, part, self._target, self._metric, sizes) for part in (verify, choose)
         )
         slimmed = Pipeline(Slim(), count=False)(self._model, target=self._target).model
@@ -140,7 +142,7 @@ class SearchSetup:
         structures = Structures(slimmed, ctx, effort, learning)
         ways = encodings(goals, self._target, effort)
         ledger = Ledger(None if work is None else Path(work), self._about())
-        self._workshop = Workshop(self._recipe, self._run, bench, structures, ways, ledger, effort)
+        self._workshop = Workshop(self._recipe, self._run, self._choose, structures, ways, ledger, effort)
         return Explorer(self._workshop, tuple(ways), goals, effort)
 
     def result(self, explorer: Explorer) -> SearchResult:
@@ -183,10 +185,21 @@ class SearchSetup:
         verified: TrialFigures | None,
         problem: str = "",
     ) -> SearchResult:
-        notes = [*self._notes, *([explorer.untried] if explorer.untried else [])]
+        notes = [*self._notes, *filter(None, (explorer.untried, self._coarse(explorer.goals)))]
         trials = tuple(explorer.trials)
         samples, goals = self._verify.samples, explorer.goals
         return SearchResult(model, outcome, best, verified, samples, goals, trials, problem, tuple(notes))
+
+    def _coarse(self, goals: Goals) -> str:
+        """That a goal asks for more than the samples can tell, if it does."""
+        share = 1.0 / max(self._choose.samples, 1)
+        if not goals.max_drop or self._metric is not None or share <= goals.max_drop:
+            return ""
+        enough = math.ceil(2 / HOLD_OUT / goals.max_drop)
+        return (
+            f"one of the {self._choose.samples} samples to choose by is {percent(share)} of them, more than "
+            f"may be lost, so that none may be: {enough} samples, of which an eighth chooses, would tell"
+        )
 
     def _parts(self) -> tuple[Subset, Subset]:
         """Samples to choose by, and to judge what was chosen."""

@@ -176,6 +176,18 @@ def test_with_few_samples_it_is_told_what_figures_are_of(net: Model) -> None:
     assert any("too few samples" in note for note in found.notes)
 
 
+def test_a_goal_that_the_samples_cannot_tell_is_told(net: Model, data: Mapping[str, Array]) -> None:
+    found = optimize(net, data, effort="quick", time_limit=0.0)
+    assert not any("to choose by is" in note for note in found.notes), "nothing was asked for yet"
+    found = optimize(net, data, Goals(max_drop=0.01), effort="quick", time_limit=0.0)
+    (note,) = (note for note in found.notes if "to choose by is" in note)
+    assert "one of the 32 samples to choose by is 3.12 % of them" in note
+    assert "800 samples" in note
+    for goals in (Goals(max_drop=0.04), Goals(require_sqnr=20.0), Goals(max_drop=0.0)):
+        found = optimize(net, data, goals, effort="quick", time_limit=0.0)
+        assert not any("to choose by is" in note for note in found.notes)
+
+
 def test_public_names() -> None:
     assert onnxslim.optimize is optimize
     assert onnxslim.Goals is Goals
