@@ -176,10 +176,13 @@ def _least(node: Node) -> Floats | None:
 
 
 def priced(model: Model, ctx: Context) -> list[Priced]:
-    """The weights of the layers of the main graph that see something, with what they see."""
+    """The weights of the layers of the main graph that see something, with what they see.
+
+    Outputs of groups that share a scale have no price: their weights are rounded to the nearest (`Rounder`).
+    """
     layers = [layer for layer in map(layer_of, model.graph.nodes) if isinstance(layer, Layer)]
     found = []
-    for rows, part in _portions([layer for layer in layers if layer.unfit() is None]):
+    for rows, part in _portions([layer for layer in layers if layer.unfit() is None and _is_apart(layer)]):
         names = [layer.node.outputs[0].name for layer in part]
         grams = observe(model, ctx.given.fit, names, alone=True, rows=rows, target=ctx.target)
         for layer, name in zip(part, names, strict=True):
@@ -188,6 +191,11 @@ def priced(model: Model, ctx: Context) -> list[Priced]:
                 steps = least_steps(layer.matrix(), damped(gram.gram, gram.count), 1.0)
                 found.append(Priced(layer.weight.astype(np.float32), layer.weight_axis, steps))
     return found
+
+
+def _is_apart(layer: Layer) -> bool:
+    """Whether each of its outputs has a scale of its own; those of transposed groups share theirs."""
+    return int(layer.weight.shape[layer.weight_axis]) == layer.groups * layer.outputs
 
 
 def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:

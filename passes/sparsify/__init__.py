@@ -194,11 +194,21 @@ class _SparsifyRun:
             return self._log.done()
         chosen = self._chosen(weights)
         if not any(how.share for how in chosen.values()):
+            self._tell_none(chosen)
             return self._log.done()
         apply(self._model, chosen, self._ctx.data, self._ctx, self._log)
         figures = self._figures(chosen)
         self._store(chosen)
         return self._log.done(figures)
+
+    def _tell_none(self, chosen: Mapping[StoredWeight, Thinning]) -> None:
+        """Say why no weight becomes sparse, where what was required has not said so."""
+        zeros = sum(weight.constant.size - np.count_nonzero(weight.constant.values) for weight in chosen)
+        if self._plan is not None:
+            self._log.skip(self._name, "the plan leaves all of it as it is")
+        elif zeros:
+            there = percent(zeros / sum(weight.constant.size for weight in chosen))
+            self._log.skip(self._name, f"{there} of its weights are zero already, which is enough")
 
     def _store(self, chosen: Mapping[StoredWeight, Thinning]) -> None:
         auto = all(not how.pattern.of for how in chosen.values())

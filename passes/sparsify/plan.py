@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from onnxslim.engine.plans import PassPlan, distinct, require_fit, strict
+from onnxslim.errors import UsageError
 from onnxslim.passes.fold.weights import StoredWeight
 from onnxslim.passes.sparsify.fit import Thinning
 from onnxslim.passes.sparsify.patterns import Pattern
@@ -32,6 +33,16 @@ class WeightZeros:
     inputs: Annotated[int, Field(ge=1)] = 1
     kept: Annotated[int, Field(ge=0)] = 0
     of: Annotated[int, Field(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that contradict one another."""
+        if not 0 < self.kept < self.of and self.kept | self.of:
+            raise ValueError(f"{self.kept} of {self.of} is no pattern")
+
+    @property
+    def pattern(self) -> Pattern:
+        """What they have in common."""
+        return Pattern(self.outputs, self.inputs, self.kept, self.of)
 
 
 def _once(weights: tuple[WeightZeros, ...]) -> tuple[WeightZeros, ...]:
@@ -77,13 +88,16 @@ class SparsityPlan(PassPlan):
         """The choices, for the weights of a model; how they are made is not in a plan.
 
         Raises:
-            UsageError: a weight is not among them, or has another shape.
+            UsageError: a weight is not among them, has another shape, or cannot have its pattern.
         """
         shapes = {name: weight.shape for name, weight in weights.items()}
         require_fit(self.kind, "constant", {each.weight: each.shape for each in self.weights}, shapes)
+        for each in self.weights:  # of the same shape, but read in another way
+            layer = weights[each.weight].layer
+            if layer is not None and (why := each.pattern.hindrance(layer)):
+                problem = f"the plan of pass '{self.kind}' does not fit the model"
+                raise UsageError(f"{problem}: the weight of constant '{each.weight}': {why}")
         return {
-            weights[each.weight]: replace(
-                how, share=each.share, pattern=Pattern(each.outputs, each.inputs, each.kept, each.of)
-            )
+            weights[each.weight]: replace(how, share=each.share, pattern=each.pattern)
             for each in self.weights
         }

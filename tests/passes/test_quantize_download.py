@@ -171,6 +171,15 @@ def test_codes_are_chosen_by_error_and_bits_with_data(net: Model) -> None:
     assert sent[1] < 0.85 * sent[0]
 
 
+def test_groups_that_share_scales_have_no_price() -> None:
+    text = """g (float[N,8,6,6] x) => (float[N,8,6,6] y)
+    { a = Conv(x, w) b = ConvTranspose<group=2>(a, u) y = Conv(b, v) }"""
+    shapes = {"w": (32, 8, 3, 3), "u": (32, 16, 3, 3), "v": (8, 32, 1, 1)}
+    model = parse(text, {name: normal(*shape) for name, shape in shapes.items()})
+    small, _ = quantize(model, [{"x": normal(8, 8, 6, 6)}], classifier=True, download=0.6)
+    assert codes_of(small)
+
+
 def test_codes_that_others_have_are_taken_within_limits_only() -> None:
     rate = Rate(1.0, 127)
     rate.renew(np.repeat(np.array([6, 5, -2], np.float32), (1000, 2, 1)))

@@ -34,6 +34,7 @@ from onnxslim.passes.slim import Slim
 from onnxslim.passes.sparsify import Sparsify, SparsifyFigures, SparsityPlan
 from onnxslim.passes.sparsify.fit import Criterion, Thinning
 from onnxslim.passes.sparsify.patterns import Pattern
+from onnxslim.passes.sparsify.plan import WeightZeros
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.session import Session
 from tests.helpers import filled, normal, normals, ops, parse, run
@@ -245,6 +246,12 @@ def test_a_second_run_only_adds_zeros(net: Model, feeds: list[dict[str, Array]])
         assert after.mean() == pytest.approx(0.7, abs=0.01)
 
 
+def test_enough_zeros_are_told(net: Model, feeds: list[dict[str, Array]]) -> None:
+    once = made(net, feeds, sparsity=0.7).model
+    assert "70.01 % of its weights are zero already" in reasons(made(once, feeds, sparsity=0.5))
+    assert "the plan leaves all of it as it is" in reasons(made(net, None, plan=SparsityPlan(())))
+
+
 def test_zeros_that_are_there_count(net: Model, feeds: list[dict[str, Array]]) -> None:
     once = made(net, feeds, sparsity=0.7).model
     assert 0.7 <= all_zeros(made(once, feeds, sparsity=0.75).model) < 0.78
@@ -317,6 +324,27 @@ def test_a_plan_makes_the_same_bytes(net: Model, feeds: list[dict[str, Array]], 
         made(
             parse("g (float[2] x) => (float[2] y) { y = MatMul(x, q) }", normals(q=(2, 400))), None, plan=plan
         )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ({"outputs": 24}, "its outputs and inputs, 16x24, cannot be cut into blocks of 24x1"),
+        ({"kept": 2, "of": 5}, "it sums over 24 channels, no multiple of 5"),
+    ],
+)
+def test_a_plan_for_another_layout_is_refused(pattern: dict[str, int], why: str) -> None:
+    text = "g (float[N,24] x) => (float[N,16] y) { y = Gemm<transB=1>(x, w) }"
+    model = parse(text, normals(w=(16, 24)))
+    plan = SparsityPlan((WeightZeros("w", (16, 24), 0.5, **pattern),))
+    with pytest.raises(UsageError, match=f"does not fit the model: the weight of constant 'w': {why}"):
+        made(model, None, plan=plan)
+
+
+def test_patterns_that_are_none_are_no_plan() -> None:
+    text = SparsityPlan((WeightZeros("w", (16, 24), 0.5, kept=2, of=4),)).to_json()
+    with pytest.raises(UsageError, match="4 of 4 is no pattern"):
+        SparsityPlan.from_json(text.replace('"kept": 2', '"kept": 4'))
 
 
 def test_contradictions_are_refused(net: Model) -> None:
