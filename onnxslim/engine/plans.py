@@ -85,13 +85,16 @@ class PassPlan:
         """The plan in a file.
 
         Raises:
-            UsageError: the file cannot be read, or is not such a plan.
+            UsageError: the file cannot be read, or is not such a plan; names it.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read the plan '{path}': {error}") from error
-        return cls.from_json(text)
+        try:
+            return cls.from_json(text)
+        except UsageError as error:
+            raise UsageError(f"'{path}' is {error}") from error
 
     def joined(self, other: Self) -> Self:
         """What two plans of one model do together, where no layer or family is in both."""

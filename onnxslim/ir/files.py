@@ -284,3 +284,15 @@ def commit(staged: Path, final: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; readers see the old one or the new one, never half of it.
+
+    Raises:
+        SaveError: it cannot be written.
+    """
+    with staging(path) as folder:
+        staged = folder / path.name
+        staged.write_text(text, encoding="utf-8")
+        commit(staged, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxslim.errors import SaveError
+from onnxslim.ir.files import write_text
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.runtime.machine import fingerprint
@@ -266,10 +267,6 @@ def _write(path: Path | None, what: str, timing: Timing) -> None:
     content = json.dumps({"what": what, "milliseconds": timing.milliseconds, "ratios": dict(timing.ratios)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(content)
-        os.replace(file.name, path)
-    except OSError:
+        write_text(path, content)
+    except (OSError, SaveError):
         return

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from onnxslim.engine.base import Effort, Progress
-from onnxslim.errors import CalibrationError
+from onnxslim.errors import CalibrationError, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Source, load
 from onnxslim.runtime.metric import Metric
@@ -58,7 +58,7 @@ def optimize(
         metric: runs a model on data of its own and says how good it is, more is better.
         target: where the result is to run; processors by default.
         effort: how much to try.
-        time_limit: seconds after which no trial is begun any more.
+        time_limit: seconds, 0 or more, after which no trial is begun any more.
         work: a folder that trials are kept in: a later search with the same model, data, target, machine and
             effort goes on from there, whatever its goals.
         seed: of everything random.
@@ -71,12 +71,16 @@ def optimize(
 
     Raises:
         CalibrationError: there is no data, or it does not fit the model.
-        UsageError: the goals, or the metric, mean nothing; PyTorch is wanted, and not installed.
+        UsageError: the goals, the time limit or the metric mean nothing, or trials are to be kept and the
+            metric has no name; PyTorch is wanted, and not installed.
+        SaveError: the folder to work in cannot be used.
         TargetError: the target is not there.
         LoadError: the model is none, or does not run.
     """
     if data is None:
         raise CalibrationError("a search measures what is lost, and needs data: pass data=, or --data")
+    if time_limit is not None and not time_limit >= 0:
+        raise UsageError(f"the time limit {time_limit:g} is no time: give 0 seconds or more")
     samples = (data, labels), (test, test_labels)
     search = SearchSetup(load(model), *samples, metric, Target.of(target), seed, tuple(libraries), distill)
     explorer = search.explorer(goals or Goals(), effort, work, input_shapes or {})

@@ -17,7 +17,7 @@ from onnxslim.engine.allocate import fewest
 from onnxslim.engine.base import Effort, Progress
 from onnxslim.errors import OnnxSlimError
 from onnxslim.search.chains import SHARES
-from onnxslim.search.goals import Goals, TrialFigures
+from onnxslim.search.goals import Goals
 from onnxslim.search.trials import SearchTrial
 
 # Ways to store with which less of the network is tried, by how much is tried.
@@ -59,7 +59,7 @@ class Explorer:
     Attributes:
         maker: makes trials.
         encodings: names of the ways to store weights and data.
-        goals: what is asked for; completed once something is known.
+        goals: what is asked for; completed with the first figures, so that no trial is judged by less.
         effort: how much to try.
         progress: called with (what, done, total).
         until: when, by `time.monotonic`, no trial is begun any more.
@@ -83,17 +83,15 @@ class Explorer:
         try:
             for encoding in self.encodings:
                 self.trial(1.0, encoding)
-            self.goals = self.goals.completed(self._any())
+            self._require_one()
             for encoding in self._promising():
                 self._shrink(encoding)
         except OutOfTime:
             self.untried = f"the time limit was over after {len(self.trials)} trials"
 
-    def _any(self) -> TrialFigures:
-        figures = next((each.figures for each in self.trials if each.figures is not None), None)
-        if figures is None:
+    def _require_one(self) -> None:
+        if all(each.figures is None for each in self.trials):
             raise OnnxSlimError(next(each.error for each in self.trials))
-        return figures
 
     def trial(self, structure: float, encoding: str) -> SearchTrial:
         """What comes of leaving so much of the work, stored in this way.
@@ -105,6 +103,8 @@ class Explorer:
             if (known.structure, known.encoding) == (structure, encoding):
                 return known
         trial = self.maker.made(structure, encoding, self._begin)
+        if trial.figures is not None:
+            self.goals = self.goals.completed(trial.figures)
         best = self.eligible()[:1]
         self.trials.append(trial)
         if self.meets(trial) and all(self._rank(trial) < self._rank(each) for each in best):

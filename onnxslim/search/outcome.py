@@ -14,7 +14,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.samples import Samples, Subset
 from onnxslim.engine.base import Context, Effort
 from onnxslim.engine.pipeline import Pipeline
-from onnxslim.errors import ValidationError
+from onnxslim.errors import UsageError, ValidationError
 from onnxslim.formats import percent
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, source_sha256
@@ -50,7 +50,8 @@ class SearchResult:
         outcome: how the model came about: its report, and its recipe; None where none meets the goals.
         best: that trial; None if there is none.
         verified: what was measured of it on samples that nothing was chosen by.
-        samples: how many those are.
+        samples: how many those are; 0 where there are too few to hold some out, and it was measured on those
+            that all was chosen by.
         goals: what was asked for, with what is to be kept if nothing was.
         trials: all that were made, in order.
         problem: what no trial meets; empty if one does.
@@ -127,21 +128,19 @@ class SearchSetup:
         """What makes trials; see `onnxslim.search.optimize`.
 
         Raises:
-            UsageError: the metric fails, or sizes do not fit.
+            UsageError: the metric fails, or trials are to be kept and it has no name; sizes do not fit.
+            SaveError: the folder cannot be made.
         """
-        choose, verify = self._parts()
         specs = self._model.inputs()
         fed = {name: array.shape for name, array in next(iter(self._data.data)).items()}
         sizes = one_sample(specs, with_sizes(specs, shapes), fed)
-        self._verify, self._choose = (
-            TrialBench(self._model, part, self._target, self._metric, sizes) for part in (verify, choose)
-        )
+        ledger = Ledger(None, {}) if work is None else Ledger(Path(work), self._about(sizes))
+        self._choose, self._verify = self._benches(sizes)
         slimmed = Pipeline(Slim(), count=False)(self._model, target=self._target).model
         learning = (Distill(effort=effort),) if self._distill else ()
         ctx = Context(self._target, self._samples, self._seed)
         structures = Structures(slimmed, ctx, effort, learning)
         ways = encodings(goals, self._target, effort)
-        ledger = Ledger(None if work is None else Path(work), self._about())
         self._workshop = Workshop(self._recipe, self._run, self._choose, structures, ways, ledger, effort)
         return Explorer(self._workshop, tuple(ways), goals, effort)
 
@@ -154,11 +153,11 @@ class SearchSetup:
             lacks = [*explorer.goals.lost(verified), *explorer.goals.over(verified)]
             if not lacks:
                 return self._told(explorer, outcome.model, outcome, trial, verified)
-            refused = refused or f"{trial.label}: on other samples {'; '.join(lacks)}"
+            refused = refused or f"the nearest is {trial.label}: on other samples {'; '.join(lacks)}"
         slimmed = self._run(self._recipe((Slim(),))).model
-        nearest = explorer.nearest()
-        lacking = f"{nearest[0].label}: {nearest[1]}" if nearest is not None else "nothing could be made"
-        problem = f"no result meets the goals; the nearest is {refused or lacking}"
+        if not refused and (nearest := explorer.nearest()):
+            refused = f"the nearest is {nearest[0].label}: {nearest[1]}"
+        problem = f"no result meets the goals; {refused or 'nothing was made'}"
         return self._told(explorer, slimmed, None, None, None, problem)
 
     def _tried(self, explorer: Explorer) -> Iterator[SearchTrial]:
@@ -187,7 +186,8 @@ class SearchSetup:
     ) -> SearchResult:
         notes = [*self._notes, *filter(None, (explorer.untried, self._coarse(explorer.goals)))]
         trials = tuple(explorer.trials)
-        samples, goals = self._verify.samples, explorer.goals
+        goals = explorer.goals
+        samples = 0 if self._verify is self._choose else self._verify.samples
         return SearchResult(model, outcome, best, verified, samples, goals, trials, problem, tuple(notes))
 
     def _coarse(self, goals: Goals) -> str:
@@ -200,6 +200,16 @@ class SearchSetup:
             f"one of the {self._choose.samples} samples to choose by is {percent(share)} of them, more than "
             f"may be lost, so that none may be: {enough} samples, of which an eighth chooses, would tell"
         )
+
+    def _benches(self, sizes: Mapping[str, tuple[int, ...]]) -> tuple[TrialBench, TrialBench]:
+        """What measures trials to choose by, and what was chosen; the same where the samples are."""
+
+        def bench(part: Subset) -> TrialBench:
+            return TrialBench(self._model, part, self._target, self._metric, sizes)
+
+        choose, verify = self._parts()
+        chosen_by = bench(choose)
+        return chosen_by, chosen_by if verify is choose else bench(verify)
 
     def _parts(self) -> tuple[Subset, Subset]:
         """Samples to choose by, and to judge what was chosen."""
@@ -214,7 +224,7 @@ class SearchSetup:
             "there are too few samples to hold some out: what is measured is of samples that passes were "
             "fitted on"
         )
-        return samples.judged, samples.judged
+        return (samples.judged,) * 2
 
     def _recipe(self, passes: Chain) -> Recipe:
         return Recipe(
@@ -230,22 +240,30 @@ class SearchSetup:
             metric=self._metric,
         )
 
-    def _about(self) -> Mapping[str, Any]:
-        """All that figures of trials depend on, besides what is tried."""
+    def _about(self, sizes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
+        """All that figures of trials depend on, besides what is tried; of inputs, the sizes to count for."""
         data, labels = self._data.data, self._data.labels
-        metric = self._metric
         return {
             "version": version(),
             "model": source_sha256(self._model),
             "data": data.sha256(),
             "labels": None if labels is None else hashlib.sha256(labels.tobytes()).hexdigest(),
             "test": self._test is not None,
-            "metric": None if metric is None else f"{metric.__module__}:{metric.__qualname__}",
+            "metric": None if self._metric is None else _name(self._metric),
             "target": [self._target.name, self._target.threads, dict(self._target.options)],
             "machine": fingerprint(),
             "seed": self._seed,
             "distill": self._distill,
+            "sizes": sizes,
         }
+
+
+def _name(metric: Metric) -> str:
+    """What tells a metric from others, in other processes too."""
+    name = getattr(metric, "__qualname__", "<unnamed>")
+    if "<" in name:  # a lambda, a function within another, or an object: the next one may have this name too
+        raise UsageError(f"trials are kept by the metric's name: give a function of a module, not {metric!r}")
+    return f"{metric.__module__}:{name}"
 
 
 def _opened(model: Model, data: Any, labels: Array | None) -> Batches:

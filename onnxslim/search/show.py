@@ -38,7 +38,12 @@ def _chosen(found: SearchResult) -> Iterator[str]:
     if found.best is not None and found.verified is not None:
         told = zip(HEAD[1:-1], _cells(found.verified), strict=False)
         figures = ", ".join(f"{name} {value}" for name, value in told if value)
-        yield f"chosen: {found.best.label}; on {found.samples} samples that nothing was chosen by: {figures}"
+        seen = (
+            f"{found.samples} samples that nothing was chosen by"
+            if found.samples
+            else "what it was chosen by"
+        )
+        yield f"chosen: {found.best.label}; on {seen}: {figures}"
     yield from (f"note: {note}" for note in found.notes)
 
 

@@ -6,15 +6,13 @@ A folder for each, by a hash of all that its figures depend on:
           prune.json    plans that the recipe names
           trial.json    what it is called, and its figures
 
-`trial.json` is written last and at once, so that a folder without one is a trial that did not end.
+Each file is written at once, `trial.json` last, so that a folder without one is a trial that did not end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +23,9 @@ from pydantic import ValidationError as Invalid
 
 from onnxslim.engine.base import Pass
 from onnxslim.engine.plans import PassPlan
-from onnxslim.errors import SaveError, UsageError, one_line
+from onnxslim.errors import SaveError, UsageError
 from onnxslim.formats import plain
+from onnxslim.ir.files import write_text
 from onnxslim.recipes.recipe import Recipe
 from onnxslim.search.goals import TrialFigures
 
@@ -73,11 +72,8 @@ class Ledger:
         self._folder, self._about = folder, plain(about)
         self._known: dict[str, SearchTrial] = {}
         self._recipes: dict[str, Recipe] = {}
-        try:
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SaveError(f"cannot keep trials in '{folder}': {error.strerror or error}") from error
+        if folder is not None:
+            _make(folder)
 
     def key(self, *intent: Any) -> str:
         """The hash of a trial that is to do this."""
@@ -100,13 +96,9 @@ class Ledger:
         """
         if self._folder is not None:
             place = self._folder / key
-            try:
-                place.mkdir(parents=True, exist_ok=True)
-                recipe = replace(recipe, passes=tuple(_filed(recipe.passes, place)))
-                recipe.save(place / RECIPE)
-            except OSError as error:
-                why = error.strerror or error
-                raise SaveError(f"cannot write the trial in '{place}': {why}") from error
+            _make(place)
+            recipe = replace(recipe, passes=tuple(_filed(recipe.passes, place)))
+            write_text(place / RECIPE, recipe.text(place.absolute()))
         self._recipes[key] = recipe
         return recipe
 
@@ -128,7 +120,7 @@ class Ledger:
         """
         self._known[trial.key] = trial
         if self._folder is not None:
-            _write(self._folder / trial.key / TRIAL, json.dumps(plain(trial), indent=1))
+            write_text(self._folder / trial.key / TRIAL, json.dumps(plain(trial), indent=1))
 
 
 def trials_in(folder: Path) -> list[SearchTrial]:
@@ -143,13 +135,20 @@ def trials_in(folder: Path) -> list[SearchTrial]:
     return sorted(found, key=lambda trial: (-trial.structure, trial.label, trial.key))
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot keep trials in '{folder}': {error.strerror or error}") from error
+
+
 def _filed(passes: Sequence[Pass], place: Path) -> Iterator[Pass]:
     """Passes whose plans are files in a folder."""
     for each in passes:
         plan = each.given().get("plan")
         if isinstance(plan, PassPlan):
             path = place / f"{each.name}.json"
-            path.write_text(plan.to_json(), encoding="utf-8")
+            write_text(path, plan.to_json())
             each = replace(each, plan=path)  # type: ignore[type-var]
         yield each
 
@@ -160,12 +159,3 @@ def _read(path: Path) -> SearchTrial | None:
         return _TRIAL.validate_json(path.read_text(encoding="utf-8"))
     except (OSError, Invalid, UnicodeDecodeError):
         return None
-
-
-def _write(path: Path, content: str) -> None:
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(content)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise SaveError(f"cannot write '{path}': {one_line(error)}") from error

@@ -153,7 +153,9 @@ def test_a_plan_has_to_speak_of_all_layers(tmp_path: Path) -> None:
 def test_a_file_that_is_no_plan_is_refused_before_anything_else(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text("{}")
-    with pytest.raises(UsageError, match="not a plan of pass 'quantize': it is of pass 'prune'"):
+    with pytest.raises(
+        UsageError, match=r"plan\.json' is not a plan of pass 'quantize': it is of pass 'prune'"
+    ):
         Quantize(plan=path).run(products(), Context())
 
 

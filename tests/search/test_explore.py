@@ -122,6 +122,22 @@ def test_where_nothing_can_be_left_away_only_ways_to_store_are_tried() -> None:
     assert len(world.log) == len(WAYS)
 
 
+def test_what_is_to_be_kept_is_asked_of_the_first_trials_too() -> None:
+    """Also where time is over before every way to store was tried."""
+    world = World(lambda share, way: 60.0 if way == "float" else 5.0)
+    explorer = Explorer(world, tuple(WAYS), Goals())
+
+    def stop(trial: SearchTrial) -> None:
+        explorer.until = time.monotonic() - (1 if trial.encoding == "int8" else -60)
+
+    explorer.on_trial = stop
+    explorer.explore()
+    assert [each.encoding for each in explorer.trials] == ["float", "int8"]
+    assert explorer.goals == Goals(require_sqnr=20.0)
+    assert [each.encoding for each in explorer.eligible()] == ["float"]
+    assert world.kept == explorer.trials[0]
+
+
 def test_no_trial_is_begun_once_time_is_over() -> None:
     world = World()
     explorer = world.search(Goals(require_sqnr=20.0), until=time.monotonic() - 1)

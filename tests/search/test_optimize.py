@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import onnxslim
 from onnxslim import cli
@@ -19,6 +23,7 @@ from onnxslim.ir.model import Model
 from onnxslim.recipes.recipe import Recipe
 from onnxslim.runtime.metric import Run
 from onnxslim.search import Goals, SearchResult, SearchTrial, optimize, trials_in
+from onnxslim.search.show import show_result
 from onnxslim.validation.certificate import content_sha256
 from onnxslim.validation.compare import validate
 from tests.helpers import normal, parse
@@ -104,6 +109,7 @@ def test_a_search_goes_on_from_what_is_kept(
     other = optimize(net, {"x": normal(256, 64, seed=2)}, effort="quick", work=work, time_limit=0.0)
     assert other.trials == ()
     assert "time limit was over after 0 trials" in other.notes[0]
+    assert other.problem == "no result meets the goals; nothing was made"
 
 
 def test_where_nothing_meets_the_goals_the_original_comes_back_slimmed(
@@ -169,11 +175,39 @@ def test_wrong_inputs_are_told_before_any_trial(net: Model, data: Mapping[str, A
         optimize(net, {"z": normal(4, 64)}, on_trial=refuse)
     with pytest.raises(TargetError, match="TensorrtExecutionProvider"):
         optimize(net, data, target="tensorrt", on_trial=refuse)
+    for limit in (-1.0, math.nan):
+        with pytest.raises(UsageError, match="is no time: give 0 seconds or more"):
+            optimize(net, data, time_limit=limit, on_trial=refuse)
+
+
+def test_trials_are_not_kept_by_a_metric_that_another_may_be_taken_for(
+    net: Model, data: Mapping[str, Array], tmp_path: Path
+) -> None:
+    for metric in (lambda run: 1.0, partial(_nan)):
+        with pytest.raises(UsageError, match="trials are kept by the metric's name: give a function of"):
+            optimize(net, data, metric=metric, work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+    assert optimize(net, data, metric=lambda run: 1.0, time_limit=0.0).trials == ()
+
+
+def test_trials_depend_on_the_sizes_that_are_counted_for(tmp_path: Path) -> None:
+    net = parse("g (float[N,K,4] x) => (float[N,K,3] y) { y = MatMul(x, w) }", {"w": normal(4, 3)})
+    data = {"x": normal(8, 2, 4)}
+    made = [
+        optimize(net, data, work=tmp_path, effort="quick", time_limit=limit, input_shapes={"x": sizes}).trials
+        for sizes, limit in (((1, 2, 4), 60.0), ((1, 2, 4), 0.0), ((1, 9, 4), 0.0))
+    ]
+    assert made[0] == made[1] != ()
+    assert made[2] == ()
 
 
 def test_with_few_samples_it_is_told_what_figures_are_of(net: Model) -> None:
     found = optimize(net, {"x": normal(6, 64)}, Goals(macs=0.9), effort="quick")
     assert any("too few samples" in note for note in found.notes)
+    assert found.samples == 0
+    console = Console(record=True, width=300, file=io.StringIO())
+    show_result(console, found)
+    assert "; on what it was chosen by: " in console.export_text()
 
 
 def test_a_goal_that_the_samples_cannot_tell_is_told(net: Model, data: Mapping[str, Array]) -> None:

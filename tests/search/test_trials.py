@@ -46,6 +46,18 @@ def test_in_memory_nothing_is_written(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_others_may_read_what_they_may_read_of_other_files(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, {})
+    ledger.prepare(TRIAL_MADE.key, Recipe(passes=(Slim(), Prune(plan=PLAN))))
+    ledger.add(TRIAL_MADE)
+    (tmp_path / "other").write_text("")
+    expected = (tmp_path / "other").stat().st_mode
+    found = sorted((tmp_path / TRIAL_MADE.key).iterdir())
+    assert [(path.name, path.stat().st_mode) for path in found] == [
+        (name, expected) for name in ("prune.json", RECIPE, TRIAL)
+    ]
+
+
 def test_keys_tell_all_that_figures_depend_on() -> None:
     key = Ledger(None, {"model": "a"}).key(0.5, "int8", "normal")
     assert Ledger(None, {"model": "a"}).key(0.5, "int8", "normal") == key
