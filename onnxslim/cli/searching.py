@@ -182,7 +182,8 @@ def _trials(
 ) -> None:
     """Show what searches have tried.
 
-    DIR/KEY/recipe.yaml makes a trial again: onnxslim run DIR/KEY/recipe.yaml IN OUT --trust
+    DIR/KEY/recipe.yaml makes a trial again: onnxslim run DIR/KEY/recipe.yaml IN OUT --trust; with the same
+    --data, if that was MODULE:FUNCTION
     """
     from onnxslim.search import front, trials_in
     from onnxslim.search.chart import chart

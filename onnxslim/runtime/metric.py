@@ -42,6 +42,34 @@ def measure(metric: Metric, model: Model, target: Target) -> float:
     return value
 
 
+def labels_of(labels: Array, start: int, size: int) -> Array:
+    """The labels of some samples, shape (size,).
+
+    Raises:
+        CalibrationError: they are not one integer per sample, or too few.
+    """
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise CalibrationError(
+            f"labels are one integer per sample, not {labels.dtype} of shape {labels.shape}"
+        )
+    if len(labels) < start + size:
+        raise CalibrationError(f"there are {len(labels)} labels for at least {start + size} samples")
+    return labels[start : start + size]
+
+
+def hits(scores: Array, labels: Array) -> int:
+    """How often the largest of some scores, shape (samples, classes), is where the label says.
+
+    Raises:
+        CalibrationError: a label is none of the classes.
+    """
+    classes = scores.shape[1]
+    strange = labels[(labels < 0) | (labels >= classes)]
+    if strange.size:
+        raise CalibrationError(f"label {strange[0]} is none of the {classes} classes, which count from 0")
+    return int((np.argmax(scores, axis=1) == labels).sum())
+
+
 def accuracy(data: Iterable[Mapping[str, Array]], labels: Array) -> Metric:
     """Share of samples whose largest value, in the first output of shape (samples, classes), is the label.
 
@@ -56,12 +84,7 @@ def accuracy(data: Iterable[Mapping[str, Array]], labels: Array) -> Metric:
             found = next((each for each in run(feeds).values() if np.ndim(each) == 2), None)
             if found is None:
                 raise CalibrationError("labels were given, but no output has shape (samples, classes)")
-            part = labels[seen : seen + len(found)]
-            if len(part) < len(found):
-                raise CalibrationError(
-                    f"there are {len(labels)} labels for at least {seen + len(found)} samples"
-                )
-            right += int((np.argmax(found, axis=1) == part).sum())
+            right += hits(found, labels_of(labels, seen, len(found)))
             seen += len(found)
         return right / max(seen, 1)
 

@@ -115,7 +115,8 @@ class SearchSetup:
         self._distill = distill
         self._model, self._metric, self._seed = model, metric, seed
         self._target, self._libraries = target.with_libraries(libraries), libraries
-        self._named = data[0] if isinstance(data[0], Data) else None
+        # A recipe cannot hold data that is code: it is run with --data then.
+        self._named = data[0] if isinstance(data[0], Data) and not data[0].is_function else None
         self._data = _opened(model, *data)
         self._test = None if test[0] is None else _opened(model, *test)
         given = self._data.data, model, self._target, seed, self._data.labels

@@ -24,7 +24,7 @@ from onnxslim.errors import CalibrationError, LoadError, UsageError, ValidationE
 from onnxslim.formats import percent
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import InputSpec, Model, Source, load
-from onnxslim.runtime.metric import Metric, measure
+from onnxslim.runtime.metric import Metric, hits, labels_of, measure
 from onnxslim.runtime.native import CPU
 from onnxslim.runtime.probe import Feeds, probes
 from onnxslim.runtime.profile import available, counted, left_over, may_stray, places, require_usable
@@ -181,7 +181,7 @@ def _stream(
     sizes: list[int] = []
     for feeds in batches:
         start, size = sum(sizes), _batch_size(feeds)
-        part = None if labels is None else _labels_of(labels, start, size)
+        part = None if labels is None else labels_of(labels, start, size)
         reference: check.Outputs | None = None
         for runner in runners:
             reference = runner.update(feeds, size, part, reference)
@@ -195,16 +195,6 @@ def _stream(
 
 def _batch_size(feeds: Feeds) -> int:
     return next((int(array.shape[0]) for array in feeds.values() if array.ndim), 1)
-
-
-def _labels_of(labels: Array, start: int, size: int) -> Array:
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise CalibrationError(
-            f"labels are one integer per sample, not {labels.dtype} of shape {labels.shape}"
-        )
-    if len(labels) < start + size:
-        raise CalibrationError(f"there are {len(labels)} labels for at least {start + size} samples")
-    return labels[start : start + size]
 
 
 def footprint(model: Model, shapes: Shapes) -> Footprint:
@@ -298,7 +288,7 @@ class _Runner:
                 f"output '{name}' has {len(values[name])} rows for a batch of {len(labels)} samples"
             )
         self._classes = values[name].shape[1]
-        return int((values[name].argmax(axis=1) == labels).sum())
+        return hits(values[name], labels)
 
     def guesses(self) -> Iterator[str]:
         """A note if the original is right hardly more often than somebody who guesses."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -20,6 +20,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.errors import CalibrationError, TargetError, UsageError, ValidationError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
+from onnxslim.recipes.data import Data
 from onnxslim.recipes.recipe import Recipe
 from onnxslim.runtime.metric import Run
 from onnxslim.search import Goals, SearchResult, SearchTrial, optimize, trials_in
@@ -188,6 +189,26 @@ def test_trials_are_not_kept_by_a_metric_that_another_may_be_taken_for(
             optimize(net, data, metric=metric, work=tmp_path / "work")
     assert not (tmp_path / "work").exists()
     assert optimize(net, data, metric=lambda run: 1.0, time_limit=0.0).trials == ()
+
+
+def _batches() -> Iterator[Mapping[str, Array]]:
+    yield {"x": normal(8, 2, 4)}
+
+
+def test_trials_on_data_that_is_code_are_kept_without_it(tmp_path: Path) -> None:
+    net = parse("g (float[N,2,4] x) => (float[N,2,3] y) { y = MatMul(x, w) }", {"w": normal(4, 3)})
+    named = Data(f"{__name__}:_batches")
+    found = optimize(net, named, work=tmp_path, effort="quick").require()
+    assert found.best is not None
+    recipe = Recipe.load(tmp_path / found.best.key / "recipe.yaml")
+    assert recipe.data is None
+    assert recipe.run(net, data=named.read(net).data).model.to_proto() == found.model.to_proto()
+
+
+def test_labels_that_are_no_classes_are_told_before_any_trial(net: Model, data: Mapping[str, Array]) -> None:
+    for labels, message in ((np.full(256, 8), "label 8 is none of the 8"), (np.zeros(256), "one integer")):
+        with pytest.raises(CalibrationError, match=message):
+            optimize(net, data, labels=labels, time_limit=0.0)
 
 
 def test_trials_depend_on_the_sizes_that_are_counted_for(tmp_path: Path) -> None:

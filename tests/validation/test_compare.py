@@ -158,6 +158,8 @@ def test_accuracy_of_both_models() -> None:
         (np.zeros(11, int), "11 labels for 10 samples"),
         (np.zeros((10, 1), int), "one integer per sample"),
         (np.zeros(10), "one integer per sample"),
+        (np.full(10, 4), "label 4 is none of the 4 classes, which count from 0"),
+        (np.full(10, -1), "label -1 is none of the 4 classes"),
     ],
 )
 def test_labels_that_do_not_fit(labels: Array, message: str) -> None:
