@@ -163,6 +163,24 @@ class Samples:
         """Whether the samples to choose by are others than those to fit on."""
         return self.tune is not self.fit
 
+    @property
+    def split(self) -> tuple[CalibrationData, CalibrationData] | None:
+        """Samples to fit on and others to choose a strength by, however few there are; None if there is one.
+
+        What is chosen by the samples it is fitted on follows them wherever they are fewer than its values.
+        """
+        if self.tuned:
+            return self.fit, self.tune
+        total = self.fit.samples() if self.by_sample else self.fit.count()
+        if total < 2:
+            return None
+        chosen_by = range(0, total, round(1 / TUNE))
+        parts = [each for each in range(total) if each not in chosen_by], [*chosen_by]
+        first, second = (
+            self.fit.take(each, GROUP) if self.by_sample else self.fit.pick(each) for each in parts
+        )
+        return first, second
+
     @cached_property
     def seen(self) -> CalibrationData:
         """Those to fit on and, after them, those to choose by: to fit on once the choice is made."""

@@ -62,14 +62,15 @@ def fitted(
     Args:
         model: with the branches; not modified.
         wanted: the branches.
-        data: to fit on and to choose by; without, nothing stands in for any.
+        data: to fit on and to choose by; without, or of one sample, nothing stands in for any.
         ctx: of the pass.
     """
     found: dict[Branch, dict[Kind, StandIn]] = {each: {"nothing": NOTHING} for each in wanted}
     pairs = {each: pair for each in found if (pair := _pair(model, each)) is not None}
-    if data is None or not pairs:
+    parts = None if data is None else data.split
+    if parts is None or not pairs:
         return found
-    train, tune = (_moments(model, part, pairs.values(), ctx) for part in (data.fit, data.tune))
+    train, tune = (_moments(model, part, pairs.values(), ctx) for part in parts)
     for branch, pair in pairs.items():
         if pair in train and pair in tune:
             found[branch] |= {each.kind: each for each in _of(train[pair], tune[pair])}

@@ -247,6 +247,21 @@ def test_the_mean_stands_in_for_what_has_one() -> None:
     assert np.abs((outputs(small, feeds) - outputs(model, feeds)).mean(0)).max() < 0.5
 
 
+@pytest.mark.parametrize("samples", [2, 3, 5, 8])
+def test_few_samples_make_no_wild_stand_ins(samples: int) -> None:
+    """They are no further from a branch than the branch is from nothing, on samples that nobody has seen."""
+    model = skipping("a = MatMul(x, w) z = Relu(a) b = MatMul(z, v)", "N,32", w=(32, 64), v=(64, 32))
+    (branch,) = branches(model).found
+    few = Samples(batches_of(32, samples=samples), model, CPU)
+    x = np.random.default_rng(4).standard_normal((256, 32)).astype(np.float32)
+    wanted = outputs(model, {"x": x})
+    for kind, made in fitted(model, [branch], few, Context(target=CPU))[branch].items():
+        small = model.copy()
+        drop(small, {branch: made})
+        error = np.square(outputs(small, {"x": x}) - wanted).mean()
+        assert error < 2 * np.square(wanted - x).mean(), kind
+
+
 def test_half_precision_gets_stand_ins_of_its_type() -> None:
     inner = "a = MatMul(x, w) r = Relu(a) b = MatMul(r, v)"
     text = f"g (float16[N,8] x) => (float16[N,8] y) {{ {inner} y = Add(b, x) }}"
