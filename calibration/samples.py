@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.feeds import batch_samples
 from onnxslim.calibration.sources.arrays import Feeds
-from onnxslim.errors import CalibrationError, LoadError
+from onnxslim.errors import CalibrationError, LoadError, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.runtime.metric import Metric, accuracy
@@ -95,6 +95,7 @@ class Samples:
         learning: whether some are set aside for passes that learn, if there are enough.
 
     Raises:
+        UsageError: the seed is negative.
         CalibrationError: when split: the data does not fit the model, or there is none, or there are more or
             fewer labels than samples.
     """
@@ -108,6 +109,10 @@ class Samples:
     test: Subset | None = None
     hold_out: float = HELD
     learning: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UsageError(f"the seed {self.seed} is negative: give 0 or more")
 
     @property
     def fit(self) -> CalibrationData:
@@ -254,14 +259,15 @@ class Samples:
         return Subset(data, self.test.labels)
 
     def _labels_of(self, numbers: NDArray[np.intp]) -> Array | None:
-        return None if self.labels is None else self.labels[numbers]
+        return None if self.labels is None else np.asarray(self.labels)[numbers]
 
     def _labels_within(self, batches: NDArray[np.intp]) -> Array | None:
         """Of the samples in some batches."""
         if self.labels is None:
             return None
         ends = np.cumsum((0, *self.data.sizes()))
-        return np.concatenate([self.labels[ends[at] : ends[at + 1]] for at in batches])
+        labels = np.asarray(self.labels)
+        return np.concatenate([labels[ends[at] : ends[at + 1]] for at in batches])
 
 
 def _require_as_many(labels: Array | None, data: CalibrationData) -> None:

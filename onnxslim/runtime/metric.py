@@ -48,6 +48,7 @@ def labels_of(labels: Array, start: int, size: int) -> Array:
     Raises:
         CalibrationError: they are not one integer per sample, or too few.
     """
+    labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise CalibrationError(
             f"labels are one integer per sample, not {labels.dtype} of shape {labels.shape}"

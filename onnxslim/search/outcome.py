@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.samples import Samples, Subset
 from onnxslim.engine.base import Context, Effort
 from onnxslim.engine.pipeline import Pipeline
-from onnxslim.errors import UsageError, ValidationError
+from onnxslim.errors import CalibrationError, UsageError, ValidationError
 from onnxslim.formats import percent
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, source_sha256
@@ -119,6 +121,8 @@ class SearchSetup:
         self._named = data[0] if isinstance(data[0], Data) and not data[0].is_function else None
         self._data = _opened(model, *data)
         self._test = None if test[0] is None else _opened(model, *test)
+        if metric is None and self._test is not None:
+            _require_alike(self._data, self._test)
         given = self._data.data, model, self._target, seed, self._data.labels
         self._samples = Samples(*given, hold_out=HOLD_OUT, learning=distill)
         self._notes: list[str] = []
@@ -248,7 +252,7 @@ class SearchSetup:
             "version": version(),
             "model": source_sha256(self._model),
             "data": data.sha256(),
-            "labels": None if labels is None else hashlib.sha256(labels.tobytes()).hexdigest(),
+            "labels": None if labels is None else hashlib.sha256(np.asarray(labels).tobytes()).hexdigest(),
             "test": self._test is not None,
             "metric": None if self._metric is None else _name(self._metric),
             "target": [self._target.name, self._target.threads, dict(self._target.options)],
@@ -265,6 +269,13 @@ def _name(metric: Metric) -> str:
     if "<" in name:  # a lambda, a function within another, or an object: the next one may have this name too
         raise UsageError(f"trials are kept by the metric's name: give a function of a module, not {metric!r}")
     return f"{metric.__module__}:{name}"
+
+
+def _require_alike(data: Batches, test: Batches) -> None:
+    """Raise CalibrationError if what was chosen is not judged by what it was chosen by."""
+    if (data.labels is None) != (test.labels is None):
+        with_labels, without = ("test", "data") if data.labels is None else ("data", "test")
+        raise CalibrationError(f"{with_labels} has labels and {without} has none: give both of them or none")
 
 
 def _opened(model: Model, data: Any, labels: Array | None) -> Batches:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -209,6 +210,21 @@ def test_labels_that_are_no_classes_are_told_before_any_trial(net: Model, data: 
     for labels, message in ((np.full(256, 8), "label 8 is none of the 8"), (np.zeros(256), "one integer")):
         with pytest.raises(CalibrationError, match=message):
             optimize(net, data, labels=labels, time_limit=0.0)
+    with pytest.raises(
+        CalibrationError, match="data has labels and test has none: give both of them or none"
+    ):
+        optimize(net, data, labels=np.zeros(256, int), test=data)
+    with pytest.raises(UsageError, match="the seed -1 is negative"):
+        optimize(net, data, seed=-1)
+
+
+def test_labels_may_be_a_list(net: Model, data: Mapping[str, Array], tmp_path: Path) -> None:
+    given: tuple[tuple[Any, float], ...] = (np.zeros(256, int), 0.5), ([0] * 256, 0.0)
+    made = [
+        optimize(net, data, Goals(macs=0.9), labels=labels, effort="quick", work=tmp_path, time_limit=limit)
+        for labels, limit in given
+    ]
+    assert made[0].trials == made[1].trials != ()
 
 
 def test_trials_depend_on_the_sizes_that_are_counted_for(tmp_path: Path) -> None:
