@@ -169,7 +169,8 @@ class Prune(Demanding):
         """Prune the model in place.
 
         Raises:
-            UsageError: not exactly one of macs, params, ratio and plan is given, or the plan does not fit.
+            UsageError: not exactly one of macs, params, latency, ratio and plan is given; the plan does not
+                fit.
             InvalidGraph: a cut is not what setting the same slices to zero is; names the family.
         """
         goals = (self.macs, self.params, self.latency, self.ratio, self.plan)
@@ -179,12 +180,12 @@ class Prune(Demanding):
             self.require_alone()
         if self.what == "branches" and self.ratio is not None:
             raise UsageError("pass 'prune': ratio is of units, and what='branches' leaves them whole")
-        self.require_data(ctx.data)
         if self.allow_outputs and (self.require_sqnr is not None or self.max_drop is not None):
             raise UsageError(
                 "pass 'prune': outputs that shrink (allow_outputs) cannot be compared with what they were, "
                 "as require_sqnr and max_drop want"
             )
+        self.require_data(ctx.data)
         return _Run(self, model, ctx).run()
 
     @property

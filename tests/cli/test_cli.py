@@ -695,4 +695,4 @@ def test_a_plan_does_not_overwrite_the_model(tmp_path: Path, capsys: pytest.Capt
 
 def test_prune_without_a_goal_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["prune", str(RESNET)]) == 2
-    assert "exactly one of macs, params, ratio and plan" in capsys.readouterr().err
+    assert "exactly one of macs, params, latency, ratio and plan" in capsys.readouterr().err
