@@ -23,6 +23,7 @@ from onnxslim.passes.cheapen.forms import NAMES
 from onnxslim.passes.cheapen.plan import CheapeningPlan, CheaperForm
 from onnxslim.passes.cheapen.search import FormSearch, MeasuredForm, Picks, SiteOffers
 from onnxslim.passes.cheapen.sites import Site
+from onnxslim.passes.fold.weights import store_weights
 from onnxslim.passes.repair import repair
 from onnxslim.passes.unfuse import unfuse
 from onnxslim.runtime import timing
@@ -155,7 +156,7 @@ class _CheapenRun:
     def __call__(self) -> Changes:
         """Find, measure, choose, write, fit."""
         tell_idle(self._wish.exclude, self._model, self._log)
-        for skip in unfuse(self._model, "layers").skipped:
+        for skip in (*unfuse(self._model, "layers").skipped, *store_weights(self._model)):
             self._log.skip(skip.node, skip.reason)
         found = sites.find(self._model, self._wish.exclude, self._sample, self._ctx.target, self._log)
         if not found:

@@ -318,6 +318,8 @@ class _Repair:
         return self.finish(job, fitted if isinstance(fitted, Fit) else None, whole) or "it is left as it is"
 
     def _fit(self, job: Job, sums: _Sums) -> Fit | str:
+        if sums.train.empty != sums.tune.empty:
+            return "it makes too few values in all of the data to be fitted to some and chosen by others"
         try:
             train, tune = sums.train.result(), sums.tune.result()
         except CalibrationError as error:

@@ -26,6 +26,7 @@ from onnxslim.passes.cheapen.forms import APPROXIMATIONS, FORMULAS, NAMES, Appro
 from onnxslim.passes.cheapen.plan import CheapeningPlan
 from onnxslim.passes.cheapen.search import FormOffer, SiteOffers
 from onnxslim.passes.cheapen.sites import Site
+from onnxslim.passes.sparsify.storing import pack
 from onnxslim.runtime import timing
 from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import Bench, Latency
@@ -232,6 +233,17 @@ def test_with_data_what_comes_close_is_fitted_and_layers_behind_it_again(
     assert figures.latency is not None
     assert figures.latency < 0.7
     assert 10 < judge(plain).sqnr < judge(found).sqnr < 80
+
+
+def test_layers_whose_zeros_are_not_stored_are_fitted_again(net: Model, clock: dict[str, float]) -> None:
+    net.graph.initializers["w"].values = normal(64, 12, 3, 3) * (normal(64, 12, 3, 3, seed=1) > 1)
+    net.graph.initializers["q"].values = normal(64, 5)
+    assert pack(net, [net.graph.initializers["w"]]) is None
+    assert "CumSum" in ops(net)
+    found, changes = _cheapen(net, _data(12))
+    assert "its weight is not a constant" not in [skip.reason for skip in changes.skipped]
+    assert CheapenFigures.of(changes).repaired == 3
+    assert np.count_nonzero(found.graph.initializers["w"].values) < 0.3 * 64 * 12 * 9
 
 
 def test_more_is_kept_where_more_is_required(net: Model, clock: dict[str, float]) -> None:

@@ -17,6 +17,8 @@ from onnxslim.ir.model import Model
 from tests.helpers import normal, parse, replaced, stored
 from tests.passes.repair.students import batches, error, mixing, refit, restored, run_repair
 
+WEIGHTS = {"v": normal(4, 4), "w": normal(4, 4, seed=1)}
+
 # -------------------------------------------------------------------------------------------- what comes back
 
 
@@ -254,3 +256,10 @@ def test_values_that_are_not_finite_leave_a_layer_alone() -> None:
     _, changes = run_repair(CalibrationData([{"x": feeds}]))
     assert not changes
     assert "NaN" in changes.skipped[0].reason
+
+
+def test_too_few_values_are_told_as_that() -> None:
+    teacher = parse("g (float[N,4] x) => (float[N,4] y) { a = MatMul(x, v) y = MatMul(a, w) }", WEIGHTS)
+    student = replaced(teacher, v=WEIGHTS["v"] * np.float32(1.1))
+    (skip,) = refit(student, teacher, batches(1, 4, count=1)).skipped
+    assert "too few values in all of the data" in skip.reason
