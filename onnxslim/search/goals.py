@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 from onnxslim.errors import UsageError
 from onnxslim.formats import percent
 
-# What is kept where nobody says what to keep: so many of the decisions or, where outputs decide nothing, so
-# many dB.
-LEAST_KEPT, LEAST_SQNR = 0.99, 20.0
+# Where nobody says what to keep: how many of the decisions may be others or, where outputs decide nothing,
+# how many dB are to be kept.
+MOST_LOST, LEAST_SQNR = 0.01, 20.0
 # A result that takes longer than the model by more than two times of the same model may differ.
 NOT_SLOWER = 1.02
 
@@ -116,7 +116,7 @@ class Goals:
             return self
         if figures.drop is None:
             return replace(self, require_sqnr=LEAST_SQNR)
-        return replace(self, max_drop=1.0 - LEAST_KEPT)
+        return replace(self, max_drop=MOST_LOST)
 
     def lost(self, figures: TrialFigures) -> list[str]:
         """What a result does not keep of what it has to; empty if it keeps enough."""

@@ -12,8 +12,9 @@ def curve(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Factor and exponent of the power law through measured points (local error, error of the whole model).
 
     The exponent is held between 1/2 and 2, beyond which two noisy points would make predictions absurd.
+    Points without a finite error say nothing.
     """
-    usable = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
+    usable = [(math.log(x), math.log(y)) for x, y in points if 0 < x < math.inf and 0 < y < math.inf]
     if not usable:
         return 0.0, 1.0
     x, y = np.array(usable).T

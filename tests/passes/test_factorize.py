@@ -441,6 +441,7 @@ def test_power_law_goes_through_its_points() -> None:
     assert exponent == pytest.approx(1.0)
     assert ranks.curve([(0.1, 0.02), (0.11, 5.0)])[1] == 2.0
     assert ranks.curve([(0.0, 0.0)]) == (0.0, 1.0)
+    assert ranks.curve([(0.1, 0.02), (0.4, math.inf), (0.4, 0.08)]) == (factor, exponent)
 
 
 @given(st.integers(1, 200), st.integers(1, 16), st.sampled_from((1, 2, 4, 8)))
