@@ -44,9 +44,10 @@ def optimize(
 ) -> SearchResult:
     """Search for what makes a model smallest and fastest and still keeps what it has to.
 
-    Without goals: as fast as can be with 99 % of the decisions kept, or 20 dB where no output decides; of
-    what is as fast, the smallest. With budgets (`latency`, `size`, `download`, `macs`): what loses least
-    within them. Nothing that is slower than the model is taken, unless only bytes were asked for.
+    Without goals: as fast as can be with 99 % of the decisions kept, or 20 dB where no output decides, or
+    less than 100 samples choose; of what is as fast, the smallest. With budgets (`latency`, `size`,
+    `download`, `macs`): what loses least within them. Nothing that is slower than the model is taken, unless
+    only bytes were asked for.
 
     Args:
         model: left as it is.

@@ -42,6 +42,10 @@ class Maker(Protocol):
     def possible(self) -> bool:
         """Whether anything of the work can be left away."""
 
+    @property
+    def samples(self) -> int:
+        """That trials are measured on."""
+
     def made(self, structure: float, encoding: str, begin: Callable[[], None]) -> SearchTrial:
         """The trial that leaves so much of the work, stored in this way; one that fails says why.
 
@@ -104,7 +108,7 @@ class Explorer:
                 return known
         trial = self.maker.made(structure, encoding, self._begin)
         if trial.figures is not None:
-            self.goals = self.goals.completed(trial.figures)
+            self.goals = self.goals.completed(trial.figures, self.maker.samples)
         best = self.eligible()[:1]
         self.trials.append(trial)
         if self.meets(trial) and all(self._rank(trial) < self._rank(each) for each in best):

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, replace
 from onnxslim.errors import UsageError
 from onnxslim.formats import percent
 
-# Where nobody says what to keep: how many of the decisions may be others or, where outputs decide nothing,
-# how many dB are to be kept.
+# Where nobody says what to keep: how many of the decisions may be others or, where outputs decide nothing or
+# samples are too few to tell, how many dB are to be kept.
 MOST_LOST, LEAST_SQNR = 0.01, 20.0
 # A result that takes longer than the model by more than two times of the same model may differ.
 NOT_SLOWER = 1.02
@@ -99,11 +99,13 @@ class Goals:
         """Whether nothing but bytes was asked for, so that time is nobody's concern."""
         return bool(self.budgets) and self.budgets.keys() <= {"size", "download"}
 
-    def completed(self, figures: TrialFigures) -> Goals:
+    def completed(self, figures: TrialFigures, samples: int) -> Goals:
         """With something to keep, where nothing at all was asked for.
 
         Args:
             figures: of any result, to tell whether there are decisions.
+            samples: that they are of; so few that one of them is more than may be lost tell nothing of
+                decisions.
 
         Raises:
             UsageError: decisions are to be kept, and there are none.
@@ -114,7 +116,8 @@ class Goals:
             )
         if self.given:
             return self
-        if figures.drop is None:
+        told = figures.metric is not None or samples * MOST_LOST >= 1.0
+        if figures.drop is None or not told:
             return replace(self, require_sqnr=LEAST_SQNR)
         return replace(self, max_drop=MOST_LOST)
 

@@ -116,6 +116,11 @@ class Workshop:
         """Whether anything of the work can be left away."""
         return self._structures.possible
 
+    @property
+    def samples(self) -> int:
+        """That trials are measured on."""
+        return self._bench.samples
+
     def made(self, structure: float, encoding: str, begin: Callable[[], None]) -> SearchTrial:
         """See `onnxslim.search.explore.Maker`."""
         key = self._ledger.key(structure, encoding, self._effort)

@@ -35,6 +35,7 @@ class World:
         sqnr: of a structure and a way to store.
         failing: ways that cannot be made.
         possible: whether anything can be left away.
+        samples: that figures are of.
         log: trials that were made, in order.
         kept: the one whose model is kept.
     """
@@ -42,6 +43,7 @@ class World:
     sqnr: Callable[[float, str], float] = falling
     failing: tuple[str, ...] = ()
     possible: bool = True
+    samples: int = 32
     log: list[tuple[float, str]] = field(default_factory=list)
     kept: SearchTrial | None = None
 

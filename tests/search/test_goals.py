@@ -73,14 +73,17 @@ def test_what_is_taken(goals: Goals, figures: TrialFigures, said: list[str]) -> 
 
 
 def test_where_nothing_is_asked_for_decisions_are_kept_or_else_decibels() -> None:
-    assert Goals().completed(FIGURES).given == {"max_drop": 0.01}
+    assert Goals().completed(FIGURES, 100).given == {"max_drop": 0.01}
+    assert Goals().completed(FIGURES, 99).given == {"require_sqnr": 20.0}, "one of them is more than 1 %"
+    measured = replace(FIGURES, metric=(0.9, 0.9))
+    assert Goals().completed(measured, 3).given == {"max_drop": 0.01}
     undecided = replace(FIGURES, agreement=None)
-    assert Goals().completed(undecided).given == {"require_sqnr": 20.0}
+    assert Goals().completed(undecided, 100).given == {"require_sqnr": 20.0}
     asked = Goals(size=0.5)
-    assert asked.completed(FIGURES) is asked
+    assert asked.completed(FIGURES, 3) is asked
     with pytest.raises(UsageError, match="max_drop needs a metric or labels"):
-        Goals(max_drop=0.01).completed(undecided)
-    assert Goals(max_drop=0.01).completed(replace(undecided, metric=(1.0, 1.0)))
+        Goals(max_drop=0.01).completed(undecided, 100)
+    assert Goals(max_drop=0.01).completed(replace(undecided, metric=(1.0, 1.0)), 3)
 
 
 def test_a_gain_of_the_metric_is_worth_more_than_none() -> None:
