@@ -220,15 +220,13 @@ def _save_model(job: ModelWords, outcome: Outcome) -> None:
 
 def _save_plan(report: Report, path: Path) -> None:
     from onnxslim.engine.plans import PassPlan
+    from onnxslim.ir.files import write_text
 
     told = [getattr(step.changes.figures, "plan", None) for step in report.steps]
     plans = [plan for plan in told if isinstance(plan, PassPlan)]
     if not plans:
         raise UsageError("--save-plan: nothing was changed, so there is no plan")
-    try:
-        path.write_text(plans[-1].to_json(), encoding="utf-8")
-    except OSError as error:
-        raise SaveError(f"cannot write the plan to '{path}': {error.strerror or error}") from error
+    write_text(path, plans[-1].to_json())
 
 
 # ------------------------------------------------------------------------------------ before any work

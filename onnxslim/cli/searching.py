@@ -117,8 +117,9 @@ def _auto(
 ) -> None:
     """Search for what makes a model smallest and fastest.
 
-    Without goals: as fast as can be with 99 % of the decisions kept, or 20 dB where no output decides. With
-    budgets (--latency, --size, --download, --macs): what loses least within them.
+    Without goals: as fast as can be with 99 % of the decisions kept, or 20 dB where no output decides or
+    less than 100 samples choose. With budgets (--latency, --size, --download, --macs): what loses least
+    within them.
     """
     plug(ep_library)
     require_sheet(data)
@@ -185,6 +186,7 @@ def _trials(
     DIR/KEY/recipe.yaml makes a trial again: onnxslim run DIR/KEY/recipe.yaml IN OUT --trust; with the same
     --data, if that was MODULE:FUNCTION
     """
+    from onnxslim.ir.files import write_text
     from onnxslim.search import front, trials_in
     from onnxslim.search.chart import chart
     from onnxslim.search.show import show_trials
@@ -194,7 +196,7 @@ def _trials(
     found = trials_in(folder)
     best = front(found, cost)
     if svg is not None:
-        svg.write_text(chart(found), encoding="utf-8")
+        write_text(svg, chart(found))
     if json:
         terminal.show_json({"trials": found, "front": [each.key for each in best]})
         return
