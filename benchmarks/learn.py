@@ -51,9 +51,9 @@ from onnxslim.learn.optimizer import RelativeAdam
 from onnxslim.learn.weights import weights
 from onnxslim.models import zoo
 from onnxslim.passes import Distill, Prune, Slim
-from onnxslim.passes.distill.apart import taken_apart
 from onnxslim.passes.fold.edits import Edits
 from onnxslim.passes.fold.literals import lower_constants
+from onnxslim.passes.learning.apart import taken_apart
 from onnxslim.runtime.probe import make_feeds
 from onnxslim.runtime.session import Session
 

@@ -36,7 +36,7 @@ PASSES: tuple[tuple[str, ...], ...] = (
     ("sparsify",),
     ("cheapen", "cluster", "distill"),
     ("factorize", "quantize", "prune"),
-    ("repair", "half", "slim"),
+    ("repair", "half", "slim", "learning"),
     ("fuse", "legalize"),
     ("unfuse",),
     ("opsets",),

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from onnxslim.calibration.fidelity import OutputPart, parts_of
-from onnxslim.calibration.noise import sqnr
-from onnxslim.calibration.stream import Taps
 from onnxslim.engine.base import Changes, Context, Effort, Figures, Log, Pass, PassWork, captioned, options
 from onnxslim.engine.matching import GLOBS, excluded, tell_idle
 from onnxslim.errors import UsageError, nearest
@@ -22,24 +19,18 @@ from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model, load
 from onnxslim.learn import door
 from onnxslim.learn.door import UnknownError
-from onnxslim.learn.examples import Examples
 from onnxslim.learn.fit import Course, Learnt, Look, fit
-from onnxslim.learn.losses import Aim, LossName
+from onnxslim.learn.losses import LossName
 from onnxslim.learn.net import Net, unknown
-from onnxslim.learn.teaching import computed, goals, taught
 from onnxslim.learn.weights import is_vector, weights
-from onnxslim.passes.distill.apart import taken_apart
 from onnxslim.passes.fold.edits import Edits
 from onnxslim.passes.fold.literals import lower_constants
 from onnxslim.passes.fold.weights import store_weights
+from onnxslim.passes.learning.apart import taken_apart
+from onnxslim.passes.learning.lessons import RUNS, Lessons, distance, lessons, note, require_features
 from onnxslim.passes.repair.support import support
 
 STEPS: dict[Effort, int] = {"quick": 100, "normal": 300, "thorough": 1000}
-# What a step costs for one sample, forwards and backwards, in runs of ONNX Runtime.
-RUNS = 7.0
-# In dB, how close PyTorch has to come to ONNX Runtime: integers of a quantized model round in other places.
-SAME = 25.0
-TOO_FEW = "too few samples to set some aside: the best state is chosen on samples that other passes chose by"
 
 
 @dataclass(frozen=True)
@@ -59,21 +50,6 @@ class DistillFigures(Figures):
     examples: str | None = captioned("from")
     threads: int | None = captioned("threads")
     looks: tuple[Look, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Lessons:
-    """What is learnt, and what from.
-
-    Attributes:
-        aims: what is to come close to what.
-        examples: to learn from.
-        unseen: to judge by.
-    """
-
-    aims: Sequence[Aim]
-    examples: Examples
-    unseen: Examples
 
 
 @options
@@ -167,13 +143,22 @@ class Distill(Pass):
             if not chosen:
                 raise UnknownError("it has no weights to learn")
             net = Net(twin, [constant for _, constant in chosen], door.torch.float32, self.features)
-            lessons = self._lessons(net, model, teacher, ctx, log)
+            taught = lessons(
+                net,
+                model,
+                teacher,
+                ctx,
+                log,
+                features=self.features,
+                loss=self.loss,
+                labels=self.labels,
+            )
             learnt = fit(
                 net,
-                lessons.aims,
-                lessons.examples,
-                lessons.unseen,
-                self._course(lessons, ctx),
+                taught.aims,
+                taught.examples,
+                taught.unseen,
+                self._course(taught, ctx),
                 ctx.progress,
                 [_mask(own) for own, _ in chosen],
                 None if self.checkpoint is None else Path(self.checkpoint),
@@ -181,7 +166,7 @@ class Distill(Pass):
         except UnknownError as why_not:
             log.skip(model.graph.name or "model", str(why_not))
             return log.done()
-        return _written([own for own, _ in chosen], learnt, lessons, log)
+        return _written([own for own, _ in chosen], learnt, taught, log)
 
     # What is given
 
@@ -208,13 +193,7 @@ class Distill(Pass):
 
     def _require_known(self, model: Model, teacher: Model, ctx: Context) -> None:
         """Raise UsageError for names that are not there, and labels that nobody gave."""
-        for name in self.features:
-            for whose, each in (("model", model), ("teacher", teacher)):
-                made = [tensor.name for node in each.graph.nodes for tensor in node.outputs]
-                if name not in made:
-                    raise UsageError(
-                        f"pass 'distill': the {whose} has no tensor '{name}'; {nearest(name, made)}"
-                    )
+        require_features(self.name, self.features, model, teacher)
         outputs = [tensor.name for tensor in model.graph.outputs]
         if self.labels is not None and self.labels not in outputs:
             raise UsageError(
@@ -239,84 +218,11 @@ class Distill(Pass):
                 log.skip(own.outputs[0].label, why_not)
         return found
 
-    def _course(self, lessons: _Lessons, ctx: Context) -> Course:
+    def _course(self, taught: Lessons, ctx: Context) -> Course:
         steps = self.steps or STEPS[self.effort]
         if self.epochs is not None:
-            steps = math.ceil(self.epochs * len(lessons.examples) / self.batch)
+            steps = math.ceil(self.epochs * len(taught.examples) / self.batch)
         return Course(steps, self.lr, self.batch, ctx.seed, ctx.target.threads, self.labels)
-
-    # Lessons
-
-    def _lessons(self, net: Net, model: Model, teacher: Model, ctx: Context, log: Log) -> _Lessons:
-        """What the teacher makes of the data.
-
-        Raises:
-            UnknownError: there is nothing to learn, or PyTorch computes something else.
-        """
-        samples, judges = ctx.given, ctx.given.fresh
-        examples = samples.seen
-        if judges is None:
-            if not samples.tuned:
-                raise UnknownError("there are too few samples to judge what is learnt by others")
-            log.skip("learning", TOO_FEW)
-            examples, judges = samples.fit, samples.tune
-        outputs = [each.name for each in teacher.graph.outputs]
-        run = Taps(teacher, [*outputs, *self.features], ctx.target)
-        feeds = next(iter(judges))
-        parts = list(_comparable(teacher, self.features, _seen(net, model, feeds, ctx), run(0, feeds), log))
-        labels = samples.labelled if self.labels is not None else (None, None)
-        if labels[1] is None and self.labels is not None:
-            raise UnknownError("too few samples with labels to set some aside")
-        lessons, sums = taught(
-            examples,
-            run,
-            parts,
-            labels=labels[0],
-            apart=samples.by_sample,
-            progress=ctx.progress,
-        )
-        unseen, _ = taught(judges, run, parts, labels=labels[1], apart=samples.by_sample)
-        return _Lessons(goals(parts, sums, self.loss, outputs), lessons, unseen)
-
-
-def _seen(net: Net, model: Model, feeds: Mapping[str, Array], ctx: Context) -> dict[str, Array]:
-    """What the net makes of a batch, once that is what ONNX Runtime makes of it.
-
-    Raises:
-        UnknownError: it is something else.
-    """
-    found = computed(net, feeds)
-    names = [each.name for each in model.graph.outputs]
-    expected = Taps(model, names, ctx.target)(0, feeds)
-    for name in names:
-        if expected[name].shape != found[name].shape or sqnr(expected[name], found[name]) < SAME:
-            raise UnknownError(f"PyTorch computes something else for output '{name}' than ONNX Runtime")
-    return found
-
-
-def _comparable(
-    teacher: Model, features: Sequence[str], mine: Mapping[str, Array], theirs: Mapping[str, Array], log: Log
-) -> Iterator[OutputPart]:
-    """Outputs, parts of them and features that can come close to the teacher's.
-
-    Raises:
-        UnknownError: there are none.
-    """
-    outputs = [part for parts in parts_of(teacher).values() for part in parts]
-    any_left = False
-    for part in (*outputs, *(OutputPart(name, name) for name in features)):
-        found, wanted = part.of(mine), part.of(theirs)
-        if found.dtype.kind != "f" or wanted.dtype.kind != "f":
-            log.skip(part.name, "nothing is learnt from it, as it is not in floating point")
-        elif found.shape != wanted.shape:
-            log.skip(
-                part.name, f"nothing is learnt from it: {found.shape} here, {wanted.shape} in the teacher"
-            )
-        else:
-            any_left = True
-            yield part
-    if not any_left:
-        raise UnknownError("no output can come close to the teacher's")
 
 
 # ---------------------------------------------------------------------------------- weights of the model
@@ -343,30 +249,14 @@ def _mask(weight: Constant) -> Array | None:
     return found if found is not None and found.any() else None
 
 
-def _written(chosen: Sequence[Constant], learnt: Learnt, lessons: _Lessons, log: Log) -> Changes:
+def _written(chosen: Sequence[Constant], learnt: Learnt, taught: Lessons, log: Log) -> Changes:
     """Write what was learnt into the model, if that is better than what was there."""
-    for at, node in learnt.idle.items():
-        reader = chosen[at].outputs[0].label
-        way = "it is always zero" if node is None else f"{node.op} '{node.label}' is in the way"
-        log.skip(reader, f"no gradient comes to '{chosen[at].name}': {way}")
-    for note in learnt.notes:
-        log.skip("learning", note)
-    start, best = learnt.looks[0], learnt.best
-    if not learnt.improved and len(learnt.looks) > 1:
-        log.skip("learning", "the start stays, as no state was better on unseen samples")
+    note(learnt, chosen, log)
     if learnt.improved:
         for at, (constant, values) in enumerate(zip(chosen, learnt.values, strict=True)):
             if at not in learnt.idle:
                 constant.values = values.astype(constant.dtype)
                 log.change(constant.outputs[0].label, "learnt a weight", constant.name)
     numbers = sum(each.size for each in chosen)
-    told = f"{start.unseen:.3g} → {best.unseen:.3g}, after {best.step} steps at a rate of {best.rate:.2g}"
-    return log.done(
-        DistillFigures(
-            told if learnt.improved else f"{start.unseen:.3g}",
-            f"{len(chosen)} weights of {count(numbers)} numbers",
-            f"{len(lessons.examples)} samples, judged by {len(lessons.unseen)}",
-            learnt.threads,
-            tuple(learnt.looks),
-        )
-    )
+    told = f"{len(chosen)} weights of {count(numbers)} numbers"
+    return log.done(DistillFigures(distance(learnt), told, taught.told, learnt.threads, tuple(learnt.looks)))

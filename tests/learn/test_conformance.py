@@ -17,7 +17,7 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import load
 from onnxslim.learn.door import UnknownError, to_numpy, to_torch
 from onnxslim.learn.net import Net, unknown
-from onnxslim.passes.distill.apart import taken_apart
+from onnxslim.passes.learning.apart import taken_apart
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from tests.test_conformance import cases

@@ -15,9 +15,9 @@ from onnxslim.learn.door import UnknownError, to_numpy, to_torch
 from onnxslim.learn.net import Net
 from onnxslim.learn.weights import weights
 from onnxslim.models import zoo
-from onnxslim.passes.distill.apart import taken_apart
 from onnxslim.passes.fold.edits import Edits
 from onnxslim.passes.fold.literals import lower_constants
+from onnxslim.passes.learning.apart import taken_apart
 from onnxslim.runtime.session import Session
 from tests.helpers import FASHION, feeds_for, normal, parse
 

@@ -1,0 +1,1 @@
+"""What passes that learn share: a model in operators that PyTorch knows, and the lessons of a teacher."""
