@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -194,6 +194,33 @@ class Joint(Choices):
             at = rungs.index(picks[group]) + step
             if 0 <= at < len(rungs):
                 yield group, rungs[at]
+
+
+class Refunding(Joint):
+    """Groups that lie in what an option of another one takes away: what they have lost is no loss any more.
+
+    Args:
+        damage, cost: see `Joint`.
+        refunds: by group and option, the groups that go with it.
+    """
+
+    def __init__(
+        self,
+        damage: Mapping[str, Mapping[int, float]],
+        cost: Callable[[Mapping[str, int]], float],
+        refunds: Mapping[str, Mapping[int, Collection[str]]],
+    ) -> None:
+        super().__init__(damage, cost)
+        self._refunds = refunds
+
+    def relief(self, picks: Picks, group: str, option: int) -> float:
+        """See `Choices`."""
+        refunds = self._refunds.get(group, {})
+        now, then = (
+            math.fsum(self.damage[name][picks[name]] for name in refunds.get(each, ()))
+            for each in (picks[group], option)
+        )
+        return super().relief(picks, group, option) + then - now
 
 
 def allocate(choices: Choices, goal: float, start: Picks) -> dict[str, int]:

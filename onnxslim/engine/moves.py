@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from onnxslim.engine.allocate import Joint, Picks, allocate
+from onnxslim.engine.allocate import Picks, Refunding, allocate
 from onnxslim.engine.plans import PassPlan
 from onnxslim.errors import UsageError
 from onnxslim.ir.model import Model
@@ -36,6 +36,7 @@ class Move:
             else it is what the criterion of the pass says without data, and compares with its own moves only.
         plan: makes this move and no other.
         seconds: saved in one run, where that was measured.
+        gone: names of tensors that are not there any more; moves of nothing but these mean nothing then.
     """
 
     step: str
@@ -46,6 +47,11 @@ class Move:
     measured: bool
     plan: PassPlan
     seconds: float | None = None
+    gone: frozenset[str] = frozenset()
+
+    def voids(self, other: Move) -> bool:
+        """Whether all that another one changes is gone with this one."""
+        return bool(self.gone) and other is not self and other.left.keys() <= self.gone
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,15 @@ def chosen(moves: Sequence[Move], load: Load, unit: BudgetUnit, budget: float) -
     def picked(picks: Picks) -> list[Move]:
         return [groups[key][pick - 1] for key, pick in picks.items() if pick]
 
-    joint = Joint(damage, lambda picks: load.total(unit, picked(picks)))
-    taken = {id(move) for move in picked(allocate(joint, budget, dict.fromkeys(damage, 0)))}
+    refunds = {
+        key: {
+            pick: [name for name, others in groups.items() if name != key and all(map(move.voids, others))]
+            for pick, move in enumerate(rungs, 1)
+            if move.gone
+        }
+        for key, rungs in groups.items()
+    }
+    choices = Refunding(damage, lambda picks: load.total(unit, picked(picks)), refunds)
+    made = picked(allocate(choices, budget, dict.fromkeys(damage, 0)))
+    taken = {id(move) for move in made if not any(other.voids(move) for other in made)}
     return [move for move in moves if id(move) in taken]

@@ -46,7 +46,7 @@ from onnxslim.passes.prune.cut import Twins, prepare, reshare
 from onnxslim.passes.prune.exact import prove, prove_dropped
 from onnxslim.passes.prune.importance import Importance
 from onnxslim.passes.prune.plan import PruningPlan
-from onnxslim.passes.prune.price import Stopwatch, Unit
+from onnxslim.passes.prune.price import Stopwatch, Unit, left_of
 from onnxslim.passes.prune.standin import Kind, blank, drop
 from onnxslim.passes.prune.within import Choice, Stage, Way, What, Within, shortfall, without
 from onnxslim.passes.repair import repair
@@ -209,7 +209,7 @@ class Prune(Demanding):
         return WORK[self.effort]
 
     def propose(self, model: Model, ctx: Context) -> Sequence[Move]:
-        """Of every family all the numbers of units that may go."""
+        """Of every family all the numbers of units that may go; and more and more branches, with data."""
         return _Run(self, model.copy(), ctx).moves()
 
 
@@ -300,6 +300,26 @@ class _Run:
         """What could go, with the damage that decides; see `Pass.propose`."""
         self._prepared()
         stage = self._stage(self._analyze(self._model))
+        return [*self._moves_of_branches(stage), *self._moves_of_units(stage)]
+
+    def _moves_of_branches(self, stage: Stage) -> list[Move]:
+        """In one group, as branches interact: more and more of them, measured together."""
+        all_of = branches(self._model).found
+        return [
+            Move(
+                step=self._settings.name,
+                group="branches",
+                option=f"{len(cuts)} of {len(all_of)} branches",
+                left=left_of(cuts, stage.costs, stage.analysis.sizes),
+                damage=damage,
+                measured=True,
+                plan=PruningPlan.of(Removal(stage.analysis, {}), cuts, all_of),
+                gone=frozenset(name for each in cuts for name in (*each.nodes, *each.constants)),
+            )
+            for cuts, damage, _ in Within(stage, "macs", stage.costs.macs({}), 0.0).branch_rungs()
+        ]
+
+    def _moves_of_units(self, stage: Stage) -> list[Move]:
         return [
             Move(
                 step=self._settings.name,

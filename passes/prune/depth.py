@@ -8,13 +8,14 @@ Minoux, "Accelerated greedy algorithms for maximizing submodular set functions",
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.samples import Samples
-from onnxslim.engine.allocate import Joint, Picks, allocate
+from onnxslim.engine.allocate import Refunding, allocate
 from onnxslim.engine.base import Context, Log
 from onnxslim.errors import TimeUp
 from onnxslim.families.analysis import Family
@@ -104,6 +105,21 @@ class DepthSearch:
 
     def within(self, goal: float) -> dict[Branch, Kind]:
         """The branches that go, so that with families that give up what is best the goal is met."""
+        return next(reversed([{}, *self._steps(goal)]))
+
+    def path(self) -> Iterator[tuple[dict[Branch, Kind], float]]:
+        """One branch more at a time, the next best for what it saves, with the error of all that are gone.
+
+        It ends where nothing is left of the outputs, or no branch.
+        """
+        for cuts in self._steps(-math.inf):
+            error = self.error(cuts)
+            if not error < 1.0:
+                return
+            yield cuts, error
+
+    def _steps(self, goal: float) -> Iterator[dict[Branch, Kind]]:
+        """What has gone after each step towards a goal."""
         cuts: dict[Branch, Kind] = {}
         known = dict(self._first)
         while (step := self._next(cuts, known, goal)) is not None:
@@ -114,7 +130,7 @@ class DepthSearch:
                     known[branch, other] = _Measured(max(left, 0.0), None)
             cuts = {each: made for each, made in cuts.items() if each.sum not in branch.nodes}
             cuts[branch] = kind
-        return cuts
+            yield dict(cuts)
 
     def _next(self, cuts: Cuts, known: _Known, goal: float) -> tuple[Branch, Kind] | None:
         """The cut to make next, measured as things are now; None if families alone do better."""
@@ -144,7 +160,11 @@ class DepthSearch:
             return self._price(units, {**cuts, **made})
 
         groups = {**self._curves, **damage}
-        refunds = {name: self._within[rungs[0].branch] for name, rungs in offers.items()}
+        # With a branch, what families within it have lost so far is no loss any more.
+        refunds = {
+            name: dict.fromkeys(range(1, len(rungs) + 1), self._within[rungs[0].branch])
+            for name, rungs in offers.items()
+        }
         choices = Refunding(groups, cost, refunds)
         for rung in picked(allocate(choices, goal, dict.fromkeys(groups, 0))):
             yield rung.damage / max(rung.saved, 1e-12), rung.branch, rung.kind
@@ -190,29 +210,6 @@ class DepthSearch:
             drop(trial, self.stand_ins(own))
             self._errors[key] = self._judge(trial).error
         return self._errors[key]
-
-
-class Refunding(Joint):
-    """With a branch, what families within it have lost so far is no loss any more.
-
-    Args:
-        damage, cost: see `Joint`.
-        refunds: by the group of a branch, the families within it.
-    """
-
-    def __init__(
-        self,
-        damage: Curves,
-        cost: Callable[[Mapping[str, int]], float],
-        refunds: Mapping[str, Sequence[str]],
-    ) -> None:
-        super().__init__(damage, cost)
-        self._refunds = refunds
-
-    def relief(self, picks: Picks, group: str, option: int) -> float:
-        """See `Choices`."""
-        refund = sum(self.damage[name][picks[name]] for name in self._refunds.get(group, ()))
-        return super().relief(picks, group, option) + refund * ((option > 0) - (picks[group] > 0))
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,26 @@ def counted(unit: Unit, costs: Costs, sizes: Mapping[str, tuple[int, ...]]) -> P
     return price
 
 
+def left_of(cuts: Cuts, costs: Costs, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+    """What is left where branches go: what stands in for one is told as a share of all that goes with it.
+
+    Args:
+        cuts: the branches.
+        costs: of the model with them.
+        sizes: shapes of its tensors.
+
+    Returns:
+        See `Costs.shares`.
+    """
+    left: dict[str, float] = {}
+    for branch, kind in _outermost(cuts).items():
+        macs = costs.macs({}) - costs.macs({}, branch.nodes)
+        params = costs.parameters({}) - costs.parameters({}, branch.constants)
+        left |= dict.fromkeys(branch.nodes, _stand_in(branch, kind, "macs", sizes) / max(macs, 1))
+        left |= dict.fromkeys(branch.constants, _stand_in(branch, kind, "params", sizes) / max(params, 1))
+    return left
+
+
 def _outermost(cuts: Cuts) -> Cuts:
     """Without those that lie in what another one cuts."""
     if len(cuts) < 2:

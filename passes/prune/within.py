@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple, TypeAlias
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.samples import SAMPLES, Samples
-from onnxslim.engine.allocate import Joint, allocate
+from onnxslim.engine.allocate import Joint, allocate, convex
 from onnxslim.engine.base import Context, Effort, Log
-from onnxslim.families.analysis import Analysis
+from onnxslim.families.analysis import Analysis, Family
 from onnxslim.families.branches import Branch, branches
 from onnxslim.families.costs import Costs
 from onnxslim.families.removal import Removal
@@ -178,6 +178,14 @@ def without(whole: Stage, cuts: Cuts) -> Stage:
     return Stage(model, whole.way.analyze(model), whole.way, made)
 
 
+class BranchRung(NamedTuple):
+    """Branches that go together, the error of the outputs by that, and what it saves."""
+
+    cuts: Cuts
+    damage: float
+    saved: float
+
+
 class _Met(NamedTuple):
     """Units that go of a stage, and what is left costs."""
 
@@ -266,18 +274,26 @@ class Within:
         way, found = self._whole.way, self._may_go
         if way.data is None or not found:
             return None
-        whole, samples = self._whole, MEASURED[way.effort].samples
+        return self._searching(found, way.data, self._whole.found.families, self._whole.curves)
+
+    def _searching(
+        self, found: Sequence[Branch], data: Samples, families: Mapping[str, Family], curves: Curves
+    ) -> DepthSearch:
+        whole, way = self._whole, self._whole.way
+        samples = MEASURED[way.effort].samples
         return DepthSearch(
-            whole.model,
-            found,
-            way.data,
-            samples,
-            whole.found.families,
-            whole.curves,
-            self._price(whole),
-            way.ctx,
-            way.log,
+            whole.model, found, data, samples, families, curves, self._price(whole), way.ctx, way.log
         )
+
+    def branch_rungs(self) -> list[BranchRung]:
+        """More and more branches that could go by themselves, those that are best at some price."""
+        way, found = self._whole.way, self._may_go
+        if way.data is None or not found:
+            return []
+        price, search = self._price(self._whole), self._searching(found, way.data, {}, {})
+        rungs = [BranchRung(cuts, error, self._start - price({}, cuts)) for cuts, error in search.path()]
+        hull = convex({0.0: 0.0, **{rung.saved: rung.damage for rung in rungs}})
+        return [rung for rung in rungs if rung.saved > 0 and rung.damage <= hull[rung.saved]]
 
     @cached_property
     def _may_go(self) -> list[Branch]:

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.samples import Samples
-from onnxslim.engine.allocate import allocate
+from onnxslim.engine.allocate import Refunding, allocate
 from onnxslim.engine.base import Context, Log
 from onnxslim.engine.check import relative_difference
+from onnxslim.engine.joint import acting, jointly
+from onnxslim.engine.moves import Load, Move
 from onnxslim.engine.pipeline import Pipeline, Result
 from onnxslim.errors import CalibrationError, InvalidGraph, UsageError
 from onnxslim.families.analysis import analyze
@@ -24,8 +26,9 @@ from onnxslim.families.branches import Branch, branches
 from onnxslim.families.costs import Costs
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
+from onnxslim.passes.factorize import Factorize
 from onnxslim.passes.prune import Prune, PruneFigures, PruningPlan, depth, exact, price, within
-from onnxslim.passes.prune.depth import DepthSearch, Refunding
+from onnxslim.passes.prune.depth import DepthSearch
 from onnxslim.passes.prune.exact import prove_dropped
 from onnxslim.passes.prune.price import Probe, Stopwatch, counted, timed
 from onnxslim.passes.prune.standin import NOTHING, Kind, drop, fitted
@@ -125,8 +128,42 @@ def test_a_branch_voids_what_families_within_it_have_lost() -> None:
         return 10.0 - 4 * picks["g"] - (8 if picks["b"] else 4 * picks["f"])
 
     start = dict.fromkeys(damage, 0)
-    assert allocate(Refunding(damage, cost, {"b": ["f"]}), 2.0, start) == {"f": 0, "g": 0, "b": 1}
+    assert allocate(Refunding(damage, cost, {"b": {1: ["f"]}}), 2.0, start) == {"f": 0, "g": 0, "b": 1}
     assert allocate(Refunding(damage, cost, {}), 2.0, start) == {"f": 1, "g": 1, "b": 0}
+
+
+def _proposed(model: Model, **options: Any) -> list[Move]:
+    return list(Prune(**options).propose(model, Context(target=CPU, data=Samples(data(), model, CPU))))
+
+
+def test_branches_are_proposed_one_more_at_a_time_and_cut_as_they_say() -> None:
+    model = blocks(faint=0.05)
+    load = Load.of(model, {"x": (1, 6)})
+    moves = [move for move in _proposed(model, align=4) if move.group == "branches"]
+    assert [move.option for move in moves] == ["1 of 3 branches", "2 of 3 branches", "3 of 3 branches"][
+        : len(moves)
+    ]
+    assert len(moves) > 1
+    for move in moves:
+        made = Pipeline(acting(Prune(repair="none"), [move]), on_error="raise")(model, data=data()).model
+        for unit in ("macs", "bytes"):
+            assert Load.of(made, {"x": (1, 6)}).total(unit) == pytest.approx(load.total(unit, [move]))
+    assert not [move for move in _proposed(model, what="units") if move.group == "branches"]
+
+
+def test_a_joint_budget_takes_branches_and_what_is_within_them_no_more() -> None:
+    """Without the second block, none of its units and none of its factors are chosen, however tight it is."""
+    model = blocks()
+    ctx = Context(target=CPU, data=Samples(data(), model, CPU))
+    for share in (0.3, 0.01):
+        found = jointly((Prune(align=4), Factorize(align=4, params=0.5)), model, ctx, "macs", share)
+        pruned = [move for move in found.moves if move.step == "prune"]
+        (depth,) = (move for move in pruned if move.group == "branches")
+        assert {"d", "f", "w2", "v2"} <= depth.gone
+        assert not any(depth.voids(move) for move in found.moves)
+        result = Pipeline(*found.passes, on_error="raise")(model, data=data(), target=CPU).model
+        assert result.to_proto() == found.result.to_proto()
+        assert share < 0.1 or found.left <= share
 
 
 def test_what_keeps_more_once_it_is_fitted_again_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
