@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any, TypeAlias
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,7 @@ from onnxslim.ir.graph import Array
 # PyTorch's own annotations are only there where it is installed.
 Tensor: TypeAlias = Any
 DType: TypeAlias = Any
+Device: TypeAlias = Literal["cpu", "cuda"]
 
 INSTALL = "pip install 'onnx-slimkit[train]'"
 
@@ -48,6 +50,21 @@ def require(whose: str) -> None:
     """
     if is_missing():
         raise UsageError(f"{whose} needs PyTorch, which is not installed: {INSTALL}")
+
+
+def require_device(device: Device, whose: str) -> None:
+    """Raise UsageError if there is no such device.
+
+    Args:
+        whose: what is to use it.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"{whose}: PyTorch {torch.__version__} sees no CUDA device here: device cpu works")
+
+
+def on(device: Device) -> AbstractContextManager[Any]:
+    """Have all tensors that are made meanwhile, constants and inputs of nets included, on a device."""
+    return nullcontext() if device == "cpu" else torch.device(device)
 
 
 class UnknownError(Exception):
@@ -92,8 +109,8 @@ def to_torch(values: Array, real: DType = None) -> Tensor:
     """A tensor of its own with these values; see `torch_type`."""
     kind = torch_type(values.dtype, real)
     if values.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(values.astype(np.float32)).to(kind)
-    return torch.from_numpy(np.array(values, order="C")).to(kind)
+        return torch.as_tensor(values.astype(np.float32)).to(kind)
+    return torch.as_tensor(np.array(values, order="C")).to(kind)
 
 
 def to_numpy(tensor: Tensor) -> Array:

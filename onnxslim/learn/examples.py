@@ -23,11 +23,20 @@ class Lesson:
         feeds: inputs by name.
         wanted: what tensors should be, by name.
         samples: how many there are.
+        apart: whether each of them is computed by itself, so that they may be computed in parts.
     """
 
     feeds: Mapping[str, Array]
     wanted: Mapping[str, Array]
     samples: int
+    apart: bool = False
+
+    def rows(self, chosen: slice) -> Lesson:
+        """Some of its samples, which are computed by themselves."""
+        feeds, wanted = (
+            {name: array[chosen] for name, array in each.items()} for each in (self.feeds, self.wanted)
+        )
+        return Lesson(feeds, wanted, len(range(self.samples)[chosen]), True)
 
 
 class Examples:
@@ -106,7 +115,7 @@ class Examples:
                 for name in names
             }
 
-        return Lesson(rows("feeds"), rows("wanted"), len(places))
+        return Lesson(rows("feeds"), rows("wanted"), len(places), True)
 
 
 def _has_rows(chunk: Lesson) -> bool:

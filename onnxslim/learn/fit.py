@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from onnxslim.calibration.stream import Progress
-from onnxslim.errors import TimeUp
+from onnxslim.errors import TimeUp, UsageError
 from onnxslim.ir.graph import Array, Node
 from onnxslim.learn.checkpoint import Checkpoint
-from onnxslim.learn.door import Tensor, to_numpy, to_torch, torch
+from onnxslim.learn.door import Device, Tensor, to_numpy, to_torch, torch
 from onnxslim.learn.examples import Examples, Lesson
 from onnxslim.learn.losses import Aim, loss_of
 from onnxslim.learn.net import Net
 from onnxslim.learn.optimizer import RelativeAdam
+from onnxslim.learn.portions import Portions, limit
+from onnxslim.learn.processes import Processes, together
+from onnxslim.learn.rows import full_precision
+
+Precision: TypeAlias = Literal["single", "bfloat16"]
 
 # The share of the steps in which the rate comes up, and how often on the way states are judged.
 WARM_UP, LOOKS = 10, 6
@@ -43,6 +49,9 @@ class Course:
         seed: of the order of samples.
         threads: of PyTorch; results are the same for the same number. 0: as it is.
         label: the output that scores classes, if there are labels.
+        device: that the net and what is made meanwhile is on (`onnxslim/learn/door.py::on`).
+        precision: of products on the way forth, in steps; states are judged in single precision.
+        memory: MB that a step may keep for the way back; by default see `onnxslim/learn/portions.py::limit`.
     """
 
     steps: int
@@ -51,6 +60,9 @@ class Course:
     seed: int = 0
     threads: int = 0
     label: str | None = None
+    device: Device = "cpu"
+    precision: Precision = "single"
+    memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,8 @@ def fit(
     """Learn the parameters of a net.
 
     Where no state is better than the start, it is tried once more with lower steps. What it has at that time
-    is returned when the time is up.
+    is returned when the time is up. Processes that torchrun started share the samples of every step and come
+    to the same.
 
     Args:
         net: its parameters are changed in place.
@@ -134,12 +147,14 @@ def fit(
         checkpoint: file to keep the state in, once a minute, and to go on from, if it is there.
 
     Raises:
-        UsageError: the file is of something else.
+        UsageError: the file is of something else; several processes start from different weights or samples.
         SaveError: it cannot be written.
         UnknownError: PyTorch does not compute the net on these samples.
     """
-    with _threads(course.threads) as threads:
-        fitting = _Fitting(net, wanted, learnt_from, judged_by, course, progress, masks, checkpoint)
+    with _threads(course.threads) as threads, together(course.device) as processes:
+        fitting = _Fitting(
+            net, wanted, learnt_from, judged_by, course, processes, progress, masks, checkpoint
+        )
         try:
             if not math.isfinite(fitting.best.unseen):
                 fitting.notes.append("the start is no number on the samples to judge by")
@@ -163,10 +178,13 @@ class _Fitting:
         learnt_from: Examples,
         judged_by: Examples,
         course: Course,
+        processes: Processes,
         progress: Progress | None,
         masks: Sequence[Array | None],
         checkpoint: Path | None,
     ) -> None:
+        self._processes, self._late = processes, ""
+        self._parts = Portions(self._loss, limit(course.device, course.memory))
         self._net, self._wanted, self._course, self._progress = net, wanted, course, progress
         self._examples, self._judges = learnt_from, judged_by
         self._start = [each.detach().clone() for each in net.parameters]
@@ -178,7 +196,13 @@ class _Fitting:
         self.looks = [self.best]
         self._number, self._step, self._losses = 0, 0, list[float]()
         self._optimizer = RelativeAdam(net.parameters)
-        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, self._key())
+        key = self._key()
+        self._require_alike(key, "what comes before depends on the machine: learn from a file that it made")
+        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, key)
+
+    def _require_alike(self, what: str, advice: str) -> None:
+        if not self._processes.agree(what):
+            raise UsageError(f"processes that learn together start from different states: {advice}")
 
     @property
     def learns(self) -> bool:
@@ -192,6 +216,8 @@ class _Fitting:
     def attempts(self) -> None:
         """At the rate that was asked for, and if that is in vain at a lower one."""
         state = self._checkpoint.read() if self._checkpoint is not None else None
+        found = "none" if state is None else str(state["at"])
+        self._require_alike(found, "the checkpoint has to lie where all of them find it")
         if state is not None:
             self._restore(state)
         while self._number < len(RATES):
@@ -201,7 +227,7 @@ class _Fitting:
                 break
             self.notes.append(f"no state was better than the start at a rate of {rate:g}")
             self._number, self._step, self._losses = self._number + 1, 0, []
-        if self._checkpoint is not None:
+        if self._checkpoint is not None and not self._processes.rank:
             self._checkpoint.remove()
 
     def _attempt(self, rate: float) -> None:
@@ -229,7 +255,7 @@ class _Fitting:
 
     def save(self) -> None:
         """Keep the state, if that was asked for."""
-        if self._checkpoint is None or not self._step:
+        if self._checkpoint is None or not self._step or self._processes.rank:
             return
         state = {
             "at": np.array([self._number, self._step, self.looks.index(self.best)]),
@@ -271,29 +297,47 @@ class _Fitting:
         return digest.hexdigest()
 
     def _backward(self, lessons: Sequence[Lesson]) -> float:
-        """Gradients of the mean over some samples; the loss."""
+        """Gradients of the mean over some samples; the loss.
+
+        Raises:
+            TimeUp: the time was up for one of several processes.
+        """
         total, samples = 0.0, sum(each.samples for each in lessons)
-        for lesson in lessons:
-            loss = self._loss(lesson)
-            share = lesson.samples / samples
-            if loss.requires_grad:
-                (loss if share == 1.0 else loss * share).backward()
-            total += float(loss.detach()) * share
+        for lesson in self._shares(lessons):
+            for part in self._parts.of(lesson):
+                loss = self._loss(part)
+                share = part.samples / samples
+                if loss.requires_grad:
+                    (loss if share == 1.0 else loss * share).backward()
+                total += float(loss.detach()) * share
+        total, late = self._processes.sums([total, float(bool(self._late))], self._net.parameters)
         if self._idle is None:
             self._note_idle()
+        if late:
+            raise TimeUp(self._late or "the time of another process was up")
         return total
 
-    def _loss(self, lesson: Lesson) -> Tensor:
-        found = self._net({name: to_torch(array) for name, array in lesson.feeds.items()})
+    def _shares(self, lessons: Iterable[Lesson]) -> Iterator[Lesson]:
+        """What this process computes of them."""
+        shares = (self._processes.share(at, lesson) for at, lesson in enumerate(lessons))
+        return (each for each in shares if each is not None)
+
+    def _loss(self, lesson: Lesson, precision: Precision | None = None) -> Tensor:
+        feeds = {name: to_torch(array) for name, array in lesson.feeds.items()}
         goal = {name: to_torch(array) for name, array in lesson.wanted.items()}
+        half = (precision or self._course.precision) == "bfloat16"
+        with torch.autocast(self._course.device, torch.bfloat16, enabled=half):
+            found = self._net(feeds)
+        found = {name: full_precision(each) for name, each in found.items()}
         return loss_of(self._wanted, found, goal, self._course.label)
 
     def _judge(self) -> float:
         """The loss on samples to judge by."""
         total = 0.0
         with torch.no_grad():
-            for lesson in self._judges.in_order(self._course.batch):
-                total += float(self._loss(lesson)) * lesson.samples
+            for lesson in self._shares(self._judges.in_order(self._course.batch)):
+                total += float(self._loss(lesson, "single")) * lesson.samples
+        (total,) = self._processes.sums([total])
         return total / max(len(self._judges), 1)
 
     def _went_wrong(self, step: int, losses: Sequence[float]) -> bool:
@@ -335,7 +379,12 @@ class _Fitting:
     def _tell(self, step: int, losses: Sequence[float]) -> None:
         if self._progress is not None:
             told = f"loss {losses[-1]:.3g}, {self.looks[-1].unseen:.3g} unseen: step"
-            self._progress(told, step, self._course.steps)
+            try:
+                self._progress(told, step, self._course.steps)
+            except TimeUp as error:
+                if self._processes.count == 1:
+                    raise
+                self._late = str(error)  # the others wait for what this one has of the next step
 
     def _note_idle(self) -> None:
         """Which parameters nothing came to in the first step."""

@@ -18,8 +18,8 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model, load
 from onnxslim.learn import door
-from onnxslim.learn.door import UnknownError
-from onnxslim.learn.fit import Course, Learnt, Look, fit
+from onnxslim.learn.door import Device, UnknownError
+from onnxslim.learn.fit import Course, Learnt, Look, Precision, fit
 from onnxslim.learn.losses import LossName
 from onnxslim.learn.net import Net, unknown
 from onnxslim.learn.weights import is_vector, weights
@@ -61,6 +61,9 @@ class Distill(Pass):
     or adds are learnt, by Adam with steps relative to the size of each. Of the states on the way the best is
     kept on samples that no pass has seen, which are set aside for that, and the start if none is better.
     Needs PyTorch, which comes with the extra `train`.
+
+    Processes that torchrun starts learn together: `torchrun --nproc-per-node 2 -m onnxslim distill …`. On
+    graphics cards nothing of it has been run so far.
     """
 
     name: ClassVar[str] = "distill"
@@ -91,6 +94,17 @@ class Distill(Pass):
     checkpoint: str | None = Field(
         None, description="file to keep the state in, once a minute; goes on from it, if it is there"
     )
+    device: Device = Field("cpu", description="where PyTorch computes")
+    precision: Precision = Field(
+        "single",
+        description="of products in steps; states are judged in single precision whatever it is",
+    )
+    memory: float | None = Field(
+        None,
+        gt=0,
+        description="MB that a step may keep of its samples; a step that keeps more is computed in parts "
+        "[default: 2048, and half of the memory of a graphics card]",
+    )
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} whose weights stay as they are")
     effort: Effort = Field("normal", description="how many steps, if nothing else says so")
 
@@ -118,7 +132,9 @@ class Distill(Pass):
 
     def require_installed(self) -> None:
         """See `Pass.require_installed`."""
-        door.require(f"pass '{self.name}'")
+        whose = f"pass '{self.name}'"
+        door.require(whose)
+        door.require_device(self.device, whose)
 
     def run(self, model: Model, ctx: Context) -> Changes:
         """Learn weights in place.
@@ -142,27 +158,28 @@ class Distill(Pass):
                 raise UnknownError(f"node '{node.label}': {why}")
             if not chosen:
                 raise UnknownError("it has no weights to learn")
-            net = Net(twin, [constant for _, constant in chosen], door.torch.float32, self.features)
-            taught = lessons(
-                net,
-                model,
-                teacher,
-                ctx,
-                log,
-                features=self.features,
-                loss=self.loss,
-                labels=self.labels,
-            )
-            learnt = fit(
-                net,
-                taught.aims,
-                taught.examples,
-                taught.unseen,
-                self._course(taught, ctx),
-                ctx.progress,
-                [_mask(own) for own, _ in chosen],
-                None if self.checkpoint is None else Path(self.checkpoint),
-            )
+            with door.on(self.device):
+                net = Net(twin, [constant for _, constant in chosen], door.torch.float32, self.features)
+                taught = lessons(
+                    net,
+                    model,
+                    teacher,
+                    ctx,
+                    log,
+                    features=self.features,
+                    loss=self.loss,
+                    labels=self.labels,
+                )
+                learnt = fit(
+                    net,
+                    taught.aims,
+                    taught.examples,
+                    taught.unseen,
+                    self._course(taught, ctx),
+                    ctx.progress,
+                    [_mask(own) for own, _ in chosen],
+                    None if self.checkpoint is None else Path(self.checkpoint),
+                )
         except UnknownError as why_not:
             log.skip(model.graph.name or "model", str(why_not))
             return log.done()
@@ -222,7 +239,8 @@ class Distill(Pass):
         steps = self.steps or STEPS[self.effort]
         if self.epochs is not None:
             steps = math.ceil(self.epochs * len(taught.examples) / self.batch)
-        return Course(steps, self.lr, self.batch, ctx.seed, ctx.target.threads, self.labels)
+        how = (self.labels, self.device, self.precision, self.memory)
+        return Course(steps, self.lr, self.batch, ctx.seed, ctx.target.threads, *how)
 
 
 # ---------------------------------------------------------------------------------- weights of the model

@@ -13,11 +13,12 @@ from onnxslim.calibration.fidelity import OutputPart
 from onnxslim.calibration.noise import Noise
 from onnxslim.ir.graph import Array
 from onnxslim.learn import door
-from onnxslim.learn.examples import Examples
-from onnxslim.learn.fit import Course, fit
+from onnxslim.learn.examples import Examples, Lesson
+from onnxslim.learn.fit import Course, Learnt, fit
 from onnxslim.learn.losses import loss_of
 from onnxslim.learn.net import Net
 from onnxslim.learn.optimizer import RelativeAdam
+from onnxslim.learn.processes import Processes
 from onnxslim.learn.teaching import goals
 from onnxslim.learn.weights import weights
 from tests.helpers import normal, parse
@@ -117,3 +118,71 @@ def test_states_are_judged_as_the_model_holds_them() -> None:
     np.testing.assert_array_equal(values, values.astype(np.float16))
     (x,) = (lesson.feeds["x"] for lesson in lessons.in_order(64))
     assert learnt.best.unseen == pytest.approx(np.square(x @ values - 2 * x).mean() / 4.0, rel=1e-4)
+
+
+def student(seed: int = 0) -> Net:
+    """Some products and a nonlinearity, with weights at random."""
+    text = "g (float[N,4] x) => (float[N,4] y) { h = MatMul(x, w) r = Tanh(h) y = MatMul(r, v) }"
+    model = parse(text, {"w": normal(4, 8, seed=seed), "v": normal(8, 4, seed=seed + 1)})
+    return Net(model, weights(model), door.torch.float32)
+
+
+def learnt(course: Course, net: Net | None = None) -> Learnt:
+    """What comes of it, from 64 samples of a shape and 16 of another that stay together."""
+    lessons = examples((64, 4))
+    lessons.add({"x": normal(16, 4, seed=8)}, {"y": 2 * normal(16, 4, seed=8)}, apart=False)
+    aims = goals([OutputPart("y", "y")], [Noise(signal=4.0, size=1)], "relative", ["y"])
+    return fit(net or student(), aims, lessons, examples((32, 4)), course)
+
+
+@trained
+def test_steps_in_parts_are_steps_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    whole = learnt(Course(20, 0.01, 32))
+    run = Net.__call__
+
+    def counted(net: Net, feeds: Any) -> Any:
+        sizes.append(len(feeds["x"]))
+        return run(net, feeds)
+
+    monkeypatch.setattr(Net, "__call__", counted)
+    # Kept for each sample are the inputs of both products, what Tanh makes and the difference, 80 bytes.
+    parts = learnt(Course(20, 0.01, 32, memory=1000 / 2**20))
+    assert max(sizes) == 32  # states are judged in one piece, and what stays together is never cut
+    assert {12, 8} <= set(sizes)
+    for found, expected in zip(parts.values, whole.values, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@trained
+def test_bfloat16_learns_and_is_judged_in_single_precision() -> None:
+    half, single = (learnt(Course(60, 0.01, 32, precision=each)) for each in ("bfloat16", "single"))
+    assert half.looks[0].unseen == single.looks[0].unseen
+    assert half.looks[1].loss != single.looks[1].loss
+    assert half.best.unseen < 0.6 * half.looks[0].unseen
+
+
+@trained
+def test_nothing_stays_behind_on_the_processor() -> None:
+    """PyTorch's device without values stands for a graphics card: what mixes devices fails on it too."""
+    text = """g (float[N,1,8,8] x) => (float[N,4] y) { c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c)
+      u = Upsample<mode="linear", scales=[1.0,1.0,2.0,2.0]>(r) s = Slice<axes=[2], starts=[1], ends=[9]>(u)
+      p = GlobalAveragePool(s) f = Flatten(p) y = Add(f, b) }"""
+    values = {"w": normal(4, 1, 3, 3), "b": normal(4)}
+    torch: Any = door.torch
+    with torch.device("meta"):
+        model = parse(text, values, opset=7)
+        net = Net(model, weights(model), torch.float32)
+        found = net({"x": door.to_torch(normal(2, 1, 8, 8))})["y"]
+        found.sum().backward()
+    assert (found.device.type, tuple(found.shape)) == ("meta", (2, 4))
+    assert {each.grad.device.type for each in net.parameters} == {"meta"}
+
+
+def test_shares_of_processes_are_all_there_is() -> None:
+    lesson, whole = (Lesson({"x": normal(5, 4)}, {}, 5, apart) for apart in (True, False))
+    found = [Processes(rank, 2).share(1, lesson) for rank in range(2)]
+    assert [each.samples for each in found if each] == [3, 2]
+    assert set.union(*(rows(each.feeds["x"]) for each in found if each)) == rows(lesson.feeds["x"])
+    assert [Processes(rank, 2).share(1, whole) for rank in range(2)] == [None, whole]
+    assert Processes(1, 2).share(0, lesson.rows(slice(1))) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -408,3 +410,28 @@ def test_a_network_gets_better_on_images_that_nothing_was_fitted_to(tmp_path: Pa
         Session(each).run({"image": unseen})["logits"] for each in (original, student, result)
     )
     assert np.square(expected - after).mean() < 0.6 * np.square(expected - before).mean()
+
+
+@trained
+def test_processes_of_torchrun_come_to_what_one_does(teacher: Path, tmp_path: Path) -> None:
+    """Over gloo, on the command line, each with its share of every step."""
+    worse(net()).save(tmp_path / "student.onnx")
+    np.savez(tmp_path / "x.npz", x=X)
+    words = ["distill", str(tmp_path / "student.onnx"), "OUT", "--steps", "12", "--batch", "24", "--quiet"]
+    words += ["--teacher", str(teacher), "--data", str(tmp_path / "x.npz")]
+    alone, two = (str(tmp_path / f"{name}.onnx") for name in ("alone", "two"))
+    assert main([alone if word == "OUT" else word for word in words]) == 0
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    run = subprocess.run(
+        [*start, "onnxslim", *[two if word == "OUT" else word for word in words]],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    one, other, before = (load(path).graph.initializers for path in (alone, two, tmp_path / "student.onnx"))
+    for name in ("w", "b", "v"):
+        expected = one[name].values
+        np.testing.assert_allclose(other[name].values, expected, atol=1e-5 * np.abs(expected).max())
+        assert not np.allclose(before[name].values, expected, atol=1e-3)

@@ -349,4 +349,4 @@ def dynamic_quantize(call: Call, x: Tensor) -> list[Tensor]:
 def eye_like(call: Call, x: Tensor) -> Tensor:
     kind = call.kind(call.get("dtype", 1)) if call.has("dtype") else x.dtype
     rows, columns = np.indices(tuple(x.shape))
-    return torch.from_numpy(columns == rows + call.get("k", 0)).to(kind)
+    return torch.as_tensor(columns == rows + call.get("k", 0)).to(kind)

@@ -123,15 +123,15 @@ def _resized(call: Call, x: Tensor, at: int, axis: _Axis, where: str, nearest: s
         return x
     places = _places(axis, where)
     index, weight = _taps(call, axis, places, nearest)
-    taps = [x.index_select(at, torch.from_numpy(column)) for column in np.ascontiguousarray(index.T)]
+    taps = [x.index_select(at, torch.as_tensor(column)) for column in np.ascontiguousarray(index.T)]
     if weight is None:
         found = taps[0]
     else:
         shape = [-1 if each == at else 1 for each in range(x.ndim)]
-        factors = torch.from_numpy(np.ascontiguousarray(weight.T)).to(x.dtype)
+        factors = torch.as_tensor(np.ascontiguousarray(weight.T)).to(x.dtype)
         found = sum(tap * factor.reshape(shape) for tap, factor in zip(taps, factors, strict=True))
     if where == "tf_crop_and_resize":
-        outside = torch.from_numpy((places < 0) | (places > axis.before - 1))
+        outside = torch.as_tensor((places < 0) | (places > axis.before - 1))
         shape = [-1 if each == at else 1 for each in range(x.ndim)]
         found = torch.where(outside.reshape(shape), call.get("extrapolation_value", 0.0), found).to(x.dtype)
     return found
