@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import networkx as nx
@@ -44,7 +45,7 @@ class Product:
     def trees(self) -> Iterator[tuple[str, ast.Module]]:
         """Syntax of every module."""
         for name, path in self.modules.items():
-            yield name, ast.parse(path.read_text(encoding="utf-8"))
+            yield name, syntax(path)
 
     def arrows(self) -> Iterator[tuple[str, str]]:
         """Pairs of modules, of which the first imports the second, for type checkers at least."""
@@ -89,6 +90,12 @@ class Product:
     def lines(self) -> int:
         """Of all modules."""
         return sum(path.read_text(encoding="utf-8").count("\n") for path in self.modules.values())
+
+
+@cache
+def syntax(path: Path) -> ast.Module:
+    """The syntax of one file, read once."""
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def room(name: str) -> str:

@@ -14,11 +14,10 @@ from functools import cache
 from types import ModuleType
 
 import onnx.defs
-import pytest
 
 from onnxslim.ops import REGISTRY
 from tests.helpers import ROOT
-from tests.structure import Product, room
+from tests.structure import Product, room, syntax
 
 NAMES = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain}
 NAMES |= {op for _, op in REGISTRY}
@@ -96,7 +95,7 @@ def _chosen(node: ast.expr | None) -> Iterator[ast.AST]:
 
 @cache
 def _found(name: str) -> tuple[Literal, ...]:
-    return tuple(_literals(ast.parse(PRODUCT.modules[name].read_text(encoding="utf-8"))))
+    return tuple(_literals(syntax(PRODUCT.modules[name])))
 
 
 def _module(name: str) -> ModuleType:
@@ -118,36 +117,51 @@ def _allowed(module: ModuleType, owner: str | None, words: tuple[str, ...]) -> f
     return _declared(module, words).union(*(_declared(each, words) for each in holders))
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if _found(name)])
-def test_operators_are_named_where_they_are_matched_or_made(name: str) -> None:
-    module = _module(name)
-    for each in _found(name):
-        if not each.declares:
-            words = MADE if each.makes else MATCHED
-            assert each.name in _allowed(module, each.owner, words), (
-                f"{name}, line {each.line}: '{each.name}' is not declared in {' or '.join(words)}; "
-                "if this is a property of the operator, ask its row"
-            )
+def test_operators_are_named_where_they_are_matched_or_made() -> None:
+    problems = [
+        f"{name}, line {each.line}: '{each.name}' is not declared in {' or '.join(words)}; "
+        "if this is a property of the operator, ask its row"
+        for name in MODULES
+        for each in _found(name)
+        if not each.declares
+        for words in [MADE if each.makes else MATCHED]
+        if each.name not in _allowed(_module(name), each.owner, words)
+    ]
+    assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if _found(name)])
-def test_what_is_declared_is_there(name: str) -> None:
-    module = _module(name)
-    used = {each.name for each in _found(name) if not each.declares}
-    for word in ("MATCHES", "MAKES"):
-        assert _declared(module, (word,)) <= used, f"{name}.{word}"
+def test_what_is_declared_is_there() -> None:
+    idle = {
+        f"{name}.{word}": unused
+        for name in MODULES
+        if _found(name)
+        for word in ("MATCHES", "MAKES")
+        if (
+            unused := _declared(_module(name), (word,))
+            - {each.name for each in _found(name) if not each.declares}
+        )
+    }
+    assert not idle
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if _found(name)])
-def test_properties_of_operators_are_not_listed(name: str) -> None:
-    tree = ast.parse(PRODUCT.modules[name].read_text(encoding="utf-8"))
+def _lists(tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
+    """Lists of operators outside declarations, by their lines."""
     statements = (node for node in ast.walk(tree) if isinstance(node, ast.Assign | ast.AnnAssign))
     declared = {
         id(each) for node in statements if {*_targets(node)} & {*MATCHED, *MADE} for each in ast.walk(node)
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Tuple | ast.List | ast.Set) and id(node) not in declared:
-            named = [
-                each.value for each in node.elts if isinstance(each, ast.Constant) and each.value in NAMES
-            ]
-            assert len(named) <= MOST_IN_A_LIST, f"{name}, line {node.lineno}: {named}"
+            named = [each.value for each in node.elts if isinstance(each, ast.Constant)]
+            yield node.lineno, [str(each) for each in named if each in NAMES]
+
+
+def test_properties_of_operators_are_not_listed() -> None:
+    problems = [
+        f"{name}, line {line}: {named}"
+        for name, tree in PRODUCT.trees()
+        if name in MODULES and _found(name)
+        for line, named in _lists(tree)
+        if len(named) > MOST_IN_A_LIST
+    ]
+    assert not problems, "\n".join(problems)
