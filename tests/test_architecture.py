@@ -34,8 +34,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 # The floors inside the room of the passes.
 PASSES: tuple[tuple[str, ...], ...] = (
     ("sparsify",),
-    ("cheapen", "cluster", "distill"),
+    ("cheapen", "cluster"),
     ("factorize", "quantize", "prune"),
+    ("distill",),
     ("repair", "half", "slim", "learning"),
     ("fuse", "legalize"),
     ("unfuse",),

@@ -313,6 +313,11 @@ class Pass:
         """
         return ()
 
+    @property
+    def behind(self) -> tuple[Pass, ...]:
+        """Passes that a pipeline runs right behind it, as steps of their own; none by default."""
+        return ()
+
     def fits(self, before: Model, after: Model) -> bool:
         """Whether what some of the parts make may be as large as it is."""
         return True

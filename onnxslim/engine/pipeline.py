@@ -190,6 +190,11 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"Pipeline({', '.join(each.describe() for each in self.passes)})"
 
+    @property
+    def steps(self) -> tuple[Pass, ...]:
+        """All that is run: the passes, and what each of them wants behind it."""
+        return tuple(chain.from_iterable((each, *each.behind) for each in self.passes))
+
     def __call__(
         self,
         model: Source,
@@ -244,7 +249,7 @@ class Pipeline:
         """
         if data is None and test is not None:
             raise UsageError("test data says nothing without data: give both, or data alone")
-        for each in self.passes:
+        for each in self.steps:
             each.require_installed()
         model = load(model)
         _require_unbound(model)
@@ -256,7 +261,7 @@ class Pipeline:
         ctx = Context(Target.of(target), None, seed, jobs, watched, None, metric)
         given = _Given(data, labels, test, test_labels, input_shapes or {}, hold_out)
         run = _PipelineRun(self, model, ctx, given, journal or Journal(), deadline)
-        for position, each in enumerate(self.passes):
+        for position, each in enumerate(self.steps):
             _announce(progress, each, 0)
             run.step(position, each)
             _announce(progress, each, 1)
@@ -376,7 +381,7 @@ class _PipelineRun:
         if self._ground is not None:
             return
         if self._ctx.data is None:
-            learning = any(each.learns for each in self._pipeline.passes)
+            learning = any(each.learns for each in self._pipeline.steps)
             samples = self._given.samples(self._model, self._ctx, learning)
             metric = self._ctx.metric or (samples.metric if samples is not None else None)
             self._ctx = replace(self._ctx, data=samples, metric=metric)

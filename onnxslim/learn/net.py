@@ -82,6 +82,7 @@ class Net:
             self._constants[id(constant)] = self.parameters[-1]
         self._steps: dict[int, list[_Step]] = {}
         self._compile(model.graph)
+        self._settle(model.graph)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values of the outputs, and of what is tapped, by name.
@@ -130,18 +131,22 @@ class Net:
 
     def _run(self, graph: Graph, values: Values) -> None:
         for step in self._steps[id(graph)]:
-            read = [values[each] if each else None for each in step.reads]
             if step.call.node.bodies:
                 step.call.run = lambda body, inputs: self._body(body, inputs, values)
-            try:
-                made = step.run(step.call, *read)
-            except UnknownError as error:
-                raise UnknownError(f"node '{step.call.node.label}' ({step.call.node.op}): {error}") from error
-            made = made if isinstance(made, list) else [made]
-            self._note(step, read, made)
-            values.update((key, each) for key, each in zip(step.makes, made, strict=False) if key)
+            values.update(self._made(step, values))
             for key in step.drops:
                 values.pop(key, None)
+
+    def _made(self, step: _Step, values: Values) -> Iterator[tuple[int, Tensor]]:
+        """What a step makes, by id."""
+        read = [values[each] if each else None for each in step.reads]
+        try:
+            made = step.run(step.call, *read)
+        except UnknownError as error:
+            raise UnknownError(f"node '{step.call.node.label}' ({step.call.node.op}): {error}") from error
+        made = made if isinstance(made, list) else [made]
+        self._note(step, read, made)
+        return ((key, each) for key, each in zip(step.makes, made, strict=False) if key)
 
     def _body(self, graph: Graph, inputs: Sequence[Tensor], values: Values) -> list[Tensor]:
         inner = dict(values)
@@ -169,6 +174,20 @@ class Net:
             ]
             for tensor in (*graph.initializers.values(), *_constants_read(graph)):
                 self._store(tensor)
+
+    def _settle(self, graph: Graph) -> None:
+        """Run once what follows from constants alone in the main graph, such as codes in bits."""
+        learnt = {id(each) for each in self.parameters}
+        left: list[_Step] = []
+        for step in self._steps[id(graph)]:
+            read = [self._constants.get(each) for each in step.reads if each]
+            fixed = all(each is not None and id(each) not in learnt for each in read)
+            if not read or not fixed or step.call.node.bodies:
+                left.append(step)
+                continue
+            with torch.no_grad():
+                self._constants.update(self._made(step, self._constants))
+        self._steps[id(graph)] = left
 
     def _store(self, tensor: Edge) -> None:
         if isinstance(tensor, Constant) and id(tensor) not in self._constants:

@@ -327,7 +327,7 @@ class Work:
         journal: Journal | None = None,
         simulate: bool = False,
     ) -> None:
-        for each in recipe.passes:
+        for each in Pipeline(*recipe.passes).steps:
             each.require_installed()
             for key, file in reading.files_of(each).items():
                 if not file.is_file():
@@ -405,7 +405,7 @@ class Work:
     def forecast(self) -> Forecast | None:
         """How long the passes will take, about; None where that cannot be told."""
         data = self.opened.data if self.opened else None
-        return Forecast.of(self._pipeline.passes, self.original, data, self._target)
+        return Forecast.of(self._pipeline.steps, self.original, data, self._target)
 
     def run(self, progress: Progress | None = None) -> Outcome:
         """Run the passes, and the models side by side where that is asked for.

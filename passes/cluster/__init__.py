@@ -11,7 +11,7 @@ from pydantic import Field
 
 from onnxslim.calibration.samples import Samples
 from onnxslim.engine.base import Changes, Context, Figures, Log, PassWork, captioned, options
-from onnxslim.engine.demands import LEVELS, Demand, Demanding, LeastSqnr, MostDrop
+from onnxslim.engine.demands import LEVELS, Demand, LeastSqnr, MostDrop
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
@@ -25,6 +25,7 @@ from onnxslim.passes.cluster.fit import Clustering
 from onnxslim.passes.cluster.plan import ClusteringPlan
 from onnxslim.passes.cluster.tables import Codebook
 from onnxslim.passes.cluster.weights import MOST_BITS, WIDTHS, Weight, find
+from onnxslim.passes.distill.behind import Learning, StepsBehind
 from onnxslim.passes.fold.weights import store_weights
 from onnxslim.passes.unfuse import unfuse
 
@@ -55,7 +56,7 @@ class ClusterFigures(Figures):
 
 
 @options
-class Cluster(Demanding):
+class Cluster(Learning):
     """Store weights as codes of 1 to 8 bits into tables of values, looked up when the model is loaded.
 
     The file and the download become smaller, as there is no kernel for fewer bits to need: operators are
@@ -70,7 +71,7 @@ class Cluster(Demanding):
     """
 
     name: ClassVar[str] = "cluster"
-    beside_plan: ClassVar[tuple[str, ...]] = ("fitted",)
+    beside_plan: ClassVar[tuple[str, ...]] = ("fitted", "distill")
 
     bits: int | None = Field(
         None, ge=1, le=MOST_BITS, description=f"bits of every code [default: {DEFAULT_BITS}]"
@@ -92,6 +93,7 @@ class Cluster(Demanding):
     )
     fitted: bool = Field(True, description="fit codes and tables to the calibration data, if there are any")
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to leave as they are")
+    distill: StepsBehind = None
     require_sqnr: LeastSqnr = None
     max_drop: MostDrop = None
     plan: Annotated[Path | ClusteringPlan | None, PlanOf(ClusteringPlan)] = Field(
@@ -107,7 +109,7 @@ class Cluster(Demanding):
             raise UsageError(
                 f"pass 'cluster' takes one of bits, size and download, not {' and '.join(given)}"
             )
-        if self.download is not None and self.needs_data:
+        if self.download is not None and (self.require_sqnr is not None or self.max_drop is not None):
             raise UsageError(
                 "pass 'cluster': require_sqnr and max_drop find the smallest file, so download says nothing"
             )

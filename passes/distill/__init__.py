@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from onnxslim.engine.base import Changes, Context, Effort, Figures, Log, Pass, PassWork, captioned, options
@@ -30,6 +31,7 @@ from onnxslim.passes.learning.apart import taken_apart
 from onnxslim.passes.learning.lessons import RUNS, Lessons, distance, lessons, note, require_features
 from onnxslim.passes.repair.support import support
 
+MATCHES = ("Gather",)
 STEPS: dict[Effort, int] = {"quick": 100, "normal": 300, "thorough": 1000}
 
 
@@ -251,7 +253,7 @@ def _make_weights(model: Model) -> None:
     edits = Edits(model, Log())
     lower_constants(edits, 0)
     edits.clean_up()
-    store_weights(model)
+    store_weights(model, plain=False)
     fresh, taken = ir.Namer(model.graph), set[str]()
     for graph in model.graphs():
         for constant in graph.initializers.values():
@@ -262,9 +264,18 @@ def _make_weights(model: Model) -> None:
 
 
 def _mask(weight: Constant) -> Array | None:
-    """Where a sparse matrix may change; None for everywhere."""
+    """Where a sparse matrix, or a table that stands for one, may change; None for everywhere."""
+    if _is_table(weight):
+        return np.asarray(weight.values != 0)
     found = support(weight.values) if len(weight.shape) > 1 else None
     return found if found is not None and found.any() else None
+
+
+def _is_table(weight: Constant) -> bool:
+    """Whether weights are looked up in it: an entry that is zero stands for all their zeros."""
+    return len(weight.shape) == 1 and all(
+        node.op == "Gather" and node.inputs[0] is weight for node in weight.outputs
+    )
 
 
 def _written(chosen: Sequence[Constant], learnt: Learnt, taught: Lessons, log: Log) -> Changes:

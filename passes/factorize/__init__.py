@@ -17,7 +17,7 @@ from onnxslim.calibration.samples import Samples
 from onnxslim.calibration.seen import NOTE, Sight, seen
 from onnxslim.engine import judging
 from onnxslim.engine.base import Changes, Context, Effort, Figures, Log, PassWork, captioned, options
-from onnxslim.engine.demands import LEVELS, Demand, Demanding, LeastSqnr, MostDrop
+from onnxslim.engine.demands import LEVELS, Demand, LeastSqnr, MostDrop
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.engine.moves import Move
@@ -26,6 +26,7 @@ from onnxslim.errors import TimeUp, UsageError
 from onnxslim.formats import percent
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
+from onnxslim.passes.distill.behind import Learning, StepsBehind
 from onnxslim.passes.factorize import candidates, chains, fit
 from onnxslim.passes.factorize.candidates import Factoring, LayerOptions, Unit
 from onnxslim.passes.factorize.fit import FactorGoals, Fitted
@@ -88,7 +89,7 @@ WORK: Mapping[Effort, PassWork] = {
 
 
 @options
-class Factorize(Demanding):
+class Factorize(Learning):
     """Write convolutions and matrix products as two or three smaller ones, where these are measured faster.
 
     Each layer is left whole or gets the scheme and ranks that cost the outputs least for what they save, so
@@ -101,7 +102,7 @@ class Factorize(Demanding):
     """
 
     name: ClassVar[str] = "factorize"
-    beside_plan: ClassVar[tuple[str, ...]] = ("fitted", "repair", "effort")
+    beside_plan: ClassVar[tuple[str, ...]] = ("fitted", "repair", "effort", "distill")
 
     macs: float | None = Field(None, gt=0, lt=1, description="share of the multiply-accumulates to keep")
     params: float | None = Field(None, gt=0, lt=1, description="share of the parameters to keep; no timing")
@@ -125,6 +126,7 @@ class Factorize(Demanding):
         "regression alone; thorough tries every rank in the network",
     )
     cache: bool = Field(True, description="keep measured times in the user's cache folder")
+    distill: StepsBehind = None
     require_sqnr: LeastSqnr = None
     max_drop: MostDrop = None
     plan: Annotated[Path | FactorizationPlan | None, PlanOf(FactorizationPlan)] = Field(

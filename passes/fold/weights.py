@@ -29,7 +29,7 @@ from onnxslim.shapes.dims import Dims, dims_of
 MATCHES = ("CumSum", "Gather")
 
 
-def store_weights(model: Model) -> tuple[Skip, ...]:
+def store_weights(model: Model, *, plain: bool = True) -> tuple[Skip, ...]:
     """Make constants of the floating-point tensors of the main graph that are computed from constants alone.
 
     What a constant is copied by goes, so that one that is shared through copies stays one. Weights that are
@@ -37,11 +37,16 @@ def store_weights(model: Model) -> tuple[Skip, ...]:
     larger (`onnxslim.passes.fold.budget`). Q and DQ stay, and
     so does what is computed from their results: they say how a constant is stored.
 
+    Args:
+        model: edited in place.
+        plain: whether weights stored without their zeros get them back.
+
     Returns:
         Nodes that stay although they depend on constants alone, and why.
     """
     store_literals(model)
-    restore_zeros(model)
+    if plain:
+        restore_zeros(model)
     _bypass_copies(model)
     log = Log()
     edits = Edits(model, log)

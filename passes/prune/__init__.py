@@ -26,7 +26,7 @@ from onnxslim.engine.base import (
     captioned,
     options,
 )
-from onnxslim.engine.demands import LEVELS, Demand, Demanding, LeastSqnr, MostDrop
+from onnxslim.engine.demands import LEVELS, Demand, LeastSqnr, MostDrop
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
@@ -40,6 +40,7 @@ from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model
 from onnxslim.ops import Role, spec_of
 from onnxslim.ops.channels.cut import Kept
+from onnxslim.passes.distill.behind import Learning, StepsBehind
 from onnxslim.passes.prune.budget import uniform
 from onnxslim.passes.prune.choose import spared
 from onnxslim.passes.prune.cut import Twins, prepare, reshare
@@ -101,7 +102,7 @@ WORK: Mapping[Effort, PassWork] = {
 
 
 @options
-class Prune(Demanding):
+class Prune(Learning):
     """Remove whole channels, attention heads and hidden units, and branches; the rest makes up for them.
 
     What can go together is found on the graph. Which units go is chosen by what the layers that read them
@@ -124,7 +125,7 @@ class Prune(Demanding):
     """
 
     name: ClassVar[str] = "prune"
-    beside_plan: ClassVar[tuple[str, ...]] = ("allow_outputs", "steps", "repair", "effort")
+    beside_plan: ClassVar[tuple[str, ...]] = ("allow_outputs", "steps", "repair", "effort", "distill")
 
     macs: float | None = Field(None, gt=0, le=1, description="multiply-accumulates to keep, of 1")
     params: float | None = Field(None, gt=0, le=1, description="parameters to keep, of 1")
@@ -154,6 +155,7 @@ class Prune(Demanding):
         description="how much to try: quick measures damage on few samples and fits layers by "
         "regression alone; thorough measures it closely",
     )
+    distill: StepsBehind = None
     require_sqnr: LeastSqnr = None
     max_drop: MostDrop = None
     plan: Annotated[Path | PruningPlan | None, PlanOf(PruningPlan)] = Field(
@@ -264,6 +266,8 @@ class _Run:
             done = amount > 0 or done
             if self._demand and amount < 1.0:
                 break
+            if amount and step < steps:
+                self._settings.learn(self._model, self._ctx, self._log)
         if not done:
             self._say_why(self._first)
             return Changes((), self._log.done().skipped)

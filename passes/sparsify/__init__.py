@@ -12,13 +12,14 @@ from pydantic import Field
 
 from onnxslim.engine.allocate import convex
 from onnxslim.engine.base import Changes, Context, Effort, Figures, Log, PassWork, captioned, options
-from onnxslim.engine.demands import LEVELS, Demand, Demanding, LeastSqnr, MostDrop
+from onnxslim.engine.demands import LEVELS, Demand, LeastSqnr, MostDrop
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
 from onnxslim.errors import UsageError
 from onnxslim.formats import percent
 from onnxslim.ir.model import Model
+from onnxslim.passes.distill.behind import Learning, StepsBehind
 from onnxslim.passes.fold.weights import StoredWeight, store_weights, stored_weights
 from onnxslim.passes.repair.support import LEAST_ZEROS
 from onnxslim.passes.sparsify.apply import apply
@@ -56,7 +57,7 @@ class SparsifyFigures(Figures):
 
 
 @options
-class Sparsify(Demanding):
+class Sparsify(Learning):
     """Make weights of layers zero, and fit the others to make up for them.
 
     Zeros lie anywhere (`sparsity` of all weights), in blocks, or such that n of every m inputs in a row are
@@ -73,7 +74,7 @@ class Sparsify(Demanding):
     """
 
     name: ClassVar[str] = "sparsify"
-    beside_plan: ClassVar[tuple[str, ...]] = ("criterion", "effort", "storage")
+    beside_plan: ClassVar[tuple[str, ...]] = ("criterion", "effort", "storage", "distill")
 
     sparsity: float | None = Field(
         None,
@@ -102,6 +103,7 @@ class Sparsify(Demanding):
         "normal", description="how long the surgeon looks for weights that can go, and samples to measure on"
     )
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to leave as they are")
+    distill: StepsBehind = None
     require_sqnr: LeastSqnr = None
     max_drop: MostDrop = None
     plan: Annotated[Path | SparsityPlan | None, PlanOf(SparsityPlan)] = Field(

@@ -13,15 +13,18 @@ import pytest
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.cli import main
-from onnxslim.engine.base import Progress
+from onnxslim.engine.base import Pass, Progress
 from onnxslim.engine.pipeline import Pipeline, Result
 from onnxslim.errors import CalibrationError, TimeUp, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, load
 from onnxslim.learn import door
 from onnxslim.learn.fit import Look
+from onnxslim.passes.cluster import Cluster
 from onnxslim.passes.distill import Distill, DistillFigures
+from onnxslim.passes.factorize import Factorize
 from onnxslim.passes.prune import Prune
+from onnxslim.passes.sparsify import Sparsify
 from onnxslim.recipes.recipe import Recipe, Work
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
@@ -435,3 +438,57 @@ def test_processes_of_torchrun_come_to_what_one_does(teacher: Path, tmp_path: Pa
         expected = one[name].values
         np.testing.assert_allclose(other[name].values, expected, atol=1e-5 * np.abs(expected).max())
         assert not np.allclose(before[name].values, expected, atol=1e-3)
+
+
+def layer_of_zeros() -> Model:
+    """Two products whose weights are large enough to be stored as codes."""
+    text = """g (float[N,24] x) => (float[N,8] y) <float[24,48] w = {0}, float[48,8] v = {0}>
+    { h = MatMul(x, w) r = Tanh(h) y = MatMul(r, v) }"""
+    return replaced(parse(text), w=normal(24, 48) / 4, v=normal(48, 8, seed=1) / 4)
+
+
+SMALLER: list[Callable[[int | None], Pass]] = [
+    lambda steps: Prune(ratio=0.5, steps=2 if steps else 1, distill=steps),
+    lambda steps: Factorize(params=0.7, cache=False, distill=steps),
+    lambda steps: Sparsify(sparsity=0.7, distill=steps),
+    lambda steps: Sparsify(sparsity=0.7, storage="dense", distill=steps),
+    lambda steps: Cluster(bits=2, group=4, distill=steps),
+]
+
+
+@trained
+@pytest.mark.parametrize("make", SMALLER)
+def test_what_makes_a_model_smaller_learns_behind_it(make: Callable[[int | None], Pass]) -> None:
+    original, x, fresh = layer_of_zeros(), normal(1024, 24, seed=9), normal(1024, 24, seed=77)
+    data = CalibrationData.from_arrays({"x": x}, 16)
+    plain, learnt = (
+        Pipeline(make(steps), on_error="raise")(original, data=data, target=Target.cpu(1))
+        for steps in (None, 60)
+    )
+    assert [step.name for step in learnt.report.steps] == [make(None).name, "distill"]
+    expected, before, after = (
+        Session(each).run({"x": fresh})["y"] for each in (original, plain.model, learnt.model)
+    )
+    assert np.square(expected - after).mean() < 0.97 * np.square(expected - before).mean()
+    assert learnt.model.stats().bytes <= 1.01 * plain.model.stats().bytes
+
+
+@trained
+@pytest.mark.parametrize("make", SMALLER[2:])
+def test_zeros_and_codes_stay_while_values_are_learnt(
+    make: Callable[[int | None], Pass], tmp_path: Path
+) -> None:
+    layer_of_zeros().save(tmp_path / "teacher.onnx")
+    x = normal(1024, 24, seed=9)
+    data = CalibrationData.from_arrays({"x": x}, 16)
+    before = Pipeline(make(None), on_error="raise")(layer_of_zeros(), data=data).model
+    after = distilled(Distill(steps=40), before, tmp_path / "teacher.onnx", x).model
+    found, kept = ({each.name: each.values for each in model.constants()} for model in (after, before))
+    assert found.keys() == kept.keys()
+    for name, values in kept.items():
+        assert found[name].dtype == values.dtype
+        np.testing.assert_array_equal(found[name] == 0, values == 0)
+        if values.dtype != np.float32:
+            np.testing.assert_array_equal(found[name], values)
+        else:
+            assert not np.array_equal(found[name], values)
