@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from onnxslim.families.analysis import analyze
     from onnxslim.ir.model import Model, load
     from onnxslim.recipes.recipe import Recipe
+    from onnxslim.report.diff import Difference, diff
     from onnxslim.runtime.targets import Target
     from onnxslim.search import Goals, SearchResult, optimize
     from onnxslim.validation.compare import validate
@@ -48,6 +49,7 @@ __all__ = [
     "CalibrationError",
     "Changes",
     "Context",
+    "Difference",
     "Goals",
     "InvalidGraph",
     "LoadError",
@@ -69,6 +71,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "analyze",
+    "diff",
     "load",
     "optimize",
     "passes",
@@ -97,6 +100,7 @@ _HOMES = {
     "engine.base": ("Changes", "Context", "Pass"),
     "engine.pipeline": ("Pipeline", "Report", "Result"),
     "recipes.recipe": ("Recipe",),
+    "report.diff": ("Difference", "diff"),
     "runtime.targets": ("Target",),
     "search": ("Goals", "SearchResult", "optimize"),
     "validation.compare": ("validate",),

@@ -158,17 +158,17 @@ def _inspect(
 ) -> None:
     """Show what models consist of and need.
 
-    Of two models, also tells how the second differs from the first, by the names of nodes and constants.
+    Of two models, also tells how the second differs from the first, as `onnxslim diff` does.
     """
     from onnxslim import utils
-    from onnxslim.report import inspect, text
+    from onnxslim.report import diff, inspect, text
     from onnxslim.shapes.given import by_name
 
     if dump_to_disk:
         require_writable(Path("model_info.csv"))
     sizes = by_name(input_shapes or ())
     found = [inspect.inspect(path, sizes) for path in models]
-    difference = inspect.compare(*models) if len(models) == 2 else None
+    difference = diff.diff(models[0], models[1]) if len(models) == 2 else None
     if json:
         terminal.show_json({"models": found, "difference": difference})
     else:
@@ -176,6 +176,57 @@ def _inspect(
     for path in models if dump_to_disk else ():
         written = utils.dump_model_info_to_disk(utils.summarize_model(path))
         terminal.log(f"model info written to {written}")
+
+
+@app.command("diff")
+def _diff(
+    first: Annotated[Path, typer.Argument(metavar="A", readable=False, help="a model")],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", readable=False, help="what became of it, or another")
+    ],
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="save a page that draws what changed")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            readable=False,
+            help="report of the run that made B: tells which pass did what "
+            "[default: what B says of itself, which tells that of one pass alone]",
+        ),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show how the graphs of two models differ.
+
+    Nodes are matched by what they are connected to, whatever they and their constants are called.
+    """
+    from onnxslim.report.diff import PassDeeds, diff
+    from onnxslim.report.text import lines
+
+    known = None if report is None else PassDeeds.read(report)
+    if html is not None:
+        _require_page(html, (first, second))
+        from onnxslim.report.html import difference_page
+
+        page = difference_page(first, second, known)
+        page.save(html)
+        found = page.difference
+    else:
+        found = diff(first, second, known)
+    if json:
+        terminal.show_json(found)
+    elif not quiet and found is not None:
+        lines(terminal.console(), found.lines())
+
+
+def _require_page(path: Path, models: Sequence[Path]) -> None:
+    if path.suffix != ".html":
+        raise UsageError(f"'{path}': the page is a file in .html")
+    require_reports([path], {model.resolve(): "a model" for model in models})
 
 
 @app.command("prune", cls=PassCommand)

@@ -29,6 +29,7 @@ from onnxslim.engine.pipeline import Pipeline, Report, Result, Step
 from onnxslim.engine.plans import PassPlan
 from onnxslim.errors import OnnxSlimError, UsageError, ValidationError
 from onnxslim.formats import SHOWN_NAMES, plain
+from onnxslim.ir.files import write_text
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model, Source, load, source_sha256
 from onnxslim.recipes import reading
@@ -212,10 +213,10 @@ class Recipe:
 
         Raises:
             UsageError: the data is code, or a plan is no file.
-            OSError: it cannot be written.
+            SaveError: it cannot be written.
         """
         file = Path(path)
-        file.write_text(self.text(file.absolute().parent), encoding="utf-8")
+        write_text(file, self.text(file.absolute().parent))
 
     def text(self, folder: Path) -> str:
         """What `save` writes into a file in this folder.

@@ -23,11 +23,19 @@ import yaml
 from jinja2 import Environment, StrictUndefined, Template
 
 from onnxslim.engine.pipeline import Report, Step
-from onnxslim.errors import SaveError
 from onnxslim.formats import clean, count, decibels, percent, quotient, size, to_json
-from onnxslim.ir.model import Model
-from onnxslim.report import junit, markdown, require_form
-from onnxslim.report.layers import ByteShare, LayerComparison, LayerFidelity, ValueSpread, analyse
+from onnxslim.ir.files import write_text
+from onnxslim.ir.model import Model, Source, load
+from onnxslim.report import drawing, junit, markdown, require_form
+from onnxslim.report.diff import Difference, PassDeeds, diff
+from onnxslim.report.layers import (
+    FULL_DECIBELS,
+    ByteShare,
+    LayerComparison,
+    LayerFidelity,
+    ValueSpread,
+    analyse,
+)
 from onnxslim.report.text import (
     OUTPUT_HEAD,
     figure_lines,
@@ -43,52 +51,11 @@ from onnxslim.version import version
 # Of the JSON document; raised when a key changes its meaning or goes away.
 SCHEMA = 4
 MIN_BAR = 0.25  # percent of the longest one
-# Where bars of layers end: more than that is nearly exact in float32.
-FULL_DECIBELS = 80.0
 MAX_NAMES = 200
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --dim: #667085; --line: #d9dee6; --page: #fff;
-  --before: #b9c3d0; --after: #2f6fdb; --poor: #d0662b; --shade: #2f6fdb22; }
-@media (prefers-color-scheme: dark) { :root {
-  --ink: #e6e9ee; --dim: #98a2b3; --line: #333b47; --page: #14181f;
-  --before: #57616f; --after: #6ea1ff; --poor: #f0905a; --shade: #6ea1ff33; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto;
-  max-width: 62rem; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; overflow-wrap: anywhere; }
-header p, .note, figcaption { color: var(--dim); overflow-wrap: anywhere; }
-.bad { color: var(--poor); }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: right; padding: .15rem .6rem; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-th:first-child, td.names { text-align: left; overflow-wrap: anywhere; }
-thead th { color: var(--dim); font-weight: normal; }
-tbody th { font-weight: normal; }
-.wide { overflow-x: auto; }
-td:not(.names) { white-space: nowrap; }
-th:first-child, td.names { min-width: 7rem; }
-.row { display: grid; grid-template-columns: 24rem 1fr 9rem; gap: .1rem .6rem; align-items: center;
-  font-size: .87rem; line-height: 1.35; }
-.row .name { text-align: right; overflow-wrap: anywhere; }
-.row .value, .ends { color: var(--dim); }
-.row svg { width: 100%; height: .8rem; }
-.histogram { width: 100%; height: 8rem; }
-.ends { display: flex; justify-content: space-between; font-size: .87rem; }
-@media (max-width: 45rem) {
-  body { margin: 1rem auto; }
-  .row { grid-template-columns: 1fr 7.5rem; padding: .15rem 0; }
-  .row .name { grid-column: 1 / -1; text-align: left; } }
-.before { fill: var(--before); background: var(--before); }
-.after { fill: var(--after); background: var(--after); }
-.poor { fill: var(--poor); }
-.range { fill: var(--shade); }
-.key { display: inline-block; width: .8em; height: .8em; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
-figure { margin: 0; }
-pre { background: var(--shade); padding: 1rem; overflow-x: auto; }
-"""
+# The page is whole without the script, which only sorts and filters it.
+_HERE = resources.files("onnxslim.report")
+STYLE, SCRIPT = ((_HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
 
 
 @dataclass(frozen=True)
@@ -105,6 +72,7 @@ class Document:
         recipe: as `Recipe.to_dict` gives it; None if there was none.
         checks: what the result was to meet, and whether it does.
         analysis: None where nobody asked for it.
+        difference: of the two graphs; likewise.
     """
 
     schema: int
@@ -118,6 +86,7 @@ class Document:
     verdict: Verdict | None
     checks: tuple[Checked, ...]
     analysis: LayerComparison | None
+    difference: Difference | None = None
 
     def to_json(self) -> str:
         """The JSON document."""
@@ -125,7 +94,8 @@ class Document:
 
     def to_html(self) -> str:
         """The page."""
-        return _template().render(_cleaned(dict(_view(self))), style=STYLE, style_hash=_hash(STYLE))
+        hashes = {"style_hash": _hash(STYLE), "script_hash": _hash(SCRIPT)}
+        return _template().render(_cleaned(dict(_view(self))), style=STYLE, script=SCRIPT, **hashes)
 
     def to_markdown(self) -> str:
         """What to show of it where a build is summed up."""
@@ -157,11 +127,7 @@ class Document:
             UsageError: see `text`.
             SaveError: the file cannot be written.
         """
-        text = self.text(Path(path))
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise SaveError(f"cannot write '{path}': {error.strerror or error}") from error
+        write_text(Path(path), self.text(Path(path)))
 
 
 def document(
@@ -187,7 +153,28 @@ def document(
     """
     feeds = next(iter(data or ()), None)
     known = brief(before, after, report, verdict, recipe=recipe, limits=limits)
-    return replace(known, analysis=analyse(before, after, feeds))
+    return replace(
+        known, analysis=analyse(before, after, feeds), difference=diff(before, after, deeds(report))
+    )
+
+
+def difference_page(before: Source, after: Source, known: PassDeeds | None = None) -> Document:
+    """A report of how two models differ, and of nothing else.
+
+    Args:
+        before, after, known: see `onnxslim.report.diff.diff`.
+
+    Raises:
+        LoadError: see there.
+    """
+    first, second = load(before), load(after)
+    return replace(brief(first, second, Report()), difference=diff(first, second, known))
+
+
+def deeds(report: Report) -> PassDeeds | None:
+    """Which pass did what; None if none was run."""
+    steps = ((s.name, [(c.node, c.action) for c in s.changes.changed]) for s in report.steps)
+    return PassDeeds.of(steps) if report.steps else None
 
 
 def brief(
@@ -218,7 +205,7 @@ def brief(
 
 @cache
 def _template() -> Template:
-    text = (resources.files("onnxslim.report") / "report.html.j2").read_text(encoding="utf-8")
+    text = (_HERE / "report.html.j2").read_text(encoding="utf-8")
     return Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
 
 
@@ -245,6 +232,9 @@ def _view(shown: Document) -> Iterator[tuple[str, Any]]:
     yield "made", shown.made
     yield "machine", str(shown.machine)
     yield "checks", [_check(each) for each in shown.checks]
+    yield "failed", sum(bool(each.failures) for each in shown.checks)
+    kept = [step.kept for step in shown.report.steps if step.kept is not None]
+    yield "kept", f"The result {kept[-1]}" if kept else ""
     yield "origin", [f"{key.removeprefix('onnxslim.')} {value}" for key, value in _origin(shown.metadata)]
     yield "summary", list(_summary(shown))
     notes = (*shown.report.warnings, *shown.report.notes, *(verdict.notes if verdict else ()))
@@ -261,6 +251,7 @@ def _view(shown: Document) -> Iterator[tuple[str, Any]]:
     yield "operators", _sizes(analysis.operators) if analysis else []
     yield "layers", _sizes(analysis.layers) if analysis else []
     yield "recipe", _yaml(shown.recipe)
+    yield "difference", drawing.view(shown.difference) if shown.difference is not None else None
 
 
 def _check(checked: Checked) -> dict[str, Any]:
@@ -283,6 +274,8 @@ def _summary(shown: Document) -> Iterator[tuple[str, str, str, str]]:
         steps = shown.report.steps
         figures = steps[0].before, steps[-1].after  # type: ignore[assignment]
         macs = steps[0].macs_before, steps[-1].macs_after
+    elif shown.difference:
+        figures, macs = shown.difference.sizes, (None, None)  # type: ignore[assignment]
     else:
         return
     for name in ("bytes", "parameters", "nodes"):
@@ -294,7 +287,8 @@ def _summary(shown: Document) -> Iterator[tuple[str, str, str, str]]:
             before, after = (getattr(each, name) for each in sent)
             if before is not None and after is not None:
                 yield f"bytes with {name}", size(before), size(after), quotient(after, before)
-    yield "MACs of one sample", count(macs[0]), count(macs[1]), quotient(macs[1], macs[0])
+    if macs != (None, None):
+        yield "MACs of one sample", count(macs[0]), count(macs[1]), quotient(macs[1], macs[0])
 
 
 def _providers(verdict: Verdict) -> Iterator[dict[str, Any]]:

@@ -1,17 +1,17 @@
-"""What a model consists of and needs, and how two models differ, node by node."""
+"""What a model consists of and needs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from onnxslim.ir.graph import Constant, Graph, Node, Tensor, bit_width
+from onnxslim.ir.graph import Constant, Graph, Node, Tensor, bit_width, producer
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model, Source, is_literal, load
 from onnxslim.ops import Trait, has, spec_of
+from onnxslim.report.matching import encoded, operator
 from onnxslim.shapes import cost
 from onnxslim.shapes.given import InputShapes, one_sample, sized_by, with_sizes
 
@@ -101,25 +101,6 @@ class Inspection(Summary):
     metadata: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """What one model has and another has not, by the names of nodes and tensors.
-
-    Attributes:
-        removed, added: `name (operator)` of nodes in only the first or the second model.
-        changed: what is different at nodes of one name, by name.
-        constants: constants of one name and another type or shape, by name.
-    """
-
-    removed: tuple[str, ...]
-    added: tuple[str, ...]
-    changed: Mapping[str, str]
-    constants: Mapping[str, str]
-
-    def __bool__(self) -> bool:
-        return bool(self.removed or self.added or self.changed or self.constants)
-
-
 def summarize(model: Model) -> Summary:
     """Count what a model consists of."""
     stats, shell = model.stats(), model.shell
@@ -128,7 +109,7 @@ def summarize(model: Model) -> Summary:
         ir_version=model.ir_version,
         opsets=dict(model.opsets),
         producer=" ".join(filter(None, (shell.producer_name, shell.producer_version))),
-        operators=dict(Counter(_operator(node) for node in model.nodes()).most_common()),
+        operators=dict(Counter(operator(node) for node in model.nodes()).most_common()),
         nodes=stats.nodes,
         parameters=stats.parameters,
         bytes=stats.bytes,
@@ -156,8 +137,8 @@ def inspect(model: Source, input_shapes: InputShapes | None = None) -> Inspectio
     foreign = {f"{n.domain}.{n.op}" for n in loaded.nodes() if n.domain in domains}
     return Inspection(
         **vars(summarize(loaded)),
-        inputs={tensor.name: _typed(tensor) for tensor in loaded.graph.inputs},
-        outputs={tensor.name: _typed(tensor) for tensor in loaded.graph.outputs},
+        inputs={tensor.name: typed(tensor) for tensor in loaded.graph.inputs},
+        outputs={tensor.name: typed(tensor) for tensor in loaded.graph.outputs},
         macs=cost.macs(loaded, shapes),
         counted={str(each): each.input not in given for each in cost.counted_sizes(declared, shapes)},
         uncounted=cost.uncounted(loaded),
@@ -172,11 +153,7 @@ def inspect(model: Source, input_shapes: InputShapes | None = None) -> Inspectio
     )
 
 
-def _operator(node: Node) -> str:
-    return node.op if (node.domain or "") in DEFAULT_DOMAINS else f"{node.domain}.{node.op}"
-
-
-def _typed(tensor: Tensor) -> str:
+def typed(tensor: Tensor) -> str:
     """`float32[N,3,224,224]`; question marks for what is not declared."""
     if tensor.dtype is None:
         return "?"
@@ -262,113 +239,11 @@ def _has_weight(node: Node) -> bool:
 
 
 def _is_stored(tensor: Tensor) -> bool:
-    return isinstance(_encoded(tensor), Constant) or is_literal(_maker(_encoded(tensor)))
+    return isinstance(encoded(tensor), Constant) or is_literal(producer(encoded(tensor)))
 
 
 def _kind(node: Node) -> str:
     if has(node, Trait.INTEGER):
         return "quantized"
-    decoded = [has(_maker(tensor), Trait.DEQUANTIZES) for tensor in node.inputs[:2]]
+    decoded = [has(producer(tensor), Trait.DEQUANTIZES) for tensor in node.inputs[:2]]
     return "quantized" if all(decoded) else "weights" if decoded[1] else "float"
-
-
-def _maker(tensor: Tensor) -> Node | None:
-    return tensor.inputs[0] if tensor.inputs else None
-
-
-# ----------------------------------------------------------------------------------------- difference
-
-
-def compare(before: Source, after: Source) -> Difference:
-    """How two models differ; nodes and constants are matched by their names.
-
-    Raises:
-        LoadError: one of them is missing, broken, or not an ONNX model.
-    """
-    first, second = _by_name(load(before)), _by_name(load(after))
-    constants = [
-        {constant.name: constant for constant in load(model).constants()} for model in (before, after)
-    ]
-    return Difference(
-        removed=tuple(f"{name} ({node.op})" for name, node in first.items() if name not in second),
-        added=tuple(f"{name} ({node.op})" for name, node in second.items() if name not in first),
-        changed={
-            name: change
-            for name, node in first.items()
-            if name in second and (change := _change(node, second[name]))
-        },
-        constants={
-            name: f"{_typed(old)} → {_typed(constants[1][name])}"
-            for name, old in constants[0].items()
-            if name in constants[1] and _typed(old) != _typed(constants[1][name])
-        },
-    )
-
-
-def _by_name(model: Model) -> dict[str, Node]:
-    """Nodes by name; of several with one name, the later ones get a number."""
-    found: dict[str, Node] = {}
-    for node in model.nodes():
-        name, count = node.label, 2
-        while name in found:
-            name, count = f"{node.label}#{count}", count + 1
-        found[name] = node
-    return found
-
-
-def _change(first: Node, second: Node) -> str:
-    if _operator(first) != _operator(second):
-        return f"{_operator(first)} → {_operator(second)}"
-    parts = [*_rewired("reads", *_names(first.inputs, second.inputs))]
-    parts += _rewired("makes", [made.name for made in first.outputs], [made.name for made in second.outputs])
-    if _decoded(first) != _decoded(second):
-        parts.append(f"reads {_decoded(second)} inputs from DQ instead of {_decoded(first)}")
-    names = dict.fromkeys((*first.attrs, *second.attrs))
-    differing = [name for name in names if not _same(first.attrs.get(name), second.attrs.get(name))]
-    if differing:
-        parts.append(f"other {', '.join(differing)}")
-    return "; ".join(parts)
-
-
-def _names(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[list[str], list[str]]:
-    """What the inputs of two nodes stand for: names from before a Q and DQ pair.
-
-    The same constant under another name, as passes make that share or fold some, is no difference.
-    """
-    old, new = ([_encoded(tensor) for tensor in tensors] for tensors in (first, second))
-    names = [tensor.name for tensor in new]
-    for index, (was, now) in enumerate(zip(old, new, strict=False)):
-        if was.name != now.name and _same_values(was, now):
-            names[index] = was.name
-    return [tensor.name for tensor in old], names
-
-
-def _same_values(first: Tensor, second: Tensor) -> bool:
-    if not (isinstance(first, Constant) and isinstance(second, Constant)):
-        return False
-    return _typed(first) == _typed(second) and np.array_equal(first.peek(), second.peek())
-
-
-def _encoded(tensor: Tensor) -> Tensor:
-    while (maker := _maker(tensor)) is not None and has(maker, Trait.CODES):
-        tensor = maker.inputs[0]
-    return tensor
-
-
-def _decoded(node: Node) -> int:
-    return sum(has(_maker(tensor), Trait.DEQUANTIZES) for tensor in node.inputs)
-
-
-def _rewired(verb: str, old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
-    for index in range(max(len(old), len(new))):
-        was, now = (names[index] if index < len(names) else "" for names in (old, new))
-        if was != now and now:
-            yield f"{verb} '{now}' instead of '{was}'" if was else f"{verb} '{now}' too"
-        elif was != now:
-            yield f"no longer {verb} '{was}'"
-
-
-def _same(first: Any, second: Any) -> bool:
-    if isinstance(first, Graph) and isinstance(second, Graph):
-        return True  # their nodes are compared by themselves
-    return bool(first == second)

@@ -25,6 +25,8 @@ MAX_TENSORS = 400
 GROUP = 32
 EXPLAINED = 4
 BINS = 60
+# Where bars of layers end: more than that is nearly exact in float32.
+FULL_DECIBELS = 80.0
 # Noise that is not worth explaining, in dB below the signal.
 AUDIBLE = 60.0
 

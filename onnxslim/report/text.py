@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from onnxslim.engine.base import Change, Figures, Skip
     from onnxslim.engine.pipeline import Report, Step
     from onnxslim.passes import Option
-    from onnxslim.report.inspect import Coverage, Difference, Inspection
+    from onnxslim.report.diff import Difference
+    from onnxslim.report.inspect import Coverage, Inspection
     from onnxslim.runtime.profile import Offer
     from onnxslim.validation.certificate import Certificate, Finding
     from onnxslim.validation.verdict import OutputRow, ProviderVerdict, Verdict
@@ -133,7 +134,7 @@ def show_inspections(console: Console, found: Sequence[Inspection], difference: 
     told = ([row for row in rows if any(row[1:])] for rows in _sections(found))
     console.print(sectioned(head, list(told), left=len(head)))
     if difference is not None:
-        lines(console, _difference(difference))
+        lines(console, difference.lines())
 
 
 def _sections(found: Sequence[Inspection]) -> Iterator[Rows]:
@@ -193,23 +194,6 @@ def _coverage(found: Coverage) -> str:
 
 def _free(found: Mapping[str, Sequence[str]]) -> str:
     return ", ".join(dict.fromkeys(name for names in found.values() for name in names))
-
-
-def _difference(found: Difference) -> Iterator[str]:
-    if not found:
-        yield "the same nodes and constants, by name"
-    for what, single in (("only in the first", found.removed), ("only in the second", found.added)):
-        yield from _limited_list(what, single)
-    for what, changes in (("changed", found.changed), ("of another type or shape", found.constants)):
-        yield from _limited_list(what, [f"{name}: {change}" for name, change in changes.items()])
-
-
-def _limited_list(what: str, entries: Sequence[str]) -> Iterator[str]:
-    if entries:
-        yield f"{what}: {len(entries)}"
-        yield from (f"  {entry}" for entry in entries[:SHOWN_GROUPS])
-        if len(entries) > SHOWN_GROUPS:
-            yield f"  and {len(entries) - SHOWN_GROUPS} more, see --json"
 
 
 def _show_provider(console: Console, provider: ProviderVerdict, verdict: Verdict) -> None:
