@@ -59,6 +59,11 @@ def options(cls: type[P]) -> type[P]:
     return checked  # type: ignore[return-value]
 
 
+def several(value: Any) -> Any:
+    """A word alone as the only one of several: `BeforeValidator` of options that are tuples of words."""
+    return (value,) if isinstance(value, str) else value
+
+
 @dataclass(frozen=True)
 class OneOf:
     """Annotation of an option: one of some words that registries may add to; others are a `Literal`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from onnxslim.calibration.fidelity import OutputPart
 from onnxslim.calibration.noise import Noise
 from onnxslim.calibration.stream import Progress, stream
 from onnxslim.ir.graph import MASK_MAGNITUDE, Array
+from onnxslim.learn.augment import Augmentation
 from onnxslim.learn.door import to_numpy, to_torch, torch
 from onnxslim.learn.examples import Examples
 from onnxslim.learn.losses import Aim, LossName
@@ -18,6 +20,7 @@ from onnxslim.learn.net import Net
 
 # From the number of a batch and its inputs to tensors by name, as `calibration/stream.py::Taps` has them.
 RunTeacher = Callable[[int, Mapping[str, Array]], Mapping[str, Array]]
+_Lesson: TypeAlias = tuple[Mapping[str, Array], dict[str, Array]]
 
 
 def taught(
@@ -28,8 +31,9 @@ def taught(
     labels: Array | None = None,
     apart: bool = True,
     progress: Progress | None = None,
+    augment: Augmentation | None = None,
 ) -> tuple[Examples, list[Noise]]:
-    """Samples with what the teacher makes of them, and the sums of each part over them.
+    """Samples with what the teacher makes of them, and the sums of each part over them, without copies.
 
     Args:
         data: samples.
@@ -38,22 +42,26 @@ def taught(
         labels: the class of every sample, kept under an empty name.
         apart: whether the model computes each sample by itself.
         progress: called with (what, batches done, batches in all).
+        augment: makes copies of the samples, which are samples too; None for none.
     """
     examples, sums = Examples(), [Noise() for _ in parts]
     names = list(dict.fromkeys(part.output for part in parts))
 
-    def lesson(at: int, feeds: Mapping[str, Array]) -> tuple[Mapping[str, Array], dict[str, Array]]:
-        made = run(at, feeds)
-        return feeds, {name: made[name] for name in names}
+    for copy in range(1 if augment is None else 1 + augment.copies):
 
-    for batch in stream(data, lesson, progress=progress, what="asking the teacher"):
-        feeds, wanted = batch.values
-        for part, each in zip(parts, sums, strict=True):
-            values = _counted(part.of(wanted))
-            each.add(values, values)
-        if labels is not None:
-            wanted[""] = labels[batch.first : batch.first + batch.samples]
-        examples.add(feeds, wanted, apart=apart)
+        def lesson(at: int, given: Mapping[str, Array], copy: int = copy) -> _Lesson:
+            feeds = given if augment is None else augment(copy, at, given)
+            made = run(at, feeds)
+            return feeds, {name: made[name] for name in names}
+
+        for batch in stream(data, lesson, progress=progress, what="asking the teacher"):
+            feeds, wanted = batch.values
+            for part, each in zip(parts, sums if not copy else (), strict=not copy):
+                values = _counted(part.of(wanted))
+                each.add(values, values)
+            if labels is not None:
+                wanted[""] = labels[batch.first : batch.first + batch.samples]
+            examples.add(feeds, wanted, apart=apart)
     return examples, sums
 
 

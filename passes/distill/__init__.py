@@ -6,12 +6,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from onnxslim.engine.base import Changes, Context, Effort, Figures, Log, Pass, PassWork, captioned, options
+from onnxslim.engine.base import (
+    Changes,
+    Context,
+    Effort,
+    Figures,
+    Log,
+    Pass,
+    PassWork,
+    captioned,
+    options,
+    several,
+)
 from onnxslim.engine.matching import GLOBS, excluded, tell_idle
 from onnxslim.errors import UsageError, nearest
 from onnxslim.formats import count
@@ -19,6 +30,7 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model, load
 from onnxslim.learn import door
+from onnxslim.learn.augment import Alteration, Augmentation
 from onnxslim.learn.door import Device, UnknownError
 from onnxslim.learn.fit import Course, Learnt, Look, Precision, fit
 from onnxslim.learn.losses import LossName
@@ -91,6 +103,12 @@ class Distill(Pass):
     labels: str | None = Field(
         None, description="an output that scores the classes which labels of the data name: half of the loss"
     )
+    augment: Annotated[tuple[Alteration, ...], BeforeValidator(several)] = Field(
+        (),
+        description="what is different in copies of images that are learnt from too: mirror, left to right; "
+        "shift, by a few pixels; noise",
+    )
+    copies: int = Field(4, ge=1, description="how many copies, with `augment`")
     lr: float = Field(3e-3, gt=0, lt=1, description="largest step, relative to the size of each weight")
     batch: int = Field(64, ge=1, description="samples of a step")
     checkpoint: str | None = Field(
@@ -144,7 +162,7 @@ class Distill(Pass):
         Raises:
             CalibrationError: there is no data, or it does not fit the model.
             UsageError: PyTorch is not installed; the teacher has other inputs or outputs; there is no such
-                feature or output, or there are no labels.
+                feature or output, or there are no labels, or no images.
         """
         self.require_installed()
         self.require_data(ctx.data)
@@ -171,6 +189,7 @@ class Distill(Pass):
                     features=self.features,
                     loss=self.loss,
                     labels=self.labels,
+                    augment=self._augmentation(ctx),
                 )
                 learnt = fit(
                     net,
@@ -236,6 +255,19 @@ class Distill(Pass):
             else:
                 log.skip(own.outputs[0].label, why_not)
         return found
+
+    def _augmentation(self, ctx: Context) -> Augmentation | None:
+        """What makes copies, if any are asked for.
+
+        Raises:
+            UsageError: there are no images.
+        """
+        if not self.augment:
+            return None
+        try:
+            return Augmentation(self.augment, self.copies, ctx.seed, next(iter(ctx.given.seen)))
+        except UsageError as error:
+            raise UsageError(f"pass '{self.name}': {error}") from error
 
     def _course(self, taught: Lessons, ctx: Context) -> Course:
         steps = self.steps or STEPS[self.effort]

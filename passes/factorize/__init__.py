@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, Field
@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 from onnxslim.calibration.samples import Samples
 from onnxslim.calibration.seen import NOTE, Sight, seen
 from onnxslim.engine import judging
-from onnxslim.engine.base import Changes, Context, Effort, Figures, Log, PassWork, captioned, options
+from onnxslim.engine.base import Changes, Context, Effort, Figures, Log, PassWork, captioned, options, several
 from onnxslim.engine.demands import LEVELS, Demand, LeastSqnr, MostDrop
 from onnxslim.engine.editor import Editor
 from onnxslim.engine.matching import GLOBS, tell_idle
@@ -50,10 +50,6 @@ Picks = list[tuple[LayerOptions, Factoring]]
 DEFAULT_MACS = 0.5
 # How often a budget of time is corrected by what the whole model takes, and how exactly it is to be met.
 CORRECTIONS, TOLERANCE = 5, 0.02
-
-
-def _several(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ class Factorize(Learning):
         None, gt=0, lt=1, description="share of the power of its output that every factorized layer keeps"
     )
     speedup: float | None = Field(None, gt=1, description="how many times as fast the model is to be")
-    schemes: Annotated[tuple[SchemeName, ...], BeforeValidator(_several)] = Field(
+    schemes: Annotated[tuple[SchemeName, ...], BeforeValidator(several)] = Field(
         ("auto",), description="kinds of factors to choose from; auto is all of them"
     )
     align: int = Field(8, ge=1, description="ranks are multiples of this")

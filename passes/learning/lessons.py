@@ -12,6 +12,7 @@ from onnxslim.engine.base import Context, Log
 from onnxslim.errors import UsageError, nearest
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
+from onnxslim.learn.augment import Augmentation
 from onnxslim.learn.door import UnknownError
 from onnxslim.learn.examples import Examples
 from onnxslim.learn.fit import Learnt
@@ -56,6 +57,7 @@ def lessons(
     features: Sequence[str] = (),
     loss: LossName = "relative",
     labels: str | None = None,
+    augment: Augmentation | None = None,
 ) -> Lessons:
     """What a teacher makes of the data.
 
@@ -68,6 +70,7 @@ def lessons(
         features: names of tensors inside both models.
         loss: what is to become less.
         labels: the output that scores classes which the data names, if any.
+        augment: makes copies of what is learnt from, not of what that is judged by.
 
     Raises:
         UnknownError: there is nothing to learn, or PyTorch computes something else.
@@ -87,7 +90,13 @@ def lessons(
     if known[1] is None and labels is not None:
         raise UnknownError("too few samples with labels to set some aside")
     learnt_from, sums = taught(
-        examples, run, parts, labels=known[0], apart=samples.by_sample, progress=ctx.progress
+        examples,
+        run,
+        parts,
+        labels=known[0],
+        apart=samples.by_sample,
+        progress=ctx.progress,
+        augment=augment,
     )
     unseen, _ = taught(judges, run, parts, labels=known[1], apart=samples.by_sample)
     return Lessons(goals(parts, sums, loss, outputs), learnt_from, unseen)

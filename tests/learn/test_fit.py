@@ -11,8 +11,10 @@ import pytest
 
 from onnxslim.calibration.fidelity import OutputPart
 from onnxslim.calibration.noise import Noise
+from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.learn import door
+from onnxslim.learn.augment import Augmentation
 from onnxslim.learn.examples import Examples, Lesson
 from onnxslim.learn.fit import Course, Learnt, fit
 from onnxslim.learn.losses import loss_of
@@ -186,3 +188,45 @@ def test_shares_of_processes_are_all_there_is() -> None:
     assert set.union(*(rows(each.feeds["x"]) for each in found if each)) == rows(lesson.feeds["x"])
     assert [Processes(rank, 2).share(1, whole) for rank in range(2)] == [None, whole]
     assert Processes(1, 2).share(0, lesson.rows(slice(1))) is None
+
+
+def test_copies_of_images_differ_as_was_asked_for() -> None:
+    x = normal(64, 1, 28, 28).astype(np.float32)
+    feeds = {"image": x, "size": np.ones((64, 2), np.float32)}
+
+    def copied(*kinds: Any, copy: int = 1, seed: int = 0) -> Array:
+        made = Augmentation(kinds, 2, seed, feeds)(copy, 0, feeds)
+        assert made["size"] is feeds["size"]
+        return np.asarray(made["image"])
+
+    assert copied("mirror", copy=0) is x
+    mirrored = copied("mirror")
+    turned = [np.array_equal(new, old[..., ::-1]) for new, old in zip(mirrored, x, strict=True)]
+    same = [np.array_equal(new, old) for new, old in zip(mirrored, x, strict=True)]
+    assert sum(turned) + sum(same) == 64
+    assert 16 < sum(turned) < 48
+    for new, old in zip(copied("shift"), x[:, 0], strict=True):
+        places = [(dy, dx) for dy in range(-2, 3) for dx in range(-2, 3)]
+        rolled = (np.array_equal(np.roll(old, by, (0, 1))[2:-2, 2:-2], new[0, 2:-2, 2:-2]) for by in places)
+        assert sum(rolled) == 1
+    assert 0.04 < (copied("noise") - x).std() / x.std() < 0.06
+    np.testing.assert_array_equal(copied("mirror", "shift", "noise"), copied("mirror", "shift", "noise"))
+    assert not np.array_equal(copied("noise", seed=1), copied("noise"))
+    assert not np.array_equal(copied("noise", copy=2), copied("noise"))
+    last = {"x": np.moveaxis(x, 1, 3)}
+    moved = Augmentation(["shift"], 1, 0, last)(1, 0, last)["x"]
+    np.testing.assert_array_equal(np.moveaxis(moved, 3, 1), copied("shift"))
+
+
+@pytest.mark.parametrize(
+    ("array", "why"),
+    [
+        (np.zeros((2, 3, 224), np.float32), "has 3 axes, not 4"),
+        (np.zeros((2, 3, 8, 8), np.uint8), "is uint8, not floating point"),
+        (np.zeros((2, 16, 8, 8), np.float32), "no axis of 1, 3 or 4 channels"),
+        (np.zeros((2, 3, 8, 4), np.float32), "beside two of at least 8 pixels"),
+    ],
+)
+def test_what_is_no_image_is_not_altered(array: Array, why: str) -> None:
+    with pytest.raises(UsageError, match=f"there are none: 'x' .*{why}"):
+        Augmentation(["mirror"], 1, 0, {"x": array})

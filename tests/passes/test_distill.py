@@ -492,3 +492,26 @@ def test_zeros_and_codes_stay_while_values_are_learnt(
             np.testing.assert_array_equal(found[name], values)
         else:
             assert not np.array_equal(found[name], values)
+
+
+@trained
+def test_copies_are_learnt_from_and_not_judged_by(tmp_path: Path) -> None:
+    text = """g (float[N,1,8,8] x) => (float[N,4] y) <float[4,1,3,3] w = {0}>
+    { c = Conv(x, w) r = Relu(c) p = GlobalAveragePool(r) y = Flatten(p) }"""
+    original = replaced(parse(text), w=normal(4, 1, 3, 3))
+    original.save(tmp_path / "teacher.onnx")
+    student, x = worse(original), normal(128, 1, 8, 8, seed=9)
+    step = Distill(steps=8, augment=("mirror", "shift"), copies=3)
+    plain, copied, again = (
+        distilled(each, student, tmp_path / "teacher.onnx", x) for each in (Distill(steps=8), step, step)
+    )
+    figures = [DistillFigures.of(each.report.steps[0].changes) for each in (plain, copied)]
+    assert [each.examples for each in figures] == ["104 samples, judged by 16", "416 samples, judged by 16"]
+    assert figures[0].looks[0].unseen == figures[1].looks[0].unseen
+    assert copied.model.to_proto() == again.model.to_proto() != plain.model.to_proto()
+
+
+@trained
+def test_copies_of_what_is_no_image_are_refused(teacher: Path) -> None:
+    with pytest.raises(UsageError, match=r"pass 'distill': augment is for images.*'x' has 2 axes"):
+        distilled(Distill(steps=1, augment=("noise",)), worse(net()), teacher)
