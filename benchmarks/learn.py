@@ -2,7 +2,8 @@
 
     pip install -e '.[train]' && apt-get install dataset-fashion-mnist
     python benchmarks/learn.py coverage [NAME ...]
-    python benchmarks/learn.py distill [NET ...] [--images 10000] [--steps 300] [--seeds 3]
+    python benchmarks/learn.py distill [NET ...] [--images 10000] [--learn distill:steps=300] [--seeds 3]
+    python benchmarks/learn.py task TASK [--chain prune:macs=0.6] [--samples 512] [--images 10000] [--learn …]
     python benchmarks/learn.py speed [NET ...]
 
 coverage: every model of the zoo, the bundled networks and the exports of `benchmarks/architectures.py` that
@@ -12,7 +13,11 @@ the floating-point numbers in the file that can be learnt.
 distill: the bundled networks pruned to 25 or 35 % of their MACs on the 512 images that ship with them, then
 distilled on unlabelled images of the training split, drawn at random by the seed: accuracy on the 2,000 test
 images of the original, of the pruned and of the distilled network, SQNR against the original, and seconds of
-CPU of both. One thread.
+CPU of both. One thread. `--learn` is what learns, in words as on the command line, such as
+distill:steps=300,augment=mirror,shift,copies=8; its teacher is the original unless it names one.
+
+task: true scores of a task of `benchmarks/stage.py` (see there for what to fetch): of the network, of what a
+chain of passes makes of it on samples to calibrate on, and of that distilled on unlabelled samples.
 
 speed: milliseconds of CPU for one image of a step, beside a loop written by hand around the same network as a
 module of PyTorch (`models/fashion/train.py`), with torch.optim.Adam and mean squared error, in turn, one
@@ -27,8 +32,10 @@ from __future__ import annotations
 import argparse
 import gzip
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,8 +44,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import common
-from onnxslim import CalibrationData, Pipeline, Target, load
+from benchmarks import common, stage
+from onnxslim import CalibrationData, Pipeline, Target, load, passes
 from onnxslim.calibration.noise import sqnr
 from onnxslim.engine.base import Context, Log
 from onnxslim.errors import LoadError
@@ -49,7 +56,7 @@ from onnxslim.learn.losses import Aim, loss_of
 from onnxslim.learn.net import Net
 from onnxslim.learn.optimizer import RelativeAdam
 from onnxslim.learn.weights import weights
-from onnxslim.models import zoo
+from onnxslim.models import tasks, zoo
 from onnxslim.passes import Distill, Prune, Slim
 from onnxslim.passes.fold.edits import Edits
 from onnxslim.passes.fold.literals import lower_constants
@@ -122,27 +129,34 @@ def images(count: int, seed: int) -> Array:
     return raw[chosen].astype(np.float32)
 
 
-def distill(names: list[str], count: int, steps: int, seeds: int) -> Iterator[str]:
+def distill(names: list[str], count: int, words: str, seeds: int) -> Iterator[str]:
     """One row per network and seed."""
     yield "| network | MACs | seed | original | pruned | distilled | SQNR, dB | CPU s, prune and distill |"
     yield "|---|---|---|---|---|---|---|---|"
     for name in names or list(SHARES):
         for seed in range(seeds):
-            yield row(name, images(count, seed), steps, seed)
+            yield row(name, images(count, seed), words, seed)
 
 
-def row(name: str, unlabelled: Array, steps: int, seed: int) -> str:
+def learning(words: str, original: Path) -> Distill:
+    """What learns, from the original if it names no other teacher."""
+    found = passes.parse(words)
+    assert isinstance(found, Distill)
+    return found if found.teacher is not None else replace(found, teacher=original)
+
+
+def row(name: str, unlabelled: Array, words: str, seed: int) -> str:
     """What comes of a network."""
     with np.load(FASHION / "test.npz") as test, np.load(FASHION / "calibration.npz") as bundled:
         feeds, labels, few = {"image": test["image"]}, test["label"], bundled["image"]
     original, times = load(FASHION / f"{name}.onnx"), [time.process_time()]
     models = [original]
-    for passes, data in (
+    for steps, data in (
         ((Slim(), Prune(macs=SHARES[name])), few),
-        ((Distill(steps=steps, teacher=FASHION / f"{name}.onnx"),), unlabelled),
+        ((learning(words, FASHION / f"{name}.onnx"),), unlabelled),
     ):
         batches = CalibrationData.from_arrays({"image": data}, 64)
-        made = Pipeline(*passes, count=False)(models[-1], data=batches, target=Target.cpu(1), seed=seed)
+        made = Pipeline(*steps, count=False)(models[-1], data=batches, target=Target.cpu(1), seed=seed)
         models.append(made.model)
         times.append(time.process_time())
     results = [Session(each).run(feeds)["logits"] for each in models]
@@ -150,6 +164,28 @@ def row(name: str, unlabelled: Array, steps: int, seed: int) -> str:
     noise = " → ".join(f"{sqnr(results[0], each):.1f}" for each in results[1:])
     seconds = " and ".join(f"{end - start:.0f}" for start, end in pairwise(times))
     return f"| {name} | {SHARES[name]} | {seed} | {' | '.join(right)} | {noise} | {seconds} |"
+
+
+# ------------------------------------------------------------------------------------------------- tasks
+
+
+def true_scores(name: str, chain: str, samples: int, count: int, words: str) -> Iterator[str]:
+    """The table of `benchmarks/stage.py`, for a network, what is made of it, and that distilled."""
+    task = tasks.create(name)
+    if missing := task.missing():
+        raise LoadError(f"not there yet: {'; '.join(missing)}")
+    with tempfile.TemporaryDirectory() as folder:
+        small, learnt = (Path(folder) / f"{each}.onnx" for each in ("small", "learnt"))
+        found = [stage.Entrant("float", task.path())]
+        found.append(stage.chained(task, chain, CalibrationData(task.calibration(samples)), small))
+        start, step = time.process_time(), learning(words, task.path())
+        made = Pipeline(step, count=False)(
+            small, data=CalibrationData(task.unlabelled(count)), target=Target.cpu(1)
+        )
+        print(made.report, file=sys.stderr)
+        made.model.save(learnt)
+        found.append(stage.Entrant(f"{chain}, {words}", learnt, time.process_time() - start))
+        yield from stage.rows(task, found, stage.scored(task, found))
 
 
 # ------------------------------------------------------------------------------------------------- speed
@@ -208,15 +244,18 @@ def by_hand(module: Any, x: Array) -> Callable[[], None]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("what", choices=("coverage", "distill", "speed"))
+    parser.add_argument("what", choices=("coverage", "distill", "task", "speed"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--learn", default="distill:steps=300")
+    parser.add_argument("--chain", default="prune:macs=0.6")
+    parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     rows = {
         "coverage": lambda: coverage(args.names),
-        "distill": lambda: distill(args.names, args.images, args.steps, args.seeds),
+        "distill": lambda: distill(args.names, args.images, args.learn, args.seeds),
+        "task": lambda: true_scores(args.names[0], args.chain, args.samples, args.images, args.learn),
         "speed": lambda: speed(args.names),
     }
     try:
