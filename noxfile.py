@@ -67,6 +67,13 @@ def train(session: nox.Session) -> None:
     session.run("pytest", "-m", "train", "tests/learn", "tests/passes/test_distill.py", *session.posargs)
 
 
+@nox.session
+def cluster(session: nox.Session) -> None:
+    """Searches on workers of Dask and of Ray, started on this machine, and the loggers of trials."""
+    session.install("-e", ".[cpu,dask,ray,test]", "mlflow-skinny", "wandb")
+    session.run("pytest", "-n", "0", "-m", "cluster", "tests/search", *session.posargs)
+
+
 def _required(session: nox.Session, provider: str) -> None:
     """Fail where the wheel does not bring what the session is about, instead of skipping every test."""
     code = f"import onnxruntime; assert {provider!r} in onnxruntime.get_available_providers()"

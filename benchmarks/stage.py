@@ -4,7 +4,7 @@
     python models/stage.py fetch                       # once; needs apt-get with the lists of Debian 12
     python benchmarks/stage.py TASK [--model NAME] [-p PASS[:OPTION=VALUE,…] ...] [--chain "PASS PASS" ...]
                                     [--blind "PASS PASS" ...] [--file other.onnx ...]
-                                    [--auto "latency=0.5 effort=quick" ...]
+                                    [--auto "latency=0.5 effort=quick time_limit=600" ...]
                                     [--peer "ONNX Runtime, best practice" ...]
 
 `-p`, repeated, is one chain; `--chain` are others, with spaces between passes; `--blind` those that get no
@@ -98,10 +98,10 @@ def chained(task: Task, chain: str, data: CalibrationData | None, path: Path) ->
 def searched(task: Task, words: str, data: CalibrationData, path: Path) -> Entrant:
     """Search within goals, in words such as `latency=0.5 effort=quick`."""
     given: dict[str, Any] = dict(word.split("=") for word in words.split())
-    effort = given.pop("effort", "normal")
+    effort, limit = given.pop("effort", "normal"), float(given.pop("time_limit", math.inf))
     start = time.process_time()
     goals = Goals(**{name: float(value) for name, value in given.items()})
-    found = optimize(task.path(), data, goals, effort=effort)
+    found = optimize(task.path(), data, goals, effort=effort, time_limit=limit)
     seconds = time.process_time() - start
     found.model.save(path)
     name = " ".join(("auto", words)).strip()

@@ -158,6 +158,11 @@ class Judge:
         return self.judged(lambda _, feeds: session.run(feeds), samples)
 
     @property
+    def decides(self) -> bool:
+        """Whether an output has a largest value of each sample, which could be another one."""
+        return any(True for first in self._expected[:1] for _ in _decisions(first, first))
+
+    @property
     def is_wary(self) -> bool:
         """Whether candidates may end the process that opens them, and are opened in another one before."""
         return self._apart

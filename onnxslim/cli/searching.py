@@ -100,6 +100,15 @@ def _auto(
             metavar="DIR", help="keep trials there, with recipes that make them again; go on from those there"
         ),
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="processes that make trials at the same time")] = 1,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="where trials are made: processes of this machine, or workers of a cluster: "
+            "dask=tcp://HOST:8786, ray, ray=ADDRESS",
+        ),
+    ] = "processes",
     distill: Annotated[
         bool,
         typer.Option(
@@ -152,6 +161,8 @@ def _auto(
             libraries=tuple(custom_ops or ()),
             input_shapes=by_name(input_shapes or ()),
             distill=distill,
+            jobs=jobs,
+            backend=backend,
         )
     if json:
         terminal.show_json(_told(found))

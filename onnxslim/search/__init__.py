@@ -8,16 +8,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from onnxslim.engine.base import Effort, Progress
-from onnxslim.errors import CalibrationError, UsageError
+from onnxslim.errors import CalibrationError, UsageError, nearest
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Source, load
+from onnxslim.recipes.data import Data
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
+from onnxslim.search.explore import WIDTH
 from onnxslim.search.fronts import front
 from onnxslim.search.goals import Goals, TrialFigures
-from onnxslim.search.outcome import SearchResult, SearchSetup
+from onnxslim.search.outcome import SearchResult, SearchSetup, opened
+from onnxslim.search.place import Workplace
+from onnxslim.search.pools import opened_pool, require_backend
 from onnxslim.search.trials import SearchTrial, trials_in
-from onnxslim.shapes.given import InputShapes
+from onnxslim.shapes.given import InputShapes, one_sample, with_sizes
 
 __all__ = ["Goals", "SearchResult", "SearchTrial", "TrialFigures", "front", "optimize", "trials_in"]
 
@@ -41,6 +45,8 @@ def optimize(
     libraries: Sequence[str] = (),
     input_shapes: InputShapes | None = None,
     distill: bool = False,
+    jobs: int = 1,
+    backend: str = "processes",
 ) -> SearchResult:
     """Search for what makes a model smallest and fastest and still keeps what it has to.
 
@@ -69,24 +75,55 @@ def optimize(
         input_shapes: sizes of inputs with free axes, to count for.
         distill: learn weights again, from what the original makes of the data, wherever something was left
             away; takes PyTorch (the extra `train`), and pays with thousands of samples.
+        jobs: processes of this machine that make trials at the same time; what is found is the same.
+        backend: where: "processes", or workers of a cluster: "dask=tcp://HOST:8786" or "ray" (the extras
+            `dask` and `ray`).
 
     Raises:
         CalibrationError: there is no data, or it does not fit the model.
         UsageError: the goals, the time limit or the metric mean nothing, or trials are to be kept and the
-            metric has no name; PyTorch is wanted, and not installed.
+            metric has no name; PyTorch or a backend is wanted, and not installed.
         SaveError: the folder to work in cannot be used.
-        TargetError: the target is not there.
+        TargetError: the target, or the cluster, is not there.
         LoadError: the model is none, or does not run.
     """
     if data is None:
         raise CalibrationError("a search measures what is lost, and needs data: pass data=, or --data")
     if time_limit is not None and not time_limit >= 0:
         raise UsageError(f"the time limit {time_limit:g} is no time: give 0 seconds or more")
-    samples = (data, labels), (test, test_labels)
-    search = SearchSetup(load(model), *samples, metric, Target.of(target), seed, tuple(libraries), distill)
-    explorer = search.explorer(goals or Goals(), effort, work, input_shapes or {})
-    explorer.progress, explorer.on_trial = progress, on_trial
-    if time_limit is not None:
-        explorer.until = time.monotonic() + time_limit
-    explorer.explore()
-    return search.result(explorer)
+    if goals is not None and not isinstance(goals, Goals):
+        raise UsageError(
+            f"goals are onnxslim.Goals, such as Goals(latency=0.5), not a {type(goals).__name__}"
+        )
+    if effort not in WIDTH:
+        raise UsageError(f"unknown effort '{effort}': {nearest(str(effort), WIDTH)}")
+    require_backend(backend, jobs)
+    original, chosen = load(model), Target.of(target).with_libraries(tuple(libraries))
+    samples = opened(original, data, labels)
+    judged = None if test is None else opened(original, test, test_labels)
+    specs, fed = original.inputs(), next(iter(samples.data))
+    shapes = {name: array.shape for name, array in fed.items()}
+    place = Workplace(
+        model=original,
+        data=samples,
+        # A recipe cannot hold data that is code: it is run with --data then.
+        named=data if isinstance(data, Data) and not data.is_function else None,
+        tested=test is not None,
+        metric=metric,
+        target=chosen,
+        seed=seed,
+        libraries=tuple(libraries),
+        distill=distill,
+        effort=effort,
+        goals=goals or Goals(),
+        sizes=one_sample(specs, with_sizes(specs, input_shapes or {}), shapes),
+        kept=work is not None,
+    )
+    search = SearchSetup(place, judged)
+    with opened_pool(backend, jobs) as pool:
+        explorer = search.explorer(work, pool)
+        explorer.progress, explorer.on_trial = progress, on_trial
+        if time_limit is not None:
+            explorer.until = time.monotonic() + time_limit
+        explorer.explore()
+        return search.result(explorer)

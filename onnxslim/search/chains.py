@@ -13,13 +13,16 @@ from onnxslim.ir.model import Model
 from onnxslim.passes.cluster import Cluster
 from onnxslim.passes.factorize import Factorize
 from onnxslim.passes.half import Half
-from onnxslim.passes.prune import Prune
+from onnxslim.passes.prune import Prune, PruneFigures
 from onnxslim.passes.quantize import Quantize
 from onnxslim.runtime.native import CPU
 from onnxslim.runtime.targets import Target
 from onnxslim.search.goals import Goals
+from onnxslim.search.trials import Cut
 
 Chain: TypeAlias = tuple[Pass, ...]
+# By pass, what it could do.
+Moves: TypeAlias = Sequence[Sequence[Move]]
 FLOAT = "float"
 # Shares of the multiply-accumulates that are tried, from the mildest on.
 SHARES = (0.85, 0.72, 0.6, 0.5, 0.42, 0.35, 0.29, 0.24, 0.2, 0.165, 0.135)
@@ -49,29 +52,47 @@ class Structures:
         ctx: with data.
         effort: see the passes.
         learning: passes that learn weights again behind a cut; none by default.
+        moves: what could go, where somebody has asked for it before.
     """
 
-    def __init__(self, model: Model, ctx: Context, effort: Effort, learning: Chain = ()) -> None:
-        self._model, self._ctx, self._learning = model, ctx, learning
+    def __init__(
+        self,
+        model: Model,
+        ctx: Context,
+        effort: Effort,
+        learning: Chain = (),
+        moves: Moves | None = None,
+    ) -> None:
+        self._model, self._ctx, self._effort, self._learning = model, ctx, effort, learning
         self._passes = (Prune(effort=effort), Factorize(effort=effort))
-        self._made: dict[float, Chain] = {}
+        self._given = moves
+        self._made: dict[tuple[float, Cut], Chain] = {}
 
     @cached_property
-    def _proposed(self) -> Sequence[Sequence[Move]]:
+    def moves(self) -> Moves:
+        """What could go."""
+        if self._given is not None:
+            return self._given
         return [each.propose(self._model, self._ctx) for each in self._passes]
 
-    @property
-    def possible(self) -> bool:
-        """Whether anything can go at all."""
-        return any(self._proposed)
+    def __call__(self, share: float, cut: Cut = "work") -> Chain:
+        """The passes, with plans, that leave so much of the work or the time, or come nearest to it.
 
-    def __call__(self, share: float) -> Chain:
-        """The passes, with plans, that leave so much of the multiply-accumulates, or come nearest to it."""
+        Raises:
+            OnnxSlimError: a pass fails.
+        """
         if share >= 1:
             return ()
-        if share not in self._made:
-            now, known = self._model.copy(), self._proposed
-            steps = planned(self._passes, now, self._ctx, "macs", share, known)
-            cut = tuple(step.acting for step in steps)
-            self._made[share] = (*cut, *self._learning) if cut else ()
-        return self._made[share]
+        if (share, cut) not in self._made:
+            left = self._timed(share) if cut == "time" else self._counted(share)
+            self._made[share, cut] = (*left, *self._learning) if left else ()
+        return self._made[share, cut]
+
+    def _counted(self, share: float) -> Chain:
+        steps = planned(self._passes, self._model.copy(), self._ctx, "macs", share, self.moves)
+        return tuple(step.acting for step in steps)
+
+    def _timed(self, share: float) -> Chain:
+        """Channels and branches, chosen by the time that they are measured to take."""
+        found = Prune(latency=share, effort=self._effort).run(self._model.copy(), self._ctx).figures
+        return (Prune(plan=found.plan, effort=self._effort),) if isinstance(found, PruneFigures) else ()

@@ -7,18 +7,20 @@ leaving away more means. What is measured decides, on samples that no pass of a 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from onnxslim.engine.allocate import fewest
 from onnxslim.engine.base import Effort, Progress
 from onnxslim.errors import OnnxSlimError
 from onnxslim.search.chains import SHARES
 from onnxslim.search.goals import Goals
-from onnxslim.search.trials import SearchTrial
+from onnxslim.search.trials import Cut, SearchTrial, Wish
 
 # Ways to store with which less of the network is tried, by how much is tried.
 WIDTH: Mapping[Effort, int] = {"quick": 1, "normal": 2, "thorough": 4}
@@ -27,8 +29,17 @@ WIDTH: Mapping[Effort, int] = {"quick": 1, "normal": 2, "thorough": 4}
 LEEWAY: Mapping[Effort, float] = {"quick": 1.0, "normal": 1.3, "thorough": math.inf}
 # Times that are this near are the same: bytes decide between them.
 SAME_TIME = 1.03
+# Of each halving, how many questions ahead are told.
+AHEAD = 7
 # Milder trials after a choice that other samples do not confirm.
 CORRECTIONS, MILDER = 3, 1.12
+
+
+class _Line(NamedTuple):
+    """A way to store and one to leave away, along which to go down."""
+
+    encoding: str
+    cut: Cut
 
 
 class OutOfTime(Exception):
@@ -39,17 +50,19 @@ class Maker(Protocol):
     """Makes trials; see `onnxslim.search.making.Workshop`."""
 
     @property
-    def possible(self) -> bool:
-        """Whether anything of the work can be left away."""
-
-    @property
     def samples(self) -> int:
         """That trials are measured on."""
 
-    def made(self, structure: float, encoding: str, begin: Callable[[], None]) -> SearchTrial:
-        """The trial that leaves so much of the work, stored in this way; one that fails says why.
+    def possible(self, wish: Wish) -> bool:
+        """Whether anything can be left away for a trial, as there is if it is known."""
 
-        Calls `begin` before it makes one that is not known yet.
+    def expect(self, wishes: Sequence[Wish]) -> None:
+        """Trials that may be asked for next, most likely first: some can be made ahead of the question."""
+
+    def made(self, wish: Wish, begin: Callable[[], None]) -> SearchTrial:
+        """A trial; one that fails says why.
+
+        Calls `begin` before it makes one that is not known yet, and not begun ahead.
         """
 
     def keep(self, trial: SearchTrial) -> None:
@@ -63,6 +76,7 @@ class Explorer:
     Attributes:
         maker: makes trials.
         encodings: names of the ways to store weights and data.
+        cuts: ways to leave away.
         goals: what is asked for; completed with the first figures, so that no trial is judged by less.
         effort: how much to try.
         progress: called with (what, done, total).
@@ -75,6 +89,7 @@ class Explorer:
     maker: Maker
     encodings: Sequence[str]
     goals: Goals
+    cuts: Sequence[Cut] = ("work",)
     effort: Effort = "normal"
     progress: Progress | None = None
     until: float = math.inf
@@ -85,11 +100,14 @@ class Explorer:
     def explore(self) -> None:
         """Make all trials that the search wants, as far as time allows."""
         try:
-            for encoding in self.encodings:
-                self.trial(1.0, encoding)
+            whole = [Wish(1.0, encoding) for encoding in self.encodings]
+            for at, wish in enumerate(whole):
+                self.maker.expect(whole[at:])
+                self.trial(wish)
             self._require_one()
-            for encoding in self._promising():
-                self._shrink(encoding)
+            lines = [_Line(encoding, cut) for encoding in self._promising() for cut in self.cuts]
+            for at in range(len(lines)):
+                self._shrink(lines[at:])
         except OutOfTime:
             self.untried = f"the time limit was over after {len(self.trials)} trials"
 
@@ -97,16 +115,16 @@ class Explorer:
         if all(each.figures is None for each in self.trials):
             raise OnnxSlimError(next(each.error for each in self.trials))
 
-    def trial(self, structure: float, encoding: str) -> SearchTrial:
-        """What comes of leaving so much of the work, stored in this way.
+    def trial(self, wish: Wish) -> SearchTrial:
+        """What comes of a wish.
 
         Raises:
             OutOfTime: there is no time to make it.
         """
         for known in self.trials:
-            if (known.structure, known.encoding) == (structure, encoding):
+            if known.wish == wish:
                 return known
-        trial = self.maker.made(structure, encoding, self._begin)
+        trial = self.maker.made(wish, self._begin)
         if trial.figures is not None:
             self.goals = self.goals.completed(trial.figures, self.maker.samples)
         best = self.eligible()[:1]
@@ -135,13 +153,14 @@ class Explorer:
     def milder(self, trial: SearchTrial) -> SearchTrial | None:
         """The same with somewhat more left; None where nothing is left away."""
         share = round(min(trial.structure * MILDER, 1.0), 3)
-        return None if trial.structure >= 1 else self.trial(share, trial.encoding)
+        return None if trial.structure >= 1 else self.trial(trial.wish._replace(structure=share))
 
     def _tell(self, trial: SearchTrial) -> None:
         if self.on_trial:
             self.on_trial(trial)
         if self.progress:
-            total = len(self.encodings) + WIDTH[self.effort] * math.ceil(math.log2(len(SHARES) + 1))
+            each = len(self.cuts) * math.ceil(math.log2(len(SHARES) + 1))
+            total = len(self.encodings) + WIDTH[self.effort] * each
             self.progress("trials", len(self.trials), max(total, len(self.trials)))
 
     def meets(self, trial: SearchTrial) -> bool:
@@ -180,30 +199,65 @@ class Explorer:
     def _lost(self, trial: SearchTrial) -> bool:
         return trial.figures is None or bool(self.goals.lost(trial.figures))
 
-    def _shrink(self, encoding: str) -> None:
-        """Leave as much as budgets allow, or as little as still keeps enough."""
-        if not self.maker.possible or not self._worthwhile(encoding):
+    def _shrink(self, lines: Sequence[_Line]) -> None:
+        """Leave as much as budgets allow, or as little as still keeps enough, in the first of some ways."""
+        worth = [line for line in lines if self._worthwhile(line.encoding)]
+        if worth[:1] != list(lines[:1]):
             return
-        if self.goals.budgets:
-            fewest(lambda step: self._fits(SHARES[step - 1], encoding), len(SHARES))
-        else:
-            mildest = len(SHARES)
-            fewest(lambda back: self._keeps(SHARES[mildest - back], encoding), mildest)
+        first = worth[0]
+        if not self.maker.possible(self._wish(first, next(ahead(len(SHARES), {})))):
+            return
+        known: dict[int, bool] = {}
+
+        def enough(step: int) -> bool:
+            steps = itertools.islice(ahead(len(SHARES), known), AHEAD)
+            others = itertools.product(worth[1:], itertools.islice(ahead(len(SHARES), {}), AHEAD))
+            every = [*((first, each) for each in steps), *others]
+            self.maker.expect([self._wish(line, each) for line, each in every])
+            trial = self.trial(self._wish(first, step))
+            known[step] = self._fits(trial) if self.goals.budgets else not self._lost(trial)
+            return known[step]
+
+        fewest(enough, len(SHARES))
+
+    def _wish(self, line: _Line, step: int) -> Wish:
+        """Less is left the more steps within budgets; without, more."""
+        share = SHARES[step - 1] if self.goals.budgets else SHARES[len(SHARES) - step]
+        return Wish(share, line.encoding, line.cut)
 
     def _worthwhile(self, encoding: str) -> bool:
         """Whether a way to store may win, although all by itself it is slower than the best so far."""
         best = next(iter(self.eligible()), None)
         if self.goals.budgets or best is None:
             return True
-        own, other = (_latency(self.trial(1.0, name)) for name in (encoding, best.encoding))
+        own, other = (_latency(self.trial(Wish(1.0, name))) for name in (encoding, best.encoding))
         return own <= LEEWAY[self.effort] * other
 
-    def _fits(self, share: float, encoding: str) -> bool:
-        figures = self.trial(share, encoding).figures
-        return figures is not None and not self.goals.over(figures)
+    def _fits(self, trial: SearchTrial) -> bool:
+        return trial.figures is not None and not self.goals.over(trial.figures)
 
-    def _keeps(self, share: float, encoding: str) -> bool:
-        return not self._lost(self.trial(share, encoding))
+
+def ahead(most: int, known: Mapping[int, bool]) -> Iterator[int]:
+    """Numbers that `fewest` may ask for: the next one, those after either answer, and so on.
+
+    Args:
+        most: the largest.
+        known: what has been answered.
+    """
+    line = deque([known])
+    while line:
+        answers = line.popleft()
+        asked: list[int] = []
+
+        def answer(number: int, answers: Mapping[int, bool] = answers, asked: list[int] = asked) -> bool:
+            if number not in answers:
+                asked.append(number)
+            return answers.get(number, False)
+
+        fewest(answer, most)
+        if asked:
+            yield asked[0]
+            line += ({**answers, asked[0]: True}, {**answers, asked[0]: False})
 
 
 def _latency(trial: SearchTrial) -> float:

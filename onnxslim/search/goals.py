@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 
 from onnxslim.errors import UsageError
 from onnxslim.formats import percent
@@ -74,6 +75,9 @@ class Goals:
     macs: float | None = None
 
     def __post_init__(self) -> None:
+        for name, value in self.given.items():
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise UsageError(f"the goal {name}={value!r} is not a number")
         for name in BUDGETS:
             limit = getattr(self, name)
             if limit is not None and not 0 < limit <= 1:

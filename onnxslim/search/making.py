@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.samples import Subset
-from onnxslim.engine.base import Effort
-from onnxslim.errors import OnnxSlimError
-from onnxslim.formats import figure
+from onnxslim.engine.base import Context
+from onnxslim.engine.pipeline import Pipeline
+from onnxslim.errors import OnnxSlimError, UsageError
 from onnxslim.ir.download import download
 from onnxslim.ir.model import Model
+from onnxslim.passes.distill import Distill
 from onnxslim.passes.slim import Slim
 from onnxslim.recipes.recipe import Outcome, Recipe
 from onnxslim.runtime.metric import Metric, measure
 from onnxslim.runtime.targets import Target
-from onnxslim.search.chains import Chain, Structures
-from onnxslim.search.goals import TrialFigures
-from onnxslim.search.trials import Ledger, SearchTrial
+from onnxslim.search.chains import Moves, Structures, encodings
+from onnxslim.search.goals import Goals, TrialFigures
+from onnxslim.search.place import Workplace
+from onnxslim.search.trials import SearchTrial, Wish, filed
 from onnxslim.shapes import cost
 
 # Seconds to time one trial.
 TIMED = 1.0
+
+
+@dataclass(frozen=True)
+class TrialMade:
+    """A trial that was made.
+
+    Attributes:
+        trial: what came of it.
+        recipe: that it was made by, its plans in it; None if there was none to be had.
+        outcome: what that gave, where it is at hand; None if it failed.
+    """
+
+    trial: SearchTrial
+    recipe: Recipe | None
+    outcome: Outcome | None = None
 
 
 class TrialBench:
@@ -51,6 +71,22 @@ class TrialBench:
         self.samples = self._judge.seen
         # A metric that fails is told before any trial.
         self._before = None if self._metric is None else measure(self._metric, original, target)
+
+    def require_measurable(self, goals: Goals) -> None:
+        """Refuse goals in what cannot be measured here.
+
+        Raises:
+            UsageError: names the goal, and why.
+        """
+        if goals.latency is not None and self._judge.untimed:
+            raise UsageError(f"the goal latency needs times: {self._judge.untimed}")
+        if goals.macs is not None and not self._footprint[2]:
+            raise UsageError("the goal macs needs multiply-accumulates, and none are known of this model")
+        decides = self._metric is not None or self._judge.decides
+        if goals.max_drop is not None and not decides:
+            raise UsageError(
+                "the goal max_drop needs a metric or labels, as no output has shape (batch, classes)"
+            )
 
     @cached_property
     def _footprint(self) -> tuple[int, int, int | None]:
@@ -83,83 +119,56 @@ def _footprint(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int
     return model.stats().bytes, download(model).deflate, cost.macs(model, dict(shapes))
 
 
-class Workshop:
-    """Makes trials, as far as they are not known, and keeps one of the models that come of it.
+class Workbench:
+    """Makes trials of one search and measures them, in whichever process.
 
     Args:
-        make: a recipe out of passes.
-        run: runs it on the original.
-        bench: measures what came of it, on samples to choose by.
-        structures: what can be left away.
-        encodings: ways to store weights and data, by name.
-        ledger: where trials are kept.
-        effort: that passes take.
+        place: what they have in common.
+        moves: what could be left away, where somebody has found that out; found when it is first needed.
+
+    Attributes:
+        figures: measures what came of trials, on samples to choose by.
+
+    Raises:
+        UsageError: the metric fails.
     """
 
-    def __init__(
-        self,
-        make: Callable[[Chain], Recipe],
-        run: Callable[[Recipe], Outcome],
-        bench: TrialBench,
-        structures: Structures,
-        encodings: Mapping[str, Chain],
-        ledger: Ledger,
-        effort: Effort,
-    ) -> None:
-        self._make, self._run, self._bench = make, run, bench
-        self._structures, self._encodings, self._ledger, self._effort = structures, encodings, ledger, effort
-        self._last: tuple[str, Outcome] | None = None
-        self._kept: tuple[str, Outcome] | None = None
+    def __init__(self, place: Workplace, moves: Moves | None = None) -> None:
+        self.place = place
+        self.figures = TrialBench(place.model, place.chooses, place.target, place.metric, place.sizes)
+        self._encodings = encodings(place.goals, place.target, place.effort)
+        self._moves = moves
 
-    @property
-    def possible(self) -> bool:
-        """Whether anything of the work can be left away."""
-        return self._structures.possible
+    @cached_property
+    def structures(self) -> Structures:
+        """What can be left away."""
+        place = self.place
+        slimmed = Pipeline(Slim(), count=False)(place.model, target=place.target).model
+        learning = (Distill(effort=place.effort),) if place.distill else ()
+        ctx = Context(place.target, place.samples, place.seed)
+        return Structures(slimmed, ctx, place.effort, learning, self._moves)
 
-    @property
-    def samples(self) -> int:
-        """That trials are measured on."""
-        return self._bench.samples
-
-    def made(self, structure: float, encoding: str, begin: Callable[[], None]) -> SearchTrial:
-        """See `onnxslim.search.explore.Maker`."""
-        key = self._ledger.key(structure, encoding, self._effort)
-        known = self._ledger.known(key)
-        if known is not None:
-            self._last = None
-            return known
-        begin()
-        trial = self._tried(key, structure, encoding)
-        self._ledger.add(trial)
-        return trial
-
-    def keep(self, trial: SearchTrial) -> None:
-        """See `onnxslim.search.explore.Maker`."""
-        self._kept = self._last
-
-    def outcome(self, trial: SearchTrial) -> Outcome:
-        """What a trial made; made again if it is not there any more."""
-        if self._kept is None or self._kept[0] != trial.key:
-            self._kept = trial.key, self._run(self._ledger.recipe(trial.key))
-        return self._kept[1]
-
-    def _tried(self, key: str, structure: float, encoding: str) -> SearchTrial:
+    def tried(self, key: str, wish: Wish) -> TrialMade:
+        """Make and measure a trial; one that fails says why."""
         start = time.perf_counter()
-        label, figures, error = _label(structure, encoding), None, ""
+        recipe, outcome, figures, error = None, None, None, ""
         try:
-            recipe = self._make((Slim(), *self._structures(structure), *self._encodings[encoding]))
-            outcome = self._run(self._ledger.prepare(key, recipe))
+            left = self.structures(wish.structure, wish.cut)
+            recipe = self.place.recipe((Slim(), *left, *self._encodings[wish.encoding]))
+            outcome = self._run(recipe)
             error = _idle(outcome)
             if not error:
-                figures = self._bench(outcome.model, time.perf_counter() - start)
-                self._last = key, outcome
+                figures = self.figures(outcome.model, time.perf_counter() - start)
         except OnnxSlimError as failed:
             error = str(failed)
-        return SearchTrial(key, label, structure, encoding, figures, error)
+        return TrialMade(wish.trial(key, figures, error), recipe, None if error else outcome)
 
-
-def _label(structure: float, encoding: str) -> str:
-    return encoding if structure >= 1 else f"{figure(structure, '.3g')} of the work, {encoding}"
+    def _run(self, recipe: Recipe) -> Outcome:
+        """Run a recipe; what a model says of how it was made depends on whether plans are files."""
+        if not self.place.kept:
+            return self.place.run(recipe)
+        with tempfile.TemporaryDirectory() as folder:
+            return self.place.run(filed(recipe, Path(folder)))
 
 
 def _idle(outcome: Outcome) -> str:

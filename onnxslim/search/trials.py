@@ -6,17 +6,21 @@ A folder for each, by a hash of all that its figures depend on:
           prune.json    plans that the recipe names
           trial.json    what it is called, and its figures
 
-Each file is written at once, `trial.json` last, so that a folder without one is a trial that did not end.
+A folder appears at once, with all that is in it: whatever ends a search, and however many work in one place,
+what lies there was made and measured together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import TypeAdapter
 from pydantic import ValidationError as Invalid
@@ -24,13 +28,39 @@ from pydantic import ValidationError as Invalid
 from onnxslim.engine.base import Pass
 from onnxslim.engine.plans import PassPlan
 from onnxslim.errors import SaveError, UsageError
-from onnxslim.formats import plain
+from onnxslim.formats import figure, plain
 from onnxslim.ir.files import write_text
 from onnxslim.recipes.recipe import Recipe
 from onnxslim.search.goals import TrialFigures
 
-VERSION = 1
+VERSION = 2
 TRIAL, RECIPE = "trial.json", "recipe.yaml"
+# What is left less of: multiply-accumulates, of channels and ranks; or time, of channels and branches.
+Cut: TypeAlias = Literal["work", "time"]
+
+
+class Wish(NamedTuple):
+    """What a trial is to try.
+
+    Attributes:
+        structure: share that is to be left; 1: nothing is left away.
+        encoding: how weights and data are stored.
+        cut: of what that is the share.
+    """
+
+    structure: float
+    encoding: str
+    cut: Cut = "work"
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        share = f"{figure(self.structure, '.3g')} of the {self.cut}, "
+        return f"{'' if self.structure >= 1 else share}{self.encoding}"
+
+    def trial(self, key: str, figures: TrialFigures | None, error: str = "") -> SearchTrial:
+        """What came of it."""
+        return SearchTrial(key, self.label, self.structure, self.encoding, figures, error, self.cut)
 
 
 @dataclass(frozen=True)
@@ -40,8 +70,7 @@ class SearchTrial:
     Attributes:
         key: hash of what its figures depend on.
         label: what was done, for people.
-        structure: share of the multiply-accumulates that pruning and factors were to leave; 1 without.
-        encoding: how weights and data are stored.
+        structure, encoding, cut: see `Wish`.
         figures: on samples to choose by; None if it failed.
         error: why it failed.
     """
@@ -52,6 +81,12 @@ class SearchTrial:
     encoding: str
     figures: TrialFigures | None = None
     error: str = ""
+    cut: Cut = "work"
+
+    @property
+    def wish(self) -> Wish:
+        """What it was to try."""
+        return Wish(self.structure, self.encoding, self.cut)
 
 
 _TRIAL: TypeAdapter[SearchTrial] = TypeAdapter(SearchTrial)
@@ -65,7 +100,7 @@ class Ledger:
         about: all that figures depend on besides the passes: the model, the data, the target, the machine.
 
     Raises:
-        SaveError: the folder cannot be made.
+        SaveError: the folder cannot be made, or written.
     """
 
     def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
@@ -73,7 +108,11 @@ class Ledger:
         self._known: dict[str, SearchTrial] = {}
         self._recipes: dict[str, Recipe] = {}
         if folder is not None:
-            _make(folder)
+            with _told(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = _unused(folder, "probe")
+                probe.mkdir()
+                probe.rmdir()
 
     def key(self, *intent: Any) -> str:
         """The hash of a trial that is to do this."""
@@ -84,43 +123,72 @@ class Ledger:
         """A trial that has been made, now or in an earlier search."""
         if key not in self._known and self._folder is not None:
             found = _read(self._folder / key / TRIAL)
-            if found is not None and found.key == key:
+            whole = found is not None and (found.figures is None or (self._folder / key / RECIPE).is_file())
+            if whole and found is not None and found.key == key:
                 self._known[key] = found
         return self._known.get(key)
 
-    def prepare(self, key: str, recipe: Recipe) -> Recipe:
-        """Keep how to make a trial; what to run, with its plans in files where there is a folder.
-
-        Raises:
-            SaveError: the folder cannot be written.
-        """
-        if self._folder is not None:
-            place = self._folder / key
-            _make(place)
-            recipe = replace(recipe, passes=tuple(_filed(recipe.passes, place)))
-            write_text(place / RECIPE, recipe.text(place.absolute()))
-        self._recipes[key] = recipe
-        return recipe
-
     def recipe(self, key: str) -> Recipe:
-        """How to make a trial again.
+        """How to make a trial again, with its plans in files where there is a folder.
 
         Raises:
             UsageError: what is kept of it cannot be read.
         """
-        if key in self._recipes or self._folder is None:
+        if self._folder is None:
             return self._recipes[key]
         return Recipe.load(self._folder / key / RECIPE, trust=True)
 
-    def add(self, trial: SearchTrial) -> None:
-        """Keep what came of one.
+    def add(self, trial: SearchTrial, recipe: Recipe | None = None, *, lasting: bool = True) -> None:
+        """Keep what came of one; where another search has kept it meanwhile, what that has.
+
+        Args:
+            trial: what came of it.
+            recipe: that it was made by; None if there was none to be had.
+            lasting: for later searches, too.
 
         Raises:
             SaveError: the folder cannot be written.
         """
-        self._known[trial.key] = trial
+        if recipe is not None:
+            self._recipes[trial.key] = recipe
+        if lasting and self._folder is not None and self.known(trial.key) is None:
+            with _told(self._folder):
+                self._put(trial, recipe)
+        if self.known(trial.key) is None:
+            self._known[trial.key] = trial
+
+    def drop(self, key: str) -> None:
+        """Forget a trial that cannot be made again, so that it is made anew."""
+        self._known.pop(key, None)
         if self._folder is not None:
-            write_text(self._folder / trial.key / TRIAL, json.dumps(plain(trial), indent=1))
+            shutil.rmtree(self._folder / key, ignore_errors=True)
+
+    def _put(self, trial: SearchTrial, recipe: Recipe | None) -> None:
+        """Write a folder aside, and then put it where it belongs."""
+        assert self._folder is not None
+        aside, place = _unused(self._folder, trial.key), self._folder / trial.key
+        aside.mkdir()
+        try:
+            if recipe is not None:
+                write_text(aside / RECIPE, filed(recipe, aside).text(aside.absolute()))
+            write_text(aside / TRIAL, json.dumps(plain(trial), indent=1))
+            if self.known(trial.key) is None:  # what lies there is broken
+                shutil.rmtree(place, ignore_errors=True)
+            aside.rename(place)
+        except OSError:
+            if self.known(trial.key) is None:
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def filed(recipe: Recipe, folder: Path) -> Recipe:
+    """A recipe whose plans are files in a folder, which are written.
+
+    Raises:
+        SaveError: they cannot be.
+    """
+    return replace(recipe, passes=tuple(_filed(recipe.passes, folder)))
 
 
 def trials_in(folder: Path) -> list[SearchTrial]:
@@ -129,15 +197,21 @@ def trials_in(folder: Path) -> list[SearchTrial]:
     Raises:
         UsageError: there are none.
     """
-    found = [trial for path in sorted(folder.glob(f"*/{TRIAL}")) if (trial := _read(path)) is not None]
+    read = [(path, _read(path)) for path in sorted(folder.glob(f"*/{TRIAL}"))]
+    found = [trial for path, trial in read if trial is not None and trial.key == path.parent.name]
     if not found:
         raise UsageError(f"there are no trials in '{folder}': give the folder that --work names")
     return sorted(found, key=lambda trial: (-trial.structure, trial.label, trial.key))
 
 
-def _make(folder: Path) -> None:
+def _unused(folder: Path, name: str) -> Path:
+    return folder / f".{name}-{uuid.uuid4().hex}"
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise SaveError(f"cannot keep trials in '{folder}': {error.strerror or error}") from error
 

@@ -29,7 +29,7 @@ def test_what_is_left_of_the_work_is_what_was_asked_for(share: float) -> None:
     net = parse(NET, normals(w=(32, 64), v=(64, 64), u=(64, 8)))
     learning = (Distill(steps=3),)
     structures = Structures(net, Context(data=Samples(DATA, net)), "quick", learning)
-    assert structures.possible
+    assert any(structures.moves)
     assert structures(1.0) == ()
     chain = structures(share)
     assert structures(share) is chain
@@ -43,7 +43,7 @@ def test_what_is_left_of_the_work_is_what_was_asked_for(share: float) -> None:
 
 def test_where_nothing_can_go_nothing_is_proposed() -> None:
     net = parse("g (float[N,32] x) => (float[N,32] y) { y = Relu(x) }")
-    assert not Structures(net, Context(data=Samples(DATA, net)), "quick").possible
+    assert not any(Structures(net, Context(data=Samples(DATA, net)), "quick").moves)
 
 
 def test_codes_and_integer_weights_are_tried_where_bytes_count() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from onnxslim.search.chains import SHARES
 from onnxslim.search.explore import Explorer
 from onnxslim.search.fronts import front
 from onnxslim.search.goals import Goals, TrialFigures
-from onnxslim.search.trials import SearchTrial
+from onnxslim.search.trials import SearchTrial, Wish
 
 # Time and bytes of what is stored in this way, all of the work left.
 WAYS: Mapping[str, tuple[float, float]] = {"float": (1.0, 1.0), "int8": (0.5, 0.27), "slow": (1.4, 0.2)}
@@ -34,20 +34,26 @@ class World:
     Attributes:
         sqnr: of a structure and a way to store.
         failing: ways that cannot be made.
-        possible: whether anything can be left away.
+        leaves: whether anything can be left away.
         samples: that figures are of.
         log: trials that were made, in order.
         kept: the one whose model is kept.
+        expected: what was told ahead, each time.
     """
 
     sqnr: Callable[[float, str], float] = falling
     failing: tuple[str, ...] = ()
-    possible: bool = True
+    leaves: bool = True
     samples: int = 32
     log: list[tuple[float, str]] = field(default_factory=list)
     kept: SearchTrial | None = None
+    expected: list[list[Wish]] = field(default_factory=list)
 
-    def made(self, structure: float, encoding: str, begin: Callable[[], None]) -> SearchTrial:
+    def expect(self, wishes: Sequence[Wish]) -> None:
+        self.expected.append(list(wishes))
+
+    def made(self, wish: Wish, begin: Callable[[], None]) -> SearchTrial:
+        structure, encoding, _ = wish
         begin()
         self.log.append((structure, encoding))
         name = f"{structure} {encoding}"
@@ -57,6 +63,9 @@ class World:
         sqnr = self.sqnr(structure, encoding)
         figures = TrialFigures(sqnr, None, None, seconds, size, 0.9 * size, structure, 0.0)
         return SearchTrial(name, name, structure, encoding, figures)
+
+    def possible(self, wish: Wish) -> bool:
+        return self.leaves
 
     def keep(self, trial: SearchTrial) -> None:
         self.kept = trial
@@ -119,7 +128,7 @@ def test_a_way_that_cannot_be_had_is_a_trial_with_its_reason() -> None:
 
 
 def test_where_nothing_can_be_left_away_only_ways_to_store_are_tried() -> None:
-    world = World(possible=False)
+    world = World(leaves=False)
     assert world.search(Goals(require_sqnr=20.0)).eligible()[0].label == "1.0 int8"
     assert len(world.log) == len(WAYS)
 

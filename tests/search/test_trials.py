@@ -24,8 +24,7 @@ def test_what_is_kept_is_read_back_by_another_search(tmp_path: Path) -> None:
     first = Ledger(tmp_path / "new" / "work", {"model": "a"})
     failed = SearchTrial("f" * 32, "other", 1.0, "half", None, "it cannot be had")
     for trial in (TRIAL_MADE, failed):
-        first.prepare(trial.key, Recipe(passes=(Slim(), Prune(plan=PLAN))))
-        first.add(trial)
+        first.add(trial, Recipe(passes=(Slim(), Prune(plan=PLAN))))
     second = Ledger(tmp_path / "new" / "work", {"model": "a"})
     assert second.known(TRIAL_MADE.key) == TRIAL_MADE
     assert second.known(failed.key) == failed
@@ -39,8 +38,7 @@ def test_what_is_kept_is_read_back_by_another_search(tmp_path: Path) -> None:
 def test_in_memory_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ledger = Ledger(None, {})
-    ledger.prepare("a", Recipe(passes=(Slim(),)))
-    ledger.add(SearchTrial("a", "", 1.0, "float"))
+    ledger.add(SearchTrial("a", "", 1.0, "float"), Recipe(passes=(Slim(),)))
     assert ledger.known("a") is not None
     assert ledger.recipe("a").passes == (Slim(),)
     assert list(tmp_path.iterdir()) == []
@@ -48,8 +46,7 @@ def test_in_memory_nothing_is_written(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_others_may_read_what_they_may_read_of_other_files(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, {})
-    ledger.prepare(TRIAL_MADE.key, Recipe(passes=(Slim(), Prune(plan=PLAN))))
-    ledger.add(TRIAL_MADE)
+    ledger.add(TRIAL_MADE, Recipe(passes=(Slim(), Prune(plan=PLAN))))
     (tmp_path / "other").write_text("")
     expected = (tmp_path / "other").stat().st_mode
     found = sorted((tmp_path / TRIAL_MADE.key).iterdir())
@@ -73,11 +70,10 @@ def test_keys_tell_all_that_figures_depend_on() -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 3}', json.dumps({"key": "other", "label": ""})])
 def test_a_trial_that_did_not_end_is_none(tmp_path: Path, content: str) -> None:
     ledger = Ledger(tmp_path, {})
-    ledger.prepare(TRIAL_MADE.key, Recipe(passes=(Slim(),)))
-    assert (tmp_path / TRIAL_MADE.key / RECIPE).is_file()
+    (tmp_path / TRIAL_MADE.key).mkdir()
     (tmp_path / TRIAL_MADE.key / TRIAL).write_text(content)
     assert ledger.known(TRIAL_MADE.key) is None
-    ledger.add(TRIAL_MADE)
+    ledger.add(TRIAL_MADE, Recipe(passes=(Slim(),)))
     assert Ledger(tmp_path, {}).known(TRIAL_MADE.key) == TRIAL_MADE
     assert sorted(path.name for path in (tmp_path / TRIAL_MADE.key).iterdir()) == [RECIPE, TRIAL]
 
