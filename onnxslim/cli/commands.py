@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,37 +9,28 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from onnxslim import passes
-from onnxslim.cli import searching, terminal
-from onnxslim.cli.parsing import Commands, GroupedCommand, PassCommand, RunCommand, SlimCommand
+from onnxslim.cli import judging, searching, terminal
+from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
 from onnxslim.cli.running import (
-    named_metric,
     process,
-    require_reports,
-    require_sheet,
     require_writable,
-    tell_data,
-    warn_of_made_up_inputs,
 )
 from onnxslim.cli.words import (
-    CustomOps,
     DataWords,
     Debug,
     EpLibrary,
     InputShapes,
     Json,
-    MetricName,
     ModelWords,
     Quiet,
-    Reports,
     SavePlan,
     expanded,
-    limits,
     plug,
 )
 from onnxslim.errors import UsageError
 
 if TYPE_CHECKING:
-    from onnxslim.validation.verdict import Verdict
+    pass
 
 app = typer.Typer(
     cls=Commands,
@@ -348,169 +338,7 @@ def _run(
 searching.register(app)
 
 
-@app.command("validate", cls=GroupedCommand)
-@expanded
-def _validate(
-    data: DataWords,
-    first: Annotated[
-        Path | None, typer.Argument(metavar="A", readable=False, help="the original", show_default=False)
-    ] = None,
-    second: Annotated[
-        Path | None,
-        typer.Argument(metavar="B", readable=False, help="what was made of it", show_default=False),
-    ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.check.json",
-            readable=False,
-            help="instead of A and B: run a model that was made elsewhere on the target it was made for, "
-            "with the check that was left beside it",
-        ),
-    ] = None,
-    provider: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="where to run: cpu, cuda, …; may be repeated [default: all there are]"
-        ),
-    ] = None,
-    require: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="fail unless met; as --check of `run`")
-    ] = None,
-    report: Reports = None,
-    rounds: Annotated[int, typer.Option(min=0, help="calls to time; 0 measures no latency")] = 30,
-    threads: Annotated[
-        int, typer.Option(min=0, help="threads per operator; 0 leaves it to ONNX Runtime")
-    ] = 0,
-    metric: MetricName = None,
-    input_shapes: InputShapes = None,
-    ep_library: EpLibrary = None,
-    custom_ops: CustomOps = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Run two models side by side.
-
-    Compares outputs, accuracy, latency and size, on every execution provider.
-    """
-    from onnxslim.validation import later
-
-    plug(ep_library)
-    required = limits(require)
-    if resume is not None:
-        if first or data.settings() or report or metric or input_shapes:
-            raise UsageError("--resume takes no models, data, report, metric or sizes: the check has them")
-        found, limited = _resume(resume, provider or (), threads, custom_ops or (), quiet)
-        if json:
-            terminal.show_json(found)
-        else:
-            terminal.show(found, quiet)
-        later.require(found, {**limited, **required})
-        return
-    if first is None or second is None:
-        raise UsageError("give two models, or --resume and a check")
-    require_reports(report, {path.resolve(): "a model" for path in (first, second)})
-    require_sheet(data)
-    from onnxslim.ir.model import load
-    from onnxslim.runtime.profile import available
-    from onnxslim.runtime.targets import Target
-    from onnxslim.shapes.given import by_name
-    from onnxslim.validation.compare import validate
-
-    sizes = by_name(input_shapes or ())
-    model, result = load(first), load(second)
-    source = data.source()
-    opened = source.read(model) if source else None
-    tell_data(opened, data, quiet)
-    known = [Target.named(name) for name in provider] if provider else available()
-    targets = [target.with_threads(threads).with_libraries(custom_ops or ()) for target in known]
-    with terminal.progress(quiet) as progress:
-        verdict = validate(
-            model,
-            result,
-            opened.data if opened else None,
-            targets,
-            labels=opened.labels if opened else None,
-            metric=named_metric(metric),
-            rounds=rounds,
-            progress=progress,
-            input_shapes=sizes,
-        )
-    warn_of_made_up_inputs(verdict)
-    if json:
-        terminal.show_json(verdict)
-    else:
-        terminal.show(verdict, quiet)
-    if report:
-        from onnxslim.engine.pipeline import Report
-        from onnxslim.report import html
-
-        feeds = opened.data if opened else None
-        told = html.document(model, result, Report(), verdict, limits=required, data=feeds)
-        for path in report:
-            told.save(path)
-    verdict.require(**required)
-
-
-def _resume(
-    check: Path, provider: Sequence[str], threads: int, libraries: Sequence[str], quiet: bool
-) -> tuple[Verdict, Mapping[str, float]]:
-    """Run what a check is for; returns what was found, and what the check asks for."""
-    from onnxslim.runtime.targets import Target
-    from onnxslim.validation import later
-
-    if len(provider) > 1:
-        raise UsageError("--resume runs a model on one target")
-    asked = later.read(check)
-    target = Target.named(provider[0] if provider else asked.target)
-    placed = target.with_threads(threads).with_libraries(libraries)
-    with terminal.progress(quiet) as progress:
-        return later.resume(check, placed, progress=progress), asked.limits
-
-
-@app.command("verify", cls=GroupedCommand)
-@expanded
-def _verify(
-    data: DataWords,
-    model: Annotated[Path, typer.Argument(metavar="MODEL", readable=False, help="what was made")],
-    original: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", readable=False, help="what it was made of, to compare with"),
-    ] = None,
-    provider: Annotated[str, typer.Option(metavar="NAME", help="where to run both")] = "cpu",
-    ep_library: EpLibrary = None,
-    custom_ops: CustomOps = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Check what a model says of how it was made, and of what was measured then.
-
-    Commands and recipes write it into what they change. With --original and --data, outputs are measured
-    again.
-    """
-    from onnxslim.ir.model import load
-    from onnxslim.report import text
-    from onnxslim.runtime.targets import Target
-    from onnxslim.validation import certificate
-
-    plug(ep_library)
-    require_sheet(data)
-    made, source = load(model), data.source()
-    if source is not None and original is None:
-        raise UsageError("--data says nothing without --original")
-    opened = source.read(made) if source else None
-    tell_data(opened, data, quiet)
-    target = Target.named(provider).with_libraries(custom_ops or ())
-    told = certificate.Certificate.read(made)
-    before = None if original is None else load(original)
-    found = certificate.verify(made, before, opened.data if opened else None, target)
-    if json:
-        terminal.show_json({"certificate": told, "findings": found})
-    elif not quiet:
-        text.show_findings(terminal.console(), told, found)
-    certificate.require(found)
+judging.register(app)
 
 
 @app.command("providers")

@@ -1,0 +1,211 @@
+"""The commands that judge: two models side by side, and what a model says of how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from onnxslim.cli import terminal
+from onnxslim.cli.parsing import GroupedCommand
+from onnxslim.cli.running import (
+    named_metric,
+    require_reports,
+    require_sheet,
+    tell_data,
+    warn_of_made_up_inputs,
+)
+from onnxslim.cli.words import (
+    CustomOps,
+    DataWords,
+    Debug,
+    EpLibrary,
+    InputShapes,
+    Json,
+    MetricName,
+    Quiet,
+    Reports,
+    expanded,
+    limits,
+    plug,
+)
+from onnxslim.errors import UsageError
+
+if TYPE_CHECKING:
+    from onnxslim.runtime.targets import Target
+    from onnxslim.validation.verdict import Verdict
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("validate", cls=GroupedCommand)(_validate)
+    app.command("verify", cls=GroupedCommand)(_verify)
+
+
+@expanded
+def _validate(
+    data: DataWords,
+    first: Annotated[
+        Path | None, typer.Argument(metavar="A", readable=False, help="the original", show_default=False)
+    ] = None,
+    second: Annotated[
+        Path | None,
+        typer.Argument(metavar="B", readable=False, help="what was made of it", show_default=False),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.check.json",
+            readable=False,
+            help="instead of A and B: run a model that was made elsewhere on the target it was made for, "
+            "with the check that was left beside it",
+        ),
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="where to run: cpu, cuda, …; may be repeated [default: all there are]"
+        ),
+    ] = None,
+    require: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="fail unless met; as --check of `run`")
+    ] = None,
+    report: Reports = None,
+    rounds: Annotated[int, typer.Option(min=0, help="calls to time; 0 measures no latency")] = 30,
+    threads: Annotated[
+        int, typer.Option(min=0, help="threads per operator; 0 leaves it to ONNX Runtime")
+    ] = 0,
+    metric: MetricName = None,
+    input_shapes: InputShapes = None,
+    ep_library: EpLibrary = None,
+    custom_ops: CustomOps = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run two models side by side.
+
+    Compares outputs, accuracy, latency and size, on every execution provider.
+    """
+    from onnxslim.validation import later
+
+    plug(ep_library)
+    required, libraries = limits(require), custom_ops or ()
+    if resume is not None:
+        if first or data.settings() or report or metric or input_shapes:
+            raise UsageError("--resume takes no models, data, report, metric or sizes: the check has them")
+        verdict, asked = _resume(resume, provider or (), threads, libraries, quiet)
+        _tell(verdict, json, quiet)
+        later.require(verdict, {**asked, **required})
+        return
+    if first is None or second is None:
+        raise UsageError("give two models, or --resume and a check")
+    require_reports(report, {path.resolve(): "a model" for path in (first, second)})
+    require_sheet(data)
+    from onnxslim.ir.model import load
+    from onnxslim.shapes.given import by_name
+    from onnxslim.validation.compare import validate
+
+    model, result = load(first), load(second)
+    source = data.source()
+    opened = source.read(model) if source else None
+    tell_data(opened, data, quiet)
+    feeds, labels = (opened.data, opened.labels) if opened else (None, None)
+    targets, sizes = _targets(provider or (), threads, libraries), by_name(input_shapes or ())
+    with terminal.progress(quiet) as progress:
+        verdict = validate(
+            model,
+            result,
+            feeds,
+            targets,
+            labels=labels,
+            metric=named_metric(metric),
+            rounds=rounds,
+            progress=progress,
+            input_shapes=sizes,
+        )
+    warn_of_made_up_inputs(verdict)
+    _tell(verdict, json, quiet)
+    if report:
+        from onnxslim.engine.pipeline import Report
+        from onnxslim.report import html
+
+        told = html.document(model, result, Report(), verdict, limits=required, data=feeds)
+        for path in report:
+            told.save(path)
+    verdict.require(**required)
+
+
+def _targets(provider: Sequence[str], threads: int, libraries: Sequence[str]) -> list[Target]:
+    """Where to run: what was named, or all there is."""
+    from onnxslim.runtime.profile import available
+    from onnxslim.runtime.targets import Target
+
+    known = [Target.named(name) for name in provider] if provider else available()
+    return [each.with_threads(threads).with_libraries(libraries) for each in known]
+
+
+def _tell(verdict: Verdict, json: bool, quiet: bool) -> None:
+    if json:
+        terminal.show_json(verdict)
+    else:
+        terminal.show(verdict, quiet)
+
+
+def _resume(
+    check: Path, provider: Sequence[str], threads: int, libraries: Sequence[str], quiet: bool
+) -> tuple[Verdict, Mapping[str, float]]:
+    """Run what a check is for; returns what was found, and what the check asks for."""
+    from onnxslim.validation import later
+
+    if len(provider) > 1:
+        raise UsageError("--resume runs a model on one target")
+    asked = later.read(check)
+    (target,) = _targets(provider or (asked.target,), threads, libraries)
+    with terminal.progress(quiet) as progress:
+        return later.resume(check, target, progress=progress), asked.limits
+
+
+@expanded
+def _verify(
+    data: DataWords,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", readable=False, help="what was made")],
+    original: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", readable=False, help="what it was made of, to compare with"),
+    ] = None,
+    provider: Annotated[str, typer.Option(metavar="NAME", help="where to run both")] = "cpu",
+    ep_library: EpLibrary = None,
+    custom_ops: CustomOps = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check what a model says of how it was made, and of what was measured then.
+
+    Commands and recipes write it into what they change. With --original and --data, outputs are measured
+    again.
+    """
+    from onnxslim.ir.model import load
+    from onnxslim.report import text
+    from onnxslim.runtime.targets import Target
+    from onnxslim.validation import certificate
+
+    plug(ep_library)
+    require_sheet(data)
+    made, source = load(model), data.source()
+    if source is not None and original is None:
+        raise UsageError("--data says nothing without --original")
+    opened = source.read(made) if source else None
+    tell_data(opened, data, quiet)
+    target = Target.named(provider).with_libraries(custom_ops or ())
+    told = certificate.Certificate.read(made)
+    before = None if original is None else load(original)
+    found = certificate.verify(made, before, opened.data if opened else None, target)
+    if json:
+        terminal.show_json({"certificate": told, "findings": found})
+    elif not quiet:
+        text.show_findings(terminal.console(), told, found)
+    certificate.require(found)
