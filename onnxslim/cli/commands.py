@@ -168,57 +168,6 @@ def _inspect(
         terminal.log(f"model info written to {written}")
 
 
-@app.command("diff")
-def _diff(
-    first: Annotated[Path, typer.Argument(metavar="A", readable=False, help="a model")],
-    second: Annotated[
-        Path, typer.Argument(metavar="B", readable=False, help="what became of it, or another")
-    ],
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="save a page that draws what changed")
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.json",
-            readable=False,
-            help="report of the run that made B: tells which pass did what "
-            "[default: what B says of itself, which tells that of one pass alone]",
-        ),
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Show how the graphs of two models differ.
-
-    Nodes are matched by what they are connected to, whatever they and their constants are called.
-    """
-    from onnxslim.report.diff import PassDeeds, diff
-    from onnxslim.report.text import lines
-
-    known = None if report is None else PassDeeds.read(report)
-    if html is not None:
-        _require_page(html, (first, second))
-        from onnxslim.report.html import difference_page
-
-        page = difference_page(first, second, known)
-        page.save(html)
-        found = page.difference
-    else:
-        found = diff(first, second, known)
-    if json:
-        terminal.show_json(found)
-    elif not quiet and found is not None:
-        lines(terminal.console(), found.lines())
-
-
-def _require_page(path: Path, models: Sequence[Path]) -> None:
-    if path.suffix != ".html":
-        raise UsageError(f"'{path}': the page is a file in .html")
-    require_reports([path], {model.resolve(): "a model" for model in models})
-
-
 @app.command("prune", cls=PassCommand)
 @expanded
 def _prune(
