@@ -17,10 +17,10 @@ from onnxslim.calibration.stream import Progress
 from onnxslim.errors import TimeUp, UsageError
 from onnxslim.ir.graph import Array, Node
 from onnxslim.learn.checkpoint import Checkpoint
-from onnxslim.learn.door import Device, Tensor, to_numpy, to_torch, torch
+from onnxslim.learn.door import Device, Tensor, UnknownError, to_numpy, to_torch, torch
 from onnxslim.learn.examples import Examples, Lesson
 from onnxslim.learn.losses import Aim, loss_of
-from onnxslim.learn.net import Net
+from onnxslim.learn.net import Net, refusal
 from onnxslim.learn.optimizer import RelativeAdam
 from onnxslim.learn.portions import Portions, limit
 from onnxslim.learn.processes import Processes, together
@@ -308,7 +308,7 @@ class _Fitting:
                 loss = self._loss(part)
                 share = part.samples / samples
                 if loss.requires_grad:
-                    (loss if share == 1.0 else loss * share).backward()
+                    self._back(loss if share == 1.0 else loss * share)
                 total += float(loss.detach()) * share
         total, late = self._processes.sums([total, float(bool(self._late))], self._net.parameters)
         if self._idle is None:
@@ -316,6 +316,13 @@ class _Fitting:
         if late:
             raise TimeUp(self._late or "the time of another process was up")
         return total
+
+    @staticmethod
+    def _back(loss: Tensor) -> None:
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            raise UnknownError(f"no gradients: {refusal(error)}") from error
 
     def _shares(self, lessons: Iterable[Lesson]) -> Iterator[Lesson]:
         """What this process computes of them."""

@@ -12,6 +12,14 @@ from onnxslim.learn.door import DType, Tensor, UnknownError, to_torch, torch, to
 from onnxslim.learn.rows import Call, Forward, row_of
 
 Values = dict[int, Tensor]
+# What PyTorch, and Python on what it is given, raise for tensors that do not go together.
+REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, ArithmeticError, AssertionError)
+
+
+def refusal(error: Exception) -> str:
+    """Why PyTorch does not compute something, in its own words."""
+    told = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"PyTorch does not compute it: {told or type(error).__name__}"
 
 
 @dataclass(frozen=True)
@@ -142,8 +150,9 @@ class Net:
         read = [values[each] if each else None for each in step.reads]
         try:
             made = step.run(step.call, *read)
-        except UnknownError as error:
-            raise UnknownError(f"node '{step.call.node.label}' ({step.call.node.op}): {error}") from error
+        except (UnknownError, *REFUSALS) as error:
+            node, why = step.call.node, error if isinstance(error, UnknownError) else refusal(error)
+            raise UnknownError(f"node '{node.label}' ({node.op}): {why}") from error
         made = made if isinstance(made, list) else [made]
         self._note(step, read, made)
         return ((key, each) for key, each in zip(step.makes, made, strict=False) if key)

@@ -147,9 +147,9 @@ def _seen(net: Net, model: Model, feeds: Mapping[str, Array], ctx: Context) -> d
     Raises:
         UnknownError: it is something else.
     """
-    found = computed(net, feeds)
     names = [each.name for each in model.graph.outputs]
-    expected = Taps(model, names, ctx.target)(0, feeds)
+    expected = Taps(model, names, ctx.target)(0, feeds)  # first: what it refuses is no matter of PyTorch
+    found = computed(net, feeds)
     for name in names:
         if expected[name].shape != found[name].shape or sqnr(expected[name], found[name]) < SAME:
             raise UnknownError(f"PyTorch computes something else for output '{name}' than ONNX Runtime")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -515,3 +516,28 @@ def test_copies_are_learnt_from_and_not_judged_by(tmp_path: Path) -> None:
 def test_copies_of_what_is_no_image_are_refused(teacher: Path) -> None:
     with pytest.raises(UsageError, match=r"pass 'distill': augment is for images.*'x' has 2 axes"):
         distilled(Distill(steps=1, augment=("noise",)), worse(net()), teacher)
+
+
+@trained
+def test_what_pytorch_refuses_is_told_with_its_reason(tmp_path: Path) -> None:
+    text = """g (float[N,1,1,16] x) => (float[N,4] y)
+    { [empty] p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(x)
+      s = ReduceSum<keepdims=0>(p, axes) y = Add(s, w) }"""
+    original = parse(text, {"axes": np.array([2, 3]), "w": normal(1, 4)})
+    original.save(tmp_path / "teacher.onnx")
+    student = replaced(original, w=normal(1, 4, seed=1))
+    result = distilled(Distill(steps=1), student, tmp_path / "teacher.onnx", normal(128, 1, 1, 16))
+    told = r"node 'empty' \(MaxPool\): PyTorch does not compute it: Given input size: \(1x1x16\)"
+    assert re.search(told, result.report.steps[0].outcome)
+
+
+@trained
+def test_what_onnx_runtime_refuses_is_told_with_its_reason(teacher: Path) -> None:
+    text = "g (float[N,8] x) => (float[N,4] y) { s = Reshape(x, odd) h = MatMul(s, w) y = MatMul(h, v) }"
+    shape, w, v = np.array([-1, 7]), normal(7, 7), normal(7, 4)
+    refused = parse(text, {"odd": shape, "w": w, "v": v})
+    with pytest.raises(CalibrationError, match=r"does not run on the calibration data: .*[Rr]eshape"):
+        distilled(Distill(steps=1), refused, teacher)
+    refused.save(teacher.with_name("refused.onnx"))
+    with pytest.raises(CalibrationError, match=r"does not run on the calibration data: .*[Rr]eshape"):
+        distilled(Distill(steps=1), net(), teacher.with_name("refused.onnx"))
