@@ -143,6 +143,21 @@ def _inspect(
         typer.Option("--dump-to-disk", help="also write the nodes of IN.onnx to IN.onnx_model_info.csv here"),
     ] = False,
     input_shapes: InputShapes = None,
+    node_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="also write figures of the first model's nodes there, for Google's Model Explorer: "
+            "macs.json, bytes.json",
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", readable=False, help="report to take decibels.json from"),
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="run the first model, for microseconds.json")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -156,6 +171,8 @@ def _inspect(
 
     if dump_to_disk:
         require_writable(Path("model_info.csv"))
+    if (report or profile) and node_data is None:
+        raise UsageError("--report and --profile say nothing without --node-data")
     sizes = by_name(input_shapes or ())
     found = [inspect.inspect(path, sizes) for path in models]
     difference = diff.diff(models[0], models[1]) if len(models) == 2 else None
@@ -163,9 +180,25 @@ def _inspect(
         terminal.show_json({"models": found, "difference": difference})
     else:
         text.show_inspections(terminal.console(), found, difference)
+    if node_data is not None:
+        _write_node_data(node_data, models[0], sizes, report, profile)
     for path in models if dump_to_disk else ():
         written = utils.dump_model_info_to_disk(utils.summarize_model(path))
         terminal.log(f"model info written to {written}")
+
+
+def _write_node_data(
+    folder: Path, model: Path, sizes: Mapping[str, tuple[int, ...]], report: Path | None, profile: bool
+) -> None:
+    from onnxslim.formats import to_json
+    from onnxslim.ir.files import write_text
+    from onnxslim.ir.model import load
+    from onnxslim.report.node_data import node_data
+
+    for figure, found in node_data(load(model), sizes, report, profile).items():
+        path = folder / f"{figure}.json"
+        write_text(path, to_json(found))
+        terminal.log(f"{path}: {len(found['results'])} nodes")
 
 
 @app.command("prune", cls=PassCommand)

@@ -66,6 +66,14 @@ def placed_in(profile: Path) -> dict[str, PlacedNode]:
     }
 
 
+def microseconds(profile: Path) -> dict[str, float]:
+    """What each operator took in the last run, by its name, from a file of `Session.end_profile`."""
+    events = json.loads(profile.read_text(encoding="utf-8"))
+    suffix = "_kernel_time"
+    timed = (event for event in events if event.get("cat") == "Node" and event["name"].endswith(suffix))
+    return {event["name"].removesuffix(suffix): float(event["dur"]) for event in timed}
+
+
 class PlacedNode(NamedTuple):
     """An operator that ran, and the execution provider that ran it."""
 
