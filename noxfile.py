@@ -47,6 +47,21 @@ def oldest(session: nox.Session) -> None:
     session.run("pytest", "tests/test_conformance.py", "tests/ops", *session.posargs)
 
 
+@nox.session(python=["3.10", "3.11", "3.12", "3.13", "3.14"])
+def python(session: nox.Session) -> None:
+    """The fast part of the tests on every Python that is here; words after `--` go to pytest."""
+    session.install("-e", ".[cpu,test]")
+    session.run("pytest", "-m", "not slow and not zoo and not conformance", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site, in build/html; links that lead nowhere fail. `-- serve` shows it."""
+    session.install(".[docs]")
+    session.run("python", "docs/site.py", "build/site")
+    session.run("mkdocs", *(session.posargs or ["build"]))
+
+
 @nox.session
 def wheel(session: nox.Session) -> None:
     """Build a wheel and run the demo from it, away from the checkout."""

@@ -21,7 +21,8 @@ EXAMPLES = {
     "custom_operator.py": "with a row: 48 MACs, 2 nodes after dedupe",
     "custom_pass.py": "changed /Div: multiplies instead of dividing",
     "ort_reader.py": "in integers: 12 Conv",
-    "ultralytics_hook.py": "nodes, metadata {'stride': '32', 'task': 'classify'}",
+    "transformers_js.py": "onnx/model_q4.onnx: 0.21 of the bytes",
+    "ultralytics_hook.py": "int8: 0.5",
     "chain.py": "accuracy 93.60 %",
     "pruning.py": "the plan fits the half-precision model: ",
     "mlflow_trials.py": " runs, the best is '",
@@ -146,3 +147,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in headings}, (
                 link
             )
+
+
+def test_every_page_is_in_the_contents_of_the_site() -> None:
+    contents = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r"[\w/.-]+\.md", contents.split("nav:\n")[-1]))
+    own = {str(page.relative_to(ROOT)) for page in DOCS.rglob("*.md") if page.parent.name != "decisions"}
+    assert own - {"docs/index.md"} == {name for name in listed if name.startswith("docs/")} - {
+        "docs/decisions/index.md"
+    }
+    site = runpy.run_path(str(DOCS / "site.py"))
+    assert {name for name in listed if not name.startswith("docs/")} <= {"index.md", *site["PAGES"]}

@@ -1,0 +1,14 @@
+# docker build -t onnxslim . && docker run --rm -v "$PWD:/work" onnxslim slim model.onnx small.onnx
+FROM python:3.12-slim AS build
+COPY . /src
+RUN python -m venv /opt/onnxslim && /opt/onnxslim/bin/pip install --no-cache-dir "/src[cpu,images]"
+
+FROM python:3.12-slim
+COPY --from=build /opt/onnxslim /opt/onnxslim
+# Results belong to this user: `docker run --user "$(id -u)"` makes them yours.
+RUN useradd --create-home --uid 1000 onnxslim
+USER onnxslim
+ENV PATH=/opt/onnxslim/bin:$PATH PYTHONDONTWRITEBYTECODE=1
+WORKDIR /work
+ENTRYPOINT ["onnxslim"]
+CMD ["--help"]
