@@ -4,6 +4,7 @@
     python benchmarks/factorize.py schemes [NET ...]     every scheme alone and all of them, at 50 %
     python benchmarks/factorize.py speed [NET ...]       ranks in blocks of 16, and a budget of time
     python benchmarks/factorize.py layers [NET ...]      share of MACs against share of time, layer by layer
+    python benchmarks/factorize.py depthwise             k×k of single channels as k×1 and 1×k, by the gate
     python benchmarks/factorize.py real [NAME ...]       real models; see models/zoo.py
 
 Everything is compared with the slimmed model, on one thread and one sample, interleaved. The nets are fitted
@@ -128,6 +129,37 @@ def layers(names: tuple[str, ...]) -> Iterator[str]:
             )
 
 
+def depthwise(_: tuple[str, ...]) -> Iterator[str]:
+    """Time of depthwise convolutions along one axis each, of those along both."""
+    import onnx.parser
+
+    from onnxslim import Target
+    from onnxslim.engine.base import Log
+    from onnxslim.ir.model import Model
+    from onnxslim.passes.factorize.gate import SpeedGate
+    from onnxslim.passes.factorize.schemes import SCHEMES
+    from onnxslim.passes.factorize.search import layers_of
+    from onnxslim.runtime.timing import Bench
+
+    yield from _head("channels", "pixels", "kernel", "MACs", "time")
+    for channels, pixels in ((64, 56), (144, 56), (240, 28), (672, 14)):
+        for kernel in (3, 5, 7):
+            pads = ",".join([str(kernel // 2)] * 4)
+            text = f"""<ir_version: 8, opset_import: ["" : 17]> g (float[1,{channels},{pixels},{pixels}] x)
+            => (float[1,{channels},{pixels},{pixels}] y) <float[{channels},1,{kernel},{kernel}] w>
+            {{ y = Conv<group={channels}, pads=[{pads}]>(x, w) }}"""
+            proto = onnx.parser.parse_model(text)
+            weight = np.zeros((channels, 1, kernel, kernel), np.float32)
+            proto.graph.ClearField("initializer")
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+            model = Model.from_proto(proto)
+            (layer,) = layers_of(model, {"x": (1, channels, pixels, pixels)}, (), Log())[0]
+            gate, spatial = SpeedGate(model, Bench(Target.cpu(threads=1), None)), SCHEMES["spatial"]
+            time = gate(layer, [(spatial, (1,))]).ratios["spatial 1"]
+            macs = spatial.macs(layer, (1,)) / layer.macs
+            yield f"| {channels} | {pixels} | {kernel} | {macs:.2f} | {time:.2f} |"
+
+
 def real(names: tuple[str, ...]) -> Iterator[str]:
     """Fidelity and latency of real models."""
     yield from _head(
@@ -166,7 +198,14 @@ def _head(*names: str) -> Iterator[str]:
     yield "|" + "---|" * len(names)
 
 
-PARTS = {"budgets": budgets, "schemes": schemes, "speed": speed, "layers": layers, "real": real}
+PARTS = {
+    "budgets": budgets,
+    "schemes": schemes,
+    "speed": speed,
+    "layers": layers,
+    "depthwise": depthwise,
+    "real": real,
+}
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def proposals(
     """
     for name in schemes:
         scheme = SCHEMES[name]
-        if scheme.refuses(layer) is None:
+        if scheme.refuses(layer) is None and (scheme.within_channels or not layer.depthwise):
             for ranks in _ranks(layer, scheme, align):
                 if _cost(layer, scheme, ranks, unit) <= most:
                     yield scheme, ranks
@@ -122,6 +122,9 @@ def _cost(layer: Whole, scheme: Scheme, ranks: Ranks, unit: Unit) -> float:
 
 def _ranks(layer: Whole, scheme: Scheme, align: int) -> Iterator[Ranks]:
     largest = scheme.largest(layer)
+    if layer.depthwise:  # of more in between, groups have several channels, for which there is no such kernel
+        yield from ((1,) for most in largest if most > 1)
+        return
     if len(largest) == 1:
         yield from ((rank,) for rank in steps(largest[0], align, scheme.parts(layer), RANKS))
         return

@@ -5,7 +5,8 @@ unfolded in one of three ways; Tucker-2 takes the outputs of the second factor o
 
     output   kernel → 1x1   [inputs·kernel | outputs]    without kernel, of matrices and 1x1 convolutions: svd
     input    1x1 → kernel   [inputs | outputs·kernel]
-    spatial  kx1 → 1xk      [inputs·k | outputs·k]       Jaderberg et al. 2014 (arXiv:1405.3866)
+    spatial  kx1 → 1xk      [inputs·k | outputs·k]       Jaderberg et al. 2014 (arXiv:1405.3866); also of
+                                                         depthwise convolutions, with one of each a channel
     tucker   1x1 → kernel → 1x1                          Kim et al. 2016 (arXiv:1511.06530)
 
 `separable` filters every channel by itself, with a few kernels for each, and mixes the results by a 1x1
@@ -146,10 +147,12 @@ class Scheme(ABC):
         name: in options and reports.
         optimistic: whether its multiply-accumulates promise more speed than there is: candidates are then
             kept only where those of other schemes are slower or cost the outputs more.
+        within_channels: whether there are factors of depthwise convolutions that are depthwise themselves.
     """
 
     name: str
     optimistic: ClassVar[bool] = False
+    within_channels: ClassVar[bool] = False
 
     @abstractmethod
     def refuses(self, layer: Whole) -> str | None:
@@ -258,9 +261,10 @@ class Input(TwoFactors):
 
 
 class Spatial(TwoFactors):
-    """Along the first kernel axis, then along the others."""
+    """Along the first kernel axis, then along the others; of depthwise convolutions, channel by channel."""
 
     name = "spatial"
+    within_channels = True
 
     def refuses(self, layer: Whole) -> str | None:
         """There must be something on both sides."""

@@ -104,10 +104,7 @@ def layers_of(
     for member in (layer for chain in known for layer in chain):
         log.skip(member.name, "it is a factor already")
         del found[id(member.node)]
-    for layer in found.values():
-        if layer.depthwise:
-            log.skip(layer.name, "it is depthwise: its groups have one channel")
-    return [layer for layer in found.values() if not layer.depthwise], known
+    return list(found.values()), known
 
 
 def _candidates(model: Model, log: Log) -> Iterator[Layer]:
@@ -189,7 +186,11 @@ class FactorSearch:
     def _proposals(self, layer: Whole) -> list[candidates.Proposal]:
         wanted = self._wanted
         found = list(candidates.proposals(layer, wanted.schemes, wanted.align, wanted.unit, wanted.most))
-        if not found:
+        if not found and layer.depthwise:
+            self._log.skip(
+                layer.name, "it is depthwise, and has factors along two axes of its kernel at best"
+            )
+        elif not found:
             self._log.skip(layer.name, f"no rank that is a multiple of {wanted.align} saves enough")
         return found
 

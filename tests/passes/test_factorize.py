@@ -581,11 +581,40 @@ def test_ranks_rise_for_what_is_required(net: Model, clock: dict[str, float], bu
         assert told is None
 
 
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("data", [False, True])
+def test_depthwise_kernels_have_factors_along_each_axis(multiplier: int, data: bool) -> None:
+    """Kernels that are products of two are the same; each factor has the attributes of its axis."""
+    tall, wide = normal(8, 1, 5, 1), normal(8 * multiplier, 1, 1, 3, seed=1)
+    model = parse(
+        """g (float[N,8,10,10] x) => (float[N,C,H,W] y)
+        { y = Conv<group=8, pads=[4,1,4,1], strides=[1,2], dilations=[2,1]>(x, w, b) }""",
+        {"w": np.repeat(tall, multiplier, axis=0) * wide, "b": normal(8 * multiplier)},
+    )
+    batches = CalibrationData([{"x": normal(16, 8, 10, 10, seed=seed)} for seed in (3, 4)])
+    found, changes = _factorize(model, batches if data else None, params=0.9)
+    told = FactorizeFigures.of(changes).layers
+    assert told is not None
+    assert f"{(5 / multiplier + 3) / 15:.2f} of the weights" in told["Conv→y"]
+    first, second = (node for node in found.graph.nodes if node.op == "Conv")
+    assert (first.attrs["group"], second.attrs["group"]) == (8, 8)
+    assert [node.attrs["strides"] for node in (first, second)] == [(1, 1), (1, 2)]
+    same_outputs(model, found)
+    again, changes = _factorize(found, None, params=0.9)
+    assert "it is a factor already" in set(reasons(changes).values())
+    assert len(again.graph.nodes) == 2
+
+
+def test_depthwise_kernels_of_one_axis_have_no_factors() -> None:
+    for kernel in ((3, 1), (1, 1)):
+        text = "g (float[N,8,10,10] x) => (float[N,8,H,W] y) { y = Conv<group=8>(x, w) }"
+        changes = _factorize(parse(text, {"w": normal(8, 1, *kernel)}))[1]
+        assert "it is depthwise, and has factors along two axes" in reasons(changes)["Conv→y"]
+
+
 @pytest.mark.parametrize(
     ("text", "shapes", "reason"),
     [
-        ("[it] y = Conv<group=4>(x, w)", {"w": (4, 1, 3, 3)}, "depthwise"),
-        ("[it] y = Conv<group=4>(x, w)", {"w": (8, 1, 3, 3)}, "depthwise"),
         ("a = Conv(x, w) [it] b = Conv(x, w) y = Add(a, b)", {"w": (4, 4, 3, 3)}, "shared"),
         ("v = Relu(x) [it] y = MatMul(v, x)", {}, "its weight is computed, not stored"),
         ("[it] y = MatMul(x, w)", {"w": (2, 8, 8, 9)}, "not a matrix"),
