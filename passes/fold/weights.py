@@ -93,12 +93,14 @@ class StoredWeight:
         label: of the first node that reads it.
         layer: what it is the weight of, where that is one layer that can be fitted; None for any other use.
         axis: its axis of output channels; of other constants the first one.
+        unfit: why the one layer that reads it cannot be fitted; empty for any other use.
     """
 
     constant: Constant
     label: str
     layer: Layer | None
     axis: int
+    unfit: str = ""
 
     @property
     def name(self) -> str:
@@ -177,6 +179,8 @@ def _hindrance(
 
 def _weight(constant: Constant, readers: Sequence[Node], label: str) -> StoredWeight:
     layer = layer_of(readers[0]) if len(constant.outputs) == 1 else None
+    if isinstance(layer, str) and readers[0].inputs[1] is constant:
+        return StoredWeight(constant, label, None, 0, layer)
     if not isinstance(layer, Layer) or layer.node.inputs[layer.weight_index] is not constant:
         return StoredWeight(constant, label, None, 0)
     return StoredWeight(constant, label, layer, layer.weight_axis)

@@ -250,9 +250,9 @@ class _SparsifyRun:
         return [weight for weight in weights if self._can_be(weight)]
 
     def _can_be(self, weight: StoredWeight) -> bool:
-        why = _NO_LAYER if weight.layer is None else weight.layer.unfit()
-        if weight.layer is not None and not why and self._plan is None:
-            why = self._wish.zeros.hindrance(weight.layer)
+        why: str | None = weight.unfit or _NO_LAYER
+        if weight.layer is not None:
+            why = None if self._plan is not None else self._wish.zeros.hindrance(weight.layer)
         if why:
             self._log.skip(weight.label, why.format(weight.name))
         return not why

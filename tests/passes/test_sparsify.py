@@ -294,6 +294,8 @@ def test_what_stays_is_named(net: Model) -> None:
     result = made(model, None)
     assert "'t' is no weight of one layer that reads it as its second input" in reasons(result)
     assert zeros(result.model, "t") == 0
+    double = parse("g (double[N,40] x) => (double[N,40] y) { y = MatMul(x, w) }", {"w": np.eye(40)})
+    assert "its weight is of type float64, not float32 or float16" in reasons(made(double, None))
     odd = parse("g (float[N,42] x) => (float[N,40] y) { y = MatMul(x, w) }", normals(w=(42, 40)))
     assert "it sums over 42 channels, no multiple of 4" in reasons(made(odd, None, pattern="2:4"))
     assert "42, cannot be cut into blocks of 4x4" in reasons(made(odd, None, block="4x4"))
