@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from onnxslim.calibration.samples import Samples
-from onnxslim.engine.base import Changes, Context, Figures, Log, PassWork, captioned, options
+from onnxslim.engine.base import Changes, Context, Effort, Figures, Log, PassWork, captioned, options
 from onnxslim.engine.demands import LEVELS, Demand, LeastSqnr, MostDrop
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.engine.moves import Move
@@ -20,19 +20,23 @@ from onnxslim.formats import size
 from onnxslim.ir.download import download
 from onnxslim.ir.model import Model
 from onnxslim.passes.cluster.apply import apply
-from onnxslim.passes.cluster.choose import BitChoice
+from onnxslim.passes.cluster.choose import BitChoice, PriceChoice
 from onnxslim.passes.cluster.fit import Clustering
 from onnxslim.passes.cluster.plan import ClusteringPlan
 from onnxslim.passes.cluster.tables import Codebook
 from onnxslim.passes.cluster.weights import MOST_BITS, WIDTHS, Weight, find
 from onnxslim.passes.distill.behind import Learning, StepsBehind
 from onnxslim.passes.fold.weights import store_weights
+from onnxslim.passes.quantize.rate import deflated
 from onnxslim.passes.unfuse import unfuse
 
 # What codes have if nothing is said.
 DEFAULT_BITS = 4
 # How often a size is tried until what is left of it once deflated is what was wanted, and how exactly.
-DOWNLOAD_ROUNDS, DOWNLOAD_MET = 4, 0.97
+DOWNLOAD_ROUNDS: Mapping[Effort, int] = {"quick": 2, "normal": 5, "thorough": 8}
+DOWNLOAD_MET = 0.98
+# Bits of a value, once it is deflated, below which nothing sensible is left.
+LEAST_RATE = 0.5
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,15 @@ class Cluster(Learning):
     as before. With calibration data, codes and tables are fitted to what each layer computes on them, one
     layer after the other; without, to the weights, which costs much more accuracy below 6 bits.
 
-    Every weight gets `bits`; or those that cost the outputs least, so that the file has `size` of its bytes,
-    or the download `download` of them.
+    Every weight gets `bits`; or those that cost the outputs least, so that the file has `size` of its bytes.
+    With `download`, tables are larger and codes are chosen for their error and for the bits that they take
+    once the file is deflated, so that this share of the download is left; the file itself is larger.
     Where the outputs lose more than `require_sqnr` or `max_drop` allows, weights get more bits, those first
     that lose most.
     """
 
     name: ClassVar[str] = "cluster"
-    beside_plan: ClassVar[tuple[str, ...]] = ("fitted", "distill")
+    beside_plan: ClassVar[tuple[str, ...]] = ("fitted", "effort", "distill")
 
     bits: int | None = Field(
         None, ge=1, le=MOST_BITS, description=f"bits of every code [default: {DEFAULT_BITS}]"
@@ -93,6 +98,9 @@ class Cluster(Learning):
     )
     fitted: bool = Field(True, description="fit codes and tables to the calibration data, if there are any")
     exclude: tuple[str, ...] = Field((), description=f"{GLOBS} to leave as they are")
+    effort: Effort = Field(
+        "normal", description="how often codes and tables are fitted in turn, and samples to measure on"
+    )
     distill: StepsBehind = None
     require_sqnr: LeastSqnr = None
     max_drop: MostDrop = None
@@ -201,7 +209,8 @@ class _ClusterRun:
     @property
     def _how(self) -> Clustering:
         """How weights are stored if nothing is chosen."""
-        return Clustering(self._wish.bits or DEFAULT_BITS, self._wish.group, self._wish.scaled)
+        wish = self._wish
+        return Clustering(wish.bits or DEFAULT_BITS, wish.group, wish.scaled, effort=wish.effort)
 
     def _choice(self, weights: Sequence[Weight]) -> BitChoice:
         return BitChoice(self._model, weights, self._how, self._ctx.data, self._ctx)
@@ -209,7 +218,7 @@ class _ClusterRun:
     def _chosen(self, weights: Sequence[Weight]) -> dict[Weight, Clustering]:
         """How weights are stored; empty if nothing is to be done."""
         if self._plan is not None:
-            return self._plan.choice({weight.name: weight for weight in weights})
+            return self._plan.choice({weight.name: weight for weight in weights}, self._wish.effort)
         if self._demand is not None:
             return self._as_demanded(self._demand, weights)
         if self._wish.download is not None:
@@ -224,19 +233,31 @@ class _ClusterRun:
         return chosen
 
     def _sent(self, share: float, weights: Sequence[Weight]) -> dict[Weight, Clustering]:
-        """The bits that cost the outputs least for so much of the download."""
-        choice, goal = self._choice(weights), share * download(self._model).deflate
-        data = self._ctx.data if self._wish.fitted else None
-        budget, best, least = goal, dict[Weight, Clustering](), dict[Weight, Clustering]()
-        for _ in range(DOWNLOAD_ROUNDS):
-            least, trial = choice.within(budget), self._model.copy()
+        """Codes for error and bits at a price that leaves so much of the download."""
+        whole = download(self._model).deflate
+        goal, data = share * whole, self._ctx.data if self._wish.fitted else None
+        larger = [each for each in weights if each.saves(each.stored(Clustering(MOST_BITS)))]
+        choice = PriceChoice(self._model, larger, self._choice(larger), data, self._ctx)
+        codes = goal - whole + deflated(weight.constant.values.tobytes() for weight in larger)
+        fewest = LEAST_RATE / 8 * sum(weight.constant.size for weight in larger)
+        best, least = dict[Weight, Clustering](), dict[Weight, Clustering]()
+        known: dict[
+            bool, tuple[float, int]
+        ] = {}  # by whether it is few enough: codes, and what is sent with them
+        for _ in range(DOWNLOAD_ROUNDS[self._wish.effort]):
+            codes = max(codes, fewest)
+            least, trial = choice.within(codes), self._model.copy()
             apply(trial, least, data, self._ctx, Log())
             sent = download(trial).deflate
-            if sent <= goal:
-                best = least
-                if sent >= DOWNLOAD_MET * goal:
-                    break
-            budget *= (DOWNLOAD_MET + 1.0) / 2.0 * goal / sent
+            met = sent <= goal
+            best = least if met else best
+            if DOWNLOAD_MET * goal <= sent <= goal or (codes == fewest and not met):
+                break
+            known[met] = codes, sent
+            codes += (DOWNLOAD_MET + 1.0) / 2.0 * goal - sent
+            if len(known) > 1:  # in between, as other tables take other sizes
+                (few, little), (many, much) = known[True], known[False]
+                codes = few + (many - few) * min(max((goal - little) / (much - little), 0.2), 0.8)
         if not best:
             self._log.skip(self._name, f"with {size(sent)} it is above {size(int(goal))} once it is deflated")
         return best or least

@@ -5,19 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from onnxslim.calibration.fidelity import Judge
+import numpy as np
+
+from onnxslim.calibration.fidelity import SAMPLES, Judge
+from onnxslim.calibration.gram import observe
 from onnxslim.calibration.noise import Noise
 from onnxslim.calibration.samples import Samples
 from onnxslim.engine.allocate import Additive, allocate
-from onnxslim.engine.base import Context, Log
+from onnxslim.engine.base import Context, Effort, Log
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
+from onnxslim.ops.layers import Floats
 from onnxslim.passes.cluster.apply import apply
 from onnxslim.passes.cluster.fit import Clustering
+from onnxslim.passes.cluster.tables import even
 from onnxslim.passes.cluster.weights import MOST_BITS, WIDTHS, Weight
+from onnxslim.passes.quantize.coder import portions
+from onnxslim.passes.quantize.rate import Priced, deflated, least_steps, power_of, price_within
+from onnxslim.passes.quantize.rounding import damped
 
 # Damage is measured with codes of so many bits, and a quarter of it is left with every bit more: 5 to 6 dB.
 MEASURED_BITS, LEFT_PER_BIT = 4, 0.25
+# Samples that the damage of a single weight is measured on.
+JUDGED: Mapping[Effort, int] = {"quick": 8, "normal": SAMPLES, "thorough": 2 * SAMPLES}
+_TINY = 1e-30
 
 
 class BitChoice:
@@ -54,7 +65,7 @@ class BitChoice:
 
     def _by_outputs(self, model: Model, data: Samples) -> Iterator[float]:
         """Error of the outputs with one weight alone as codes, not fitted."""
-        judge = Judge(model, data.tune, self._ctx.target)
+        judge = Judge(model, data.tune, self._ctx.target, JUDGED[self._how.effort])
         for done, weight in enumerate(self._weights.values()):
             trial = model.copy()
             apply(trial, {weight: self.how(weight, MEASURED_BITS)}, None, self._ctx, Log())
@@ -85,6 +96,71 @@ class BitChoice:
     def nbytes(self, chosen: Mapping[Weight, Clustering]) -> float:
         """Bytes of the model with these choices, about."""
         return self._rest + sum(weight.nbytes(how) for weight, how in chosen.items())
+
+
+class PriceChoice:
+    """Chooses one price, in error of the outputs of the model, that a bit of any weight is worth.
+
+    Args:
+        model: not modified.
+        weights: of it.
+        choice: says what single weights cost the outputs.
+        data: of which moments are taken, in one pass; None to go by the weights themselves.
+        ctx: target.
+    """
+
+    def __init__(
+        self, model: Model, weights: Sequence[Weight], choice: BitChoice, data: Samples | None, ctx: Context
+    ) -> None:
+        self._choice, self._weights = choice, list(weights)
+        # Of each weight, the share of what its layer makes that costs the outputs all of theirs.
+        self._rates: dict[str, float] = {}
+        self._priced: list[Priced] = []
+        for weight, curvature in _seen(model, weights, data, ctx):
+            how, values = choice.how(weight, MEASURED_BITS), weight.constant.values
+            error = values - how.of(values, weight.axis).values()
+            if curvature is None or weight.layer is None:
+                metric: Floats = np.ones((1, 1, 1), np.float32)
+                target, error = (each.reshape(1, -1, 1).astype(np.float32) for each in (values, error))
+            else:
+                metric, matrix = curvature, weight.layer.matrix_of
+                target, error = matrix(values), matrix(error)
+            lost = power_of(error, metric) / max(power_of(target, metric), _TINY)
+            rate = max(lost, _TINY) / max(choice.damage[weight.name][MEASURED_BITS], _TINY)
+            steps = least_steps(target, metric, rate)
+            apart = how.scaled and steps.size == weight.shape[weight.axis]
+            self._rates[weight.name] = rate
+            self._priced.append(Priced(values, weight.axis, steps if apart else steps[:1]))
+
+    def within(self, sent: float) -> dict[Weight, Clustering]:
+        """How weights are stored if the nearest codes of all of them are to take so many bytes."""
+        price = price_within(self._sent, sent)
+        return {
+            weight: replace(self._choice.how(weight, MOST_BITS), price=price * self._rates[weight.name])
+            for weight in self._weights
+        }
+
+    def _sent(self, price: float) -> int:
+        """Bytes of the nearest codes, once deflated."""
+        root = np.float32(np.sqrt(price))
+        return deflated(
+            even(each.weight, each.steps * root, each.axis).codes.tobytes() for each in self._priced
+        )
+
+
+def _seen(
+    model: Model, weights: Sequence[Weight], data: Samples | None, ctx: Context
+) -> Iterator[tuple[Weight, Floats | None]]:
+    """Weights with the moments of what their layers see, where there are any."""
+    left = {weight.name: weight for weight in weights}
+    named = {weight.layer.node.outputs[0].name: weight for weight in weights if weight.layer is not None}
+    if data is not None:
+        for rows, layers in portions([weight.layer for weight in named.values() if weight.layer is not None]):
+            names = [layer.node.outputs[0].name for layer in layers]
+            grams = observe(model, data.fit, names, alone=True, rows=rows, target=ctx.target)
+            for name, gram in grams.items():
+                yield left.pop(named[name].name), damped(gram.gram, gram.count)
+    yield from ((weight, None) for weight in left.values())
 
 
 def _relative(wanted: Array, found: Array) -> float:

@@ -10,21 +10,24 @@ costs the same however many entries there are.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim.calibration.gram import Doubles, Gram
+from onnxslim.engine.base import Effort
 from onnxslim.ir.graph import Array
 from onnxslim.ops.layers import Floats, Layer
-from onnxslim.passes.cluster.tables import Codebook, middles, nearest
+from onnxslim.passes.cluster.tables import Codebook, even, middles, nearest, trimmed
 from onnxslim.passes.quantize.descent import Descent, Pulls, by_input, by_output
+from onnxslim.passes.quantize.rate import Rate, least_steps, power_of
 from onnxslim.passes.quantize.rounding import damped
 from onnxslim.passes.repair.conjugate import conjugate_gradients
 
 # Rounds of descent and regression.
-ROUNDS = 6
+ROUNDS: Mapping[Effort, int] = {"quick": 2, "normal": 6, "thorough": 12}
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,25 @@ class Clustering:
         bits: of a code.
         group: output channels that share a table; 0 if all do.
         scaled: whether output channels have factors; None leaves it open, and there are none.
+        price: share of the power of what a layer makes, or of the weight by itself, that a bit is worth once
+            the file is deflated; tables then have no more than `bits` asks for. See `passes.quantize.rate`.
+        effort: how many rounds codes and tables are fitted.
     """
 
     bits: int
     group: int = 0
     scaled: bool | None = None
+    price: float = 0.0
+    effort: Effort = "normal"
 
     def of(self, values: Floats, axis: int) -> Codebook:
         """Codes that come nearest to values, without data; see `tables.nearest`."""
-        return nearest(values, self.bits, axis, self.group, scaled=bool(self.scaled))
+        if not self.price:
+            return nearest(values, self.bits, axis, self.group, scaled=bool(self.scaled))
+        shape = values.shape
+        laid = _Layout(shape, lambda each: each.reshape(1, -1, 1).astype(np.float32), lambda each: each)
+        alone = np.ones((1, 1, 1), np.float32)
+        return self._descended(laid, laid.matrix(values), alone, self._start(values, axis, None, None))
 
     def fitted(self, layer: Layer, wanted: Floats, gram: Gram, *, corrected: bool) -> tuple[Codebook, Floats]:
         """Codes and tables by which a layer makes most nearly what it makes of what it sees.
@@ -59,30 +72,61 @@ class Clustering:
         """
         curvature = damped(gram.gram if corrected else gram.raw().gram, gram.count)
         diagonal = np.einsum("gkk->gk", curvature)[:, None]
-        kind, axis = layer.weight.dtype, layer.weight_axis
-        weight = layer.restored(wanted).astype(kind)
-        counts = layer.stored(_split(layer, np.broadcast_to(diagonal, wanted.shape)))
-        start = nearest(weight, self.bits, axis, self.group, counts, scaled=bool(self.scaled))
+        weight = layer.restored(wanted).astype(layer.weight.dtype)
+        laid = _Layout(weight.shape, layer.matrix_of, lambda each: layer.stored(_split(layer, each)))
         scale = np.float32(layer.scale)
-        scales = np.ones(weight.shape[axis], kind) if start.scales is None else start.scales
+        target = np.asarray(wanted / scale, np.float32)
+        counts = laid.stored(np.broadcast_to(diagonal, wanted.shape))
+        steps = least_steps(target, curvature, self.price)
+        start = self._start(weight, layer.weight_axis, counts, steps)
+        book = self._descended(laid, target, curvature, start)
+        return book, laid.matrix(book.values()) * scale
+
+    def _start(self, values: Array, axis: int, counts: Array | None, steps: Floats | None) -> Codebook:
+        """Codes to start from: the nearest, or even ones whose steps are as fine as is worth their bits."""
+        if not self.price:
+            return nearest(values, self.bits, axis, self.group, counts, scaled=bool(self.scaled))
+        if steps is None:
+            flat = values.astype(np.float32).reshape(1, -1, 1)
+            steps = least_steps(flat, np.ones((1, 1, 1), np.float32), self.price)
+        apart = bool(self.scaled) and counts is not None and steps.size == values.shape[axis]
+        return even(values, steps if apart else steps[:1], axis, self.group)
+
+    def _descended(self, laid: _Layout, target: Floats, curvature: Floats, start: Codebook) -> Codebook:
+        """Codes and tables fitted in turn, with bits at their price."""
+        price, kind = self.price * power_of(target, curvature), start.tables.dtype
+        scales = np.ones(laid.shape[start.axis], kind) if start.scales is None else start.scales
         work = TableDescent(
-            by_input(np.asarray(wanted / scale, np.float32)),
-            by_input(layer.matrix_of(start.codes)),
+            by_input(target),
+            by_input(laid.matrix(start.codes)),
             start.tables.astype(np.float32),
-            _of_outputs(layer, start.which).astype(np.intp),
-            _of_outputs(layer, start.factors(scales)),
+            laid.of_outputs(start.which).astype(np.intp),
+            laid.of_outputs(start.factors(scales)),
+            Rate(price, 0, start.tables.shape[1] - 1) if price else None,
         )
-        work.fit(Pulls.of(curvature))
-        codes = layer.stored(_split(layer, by_output(work.codes))).astype(np.uint8)
+        work.fit(Pulls.of(curvature), ROUNDS[self.effort])
+        codes = laid.stored(by_output(work.codes)).reshape(laid.shape).astype(np.uint8)
         book = replace(start, codes=codes, tables=work.tables.astype(kind))
-        restored: Floats = layer.matrix_of(book.values())
-        return book, restored * scale
+        return trimmed(book) if self.price else book
 
 
-def _of_outputs(layer: Layer, values: Array) -> Floats:
-    """Values that broadcast against a weight and do not differ by input, as (groups, outputs)."""
-    spread: Floats = layer.matrix_of(np.broadcast_to(values, layer.weight.shape))
-    return spread[..., 0]
+@dataclass(frozen=True)
+class _Layout:
+    """How values of a weight are laid out to be fitted.
+
+    Attributes:
+        shape: of the weight.
+        matrix: from values of that shape to float32 (groups, outputs, inputs).
+        stored: the way back.
+    """
+
+    shape: tuple[int, ...]
+    matrix: Callable[[Array], Floats]
+    stored: Callable[[Floats], Array]
+
+    def of_outputs(self, values: Array) -> Floats:
+        """Values that broadcast against the weight and do not differ by input, as (groups, outputs)."""
+        return self.matrix(np.broadcast_to(values, self.shape))[..., 0]
 
 
 def _split(layer: Layer, matrix: Floats) -> Floats:
@@ -102,13 +146,20 @@ class TableDescent(Descent):
         tables: float32 (tables, entries), ascending.
         which: the table of every output, (groups, outputs).
         scales: the factor of every output, not zero, of the same shape.
+        rate: what codes cost besides the error; None for nothing.
     """
 
     def __init__(
-        self, target: Floats, codes: Floats, tables: Floats, which: NDArray[np.intp], scales: Floats
+        self,
+        target: Floats,
+        codes: Floats,
+        tables: Floats,
+        which: NDArray[np.intp],
+        scales: Floats,
+        rate: Rate | None = None,
     ) -> None:
         self._which, self._scales = which, scales
-        super().__init__(target, codes, tables, (0, tables.shape[1] - 1))
+        super().__init__(target, codes, tables, (0, tables.shape[1] - 1), rate=rate)
 
     @property
     def tables(self) -> Floats:
@@ -122,23 +173,32 @@ class TableDescent(Descent):
         self._zeros = np.abs(steps).argmin(axis=1)[self._which].astype(np.float32)
         self._errors = self._looked_up(steps) - self._target
 
-    def fit(self, pulls: Pulls) -> None:
+    def fit(self, pulls: Pulls, rounds: int) -> None:
         """Codes and tables in turn, until the codes stay or rounds are over."""
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             changed = self.sweep(pulls)
             self.regress(pulls)
             if not changed:
                 break
 
     def _nearest(self, at: int, wanted: Floats) -> tuple[Floats, Floats]:
-        wanted = wanted / self._scales
+        place = wanted / self._scales
         if len(self.steps) == 1:
-            code = np.searchsorted(self._middles[0], wanted)
+            code = np.searchsorted(self._middles[0], place).astype(np.float32)
         else:
-            code = (wanted[..., None] > self._middles[self._which]).sum(axis=-1)
+            code = (place[..., None] > self._middles[self._which]).sum(axis=-1).astype(np.float32)
+        if self._rate is not None:
+            weight = self._weight[at]
+            code = self._rate.best(
+                code, lambda each: weight * np.square(self._worth(each) - wanted), *self._limits
+            )
         if self._held is not None:
             code = np.where(self._held[at], code, self._zeros)
-        return code.astype(np.float32), self.steps[self._which, code.astype(np.intp)] * self._scales
+        return code, self._worth(code)
+
+    def _worth(self, code: Floats) -> Floats:
+        """What codes of one input stand for."""
+        return np.asarray(self.steps[self._which, code.astype(np.intp)] * self._scales)
 
     def regress(self, pulls: Pulls) -> None:
         """The tables of least error for the codes; entries that are read nowhere stay."""

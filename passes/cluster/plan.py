@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from onnxslim.engine.base import Effort
 from onnxslim.engine.plans import PassPlan, distinct, require_fit, strict
 from onnxslim.passes.cluster.fit import Clustering
 from onnxslim.passes.cluster.weights import Weight
@@ -21,7 +22,7 @@ class WeightCodes:
         weight: its name.
         shape: of it.
         bits: of a code.
-        group, scaled: see `Clustering`.
+        group, scaled, price: see `Clustering`.
     """
 
     weight: str
@@ -29,6 +30,7 @@ class WeightCodes:
     bits: Annotated[int, Field(ge=1, le=8)]
     group: Annotated[int, Field(ge=0)]
     scaled: bool
+    price: Annotated[float, Field(ge=0)] = 0.0
 
 
 def _once(weights: tuple[WeightCodes, ...]) -> tuple[WeightCodes, ...]:
@@ -53,7 +55,7 @@ class ClusteringPlan(PassPlan):
         """The plan that makes these choices."""
         return cls(
             tuple(
-                WeightCodes(weight.name, weight.shape, each.bits, each.group, bool(each.scaled))
+                WeightCodes(weight.name, weight.shape, each.bits, each.group, bool(each.scaled), each.price)
                 for weight, each in chosen.items()
             )
         )
@@ -62,8 +64,8 @@ class ClusteringPlan(PassPlan):
         """The weights of both."""
         return replace(self, weights=(*self.weights, *other.weights))
 
-    def choice(self, weights: Mapping[str, Weight]) -> dict[Weight, Clustering]:
-        """The choices, for the weights of a model.
+    def choice(self, weights: Mapping[str, Weight], effort: Effort) -> dict[Weight, Clustering]:
+        """The choices, for the weights of a model, fitted with this effort.
 
         Raises:
             UsageError: a weight is not among them, or has another shape.
@@ -71,6 +73,6 @@ class ClusteringPlan(PassPlan):
         shapes = {name: weight.shape for name, weight in weights.items()}
         require_fit(self.kind, "constant", {each.weight: each.shape for each in self.weights}, shapes)
         return {
-            weights[each.weight]: Clustering(each.bits, each.group, bool(each.scaled))
+            weights[each.weight]: Clustering(each.bits, each.group, bool(each.scaled), each.price, effort)
             for each in self.weights
         }

@@ -7,7 +7,7 @@ histogram, and then moved by Lloyd's iterations on the values themselves, with s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +112,35 @@ def nearest(
         tables.append(table.astype(values.dtype))
         codes[here] = codes_of(flat[here], tables[-1])
     return Codebook(codes.reshape(values.shape), np.stack(tables), axis, group, scales)
+
+
+def even(values: Array, steps: Array, axis: int = 0, group: int = 0) -> Codebook:
+    """The nearest codes into tables of even steps around zero, of as many entries as it takes.
+
+    Args:
+        values: finite, of any shape.
+        steps: of all slices along the axis, shape (1,), or of each of them, which are then factors; they are
+            larger where 255 entries are not enough.
+        axis, group: see `Codebook`.
+    """
+    rest = tuple(at for at in range(values.ndim) if at != axis)
+    largest = np.abs(values.astype(np.float64)).max(axis=rest if steps.size > 1 else None)
+    found = np.maximum(np.maximum(steps, largest / 127), float(np.finfo(values.dtype).tiny))
+    codes = np.rint(values / along(found, values.ndim, axis))
+    least, most = int(codes.min(initial=0)), int(codes.max(initial=0))
+    table = np.arange(least, most + 1) * (1.0 if steps.size > 1 else found[0])
+    count = -(-values.shape[axis] // group) if group else 1
+    tables = np.tile(table.astype(values.dtype), (count, 1))
+    scales = found.astype(values.dtype) if steps.size > 1 else None
+    return Codebook((codes - least).astype(np.uint8), tables, axis, group, scales)
+
+
+def trimmed(book: Codebook) -> Codebook:
+    """Without entries that nothing reads, in codes of which none lies across bytes: those deflate better."""
+    used, codes = np.unique(book.codes, return_inverse=True)
+    count = next(1 << bits for bits in (1, 2, 4, 8) if used.size <= 1 << bits)
+    tables = np.take(book.tables, np.append(used, np.repeat(used[-1:], count - used.size)), axis=1)
+    return replace(book, codes=codes.reshape(book.codes.shape).astype(np.uint8), tables=tables)
 
 
 def _clustered(values: Array, count: int, weights: Doubles | None, *, sparse: bool) -> Doubles:

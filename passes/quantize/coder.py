@@ -119,7 +119,7 @@ class WeightCoder:
         done = {*self._rounders, *self._codes, *(name for name, _, better in self._blocks if better)}
         new = [layer for layer in found if layer.node.inputs[1].name not in done]
         linear = {plan.labels[id(node)] for node in plan.linear}
-        for rows, part in _portions([layer for layer in new if len(layer.node.inputs[1].outputs) == 1]):
+        for rows, part in portions([layer for layer in new if len(layer.node.inputs[1].outputs) == 1]):
             names = [layer.node.outputs[0].name for layer in part]
             data, target = self._ctx.given.fit, self._ctx.target
             grams = observe(model, data, names, alone=True, rows=rows, target=target)
@@ -182,7 +182,7 @@ def priced(model: Model, ctx: Context) -> list[Priced]:
     """
     layers = [layer for layer in map(layer_of, model.graph.nodes) if isinstance(layer, Layer)]
     found = []
-    for rows, part in _portions([layer for layer in layers if layer.unfit() is None and _is_apart(layer)]):
+    for rows, part in portions([layer for layer in layers if layer.unfit() is None and _is_apart(layer)]):
         names = [layer.node.outputs[0].name for layer in part]
         grams = observe(model, ctx.given.fit, names, alone=True, rows=rows, target=ctx.target)
         for layer, name in zip(part, names, strict=True):
@@ -198,7 +198,7 @@ def _is_apart(layer: Layer) -> bool:
     return int(layer.weight.shape[layer.weight_axis]) == layer.groups * layer.outputs
 
 
-def _portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:
+def portions(layers: Sequence[Layer]) -> Iterator[tuple[int, list[Layer]]]:
     """Layers to observe together, as far as memory allows, and how many rows of what they see to take.
 
     There are more rows than inputs, or the moments would be those of too few directions; but no more than

@@ -162,8 +162,8 @@ class Descent:
         code = np.rint(wanted / steps)
         np.minimum(np.maximum(code, least, out=code), most, out=code)
         if self._rate is not None:
-            weight = self._weight[at] * np.square(steps)
-            code = self._rate.best(code, wanted / steps, weight, least, most)
+            weight, place = self._weight[at] * np.square(steps), wanted / steps
+            code = self._rate.best(code, lambda each: weight * np.square(each - place), least, most)
         if self._held is not None:
             code *= self._held[at]
         return code, code * steps

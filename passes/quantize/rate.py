@@ -9,8 +9,9 @@ do not fall below that, and descent goes on to codes that are frequent and near 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from onnxslim.passes.quantize.blocks import Limit
 from onnxslim.passes.quantize.weights import QMAX, Scales, Weights, encode
 
 Floats = NDArray[np.float32]
+# From codes to what each of them loses.
+Errors: TypeAlias = Callable[[Floats], Floats]
 # Prices that are looked at, and how often what lies between them is halved.
 LEAST, MOST, STEPS = 1e-14, 1e-2, 12
 
@@ -32,37 +35,35 @@ class Rate:
 
     Args:
         price: error of the outputs that a bit is worth.
-        limit: largest magnitude of a code.
+        least, most: codes there are.
     """
 
-    def __init__(self, price: float, limit: int) -> None:
-        self._price, self._limit = np.float32(price), limit
-        self._costs = np.zeros(2 * limit + 1, np.float32)
+    def __init__(self, price: float, least: int, most: int) -> None:
+        self._price, self._least = np.float32(price), least
+        self._costs = np.zeros(most - least + 1, np.float32)
 
     def renew(self, codes: Floats) -> None:
         """Count these codes; one that nothing has costs as much as if half a weight had it."""
-        counts = np.bincount((codes.ravel() + self._limit).astype(np.intp), minlength=len(self._costs))
+        counts = np.bincount((codes.ravel() - self._least).astype(np.intp), minlength=len(self._costs))
         self._costs = -self._price * np.log2(np.maximum(counts, 0.5) / codes.size).astype(np.float32)
 
-    def best(self, code: Floats, wanted: Floats, weight: Floats, least: Limit, most: Limit) -> Floats:
+    def best(self, code: Floats, errors: Errors, least: Limit, most: Limit) -> Floats:
         """Of the nearest codes and those beside them, within limits, the ones that cost least.
 
         Args:
             code: the nearest, within the limits.
-            wanted: what they are to be, in steps.
-            weight: what the square of a step counts.
+            errors: what codes instead of these lose.
             least, most: the limits.
         """
-        best, cost = code, self._of(code, wanted, weight)
+        best, cost = code, self._of(code, errors)
         for step in (-1, 1):
             other = np.minimum(np.maximum(code + step, least), most)
-            theirs = self._of(other, wanted, weight)
+            theirs = self._of(other, errors)
             best, cost = np.where(theirs < cost, other, best), np.minimum(theirs, cost)
         return np.asarray(best, np.float32)
 
-    def _of(self, code: Floats, wanted: Floats, weight: Floats) -> Floats:
-        bits = self._costs[(code + self._limit).astype(np.intp)]
-        return np.asarray(weight * np.square(code - wanted) + bits)
+    def _of(self, code: Floats, errors: Errors) -> Floats:
+        return np.asarray(errors(code) + self._costs[(code - self._least).astype(np.intp)])
 
 
 def power_of(target: Floats, curvature: Floats) -> float:
@@ -113,7 +114,12 @@ def price_for(weights: Sequence[Priced], share: float, limit: int = QMAX) -> flo
             for each, steps in zip(weights, least, strict=True)
         )
 
-    enough, lacking, goal = MOST, LEAST, share * sent(0.0)
+    return price_within(sent, share * sent(0.0))
+
+
+def price_within(sent: Callable[[float], int], goal: float) -> float:
+    """The least price at which no more bytes than wanted are sent, by halving; `MOST` if there is none."""
+    enough, lacking = MOST, LEAST
     for _ in range(STEPS):
         middle = float(np.sqrt(enough * lacking))
         enough, lacking = (middle, lacking) if sent(middle) <= goal else (enough, middle)

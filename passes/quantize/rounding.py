@@ -231,7 +231,7 @@ def refine(
     """
     curvature = damped(gram, count)
     pulls, wanted = Pulls.of(curvature), by_input(target)
-    rate = Rate(price * power_of(target, curvature), limit) if price else None
+    rate = Rate(price * power_of(target, curvature), -limit, limit) if price else None
     work = Descent(wanted, by_input(codes), _steps(scales), (-limit, limit), neighbours, rate=rate)
     for sweep in range(SWEEPS):
         changed = work.sweep(pulls)

@@ -27,7 +27,7 @@ from onnxslim.passes.cluster import Cluster, ClusterFigures
 from onnxslim.passes.cluster.fit import Clustering, TableDescent
 from onnxslim.passes.cluster.plan import ClusteringPlan
 from onnxslim.passes.cluster.storing import CodeWriter
-from onnxslim.passes.cluster.tables import Codebook, clustered, nearest
+from onnxslim.passes.cluster.tables import Codebook, clustered, even, nearest
 from onnxslim.passes.quantize.descent import Pulls
 from onnxslim.passes.slim import Slim
 from onnxslim.runtime.profile import optimized_model
@@ -311,6 +311,56 @@ def test_the_download_is_met(net: Model, feeds: list[dict[str, Array]]) -> None:
     before, after = result.report.download
     assert 0.185 * before.deflate < after.deflate <= 0.2 * before.deflate
     assert "once it is deflated" in reasons(clustered_by(net, None, download=0.01))
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_a_plan_of_prices_makes_the_same_bytes(net: Model, feeds: list[dict[str, Array]], data: bool) -> None:
+    given = feeds if data else None
+    result = clustered_by(net, given, download=0.25)
+    plan = ClusterFigures.of(result.report.steps[0].changes).plan
+    assert plan is not None
+    assert all(each.price > 0 for each in plan.weights)
+    again = clustered_by(net, given, plan=ClusteringPlan.from_json(plan.to_json())).model
+    assert again.to_proto() == result.model.to_proto()
+
+
+@given(st.integers(0, 99), st.sampled_from((3e-7, 1e-6, 3e-6)))
+@settings(max_examples=8)
+def test_a_price_buys_bits_for_error(seed: int, price: float) -> None:
+    """What is lost and what is sent, at the price, is less than with codes of any width that have none."""
+    sizes = np.geomspace(0.1, 1, 96, dtype=np.float32)[:, None]
+    weight = normal(96, 200, seed=seed) * sizes
+
+    def total(book: Codebook) -> float:
+        lost = np.square(book.values() - weight).sum() / np.square(weight).sum()
+        _, counts = np.unique(book.codes, return_counts=True)
+        return float(lost - price * (counts * np.log2(counts / weight.size)).sum())
+
+    found = Clustering(8, price=price).of(weight, 0)
+    assert total(found) < min(total(Clustering(bits).of(weight, 0)) for bits in range(2, 9))
+    assert found.codes.max() < 1 << found.bits
+    assert (np.diff(found.tables, axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("price", [1e-5, 1e-1])
+def test_zeros_of_a_sparse_weight_stay_at_any_price(price: float) -> None:
+    weight = normal(24, 40) * (normal(24, 40, seed=1) > 0)
+    assert (Clustering(8, price=price).of(weight, 0).values()[weight == 0] == 0).all()
+
+
+def test_even_tables_have_an_entry_for_zero_and_no_more_than_bytes_hold() -> None:
+    weight = normal(6, 50) * np.geomspace(1e-3, 1e3, 6, dtype=np.float32)[:, None]
+    for steps in (np.array([1e-9]), np.full(6, 1e-9), np.array([1e9])):
+        book = even(weight, steps)
+        assert (book.tables == 0).sum() == 1
+        assert book.tables.shape[1] <= 255
+        widest = np.abs(weight).max(axis=1, keepdims=True) if len(steps) > 1 else np.abs(weight).max()
+        assert (np.abs(book.values() - weight) <= np.maximum(widest / 127, steps.max()) * 0.501).all()
+
+
+def test_effort_says_how_often_codes_are_fitted(net: Model, feeds: list[dict[str, Array]]) -> None:
+    quick, normally = (clustered_by(net, feeds, bits=3, effort=each).model for each in ("quick", "normal"))
+    assert kept(net, normally, feeds) > kept(net, quick, feeds)
 
 
 def test_a_size_out_of_reach_is_told(net: Model) -> None:

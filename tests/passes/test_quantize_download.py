@@ -181,10 +181,14 @@ def test_groups_that_share_scales_have_no_price() -> None:
 
 
 def test_codes_that_others_have_are_taken_within_limits_only() -> None:
-    rate = Rate(1.0, 127)
+    rate = Rate(1.0, -127, 127)
     rate.renew(np.repeat(np.array([6, 5, -2], np.float32), (1000, 2, 1)))
-    code, wanted, weight = (np.full((1, 3), value, np.float32) for value in (5, 5.3, 0.1))
-    free = rate.best(code, wanted, weight, -127, 127)
-    held = rate.best(code, wanted, weight, np.full((1, 3), -128.0), np.array([[5.0, 6.0, 5.0]], np.float32))
+    code = np.full((1, 3), 5, np.float32)
+
+    def lost(codes: Array) -> Array:
+        return np.asarray(0.1 * np.square(codes - np.float32(5.3)))
+
+    free = rate.best(code, lost, -127, 127)
+    held = rate.best(code, lost, np.full((1, 3), -128.0), np.array([[5.0, 6.0, 5.0]], np.float32))
     np.testing.assert_array_equal(free, [[6, 6, 6]])
     np.testing.assert_array_equal(held, [[5, 6, 5]])
