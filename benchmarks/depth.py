@@ -1,13 +1,13 @@
 """Whole branches dropped, beside units alone: accuracy, retrieval and measured latency.
 
     python benchmarks/depth.py fashion [NET ...] [--shares 0.5 0.4]
-    python benchmarks/depth.py minilm [--calibration 192]
+    python benchmarks/depth.py minilm [--calibration 192] [--task glosses]
     python benchmarks/depth.py convnet [--calibration 64]
 
 fashion: the Fashion-MNIST networks, Slim and then Prune with a budget of latency, relative to the file as it
 is; 512 unlabelled images, 2000 test images. minilm: MiniLM at two thirds of its multiply-accumulates by
-branches alone, calibrated on docstrings of Python's library and tested on others (the task of
-benchmarks/stage.py). convnet: EfficientNet-Lite0 at 80 % of its multiply-accumulates.
+branches alone, calibrated on docstrings of Python's library, or glosses of WordNet, and tested on others
+(tasks of benchmarks/stage.py). convnet: EfficientNet-Lite0 at 80 % of its multiply-accumulates.
 
 Latency: one thread, models in turn, the median of ratios of times of this thread.
 """
@@ -83,9 +83,9 @@ def fashion(nets: Sequence[str], shares: Sequence[float]) -> None:
                 print(f"| {net} | {share:g} | {what} | {found} | {told} |", flush=True)
 
 
-def minilm(calibration: int) -> None:
+def minilm(calibration: int, name: str) -> None:
     """MiniLM without the branches that a third of its multiply-accumulates are."""
-    task = tasks.create("docstrings")
+    task = tasks.create(name)
     slimmed = Pipeline(Slim(), on_error="raise")(load(task.path())).model
     data = CalibrationData(task.unlabelled(calibration))
     print("| what | recall@1 % | MRR % | latency | MACs | parameters | branches | CPU s |")
@@ -132,11 +132,14 @@ def main() -> None:
     parser.add_argument("net", nargs="*", default=["resnet", "mobilenet", "vit"])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.4])
     parser.add_argument("--calibration", type=int, default=64)
+    parser.add_argument("--task", choices=["docstrings", "glosses"], default="docstrings")
     words = parser.parse_args()
     if words.table == "fashion":
         fashion(words.net, words.shares)
+    elif words.table == "minilm":
+        minilm(words.calibration, words.task)
     else:
-        {"minilm": minilm, "convnet": convnet}[words.table](words.calibration)
+        convnet(words.calibration)
 
 
 if __name__ == "__main__":
