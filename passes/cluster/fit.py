@@ -26,6 +26,8 @@ from onnxslim.passes.quantize.rate import Rate, least_steps, power_of
 from onnxslim.passes.quantize.rounding import damped
 from onnxslim.passes.repair.conjugate import conjugate_gradients
 
+# Entries of a table up to which they are moved where they cost bits.
+MOST_MOVED = 32
 # Rounds of descent and regression.
 ROUNDS: Mapping[Effort, int] = {"quick": 2, "normal": 6, "thorough": 12}
 
@@ -104,7 +106,9 @@ class Clustering:
             laid.of_outputs(start.factors(scales)),
             Rate(price, 0, start.tables.shape[1] - 1) if price else None,
         )
-        work.fit(Pulls.of(curvature), ROUNDS[self.effort])
+        # Entries of a large table that are moved would take more once deflated than they bring.
+        moved = not self.price or start.tables.shape[1] <= MOST_MOVED
+        work.fit(Pulls.of(curvature), ROUNDS[self.effort], regress=moved)
         codes = laid.stored(by_output(work.codes)).reshape(laid.shape).astype(np.uint8)
         book = replace(start, codes=codes, tables=work.tables.astype(kind))
         return trimmed(book) if self.price else book
@@ -173,11 +177,12 @@ class TableDescent(Descent):
         self._zeros = np.abs(steps).argmin(axis=1)[self._which].astype(np.float32)
         self._errors = self._looked_up(steps) - self._target
 
-    def fit(self, pulls: Pulls, rounds: int) -> None:
-        """Codes and tables in turn, until the codes stay or rounds are over."""
+    def fit(self, pulls: Pulls, rounds: int, *, regress: bool = True) -> None:
+        """Codes, and tables if they are to be moved, in turn, until the codes stay or rounds are over."""
         for _ in range(rounds):
             changed = self.sweep(pulls)
-            self.regress(pulls)
+            if regress:
+                self.regress(pulls)
             if not changed:
                 break
 

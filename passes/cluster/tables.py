@@ -21,6 +21,8 @@ Codes = NDArray[np.uint8]
 # Intervals that dynamic programming starts from, with few and with many clusters; iterations after it.
 FEW_BINS, MANY_BINS, ITERATIONS = 256, 512, 100
 _MANY = 32
+# Steps that are even are rounded up to so many between two powers of two.
+_DIGITS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +128,9 @@ def even(values: Array, steps: Array, axis: int = 0, group: int = 0) -> Codebook
     rest = tuple(at for at in range(values.ndim) if at != axis)
     largest = np.abs(values.astype(np.float64)).max(axis=rest if steps.size > 1 else None)
     found = np.maximum(np.maximum(steps, largest / 127), float(np.finfo(values.dtype).tiny))
+    if steps.size == 1:  # entries of a few digits each are deflated well
+        fraction, exponent = np.frexp(found)
+        found = np.ldexp(np.ceil(fraction * _DIGITS) / _DIGITS, exponent)
     codes = np.rint(values / along(found, values.ndim, axis))
     least, most = int(codes.min(initial=0)), int(codes.max(initial=0))
     table = np.arange(least, most + 1) * (1.0 if steps.size > 1 else found[0])

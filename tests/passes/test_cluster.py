@@ -349,13 +349,14 @@ def test_zeros_of_a_sparse_weight_stay_at_any_price(price: float) -> None:
 
 
 def test_even_tables_have_an_entry_for_zero_and_no_more_than_bytes_hold() -> None:
+    """Their steps are at most a 32nd wider than they have to be, where there is one for all."""
     weight = normal(6, 50) * np.geomspace(1e-3, 1e3, 6, dtype=np.float32)[:, None]
     for steps in (np.array([1e-9]), np.full(6, 1e-9), np.array([1e9])):
         book = even(weight, steps)
         assert (book.tables == 0).sum() == 1
         assert book.tables.shape[1] <= 255
         widest = np.abs(weight).max(axis=1, keepdims=True) if len(steps) > 1 else np.abs(weight).max()
-        assert (np.abs(book.values() - weight) <= np.maximum(widest / 127, steps.max()) * 0.501).all()
+        assert (np.abs(book.values() - weight) <= np.maximum(widest / 127, steps.max()) * 0.52).all()
 
 
 def test_effort_says_how_often_codes_are_fitted(net: Model, feeds: list[dict[str, Array]]) -> None:
