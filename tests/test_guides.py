@@ -101,7 +101,7 @@ def follow(guide: Path, kind: str, folder: Path) -> int:
             script.write_text(text, encoding="utf-8")
             runpy.run_path(str(script))
             continue
-        for line in text.splitlines():
+        for line in text.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "))
             assert line.startswith("$ "), line
             assert words[0] in ("onnxslim", *FOREIGN), line

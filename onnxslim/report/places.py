@@ -150,15 +150,15 @@ def _drawing(
     inside: Iterable[int],
     drawn: Mapping[int, DrawnNode],
 ) -> Drawing:
-    wanted, own = set(shown), set(inside)
-    nodes = _of(matching, side, wanted)
+    own = set(inside)
+    nodes = _of(matching, side, shown)
+    known = {id(node) for node in nodes}
+    pairs = [(maker, node) for node in nodes for maker in side.read_from(node) if id(maker) in known]
+    # What is next to a place in the other model alone is not shown here.
+    beside = {id(node) for pair in pairs for node in pair}
+    nodes = [node for node in nodes if id(node) in beside or matching.mark(side, node) in own]
     at = {id(node): index for index, node in enumerate(nodes)}
-    edges = [
-        (at[id(maker)], at[id(node)])
-        for node in nodes
-        for maker in side.read_from(node)
-        if id(maker) in at and {matching.mark(side, maker), matching.mark(side, node)} & own
-    ]
+    edges = [(at[id(maker)], at[id(node)]) for maker, node in pairs]
     # What is next to a place is drawn as such, whatever happens there.
     told = (
         drawn[id(node)]

@@ -179,6 +179,16 @@ def test_only_one_pass_in_a_certificate_is_told_of_nodes() -> None:
     assert PassDeeds.certified(second.with_metadata({"onnxslim.passes": "{"})).names == ()
 
 
+def test_a_place_is_drawn_with_what_is_beside_it_on_each_side() -> None:
+    first = BASE % "[a] t = Relu(x) [b] s = Exp(t) [c] y = Neg(s)"
+    second = BASE % "[a] t = Relu(x) [c] y = Neg(t)"
+    (place,) = diff(parse(first), parse(second)).places
+    states = [[(node.op, node.state) for node in side.nodes] for side in (place.before, place.after)]
+    assert states[0] == [("Relu", "same"), ("Exp", "gone"), ("Neg", "same")]
+    assert states[1] == [("Relu", "same"), ("Neg", "same")]
+    assert (place.before.edges, place.after.edges) == (((0, 1), (1, 2)), ((0, 1),))
+
+
 def test_places_of_one_kind_are_drawn_once() -> None:
     body = " ".join(f"a{i} = Identity(x{i}) x{i + 1} = Relu(a{i})" for i in range(6))
     short = " ".join(f"x{i + 1} = Relu(x{i})" for i in range(6))
