@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 from onnxslim.engine.base import Effort, Progress
@@ -89,8 +90,10 @@ def optimize(
     """
     if data is None:
         raise CalibrationError("a search measures what is lost, and needs data: pass data=, or --data")
-    if time_limit is not None and not time_limit >= 0:
-        raise UsageError(f"the time limit {time_limit:g} is no time: give 0 seconds or more")
+    if time_limit is not None and not (isinstance(time_limit, Real) and time_limit >= 0):
+        raise UsageError(f"the time limit {time_limit} is no time: give 0 seconds or more")
+    if not isinstance(seed, int):
+        raise UsageError(f"the seed {seed!r} is no whole number")
     if goals is not None and not isinstance(goals, Goals):
         raise UsageError(
             f"goals are onnxslim.Goals, such as Goals(latency=0.5), not a {type(goals).__name__}"

@@ -39,6 +39,9 @@ def encodings(goals: Goals, target: Target, effort: Effort) -> Mapping[str, Chai
         found["int8 weights"] = (Quantize(activations="none", effort=effort),)
         found["int4 weights"] = (Quantize(activations="none", weights="int4", effort=effort),)
         found |= {f"codes of {bits} bits": (Cluster(bits=bits),) for bits in (6, 4, 3, 2)}
+        if effort != "quick":  # which costs a run for every weight
+            share = min(goals.size or 0.125, 0.5)
+            found[f"codes of {32 * share:.3g} bits on average"] = (Cluster(size=share),)
     return found
 
 

@@ -190,8 +190,13 @@ class Explorer:
         """Ways to store with which to try less of the network."""
         measured = [each for each in self.trials if each.figures is not None]
         if self.goals.budgets:
-            # What is nearest to the budgets needs least of the network to go.
-            best = sorted(measured, key=self._excess)
+            # What is nearest to the budgets needs least of the network to go; what is within them needs
+            # nothing to, and what loses more than that cannot win.
+            within = [_worth(each) for each in measured if self._fits(each)]
+            over = (each for each in measured if not self._fits(each))
+            best = sorted(
+                (each for each in over if all(_worth(each) > it for it in within)), key=self._excess
+            )
         else:
             best = sorted((each for each in measured if not self._lost(each)), key=self._rank)
         return [each.encoding for each in best][: WIDTH[self.effort]]
@@ -258,6 +263,11 @@ def ahead(most: int, known: Mapping[int, bool]) -> Iterator[int]:
         if asked:
             yield asked[0]
             line += ({**answers, asked[0]: True}, {**answers, asked[0]: False})
+
+
+def _worth(trial: SearchTrial) -> tuple[float, float]:
+    assert trial.figures is not None
+    return trial.figures.worth
 
 
 def _latency(trial: SearchTrial) -> float:

@@ -84,8 +84,8 @@ class Goals:
                 raise UsageError(f"the goal {name}={limit:g} is no share of the original's: give 0 to 1")
         if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
             raise UsageError(f"the goal max_drop={self.max_drop:g} is no loss: give 0 or more")
-        if self.require_sqnr is not None and math.isnan(self.require_sqnr):
-            raise UsageError("the goal require_sqnr is not a number")
+        if self.require_sqnr is not None and not math.isfinite(self.require_sqnr):
+            raise UsageError(f"the goal require_sqnr={self.require_sqnr:g} is no noise: give it in dB")
 
     @property
     def budgets(self) -> Mapping[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -67,10 +68,12 @@ class TrialBench:
     ) -> None:
         self._original, self._target, self._shapes = original, target, shapes
         self._judge = Judge(original, subset.data, target, subset.data.samples())
-        self._metric = metric or subset.metric
+        self._metric, self._of_user = metric or subset.metric, metric is not None
         self.samples = self._judge.seen
         # A metric that fails is told before any trial.
         self._before = None if self._metric is None else measure(self._metric, original, target)
+        if self._before is not None and math.isinf(self._before):
+            raise UsageError(f"the metric of the original is {self._before}, which nothing compares with")
 
     def require_measurable(self, goals: Goals) -> None:
         """Refuse goals in what cannot be measured here.
@@ -82,11 +85,14 @@ class TrialBench:
             raise UsageError(f"the goal latency needs times: {self._judge.untimed}")
         if goals.macs is not None and not self._footprint[2]:
             raise UsageError("the goal macs needs multiply-accumulates, and none are known of this model")
-        decides = self._metric is not None or self._judge.decides
-        if goals.max_drop is not None and not decides:
+        if goals.max_drop is None or self._of_user:
+            return
+        if self._metric is None and not self._judge.decides:
             raise UsageError(
                 "the goal max_drop needs a metric or labels, as no output has shape (batch, classes)"
             )
+        if goals.max_drop >= 1:
+            raise UsageError(f"the goal max_drop={goals.max_drop:g} may be all: 0.01 is one in a hundred")
 
     @cached_property
     def _footprint(self) -> tuple[int, int, int | None]:

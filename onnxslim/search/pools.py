@@ -11,6 +11,8 @@ import importlib
 import importlib.util
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import closing, contextmanager
@@ -58,8 +60,8 @@ def require_backend(backend: str, jobs: int) -> None:
         UsageError: says why.
     """
     kind, _, address = backend.partition("=")
-    if jobs < 1:
-        raise UsageError(f"{jobs} processes make nothing: give 1 or more")
+    if not isinstance(jobs, int) or jobs < 1:
+        raise UsageError(f"jobs={jobs!r} processes make nothing: give 1 or more")
     if kind not in CLUSTERS and backend != "processes":
         raise UsageError(f"unknown backend '{backend}': {nearest(kind, ('processes', *CLUSTERS))}")
     if kind in CLUSTERS and jobs > 1:
@@ -115,7 +117,10 @@ class LocalWorkers:
         threads = str(max((os.cpu_count() or 1) // self._jobs, 1))
         given = os.environ.get("OPENBLAS_NUM_THREADS", threads)
         process: _Process = ProcessPoolExecutor(
-            max_workers=1, initializer=_deafen, env={"OPENBLAS_NUM_THREADS": given}
+            max_workers=1,
+            initializer=_follow,
+            initargs=(os.getpid(),),
+            env={"OPENBLAS_NUM_THREADS": given},
         )
         self._all.append(process)
         return process
@@ -133,9 +138,16 @@ class LocalWorkers:
 _Process: TypeAlias = Any  # joblib has no types
 
 
-def _deafen() -> None:
-    """Ctrl-C means the process that asks, which ends this one."""
+def _follow(asking: int) -> None:
+    """End with the process that asks, however that ends; Ctrl-C means that one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == asking:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class DaskWorkers:

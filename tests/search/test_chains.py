@@ -13,6 +13,7 @@ from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import UsageError
 from onnxslim.learn import door
 from onnxslim.passes.distill import Distill
+from onnxslim.passes.prune import Prune, PruningPlan
 from onnxslim.runtime.targets import Target
 from onnxslim.search import Goals, optimize
 from onnxslim.search.chains import FLOAT, SHARES, Structures, encodings
@@ -41,6 +42,18 @@ def test_what_is_left_of_the_work_is_what_was_asked_for(share: float) -> None:
     assert 0.5 * share * before < after <= share * before
 
 
+def test_what_is_left_of_the_time_is_measured() -> None:
+    net = parse(NET, normals(w=(32, 512), v=(512, 512), u=(512, 8)))
+    (step,) = Structures(net, Context(data=Samples(DATA, net)), "quick")(0.5, "time")
+    assert isinstance(step, Prune)
+    assert isinstance(step.plan, PruningPlan)
+    result = Pipeline(step, on_error="raise")(net, data=DATA).model
+    before, after = (cost.macs(model, {"x": (1, 32)}) for model in (net, result))
+    assert before is not None
+    assert after is not None
+    assert after < 0.9 * before
+
+
 def test_where_nothing_can_go_nothing_is_proposed() -> None:
     net = parse("g (float[N,32] x) => (float[N,32] y) { y = Relu(x) }")
     assert not any(Structures(net, Context(data=Samples(DATA, net)), "quick").moves)
@@ -53,6 +66,9 @@ def test_codes_and_integer_weights_are_tried_where_bytes_count() -> None:
     small = encodings(Goals(size=0.2), Target.cpu(), "quick")
     assert "dynamic int8" not in small, "only bytes count"
     assert {"int4 weights", "codes of 2 bits"} <= small.keys()
+    (name,) = {name for name in encodings(Goals(size=0.11), Target.cpu(), "normal") if "average" in name}
+    assert name == "codes of 3.52 bits on average"
+    assert not any("average" in name for name in small), "it takes a run for every weight"
     both = encodings(Goals(download=0.2, macs=0.5), Target.cpu(), "quick")
     assert {"dynamic int8", "codes of 4 bits"} <= both.keys()
 

@@ -231,7 +231,7 @@ def test_a_process_that_is_killed_loses_one_trial(
 @pytest.mark.parametrize(
     ("backend", "jobs", "message"),
     [
-        ("processes", 0, "0 processes make nothing"),
+        ("processes", 0, "jobs=0 processes make nothing"),
         ("dusk=tcp://a:1", 1, "unknown backend 'dusk=tcp://a:1': did you mean 'dask'"),
         ("processes=3", 1, "unknown backend"),
         ("ray", 2, "a cluster \\(ray\\) has workers of its own"),

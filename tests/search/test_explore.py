@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onnxslim.engine.allocate import fewest
 from onnxslim.errors import OnnxSlimError, UsageError
 from onnxslim.search.chains import SHARES
-from onnxslim.search.explore import Explorer
+from onnxslim.search.explore import Explorer, ahead
 from onnxslim.search.fronts import front
 from onnxslim.search.goals import Goals, TrialFigures
 from onnxslim.search.trials import SearchTrial, Wish
@@ -100,6 +102,49 @@ def test_within_budgets_what_loses_least() -> None:
     assert (best.structure, best.encoding) == (0.72, "slow")
     faster = World().search(Goals(size=0.15, latency=0.4)).eligible()[0]
     assert (faster.structure, faster.encoding) == (0.5, "int8")
+
+
+def test_what_is_within_budgets_is_not_shrunk_and_what_loses_more_cannot_win() -> None:
+    world = World()
+    best = world.search(Goals(size=0.3)).eligible()[0]
+    # "slow" takes 0.2 and keeps 60 dB; float is as good and can come within, int8 is within and loses more.
+    assert (best.structure, best.encoding) == (1.0, "slow")
+    assert len(world.log) == len(WAYS)
+    world = World(lambda share, way: 60 * share - (10.0 if way == "slow" else 0.0))
+    world.search(Goals(size=0.25))
+    assert {way for share, way in world.log if share < 1} == {"int8", "float"}
+
+
+def test_what_may_be_asked_next_is_told_ahead() -> None:
+    world = World()
+    world.search(Goals(require_sqnr=20.0))
+    assert world.expected[0] == [Wish(1.0, way) for way in WAYS]
+    asked = [wish for wish, _ in zip(world.log[len(WAYS) :], world.expected[len(WAYS) :], strict=True)]
+    for (share, way), ahead_of in zip(asked, world.expected[len(WAYS) :], strict=True):
+        assert ahead_of[0] == Wish(share, way)
+        assert len(set(ahead_of)) == len(ahead_of)
+
+
+@given(st.integers(1, 40), st.integers(0, 41))
+def test_every_number_that_halving_asks_for_was_told_ahead(most: int, least: int) -> None:
+    known: dict[int, bool] = {}
+    first_told = [*itertools.islice(ahead(most, {}), 64)]
+    assert sorted(first_told) == [*range(1, most + 1)]
+
+    def enough(number: int) -> bool:
+        assert next(ahead(most, known)) == number
+        known[number] = number >= least
+        return known[number]
+
+    assert fewest(enough, most) == max(min(least, most + 1), 1)
+    assert list(ahead(most, known)) == []
+
+
+def test_ways_to_leave_away_are_tried_one_after_the_other() -> None:
+    world = World()
+    world.search(Goals(latency=0.3), cuts=("work", "time"))
+    ways = [wish.cut for wish in itertools.chain(*world.expected) if wish.structure < 1]
+    assert set(ways) == {"work", "time"}
 
 
 def test_what_is_slower_is_not_taken_unless_only_bytes_were_asked_for() -> None:

@@ -22,7 +22,7 @@ FIGURES = TrialFigures(25.0, 0.98, None, 0.5, 0.3, 0.25, 0.6, 1.0)
         ({"macs": -0.5}, "macs=-0.5 is no share"),
         ({"max_drop": -0.1}, "max_drop=-0.1 is no loss"),
         ({"max_drop": math.inf}, "max_drop=inf is no loss"),
-        ({"require_sqnr": math.nan}, "require_sqnr is not a number"),
+        ({"require_sqnr": math.nan}, "require_sqnr=nan is no noise"),
     ],
 )
 def test_goals_that_mean_nothing(given: dict[str, float], said: str) -> None:

@@ -148,7 +148,7 @@ def test_the_metric_decides_if_there_is_one(net: Model, data: Mapping[str, Array
 def test_labels_make_accuracy_the_metric(net: Model, data: Mapping[str, Array]) -> None:
     labels = np.zeros(256, np.int64)
     found = optimize(
-        net, data, Goals(max_drop=1.0, size=0.9), labels=labels, effort="quick", test=data, test_labels=labels
+        net, data, Goals(max_drop=0.9, size=0.9), labels=labels, effort="quick", test=data, test_labels=labels
     )
     assert found.verified is not None
     assert found.verified.metric is not None
@@ -177,9 +177,28 @@ def test_wrong_inputs_are_told_before_any_trial(net: Model, data: Mapping[str, A
         optimize(net, {"z": normal(4, 64)}, on_trial=refuse)
     with pytest.raises(TargetError, match="TensorrtExecutionProvider"):
         optimize(net, data, target="tensorrt", on_trial=refuse)
-    for limit in (-1.0, math.nan):
-        with pytest.raises(UsageError, match="is no time: give 0 seconds or more"):
-            optimize(net, data, time_limit=limit, on_trial=refuse)
+    with pytest.raises(UsageError, match="the metric of the original is inf"):
+        optimize(net, data, metric=lambda run: math.inf, on_trial=refuse)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        *(({"time_limit": limit}, "is no time: give 0 sec") for limit in (-1.0, math.nan, "5")),
+        ({"goals": {"latency": 0.5}}, "goals are onnxslim.Goals, such as .*, not a dict"),
+        ({"goals": Goals(max_drop=1)}, "max_drop=1 may be all: 0.01 is one in a hundred"),
+        ({"goals": Goals(latency=0.5), "target": "reference"}, "the goal latency needs times: its operators"),
+        ({"effort": "fast"}, "unknown effort 'fast': known are: quick"),
+        ({"seed": 1.5}, "the seed 1.5 is no whole number"),
+        ({"jobs": "2"}, "jobs='2' processes make nothing"),
+        ({"backend": "slurm"}, "unknown backend 'slurm': known are: processes"),
+    ]
+    for given, message in wrong:
+        with pytest.raises(UsageError, match=message):
+            optimize(net, data, **given, on_trial=refuse)
+    nothings: tuple[Any, ...] = ([], {"x": normal(0, 64)}, lambda: iter(()))
+    for nothing in nothings:
+        with pytest.raises(CalibrationError, match=r"no data|no samples"):
+            optimize(net, nothing, on_trial=refuse)
+    sequences = parse("g (float[N,4,8] x) => (float[N,4,3] y) { y = MatMul(x, w) }", {"w": normal(8, 3)})
+    with pytest.raises(UsageError, match="the goal max_drop needs a metric or labels"):
+        optimize(sequences, {"x": normal(16, 4, 8)}, Goals(max_drop=0.01), on_trial=refuse)
 
 
 def test_trials_are_not_kept_by_a_metric_that_another_may_be_taken_for(
