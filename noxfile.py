@@ -79,7 +79,8 @@ def wheel(session: nox.Session) -> None:
 def train(session: nox.Session) -> None:
     """What learns, with PyTorch; words after `--` go to pytest."""
     session.install("-e", ".[cpu,train,test,zoo]")
-    session.run("pytest", "-m", "train", "tests/learn", "tests/passes/test_distill.py", *session.posargs)
+    files = ("tests/passes/test_distill.py", "tests/passes/test_quantize_train.py")
+    session.run("pytest", "-m", "train", "tests/learn", *files, *session.posargs)
 
 
 @nox.session

@@ -4,6 +4,7 @@
     python benchmarks/learn.py coverage [NAME ...]
     python benchmarks/learn.py distill [NET ...] [--images 10000] [--learn distill:steps=300] [--seeds 3]
     python benchmarks/learn.py task TASK [--chain prune:macs=0.6] [--samples 512] [--images 10000] [--learn …]
+    python benchmarks/learn.py qat [NET ...] [--images 10000] [--steps 300] [--seeds 3] [--weights int4 ...]
     python benchmarks/learn.py speed [NET ...]
 
 coverage: every model of the zoo, the bundled networks and the exports of `benchmarks/architectures.py` that
@@ -18,6 +19,10 @@ distill:steps=300,augment=mirror,shift,copies=8; its teacher is the original unl
 
 task: true scores of a task of `benchmarks/stage.py` (see there for what to fetch): of the network, of what a
 chain of passes makes of it on samples to calibrate on, and of that distilled on unlabelled samples.
+
+qat: the bundled networks quantized on 512 images that ship with them, or on so many unlabelled images of the
+training split, all layers in integers that can be; without training, and with it: accuracy on the 2,000 test
+images, SQNR against the original, and seconds of CPU of both. One thread.
 
 speed: milliseconds of CPU for one image of a step, beside a loop written by hand around the same network as a
 module of PyTorch (`models/fashion/train.py`), with torch.optim.Adam and mean squared error, in turn, one
@@ -57,7 +62,7 @@ from onnxslim.learn.net import Net
 from onnxslim.learn.optimizer import RelativeAdam
 from onnxslim.learn.weights import weights
 from onnxslim.models import tasks, zoo
-from onnxslim.passes import Distill, Prune, Slim
+from onnxslim.passes import Distill, Prune, Quantize, Slim
 from onnxslim.passes.fold.edits import Edits
 from onnxslim.passes.fold.literals import lower_constants
 from onnxslim.passes.learning.apart import taken_apart
@@ -188,6 +193,42 @@ def true_scores(name: str, chain: str, samples: int, count: int, words: str) -> 
         yield from stage.rows(task, found, stage.scored(task, found))
 
 
+# ------------------------------------------------------------------------------- quantization-aware
+
+
+def qat(names: list[str], count: int, steps: int, seeds: int, bits: list[str]) -> Iterator[str]:
+    """One row per network, weights and seed."""
+    yield "| network | weights | images | steps | seed | original | untrained | trained | SQNR, dB | CPU s |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    with np.load(FASHION / "calibration.npz") as bundled:
+        few = bundled["image"]
+    for name in names or list(SHARES):
+        for weights_type in bits:
+            for seed in range(seeds):
+                data = few if count <= len(few) else images(count, seed)
+                told = quantized(name, data, weights_type, steps, seed)
+                yield f"| {name} | {weights_type} | {len(data)} | {steps} | {seed} | {told} |"
+
+
+def quantized(name: str, data: Array, weights_type: Any, steps: int, seed: int) -> str:
+    """What comes of a network without training and with it."""
+    with np.load(FASHION / "test.npz") as test:
+        feeds, labels = {"image": test["image"]}, test["label"]
+    original = load(FASHION / f"{name}.onnx")
+    models, times = [original], [time.process_time()]
+    for train in (None, steps):
+        chain = Slim(), Quantize(weights=weights_type, require_sqnr=0, train=train)
+        batches = CalibrationData.from_arrays({"image": data}, 64)
+        made = Pipeline(*chain, count=False)(original, data=batches, target=Target.cpu(1), seed=seed)
+        models.append(made.model)
+        times.append(time.process_time())
+    results = [Session(each).run(feeds)["logits"] for each in models]
+    right = [f"{np.mean(each.argmax(1) == labels):.2%}" for each in results]
+    noise = " → ".join(f"{sqnr(results[0], each):.1f}" for each in results[1:])
+    seconds = " and ".join(f"{end - start:.0f}" for start, end in pairwise(times))
+    return f"{' | '.join(right)} | {noise} | {seconds}"
+
+
 # ------------------------------------------------------------------------------------------------- speed
 
 
@@ -244,18 +285,21 @@ def by_hand(module: Any, x: Array) -> Callable[[], None]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("what", choices=("coverage", "distill", "task", "speed"))
+    parser.add_argument("what", choices=("coverage", "distill", "qat", "task", "speed"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--learn", default="distill:steps=300")
     parser.add_argument("--chain", default="prune:macs=0.6")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=300, help="of qat")
+    parser.add_argument("--weights", nargs="+", default=["int8", "int4", "int3", "int2"], help="of qat")
     args = parser.parse_args()
     rows = {
         "coverage": lambda: coverage(args.names),
         "distill": lambda: distill(args.names, args.images, args.learn, args.seeds),
         "task": lambda: true_scores(args.names[0], args.chain, args.samples, args.images, args.learn),
+        "qat": lambda: qat(args.names, args.images, args.steps, args.seeds, args.weights),
         "speed": lambda: speed(args.names),
     }
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -130,6 +130,7 @@ def fit(
     progress: Progress | None = None,
     masks: Sequence[Array | None] = (),
     checkpoint: Path | None = None,
+    confine: Callable[[], None] | None = None,
 ) -> Learnt:
     """Learn the parameters of a net.
 
@@ -145,6 +146,7 @@ def fit(
         progress: called with what is done, steps done and steps in all.
         masks: for each parameter, where it may change; None where everywhere. None at all by default.
         checkpoint: file to keep the state in, once a minute, and to go on from, if it is there.
+        confine: called after every step, to bring the parameters back to where they may be.
 
     Raises:
         UsageError: the file is of something else; several processes start from different weights or samples.
@@ -153,7 +155,7 @@ def fit(
     """
     with _threads(course.threads) as threads, together(course.device) as processes:
         fitting = _Fitting(
-            net, wanted, learnt_from, judged_by, course, processes, progress, masks, checkpoint
+            net, wanted, learnt_from, judged_by, course, processes, progress, masks, checkpoint, confine
         )
         try:
             if not math.isfinite(fitting.best.unseen):
@@ -182,6 +184,7 @@ class _Fitting:
         progress: Progress | None,
         masks: Sequence[Array | None],
         checkpoint: Path | None,
+        confine: Callable[[], None] | None,
     ) -> None:
         self._processes, self._late = processes, ""
         self._parts = Portions(self._loss, limit(course.device, course.memory))
@@ -189,6 +192,7 @@ class _Fitting:
         self._examples, self._judges = learnt_from, judged_by
         self._start = [each.detach().clone() for each in net.parameters]
         self._values = self._start
+        self._confine = confine
         self._masks = [None if each is None else to_torch(each) for each in masks]
         self.notes: list[str] = []
         self._idle: dict[int, Node | None] | None = None
@@ -244,6 +248,8 @@ class _Fitting:
                 return
             self._mask()
             self._optimizer.step(rate * _share(step, steps))
+            if self._confine is not None:
+                self._confine()
             if (step + 1) % every == 0 or step + 1 == steps:
                 self._look(step + 1, rate, self._losses)
             self._step = step + 1

@@ -9,7 +9,7 @@ from onnxslim.ir.graph import Array, Constant, Graph, Node, captures, walk
 from onnxslim.ir.graph import Tensor as Edge
 from onnxslim.ir.model import Model, constant_of, is_literal
 from onnxslim.learn.door import DType, Tensor, UnknownError, to_torch, torch, torch_type
-from onnxslim.learn.rows import Call, Forward, row_of
+from onnxslim.learn.rows import Call, Forward, ForwardRow, row_of
 
 Values = dict[int, Tensor]
 # What PyTorch, and Python on what it is given, raise for tensors that do not go together.
@@ -61,6 +61,7 @@ class Net:
         real: what all floating-point numbers are computed in, such as torch.float32; None for the types that
             the model states.
         taps: names of tensors of the main graph that are handed out besides the outputs.
+        rows: how some operators are computed instead, by name.
 
     Attributes:
         parameters: the weights, with gradients, in `real` or the model's type.
@@ -72,12 +73,17 @@ class Net:
     """
 
     def __init__(
-        self, model: Model, weights: Sequence[Constant] = (), real: DType = None, taps: Sequence[str] = ()
+        self,
+        model: Model,
+        weights: Sequence[Constant] = (),
+        real: DType = None,
+        taps: Sequence[str] = (),
+        rows: Mapping[str, ForwardRow] | None = None,
     ) -> None:
         for node, why in unknown(model):
             raise UnknownError(f"node '{node.label}': {why}")
         self._model, self._real, self._weights = model, real, weights
-        self._taps = frozenset(taps)
+        self._taps, self._rows = frozenset(taps), rows or {}
         self.blocked: list[Node] = []
         self._constants: Values = {}
         self.parameters: list[Tensor] = []
@@ -215,7 +221,7 @@ class Net:
         return is_literal(node)
 
     def _step(self, node: Node, drops: tuple[int, ...]) -> _Step:
-        row = row_of(node)
+        row = self._rows.get(node.op) or row_of(node)
         assert row is not None
         reads, makes = (
             tuple(id(each) if each.name else 0 for each in tensors) for tensors in (node.inputs, node.outputs)

@@ -25,8 +25,11 @@ from onnxslim.engine.plans import PlanOf
 from onnxslim.errors import UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
+from onnxslim.learn import door
+from onnxslim.learn.door import UnknownError
 from onnxslim.ops import layer_of
 from onnxslim.ops.layers import Layer
+from onnxslim.passes.learning.lessons import RUNS, distance
 from onnxslim.passes.quantize.block_products import clamped, is_product
 from onnxslim.passes.quantize.build import Builder, Candidate
 from onnxslim.passes.quantize.choices import (
@@ -43,14 +46,15 @@ from onnxslim.passes.quantize.dynamic import Dynamic
 from onnxslim.passes.quantize.figures import LayerFigures, QuantizeFigures
 from onnxslim.passes.quantize.fused import beside_floats, kernels
 from onnxslim.passes.quantize.goal import TrialGoal
-from onnxslim.passes.quantize.prepare import MIN_OPSET, WIDE_OPSET, prepare
+from onnxslim.passes.quantize.prepare import MIN_OPSET, TWO_BITS_OPSET, WIDE_OPSET, prepare
 from onnxslim.passes.quantize.rate import price_for
 from onnxslim.passes.quantize.recorded import LayoutName, QuantizationPlan, QuantizeOptions, moves_of
 from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Search, Sensitivity, stored
 from onnxslim.passes.quantize.static import Static
 from onnxslim.passes.quantize.strategy import Strategy
 from onnxslim.passes.quantize.tables import ties_of, untie
-from onnxslim.passes.quantize.trained import Trained, strip
+from onnxslim.passes.quantize.train import BATCH, Training
+from onnxslim.passes.quantize.trained import Trained, constants_read, strip
 from onnxslim.passes.quantize.trial import Trial
 from onnxslim.passes.quantize.weight_only import WeightOnly, WeightOnlyBlocks, WeightOnlyBytes
 from onnxslim.passes.quantize.weights import floor_for
@@ -99,15 +103,22 @@ class Quantize(Pass):
     int4 with a scale for every few inputs. ONNX Runtime multiplies by them as they are, and rounds the data
     to int8 by blocks as it comes; the report says what that costs. Codes of few bits that a file brings
     along, in whichever form, are kept to the bit.
+
+    With `train` the result is a start: scales, weights and biases are then learnt through the rounding, with
+    PyTorch, such that outputs come close to those of the model that came into the pipeline. The best state on
+    samples that nothing was fitted to is kept, the start included. All layers that can are in integers then,
+    unless `require_sqnr` says otherwise.
     """
 
     name: ClassVar[str] = "quantize"
+    beside_plan: ClassVar[tuple[str, ...]] = ("train", "features", "checkpoint")
 
     weights: Bits = Field(
         "int8",
         description="integer type of weights; int4 halves the file again, and is computed with as int8 or, "
         "where activations are not integers, in blocks of 32 with a scale each, "
-        "on processors a zero point, too",
+        "on processors a zero point, too; int3 (stored as int4) and int2 (-1, 0 and 1, in opset 25) are "
+        "computed with as int8, too",
     )
     activations: Activations = Field(
         "auto",
@@ -161,7 +172,7 @@ class Quantize(Pass):
     require_sqnr: LeastSqnr = Field(
         None,
         description=f"{KEPT}; layers that cost too much of it stay in float (0: none does). By default 25, "
-        "or 0 where max_drop or size is given",
+        "or 0 where max_drop, size or train is given",
     )
     max_drop: MostDrop = None
     algorithm: Algorithm = Field(
@@ -188,6 +199,21 @@ class Quantize(Pass):
         "target",
         description="for which target the graph is laid out, if not for the one that it is judged on",
     )
+    train: int | None = Field(
+        None,
+        ge=1,
+        description="learn scales, weights and biases through the rounding, from what the original makes of "
+        "the data, in so many steps of 64 samples; with integer activations and PyTorch",
+    )
+    features: tuple[str, ...] = Field(
+        (),
+        description="with train, names of tensors inside the model that are to come close to the original's, "
+        "too",
+    )
+    checkpoint: Path | None = Field(
+        None,
+        description="with train, file to keep the state in, once a minute; goes on from it, if it is there",
+    )
     effort: Effort = Field("normal", description=EFFORTS)
     layers: bool = Field(
         False,
@@ -209,6 +235,15 @@ class Quantize(Pass):
             raise UsageError("pass 'quantize': size goes with weights=int4 and activations=none")
         if self.download is not None and (self.weights != "int8" or self.activations == "none"):
             raise UsageError("pass 'quantize': download goes with weights=int8 and integer activations")
+        if self.weights in ("int3", "int2") and not self._way.calibrated:
+            raise UsageError(
+                f"pass 'quantize': {self.weights} weights go with integer activations that are calibrated"
+            )
+        if self.train is not None and not self._way.calibrated:
+            raise UsageError("pass 'quantize': train goes with integer activations that are calibrated")
+        for option in ("features", "checkpoint"):
+            if self.train is None and getattr(self, option):
+                raise UsageError(f"pass 'quantize': {option} goes with train")
         if (size := self.block_size or 16) & (size - 1):
             raise UsageError(f"pass 'quantize': block_size is a power of two, not {size}")
 
@@ -222,7 +257,9 @@ class Quantize(Pass):
         """
         self.require_data(ctx.data)
         if (plan := self._planned()) is not None:
-            return self._as(plan)._run(model, ctx, plan)
+            return replace(self._as(plan), **{name: getattr(self, name) for name in self.beside_plan})._run(
+                model, ctx, plan
+            )
         return self._run(model, ctx, None)
 
     def _planned(self) -> QuantizationPlan | None:
@@ -237,7 +274,18 @@ class Quantize(Pass):
     @property
     def work(self) -> PassWork:
         """See `Pass.work`."""
-        return WORK[self.effort if self._way.calibrated else "quick"]
+        work = WORK[self.effort if self._way.calibrated else "quick"]
+        return replace(work, samples=RUNS * BATCH * (self.train or 0))
+
+    @property
+    def learns(self) -> bool:
+        """See `Pass.learns`."""
+        return self.train is not None
+
+    def require_installed(self) -> None:
+        """See `Pass.require_installed`."""
+        if self.train is not None:
+            door.require(f"pass '{self.name}' with train")
 
     def propose(self, model: Model, ctx: Context) -> Sequence[Move]:
         """Of every layer that it runs in integers while all others do not; without data, nothing is known."""
@@ -258,17 +306,18 @@ class Quantize(Pass):
             UsageError: options contradict each other.
         """
         before = stored(model)
-        if self.activations == "dynamic" and self.weights == "int4":
+        if self.activations == "dynamic" and self.weights != "int8":
             raise UsageError(
-                "pass 'quantize': int4 weights go with activations=none, where ONNX Runtime turns data into "
-                "integers as it comes as well"
+                f"pass 'quantize': {self.weights} weights go with activations=none, where ONNX Runtime turns "
+                "data into integers as it comes as well"
             )
         ctx = replace(ctx, target=self._target(ctx.target))
         self._require_kernels(ctx.target)
         form = self._form(model, ctx.target)
         plain = form == "matmulnbits" or (self.weights == "int8" and self.block_size is None)
         wide = not plain or ctx.target.layout.activation.itemsize > 1
-        prepare(model, ctx.target.layout, log, WIDE_OPSET if wide else MIN_OPSET)
+        opset = TWO_BITS_OPSET if self.weights == "int2" else WIDE_OPSET if wide else MIN_OPSET
+        prepare(model, ctx.target.layout, log, opset)
         tell_idle(self.exclude, model, log)
         trained = strip(model)
         ties = untie(model) if form == "matmulnbits" else {}
@@ -364,7 +413,8 @@ class Quantize(Pass):
             kept = QuantizationPlan.of(self._options(), variant, build, candidate, False)
             return candidate, replace(candidate.figures, plan=kept)
         search, build = self._judged(start)
-        least = 0.0 if self.require_sqnr is None and self.size is not None else self.require_sqnr
+        asks_nothing = self.require_sqnr is None and (self.size, self.train) != (None, None)
+        least = 0.0 if asks_nothing else self.require_sqnr
         goal = TrialGoal(least, self.max_drop, start.original, ctx)
         if asked is not None:
             build = asked.builder(build, ctx.data.tune, log)
@@ -379,24 +429,69 @@ class Quantize(Pass):
                     "ranges of all samples", found, lambda: search.complete(found, tune, goal)
                 )
             complete = trial is not found
-            if search.late is not None:
-                error, untried = search.late
-                log.skip("model", f"{error}; not tried: {', '.join(untried)}")
-            if not goal.met(trial):
-                log.skip("model", goal.shortfall(trial))
+        if self.train is not None:
+            untrained, found_so_far = trial, figures
+            trial, figures = search.step(
+                "training",
+                (trial, figures),
+                lambda: self._learnt(untrained, found_so_far, start, log),
+            )
+        if search.late is not None:
+            error, untried = search.late
+            log.skip("model", f"{error}; not tried: {', '.join(untried)}")
+        if asked is None and not goal.met(trial):
+            log.skip("model", goal.shortfall(trial))
         kept = QuantizationPlan.of(self._options(), trial.variant, trial.build, trial.candidate, complete)
         return trial.candidate, replace(self._told(figures, trial, search, goal), plan=kept)
+
+    def _learnt(
+        self, trial: Trial, figures: QuantizeFigures, start: Start, log: Log
+    ) -> tuple[Trial, QuantizeFigures]:
+        """The same once it was trained, and what is told of that."""
+        assert self.train is not None
+        train = Training(self.train, self.features, self.checkpoint)
+        teacher, model = start.ctx.teacher or start.original, trial.candidate.model
+        # What was chosen by is learnt from as well.
+        fresh = start.ctx.given.fresh
+        data = start.ctx.given.tune if fresh is None else fresh
+        judge, constants = Judge(teacher, data, start.ctx.target), constants_read(model)
+        before, values = judge(model).sqnr, [each.values for each in constants]
+        try:
+            found = train(trial.candidate, trial.build, teacher.copy(), log)
+        except UnknownError as why_not:
+            log.skip("training", str(why_not))
+            return trial, figures
+        learnt, after = found.learnt, judge(model).sqnr
+        if learnt.improved and not after > before:
+            log.skip(
+                "training", f"the start stays: in ONNX Runtime what was learnt keeps {after:.2f} dB of it"
+            )
+            for constant, start_values in zip(constants, values, strict=True):
+                constant.values = start_values
+        figures = replace(
+            figures,
+            learnt=(before, max(before, after)),
+            distance=distance(learnt),
+            examples=found.taught.told,
+            threads=learnt.threads,
+            looks=tuple(learnt.looks),
+        )
+        return replace(trial, score=self._judge(start, data)(model)), figures
 
     def _builder(self, start: Start) -> Builder:
         return Builder(start.model, start.ctx, self._strategy(start), start.trained)
 
     def _judged(self, start: Start) -> tuple[Search, Builder]:
         """What makes candidates, and what judges them on data."""
-        ctx = start.ctx
+        judge = self._judge(start, start.ctx.given.tune)
+        return Search(judge, ENOUGH_BY_EFFORT[self.effort]), self._builder(start)
+
+    @staticmethod
+    def _judge(start: Start, data: CalibrationData) -> Judge:
+        """What measures candidates on some data."""
         # What runs in integers may saturate where what it was trained with did not.
         optimize = "none" if start.trained else "all"
-        judge = Judge(start.original, ctx.given.tune, ctx.target, optimize=optimize, clear=CLEAR)
-        return Search(judge, ENOUGH_BY_EFFORT[self.effort]), self._builder(start)
+        return Judge(start.original, data, start.ctx.target, optimize=optimize, clear=CLEAR)
 
     def _options(self) -> QuantizeOptions:
         """Those that a plan keeps."""

@@ -12,7 +12,7 @@ from onnxslim.ops import Role, spec_of
 from onnxslim.passes.quantize.recurrent import is_recurrent
 from onnxslim.passes.quantize.tables import table_of
 
-Bits = Literal["int8", "int4"]
+Bits = Literal["int8", "int4", "int3", "int2"]
 StorageForm = Literal["qdq", "matmulnbits"]
 StorageChoice = Literal["auto", "qdq", "matmulnbits"]
 Activations = Literal["auto", "uint8", "int8", "uint16", "dynamic", "none"] | None

@@ -23,7 +23,7 @@ from onnxslim.passes.quantize.plan import Plan
 from onnxslim.passes.quantize.rate import Priced, least_steps
 from onnxslim.passes.quantize.rounding import Rounder, damped
 from onnxslim.passes.quantize.trained import Trained
-from onnxslim.passes.quantize.weights import Encoded, Encoder, encode, floored, least_scales
+from onnxslim.passes.quantize.weights import Encoded, Encoder, encode, floored, least_scales, stored_limit
 
 Floats = NDArray[np.float32]
 
@@ -149,8 +149,9 @@ class WeightCoder:
         weight = layer.restored(wanted).astype(np.float32)
         least = None if kept or not rules.integer_bias else _least(layer.node)
         least = floored(weight, axis, least, self._settings.floor)
-        start = encode(weight, axis, per_channel=True, pair_axis=pair_axis, least=least, limit=self.limit)
-        found = self._rounder(layer, gram, corrected, wanted)(start, pair_axis, self.limit, least)
+        limit = stored_limit(self.limit) if kept else self.limit
+        start = encode(weight, axis, per_channel=True, pair_axis=pair_axis, least=least, limit=limit)
+        found = self._rounder(layer, gram, corrected, wanted)(start, pair_axis, limit, least)
         codes = np.ascontiguousarray(layer.matrix_of(found.codes))
         return found, codes * found.scales.reshape(*wanted.shape[:2], 1)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from onnxslim.engine.base import Figures, captioned
 from onnxslim.engine.plans import PassPlan
+from onnxslim.learn.fit import Look
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class QuantizeFigures(Figures):
         total: all operators of these types.
         plan: a `QuantizationPlan`: what was chosen, to keep and to replay.
         unfused: names of nodes that were quantized and run in floating point all the same.
+        learnt: SQNR beside the model that training learnt from, in dB, before it and after, on fresh samples.
+        distance: how far outputs were from the teacher's before training and after, on unseen samples.
+        examples: what was learnt from, and by what it was judged.
+        threads: of PyTorch.
+        looks: at all states that were judged; the first is the start.
     """
 
     trained: tuple[int, int] | None = captioned(
@@ -76,6 +82,13 @@ class QuantizeFigures(Figures):
     corrected: int | None = captioned("biases corrected for the rounding of weights")
     metric: tuple[float, float] | None = captioned("metric, before and after")
     latency: float | None = captioned("time of one run, relative to that before")
+    learnt: tuple[float, float] | None = captioned(
+        "SQNR before training and after, in dB, on samples that nothing was fitted to"
+    )
+    distance: str | None = captioned("distance from the teacher on unseen samples, by training")
+    examples: str | None = captioned("trained from")
+    threads: int | None = captioned("threads of training")
+    looks: tuple[Look, ...] = ()
     observer: str | None = captioned("way to choose ranges")
     fused: Mapping[str, int] | None = captioned("run in integers by ONNX Runtime")
     total: Mapping[str, int] | None = captioned("of such operators in the model")

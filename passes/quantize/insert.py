@@ -351,7 +351,7 @@ class Inserter:
         assert layer is not None
         axis = layer.weight_axis
         self._replaced.add(id(weight))
-        encoded = self._encode(weight, axis, per_channel=per_channel)
+        encoded = self._encode(weight, axis, per_channel=per_channel, stored=True)
         node.inputs[1] = self._dequantized(weight, encoded.codes, encoded.scales, 0, axis)
         self._log.change(self._plan.labels[id(node)], f"{node.op} stores its weight as int8")
 
@@ -379,7 +379,7 @@ class Inserter:
         if encoded.tightened:
             self.tightened[self._plan.labels[id(node)]] = encoded.tightened
         result = self._dequantized(weight, *self._unsaturated(node, encoded, axis, pair_axis), axis)
-        if self._encode.limit == weights.FOUR_BITS:
+        if self._encode.limit <= weights.FOUR_BITS:
             self._pack(result)
         self._weights[id(weight), axis] = result, encoded
         return result, encoded
@@ -422,12 +422,13 @@ class Inserter:
         return result
 
     def _pack(self, weight: Variable) -> None:
-        """Keep the codes behind a weight in four bits; kernels get them as int8, made once on loading."""
+        """Keep the codes behind a weight in four bits or two; kernels get int8, made once on loading."""
         pair = self._new[-1]
         assert pair.outputs[0] is weight
         codes = pair.inputs[0]
         assert isinstance(codes, Constant)
-        packed = Constant(self._name(f"{codes.name}_packed"), codes.values.astype(ml_dtypes.int4))
+        kind = ml_dtypes.int2 if self._encode.limit == weights.LIMITS["int2"] else ml_dtypes.int4
+        packed = Constant(self._name(f"{codes.name}_packed"), codes.values.astype(kind))
         unpacked = Variable(codes.name, np.dtype(np.int8), codes.shape)
         self._add("Cast", f"{codes.name}_Cast", [packed], unpacked, {"to": 3})
         pair.inputs[0] = unpacked

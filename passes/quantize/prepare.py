@@ -23,6 +23,8 @@ from onnxslim.passes.unfuse import unfuse
 MIN_OPSET = 13
 # Integers of 4 and 16 bits, and scales for blocks of a weight, in this one.
 WIDE_OPSET = 21
+# Integers of 2 bits.
+TWO_BITS_OPSET = 25
 
 
 def prepare(model: Model, rules: IntegerLayout, log: Log, opset: int = MIN_OPSET) -> None:

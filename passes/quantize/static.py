@@ -12,7 +12,7 @@ from onnxslim.passes.quantize.choices import Variant
 from onnxslim.passes.quantize.figures import QuantizeFigures
 from onnxslim.passes.quantize.storing import Storage
 from onnxslim.passes.quantize.strategy import Draft, Strategy
-from onnxslim.passes.quantize.weights import FOUR_BITS, QMAX
+from onnxslim.passes.quantize.weights import LIMITS
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Static(Strategy):
 
     @property
     def limit(self) -> int:
-        """Weights in four bits are computed with as int8."""
-        return FOUR_BITS if self.settings.weights == "int4" else QMAX
+        """Weights in fewer bits are computed with as int8."""
+        return LIMITS[self.settings.weights]
 
     def in_floats(self, model: Model, variant: Variant) -> Mapping[str, str]:
         """What the variant keeps."""

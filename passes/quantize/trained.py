@@ -214,7 +214,7 @@ class Trained:
         for tensor in _variables(model):
             if tensor.name in self.tensors and tensor.name not in taken:
                 new.extend(_pair(tensor, self.tensors[tensor.name], name, id(tensor) in outputs))
-        for constant in _constants(model):
+        for constant in constants_read(model):
             if constant.name in self.constants:
                 new.append(_dequantized(constant, self.constants[constant.name], name))
                 model.graph.initializers.pop(constant.name, None)
@@ -389,7 +389,8 @@ def _variables(model: Model) -> Iterator[Variable]:
         yield from node.outputs
 
 
-def _constants(model: Model) -> list[Constant]:
+def constants_read(model: Model) -> list[Constant]:
+    """Constants that nodes of the main graph read."""
     found = {
         id(tensor): tensor
         for node in model.graph.nodes

@@ -15,6 +15,8 @@ from onnxslim.ir.graph import Array, Constant
 
 QMAX = 127
 FOUR_BITS = 7
+# Largest magnitude of a code by the type of weights; ONNX has no type of three bits.
+LIMITS = {"int8": QMAX, "int4": FOUR_BITS, "int3": 3, "int2": 1}
 # Largest |a| + |b| of two neighbouring codes of one sign for which 255·a + 255·b fits in 16 bits.
 MAX_PAIR = 128
 # Bias codes stay this far below 2^31, which leaves room for the sum they are added to.
@@ -86,6 +88,14 @@ def encode(
     restored = np.moveaxis(codes.reshape(moved.shape), (0, 1), (axis, rest))
     kept = scales if per_channel else scales[:1].reshape(())
     return Encoded(np.ascontiguousarray(restored), kept, tightened)
+
+
+def stored_limit(limit: int) -> int:
+    """Largest magnitude of a code of a weight that is only stored as integers, where others have this one.
+
+    With fewer than four bits that is the last product before an output, mostly, which stays in eight.
+    """
+    return limit if limit >= FOUR_BITS else QMAX
 
 
 def floored(weight: Array, axis: int, least: Scales | None, floor: float) -> Scales | None:
@@ -165,22 +175,34 @@ class Encoder:
         per_channel: bool,
         pair_axis: int | None = None,
         least: Scales | None = None,
+        stored: bool = False,
     ) -> Encoded:
-        """The constant's values as integers; see `encode`."""
-        if (kept := self._kept(weight, axis, self.limit)) is not None:
+        """The constant's values as integers; see `encode`.
+
+        Args:
+            stored: whether its node computes in floating point; see `stored_limit`.
+        """
+        limit = stored_limit(self.limit) if stored else self.limit
+        if (kept := self._kept(weight, axis, limit)) is not None:
             return kept
-        loose = self._of(weight, axis, per_channel, pair_axis, None)
+        loose = self._of(weight, axis, per_channel, pair_axis, None, limit)
         if least is None or bool((loose.scales >= least).all()):
             return loose
-        return self._of(weight, axis, per_channel, pair_axis, least)
+        return self._of(weight, axis, per_channel, pair_axis, least, limit)
 
     def _of(
-        self, weight: Constant, axis: int, per_channel: bool, pair_axis: int | None, least: Scales | None
+        self,
+        weight: Constant,
+        axis: int,
+        per_channel: bool,
+        pair_axis: int | None,
+        least: Scales | None,
+        limit: int,
     ) -> Encoded:
         given = self._given.get(weight.name)
         if given is not None and per_channel and (least is None or bool((given.scales >= least).all())):
             return given
-        key = (weight.name, axis, per_channel, pair_axis, None if least is None else least.tobytes())
+        key = (weight.name, axis, per_channel, pair_axis, None if least is None else least.tobytes(), limit)
         if key not in self._known:
             if per_channel:
                 least = floored(weight.values, axis, least, self._floor)
@@ -190,10 +212,10 @@ class Encoder:
                 per_channel=per_channel,
                 pair_axis=pair_axis,
                 least=least,
-                limit=self.limit,
+                limit=limit,
             )
             better = self._better.get(weight.name) if per_channel else None
-            self._known[key] = better(found, pair_axis, self.limit, least) if better else found
+            self._known[key] = better(found, pair_axis, limit, least) if better else found
         return self._known[key]
 
 
@@ -250,6 +272,13 @@ def saturates(codes: Codes, axis: int, pair_axis: int, top: int) -> bool:
     moved = np.moveaxis(codes, (axis, pair_axis), (0, 1))
     limit = MAX_PAIR * 255 // max(top, 1)
     return bool(_saturates(moved.reshape(*moved.shape[:2], -1), limit).any())
+
+
+def unsaturated(codes: Codes, axis: int, pair_axis: int) -> Codes:
+    """The same with every pair shrunk whose sum could saturate; see `encode` for the axes."""
+    moved = np.moveaxis(codes, (axis, pair_axis), (0, 1))
+    limited = _limit_pairs(moved.reshape(*moved.shape[:2], -1)).reshape(moved.shape)
+    return np.ascontiguousarray(np.moveaxis(limited, (0, 1), (axis, pair_axis)))
 
 
 def _limit_pairs(codes: Codes) -> Codes:

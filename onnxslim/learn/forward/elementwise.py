@@ -308,7 +308,8 @@ def _spread(x: Tensor, along: Tensor, axis: int) -> Tensor:
     return along.reshape([-1 if each == axis % x.ndim else 1 for each in range(x.ndim)])
 
 
-def _in_blocks(x: Tensor, along: Tensor, call: Call) -> Tensor:
+def in_blocks(x: Tensor, along: Tensor, call: Call) -> Tensor:
+    """Scales or zero points of Q or DQ in the rank of a tensor; with `block_size`, one for each element."""
     axis, block = call.get("axis", 1), call.get("block_size", 0)
     if not block:
         return _spread(x, along, axis)
@@ -320,8 +321,8 @@ def _in_blocks(x: Tensor, along: Tensor, call: Call) -> Tensor:
 def dequantize(call: Call, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     codes = x.to(scale.dtype)
     if zero is not None:
-        codes = codes - _in_blocks(x, zero, call).to(scale.dtype)
-    return codes * _in_blocks(x, scale, call)
+        codes = codes - in_blocks(x, zero, call).to(scale.dtype)
+    return codes * in_blocks(x, scale, call)
 
 
 @forward("QuantizeLinear")
@@ -329,9 +330,9 @@ def quantize(call: Call, x: Tensor, scale: Tensor, zero: Tensor | None = None) -
     kind = zero.dtype if zero is not None else torch.uint8
     if zero is None and call.get("output_dtype", 0):
         kind = call.kind(call.get("output_dtype", 2))
-    codes = torch.round(x / _in_blocks(x, scale, call))
+    codes = torch.round(x / in_blocks(x, scale, call))
     if zero is not None:
-        codes = codes + _in_blocks(x, zero, call)
+        codes = codes + in_blocks(x, zero, call)
     limits = torch.iinfo(kind)
     return torch.clamp(codes, limits.min, limits.max).to(kind)
 
