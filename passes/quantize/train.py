@@ -125,7 +125,7 @@ class Training:
     features: tuple[str, ...] = ()
     checkpoint: Path | None = None
 
-    def __call__(self, candidate: Candidate, build: Builder, teacher: Model, log: Log) -> Outcome:
+    def __call__(self, candidate: Candidate, build: Builder, teacher: Model, log: Log) -> TrainingOutcome:
         """Train a candidate, whose integers and scales change if that makes it better on fresh samples.
 
         Raises:
@@ -154,11 +154,11 @@ class Training:
         note(learnt, twin.chosen, log)
         if learnt.improved:
             twin.write(learnt.values)
-        return Outcome(learnt, taught)
+        return TrainingOutcome(learnt, taught)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """What came of training, and of what lessons."""
 
     learnt: Learnt
