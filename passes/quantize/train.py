@@ -40,6 +40,8 @@ from onnxslim.passes.quantize.weights import (
     unsaturated,
 )
 
+MATCHES = ("Cast", "QuantizeLinear")
+MAKES = ("Mul", "QuantizeLinear")
 # The largest step, relative to the size of weights, biases and scales, and samples of a step.
 RATE, BATCH = 1e-3, 64
 # Scales do not become less than this part of what they were.
@@ -97,7 +99,7 @@ class _Bias:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _Unwritten:
     """What the candidate does not tell of the weight of a layer.
 
     Attributes:
@@ -212,7 +214,7 @@ class Twin:
 
     # Made of the candidate
 
-    def _layers(self, candidate: Candidate) -> dict[str, _Layer]:
+    def _layers(self, candidate: Candidate) -> dict[str, _Unwritten]:
         """By the name of its codes, what is known of the weight of a layer."""
         known = {node.label: node for node in self._build.model.graph.nodes}
         rules, linear = self._build.ctx.target.layout, {id(node) for node in candidate.plan.linear}
@@ -222,14 +224,14 @@ class Twin:
             codes = None if pair is None else _stored(pair)
             if codes is not None and before is not None and isinstance(before.inputs[1], Constant):
                 runs, limit = id(node) in linear, self._build.strategy.limit
-                found[codes.name] = _Layer(
+                found[codes.name] = _Unwritten(
                     before.inputs[1].values,
                     limit if runs else stored_limit(limit),
                     pair_axis_of(node, rules) if runs else None,
                 )
         return found
 
-    def _follow(self, node: Node, layers: Mapping[str, _Layer]) -> None:
+    def _follow(self, node: Node, layers: Mapping[str, _Unwritten]) -> None:
         """Have a DQ read what is learnt."""
         scale, maker = node.inputs[1], ir.producer(node.inputs[0])
         if not isinstance(scale, Constant) or scale.dtype != FLOAT or node.attrs.get("block_size"):
@@ -241,7 +243,7 @@ class Twin:
         elif (codes := _stored(node)) is not None and codes.dtype != np.int32 and codes.size > 1:
             self._take(node, codes, scale, layers.get(codes.name))
 
-    def _take(self, node: Node, codes: Constant, scale: Constant, layer: _Layer | None) -> None:
+    def _take(self, node: Node, codes: Constant, scale: Constant, layer: _Unwritten | None) -> None:
         """Learn integers as floats: a Q in front of their DQ."""
         zero = node.constant(2)
         zero = np.zeros(scale.shape, np.int8) if zero is None else zero
