@@ -309,19 +309,31 @@ class _Run:
     def _moves_of_branches(self, stage: Stage) -> list[Move]:
         """In one group, as branches interact: more and more of them, measured together."""
         all_of = branches(self._model).found
-        return [
-            Move(
+        found = []
+        for cuts, damage, _ in Within(stage, "macs", stage.costs.macs({}), 0.0).branch_rungs():
+            gone = self._gone({name for each in cuts for name in each.nodes})
+            move = Move(
                 step=self._settings.name,
                 group="branches",
                 option=f"{len(cuts)} of {len(all_of)} branches",
-                left=left_of(cuts, stage.costs, stage.analysis.sizes),
+                left=dict.fromkeys(gone, 0.0) | left_of(cuts, stage.costs, stage.analysis.sizes),
                 damage=damage,
                 measured=True,
                 plan=PruningPlan.of(Removal(stage.analysis, {}), cuts, all_of),
-                gone=frozenset(name for each in cuts for name in (*each.nodes, *each.constants)),
+                gone=frozenset(gone),
             )
-            for cuts, damage, _ in Within(stage, "macs", stage.costs.macs({}), 0.0).branch_rungs()
-        ]
+            found.append(move)
+        return found
+
+    def _gone(self, made: set[str]) -> set[str]:
+        """What nodes make first, and the constants that nobody else reads, which several may share."""
+        nodes = {
+            id(node): node
+            for node in self._model.graph.nodes
+            if node.outputs and node.outputs[0].name in made
+        }
+        read = (tensor for node in nodes.values() for tensor in node.inputs if isinstance(tensor, Constant))
+        return made | {each.name for each in read if all(id(reader) in nodes for reader in each.outputs)}
 
     def _moves_of_units(self, stage: Stage) -> list[Move]:
         return [

@@ -166,6 +166,17 @@ def test_a_joint_budget_takes_branches_and_what_is_within_them_no_more() -> None
         assert share < 0.1 or found.left <= share
 
 
+def test_what_branches_share_goes_with_the_last_of_them() -> None:
+    """Units of a weight that two branches read are none once both are gone."""
+    model = parse(BLOCKS.replace("MatMul(s1, w2)", "MatMul(s1, w1)"), weights(0.05))
+    moves = [move for move in _proposed(model, align=4) if move.group == "branches"]
+    assert [("w1" in move.gone, "w1" in move.left) for move in moves][0::2] == [(False, False), (True, True)]
+    ctx = Context(target=CPU, data=Samples(data(), model, CPU))
+    found = jointly((Prune(align=4),), model, ctx, "bytes", 0.05)
+    assert found.moves[0] == moves[-1]
+    assert not any(found.moves[0].voids(move) for move in found.moves)
+
+
 def test_what_keeps_more_once_it_is_fitted_again_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures(prune(blocks(), data(), macs=0.7)).branches
     monkeypatch.setattr(within.Within, "_error", lambda _, __, cuts=None: 1.0 if cuts else 0.5)
