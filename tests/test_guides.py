@@ -19,6 +19,8 @@ GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 BLOCK = re.compile(r"^(?:<!-- (\w+) -->\n)?( *)```(console|python)\n(.*?)^\2```$", re.MULTILINE | re.DOTALL)
 # Told here, as they are for another shell or machine.
 FOREIGN = ("pip", "docker")
+# Take more than a second.
+LONG = ("bugs", "detector", "gpu-and-browser")
 
 
 def blocks(guide: Path, kind: str) -> Iterator[tuple[str, str]]:
@@ -111,7 +113,13 @@ def follow(guide: Path, kind: str, folder: Path) -> int:
     return done
 
 
-@pytest.mark.parametrize("guide", [pytest.param(each, id=each.stem) for each in GUIDES])
+def every() -> Iterator[pytest.param]:  # type: ignore[valid-type]
+    for guide in GUIDES:
+        marks = [pytest.mark.slow] if guide.stem in LONG else []
+        yield pytest.param(guide, id=guide.stem, marks=marks)
+
+
+@pytest.mark.parametrize("guide", list(every()))
 def test_guides_run(guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

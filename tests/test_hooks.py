@@ -37,6 +37,7 @@ def pre_commit(hook: str, *files: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(entry, shell=True, env=words, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_pre_commit_slims_what_it_is_given_and_leaves_the_rest(tmp_path: Path) -> None:
     files = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
     parse(SLACK).save(files[0])
@@ -53,6 +54,7 @@ def test_pre_commit_slims_what_it_is_given_and_leaves_the_rest(tmp_path: Path) -
     assert pre_commit("onnxslim-verify", *files).returncode == 2, "the second has no certificate"
 
 
+@pytest.mark.slow
 def test_the_action_runs_what_it_is_told_and_nothing_else(tmp_path: Path) -> None:
     action = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))
     *_, install, run = action["runs"]["steps"]
