@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,19 @@ def test_a_trial_that_did_not_end_is_none(tmp_path: Path, content: str) -> None:
     ledger.add(TRIAL_MADE, Recipe(passes=(Slim(),)))
     assert Ledger(tmp_path, {}).known(TRIAL_MADE.key) == TRIAL_MADE
     assert sorted(path.name for path in (tmp_path / TRIAL_MADE.key).iterdir()) == [RECIPE, TRIAL]
+
+
+def test_of_two_searches_the_first_to_end_a_trial_keeps_it(tmp_path: Path) -> None:
+    first, second = Ledger(tmp_path, {}), Ledger(tmp_path, {})
+    other = replace(TRIAL_MADE, figures=replace(FIGURES, size=0.9))
+    assert first.known(TRIAL_MADE.key) is second.known(TRIAL_MADE.key) is None
+    first.add(TRIAL_MADE, Recipe(passes=(Slim(), Prune(plan=PLAN))))
+    second.add(other, Recipe(passes=(Slim(),)))
+    assert second.known(other.key) == TRIAL_MADE
+    assert len(second.recipe(other.key).passes) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [TRIAL_MADE.key]
+    second.drop(other.key)
+    assert Ledger(tmp_path, {}).known(other.key) is None
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
