@@ -28,7 +28,7 @@ from onnxslim.errors import UsageError, nearest
 from onnxslim.formats import count
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant
-from onnxslim.ir.model import Model, load
+from onnxslim.ir.model import InputSpec, Model, load
 from onnxslim.learn import door
 from onnxslim.learn.augment import Alteration, Augmentation
 from onnxslim.learn.door import Device, UnknownError
@@ -217,16 +217,19 @@ class Distill(Pass):
         if self.teacher is None:
             return (ctx.teacher or model).copy()
         teacher = load(self.teacher)
+        whose = f"pass 'distill': the teacher '{self.teacher}'"
         for what, mine, theirs in (
             ("inputs", model.graph.inputs, teacher.graph.inputs),
             ("outputs", model.graph.outputs, teacher.graph.outputs),
         ):
             names, others = ([each.name for each in tensors] for tensors in (mine, theirs))
             if sorted(names) != sorted(others):
-                raise UsageError(
-                    f"pass 'distill': the teacher '{self.teacher}' has {what} {', '.join(others)}, "
-                    f"the model {', '.join(names)}"
-                )
+                raise UsageError(f"{whose} has {what} {', '.join(others)}, the model {', '.join(names)}")
+        own = {spec.name: spec for spec in model.inputs()}
+        for spec in teacher.inputs():
+            told = [f"{each.dtype} {list(each.shape or ())}" for each in (spec, own[spec.name])]
+            if not _fits(spec, own[spec.name]):
+                raise UsageError(f"{whose} takes {told[0]} for '{spec.name}', the model {told[1]}")
         return teacher
 
     def _require_known(self, model: Model, teacher: Model, ctx: Context) -> None:
@@ -278,6 +281,17 @@ class Distill(Pass):
 
 
 # ---------------------------------------------------------------------------------- weights of the model
+
+
+def _fits(one: InputSpec, other: InputSpec) -> bool:
+    """Whether some tensor may be an input of both, as far as they say."""
+    if one.dtype != other.dtype:
+        return False
+    if one.shape is None or other.shape is None:
+        return True
+    sizes = zip(one.shape, other.shape, strict=False)
+    clash = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in sizes)
+    return len(one.shape) == len(other.shape) and not clash
 
 
 def _make_weights(model: Model) -> None:

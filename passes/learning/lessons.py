@@ -9,7 +9,7 @@ from onnxslim.calibration.fidelity import OutputPart, parts_of
 from onnxslim.calibration.noise import sqnr
 from onnxslim.calibration.stream import Taps
 from onnxslim.engine.base import Context, Log
-from onnxslim.errors import UsageError, nearest
+from onnxslim.errors import CalibrationError, UsageError, nearest
 from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
 from onnxslim.learn.augment import Augmentation
@@ -74,6 +74,7 @@ def lessons(
 
     Raises:
         UnknownError: there is nothing to learn, or PyTorch computes something else.
+        CalibrationError: the model or the teacher does not run on the data.
     """
     samples, judges = ctx.given, ctx.given.fresh
     examples = samples.seen
@@ -85,7 +86,12 @@ def lessons(
     outputs = [each.name for each in teacher.graph.outputs]
     run = Taps(teacher, [*outputs, *features], ctx.target)
     feeds = next(iter(judges))
-    parts = list(_comparable(teacher, features, _seen(net, model, feeds, ctx), run(0, feeds), log))
+    mine = _seen(net, model, feeds, ctx)
+    try:
+        theirs = run(0, feeds)
+    except CalibrationError as error:
+        raise CalibrationError(f"asking the teacher: {error}") from error
+    parts = list(_comparable(teacher, features, mine, theirs, log))
     known = samples.labelled if labels is not None else (None, None)
     if known[1] is None and labels is not None:
         raise UnknownError("too few samples with labels to set some aside")

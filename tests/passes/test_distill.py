@@ -306,6 +306,33 @@ def test_a_teacher_with_other_outputs_is_refused(tmp_path: Path) -> None:
 
 
 @trained
+@pytest.mark.parametrize(
+    ("takes", "told"),
+    [
+        ("float[N,9]", r"takes float32 \['N', 9\] for 'x', the model"),
+        ("int64[N,8]", "takes int64"),
+        ("float[8]", ""),
+    ],
+)
+def test_a_teacher_of_other_inputs_is_refused(tmp_path: Path, takes: str, told: str) -> None:
+    parse(f"g ({takes} x) => (float[N,4] y) {{ f = Cast<to=1>(x) y = Relu(f) }}").save(
+        tmp_path / "other.onnx"
+    )
+    with pytest.raises(UsageError, match=f"the teacher '.*' {told}"):
+        distilled(Distill(steps=1), net(), tmp_path / "other.onnx")
+
+
+@trained
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_sample_that_is_no_number_leaves_weights_that_are(teacher: Path, broken: float) -> None:
+    x = X.copy()
+    x[100] = broken
+    result = distilled(Distill(steps=20), worse(net()), teacher, x).model
+    assert all(np.isfinite(each.values).all() for each in result.constants())
+    assert error(teacher, result) <= error(teacher, worse(net()))
+
+
+@trained
 def test_without_data_it_says_so() -> None:
     with pytest.raises(CalibrationError, match="pass 'distill' needs calibration data"):
         Pipeline(Distill())(net())
@@ -539,5 +566,5 @@ def test_what_onnx_runtime_refuses_is_told_with_its_reason(teacher: Path) -> Non
     with pytest.raises(CalibrationError, match=r"does not run on the calibration data: .*[Rr]eshape"):
         distilled(Distill(steps=1), refused, teacher)
     refused.save(teacher.with_name("refused.onnx"))
-    with pytest.raises(CalibrationError, match=r"does not run on the calibration data: .*[Rr]eshape"):
+    with pytest.raises(CalibrationError, match=r"asking the teacher: .*does not run on .*[Rr]eshape"):
         distilled(Distill(steps=1), net(), teacher.with_name("refused.onnx"))
