@@ -42,8 +42,8 @@ EQUAL, NOT_RUN = "equal", "not run"
 # the cases of onnx 1.23 as they are, 1.31 runs 1352, 1.32 runs 1526.
 FEWEST = {"as it is": 1150, "first input fed": 800, "nothing fed": 1150}
 
-# An older opset, and of how many of every third case there is a form in it; 1.23 runs fewer of them.
-OLDER, LEAST_OLDER = 13, 220 if ONNX_RUNTIME >= RECENT else 195
+# An older opset, and of how many of every fifth case there is a form in it; 1.23 runs fewer of them.
+OLDER, LEAST_OLDER = 13, 130 if ONNX_RUNTIME >= RECENT else 115
 
 
 @functools.cache
@@ -115,7 +115,7 @@ def test_slimming_changes_no_result(variant: str) -> None:
 
 def test_older_opsets_compute_the_same_or_are_refused() -> None:
     problems, equal = [], 0
-    for name, proto, feeds in islice(variants("as it is"), 0, None, 3):
+    for name, proto, feeds in islice(variants("as it is"), 0, None, 5):
         model = load(proto)
         if set(model.opsets) - set(DEFAULT_DOMAINS) or model.opset <= OLDER:
             continue
