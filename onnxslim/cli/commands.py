@@ -13,6 +13,7 @@ from onnxslim import passes
 from onnxslim.cli import judging, searching, terminal
 from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
 from onnxslim.cli.running import (
+    make_folder,
     process,
     require_writable,
 )
@@ -149,7 +150,7 @@ def _inspect(
         typer.Option(
             metavar="FOLDER",
             help="also write figures of the first model's nodes there, for Google's Model Explorer: "
-            "macs.json, bytes.json",
+            "macs.json, bytes.json; made if it is not there",
         ),
     ] = None,
     report: Annotated[
@@ -174,6 +175,8 @@ def _inspect(
         require_writable(Path("model_info.csv"))
     if (report or profile) and node_data is None:
         raise UsageError("--report and --profile say nothing without --node-data")
+    if node_data is not None:
+        make_folder(node_data)
     sizes = by_name(input_shapes or ())
     found = [inspect.inspect(path, sizes) for path in models]
     difference = diff.diff(models[0], models[1]) if len(models) == 2 else None

@@ -299,6 +299,19 @@ def warn_of_made_up_inputs(verdict: Verdict) -> None:
         )
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for what will be written, if it is not there.
+
+    Raises:
+        SaveError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot make the folder '{path}': {error.strerror or error}") from None
+    require_writable(path / "figures.json")
+
+
 def require_writable(path: Path) -> None:
     """Fail before any work is done if a file could not be written in the end."""
     folder = path.absolute().parent

@@ -46,4 +46,7 @@ def test_what_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["inspect", model, "--profile"]) == 2
     assert cli.main(["inspect", model, "--node-data", str(tmp_path), "--report", model]) == 3
     assert "has no layers: take the JSON of --report" in capsys.readouterr().err
-    assert cli.main(["inspect", model, "--node-data", str(tmp_path / "none")]) == 6
+    assert cli.main(["inspect", model, "--node-data", model]) == 6
+    assert cli.main(["inspect", model, "--node-data", str(tmp_path / "none" / "there")]) == 6
+    assert cli.main(["inspect", model, "--node-data", str(tmp_path / "made")]) == 0
+    assert (tmp_path / "made" / "macs.json").is_file()
