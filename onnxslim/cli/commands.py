@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,9 +30,6 @@ from onnxslim.cli.words import (
     plug,
 )
 from onnxslim.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     cls=Commands,
