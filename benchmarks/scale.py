@@ -1,7 +1,7 @@
 """What many workers are good for: overheads that are measured here, and searches that are simulated.
 
     pip install -e ".[cpu,dask,ray]"                # without Dask or Ray their lines are left out
-    python benchmarks/scale.py measure [--jobs N]   # start-up, a piece of work, bytes of a search
+    python benchmarks/scale.py measure [--jobs N]   # start-up, a job, bytes of a search
     python benchmarks/scale.py simulate             # one search, and 1,000 trials; the same every time
 
 `simulate` runs the search (`onnxslim/search/explore.py`) on made-up figures and a clock of its own; then
@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from onnxslim.search.backends import ProcessBackend, RayBackend, SearchBackend, open_backend
 from onnxslim.search.explore import Explorer
 from onnxslim.search.goals import Goals, TrialFigures
-from onnxslim.search.pools import LocalWorkers, Pool, RayWorkers, opened_pool
-from onnxslim.search.trials import SearchTrial, Wish
+from onnxslim.search.trials import SearchTrial, TrialConfig
 
 FASHION = Path(__file__).resolve().parent.parent / "models" / "fashion"
 # Of ways to store: time and bytes of what is stored so, and dB that it keeps.
@@ -45,48 +45,47 @@ TRIALS = 1000
 
 @dataclass
 class Imagined:
-    """Makes trials on a clock of its own; see `onnxslim.search.explore.Maker`."""
+    """Makes trials on a clock of its own; see `onnxslim.search.explore.Executor`."""
 
     workers: int
     clock: float = 0.0
-    samples: int = 1000
-    ends: dict[Wish | None, float] = field(default_factory=dict)
+    ends: dict[TrialConfig | None, float] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def _begin(self, wish: Wish | None, length: float = 1.0) -> None:
-        self.ends[wish] = self.clock + length
+    def _begin(self, config: TrialConfig | None, length: float = 1.0) -> None:
+        self.ends[config] = self.clock + length
         self.seconds += length
 
     def _free(self) -> int:
         return self.workers - sum(end > self.clock for end in self.ends.values())
 
-    def expect(self, wishes: Sequence[Wish]) -> None:
+    def prefetch(self, configs: Sequence[TrialConfig]) -> None:
         if self._free() > 0 and None not in self.ends:
             self._begin(None, MOVES)
-        for wish in wishes[: max(self._free(), 0) if self.workers > 1 else 0]:
-            ready = wish.structure == 1 or self.ends.get(None, math.inf) <= self.clock
-            if ready and wish not in self.ends:
-                self._begin(wish)
+        for config in configs[: max(self._free(), 0) if self.workers > 1 else 0]:
+            ready = config.structure == 1 or self.ends.get(None, math.inf) <= self.clock
+            if ready and config not in self.ends:
+                self._begin(config)
 
-    def _wait(self, wish: Wish | None, length: float = 1.0) -> None:
-        while wish not in self.ends and self._free() <= 0:
+    def _wait(self, config: TrialConfig | None, length: float = 1.0) -> None:
+        while config not in self.ends and self._free() <= 0:
             self.clock = min(end for end in self.ends.values() if end > self.clock)
-        if wish not in self.ends:
-            self._begin(wish, length)
-        self.clock = max(self.clock, self.ends[wish])
+        if config not in self.ends:
+            self._begin(config, length)
+        self.clock = max(self.clock, self.ends[config])
 
-    def possible(self, wish: Wish) -> bool:
+    def possible(self, config: TrialConfig) -> bool:
         self._wait(None, MOVES)
         return True
 
-    def made(self, wish: Wish, begin: Callable[[], None]) -> SearchTrial:
-        self._wait(wish)
-        latency, size, kept = WAYS[wish.encoding]
-        share = wish.structure
+    def run(self, config: TrialConfig, begin: Callable[[], None]) -> SearchTrial:
+        self._wait(config)
+        latency, size, kept = WAYS[config.encoding]
+        share = config.structure
         figures = TrialFigures(
             kept - 40 * (1 - share), 1.0, None, latency * share, size * share, size * share, share, 0.0
         )
-        return wish.trial(f"{wish}", figures)
+        return config.trial(f"{config}", figures)
 
     def keep(self, trial: SearchTrial) -> None:
         pass
@@ -100,10 +99,10 @@ def searches() -> Iterator[str]:
     for workers in WORKERS:
         cells = []
         for effort in ("quick", "normal"):
-            maker = Imagined(workers)
-            Explorer(maker, tuple(WAYS), Goals(require_sqnr=20.0), effort=effort).explore()
-            alone.setdefault(effort, maker.seconds)
-            cells += [f"{maker.clock:.0f}", f"{maker.seconds - alone[effort]:.0f}"]
+            executor = Imagined(workers)
+            Explorer(executor, tuple(WAYS), Goals(require_sqnr=20.0), effort=effort).explore()
+            alone.setdefault(effort, executor.seconds)
+            cells += [f"{executor.clock:.0f}", f"{executor.seconds - alone[effort]:.0f}"]
         yield f"| {workers} | {' | '.join(cells)} |"
 
 
@@ -189,14 +188,14 @@ def simulated() -> Iterator[str]:
 
 
 def nothing(*details: Any) -> int:
-    """A piece of work that is none, but for imports of what a trial needs."""
-    from onnxslim.search import crew
+    """A job that is none, but for imports of what a trial needs."""
+    from onnxslim.search import jobs
 
-    return len(crew.__name__)
+    return len(jobs.__name__)
 
 
-def timed(pool: Pool) -> str:
-    """Seconds until a worker has done its first piece of work, then milliseconds of one more."""
+def timed(pool: SearchBackend) -> str:
+    """Seconds until a worker has done its first job, then milliseconds of one more."""
     start = time.perf_counter()
     pool.submit(nothing).result()
     first = time.perf_counter() - start
@@ -209,38 +208,38 @@ def timed(pool: Pool) -> str:
 def measured(jobs: int) -> Iterator[str]:
     """Overheads of each backend that is here, and what of a search travels."""
     start = time.perf_counter()
-    with closing(LocalWorkers(jobs)) as pool:
-        yield f"processes: first piece of work after {timed(pool)}"
+    with closing(ProcessBackend(jobs)) as pool:
+        yield f"processes: first job after {timed(pool)}"
     if importlib.util.find_spec("distributed"):
         import distributed
 
         start = time.perf_counter()
         local = distributed.LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
-        with local, opened_pool(f"dask={local.scheduler_address}", 1) as workers:
+        with local, open_backend(f"dask={local.scheduler_address}", 1) as workers:
             assert workers is not None
             up = time.perf_counter() - start
-            yield f"Dask: cluster up in {up:.1f} s, first piece of work after {timed(workers)}"
+            yield f"Dask: cluster up in {up:.1f} s, first job after {timed(workers)}"
     if importlib.util.find_spec("ray"):
         start = time.perf_counter()
-        with closing(RayWorkers("")) as rays:
+        with closing(RayBackend("")) as rays:
             up = time.perf_counter() - start
-            yield f"Ray: cluster up in {up:.1f} s, first piece of work after {timed(rays)}"
+            yield f"Ray: cluster up in {up:.1f} s, first job after {timed(rays)}"
     yield from travels()
 
 
 def travels() -> Iterator[str]:
     """Bytes of the files of a search with 256 images."""
     from onnxslim import optimize
-    from onnxslim.search import crew
+    from onnxslim.search import jobs
 
     kept: list[str] = []
-    pack = crew._pack
+    pack = jobs._pack
 
-    def packed(place: Any, folder: Path) -> None:
-        pack(place, folder)
+    def packed(problem: Any, folder: Path) -> None:
+        pack(problem, folder)
         kept.extend(f"{file.name} {file.stat().st_size / 1e3:.0f} kB" for file in sorted(folder.iterdir()))
 
-    crew._pack = packed
+    jobs._pack = packed
     images = np.load(FASHION / "calibration.npz")["image"][:256]
     optimize(FASHION / "resnet.onnx", {"image": images}, effort="quick", jobs=2, time_limit=0.0)
     yield f"ResNet, 256 images: {', '.join(kept)}"

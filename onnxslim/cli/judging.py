@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,10 +19,9 @@ from onnxslim.cli.running import (
     warn_of_made_up_inputs,
 )
 from onnxslim.cli.words import (
-    CustomOps,
+    CommonWords,
     DataWords,
     Debug,
-    EpLibrary,
     InputShapes,
     Json,
     MetricName,
@@ -45,9 +45,21 @@ def register(app: typer.Typer) -> None:
     app.command("diff")(_diff)
 
 
+@dataclass(frozen=True)
+class ComparisonWords:
+    """How two models are compared."""
+
+    report: Reports = None
+    rounds: Annotated[int, typer.Option(min=0, help="calls to time; 0 measures no latency")] = 30
+    metric: MetricName = None
+    input_shapes: InputShapes = None
+
+
 @expanded
 def _validate(
     data: DataWords,
+    comparison: ComparisonWords,
+    common: CommonWords,
     first: Annotated[
         Path | None, typer.Argument(metavar="A", readable=False, help="the original", show_default=False)
     ] = None,
@@ -73,18 +85,9 @@ def _validate(
     require: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="fail unless met; as --check of `run`")
     ] = None,
-    report: Reports = None,
-    rounds: Annotated[int, typer.Option(min=0, help="calls to time; 0 measures no latency")] = 30,
     threads: Annotated[
         int, typer.Option(min=0, help="threads per operator; 0 leaves it to ONNX Runtime")
     ] = 0,
-    metric: MetricName = None,
-    input_shapes: InputShapes = None,
-    ep_library: EpLibrary = None,
-    custom_ops: CustomOps = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Run two models side by side.
 
@@ -92,51 +95,62 @@ def _validate(
     """
     from onnxslim.validation import later
 
-    plug(ep_library)
-    required, libraries = limits(require), custom_ops or ()
+    plug(common.ep_library)
+    required, run = limits(require), (provider or (), threads, common.custom_ops or ())
     if resume is not None:
-        if first or data.settings() or report or metric or input_shapes:
+        if first or data.settings() or comparison.report or comparison.metric or comparison.input_shapes:
             raise UsageError("--resume takes no models, data, report, metric or sizes: the check has them")
-        verdict, asked = _resume(resume, provider or (), threads, libraries, quiet)
-        _tell(verdict, json, quiet)
+        verdict, asked = _resume(resume, *run, common.quiet)
+        _tell(verdict, common)
         later.require(verdict, {**asked, **required})
         return
     if first is None or second is None:
         raise UsageError("give two models, or --resume and a check")
-    require_reports(report, {path.resolve(): "a model" for path in (first, second)})
+    require_reports(comparison.report, {path.resolve(): "a model" for path in (first, second)})
     require_sheet(data)
+    _compare(first, second, data, _targets(*run), required, comparison, common).require(**required)
+
+
+def _compare(
+    first: Path,
+    second: Path,
+    data: DataWords,
+    targets: Sequence[Target],
+    required: Mapping[str, float],
+    comparison: ComparisonWords,
+    common: CommonWords,
+) -> Verdict:
+    """Compare two models, and tell what was found."""
     from onnxslim.ir.model import load
     from onnxslim.shapes.given import by_name
     from onnxslim.validation.compare import validate
 
-    model, result = load(first), load(second)
-    source = data.source()
+    model, result, source = load(first), load(second), data.source()
     opened = source.read(model) if source else None
-    tell_data(opened, data, quiet)
+    tell_data(opened, data, common.quiet)
     feeds, labels = (opened.data, opened.labels) if opened else (None, None)
-    targets, sizes = _targets(provider or (), threads, libraries), by_name(input_shapes or ())
-    with terminal.progress(quiet) as progress:
+    with terminal.progress(common.quiet) as progress:
         verdict = validate(
             model,
             result,
             feeds,
             targets,
             labels=labels,
-            metric=named_metric(metric),
-            rounds=rounds,
+            metric=named_metric(comparison.metric),
+            rounds=comparison.rounds,
             progress=progress,
-            input_shapes=sizes,
+            input_shapes=by_name(comparison.input_shapes or ()),
         )
     warn_of_made_up_inputs(verdict)
-    _tell(verdict, json, quiet)
-    if report:
+    _tell(verdict, common)
+    if comparison.report:
         from onnxslim.engine.pipeline import Report
         from onnxslim.report import html
 
         told = html.document(model, result, Report(), verdict, limits=required, data=feeds)
-        for path in report:
+        for path in comparison.report:
             told.save(path)
-    verdict.require(**required)
+    return verdict
 
 
 def _targets(provider: Sequence[str], threads: int, libraries: Sequence[str]) -> list[Target]:
@@ -148,11 +162,11 @@ def _targets(provider: Sequence[str], threads: int, libraries: Sequence[str]) ->
     return [each.with_threads(threads).with_libraries(libraries) for each in known]
 
 
-def _tell(verdict: Verdict, json: bool, quiet: bool) -> None:
-    if json:
+def _tell(verdict: Verdict, common: CommonWords) -> None:
+    if common.json:
         terminal.show_json(verdict)
     else:
-        terminal.show(verdict, quiet)
+        terminal.show(verdict, common.quiet)
 
 
 def _resume(
@@ -172,17 +186,13 @@ def _resume(
 @expanded
 def _verify(
     data: DataWords,
+    common: CommonWords,
     model: Annotated[Path, typer.Argument(metavar="MODEL", readable=False, help="what was made")],
     original: Annotated[
         Path | None,
         typer.Option(metavar="FILE", readable=False, help="what it was made of, to compare with"),
     ] = None,
     provider: Annotated[str, typer.Option(metavar="NAME", help="where to run both")] = "cpu",
-    ep_library: EpLibrary = None,
-    custom_ops: CustomOps = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Check what a model says of how it was made, and of what was measured then.
 
@@ -194,20 +204,20 @@ def _verify(
     from onnxslim.runtime.targets import Target
     from onnxslim.validation import certificate
 
-    plug(ep_library)
+    plug(common.ep_library)
     require_sheet(data)
     made, source = load(model), data.source()
     if source is not None and original is None:
         raise UsageError("--data says nothing without --original")
     opened = source.read(made) if source else None
-    tell_data(opened, data, quiet)
-    target = Target.named(provider).with_libraries(custom_ops or ())
+    tell_data(opened, data, common.quiet)
+    target = Target.named(provider).with_libraries(common.custom_ops or ())
     told = certificate.Certificate.read(made)
     before = None if original is None else load(original)
     found = certificate.verify(made, before, opened.data if opened else None, target)
-    if json:
+    if common.json:
         terminal.show_json({"certificate": told, "findings": found})
-    elif not quiet:
+    elif not common.quiet:
         text.show_findings(terminal.console(), told, found)
     certificate.require(found)
 

@@ -12,14 +12,12 @@ from onnxslim.cli import terminal
 from onnxslim.cli.parsing import GroupedCommand
 from onnxslim.cli.running import named_metric, require_sheet, require_writable, tell_data
 from onnxslim.cli.words import (
-    CustomOps,
+    CommonWords,
     DataWords,
     Debug,
-    EpLibrary,
     InputShapes,
     Json,
     MetricName,
-    Quiet,
     expanded,
     plug,
 )
@@ -65,6 +63,42 @@ class GoalWords:
         return Goals(**vars(self))
 
 
+@dataclass(frozen=True)
+class SearchWords:
+    """How to search, by the names of `onnxslim.optimize`."""
+
+    target: Annotated[str, typer.Option(metavar="NAME", help="execution provider the result is made for")] = (
+        "cpu"
+    )
+    effort: Annotated[Literal["quick", "normal", "thorough"], typer.Option(help="how much to try")] = "normal"
+    time_limit: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="begin no trial any more after that")
+    ] = None
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="keep trials there, with recipes that make them again; go on from those there"
+        ),
+    ] = None
+    jobs: Annotated[int, typer.Option(min=1, help="processes that make trials at the same time")] = 1
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="where trials are made: processes of this machine, or workers of a cluster: "
+            "dask=tcp://HOST:8786, ray, ray=ADDRESS",
+        ),
+    ] = "processes"
+    distill: Annotated[
+        bool,
+        typer.Option(
+            "--distill",
+            help="learn weights again where something was left away; takes PyTorch and thousands of samples",
+        ),
+    ] = False
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("auto", cls=GroupedCommand)(_auto)
@@ -75,7 +109,9 @@ def register(app: typer.Typer) -> None:
 def _auto(
     source: Annotated[Path, typer.Argument(metavar="IN", readable=False, help="the model")],
     goals: GoalWords,
+    search: SearchWords,
     data: DataWords,
+    common: CommonWords,
     output: Annotated[Path | None, typer.Argument(metavar="OUT", help="where to save the result")] = None,
     test: Annotated[
         str | None,
@@ -85,44 +121,7 @@ def _auto(
         ),
     ] = None,
     metric: MetricName = None,
-    target: Annotated[
-        str, typer.Option(metavar="NAME", help="execution provider the result is made for")
-    ] = "cpu",
-    effort: Annotated[
-        Literal["quick", "normal", "thorough"], typer.Option(help="how much to try")
-    ] = "normal",
-    time_limit: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="begin no trial any more after that")
-    ] = None,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="keep trials there, with recipes that make them again; go on from those there"
-        ),
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="processes that make trials at the same time")] = 1,
-    backend: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="where trials are made: processes of this machine, or workers of a cluster: "
-            "dask=tcp://HOST:8786, ray, ray=ADDRESS",
-        ),
-    ] = "processes",
-    distill: Annotated[
-        bool,
-        typer.Option(
-            "--distill",
-            help="learn weights again where something was left away; takes PyTorch and thousands of samples",
-        ),
-    ] = False,
-    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     input_shapes: InputShapes = None,
-    ep_library: EpLibrary = None,
-    custom_ops: CustomOps = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Search for what makes a model smallest and fastest.
 
@@ -130,7 +129,7 @@ def _auto(
     less than 100 samples choose. With budgets (--latency, --size, --download, --macs): what loses least
     within them.
     """
-    plug(ep_library)
+    plug(common.ep_library)
     require_sheet(data)
     if output is not None:
         require_writable(output)
@@ -144,36 +143,29 @@ def _auto(
     from onnxslim.shapes.given import by_name
 
     model = load(source)
-    tell_data(named.read(model), data, quiet)
-    with terminal.progress(quiet) as progress:
+    tell_data(named.read(model), data, common.quiet)
+    with terminal.progress(common.quiet) as progress:
         found = optimize(
             model,
             named,
             wanted,
             test=None if test is None else replace(named, path=test),
             metric=named_metric(metric),
-            target=target,
-            effort=effort,
-            time_limit=time_limit,
-            work=work,
-            seed=seed,
             progress=progress,
-            libraries=tuple(custom_ops or ()),
+            libraries=tuple(common.custom_ops or ()),
             input_shapes=by_name(input_shapes or ()),
-            distill=distill,
-            jobs=jobs,
-            backend=backend,
+            **vars(search),
         )
-    if json:
+    if common.json:
         terminal.show_json(_told(found))
-    elif not quiet:
+    elif not common.quiet:
         show_result(terminal.console(), found)
     found.require()
     if output is None:
-        terminal.note("nothing was saved: give OUT to save the result", quiet)
+        terminal.note("nothing was saved: give OUT to save the result", common.quiet)
     else:
         found.model.save(output)
-        terminal.note(f"saved {output}", quiet)
+        terminal.note(f"saved {output}", common.quiet)
 
 
 def _told(found: SearchResult) -> dict[str, Any]:

@@ -175,6 +175,17 @@ def _numbers(text: str, name: str) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
+class CommonWords:
+    """The options of commands that run models, and make none or search for one."""
+
+    ep_library: EpLibrary = None
+    custom_ops: CustomOps = None
+    json: Json = False
+    quiet: Quiet = False
+    debug: Debug = False
+
+
+@dataclass(frozen=True)
 class ModelWords:
     """The options of every command that makes a model out of a model."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 from onnxslim.engine.base import Effort, Progress
@@ -15,13 +14,12 @@ from onnxslim.ir.model import Source, load
 from onnxslim.recipes.data import Data
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.targets import Target
+from onnxslim.search.backends import open_backend, require_backend
 from onnxslim.search.explore import WIDTH
-from onnxslim.search.fronts import front
 from onnxslim.search.goals import Goals, TrialFigures
-from onnxslim.search.outcome import SearchResult, SearchSetup, opened
-from onnxslim.search.place import Workplace
-from onnxslim.search.pools import opened_pool, require_backend
-from onnxslim.search.trials import SearchTrial, trials_in
+from onnxslim.search.outcome import SearchResult, SearchRun, opened
+from onnxslim.search.problem import SearchProblem
+from onnxslim.search.trials import SearchTrial, front, trials_in
 from onnxslim.shapes.given import InputShapes, one_sample, with_sizes
 
 __all__ = ["Goals", "SearchResult", "SearchTrial", "TrialFigures", "front", "optimize", "trials_in"]
@@ -88,9 +86,43 @@ def optimize(
         TargetError: the target, or the cluster, is not there.
         LoadError: the model is none, or does not run.
     """
+    _require_valid(data, goals, effort, time_limit, seed)
+    require_backend(backend, jobs)
+    original = load(model)
+    samples = opened(original, data, labels)
+    specs, fed = original.inputs(), next(iter(samples.data))
+    shapes = {name: array.shape for name, array in fed.items()}
+    problem = SearchProblem(
+        model=original,
+        data=samples,
+        # A recipe cannot hold data that is code: it is run with --data then.
+        named=data if isinstance(data, Data) and not data.is_function else None,
+        tested=test is not None,
+        metric=metric,
+        target=Target.of(target).with_libraries(tuple(libraries)),
+        seed=seed,
+        libraries=tuple(libraries),
+        distill=distill,
+        effort=effort,
+        goals=goals or Goals(),
+        sizes=one_sample(specs, with_sizes(specs, input_shapes or {}), shapes),
+        kept=work is not None,
+    )
+    search = SearchRun(problem, None if test is None else opened(original, test, test_labels))
+    with open_backend(backend, jobs) as workers:
+        explorer = search.explorer(work, workers)
+        explorer.progress, explorer.on_trial = progress, on_trial
+        if time_limit is not None:
+            explorer.until = time.monotonic() + time_limit
+        explorer.explore()
+        return search.result(explorer)
+
+
+def _require_valid(data: Any, goals: Any, effort: Any, time_limit: Any, seed: Any) -> None:
+    """Raise CalibrationError or UsageError, see `optimize`, for what needs no look at the model."""
     if data is None:
         raise CalibrationError("a search measures what is lost, and needs data: pass data=, or --data")
-    if time_limit is not None and not (isinstance(time_limit, Real) and time_limit >= 0):
+    if time_limit is not None and not (isinstance(time_limit, (int, float)) and time_limit >= 0):
         raise UsageError(f"the time limit {time_limit} is no time: give 0 seconds or more")
     if not isinstance(seed, int):
         raise UsageError(f"the seed {seed!r} is no whole number")
@@ -100,33 +132,3 @@ def optimize(
         )
     if effort not in WIDTH:
         raise UsageError(f"unknown effort '{effort}': {nearest(str(effort), WIDTH)}")
-    require_backend(backend, jobs)
-    original, chosen = load(model), Target.of(target).with_libraries(tuple(libraries))
-    samples = opened(original, data, labels)
-    judged = None if test is None else opened(original, test, test_labels)
-    specs, fed = original.inputs(), next(iter(samples.data))
-    shapes = {name: array.shape for name, array in fed.items()}
-    place = Workplace(
-        model=original,
-        data=samples,
-        # A recipe cannot hold data that is code: it is run with --data then.
-        named=data if isinstance(data, Data) and not data.is_function else None,
-        tested=test is not None,
-        metric=metric,
-        target=chosen,
-        seed=seed,
-        libraries=tuple(libraries),
-        distill=distill,
-        effort=effort,
-        goals=goals or Goals(),
-        sizes=one_sample(specs, with_sizes(specs, input_shapes or {}), shapes),
-        kept=work is not None,
-    )
-    search = SearchSetup(place, judged)
-    with opened_pool(backend, jobs) as pool:
-        explorer = search.explorer(work, pool)
-        explorer.progress, explorer.on_trial = progress, on_trial
-        if time_limit is not None:
-            explorer.until = time.monotonic() + time_limit
-        explorer.explore()
-        return search.result(explorer)

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from onnxslim.formats import clean, figure, percent
-from onnxslim.search.fronts import CostKind, front
-from onnxslim.search.trials import SearchTrial
+from onnxslim.search.trials import CostKind, SearchTrial, front
 
 # Of one panel, and of the margin around what it shows.
 WIDTH, HEIGHT, MARGIN = 420, 300, 48

@@ -20,7 +20,7 @@ from onnxslim.engine.base import Effort, Progress
 from onnxslim.errors import OnnxSlimError
 from onnxslim.search.chains import SHARES
 from onnxslim.search.goals import Goals
-from onnxslim.search.trials import Cut, SearchTrial, Wish
+from onnxslim.search.trials import Cut, SearchTrial, TrialConfig
 
 # Ways to store with which less of the network is tried, by how much is tried.
 WIDTH: Mapping[Effort, int] = {"quick": 1, "normal": 2, "thorough": 4}
@@ -46,20 +46,16 @@ class OutOfTime(Exception):
     """The time limit of a search is over."""
 
 
-class Maker(Protocol):
-    """Makes trials; see `onnxslim.search.making.Workshop`."""
+class Executor(Protocol):
+    """Makes trials; see `onnxslim.search.executor.TrialExecutor`."""
 
-    @property
-    def samples(self) -> int:
-        """That trials are measured on."""
-
-    def possible(self, wish: Wish) -> bool:
+    def possible(self, config: TrialConfig) -> bool:
         """Whether anything can be left away for a trial, as there is if it is known."""
 
-    def expect(self, wishes: Sequence[Wish]) -> None:
+    def prefetch(self, configs: Sequence[TrialConfig]) -> None:
         """Trials that may be asked for next, most likely first: some can be made ahead of the question."""
 
-    def made(self, wish: Wish, begin: Callable[[], None]) -> SearchTrial:
+    def run(self, config: TrialConfig, begin: Callable[[], None]) -> SearchTrial:
         """A trial; one that fails says why.
 
         Calls `begin` before it makes one that is not known yet, and not begun ahead.
@@ -74,10 +70,10 @@ class Explorer:
     """One search.
 
     Attributes:
-        maker: makes trials.
+        executor: makes trials.
         encodings: names of the ways to store weights and data.
         cuts: ways to leave away.
-        goals: what is asked for; completed with the first figures, so that no trial is judged by less.
+        goals: what is asked for.
         effort: how much to try.
         progress: called with (what, done, total).
         until: when, by `time.monotonic`, no trial is begun any more.
@@ -86,7 +82,7 @@ class Explorer:
         untried: what time did not allow.
     """
 
-    maker: Maker
+    executor: Executor
     encodings: Sequence[str]
     goals: Goals
     cuts: Sequence[Cut] = ("work",)
@@ -100,10 +96,10 @@ class Explorer:
     def explore(self) -> None:
         """Make all trials that the search wants, as far as time allows."""
         try:
-            whole = [Wish(1.0, encoding) for encoding in self.encodings]
-            for at, wish in enumerate(whole):
-                self.maker.expect(whole[at:])
-                self.trial(wish)
+            whole = [TrialConfig(1.0, encoding) for encoding in self.encodings]
+            for at, config in enumerate(whole):
+                self.executor.prefetch(whole[at:])
+                self.trial(config)
             self._require_one()
             lines = [_Line(encoding, cut) for encoding in self._promising() for cut in self.cuts]
             for at in range(len(lines)):
@@ -115,22 +111,20 @@ class Explorer:
         if all(each.figures is None for each in self.trials):
             raise OnnxSlimError(next(each.error for each in self.trials))
 
-    def trial(self, wish: Wish) -> SearchTrial:
-        """What comes of a wish.
+    def trial(self, config: TrialConfig) -> SearchTrial:
+        """What comes of a config.
 
         Raises:
             OutOfTime: there is no time to make it.
         """
         for known in self.trials:
-            if known.wish == wish:
+            if known.config == config:
                 return known
-        trial = self.maker.made(wish, self._begin)
-        if trial.figures is not None:
-            self.goals = self.goals.completed(trial.figures, self.maker.samples)
+        trial = self.executor.run(config, self._begin)
         best = self.eligible()[:1]
         self.trials.append(trial)
         if self.meets(trial) and all(self._rank(trial) < self._rank(each) for each in best):
-            self.maker.keep(trial)
+            self.executor.keep(trial)
         self._tell(trial)
         return trial
 
@@ -143,17 +137,17 @@ class Explorer:
         return sorted(filter(self.meets, self.trials), key=self._rank)
 
     def nearest(self) -> tuple[SearchTrial, str] | None:
-        """Where no trial meets all goals, the one that comes nearest, and what it lacks."""
+        """Where no trial meets all goals, the one that comes nearest, and what it falls short of."""
         measured = [each for each in self.trials if each.figures is not None]
         if not measured:
             return None
-        best = min(measured, key=lambda each: (len(self._lacks(each)), self._excess(each)))
-        return best, "; ".join(self._lacks(best))
+        best = min(measured, key=lambda each: (len(self._shortfalls(each)), self._excess(each)))
+        return best, "; ".join(self._shortfalls(best))
 
     def milder(self, trial: SearchTrial) -> SearchTrial | None:
         """The same with somewhat more left; None where nothing is left away."""
         share = round(min(trial.structure * MILDER, 1.0), 3)
-        return None if trial.structure >= 1 else self.trial(trial.wish._replace(structure=share))
+        return None if trial.structure >= 1 else self.trial(trial.config._replace(structure=share))
 
     def _tell(self, trial: SearchTrial) -> None:
         if self.on_trial:
@@ -165,11 +159,11 @@ class Explorer:
 
     def meets(self, trial: SearchTrial) -> bool:
         """Whether a trial meets all goals on the samples to choose by."""
-        return trial.figures is not None and not self._lacks(trial)
+        return trial.figures is not None and not self.goals.shortfalls(trial.figures)
 
-    def _lacks(self, trial: SearchTrial) -> list[str]:
+    def _shortfalls(self, trial: SearchTrial) -> list[str]:
         assert trial.figures is not None
-        return [*self.goals.lost(trial.figures), *self.goals.over(trial.figures)]
+        return self.goals.shortfalls(trial.figures)
 
     def _excess(self, trial: SearchTrial) -> float:
         """By how much a trial takes more than it may, as a factor; then by what it loses."""
@@ -202,7 +196,7 @@ class Explorer:
         return [each.encoding for each in best][: WIDTH[self.effort]]
 
     def _lost(self, trial: SearchTrial) -> bool:
-        return trial.figures is None or bool(self.goals.lost(trial.figures))
+        return trial.figures is None or bool(self.goals.losses(trial.figures))
 
     def _shrink(self, lines: Sequence[_Line]) -> None:
         """Leave as much as budgets allow, or as little as still keeps enough, in the first of some ways."""
@@ -210,7 +204,7 @@ class Explorer:
         if worth[:1] != list(lines[:1]):
             return
         first = worth[0]
-        if not self.maker.possible(self._wish(first, next(ahead(len(SHARES), {})))):
+        if not self.executor.possible(self._config(first, next(ahead(len(SHARES), {})))):
             return
         known: dict[int, bool] = {}
 
@@ -218,28 +212,28 @@ class Explorer:
             steps = itertools.islice(ahead(len(SHARES), known), AHEAD)
             others = itertools.product(worth[1:], itertools.islice(ahead(len(SHARES), {}), AHEAD))
             every = [*((first, each) for each in steps), *others]
-            self.maker.expect([self._wish(line, each) for line, each in every])
-            trial = self.trial(self._wish(first, step))
+            self.executor.prefetch([self._config(line, each) for line, each in every])
+            trial = self.trial(self._config(first, step))
             known[step] = self._fits(trial) if self.goals.budgets else not self._lost(trial)
             return known[step]
 
         fewest(enough, len(SHARES))
 
-    def _wish(self, line: _Line, step: int) -> Wish:
+    def _config(self, line: _Line, step: int) -> TrialConfig:
         """Less is left the more steps within budgets; without, more."""
         share = SHARES[step - 1] if self.goals.budgets else SHARES[len(SHARES) - step]
-        return Wish(share, line.encoding, line.cut)
+        return TrialConfig(share, line.encoding, line.cut)
 
     def _worthwhile(self, encoding: str) -> bool:
         """Whether a way to store may win, although all by itself it is slower than the best so far."""
         best = next(iter(self.eligible()), None)
         if self.goals.budgets or best is None:
             return True
-        own, other = (_latency(self.trial(Wish(1.0, name))) for name in (encoding, best.encoding))
+        own, other = (_latency(self.trial(TrialConfig(1.0, name))) for name in (encoding, best.encoding))
         return own <= LEEWAY[self.effort] * other
 
     def _fits(self, trial: SearchTrial) -> bool:
-        return trial.figures is not None and not self.goals.over(trial.figures)
+        return trial.figures is not None and not self.goals.excesses(trial.figures)
 
 
 def ahead(most: int, known: Mapping[int, bool]) -> Iterator[int]:

@@ -103,37 +103,32 @@ class Goals:
         """Whether nothing but bytes was asked for, so that time is nobody's concern."""
         return bool(self.budgets) and self.budgets.keys() <= {"size", "download"}
 
-    def completed(self, figures: TrialFigures, samples: int) -> Goals:
+    def completed(self, *, scored: bool, deciding: int) -> Goals:
         """With something to keep, where nothing at all was asked for.
 
         Args:
-            figures: of any result, to tell whether there are decisions.
-            samples: that they are of; so few that one of them is more than may be lost tell nothing of
-                decisions.
-
-        Raises:
-            UsageError: decisions are to be kept, and there are none.
+            scored: whether there is a metric.
+            deciding: samples with decisions; so few that one of them is more than may be lost tell nothing.
         """
-        if self.max_drop is not None and figures.drop is None:
-            raise UsageError(
-                "the goal max_drop needs a metric or labels, as no output has shape (batch, classes)"
-            )
         if self.given:
             return self
-        told = figures.metric is not None or samples * MOST_LOST >= 1.0
-        if figures.drop is None or not told:
-            return replace(self, require_sqnr=LEAST_SQNR)
-        return replace(self, max_drop=MOST_LOST)
+        if scored or deciding * MOST_LOST >= 1.0:
+            return replace(self, max_drop=MOST_LOST)
+        return replace(self, require_sqnr=LEAST_SQNR)
 
-    def lost(self, figures: TrialFigures) -> list[str]:
+    def shortfalls(self, figures: TrialFigures) -> list[str]:
+        """All that a result does not meet; empty if it meets everything."""
+        return [*self.losses(figures), *self.excesses(figures)]
+
+    def losses(self, figures: TrialFigures) -> list[str]:
         """What a result does not keep of what it has to; empty if it keeps enough."""
-        return list(self._lost(figures))
+        return list(self._losses(figures))
 
-    def over(self, figures: TrialFigures) -> list[str]:
+    def excesses(self, figures: TrialFigures) -> list[str]:
         """What a result takes more of than it may; empty if it takes no more."""
-        return list(self._over(figures))
+        return list(self._excesses(figures))
 
-    def _lost(self, figures: TrialFigures) -> Iterator[str]:
+    def _losses(self, figures: TrialFigures) -> Iterator[str]:
         if self.require_sqnr is not None and not figures.sqnr >= self.require_sqnr:
             yield f"it keeps {figures.sqnr:.1f} dB, {self.require_sqnr:g} are required"
         drop = figures.drop
@@ -144,7 +139,7 @@ class Goals:
             else:
                 yield f"{percent(drop)} of the decisions are others, more than {percent(self.max_drop)}"
 
-    def _over(self, figures: TrialFigures) -> Iterator[str]:
+    def _excesses(self, figures: TrialFigures) -> Iterator[str]:
         for name, limit in self.budgets.items():
             value = getattr(figures, name)
             if value is None:

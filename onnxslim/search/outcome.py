@@ -20,16 +20,14 @@ from onnxslim.passes.slim import Slim
 from onnxslim.recipes.data import Batches, Data
 from onnxslim.recipes.recipe import Outcome
 from onnxslim.runtime.profile import require_usable
-from onnxslim.search.chains import encodings
-from onnxslim.search.crew import Crew
+from onnxslim.search.backends import SearchBackend
+from onnxslim.search.evaluate import Evaluator
+from onnxslim.search.executor import TrialExecutor
 from onnxslim.search.explore import CORRECTIONS, Explorer, OutOfTime
-from onnxslim.search.fronts import front
 from onnxslim.search.goals import Goals, TrialFigures
-from onnxslim.search.making import TrialBench
-from onnxslim.search.place import HOLD_OUT, Workplace
-from onnxslim.search.pools import Pool
-from onnxslim.search.trials import Cut, Ledger, SearchTrial
-from onnxslim.search.workshop import Workshop
+from onnxslim.search.jobs import DistributedExecutor
+from onnxslim.search.problem import HOLD_OUT, SearchProblem
+from onnxslim.search.trials import Cut, SearchTrial, TrialStore, front
 
 
 @dataclass(frozen=True)
@@ -68,18 +66,18 @@ class SearchResult:
         """Insist on a result.
 
         Raises:
-            ValidationError: no trial meets the goals; says what the nearest one lacks.
+            ValidationError: no trial meets the goals; says what the nearest one falls short of.
         """
         if self.problem:
             raise ValidationError(self.problem)
         return self
 
 
-class SearchSetup:
-    """A search about to be made: where its trials are made, and what judges the one that is chosen.
+class SearchRun:
+    """A search: where its trials are made, and what judges the one that is chosen.
 
     Args:
-        place: what trials have in common.
+        problem: what trials have in common.
         test: other samples to judge by; None: half of those held out.
 
     Raises:
@@ -88,49 +86,47 @@ class SearchSetup:
         TargetError: the target is not there.
     """
 
-    def __init__(self, place: Workplace, test: Batches | None) -> None:
-        require_usable(place.target)
-        if place.distill:
+    def __init__(self, problem: SearchProblem, test: Batches | None) -> None:
+        require_usable(problem.target)
+        if problem.distill:
             Distill().require_installed()
-        if place.metric is None and test is not None:
-            _require_alike(place.data, test)
-        self._place, self._test = place, test
+        if problem.metric is None and test is not None:
+            _require_alike(problem.data, test)
+        self._problem, self._test = problem, test
         self._notes: list[str] = []
 
-    def explorer(self, work: str | os.PathLike[str] | None, pool: Pool | None) -> Explorer:
+    def explorer(self, work: str | os.PathLike[str] | None, backend: SearchBackend | None) -> Explorer:
         """What makes trials; see `onnxslim.search.optimize`.
 
         Args:
             work: where to keep them.
-            pool: workers to make them; None: they are made here.
+            backend: whose workers make them; None: they are made here.
 
         Raises:
             UsageError: the metric fails, or trials are to be kept and it has no name; a goal cannot be
                 measured.
             SaveError: the folder cannot be made, or written.
         """
-        place = self._place
-        ledger = Ledger(None, {}) if work is None else Ledger(Path(work), place.about())
-        crew = Crew(pool, place, lambda made: ledger.add(made.trial, made.recipe)) if pool else None
-        self._crew, self._workshop = crew, Workshop(place, ledger, crew)
-        self._choose = self._workshop.bench.figures
-        self._choose.require_measurable(place.goals)
-        self._verify = self._judge()
-        cuts: tuple[Cut, ...] = ("work",) if place.goals.latency is None else ("work", "time")
-        ways = encodings(place.goals, place.target, place.effort)
-        return Explorer(self._workshop, tuple(ways), place.goals, cuts, place.effort)
+        problem = self._problem
+        store = TrialStore(None, {}) if work is None else TrialStore(Path(work), problem.about())
+        given = problem, store
+        self._executor = TrialExecutor(*given) if backend is None else DistributedExecutor(*given, backend)
+        runner = self._executor.runner
+        self._choose, self._verify = runner.evaluator, self._judge(runner.evaluator)
+        cuts: tuple[Cut, ...] = ("work",) if runner.goals.latency is None else ("work", "time")
+        return Explorer(self._executor, tuple(runner.encodings), runner.goals, cuts, problem.effort)
 
     def result(self, explorer: Explorer) -> SearchResult:
         """The best trial that other samples confirm, or the original where none is."""
         refused = ""
         for trial in self._tried(explorer):
-            outcome = self._workshop.outcome(trial)
+            outcome = self._executor.outcome(trial)
             verified = self._verify(outcome.model, 0.0)
-            lacks = [*explorer.goals.lost(verified), *explorer.goals.over(verified)]
-            if not lacks:
+            shortfalls = explorer.goals.shortfalls(verified)
+            if not shortfalls:
                 return self._told(explorer, outcome.model, outcome, trial, verified)
-            refused = refused or f"the nearest is {trial.label}: on other samples {'; '.join(lacks)}"
-        slimmed = self._place.run(self._place.recipe((Slim(),))).model
+            refused = refused or f"the nearest is {trial.label}: on other samples {'; '.join(shortfalls)}"
+        slimmed = self._problem.run(self._problem.recipe((Slim(),))).model
         if not refused and (nearest := explorer.nearest()):
             refused = f"the nearest is {nearest[0].label}: {nearest[1]}"
         problem = f"no result meets the goals; {refused or 'nothing was made'}"
@@ -160,8 +156,8 @@ class SearchSetup:
         verified: TrialFigures | None,
         problem: str = "",
     ) -> SearchResult:
-        crew = "" if self._crew is None else self._crew.told()
-        notes = [*self._notes, *filter(None, (explorer.untried, self._coarse(explorer.goals), crew))]
+        told = explorer.untried, self._coarse(explorer.goals), self._executor.told
+        notes = [*self._notes, *filter(None, told)]
         trials = tuple(explorer.trials)
         goals = explorer.goals
         samples = 0 if self._verify is self._choose else self._verify.samples
@@ -170,7 +166,7 @@ class SearchSetup:
     def _coarse(self, goals: Goals) -> str:
         """That a goal asks for more than the samples can tell, if it does."""
         share = 1.0 / max(self._choose.samples, 1)
-        if not goals.max_drop or self._place.metric is not None or share <= goals.max_drop:
+        if not goals.max_drop or self._problem.metric is not None or share <= goals.max_drop:
             return ""
         enough = math.ceil(2 / HOLD_OUT / goals.max_drop)
         return (
@@ -178,22 +174,22 @@ class SearchSetup:
             f"may be lost, so that none may be: {enough} samples, of which an eighth chooses, would tell"
         )
 
-    def _judge(self) -> TrialBench:
-        """What measures what was chosen; the bench to choose by, where there are no other samples."""
-        place, test = self._place, self._test
+    def _judge(self, choose: Evaluator) -> Evaluator:
+        """What measures what was chosen: what it was chosen by, where there are no other samples."""
+        test, samples = self._test, self._problem.samples
         if test is not None:
-            if place.samples.held is None:
+            if samples.held is None:
                 self._notes.append("there are too few samples to choose by others than passes were fitted on")
             part = Subset(test.data, test.labels)
-        elif place.samples.halves is not None:
-            part = place.samples.halves[1]
+        elif samples.halves is not None:
+            part = samples.halves[1]
         else:
             self._notes.append(
                 "there are too few samples to hold some out: what is measured is of samples that passes were "
                 "fitted on"
             )
-            return self._choose
-        return TrialBench(place.model, part, place.target, place.metric, place.sizes)
+            return choose
+        return Evaluator(self._problem, part)
 
 
 def _require_alike(data: Batches, test: Batches) -> None:

@@ -37,9 +37,10 @@ VERSION = 2
 TRIAL, RECIPE = "trial.json", "recipe.yaml"
 # What is left less of: multiply-accumulates, of channels and ranks; or time, of channels and branches.
 Cut: TypeAlias = Literal["work", "time"]
+CostKind: TypeAlias = Literal["latency", "size", "download", "macs"]
 
 
-class Wish(NamedTuple):
+class TrialConfig(NamedTuple):
     """What a trial is to try.
 
     Attributes:
@@ -70,7 +71,7 @@ class SearchTrial:
     Attributes:
         key: hash of what its figures depend on.
         label: what was done, for people.
-        structure, encoding, cut: see `Wish`.
+        structure, encoding, cut: see `TrialConfig`.
         figures: on samples to choose by; None if it failed.
         error: why it failed.
     """
@@ -84,15 +85,15 @@ class SearchTrial:
     cut: Cut = "work"
 
     @property
-    def wish(self) -> Wish:
+    def config(self) -> TrialConfig:
         """What it was to try."""
-        return Wish(self.structure, self.encoding, self.cut)
+        return TrialConfig(self.structure, self.encoding, self.cut)
 
 
 _TRIAL: TypeAdapter[SearchTrial] = TypeAdapter(SearchTrial)
 
 
-class Ledger:
+class TrialStore:
     """The trials of a search.
 
     Args:
@@ -202,6 +203,33 @@ def trials_in(folder: Path) -> list[SearchTrial]:
     if not found:
         raise UsageError(f"there are no trials in '{folder}': give the folder that --work names")
     return sorted(found, key=lambda trial: (-trial.structure, trial.label, trial.key))
+
+
+def front(trials: Sequence[SearchTrial], kind: CostKind) -> list[SearchTrial]:
+    """Trials that no other one beats in both cost and worth, the cheapest first (Pareto front).
+
+    Args:
+        trials: those without figures, or whose cost is not known, are left out.
+        kind: of cost.
+    """
+    points = [(_cost(each.figures, kind), each) for each in trials if each.figures is not None]
+    known = [(cost, each) for cost, each in points if cost is not None]
+    best: list[SearchTrial] = []
+    for _, trial in sorted(known, key=lambda point: (point[0], _worse(point[1]))):
+        if not best or _worse(trial) < _worse(best[-1]):
+            best.append(trial)
+    return best
+
+
+def _cost(figures: TrialFigures, kind: CostKind) -> float | None:
+    value: float | None = getattr(figures, kind)
+    return value
+
+
+def _worse(trial: SearchTrial) -> tuple[float, float]:
+    assert trial.figures is not None
+    lost, kept = trial.figures.worth
+    return -lost, -kept
 
 
 def _unused(folder: Path, name: str) -> Path:

@@ -47,8 +47,8 @@ def test_goals_that_mean_nothing(given: dict[str, float], said: str) -> None:
     ],
 )
 def test_what_is_lost(goals: Goals, figures: TrialFigures, said: list[str]) -> None:
-    assert goals.lost(figures) == said
-    assert goals.over(figures) == []
+    assert goals.losses(figures) == said
+    assert goals.excesses(figures) == []
 
 
 @pytest.mark.parametrize(
@@ -69,21 +69,17 @@ def test_what_is_lost(goals: Goals, figures: TrialFigures, said: list[str]) -> N
     ],
 )
 def test_what_is_taken(goals: Goals, figures: TrialFigures, said: list[str]) -> None:
-    assert goals.over(figures) == said
+    assert goals.excesses(figures) == said
 
 
 def test_where_nothing_is_asked_for_decisions_are_kept_or_else_decibels() -> None:
-    assert Goals().completed(FIGURES, 100).given == {"max_drop": 0.01}
-    assert Goals().completed(FIGURES, 99).given == {"require_sqnr": 20.0}, "one of them is more than 1 %"
-    measured = replace(FIGURES, metric=(0.9, 0.9))
-    assert Goals().completed(measured, 3).given == {"max_drop": 0.01}
-    undecided = replace(FIGURES, agreement=None)
-    assert Goals().completed(undecided, 100).given == {"require_sqnr": 20.0}
+    assert Goals().completed(scored=False, deciding=100).given == {"max_drop": 0.01}
+    assert Goals().completed(scored=False, deciding=99).given == {"require_sqnr": 20.0}, (
+        "one is more than 1 %"
+    )
+    assert Goals().completed(scored=True, deciding=0).given == {"max_drop": 0.01}
     asked = Goals(size=0.5)
-    assert asked.completed(FIGURES, 3) is asked
-    with pytest.raises(UsageError, match="max_drop needs a metric or labels"):
-        Goals(max_drop=0.01).completed(undecided, 100)
-    assert Goals(max_drop=0.01).completed(replace(undecided, metric=(1.0, 1.0)), 3)
+    assert asked.completed(scored=True, deciding=100) is asked
 
 
 def test_a_gain_of_the_metric_is_worth_more_than_none() -> None:

@@ -21,13 +21,12 @@ from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.runtime.metric import Run
 from onnxslim.runtime.targets import Target
-from onnxslim.search import Goals, SearchResult, optimize, pools
-from onnxslim.search.crew import _HELD, ATTEMPTS, Crew, Order, Task
-from onnxslim.search.making import TrialMade
+from onnxslim.search import Goals, SearchResult, backends, optimize
+from onnxslim.search.backends import open_backend, require_backend
+from onnxslim.search.jobs import _CACHES, ATTEMPTS, DistributedExecutor, JobInputs, SearchJob
 from onnxslim.search.outcome import opened
-from onnxslim.search.place import Workplace
-from onnxslim.search.pools import opened_pool, require_backend
-from onnxslim.search.trials import Wish
+from onnxslim.search.problem import SearchProblem
+from onnxslim.search.trials import TrialConfig, TrialStore, trials_in
 from tests.helpers import normal, normals, parse
 
 NET = """g (float[N,32] x) => (float[N,8] y)
@@ -56,7 +55,7 @@ class Elsewhere:
     """A worker in this process, which sees none of the folders of the one that asks.
 
     Args:
-        losing: of which pieces of work, by their number from 0, the worker ends.
+        losing: of which jobs, by their number from 0, the worker ends.
     """
 
     name, size = "elsewhere", 2
@@ -65,29 +64,29 @@ class Elsewhere:
     machine: tuple[str, str] | None = None
 
     def __init__(self, losing: Callable[[int], bool] = lambda number: False) -> None:
-        self.losing, self.orders = losing, list[tuple[Order, Task, bool]]()
-        _HELD.clear()
+        self.losing, self.jobs = losing, list[tuple[JobInputs, SearchJob, bool]]()
+        _CACHES.clear()
 
     def submit(self, work: Callable[..., Any], *details: Any) -> Future[Any]:
-        order, task, sent = details
+        inputs, job, sent = details
         future: Future[Any] = Future()
-        self.orders.append((order, task, sent is not None))
-        if self.losing(len(self.orders) - 1):
+        self.jobs.append((inputs, job, sent is not None))
+        if self.losing(len(self.jobs) - 1):
             future.set_exception(ConnectionError("it was killed"))
         else:
-            changed = order._replace(folder="/nowhere", machine=self.machine or order.machine)
-            future.set_result(work(changed, task, sent))
+            changed = inputs._replace(folder="/nowhere", machine=self.machine or inputs.machine)
+            future.set_result(work(changed, job, sent))
         return future
 
     def close(self) -> None:
-        _HELD.clear()
+        _CACHES.clear()
 
 
 @contextmanager
-def using(pool: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def using(backend: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Searches with two jobs run there."""
     with monkeypatch.context() as patch:
-        patch.setattr(pools, "LocalWorkers", lambda jobs: pool)
+        patch.setattr(backends, "ProcessBackend", lambda jobs: backend)
         yield
 
 
@@ -96,13 +95,13 @@ def same(found: SearchResult, expected: SearchResult) -> bool:
 
     def told(result: SearchResult) -> list[Any]:
         figures = [each.figures and replace(each.figures, latency=0, seconds=0) for each in result.trials]
-        best = result.best and (result.best.wish, result.model.to_proto().SerializeToString())
-        return [[each.wish for each in result.trials], figures, best]
+        best = result.best and (result.best.config, result.model.to_proto().SerializeToString())
+        return [[each.config for each in result.trials], figures, best]
 
     return told(found) == told(expected)
 
 
-def place(net: Model, data: Mapping[str, Array], **changes: Any) -> Workplace:
+def problem(net: Model, data: Mapping[str, Array], **changes: Any) -> SearchProblem:
     given: dict[str, Any] = {
         "model": net,
         "data": opened(net, data, None),
@@ -118,24 +117,24 @@ def place(net: Model, data: Mapping[str, Array], **changes: Any) -> Workplace:
         "sizes": {"x": (1, 32)},
         "kept": False,
     }
-    return Workplace(**{**given, **changes})
+    return SearchProblem(**{**given, **changes})
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_workers_that_see_nothing_are_sent_files_once_and_what_is_lost_is_begun_again(
     net: Model, data: Mapping[str, Array], alone: SearchResult, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    pool = Elsewhere(lambda number: size == 2 and number in (0, 4))
-    pool.size = size
-    with using(pool, monkeypatch):
+    backend = Elsewhere(lambda number: size == 2 and number in (0, 4))
+    backend.size = size
+    with using(backend, monkeypatch):
         found = optimize(net, data, GOALS, effort="quick", jobs=2)
     assert same(found, alone)
-    assert pool.orders[0][1] == Task(), "what all trials need comes first"
+    assert backend.jobs[0][1] == SearchJob(), "what all trials need comes first"
     (note,) = (note for note in found.notes if "of files sent" in note)
     assert note.startswith("elsewhere: ")
     if size == 1:
-        sent = [task for _, task, with_files in pool.orders if with_files]
-        assert [task.needs_moves for task in sent] == [False, True], "all but what could go, and that"
+        sent = [job for _, job, with_files in backend.jobs if with_files]
+        assert [job.needs_moves for job in sent] == [False, True], "all but what could go, and that"
         assert "0 bytes" not in note
     else:
         assert "2 begun again after their workers ended" in note
@@ -144,9 +143,9 @@ def test_workers_that_see_nothing_are_sent_files_once_and_what_is_lost_is_begun_
 def test_what_is_lost_every_time_is_told_and_not_kept(
     data: Mapping[str, Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net, pool = parse(SMALL, normals(w=(32, 8))), Elsewhere()
-    pool.losing = lambda number: pool.orders[number][1].wish == Wish(1.0, "int8")
-    with using(pool, monkeypatch):
+    net, backend = parse(SMALL, normals(w=(32, 8))), Elsewhere()
+    backend.losing = lambda number: backend.jobs[number][1].config == TrialConfig(1.0, "int8")
+    with using(backend, monkeypatch):
         found = optimize(net, data, Goals(macs=1.0), effort="quick", jobs=2, work=tmp_path)
     (error,) = (each.error for each in found.trials if each.encoding == "int8")
     assert error == f"{ATTEMPTS} processes have ended while they made it: it was killed"
@@ -157,35 +156,35 @@ def test_what_is_lost_every_time_is_told_and_not_kept(
 def test_workers_that_fail_end_the_search(
     net: Model, data: Mapping[str, Array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = Elsewhere(lambda number: True)
-    pool.lost = ()
+    backend = Elsewhere(lambda number: True)
+    backend.lost = ()
     with (
-        using(pool, monkeypatch),
+        using(backend, monkeypatch),
         pytest.raises(TargetError, match="elsewhere: ConnectionError: it was kill"),
     ):
         optimize(net, data, GOALS, effort="quick", jobs=2)
 
 
 def test_machines_of_another_kind_are_refused(net: Model, data: Mapping[str, Array]) -> None:
-    with closing(Elsewhere()) as pool:
-        crew = Crew(pool, place(net, data), lambda made: None)
-        pool.machine = ("another", "")
+    with closing(Elsewhere()) as backend:
+        executor = DistributedExecutor(problem(net, data), TrialStore(None, {}), backend)
+        backend.machine = ("another", "")
         with pytest.raises(TargetError, match="another processor, or version of onnxslim"):
-            crew.finish(Task("k", Wish(1.0, "float")))
+            executor.run(TrialConfig(1.0, "float"), lambda: None)
 
 
-def test_trials_are_kept_as_soon_as_they_are_made(net: Model, data: Mapping[str, Array]) -> None:
-    made: list[TrialMade] = []
-    with closing(Elsewhere()) as pool:
-        crew = Crew(pool, place(net, data), made.append)
-        wishes = [Wish(1.0, "float"), Wish(0.6, "float")]
-        crew.expect([Task(wish.label, wish) for wish in wishes])
-        assert pool.orders[0][1] == Task()
-        crew.finish(Task(wishes[0].label, wishes[0]))
-        crew.finish(Task(wishes[1].label, wishes[1]))
-    assert [each.trial.wish for each in made] == wishes
-    assert all(each.outcome is None for each in made), "models do not travel"
-    assert crew.lost == 0
+def test_trials_are_kept_as_soon_as_they_are_made(
+    net: Model, data: Mapping[str, Array], tmp_path: Path
+) -> None:
+    with closing(Elsewhere()) as backend:
+        executor = DistributedExecutor(problem(net, data), TrialStore(tmp_path, {}), backend)
+        configs = [TrialConfig(0.6, "float"), TrialConfig(1.0, "float")]
+        executor.prefetch(configs)
+        assert backend.jobs[0][1] == SearchJob()
+        executor.run(configs[1], lambda: pytest.fail("it was begun ahead"))
+        executor.run(configs[0], lambda: None)
+    assert [each.config for each in trials_in(tmp_path)] == configs[::-1]
+    assert executor.lost == 0
 
 
 def _seen(run: Run) -> float:
@@ -250,9 +249,9 @@ def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             require_backend(backend, 1)
 
 
-def test_one_job_needs_no_pool() -> None:
-    with opened_pool("processes", 1) as pool:
-        assert pool is None
+def test_one_job_needs_no_backend() -> None:
+    with open_backend("processes", 1) as backend:
+        assert backend is None
 
 
 @pytest.mark.cluster
@@ -283,6 +282,6 @@ def test_a_cluster_that_is_not_there() -> None:
     pytest.importorskip("distributed")
     with (
         pytest.raises(TargetError, match="cannot reach the cluster"),
-        opened_pool("dask=tcp://127.0.0.1:9", 1),
+        open_backend("dask=tcp://127.0.0.1:9", 1),
     ):
         pass

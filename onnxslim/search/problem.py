@@ -17,7 +17,7 @@ from onnxslim.ir.model import Model, source_sha256
 from onnxslim.recipes.data import Batches, Data
 from onnxslim.recipes.recipe import Outcome, Recipe
 from onnxslim.runtime.machine import fingerprint
-from onnxslim.runtime.metric import Metric
+from onnxslim.runtime.metric import Metric, measure
 from onnxslim.runtime.targets import Target
 from onnxslim.search.chains import Chain
 from onnxslim.search.goals import Goals
@@ -28,8 +28,8 @@ HOLD_OUT = 0.25
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """Where trials of one search are made, in whichever process.
+class SearchProblem:
+    """What a search is to solve, in whichever process.
 
     Attributes:
         model: the original.
@@ -61,6 +61,15 @@ class Workplace:
         """The data in its parts."""
         given = self.data.data, self.model, self.target, self.seed, self.data.labels
         return Samples(*given, hold_out=HOLD_OUT, learning=self.distill)
+
+    @cached_property
+    def score(self) -> float | None:
+        """The metric of the original, if users gave one.
+
+        Raises:
+            UsageError: it fails.
+        """
+        return None if self.metric is None else measure(self.metric, self.model, self.target)
 
     @property
     def chooses(self) -> Subset:

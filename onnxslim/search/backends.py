@@ -27,7 +27,7 @@ from onnxslim.errors import TargetError, UsageError, nearest, one_line
 PATIENCE = 20
 
 
-class Pool(Protocol):
+class SearchBackend(Protocol):
     """Where work is done.
 
     Attributes:
@@ -40,7 +40,7 @@ class Pool(Protocol):
 
     @property
     def size(self) -> int:
-        """How many pieces of work can be done at a time."""
+        """How many jobs can be done at a time."""
 
     def submit(self, work: Callable[..., Any], *details: Any) -> Future[Any]:
         """Have something done; no more than `size` at a time."""
@@ -73,7 +73,7 @@ def require_backend(backend: str, jobs: int) -> None:
 
 
 @contextmanager
-def opened_pool(backend: str, jobs: int) -> Iterator[Pool | None]:
+def open_backend(backend: str, jobs: int) -> Iterator[SearchBackend | None]:
     """Where trials are to be made, as long as they are; None: in this process.
 
     Raises:
@@ -84,14 +84,14 @@ def opened_pool(backend: str, jobs: int) -> Iterator[Pool | None]:
         yield None
         return
     try:
-        pool = CLUSTERS[kind](address) if kind in CLUSTERS else LocalWorkers(jobs)
+        pool = CLUSTERS[kind](address) if kind in CLUSTERS else ProcessBackend(jobs)
     except Exception as error:  # whatever the cluster's client raises
         raise TargetError(f"cannot reach the cluster '{backend}': {one_line(error)}") from error
     with closing(pool):
         yield pool
 
 
-class LocalWorkers:
+class ProcessBackend:
     """Processes of this machine, each on its own, so that one that ends takes no other along."""
 
     lost: tuple[type[BaseException], ...] = (BrokenExecutor,)
@@ -103,11 +103,11 @@ class LocalWorkers:
 
     @property
     def size(self) -> int:
-        """See `Pool`."""
+        """See `SearchBackend`."""
         return self._jobs
 
     def submit(self, work: Callable[..., Any], *details: Any) -> Future[Any]:
-        """See `Pool`."""
+        """See `SearchBackend`."""
         process = self._idle.pop() if self._idle else self._started()
         future: Future[Any] = process.submit(work, *details)
         future.add_done_callback(partial(self._back, process))
@@ -130,7 +130,7 @@ class LocalWorkers:
             self._idle.append(process)
 
     def close(self) -> None:
-        """See `Pool`."""
+        """See `SearchBackend`."""
         for process in self._all:
             process.shutdown(wait=False, kill_workers=True)
 
@@ -150,7 +150,7 @@ def _follow(asking: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class DaskWorkers:
+class DaskBackend:
     """A Dask cluster, which gives what a lost worker did to another one by itself.
 
     Args:
@@ -173,17 +173,17 @@ class DaskWorkers:
         return max(len(self._client.nthreads()), 1)
 
     def submit(self, work: Callable[..., Any], *details: Any) -> Future[Any]:
-        """See `Pool`."""
+        """See `SearchBackend`."""
         found: Future[Any] = self._executor.submit(work, *details)
         return found
 
     def close(self) -> None:
-        """See `Pool`."""
+        """See `SearchBackend`."""
         self._executor.shutdown(wait=False)
         self._client.close()
 
 
-class RayWorkers:
+class RayBackend:
     """A Ray cluster.
 
     Args:
@@ -214,7 +214,7 @@ class RayWorkers:
         return max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
 
     def submit(self, work: Callable[..., Any], *details: Any) -> Future[Any]:
-        """See `Pool`."""
+        """See `SearchBackend`."""
         if work not in self._remote:
             self._remote[work] = self._ray.remote(max_retries=0)(work)
         reference = self._remote[work].remote(*details)
@@ -224,11 +224,11 @@ class RayWorkers:
         return future
 
     def close(self) -> None:
-        """See `Pool`."""
+        """See `SearchBackend`."""
         for reference in list(self._running):
             self._ray.cancel(reference, force=True)
         if self._own:
             self._ray.shutdown()
 
 
-CLUSTERS: Mapping[str, type[DaskWorkers] | type[RayWorkers]] = {"dask": DaskWorkers, "ray": RayWorkers}
+CLUSTERS: Mapping[str, type[DaskBackend] | type[RayBackend]] = {"dask": DaskBackend, "ray": RayBackend}
