@@ -5,6 +5,7 @@
     python benchmarks/learn.py distill [NET ...] [--images 10000] [--learn distill:steps=300] [--seeds 3]
     python benchmarks/learn.py task TASK [--chain prune:macs=0.6] [--samples 512] [--images 10000] [--learn …]
     python benchmarks/learn.py qat [NET ...] [--images 10000] [--steps 300] [--seeds 3] [--weights int4 ...]
+        [--activations auto] [--lr 0.001 ...]
     python benchmarks/learn.py speed [NET ...]
 
 coverage: every model of the zoo, the bundled networks and the exports of `benchmarks/architectures.py` that
@@ -21,8 +22,8 @@ task: true scores of a task of `benchmarks/stage.py` (see there for what to fetc
 chain of passes makes of it on samples to calibrate on, and of that distilled on unlabelled samples.
 
 qat: the bundled networks quantized on 512 images that ship with them, or on so many unlabelled images of the
-training split, all layers in integers that can be; without training, and with it: accuracy on the 2,000 test
-images, SQNR against the original, and seconds of CPU of both. One thread.
+training split, all layers in integers that can be; without training, and with it at each rate: accuracy on
+the 2,000 test images, SQNR against the original, and seconds of CPU of both. One thread.
 
 speed: milliseconds of CPU for one image of a step, beside a loop written by hand around the same network as a
 module of PyTorch (`models/fashion/train.py`), with torch.optim.Adam and mean squared error, in turn, one
@@ -196,9 +197,20 @@ def true_scores(name: str, chain: str, samples: int, count: int, words: str) -> 
 # ------------------------------------------------------------------------------- quantization-aware
 
 
-def qat(names: list[str], count: int, steps: int, seeds: int, bits: list[str]) -> Iterator[str]:
-    """One row per network, weights and seed."""
-    yield "| network | weights | images | steps | seed | original | untrained | trained | SQNR, dB | CPU s |"
+def qat(
+    names: list[str],
+    count: int,
+    steps: int,
+    seeds: int,
+    bits: list[str],
+    activations: str,
+    rates: list[float],
+) -> Iterator[str]:
+    """One row per network, weights, seed and rate."""
+    yield (
+        "| network | weights, activations | images | steps, rate | seed | original | untrained | trained "
+        "| SQNR, dB | CPU s |"
+    )
     yield "|---|---|---|---|---|---|---|---|---|---|"
     with np.load(FASHION / "calibration.npz") as bundled:
         few = bundled["image"]
@@ -206,27 +218,34 @@ def qat(names: list[str], count: int, steps: int, seeds: int, bits: list[str]) -
         for weights_type in bits:
             for seed in range(seeds):
                 data = few if count <= len(few) else images(count, seed)
-                told = quantized(name, data, weights_type, steps, seed)
-                yield f"| {name} | {weights_type} | {len(data)} | {steps} | {seed} | {told} |"
+                chain = Quantize(weights=weights_type, activations=activations, require_sqnr=0)  # type: ignore[arg-type]
+                ways = [replace(chain, train=steps, lr=rate) for rate in rates]
+                for rate, told in zip(rates, quantized(name, data, chain, ways, seed), strict=True):
+                    which = f"{name} | {weights_type}, {activations} | {len(data)} | {steps}, {rate:g}"
+                    yield f"| {which} | {seed} | {told} |"
 
 
-def quantized(name: str, data: Array, weights_type: Any, steps: int, seed: int) -> str:
-    """What comes of a network without training and with it."""
+def quantized(
+    name: str, data: Array, untrained: Quantize, trained: list[Quantize], seed: int
+) -> Iterator[str]:
+    """What comes of a network without training and with it, in one way or another."""
     with np.load(FASHION / "test.npz") as test:
         feeds, labels = {"image": test["image"]}, test["label"]
     original = load(FASHION / f"{name}.onnx")
-    models, times = [original], [time.process_time()]
-    for train in (None, steps):
-        chain = Slim(), Quantize(weights=weights_type, require_sqnr=0, train=train)
-        batches = CalibrationData.from_arrays({"image": data}, 64)
-        made = Pipeline(*chain, count=False)(original, data=batches, target=Target.cpu(1), seed=seed)
-        models.append(made.model)
-        times.append(time.process_time())
-    results = [Session(each).run(feeds)["logits"] for each in models]
-    right = [f"{np.mean(each.argmax(1) == labels):.2%}" for each in results]
-    noise = " → ".join(f"{sqnr(results[0], each):.1f}" for each in results[1:])
-    seconds = " and ".join(f"{end - start:.0f}" for start, end in pairwise(times))
-    return f"{' | '.join(right)} | {noise} | {seconds}"
+
+    def result(step: Quantize) -> tuple[Array, float]:
+        batches, start = CalibrationData.from_arrays({"image": data}, 64), time.process_time()
+        chain = Pipeline(Slim(), step, count=False)
+        made = chain(original, data=batches, target=Target.cpu(1), seed=seed).model
+        return Session(made).run(feeds)["logits"], time.process_time() - start
+
+    wanted = Session(original).run(feeds)["logits"]
+    before, took = result(untrained)
+    for step in trained:
+        after, seconds = result(step)
+        right = [f"{np.mean(each.argmax(1) == labels):.2%}" for each in (wanted, before, after)]
+        noise = " → ".join(f"{sqnr(wanted, each):.1f}" for each in (before, after))
+        yield f"{' | '.join(right)} | {noise} | {took:.0f} and {seconds:.0f}"
 
 
 # ------------------------------------------------------------------------------------------------- speed
@@ -293,13 +312,17 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of qat")
+    parser.add_argument("--activations", default="auto", help="of qat")
+    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3], help="of qat")
     parser.add_argument("--weights", nargs="+", default=["int8", "int4", "int3", "int2"], help="of qat")
     args = parser.parse_args()
     rows = {
         "coverage": lambda: coverage(args.names),
         "distill": lambda: distill(args.names, args.images, args.learn, args.seeds),
         "task": lambda: true_scores(args.names[0], args.chain, args.samples, args.images, args.learn),
-        "qat": lambda: qat(args.names, args.images, args.steps, args.seeds, args.weights),
+        "qat": lambda: qat(
+            args.names, args.images, args.steps, args.seeds, args.weights, args.activations, args.lr
+        ),
         "speed": lambda: speed(args.names),
     }
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ class IntegerLayout:
 
     Attributes:
         activation: integer type of activations.
+        bits: that they have of it, if not all: a simulation of what the target has no kernels for. Only what
+            weighted operators read is rounded then, and whatever else reads it gets floats.
         symmetric: whether the zero point of activations is fixed in the middle.
         integer_bias: whether a bias is stored as int32 with the product of both scales.
         saturates: whether a kernel may add two uint8·int8 products in 16 bits.
@@ -29,6 +31,7 @@ class IntegerLayout:
     """
 
     activation: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
+    bits: int | None = None
     symmetric: bool = False
     integer_bias: bool = True
     saturates: bool = False
@@ -40,6 +43,25 @@ class IntegerLayout:
     weight_only: frozenset[str] = frozenset()
     block_products: bool = False
     zero_points: bool = False
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """Least and largest code of activations.
+
+        A symmetric type leaves its lowest code unused, so that negation stays possible.
+        """
+        info = np.iinfo(self.activation)
+        half = 1 << (self.bits or info.bits) - 1
+        least, most = (-half, half - 1) if info.min else (0, 2 * half - 1)
+        return least + (self.symmetric and info.min < 0), most
+
+    def of(self, activation: np.dtype[Any], bits: int | None = None) -> IntegerLayout:
+        """The same with another type of activations, or so many bits of it; see `bits`."""
+        other = replace(self, activation=activation, bits=bits, symmetric=activation.kind == "i")
+        if bits is None:
+            return other
+        kernels = self.kernels & {*_LINEAR_KERNELS, "ConvTranspose"}
+        return replace(other, kernels=kernels, fuses_relu=False, saturates=False)
 
 
 _LINEAR_KERNELS = ("Conv", "Gemm", "MatMul")

@@ -18,7 +18,7 @@ from onnxslim.ir.graph import Array, Constant, Node, Tensor, producer
 from onnxslim.ir.model import Model, Source, Stats, load
 from onnxslim.ops import Trait, has
 from onnxslim.report.inspect import typed
-from onnxslim.report.matching import NodeMatching, encoded, operator, same_attribute, stored
+from onnxslim.report.matching import NodeMatching, encoded, narrowed, operator, same_attribute, stored
 from onnxslim.report.places import DrawnNode, DrawnPlace, places
 from onnxslim.runtime.evaluate import evaluate
 from onnxslim.validation.certificate import PREFIX
@@ -311,9 +311,10 @@ class _Numbers:
     """What integers that constants are stored as stand for, as nodes of a model read them."""
 
     def __init__(self, model: Model, nodes: Sequence[Node]) -> None:
-        found = (_decoder(tensor) for node in nodes for tensor in node.inputs)
-        makers = {id(maker): maker for maker in found if maker is not None}
-        wanted = [(maker.outputs[0], np.dtype(maker.inputs[1].dtype)) for maker in makers.values()]
+        found = [_decoders(tensor) for node in nodes for tensor in node.inputs]
+        makers = {id(maker): maker for chain in found for maker in chain}
+        last = {id(chain[-1]): chain[-1] for chain in found if chain}
+        wanted = [(maker.outputs[0], np.dtype(maker.inputs[1].dtype)) for maker in last.values()]
         try:
             self._known = evaluate(model, list(makers.values()), wanted, {}) if wanted else {}
         except LoadError:  # types that ONNX Runtime does not decode: only they are told then
@@ -324,12 +325,16 @@ class _Numbers:
         return self._known.get(id(tensor))
 
 
-def _decoder(tensor: Tensor) -> Node | None:
-    """The DQ of a constant that a tensor comes from."""
+def _decoders(tensor: Tensor) -> list[Node]:
+    """The DQ of a constant that a tensor comes from, behind what unpacks its codes; none if there is none."""
     maker = producer(tensor)
     if maker is None or not has(maker, Trait.DEQUANTIZES) or maker.domain:
-        return None
-    return maker if all(isinstance(read, Constant) for read in maker.inputs if read.name) else None
+        return []
+    codes, *others = maker.inputs
+    unpack = narrowed(codes)
+    chain = [maker] if unpack is None else [unpack, maker]
+    read = (*others, *chain[0].inputs)
+    return chain if all(isinstance(each, Constant) for each in read if each.name) else []
 
 
 # ------------------------------------------------------------------------------------------ interface

@@ -11,7 +11,7 @@ import numpy as np
 from onnxslim.ir.graph import Constant, Graph, Node, Tensor, bit_width, producer
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model, Source, is_literal, load
 from onnxslim.ops import Trait, has, spec_of
-from onnxslim.report.matching import encoded, operator
+from onnxslim.report.matching import encoded, narrowed, operator
 from onnxslim.shapes import cost
 from onnxslim.shapes.given import InputShapes, one_sample, sized_by, with_sizes
 
@@ -245,5 +245,8 @@ def _is_stored(tensor: Tensor) -> bool:
 def _kind(node: Node) -> str:
     if has(node, Trait.INTEGER):
         return "quantized"
-    decoded = [has(producer(tensor), Trait.DEQUANTIZES) for tensor in node.inputs[:2]]
-    return "quantized" if all(decoded) else "weights" if decoded[1] else "float"
+    pair, decoded = producer(node.inputs[0]), has(producer(node.inputs[1]), Trait.DEQUANTIZES)
+    if pair is None or not decoded or not has(pair, Trait.DEQUANTIZES):
+        return "weights" if decoded else "float"
+    # A Clip between Q and DQ simulates fewer bits, with which nothing computes.
+    return "weights" if narrowed(pair.inputs[0]) is not None else "quantized"

@@ -19,6 +19,7 @@ from onnxslim.ir.graph import Array, Constant, Graph, Node, Tensor, captures, pr
 from onnxslim.ir.model import DEFAULT_DOMAINS, Model, is_literal, literal
 from onnxslim.ops import Trait, has
 
+MATCHES = ("Cast", "Clip")
 # A weight tells its node; a scalar, or a shape, does not.
 TELLING = 16
 # Over how many nodes that only one model has a neighbour is looked for.
@@ -36,10 +37,18 @@ def operator(node: Node) -> str:
 
 
 def encoded(tensor: Tensor) -> Tensor:
-    """What a tensor stands for: the one before a Q and DQ pair."""
+    """What a tensor stands for: the one before a Q and DQ pair, and before what few bits take in it."""
     while (maker := producer(tensor)) is not None and has(maker, Trait.CODES):
         tensor = maker.inputs[0]
+        if has(maker, Trait.DEQUANTIZES) and (narrow := narrowed(tensor)) is not None:
+            tensor = narrow.inputs[0]
     return tensor
+
+
+def narrowed(codes: Tensor) -> Node | None:
+    """What makes codes of few bits of others: a Cast that unpacks them, a Clip that leaves fewer."""
+    maker = producer(codes)
+    return maker if maker is not None and maker.op in ("Cast", "Clip") else None
 
 
 def stored(tensor: Tensor) -> Array | None:

@@ -33,6 +33,7 @@ from onnxslim.passes.learning.lessons import RUNS, distance
 from onnxslim.passes.quantize.block_products import clamped, is_product
 from onnxslim.passes.quantize.build import Builder, Candidate
 from onnxslim.passes.quantize.choices import (
+    SIMULATED,
     Activations,
     Algorithm,
     Bits,
@@ -53,7 +54,7 @@ from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Search, Sensitivi
 from onnxslim.passes.quantize.static import Static
 from onnxslim.passes.quantize.strategy import Strategy
 from onnxslim.passes.quantize.tables import ties_of, untie
-from onnxslim.passes.quantize.train import BATCH, Training
+from onnxslim.passes.quantize.train import BATCH, RATE, Training
 from onnxslim.passes.quantize.trained import Trained, constants_read, strip
 from onnxslim.passes.quantize.trial import Trial
 from onnxslim.passes.quantize.weight_only import WeightOnly, WeightOnlyBlocks, WeightOnlyBytes
@@ -111,7 +112,7 @@ class Quantize(Pass):
     """
 
     name: ClassVar[str] = "quantize"
-    beside_plan: ClassVar[tuple[str, ...]] = ("train", "features", "checkpoint")
+    beside_plan: ClassVar[tuple[str, ...]] = ("train", "lr", "features", "checkpoint")
 
     weights: Bits = Field(
         "int8",
@@ -122,7 +123,8 @@ class Quantize(Pass):
     )
     activations: Activations = Field(
         "auto",
-        description="integer type of activations: that of the target, or another one; dynamic: only matrix "
+        description="integer type of activations: that of the target, or another one; uint4 and int4: a "
+        "simulation for processors, of what weighted operators read alone; dynamic: only matrix "
         "products by constants, and on processors LSTMs, run in integers, and ranges of their data are those "
         "of every single input, without calibration; none: weights of matrix products and embeddings are "
         "stored as integers",
@@ -205,6 +207,13 @@ class Quantize(Pass):
         description="learn scales, weights and biases through the rounding, from what the original makes of "
         "the data, in so many steps of 64 samples; with integer activations and PyTorch",
     )
+    lr: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="with train, largest step, relative to the size of each weight and scale "
+        f"[default: {RATE:g}]",
+    )
     features: tuple[str, ...] = Field(
         (),
         description="with train, names of tensors inside the model that are to come close to the original's, "
@@ -241,7 +250,11 @@ class Quantize(Pass):
             )
         if self.train is not None and not self._way.calibrated:
             raise UsageError("pass 'quantize': train goes with integer activations that are calibrated")
-        for option in ("features", "checkpoint"):
+        if self.optimize_for == "latency" and self.activations in SIMULATED:
+            raise UsageError(
+                f"pass 'quantize': activations={self.activations} is a simulation, which nothing runs faster"
+            )
+        for option in ("lr", "features", "checkpoint"):
             if self.train is None and getattr(self, option):
                 raise UsageError(f"pass 'quantize': {option} goes with train")
         if (size := self.block_size or 16) & (size - 1):
@@ -332,8 +345,7 @@ class Quantize(Pass):
         """How weights are written that are only stored as integers."""
         if self.storage != "auto" or self.activations not in (None, "none"):
             return "qdq" if self.storage == "auto" else self.storage
-        on_cpu = target.provider == CPU and not target.stands_for and self.layout in ("target", "cpu")
-        needed = on_cpu and any(True for _ in chain(ties_of(model), clamped(model)))
+        needed = self._is_for_cpu(target) and any(True for _ in chain(ties_of(model), clamped(model)))
         blocks = needed or target.layout.block_products
         return "matmulnbits" if blocks or any(map(is_product, model.nodes())) else "qdq"
 
@@ -345,6 +357,14 @@ class Quantize(Pass):
                 f"pass 'quantize': {name} has no integer kernels; with activations=none weights are stored "
                 "as integers"
             )
+        if target.layout.bits is not None and not self._is_for_cpu(target):
+            raise UsageError(
+                f"pass 'quantize': activations={self.activations} is a simulation, for target and layout cpu"
+            )
+
+    def _is_for_cpu(self, target: Target) -> bool:
+        """Whether the file is made for ONNX Runtime on the processor of this machine."""
+        return target.provider == CPU and not target.stands_for and self.layout in ("target", "cpu")
 
     def _run(self, model: Model, ctx: Context, asked: QuantizationPlan | None) -> Changes:
         log = Log()
@@ -361,7 +381,9 @@ class Quantize(Pass):
         for name in start.looked_up:
             log.skip(name, NOTE)
         model.graph, model.opsets = candidate.model.graph, candidate.model.opsets
-        if ctx.target.provider == CPU and not ctx.target.stands_for and self.layout in ("target", "cpu"):
+        if ctx.target.layout.bits is not None:
+            log.warn(f"activations={self.activations}", SIMULATION)
+        elif self._is_for_cpu(ctx.target):
             integer = {key: label for key, label in plan.labels.items() if key in plan.integer}
             fused, total, unfused = kernels(model, integer, ctx.target)
             figures = replace(figures, fused=fused, total=total, unfused=unfused)
@@ -395,9 +417,8 @@ class Quantize(Pass):
             target = replace(target, layout=layouts()[self.layout])
         if not self._way.calibrated or self.activations in (None, "auto"):
             return target
-        kind = np.dtype(self.activations)
-        rules = replace(target.layout, activation=kind, symmetric=kind.kind == "i")
-        return replace(target, layout=rules)
+        kind, bits = SIMULATED.get(self.activations, (self.activations, None))
+        return replace(target, layout=target.layout.of(np.dtype(kind), bits))
 
     def _candidate(
         self, start: Start, log: Log, asked: QuantizationPlan | None
@@ -449,7 +470,7 @@ class Quantize(Pass):
     ) -> tuple[Trial, QuantizeFigures]:
         """The same once it was trained, and what is told of that."""
         assert self.train is not None
-        train = Training(self.train, self.features, self.checkpoint)
+        train = Training(self.train, self.features, self.checkpoint, self.lr)
         teacher, model = start.ctx.teacher or start.original, trial.candidate.model
         # What was chosen by is learnt from as well.
         fresh = start.ctx.given.fresh
@@ -583,7 +604,7 @@ class Quantize(Pass):
         for_speed = self.optimize_for == "latency"
         if for_speed and search.untimed:
             log.skip("model", f"no layer stays in float for speed: {search.untimed}")
-        elif self._way.calibrated and (for_speed or not quick):
+        elif self._way.calibrated and self.activations not in SIMULATED and (for_speed or not quick):
             faster = search.fastest if for_speed else search.paying
             made = fitted
             fitted = search.step("faster layers in floating point", made, lambda: faster(made))
@@ -740,4 +761,5 @@ def _weights_of(model: Model) -> list[tuple[Array, int]]:
 # In dB: what keeps that much of a few samples need not be looked at any longer.
 CLEAR = ENOUGH + 5.0
 NOTHING_FOUND = "no operator with weights can run in integers"
+SIMULATION = "a simulation: a Clip leaves 16 of the codes of 8 bits, and nothing runs faster by it"
 NOTHING_LEFT = "every layer would have to stay in floating point to keep as much as is asked for"

@@ -159,7 +159,8 @@ class Builder:
         if self._trained:
             return None
         twin = self.model.copy()
-        levels = (1 << 8 * self.ctx.target.layout.activation.itemsize) - 1, 2 * self.strategy.limit
+        low, high = self.ctx.target.layout.codes
+        levels = high - low, 2 * self.strategy.limit
         if not equalize(twin, plan, self.ctx.given.fit, levels, log, self.ctx.target):
             return None
         shapes.infer(twin)

@@ -130,9 +130,10 @@ class Calibration:
             return observers.min_max(values, symmetric=symmetric)
         if name == "percentile":
             return observers.percentile(values, percent, symmetric=symmetric)
+        levels = 1 << (self._rules.bits or 8 * self._rules.activation.itemsize)
         if name == "kl":
-            return observers.kl_divergence(values, symmetric=symmetric)
-        return observers.mse(values, 1 << 8 * self._rules.activation.itemsize, symmetric=symmetric)
+            return observers.kl_divergence(values, min(levels, 256), symmetric=symmetric)
+        return observers.mse(values, levels, symmetric=symmetric)
 
 
 def names(group: Sequence[Tensor]) -> Group:

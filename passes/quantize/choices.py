@@ -15,7 +15,9 @@ from onnxslim.passes.quantize.tables import table_of
 Bits = Literal["int8", "int4", "int3", "int2"]
 StorageForm = Literal["qdq", "matmulnbits"]
 StorageChoice = Literal["auto", "qdq", "matmulnbits"]
-Activations = Literal["auto", "uint8", "int8", "uint16", "dynamic", "none"] | None
+Activations = Literal["auto", "uint8", "int8", "uint16", "uint4", "int4", "dynamic", "none"] | None
+# Activations of fewer bits than a type that kernels know: that type, and the bits.
+SIMULATED = {"uint4": ("uint8", 4), "int4": ("int8", 4)}
 Algorithm = Literal["auto", "rtn", "cd", "gptq"]
 Observer = Literal["minmax", "percentile", "kl", "mse"]
 ObserverChoice: TypeAlias = tuple[Observer, float]  # with the percentile, if it is one

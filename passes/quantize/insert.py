@@ -46,7 +46,7 @@ class Inserter:
         encoder: rounds the weights.
     """
 
-    makes = frozenset(("Add", "Cast", "DequantizeLinear", "Identity", "QuantizeLinear"))
+    makes = frozenset(("Add", "Cast", "Clip", "DequantizeLinear", "Identity", "QuantizeLinear"))
 
     def __init__(
         self, model: Model, plan: Plan, rules: IntegerLayout, log: Log, encoder: weights.Encoder | None = None
@@ -64,6 +64,7 @@ class Inserter:
         self._means: Mapping[int, Array] = {}
         self._known: Mapping[int, KnownGrid] = {}
         self._tops: dict[int, int] = {}
+        self._limits: list[Constant] = []
         self.tightened: dict[str, int] = {}
         self.corrected = 0
 
@@ -120,9 +121,7 @@ class Inserter:
     def _scales(self, ranges: Mapping[int, Range]) -> dict[int, Scale]:
         made: dict[tuple[object, ...], Scale] = {}
         found: dict[int, Scale] = {}
-        info = np.iinfo(self._rules.activation)
-        # A symmetric type leaves its lowest code unused, so that negation stays possible.
-        low = info.min + 1 if self._rules.symmetric and info.min < 0 else info.min
+        kind, (low, high) = self._rules.activation, self._rules.codes
         for key, tensor in self._plan.tensors.items():
             known = self._known.get(key)
             group = (*(id(source) for source in self._plan.scales[key]), known)
@@ -130,13 +129,11 @@ class Inserter:
                 scale, zero = (
                     known[:2]
                     if known
-                    else affine_parameters(
-                        ranges[key], qmin=low, qmax=info.max, symmetric=self._rules.symmetric
-                    )
+                    else affine_parameters(ranges[key], qmin=low, qmax=high, symmetric=self._rules.symmetric)
                 )
                 made[group] = Scale(
                     Constant(self._name(f"{tensor.name}_scale"), np.asarray(scale, np.float32)),
-                    Constant(self._name(f"{tensor.name}_zero_point"), np.asarray(zero, info.dtype)),
+                    Constant(self._name(f"{tensor.name}_zero_point"), np.asarray(zero, kind)),
                 )
             found[key] = made[group]
         return found
@@ -159,9 +156,21 @@ class Inserter:
                 tensor,
             )
             return tensor
+        if self._rules.bits is not None:
+            quantized = self._clip(quantized)
         result = self._dequantize(quantized, scale, tensor)
         if fused:
             self._redirect(tensor, result)
+        return result
+
+    def _clip(self, codes: Variable) -> Variable:
+        """The same without the codes that fewer bits do not have."""
+        self._limits = self._limits or [
+            Constant(self._name(f"{which}_code"), np.asarray(code, self._rules.activation))
+            for which, code in zip(("least", "most"), self._rules.codes, strict=True)
+        ]
+        result = Variable(self._name(f"{codes.name}_clipped"), codes.dtype, codes.shape)
+        self._add("Clip", f"{codes.name}_Clip", [codes, *self._limits], result)
         return result
 
     def _shield_outputs(self) -> None:
@@ -216,6 +225,8 @@ class Inserter:
 
     def _fused(self, tensor: Variable) -> bool:
         """Whether the pair behind a tensor is part of the integer kernel that makes it."""
+        if self._rules.bits is not None:
+            return False
         maker = ir.producer(tensor)
         while maker is not None and spec_of(maker).role is Role.CLAMP:
             maker = ir.producer(maker.inputs[0])
@@ -244,9 +255,8 @@ class Inserter:
         return result
 
     def _encode_constant(self, tensor: Constant, scale: Scale) -> Constant:
-        info = np.iinfo(self._rules.activation)
         codes = np.rint(tensor.values / scale.scale.values) + scale.zero_point.values
-        values = codes.clip(info.min, info.max).astype(self._rules.activation)
+        values = codes.clip(*self._rules.codes).astype(self._rules.activation)
         return Constant(self._name(f"{tensor.name}_quantized"), values)
 
     def _rewire(self, node: Node, dequantized: Mapping[int, Variable]) -> None:
@@ -255,7 +265,9 @@ class Inserter:
             if (replacement := dequantized.get(id(node.inputs[index]))) is not None:
                 self._replaced.add(id(node.inputs[index]))
                 node.inputs[index] = replacement
-        self._log.change(self._plan.labels[id(node)], f"{node.op} runs in integers")
+        bits = self._rules.bits
+        how = "runs in integers" if bits is None else f"reads data of {bits} bits"
+        self._log.change(self._plan.labels[id(node)], f"{node.op} {how}")
         if lower := _LOWERED.get(node.op):
             lower(self, node)
 

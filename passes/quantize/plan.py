@@ -340,6 +340,8 @@ class Planner:
 
         With a Relu behind it, every one of them does: ONNX Runtime gives up on it unless there is a Q.
         """
+        if self._rules.bits is not None:
+            return False
         return spec_of(node).requantized or self._result(node) is not node.outputs[0]
 
     def _result(self, node: Node) -> Variable:
@@ -360,7 +362,9 @@ class Planner:
 
     def _forward(self, available: set[int], linear: Iterable[Node]) -> list[Node]:
         """Operators that could run in integers because what they read is integer already."""
-        candidates = []
+        candidates: list[Node] = []
+        if self._rules.bits is not None:
+            return candidates
         reach = set(available)
         made = {id(self._result(node)) for node in linear}
         for node in self._nodes:

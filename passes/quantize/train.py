@@ -40,9 +40,9 @@ from onnxslim.passes.quantize.weights import (
     unsaturated,
 )
 
-MATCHES = ("Cast", "QuantizeLinear")
+MATCHES = ("Cast", "Clip", "QuantizeLinear")
 MAKES = ("Mul", "QuantizeLinear")
-# The largest step, relative to the size of weights, biases and scales, and samples of a step.
+# The largest step by default, and samples of a step.
 RATE, BATCH = 1e-3, 64
 # Scales do not become less than this part of what they were.
 LEAST_FACTOR = 1 / 16
@@ -121,11 +121,13 @@ class Training:
         steps: how many.
         features: names of tensors inside that are to come close to the teacher's, too.
         checkpoint: file to keep the state in, and to go on from.
+        rate: the largest step, relative to the size of weights, biases and scales.
     """
 
     steps: int
     features: tuple[str, ...] = ()
     checkpoint: Path | None = None
+    rate: float | None = None
 
     def __call__(self, candidate: Candidate, build: Builder, teacher: Model, log: Log) -> TrainingOutcome:
         """Train a candidate, whose integers and scales change if that makes it better on fresh samples.
@@ -142,7 +144,7 @@ class Training:
         rows = {"QuantizeLinear": straight_through(twin.limits)}
         net = Net(twin.model, twin.chosen, torch.float32, self.features, rows)
         taught = lessons(net, candidate.model, teacher, ctx, log, features=self.features)
-        course = Course(self.steps, RATE, BATCH, ctx.seed, ctx.target.threads)
+        course = Course(self.steps, self.rate or RATE, BATCH, ctx.seed, ctx.target.threads)
         learnt = fit(
             net,
             taught.aims,
@@ -194,6 +196,7 @@ class Twin:
         self._integers: list[_Integers] = []
         self._biases: list[_Bias] = []
         layers = self._layers(candidate)
+        self._bypass_clips()
         for node in list(self.model.graph.nodes):
             if has(node, Trait.QUANTIZES) and isinstance(node.inputs[1], Constant):
                 node.inputs[1] = self._scaled(node.inputs[1], self._factor(node.inputs[1]))
@@ -230,6 +233,19 @@ class Twin:
                     pair_axis_of(node, rules) if runs else None,
                 )
         return found
+
+    def _bypass_clips(self) -> None:
+        """Limit codes of fewer bits than their type has where they are made."""
+        gone = set()
+        for clip in self.model.graph.nodes:
+            maker = ir.producer(clip.inputs[0]) if clip.op == "Clip" else None
+            low, high = clip.constant(1), clip.constant(2)
+            if maker is not None and has(maker, Trait.QUANTIZES) and low is not None and high is not None:
+                self.limits[id(maker)] = low.item(), high.item()
+                ir.replace_uses(clip.outputs[0], clip.inputs[0])
+                ir.detach(clip)
+                gone.add(id(clip))
+        ir.sweep(self.model.graph, gone)
 
     def _follow(self, node: Node, layers: Mapping[str, _Unwritten]) -> None:
         """Have a DQ read what is learnt."""

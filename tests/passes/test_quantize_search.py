@@ -382,6 +382,80 @@ def test_sixteen_bits_lose_less_than_eight(chain: Model, batches: list[dict[str,
     assert found["uint16"] > found["uint8"]
 
 
+RESIDUAL = """g (float[N,8,6,6] x) => (float[N,8,6,6] y)
+<float[8,8,1,1] w1 = {0}, float[8] b1 = {0}, float[8,8,3,3] w2 = {0}, float[8] b2 = {0}>
+{ [one] a = Conv(x, w1, b1) r = Relu(a) [two] b = Conv<pads=[1,1,1,1]>(r, w2, b2) y = Add(b, r) }"""
+
+
+def residual() -> Model:
+    values = {"w1": normal(8, 8, 1, 1), "b1": normal(8, seed=1), "w2": normal(8, 8, 3, 3, seed=2)}
+    return replaced(parse(RESIDUAL), **values, b2=normal(8, seed=3))
+
+
+@pytest.mark.parametrize(("kind", "limits"), [("uint4", (0, 15)), ("int4", (-7, 7))])
+def test_activations_of_four_bits_are_simulated_in_eight(
+    batches: list[dict[str, Array]], kind: Any, limits: tuple[int, int]
+) -> None:
+    """Of 16 values, what weighted operators read; a sum gets floats. Any optimization computes the same."""
+    model = residual()
+    result, changes = quantize(model, batches, activations=kind, require_sqnr=0)
+    assert "nothing runs faster" in reasons(changes)[f"activations={kind}"]
+    clips = [node for node in result.graph.nodes if node.op == "Clip"]
+    assert len(clips) == 2
+    (add,) = (node for node in result.graph.nodes if node.op == "Add")
+    assert [tensor.inputs[0].op for tensor in add.inputs] == ["Conv", "Relu"]
+    shown = result.copy()
+    for clip in (node for node in shown.graph.nodes if node.op == "Clip"):
+        shown.graph.outputs.append(clip.outputs[0])
+    feeds = {"x": 3 * normal(64, 8, 6, 6, seed=99)}
+    codes = [np.unique(each).tolist() for name, each in Session(shown).run(feeds).items() if name != "y"]
+    assert codes == [[*range(limits[0], limits[1] + 1)], [*range(limits[1] + 1)]]
+    plain, optimized = (Session(result, optimize=each).run(feeds)["y"] for each in ("none", "all"))
+    np.testing.assert_allclose(plain, optimized, rtol=0, atol=1e-4)
+
+
+def test_ranges_of_four_bits_are_those_of_least_error(batches: list[dict[str, Array]]) -> None:
+    """Clipping what is rare leaves more than the range of all there is."""
+    model = residual()
+    kept = {
+        observer: sqnr_of(
+            model,
+            quantize(
+                model, batches, activations="uint4", observer=observer, equalization=False, require_sqnr=0
+            )[0],
+            {"x": normal(64, 8, 6, 6, seed=99)},
+        )
+        for observer in ("mse", "minmax")
+    }
+    assert kept["mse"] > kept["minmax"] + 1
+
+
+def test_layers_that_cost_too_much_in_four_bits_stay_in_float(batches: list[dict[str, Array]]) -> None:
+    """As in eight."""
+    result, changes = quantize(residual(), batches, activations="uint4", require_sqnr=20)
+    assert (QuantizeFigures.of(changes).sqnr or 0) >= 20
+    assert ops(result)["Clip"] == 1
+    nothing, changes = quantize(residual(), batches, activations="uint4")
+    assert "every layer would have to stay" in " ".join(reasons(changes).values())
+    assert "Clip" not in ops(nothing)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"layout": "cuda"}, "activations=uint4 is a simulation, for target and layout cpu"),
+        ({"optimize_for": "latency"}, "activations=uint4 is a simulation, which nothing runs faster"),
+        ({"block_size": 32}, "block_size goes with activations=none"),
+        ({"size": 0.5}, "size goes with weights=int4 and activations=none"),
+    ],
+)
+def test_what_a_simulation_does_not_go_with_is_said(
+    batches: list[dict[str, Array]], options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        quantize(residual(), batches, activations="uint4", **options)
+
+
 def test_latency_is_measured_and_may_be_what_decides(
     chain: Model, batches: list[dict[str, Array]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

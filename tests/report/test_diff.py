@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -123,6 +124,20 @@ def test_integers_are_told_by_what_they_stand_for() -> None:
     weight = f"'w': float32[2,2] → int8[2,2], {expected:.1f} dB of signal to noise"
     assert dict(found.changed) == {"n": (weight, "reads 2 inputs from DQ instead of 0")}
     assert {name.split("(")[1] for name in found.added} == {"QuantizeLinear)", "DequantizeLinear)"}
+
+
+def test_few_bits_are_told_by_what_they_stand_for() -> None:
+    """Weights that a Cast unpacks, and data of which a Clip leaves a few codes."""
+    text = "g (float[N,2] x) => (float[N,2] y) <%s> { %s }"
+    first = parse(text % ("float[2,2] w = {1, 2, 3, 4}", "[n] y = MatMul(x, w)"))
+    pair = "i = QuantizeLinear(x, s, z) c = Clip(i, z, t) f = DequantizeLinear(c, s, z) "
+    pair += "b = Cast<to=3>(w) d = DequantizeLinear(b, s, z) [m] y = MatMul(f, d)"
+    given = "int4[2,2] w, float s = {0.5}, int8 z = {0}, int8 t = {7}"
+    codes = {"w": np.array([[2, 4], [6, 7]], ml_dtypes.int4)}
+    expected = 10 * np.log10(30 / 0.25)
+    weight = f"'w': float32[2,2] → int4[2,2], {expected:.1f} dB of signal to noise"
+    found = diff(first, parse(text % (given, pair), codes, opset=21, ir_version=10))
+    assert dict(found.changed) == {"n": (weight, "reads 2 inputs from DQ instead of 0")}
 
 
 def test_interfaces_are_compared() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -85,6 +86,17 @@ def test_weights_alone_may_be_quantized() -> None:
         d = DequantizeLinear(w, s)  y = MatMul(x, d) }"""
     assert inspect(parse(text)).coverage == Coverage(0, 1, 1, 0.0)
     assert inspect(parse("g (float[N] x) => (float[N] y) { y = Relu(x) }")).coverage == Coverage(0, 0, 0, 0.0)
+
+
+def test_few_bits_count_as_what_is_computed_with() -> None:
+    """Codes that a Cast unpacks are stored so; where a Clip takes codes of data away, nothing computes so."""
+    text = """g (float[N,2] x) => (float[N,2] y)
+        <int4[2,2] w, float s = {0.5}, uint8 z = {0}, uint8 t = {15}, int8 o = {0}> {
+        q = QuantizeLinear(x, s, z) %s f = DequantizeLinear(c, s, z)
+        b = Cast<to=3>(w) d = DequantizeLinear(b, s, o) y = MatMul(f, d) }"""
+    for how, expected in (("Identity(q)", Coverage(1, 0, 1, 1.0)), ("Clip(q, z, t)", Coverage(0, 1, 1, 0.0))):
+        model = parse(text % f"c = {how}", {"w": np.ones((2, 2), ml_dtypes.int4)}, opset=21, ir_version=10)
+        assert inspect(model).coverage == expected
 
 
 def test_operators_on_integers_count() -> None:
