@@ -100,7 +100,7 @@ def searches() -> Iterator[str]:
         cells = []
         for effort in ("quick", "normal"):
             executor = Imagined(workers)
-            Explorer(executor, tuple(WAYS), Goals(require_sqnr=20.0), effort=effort).explore()
+            Explorer(executor, dict.fromkeys(WAYS, ""), Goals(require_sqnr=20.0), effort=effort).explore()
             alone.setdefault(effort, executor.seconds)
             cells += [f"{executor.clock:.0f}", f"{executor.seconds - alone[effort]:.0f}"]
         yield f"| {workers} | {' | '.join(cells)} |"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from onnxslim.engine.base import Context, Effort, Pass
 from onnxslim.engine.joint import planned
 from onnxslim.engine.moves import Move
-from onnxslim.ir.model import Model
+from onnxslim.families.branches import branches
+from onnxslim.ir.model import Model, without_data
+from onnxslim.ops import layer_of
 from onnxslim.passes.cluster import Cluster
 from onnxslim.passes.factorize import Factorize
 from onnxslim.passes.half import Half
@@ -24,12 +27,53 @@ Chain: TypeAlias = tuple[Pass, ...]
 # By pass, what it could do.
 Moves: TypeAlias = Sequence[Sequence[Move]]
 FLOAT = "float"
+# In dB: what integers keep beyond a goal, so that other samples confirm it; and where they and what was left
+# away have half of the noise each.
+SURE, HALF = 0.5, 3.0
 # Shares of the multiply-accumulates that are tried, from the mildest on.
 SHARES = (0.85, 0.72, 0.6, 0.5, 0.42, 0.35, 0.29, 0.24, 0.2, 0.165, 0.135)
 
 
-def encodings(goals: Goals, target: Target, effort: Effort) -> Mapping[str, Chain]:
+class Encoding(NamedTuple):
+    """A way to store weights and data.
+
+    Attributes:
+        passes: that do it.
+        behind_cut: likewise, where something of the network was left away.
+        spares: name of the one that it keeps more than, by layers in float; empty if there is none.
+    """
+
+    passes: Chain
+    behind_cut: Chain
+    spares: str = ""
+
+
+def encodings(goals: Goals, target: Target, effort: Effort) -> Mapping[str, Encoding]:
     """Ways to store weights and data that can help to reach goals on a target, by name."""
+    plain = {name: Encoding(chain, chain) for name, chain in _chains(goals, target, effort).items()}
+    return plain | dict(_sparing(plain, goals))
+
+
+def _sparing(plain: Mapping[str, Encoding], goals: Goals) -> Iterator[tuple[str, Encoding]]:
+    """The same in integers with the fewest layers in float that goals need, as passes know to find them."""
+    least, most = goals.require_sqnr, goals.max_drop
+    kept = [] if least is None else [f"{least:.6g} dB"]
+    kept += [] if most is None else [f"all but {100 * most:.6g} %"]
+    for name, (chain, *_) in plain.items() if kept else ():
+        for step in chain:
+            if isinstance(step, Quantize) and step.activations != "none":
+                given, behind_cut = (
+                    replace(
+                        step,
+                        require_sqnr=None if least is None else least + margin,
+                        max_drop=None if most is None else most / parts,
+                    )
+                    for margin, parts in ((SURE, 1), (HALF, 2))
+                )
+                yield f"{name} that keeps {' and '.join(kept)}", Encoding((given,), (behind_cut,), name)
+
+
+def _chains(goals: Goals, target: Target, effort: Effort) -> Mapping[str, Chain]:
     found: dict[str, Chain] = {FLOAT: (), "int8": (Quantize(effort=effort),)}
     if not goals.only_bytes:
         found["dynamic int8"] = (Quantize(activations="dynamic", effort=effort),)
@@ -77,6 +121,13 @@ class Structures:
         if self._given is not None:
             return self._given
         return [each.propose(self._model, self._ctx) for each in self._passes]
+
+    def least_bytes(self) -> int:
+        """What no trial gets below: layers without any weights, but for those in branches, which may go."""
+        going = {name for branch in branches(self._model).found for name in branch.nodes}
+        layers = {node.outputs[0].name for node in self._model.nodes() if layer_of(node) is not None}
+        written = self._model.to_proto_with(without_data).graph.node
+        return sum(node.ByteSize() for node in written if node.output[0] in layers - going)
 
     def __call__(self, share: float, cut: Cut = "work") -> Chain:
         """The passes, with plans, that leave so much of the work or the time, or come nearest to it.

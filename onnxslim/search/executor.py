@@ -11,7 +11,7 @@ from pathlib import Path
 
 from onnxslim.engine.base import Context
 from onnxslim.engine.pipeline import Pipeline
-from onnxslim.errors import OnnxSlimError
+from onnxslim.errors import OnnxSlimError, UsageError
 from onnxslim.passes.distill import Distill
 from onnxslim.passes.slim import Slim
 from onnxslim.recipes.recipe import Outcome, Recipe
@@ -49,7 +49,7 @@ class TrialRunner:
         encodings: ways to store weights and data that may help to reach them, by name.
 
     Raises:
-        UsageError: the metric fails, or a goal cannot be measured.
+        UsageError: the metric fails, or a goal cannot be measured or met.
     """
 
     def __init__(self, problem: SearchProblem, moves: Moves | None = None) -> None:
@@ -58,6 +58,15 @@ class TrialRunner:
         self.goals = self.evaluator.completed(problem.goals)
         self.encodings = encodings(self.goals, problem.target, problem.effort)
         self._moves = moves
+        if self.goals.size is not None:
+            self._require_room(self.goals.size)
+
+    def _require_room(self, size: float) -> None:
+        least = self.structures.least_bytes() / self.problem.model.stats().bytes
+        if size < least:
+            raise UsageError(
+                f"the goal size={size:g} is out of reach: layers without weights are {least:.2g}"
+            )
 
     @cached_property
     def structures(self) -> Structures:
@@ -74,7 +83,9 @@ class TrialRunner:
         recipe, outcome, figures, error = None, None, None, ""
         try:
             left = self.structures(config.structure, config.cut)
-            recipe = self.problem.recipe((Slim(), *left, *self.encodings[config.encoding]))
+            encoding = self.encodings[config.encoding]
+            stored = encoding.behind_cut if left else encoding.passes
+            recipe = self.problem.recipe((Slim(), *left, *stored))
             outcome = self._outcome(recipe)
             error = _idle(outcome)
             if not error:

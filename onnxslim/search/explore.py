@@ -71,7 +71,8 @@ class Explorer:
 
     Attributes:
         executor: makes trials.
-        encodings: names of the ways to store weights and data.
+        encodings: names of the ways to store weights and data; with the name of the one that may lose too
+            much, where a way is of use only then.
         cuts: ways to leave away.
         goals: what is asked for.
         effort: how much to try.
@@ -83,7 +84,7 @@ class Explorer:
     """
 
     executor: Executor
-    encodings: Sequence[str]
+    encodings: Mapping[str, str]
     goals: Goals
     cuts: Sequence[Cut] = ("work",)
     effort: Effort = "normal"
@@ -93,13 +94,19 @@ class Explorer:
     trials: list[SearchTrial] = field(default_factory=list)
     untried: str = ""
 
+    def __post_init__(self) -> None:
+        """Try just what is asked for, too."""
+        macs = self.goals.macs
+        self._shares = sorted({*SHARES, *([macs] if macs is not None and macs < 1 else [])}, reverse=True)
+
     def explore(self) -> None:
         """Make all trials that the search wants, as far as time allows."""
         try:
             whole = [TrialConfig(1.0, encoding) for encoding in self.encodings]
-            for at, config in enumerate(whole):
-                self.executor.prefetch(whole[at:])
-                self.trial(config)
+            for at, (config, spared) in enumerate(zip(whole, self.encodings.values(), strict=True)):
+                if not spared or self._lost(self.trial(TrialConfig(1.0, spared))):
+                    self.executor.prefetch(whole[at:])
+                    self.trial(config)
             self._require_one()
             lines = [_Line(encoding, cut) for encoding in self._promising() for cut in self.cuts]
             for at in range(len(lines)):
@@ -153,7 +160,7 @@ class Explorer:
         if self.on_trial:
             self.on_trial(trial)
         if self.progress:
-            each = len(self.cuts) * math.ceil(math.log2(len(SHARES) + 1))
+            each = len(self.cuts) * math.ceil(math.log2(len(self._shares) + 1))
             total = len(self.encodings) + WIDTH[self.effort] * each
             self.progress("trials", len(self.trials), max(total, len(self.trials)))
 
@@ -204,24 +211,24 @@ class Explorer:
         if worth[:1] != list(lines[:1]):
             return
         first = worth[0]
-        if not self.executor.possible(self._config(first, next(ahead(len(SHARES), {})))):
+        if not self.executor.possible(self._config(first, next(ahead(len(self._shares), {})))):
             return
         known: dict[int, bool] = {}
 
         def enough(step: int) -> bool:
-            steps = itertools.islice(ahead(len(SHARES), known), AHEAD)
-            others = itertools.product(worth[1:], itertools.islice(ahead(len(SHARES), {}), AHEAD))
+            steps = itertools.islice(ahead(len(self._shares), known), AHEAD)
+            others = itertools.product(worth[1:], itertools.islice(ahead(len(self._shares), {}), AHEAD))
             every = [*((first, each) for each in steps), *others]
             self.executor.prefetch([self._config(line, each) for line, each in every])
             trial = self.trial(self._config(first, step))
             known[step] = self._fits(trial) if self.goals.budgets else not self._lost(trial)
             return known[step]
 
-        fewest(enough, len(SHARES))
+        fewest(enough, len(self._shares))
 
     def _config(self, line: _Line, step: int) -> TrialConfig:
         """Less is left the more steps within budgets; without, more."""
-        share = SHARES[step - 1] if self.goals.budgets else SHARES[len(SHARES) - step]
+        share = self._shares[step - 1] if self.goals.budgets else self._shares[-step]
         return TrialConfig(share, line.encoding, line.cut)
 
     def _worthwhile(self, encoding: str) -> bool:

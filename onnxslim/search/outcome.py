@@ -114,7 +114,8 @@ class SearchRun:
         runner = self._executor.runner
         self._choose, self._verify = runner.evaluator, self._judge(runner.evaluator)
         cuts: tuple[Cut, ...] = ("work",) if runner.goals.latency is None else ("work", "time")
-        return Explorer(self._executor, tuple(runner.encodings), runner.goals, cuts, problem.effort)
+        ways = {name: encoding.spares for name, encoding in runner.encodings.items()}
+        return Explorer(self._executor, ways, runner.goals, cuts, problem.effort)
 
     def result(self, explorer: Explorer) -> SearchResult:
         """The best trial that other samples confirm, or the original where none is."""

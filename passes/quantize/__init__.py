@@ -81,7 +81,8 @@ WORK: Mapping[Effort, PassWork] = {
 # Where there are weights of four bits and of eight.
 MIXED = (("int4", None), ("int4", "none"))
 EFFORTS = (
-    "how much to try: quick takes the nearest integers by one way to choose ranges, and all layers; normal "
+    "how much to try: quick takes the nearest integers by one way to choose ranges, and all layers, unless "
+    "require_sqnr or max_drop is given and takes fewer; normal "
     f"searches where that keeps less than {ENOUGH:g} dB; thorough always does"
 )
 ObserverName = Literal["auto", "minmax", "percentile", "kl", "mse"]
@@ -593,7 +594,8 @@ class Quantize(Pass):
         quick = self.effort == "quick"
         if self.size is not None:
             return self._within(search, trial, fitted, self.size * size, log), figures
-        if self.layers or not (quick or goal.met(fitted)):
+        asked = (self.require_sqnr, self.max_drop) != (None, None)
+        if self.layers or not (goal.met(fitted) or (quick and not asked)):
             found: tuple[Trial, tuple[LayerFigures, ...] | None] = fitted, None
             fitted, layers = search.step(
                 "the fewest layers out of integers",

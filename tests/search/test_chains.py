@@ -14,6 +14,7 @@ from onnxslim.errors import UsageError
 from onnxslim.learn import door
 from onnxslim.passes.distill import Distill
 from onnxslim.passes.prune import Prune, PruningPlan
+from onnxslim.passes.quantize import Quantize
 from onnxslim.runtime.targets import Target
 from onnxslim.search import Goals, optimize
 from onnxslim.search.chains import FLOAT, SHARES, Structures, encodings
@@ -61,6 +62,7 @@ def test_where_nothing_can_go_nothing_is_proposed() -> None:
 
 def test_codes_and_integer_weights_are_tried_where_bytes_count() -> None:
     fast = encodings(Goals(latency=0.5), Target.cpu(), "quick")
+    assert not any(way.spares for way in fast.values()), "nothing has to be kept"
     assert list(fast) == [FLOAT, "int8", "dynamic int8"]
     assert "half" in encodings(Goals(), Target.cuda(), "quick")
     small = encodings(Goals(size=0.2), Target.cpu(), "quick")
@@ -71,6 +73,17 @@ def test_codes_and_integer_weights_are_tried_where_bytes_count() -> None:
     assert not any("average" in name for name in small), "it takes a run for every weight"
     both = encodings(Goals(download=0.2, macs=0.5), Target.cpu(), "quick")
     assert {"dynamic int8", "codes of 4 bits"} <= both.keys()
+
+
+def test_integers_are_told_what_goals_need_and_leave_half_of_it_to_what_is_cut() -> None:
+    ways = encodings(Goals(require_sqnr=20.0, max_drop=0.01), Target.cpu(), "quick")
+    sparing = {name: way for name, way in ways.items() if way.spares}
+    assert {way.spares for way in sparing.values()} == {"int8", "dynamic int8"}
+    (given,), (behind,), _ = sparing["int8 that keeps 20 dB and all but 1 %"]
+    assert isinstance(given, Quantize)
+    assert isinstance(behind, Quantize)
+    assert (given.require_sqnr, given.max_drop) == (20.5, 0.01)
+    assert (behind.require_sqnr, behind.max_drop) == (23.0, 0.005)
 
 
 def test_shares_go_down_in_like_steps() -> None:

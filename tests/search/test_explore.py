@@ -70,7 +70,7 @@ class World:
         self.kept = trial
 
     def search(self, goals: Goals, **options: Any) -> Explorer:
-        explorer = Explorer(self, tuple(WAYS), goals, **options)
+        explorer = Explorer(self, options.pop("ways", dict.fromkeys(WAYS, "")), goals, **options)
         explorer.explore()
         return explorer
 
@@ -110,6 +110,11 @@ def test_what_is_within_budgets_is_not_shrunk_and_what_loses_more_cannot_win() -
     world = World(lambda share, way: 60 * share - (10.0 if way == "slow" else 0.0))
     world.search(Goals(size=0.25))
     assert {way for share, way in world.log if share < 1} == {"int8", "float"}
+
+
+def test_the_work_that_was_asked_for_is_left_not_the_next_less() -> None:
+    for macs in (0.55, 0.07):
+        assert World().search(Goals(macs=macs)).eligible()[0].structure == macs
 
 
 def test_what_may_be_asked_next_is_told_ahead() -> None:
@@ -169,6 +174,18 @@ def test_a_way_that_cannot_be_had_is_a_trial_with_its_reason() -> None:
         World(failing=tuple(WAYS)).search(Goals())
 
 
+def test_layers_are_spared_only_where_the_plain_way_loses_too_much() -> None:
+    ways = {"float": "", "int8": "", "slow": "int8"}
+    enough, lacking = World(), World(lambda share, way: 15.0 if way == "int8" else 60 * share)
+    for world in (enough, lacking):
+        world.search(Goals(require_sqnr=20.0), ways=ways)
+    assert "slow" not in {way for _, way in enough.log}
+    assert (1.0, "slow") in lacking.log
+    failing = World(failing=("int8",))
+    failing.search(Goals(require_sqnr=20.0), ways=ways)
+    assert (1.0, "slow") in failing.log
+
+
 def test_where_nothing_can_be_left_away_only_ways_to_store_are_tried() -> None:
     world = World(leaves=False)
     assert world.search(Goals(require_sqnr=20.0)).eligible()[0].label == "1.0 int8"
@@ -178,7 +195,7 @@ def test_where_nothing_can_be_left_away_only_ways_to_store_are_tried() -> None:
 def test_what_is_to_be_kept_is_asked_of_the_first_trials_too() -> None:
     """Also where time is over before every way to store was tried."""
     world = World(lambda share, way: 60.0 if way == "float" else 5.0)
-    explorer = Explorer(world, tuple(WAYS), Goals(require_sqnr=20.0))
+    explorer = Explorer(world, dict.fromkeys(WAYS, ""), Goals(require_sqnr=20.0))
 
     def stop(trial: SearchTrial) -> None:
         explorer.until = time.monotonic() - (1 if trial.encoding == "int8" else -60)
