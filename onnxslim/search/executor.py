@@ -64,9 +64,7 @@ class TrialRunner:
     def _require_room(self, size: float) -> None:
         least = self.structures.least_bytes() / self.problem.model.stats().bytes
         if size < least:
-            raise UsageError(
-                f"the goal size={size:g} is out of reach: layers without weights are {least:.2g}"
-            )
+            raise UsageError(f"the goal size={size:g} is out of reach: layers alone are {least:.2g}")
 
     @cached_property
     def structures(self) -> Structures:
