@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from onnxslim.families.analysis import analyze
     from onnxslim.ir.model import Model, load
     from onnxslim.recipes.recipe import Recipe
+    from onnxslim.reduction import Reduction, reduce
     from onnxslim.report.diff import Difference, diff
     from onnxslim.runtime.targets import Target
     from onnxslim.search import Goals, SearchResult, optimize
@@ -59,6 +60,7 @@ __all__ = [
     "PassError",
     "Pipeline",
     "Recipe",
+    "Reduction",
     "Report",
     "Result",
     "SaveError",
@@ -75,6 +77,7 @@ __all__ = [
     "load",
     "optimize",
     "passes",
+    "reduce",
     "slim",
     "validate",
 ]
@@ -100,6 +103,7 @@ _HOMES = {
     "engine.base": ("Changes", "Context", "Pass"),
     "engine.pipeline": ("Pipeline", "Report", "Result"),
     "recipes.recipe": ("Recipe",),
+    "reduction": ("Reduction", "reduce"),
     "report.diff": ("Difference", "diff"),
     "runtime.targets": ("Target",),
     "search": ("Goals", "SearchResult", "optimize"),

@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("compat", "search"),
     ("recipes", "utils"),
     ("report",),
-    ("validation",),
+    ("reduction", "validation"),
     ("passes",),
     ("families", "engine", "learn"),
     ("calibration",),

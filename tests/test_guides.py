@@ -16,7 +16,7 @@ from onnxslim import cli
 from tests.helpers import FASHION, ROOT, normal, parse, run
 
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
-BLOCK = re.compile(r"^(?:<!-- (\w+) -->\n)?( *)```(console|python)\n(.*?)^\2```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(?: *<!-- (\w+) -->\n)?( *)```(console|python)\n(.*?)^\2```$", re.MULTILINE | re.DOTALL)
 # Told here, as they are for another shell or machine.
 FOREIGN = ("pip", "docker")
 # Take more than a second.

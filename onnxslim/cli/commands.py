@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from onnxslim import passes
-from onnxslim.cli import judging, searching, terminal
+from onnxslim.cli import judging, reducing, searching, terminal
 from onnxslim.cli.parsing import Commands, PassCommand, RunCommand, SlimCommand
 from onnxslim.cli.running import (
     make_folder,
@@ -322,6 +322,7 @@ searching.register(app)
 
 
 judging.register(app)
+reducing.register(app)
 
 
 @app.command("providers")
