@@ -96,14 +96,16 @@ def chained(task: Task, chain: str, data: CalibrationData | None, path: Path) ->
 
 
 def searched(task: Task, words: str, data: CalibrationData, path: Path) -> Entrant:
-    """Search within goals, in words such as `latency=0.5 effort=quick`."""
+    """Search within goals, in words such as `latency=0.5 effort=quick`; `work=FOLDER` goes on from there."""
     given: dict[str, Any] = dict(word.split("=") for word in words.split())
     effort, limit = given.pop("effort", "normal"), float(given.pop("time_limit", math.inf))
-    start = time.process_time()
+    work, start = given.pop("work", None), time.process_time()
     goals = Goals(**{name: float(value) for name, value in given.items()})
-    found = optimize(task.path(), data, goals, effort=effort, time_limit=limit)
+    found = optimize(task.path(), data, goals, effort=effort, time_limit=limit, work=work)
     seconds = time.process_time() - start
     found.model.save(path)
+    for trial in found.trials:
+        print(f"{trial.label}: {trial.error or trial.figures}", file=sys.stderr, flush=True)
     name = " ".join(("auto", words)).strip()
     told = f"{name}: {found.best.label}" if found.best is not None else ""
     return Entrant(told or name, path, seconds, found.problem)
