@@ -104,7 +104,7 @@ class Explorer:
         try:
             whole = [TrialConfig(1.0, encoding) for encoding in self.encodings]
             for at, (config, spared) in enumerate(zip(whole, self.encodings.values(), strict=True)):
-                if not spared or self._lost(self.trial(TrialConfig(1.0, spared))):
+                if not spared or self._loses(self.trial(TrialConfig(1.0, spared))):
                     self.executor.prefetch(whole[at:])
                     self.trial(config)
             self._require_one()
@@ -199,11 +199,14 @@ class Explorer:
                 (each for each in over if all(_worth(each) > it for it in within)), key=self._excess
             )
         else:
-            best = sorted((each for each in measured if not self._lost(each)), key=self._rank)
+            best = sorted((each for each in measured if self._keeps(each)), key=self._rank)
         return [each.encoding for each in best][: WIDTH[self.effort]]
 
-    def _lost(self, trial: SearchTrial) -> bool:
-        return trial.figures is None or bool(self.goals.losses(trial.figures))
+    def _keeps(self, trial: SearchTrial) -> bool:
+        return trial.figures is not None and not self.goals.losses(trial.figures)
+
+    def _loses(self, trial: SearchTrial) -> bool:
+        return trial.figures is not None and not self._keeps(trial)
 
     def _shrink(self, lines: Sequence[_Line]) -> None:
         """Leave as much as budgets allow, or as little as still keeps enough, in the first of some ways."""
@@ -221,7 +224,7 @@ class Explorer:
             every = [*((first, each) for each in steps), *others]
             self.executor.prefetch([self._config(line, each) for line, each in every])
             trial = self.trial(self._config(first, step))
-            known[step] = self._fits(trial) if self.goals.budgets else not self._lost(trial)
+            known[step] = self._fits(trial) if self.goals.budgets else self._keeps(trial)
             return known[step]
 
         fewest(enough, len(self._shares))

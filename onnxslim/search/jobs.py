@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,8 +242,12 @@ class _Cache:
     def __init__(self, files: Mapping[str, str]) -> None:
         self.files = dict(files)
         self.folders: dict[str, Path] = {}
-        self.own = _temporary(self)
         self.runners: dict[bool, TrialRunner] = {}
+
+    @cached_property
+    def own(self) -> Path:
+        """Where files lie that were sent. Processes that see those of others end without tidying up."""
+        return _temporary(self)
 
     def missing(self, inputs: JobInputs) -> tuple[str, ...]:
         """Names of files that are not here, and not to be seen there."""

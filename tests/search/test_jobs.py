@@ -204,6 +204,9 @@ def test_a_process_that_is_killed_loses_one_trial(
     """The first process to measure, of two, is killed while it does."""
     marks = tmp_path / "marks"
     marks.mkdir()
+    places = tmp_path / "places"
+    places.mkdir()
+    monkeypatch.setenv("TMPDIR", str(places))  # of the processes: this one has looked where its own is
     monkeypatch.setenv("ONNXSLIM_TEST_MARKS", str(marks))
     killed: list[int] = []
 
@@ -222,6 +225,7 @@ def test_a_process_that_is_killed_loses_one_trial(
     net, goals = parse(SMALL, normals(w=(32, 8))), Goals(macs=1.0, require_sqnr=-100.0)
     found = optimize(net, data, goals, effort="quick", jobs=2, metric=_seen, time_limit=300.0)
     assert killed
+    assert not [*places.glob("onnxslim-*/")], "processes leave nothing behind"
     assert any("1 begun again" in note for note in found.notes)
     here = optimize(net, data, goals, effort="quick", metric=_seen)
     assert same(found, here)
