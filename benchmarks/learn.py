@@ -21,9 +21,9 @@ distill:steps=300,augment=mirror,shift,copies=8; its teacher is the original unl
 task: true scores of a task of `benchmarks/stage.py` (see there for what to fetch): of the network, of what a
 chain of passes makes of it on samples to calibrate on, and of that distilled on unlabelled samples.
 
-qat: the bundled networks quantized on 512 images that ship with them, or on so many unlabelled images of the
-training split, all layers in integers that can be; without training, and with it at each rate: accuracy on
-the 2,000 test images, SQNR against the original, and seconds of CPU of both. One thread.
+qat: the bundled networks quantized on the 512 images that ship with them, all layers in integers that can be,
+and the same with training, at each rate, on so many unlabelled images of the training split: accuracy on the
+2,000 test images, SQNR against the original, and seconds of CPU of both. One thread.
 
 speed: milliseconds of CPU for one image of a step, beside a loop written by hand around the same network as a
 module of PyTorch (`models/fashion/train.py`), with torch.optim.Adam and mean squared error, in turn, one
@@ -220,29 +220,30 @@ def qat(
                 data = few if count <= len(few) else images(count, seed)
                 chain = Quantize(weights=weights_type, activations=activations, require_sqnr=0)  # type: ignore[arg-type]
                 ways = [replace(chain, train=steps, lr=rate) for rate in rates]
-                for rate, told in zip(rates, quantized(name, data, chain, ways, seed), strict=True):
+                results = quantized(name, few, data, chain, ways, seed)
+                for rate, told in zip(rates, results, strict=True):
                     which = f"{name} | {weights_type}, {activations} | {len(data)} | {steps}, {rate:g}"
                     yield f"| {which} | {seed} | {told} |"
 
 
 def quantized(
-    name: str, data: Array, untrained: Quantize, trained: list[Quantize], seed: int
+    name: str, few: Array, many: Array, untrained: Quantize, trained: list[Quantize], seed: int
 ) -> Iterator[str]:
     """What comes of a network without training and with it, in one way or another."""
     with np.load(FASHION / "test.npz") as test:
         feeds, labels = {"image": test["image"]}, test["label"]
     original = load(FASHION / f"{name}.onnx")
 
-    def result(step: Quantize) -> tuple[Array, float]:
+    def result(step: Quantize, data: Array) -> tuple[Array, float]:
         batches, start = CalibrationData.from_arrays({"image": data}, 64), time.process_time()
         chain = Pipeline(Slim(), step, count=False)
         made = chain(original, data=batches, target=Target.cpu(1), seed=seed).model
         return Session(made).run(feeds)["logits"], time.process_time() - start
 
     wanted = Session(original).run(feeds)["logits"]
-    before, took = result(untrained)
+    before, took = result(untrained, few)
     for step in trained:
-        after, seconds = result(step)
+        after, seconds = result(step, many)
         right = [f"{np.mean(each.argmax(1) == labels):.2%}" for each in (wanted, before, after)]
         noise = " → ".join(f"{sqnr(wanted, each):.1f}" for each in (before, after))
         yield f"{' | '.join(right)} | {noise} | {took:.0f} and {seconds:.0f}"

@@ -276,6 +276,40 @@ def _require_as_many(labels: Array | None, data: CalibrationData) -> None:
         raise CalibrationError(f"{data.name}: there are {len(labels)} labels for {data.samples()} samples")
 
 
+def require_numbers(data: CalibrationData, model: Model, target: Target) -> None:
+    """Raise CalibrationError for a sample that spoils the gradients of all weights.
+
+    That is one with a NaN or an infinity; with a negative one, if it is no mask: then it reaches an output.
+
+    Args:
+        data: under the model's names.
+        model: run on batches with negative infinities.
+        target: where.
+    """
+    first = 0
+    for feeds in data:
+        for name, values in feeds.items():
+            if values.dtype.kind != "f" or np.isfinite(values).all():
+                continue
+            hides = bool((np.isfinite(values) | np.isneginf(values)).all())
+            if not hides or not _is_finite(Session(model, target, spin=False).run(feeds)):
+                raise CalibrationError(f"{data.name}: {_odd(values, name, first)}")
+        first += batch_samples(feeds)
+
+
+def _odd(values: Array, name: str, first: int) -> str:
+    """Which sample holds what is no number."""
+    place = np.argwhere(~np.isfinite(values))[0]
+    what = "NaN" if np.isnan(values[tuple(place)]) else "an infinity"
+    sample = first + int(place[0]) if values.ndim else first
+    return f"sample {sample} of input {name!r} holds {what}; nothing can be learnt from it"
+
+
+def _is_finite(outputs: Mapping[str, Any]) -> bool:
+    found = (x for x in outputs.values() if isinstance(x, np.ndarray) and x.dtype.kind == "f")
+    return all(np.isfinite(each).all() for each in found)
+
+
 def _spread(numbers: NDArray[np.intp], count: int, random: np.random.Generator) -> NDArray[np.intp]:
     """A random number of each of `count` equal stretches: of data that is sorted, some of every kind."""
     ends = np.arange(count + 1) * len(numbers) // max(count, 1)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.doubts import doubts
-from onnxslim.calibration.samples import HELD, Samples, Subset
+from onnxslim.calibration.samples import HELD, Samples, Subset, require_numbers
 from onnxslim.engine.base import Changes, Context, Log, Pass, Progress
 from onnxslim.engine.check import Checker, require_interface
 from onnxslim.engine.deadline import Deadline
@@ -304,6 +304,8 @@ class _Given(NamedTuple):
         specs = model.inputs()
         bound = CalibrationData.of(self.data, specs).bind(specs)
         bound.check(specs)
+        if learning:
+            require_numbers(bound, model, ctx.target)
         test = None
         if self.test is not None:
             test = Subset(CalibrationData.of(self.test, specs, name="test data"), self.test_labels)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -171,6 +172,11 @@ class Distill(Pass):
         teacher = self._teacher(model, ctx)
         self._require_known(model, teacher, ctx)
         _make_weights(model)
+        with _named_apart(model):
+            return self._learn(model, teacher, ctx, log)
+
+    def _learn(self, model: Model, teacher: Model, ctx: Context, log: Log) -> Changes:
+        """Learn weights in place, whose names are their own."""
         twin = taken_apart(model, ctx)
         chosen = self._chosen(model, twin, log)
         try:
@@ -295,17 +301,36 @@ def _fits(one: InputSpec, other: InputSpec) -> bool:
 
 
 def _make_weights(model: Model) -> None:
-    """Have weights as constants with names of their own, in bodies too."""
+    """Have weights as constants, in bodies too."""
     edits = Edits(model, Log())
     lower_constants(edits, 0)
     edits.clean_up()
     store_weights(model, plain=False)
-    fresh, taken = ir.Namer(model.graph), set[str]()
+
+
+@contextmanager
+def _named_apart(model: Model) -> Iterator[None]:
+    """Names of their own, for the time being, for constants that several bodies have under one name."""
+    fresh, taken, shared = ir.Namer(model.graph), set[str](), dict[str, str]()
+
+    def new(name: str) -> str:
+        own = fresh(name) if name in taken else name
+        shared[own] = name
+        taken.add(own)
+        return own
+
+    _rename(model, new)
+    try:
+        yield
+    finally:
+        _rename(model, shared.__getitem__)
+
+
+def _rename(model: Model, name: Callable[[str], str]) -> None:
+    """Give all initializers names, by those that they have."""
     for graph in model.graphs():
         for constant in graph.initializers.values():
-            if constant.name in taken:
-                constant.name = fresh(constant.name)
-            taken.add(constant.name)
+            constant.name = name(constant.name)
         graph.initializers = {each.name: each for each in graph.initializers.values()}
 
 

@@ -25,6 +25,7 @@ from onnxslim.passes.cluster import Cluster
 from onnxslim.passes.distill import Distill, DistillFigures
 from onnxslim.passes.factorize import Factorize
 from onnxslim.passes.prune import Prune
+from onnxslim.passes.quantize import Quantize
 from onnxslim.passes.sparsify import Sparsify
 from onnxslim.recipes.recipe import Recipe, Work
 from onnxslim.runtime.session import Session
@@ -323,13 +324,60 @@ def test_a_teacher_of_other_inputs_is_refused(tmp_path: Path, takes: str, told: 
 
 
 @trained
-@pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_a_sample_that_is_no_number_leaves_weights_that_are(teacher: Path, broken: float) -> None:
+@pytest.mark.parametrize(("broken", "what"), [(np.nan, "NaN"), (np.inf, "an infinity")])
+def test_a_sample_that_is_no_number_is_named_before_the_work(teacher: Path, broken: float, what: str) -> None:
     x = X.copy()
-    x[100] = broken
-    result = distilled(Distill(steps=20), worse(net()), teacher, x).model
-    assert all(np.isfinite(each.values).all() for each in result.constants())
-    assert error(teacher, result) <= error(teacher, worse(net()))
+    x[100, 3] = broken
+    for step in (Distill(steps=1), Quantize(train=1)):
+        with pytest.raises(CalibrationError, match=f"sample 100 of input 'x' holds {what}"):
+            Pipeline(step)(net(), data=CalibrationData.from_arrays({"x": x}, 16))
+
+
+@trained
+def test_infinities_that_hide_something_are_learnt_from(tmp_path: Path) -> None:
+    """A mask that is given: what it hides is no number in no output."""
+    text = """g (float[N,8] x, float[N,8] m) => (float[N,4] y) <float[8,4] w = {0}>
+        { a = Add(x, m) s = Softmax(a) y = MatMul(s, w) }"""
+    model = replaced(parse(text), w=normal(8, 4))
+    model.save(tmp_path / "teacher.onnx")
+    mask = np.where(np.arange(8) % 3 == 1, -np.inf, 0).astype(np.float32)
+    data = [{"x": normal(4, 8, seed=seed), "m": np.tile(mask, (4, 1))} for seed in range(32)]
+    step = Distill(steps=30, teacher=tmp_path / "teacher.onnx")
+    result = Pipeline(step)(worse(model), data=data, target=Target.cpu(1))
+    looks = DistillFigures.of(result.report.steps[-1].changes).looks
+    assert looks[-1].unseen < 0.5 * looks[0].unseen
+
+
+@trained
+def test_weights_of_one_name_in_several_bodies_keep_it(tmp_path: Path) -> None:
+    """And are learnt apart; one in a branch that no sample takes stays as it is."""
+    weight = "<float[8,4] w = {%s}> { o = MatMul(x, w) }"
+    bodies = [f"{name} () => (float[N,4] o) {weight}" for name in ("t", "e")]
+    text = f"""g (float[N,8] x, bool c, bool d) => (float[N,4] y)
+        {{ y = If (c) <then_branch = {bodies[0]}, else_branch = b () => (float[N,4] p)
+            {{ p = If (d) <then_branch = {bodies[1]}, else_branch = u () => (float[N,4] o) {weight}> }}> }}"""
+    values = [normal(8, 4, seed=seed).round(2) for seed in range(3)]
+    numbers = tuple(", ".join(map(str, each.ravel().tolist())) for each in values)
+    model = parse(text % numbers)
+    model.save(tmp_path / "teacher.onnx")
+    student = model.copy()
+    for graph in student.graphs():
+        for constant in graph.initializers.values():
+            constant.values = constant.values + normal(8, 4, seed=9) / 2
+    data = [
+        {"x": normal(4, 8, seed=seed), "c": np.array(seed % 2 == 0), "d": np.array(True)}
+        for seed in range(32)
+    ]
+    step = Distill(steps=40, teacher=tmp_path / "teacher.onnx")
+    result = Pipeline(step)(student.copy(), data=data, target=Target.cpu(1)).model
+    was, found = (
+        [graph.initializers["w"].values for graph in each.graphs() if "w" in graph.initializers]
+        for each in (student, result)
+    )
+    gaps = [[float(np.abs(a - b).mean()) for a, b in zip(each, values, strict=True)] for each in (was, found)]
+    assert gaps[1][0] < gaps[0][0]
+    assert gaps[1][1] < gaps[0][1]
+    np.testing.assert_array_equal(found[2], was[2])
 
 
 @trained
