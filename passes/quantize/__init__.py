@@ -22,7 +22,7 @@ from onnxslim.engine.demands import KEPT, LeastSqnr, MostDrop
 from onnxslim.engine.matching import GLOBS, tell_idle
 from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
-from onnxslim.errors import UsageError
+from onnxslim.errors import TimeUp, UsageError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.learn import door
@@ -108,8 +108,9 @@ class Quantize(Pass):
 
     With `train` the result is a start: scales, weights and biases are then learnt through the rounding, with
     PyTorch, such that outputs come close to those of the model that came into the pipeline. The best state on
-    samples that nothing was fitted to is kept, the start included. All layers that can are in integers then,
-    unless `require_sqnr` says otherwise.
+    samples that nothing was fitted to is kept, the start included. All layers that can are in integers then;
+    with `require_sqnr` or `max_drop`, layers are kept out of them, and the rest is trained once more, where
+    that is not enough after training.
     """
 
     name: ClassVar[str] = "quantize"
@@ -434,10 +435,59 @@ class Quantize(Pass):
                 asked.require_whole(candidate)
             kept = QuantizationPlan.of(self._options(), variant, build, candidate, False)
             return candidate, replace(candidate.figures, plan=kept)
+        goal = TrialGoal(self._least, self.max_drop, start.original, ctx)
+        asks_nothing = (self.require_sqnr, self.max_drop) == (None, None)
+        if self.train is None or asked is not None or asks_nothing or self.effort == "quick":
+            trial, figures = self._sought(start, log, goal, goal, asked)
+            return trial.candidate, figures
+        # Training may give back what is asked for, with all in integers.
+        anything, notes = TrialGoal(-math.inf, None, start.original, ctx), Log()
+        trial, figures = self._sought(start, notes, anything, goal)
+        if not goal.met(trial):
+            log.skip("training", f"with all layers in integers, {goal.shortfall(trial)}")
+            trial, figures = self._again(start, log, goal, (trial, figures))
+        else:
+            log.add(notes.done())
+        return trial.candidate, figures
+
+    def _again(
+        self, start: Start, log: Log, goal: TrialGoal, found: tuple[Trial, QuantizeFigures]
+    ) -> tuple[Trial, QuantizeFigures]:
+        """The same with layers kept out of integers before training; as it is where the time is over."""
+        second = self.checkpoint and self.checkpoint.with_name(f"{self.checkpoint.name}.2")
+        try:
+            return replace(self, checkpoint=second)._sought(start, log, goal, goal)
+        except TimeUp as error:
+            log.skip("model", f"{error}; not tried: layers kept out of integers before training")
+            return found
+
+    @property
+    def _least(self) -> float | None:
+        """See `require_sqnr`."""
+        if self.require_sqnr is None and self.train is not None:
+            return -math.inf
+        return 0.0 if self.require_sqnr is None and self.size is not None else self.require_sqnr
+
+    def _sought(
+        self,
+        start: Start,
+        log: Log,
+        goal: TrialGoal,
+        told: TrialGoal,
+        asked: QuantizationPlan | None = None,
+    ) -> tuple[Trial, QuantizeFigures]:
+        """The best candidate for a goal, trained where that is asked for, and what was measured on the way.
+
+        Args:
+            start: of all candidates.
+            log: notes go here.
+            goal: what decides before training.
+            told: what is to be kept in the end.
+            asked: a plan to replay instead.
+        """
+        ctx = start.ctx
+        assert ctx.data is not None
         search, build = self._judged(start)
-        asks_nothing = self.require_sqnr is None and (self.size, self.train) != (None, None)
-        least = 0.0 if asks_nothing else self.require_sqnr
-        goal = TrialGoal(least, self.max_drop, start.original, ctx)
         if asked is not None:
             build = asked.builder(build, ctx.data.tune, log)
             trial, complete = search.attempt(asked.variant(build), build), asked.complete
@@ -461,10 +511,10 @@ class Quantize(Pass):
         if search.late is not None:
             error, untried = search.late
             log.skip("model", f"{error}; not tried: {', '.join(untried)}")
-        if asked is None and not goal.met(trial):
-            log.skip("model", goal.shortfall(trial))
+        if asked is None and not told.met(trial):
+            log.skip("model", told.shortfall(trial))
         kept = QuantizationPlan.of(self._options(), trial.variant, trial.build, trial.candidate, complete)
-        return trial.candidate, replace(self._told(figures, trial, search, goal), plan=kept)
+        return trial, replace(self._told(figures, trial, search, told), plan=kept)
 
     def _learnt(
         self, trial: Trial, figures: QuantizeFigures, start: Start, log: Log

@@ -43,6 +43,7 @@ NET = """g (float[N,8,8,8] x) => (float[N,64] y)
 SHAPES = {"w1": (16, 8, 3, 3), "b1": (16,), "w2": (16, 16, 1, 1), "b2": (16,), "w3": (32, 32, 1, 1)}
 X = normal(192, 8, 8, 8, seed=9)
 FRESH = normal(32, 8, 8, 8, seed=77)
+COSTLY = "in integers it would cost too much accuracy"
 
 marks = [
     pytest.mark.train,
@@ -414,6 +415,23 @@ def test_when_the_time_is_up_the_best_so_far_is_taken() -> None:
     changes = result.report.steps[-1].changes
     assert "the time limit" in reasons(changes)["learning"]
     assert [look.step for look in figures(result).looks] == [0, 16]
+
+
+@trained
+def test_what_is_asked_for_is_judged_after_training() -> None:
+    """Layers leave integers only where training does not give back enough."""
+    less: dict[str, Any] = {"bias_correction": False, "equalization": False, "sequential": False}
+    plain = Quantize(weights="int2", algorithm="rtn", require_sqnr=12, **less)
+    assert reasons(learnt(plain).report.steps[-1].changes)["three"] == COSTLY
+    enough = learnt(replace(plain, train=40, lr=3e-3))
+    before, after = figures(enough).learnt or (1.0, 0.0)
+    assert before < 12 <= after
+    assert COSTLY not in reasons(enough.report.steps[-1].changes).values()
+    learnt_nothing = learnt(replace(plain, train=1, lr=1e-9))
+    told = reasons(learnt_nothing.report.steps[-1].changes)
+    assert "with all layers in integers, 7." in told["training"]
+    assert told["three"] == COSTLY
+    assert (figures(learnt_nothing).sqnr or 0) >= 12
 
 
 @trained
