@@ -28,11 +28,12 @@ from onnxslim.errors import CalibrationError, TimeUp
 from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
+from onnxslim.ops import layer_of
 from onnxslim.ops.channels.cut import Kept
 from onnxslim.ops.layers import Floats, Layer, Positions, values_at
 from onnxslim.passes.repair.activation import ElementwiseChain, Table, behind, tabulated
 from onnxslim.passes.repair.descent import Rows, gradient_refine
-from onnxslim.passes.repair.jobs import Job, Linear
+from onnxslim.passes.repair.jobs import Job, Linear, goals
 from onnxslim.passes.repair.plan import schedule, unchanged
 from onnxslim.passes.repair.solve import Fit, Method, fit
 from onnxslim.runtime.targets import Target
@@ -170,6 +171,26 @@ def in_turn(
         finish=finish,
         chosen=chosen,
     )
+
+
+def refitted(model: Model, layer: Layer, matrix: Floats, gram: Gram) -> bool:
+    """Give one layer other weights, its bias taking in the mean of the error; whether that is possible.
+
+    Args:
+        model: edited in place.
+        layer: of it, or of a model that it is a copy of.
+        matrix: the weights, as `Layer.matrix`.
+        gram: moments of what the layer sees.
+    """
+    name = layer.node.outputs[0].name
+    twin = layer_of(next(node for node in model.graph.nodes if node.outputs[0].name == name))
+    assert isinstance(twin, Layer)
+    own = [goal for goal in goals(twin, model.graph) if not goal.other]
+    if not own:
+        return False
+    job = Linear(twin, own[-1])
+    landed = job.landed(matrix, twin.matrix(), None, gram)
+    return job.write(model.graph, landed.weight, landed.bias) is None
 
 
 @dataclass

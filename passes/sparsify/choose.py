@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Floats, Layer
 from onnxslim.passes.fold.weights import StoredWeight
 from onnxslim.passes.quantize.rounding import damped
+from onnxslim.passes.repair import refitted
 from onnxslim.passes.repair.conjugate import STEPS
 from onnxslim.passes.repair.support import LEAST_ZEROS, within
 from onnxslim.passes.sparsify.apply import apply
@@ -23,7 +24,12 @@ from onnxslim.passes.sparsify.fit import Thinning, scored
 
 # Shares of zeros to choose from, in percent, besides those that a pattern says.
 PERCENT = (0, *range(round(100 * LEAST_ZEROS), 96, 5))
-# Samples that the damage of a single weight is measured on.
+# Shares of zeros, in percent, with which the damage of a single weight is measured, and on how many samples.
+MEASURED: Mapping[Effort, tuple[int, ...]] = {
+    "quick": (50,),
+    "normal": (20, 50, 80),
+    "thorough": (20, 50, 80),
+}
 JUDGED: Mapping[Effort, int] = {"quick": 8, "normal": SAMPLES, "thorough": 2 * SAMPLES}
 # Bytes of second moments that are in memory at a time.
 MEMORY = 1 << 28
@@ -60,13 +66,18 @@ class ShareChoice:
 
     def _left(self, weight: StoredWeight) -> dict[int, float]:
         """Values of a weight that are not zero, with each share; zeros that are there already stay."""
-        there = float(np.count_nonzero(weight.constant.values))
-        return {each: min(self.how(each).left(weight.constant.size), there) for each in self.percent}
+        size, there = weight.constant.size, float(np.count_nonzero(weight.constant.values))
+        stays, share = self._how.pattern.stays, self._share
+        return {each: min(float(stays(share(each), size)), there) if each else there for each in self.percent}
+
+    def _share(self, percent: int) -> float:
+        """Of zeros: so many in a hundred, or what the pattern says."""
+        fixed = self._how.pattern.share
+        return percent / 100.0 if fixed is None or not percent else fixed
 
     def how(self, percent: int) -> Thinning:
         """A weight with so many zeros in a hundred."""
-        share = self._how.pattern.share
-        return replace(self._how, share=percent / 100.0 if share is None or not percent else share)
+        return replace(self._how, share=self._share(percent))
 
     def within(self, share: float) -> dict[StoredWeight, Thinning]:
         """The shares that cost the outputs least where so much of all weights is zero."""
@@ -88,42 +99,56 @@ class ShareChoice:
         return float(np.square(layer.matrix() - self.how(percent).of(layer), dtype=np.float64).sum())
 
     def _of_layers(self, data: Samples) -> Iterator[tuple[StoredWeight, list[float]]]:
-        """Error of the outputs with one weight alone sparse, in proportion to the error of its layer."""
+        """Error of the outputs with one weight alone sparse, and in between as its layer's error says."""
         judge = Judge(self._model, data.tune, self._ctx.target, JUDGED[self._how.effort])
         done = 0
         for weights in _groups([*self._weights.values()]):
             grams = self._observed(weights, data)
             for weight in weights:
-                layer = _layer(weight)
-                gram = grams.get(layer.node.outputs[0].name)
-                lost = self._of_weight(layer, gram)
-                trial, how = self._model.copy(), self._tried(weight)
-                apply(trial, {weight: how}, None, self._ctx, Log())
-                alone = _error(layer, how.of(layer), gram)
-                rate = judge(trial).error / max(alone, _TINY)
-                yield weight, [rate * each for each in lost]
+                yield weight, self._of_weight(weight, grams.get(_layer(weight).node.outputs[0].name), judge)
                 done += 1
                 if self._ctx.progress:
                     self._ctx.progress("measuring weights", done, len(self._weights))
 
-    def _tried(self, weight: StoredWeight) -> Thinning:
-        """In the middle of what would make a difference to a weight."""
+    def _tried(self, weight: StoredWeight) -> Collection[int]:
+        """Of the shares that make a difference to a weight, those it is measured with."""
         costs = self._costs[weight.name]
         telling = [each for each in self.percent if costs[each] < costs[0]] or self.percent
-        return self.how(telling[(len(telling) - 1) // 2])
+        measured = [each for each in MEASURED[self._how.effort] if each in telling]
+        return measured or [telling[(len(telling) - 1) // 2]]
 
     def _observed(self, weights: Sequence[StoredWeight], data: Samples) -> dict[str, Gram]:
         names = [_layer(weight).node.outputs[0].name for weight in weights]
         return observe(self._model, data.fit, names, alone=True, target=self._ctx.target)
 
-    def _of_weight(self, layer: Layer, gram: Gram | None) -> list[float]:
-        """What a layer loses with each share, the rest making up for it."""
-        if gram is None:
-            return [self._lost_of(layer, percent) for percent in self.percent]
-        wanted, curvature = layer.matrix(), damped(gram.gram, gram.count)
-        scores = scored(self._how.criterion, wanted, curvature)
-        masks = [self.how(percent).kept(scores, layer) for percent in self.percent]
-        return [_error(layer, within(wanted, mask, curvature, STEPS), gram) for mask in masks]
+    def _of_weight(self, weight: StoredWeight, gram: Gram | None, judge: Judge) -> list[float]:
+        """What the outputs lose with each share, the rest making up for it."""
+        layer, tried = _layer(weight), self._tried(weight)
+        lost, rates = list[float](), dict[int, float]()
+        for percent, found in self._sparse(layer, gram):
+            lost.append(_error(layer, found, gram))
+            if percent in tried:
+                error = judge(self._with(weight, percent, found, gram)).error
+                rates[percent] = max(error, _TINY) / max(lost[-1], _TINY)
+        logs = np.interp(self.percent, [*rates], np.log([*rates.values()]))
+        return [float(np.exp(rate)) * each for rate, each in zip(logs, lost, strict=True)]
+
+    def _sparse(self, layer: Layer, gram: Gram | None) -> Iterator[tuple[int, Floats]]:
+        """The weights of a layer with each share of zeros."""
+        wanted = layer.matrix()
+        curvature = None if gram is None else damped(gram.gram, gram.count)
+        scores = np.square(wanted) if curvature is None else scored(self._how.criterion, wanted, curvature)
+        for percent in self.percent:
+            mask = self.how(percent).kept(scores, layer)
+            alone = np.where(mask, wanted, np.float32(0))
+            yield percent, alone if curvature is None else within(wanted, mask, curvature, STEPS)
+
+    def _with(self, weight: StoredWeight, percent: int, found: Floats, gram: Gram | None) -> Model:
+        """The model with one sparse weight; as it will be where it cannot be fitted."""
+        trial = self._model.copy()
+        if gram is None or not refitted(trial, _layer(weight), found, gram):
+            apply(trial, {weight: self.how(percent)}, None, self._ctx, Log())
+        return trial
 
 
 def _layer(weight: StoredWeight) -> Layer:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from onnxslim.errors import UsageError
 from onnxslim.ops.layers import Layer
-from onnxslim.passes.repair.support import Mask
+from onnxslim.passes.repair.support import LEAST_ZEROS, Mask
 
 _NUMBERS = {"pattern": re.compile(r"([1-9]\d*):([1-9]\d*)"), "block": re.compile(r"([1-9]\d*)x([1-9]\d*)")}
 
@@ -59,6 +59,15 @@ class Pattern:
             return f"its outputs and inputs, {whole}, cannot be cut into blocks of {block}"
         return None
 
+    def stays(self, share: float, count: int) -> int:
+        """How many of the values of a weight stay with a share of zeros, if any is to be zero."""
+        if self.of:
+            return count * self.kept // self.of
+        blocks = count // (self.outputs * self.inputs)
+        # With fewer zeros than that, nobody would know that the weight is sparse.
+        most = int((1.0 - LEAST_ZEROS) * blocks)
+        return max(min(round((1.0 - share) * blocks), most), 1) * self.outputs * self.inputs
+
     def mask(self, scores: NDArray[Any], share: float, positions: int = 1) -> Mask:
         """Where weights stay: those of the highest scores.
 
@@ -86,7 +95,7 @@ class Pattern:
         )
         sums = split.sum(axis=(2, 5), keepdims=True)
         kept = np.zeros(sums.size, np.bool_)
-        count = max(round((1.0 - share) * sums.size), 1)
+        count = self.stays(share, scores.size) // (self.outputs * self.inputs)
         kept[np.argpartition(-sums.ravel(), count - 1)[:count]] = True
         return np.broadcast_to(kept.reshape(sums.shape), split.shape).reshape(scores.shape)
 

@@ -111,13 +111,14 @@ def test_patterns_hold_and_keep_the_largest(data: st.DataObject) -> None:
     best = np.where(mask, by_place, 0).reshape(fours.shape).max(axis=3)
     np.testing.assert_array_equal(best, by_place.reshape(fours.shape).max(axis=3))
 
-    share = data.draw(st.floats(0.05, 0.95))
+    share = data.draw(st.floats(0.15, 0.95))
     mask = Pattern(4, 2).mask(scores, share, places).reshape(by_place.shape)
     blocks = mask.reshape(groups, outputs // 4, 4, inputs // 2, 2, places).swapaxes(2, 3)
     whole = blocks.reshape(*blocks.shape[:3], -1, places)
     assert (whole.all(axis=3) == whole.any(axis=3)).all()
     assert whole.any(axis=3).sum() == max(round((1 - share) * mask.size / 8), 1)
 
+    assert support(Pattern().mask(scores, 0.1, places)) is not None  # a tenth is enough to be sparse
     mask = Pattern().mask(scores, share, places)
     assert scores[mask].min() > scores[~mask].max(initial=0.0)
 
@@ -237,6 +238,15 @@ def test_zeros_go_where_they_cost_least() -> None:
     assert kept(net, found, feeds) > kept(net, same, feeds) + 4
 
 
+def test_what_a_bias_takes_in_costs_nothing() -> None:
+    text = """g (float[N,16] x, float[N,16] z) => (float[N,8] y)
+    { c = Gemm(x, w, b) d = MatMul(z, v) y = Add(c, d) }"""
+    model = parse(text, normals(w=(16, 8), b=(8,), v=(16, 8)))
+    data = [{"x": normal(64, 16, seed=1) + np.float32(9), "z": 2 * normal(64, 16, seed=2)}]
+    found = made(model, data, sparsity=0.3).model
+    assert zeros(found, "w") > zeros(found, "v")
+
+
 def test_a_second_run_only_adds_zeros(net: Model, feeds: list[dict[str, Array]]) -> None:
     once = made(net, feeds, sparsity=0.5, shares="same").model
     twice = made(once, feeds, sparsity=0.7, shares="same").model
@@ -248,7 +258,7 @@ def test_a_second_run_only_adds_zeros(net: Model, feeds: list[dict[str, Array]])
 
 def test_enough_zeros_are_told(net: Model, feeds: list[dict[str, Array]]) -> None:
     once = made(net, feeds, sparsity=0.7).model
-    assert "70.01 % of its weights are zero already" in reasons(made(once, feeds, sparsity=0.5))
+    assert "% of its weights are zero already, which is enough" in reasons(made(once, feeds, sparsity=0.5))
     assert "the plan leaves all of it as it is" in reasons(made(net, None, plan=SparsityPlan(())))
 
 
@@ -420,7 +430,8 @@ def test_files_without_zeros_are_smaller_and_run_the_same(net: Model, feeds: lis
     assert left[0] == left[1]
     assert ops(Pipeline(Slim(), on_error="raise")(packed).model)["CumSum"] == 3
     assert "CumSum" not in ops(made(net, feeds, pattern="2:4").model)
-    assert "CumSum" not in ops(made(net, None, sparsity=0.1).model)  # a tenth less is not worth the nodes
+    little = made(net, None, sparsity=0.1, exclude=("first",)).model
+    assert "CumSum" not in ops(little)  # a tenth less is not worth the nodes
 
 
 def test_old_opsets_store_zeros(net: Model) -> None:
