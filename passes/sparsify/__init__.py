@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -185,6 +185,8 @@ class _SparsifyRun:
         self._log = Log()
         self._name = model.graph.name or "model"
         self._demand = wish.demand(model, ctx)
+        # Weights that cannot have the pattern, fitted to what the others leave them all the same.
+        self._dense: list[StoredWeight] = []
         # What is held to something must not have been fitted to what it is judged by.
         self._data = ctx.given.apart if self._demand else ctx.data
 
@@ -253,6 +255,8 @@ class _SparsifyRun:
         why: str | None = weight.unfit or _NO_LAYER
         if weight.layer is not None:
             why = None if self._plan is not None else self._wish.zeros.hindrance(weight.layer)
+            if why:
+                self._dense.append(weight)
         if why:
             self._log.skip(weight.label, why.format(weight.name))
         return not why
@@ -278,8 +282,18 @@ class _SparsifyRun:
         if self._demand is not None:
             return self._as_demanded(self._demand, weights)
         if self._alike:
-            return dict.fromkeys(weights, how)
-        return self._choice(weights).within(wish.sparsity or how.share)
+            return self._same(weights)
+        return self._choice(weights).within(wish.sparsity or how.share) | self._others
+
+    def _same(self, weights: Sequence[StoredWeight]) -> dict[StoredWeight, Thinning]:
+        """What is asked for, for all weights."""
+        return dict.fromkeys(weights, self._how) | self._others
+
+    @property
+    def _others(self) -> dict[StoredWeight, Thinning]:
+        """What becomes of weights that cannot have the pattern."""
+        dense = replace(self._how, share=0.0, pattern=Pattern())
+        return dict.fromkeys(self._dense if self._data is not None else (), dense)
 
     @property
     def _alike(self) -> bool:
@@ -296,7 +310,8 @@ class _SparsifyRun:
 
         def make(back: int) -> _SparsifyTrial:
             alike = self._alike and not back
-            chosen = dict.fromkeys(weights, self._how) if alike else choice.within(most * (1 - back / LEVELS))
+            fewer = choice.within(most * (1 - back / LEVELS)) | self._others
+            chosen = self._same(weights) if alike else fewer
             trial = self._model.copy()
             apply(trial, chosen, self._data, self._ctx, Log())
             return _SparsifyTrial(trial, chosen)

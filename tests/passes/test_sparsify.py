@@ -247,6 +247,22 @@ def test_what_a_bias_takes_in_costs_nothing() -> None:
     assert zeros(found, "w") > zeros(found, "v")
 
 
+def test_weights_without_the_pattern_make_up_for_those_that_have_it() -> None:
+    model = parse(
+        "g (float[N,40] x) => (float[N,40] y) { a = MatMul(x, w) b = Relu(a) y = MatMul(b, v) }",
+        normals(w=(40, 42), v=(42, 40)),
+    )
+    data = [{"x": normal(256, 40) @ normal(40, 40, seed=5)}]
+    found, without = (made(model, data, pattern="2:4", exclude=each).model for each in ((), ("v",)))
+    assert zeros(found, "w") == 0.5
+    assert zeros(found, "v") == 0.0
+    np.testing.assert_array_equal(stored(without, "v"), stored(model, "v"))
+    fresh = [{"x": normal(99, 40, seed=3) @ normal(40, 40, seed=5)}]
+    assert kept(model, found, fresh) > kept(model, without, fresh) + 0.2
+    plan = SparsifyFigures.of(made(model, data, pattern="2:4").report.steps[0].changes).plan
+    np.testing.assert_array_equal(stored(made(model, data, plan=plan).model, "v"), stored(found, "v"))
+
+
 def test_a_second_run_only_adds_zeros(net: Model, feeds: list[dict[str, Array]]) -> None:
     once = made(net, feeds, sparsity=0.5, shares="same").model
     twice = made(once, feeds, sparsity=0.7, shares="same").model
