@@ -9,10 +9,10 @@ from onnxslim.ir import proto
 from onnxslim.ir.graph import Graph, Variable
 from onnxslim.ir.model import Model
 from onnxslim.shapes import inference
-from onnxslim.shapes.dims import dims_of, keep
+from onnxslim.shapes.dims import copied, dims_of, keep
 from onnxslim.shapes.inference import Fact
 
-__all__ = ["Fact", "deduce", "infer", "keep"]
+__all__ = ["Fact", "copied", "deduce", "infer", "keep"]
 
 
 def infer(model: Model, *, outputs: bool = False) -> None:

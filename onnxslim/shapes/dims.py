@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import replace
+from itertools import chain
 from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -62,6 +65,25 @@ class Dims:
                 break
             self._stated.update(self._better)
             inference.state({key: self._named(shape) for key, shape in self._better.items()}, self.facts)
+
+    def of_copy(self, model: Model, twin: Model) -> Dims:
+        """The same of a copy of the model, which nobody has edited."""
+        pairs = zip(model.graphs(), twin.graphs(), strict=True)
+        both = (zip(ir.tensors(one), ir.tensors(other), strict=True) for one, other in pairs)
+        ids = {id(old): id(new) for old, new in chain.from_iterable(both)}
+        found = copy(self)
+        found._nodes = _standard_nodes(twin)
+        found._kept = [list(ir.tensors(graph)) for graph in twin.graphs()]
+        found._meaning = dict(self._meaning)
+        found._stated = {ids[key] for key in self._stated if key in ids}
+        found.facts = {ids[key]: fact for key, fact in self.facts.items() if key in ids}
+        found._better = {ids[key]: shape for key, shape in self._better.items() if key in ids}
+        found._values = {
+            ids[key]: known and replace(known, terms=tuple(symbols.moved(term, ids) for term in known.terms))
+            for key, known in self._values.items()
+            if key in ids
+        }
+        return found
 
     def _carried(self, model: Model, facts: Mapping[int, Fact]) -> dict[int, tuple[Dim, ...]]:
         """Shapes that need no second inference.
@@ -185,6 +207,13 @@ def dims_of(model: Model) -> Dims:
         known = _latest[model] = state, Dims(model, before)
     _still_true.discard(model)
     return known[1]
+
+
+def copied(model: Model) -> Model:
+    """A copy to edit, of which the sizes are known without looking for them again."""
+    twin = model.copy()
+    _latest[twin] = list(_state(twin)), dims_of(model).of_copy(model, twin)
+    return twin
 
 
 def keep(model: Model) -> None:

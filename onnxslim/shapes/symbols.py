@@ -7,7 +7,8 @@ equal by reordering. ("axis", tensor, index) stands for a size that has no other
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, TypeAlias
 
 Term: TypeAlias = int | str | tuple[Any, ...]
@@ -109,12 +110,32 @@ def least(first: Term, second: Term) -> Term:
     return first if first == second else ("min", *sorted((first, second), key=repr))
 
 
+def moved(term: Term | None, ids: Mapping[int, int]) -> Term | None:
+    """The same size in another model, whose tensors have these ids instead."""
+    if not isinstance(term, tuple):
+        return term
+    operator, *parts = term
+    if operator == "axis":
+        return (operator, ids.get(parts[0], parts[0]), parts[1])
+    return reduce(_OPERATIONS[operator], (moved(part, ids) for part in parts))
+
+
 def broadcast(terms: Sequence[Term | None]) -> Term | None:
     """Size of an axis that several sizes are broadcast to; None if it is one of them, but not known which."""
     result: Term | None = 1
     for term in terms:
         result = _wider(result, term)
     return result
+
+
+# Terms in one form depend on the order of ids, and are put together anew where these change.
+_OPERATIONS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "+": plus,
+    "-": minus,
+    "*": times,
+    "/": over,
+    "min": least,
+}
 
 
 def _wider(first: Term | None, second: Term | None) -> Term | None:

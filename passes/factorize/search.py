@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from onnxslim import shapes
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.gram import Gram
 from onnxslim.calibration.samples import SAMPLES, Samples
@@ -244,7 +245,7 @@ class FactorSearch:
 
 def with_factors(model: Model, parts: Sequence[tuple[Whole, Factoring, Fitted]]) -> Model:
     """A copy of the model with factors in place of layers."""
-    copy = model.copy()
+    copy = shapes.copied(model)
     made_by = {node.outputs[0].name: node for node in copy.graph.nodes if node.outputs}
     edit = Editor(copy)
     for layer, candidate, fitted in parts:

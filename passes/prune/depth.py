@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from onnxslim import shapes
 from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.samples import Samples
 from onnxslim.engine.allocate import Refunding, allocate
@@ -206,7 +207,7 @@ class DepthSearch:
         own = {branch: kind for branch, kind in cuts.items() if not _inside_another(branch, cuts)}
         key = frozenset((branch.sum, branch.end, kind) for branch, kind in own.items())
         if key not in self._errors:
-            trial = self._model.copy()
+            trial = shapes.copied(self._model)
             drop(trial, self.stand_ins(own))
             self._errors[key] = self._judge(trial).error
         return self._errors[key]

@@ -16,7 +16,7 @@ from onnxslim.ir.graph import Constant, Tensor
 from onnxslim.ir.model import Model
 from onnxslim.runtime.session import Session
 from onnxslim.shapes import symbols
-from onnxslim.shapes.dims import Dims, dims_of
+from onnxslim.shapes.dims import Dims, copied, dims_of
 from onnxslim.shapes.symbols import Term
 from tests.helpers import parse
 
@@ -27,11 +27,17 @@ def tensor_of(model: Model, name: str) -> Tensor:
 
 def shape(text: str, name: str = "y", **constants: Any) -> tuple[Term, ...] | None:
     model = parse(f"g (float[N,S] x, float[M] z) => (float[] y) {{ {text} }}", constants)
+    twin = copied(model)
+    own = tensor_of(twin, name)
+    assert dims_of(twin).shape(own) == Dims(twin).shape(own), "a copy is known as well as if looked at anew"
     return Dims(model).shape(tensor_of(model, name))
 
 
 def value(text: str, name: str = "y", **constants: Any) -> tuple[Term | None, ...] | None:
     model = parse(f"g (float[N,S] x, float[M] z) => (int64[] y) {{ {text} }}", constants)
+    twin = copied(model)
+    own = tensor_of(twin, name)
+    assert dims_of(twin).value(own) == Dims(twin).value(own), "a copy is known as well as if looked at anew"
     found = Dims(model).value(tensor_of(model, name))
     return found.terms if found is not None else None
 
@@ -303,6 +309,23 @@ def test_sizes_are_kept_as_long_as_nothing_changes() -> None:
     first = dims_of(model)
     assert dims_of(model) is first
     assert dims_of(model.copy()) is not first
+
+
+def test_axes_without_a_name_are_those_of_the_copy() -> None:
+    found = value("a = Add(x, z) b = Add(a, a) s = Shape(a) t = Shape(b) y = Mul(s, t)")
+    assert found is not None
+    assert isinstance(found[1], tuple)
+
+
+def test_sizes_of_a_copy_are_found_anew_once_it_is_edited() -> None:
+    model = _reshaped()
+    twin = copied(model)
+    known = dims_of(twin)
+    assert dims_of(twin) is known
+    assert known.shape(tensor_of(twin, "y")) == ("N", 2, 3)
+    twin.graph.nodes[0].inputs[1] = Constant("t", np.array([-1, 1, 6]))
+    assert dims_of(twin).shape(tensor_of(twin, "y")) == ("N", 1, 6)
+    assert dims_of(model).shape(tensor_of(model, "y")) == ("N", 2, 3)
 
 
 @pytest.mark.parametrize("change", ["values", "input", "attribute", "operator", "shape", "opset"])
