@@ -312,9 +312,10 @@ def test_sizes_are_kept_as_long_as_nothing_changes() -> None:
 
 
 def test_axes_without_a_name_are_those_of_the_copy() -> None:
-    found = value("a = Add(x, z) b = Add(a, a) s = Shape(a) t = Shape(b) y = Mul(s, t)")
-    assert found is not None
-    assert isinstance(found[1], tuple)
+    one, other, ids = ("axis", 9, 0), ("axis", 10, 1), {9: 30, 10: 4}
+    for combine in (symbols.plus, symbols.minus, symbols.times, symbols.over, symbols.least):
+        expected = combine(("axis", 30, 0), ("axis", 4, 1))
+        assert symbols.moved(combine(one, other), ids) == expected != combine(one, other)
 
 
 def test_sizes_of_a_copy_are_found_anew_once_it_is_edited() -> None:
