@@ -3,6 +3,7 @@
     pip install -e '.[train]' && apt-get install dataset-fashion-mnist
     python benchmarks/learn.py coverage [NAME ...]
     python benchmarks/learn.py distill [NET ...] [--images 10000] [--learn distill:steps=300] [--seeds 3]
+    python benchmarks/learn.py student NET TEACHER [--learn …] [--seeds 3] [--starts own random]
     python benchmarks/learn.py task TASK [--chain prune:macs=0.6] [--samples 512] [--images 10000] [--learn …]
     python benchmarks/learn.py qat [NET ...] [--images 10000] [--steps 300] [--seeds 3] [--weights int4 ...]
         [--activations auto] [--lr 0.001 ...]
@@ -17,6 +18,9 @@ distilled on unlabelled images of the training split, drawn at random by the see
 images of the original, of the pruned and of the distilled network, SQNR against the original, and seconds of
 CPU of both. One thread. `--learn` is what learns, in words as on the command line, such as
 distill:steps=300,augment=mirror,shift,copies=8; its teacher is the original unless it names one.
+
+student: a bundled network that learns from another one, of another architecture, on unlabelled images: from
+the weights in its file, or from random ones (normal, of variance 2 by the inputs of an output; biases zero).
 
 task: true scores of a task of `benchmarks/stage.py` (see there for what to fetch): of the network, of what a
 chain of passes makes of it on samples to calibrate on, and of that distilled on unlabelled samples.
@@ -63,6 +67,7 @@ from onnxslim.learn.net import Net
 from onnxslim.learn.optimizer import RelativeAdam
 from onnxslim.learn.weights import weights
 from onnxslim.models import tasks, zoo
+from onnxslim.ops import view_of
 from onnxslim.passes import Distill, Prune, Quantize, Slim
 from onnxslim.passes.fold.edits import Edits
 from onnxslim.passes.fold.literals import lower_constants
@@ -170,6 +175,38 @@ def row(name: str, unlabelled: Array, words: str, seed: int) -> str:
     noise = " → ".join(f"{sqnr(results[0], each):.1f}" for each in results[1:])
     seconds = " and ".join(f"{end - start:.0f}" for start, end in pairwise(times))
     return f"| {name} | {SHARES[name]} | {seed} | {' | '.join(right)} | {noise} | {seconds} |"
+
+
+def student(names: list[str], count: int, words: str, seeds: int, starts: list[str]) -> Iterator[str]:
+    """One row per start and seed."""
+    name, teacher = names
+    yield "| student | teacher | start | seed | teacher's | at first | learnt | agrees with teacher | CPU s |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    with np.load(FASHION / "test.npz") as test:
+        feeds, labels = {"image": test["image"]}, test["label"]
+    step = learning(words, FASHION / f"{teacher}.onnx")
+    wanted = Session(load(FASHION / f"{teacher}.onnx")).run(feeds)["logits"].argmax(1)
+    for start in starts:
+        for seed in range(seeds):
+            model = Pipeline(Slim())(load(FASHION / f"{name}.onnx")).model
+            if start == "random":
+                renew(model, seed)
+            data, began = CalibrationData.from_arrays({"image": images(count, seed)}, 64), time.process_time()
+            made = Pipeline(step, count=False)(model, data=data, target=Target.cpu(1), seed=seed).model
+            seconds = time.process_time() - began
+            found = [Session(each).run(feeds)["logits"].argmax(1) for each in (model, made)]
+            right = [f"{np.mean(each == labels):.2%}" for each in (wanted, *found)]
+            same = " → ".join(f"{np.mean(each == wanted):.2%}" for each in found)
+            yield f"| {name} | {teacher} | {start} | {seed} | {' | '.join(right)} | {same} | {seconds:.0f} |"
+
+
+def renew(model: Model, seed: int) -> None:
+    """Random numbers in place of what was learnt (He et al., 2015)."""
+    random = np.random.default_rng(seed)
+    for weight in weights(model):
+        layer = view_of(weight.outputs[0]) if weight.values.ndim > 1 else None
+        scale = 0.0 if layer is None else np.sqrt(2 / layer.matrix().shape[2])
+        weight.values = (scale * random.normal(size=weight.shape)).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------- tasks
@@ -305,10 +342,11 @@ def by_hand(module: Any, x: Array) -> Callable[[], None]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("what", choices=("coverage", "distill", "qat", "task", "speed"))
+    parser.add_argument("what", choices=("coverage", "distill", "student", "qat", "task", "speed"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--learn", default="distill:steps=300")
+    parser.add_argument("--starts", nargs="+", default=["own", "random"], choices=("own", "random"))
     parser.add_argument("--chain", default="prune:macs=0.6")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=3)
@@ -320,6 +358,7 @@ def main() -> int:
     rows = {
         "coverage": lambda: coverage(args.names),
         "distill": lambda: distill(args.names, args.images, args.learn, args.seeds),
+        "student": lambda: student(args.names, args.images, args.learn, args.seeds, args.starts),
         "task": lambda: true_scores(args.names[0], args.chain, args.samples, args.images, args.learn),
         "qat": lambda: qat(
             args.names, args.images, args.steps, args.seeds, args.weights, args.activations, args.lr
