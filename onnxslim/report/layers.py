@@ -18,6 +18,7 @@ from onnxslim.ops import Trait, has
 from onnxslim.runtime.session import Session
 from onnxslim.validation.compare import compare
 
+MATCHES = ("Clip",)
 REST = "names, nodes and all else"
 # Layers shown by size, tensors compared in all and at a time, layers explained, bars of a histogram.
 MAX_LAYERS = 30
@@ -269,6 +270,15 @@ def _distribution(what: str, layer: str, values: Array, limits: tuple[float, flo
     return ValueSpread(what, layer, *ends, tuple(int(count) for count in counts), limits, beyond)
 
 
+def _limits(node: Node) -> tuple[int, int] | None:
+    """Least and largest code behind a Q, where a Clip leaves fewer than its type has."""
+    for reader in node.outputs[0].outputs:
+        low, high = (reader.constant(1), reader.constant(2)) if reader.op == "Clip" else (None, None)
+        if low is not None and high is not None:
+            return int(low), int(high)
+    return None
+
+
 def _integer_range(model: Model, name: str) -> tuple[float, float] | None:
     """What the integers that a tensor is turned into can stand for."""
     for node in model.graph.nodes:
@@ -276,6 +286,8 @@ def _integer_range(model: Model, name: str) -> tuple[float, float] | None:
             scale, zero = node.constant(1), node.constant(2)
             if scale is not None and zero is not None and scale.size == 1 and zero.dtype.kind in "iu":
                 info = np.iinfo(zero.dtype)
-                low, high = ((edge - int(zero)) * float(scale) for edge in (int(info.min), int(info.max)))
+                low, high = (
+                    (edge - int(zero)) * float(scale) for edge in _limits(node) or (info.min, info.max)
+                )
                 return low, high
     return None

@@ -29,6 +29,7 @@ from onnxslim.ir.model import Model, Stats, load
 from onnxslim.passes.quantize import Quantize
 from onnxslim.passes.slim import Slim
 from onnxslim.recipes.recipe import Recipe
+from onnxslim.report import layers
 from onnxslim.report.html import SCHEMA, Document, document
 from onnxslim.report.layers import analyse
 from onnxslim.runtime.targets import Target
@@ -389,6 +390,15 @@ def test_ranges_are_those_of_the_integers(made: tuple[Model, Model, Document]) -
         assert each.range is not None
         assert 0 <= each.beyond < 0.2
         assert sum(each.counts) > 0
+
+
+@pytest.mark.parametrize(("how", "most"), [("Identity(q)", 127.5), ("Clip(q, z, t)", 7.5)])
+def test_ranges_are_those_of_as_many_bits_as_there_are(how: str, most: float) -> None:
+    model = parse(
+        f"""g (float[N,4] x) => (float[N,4] y) <float s = {{0.5}}, uint8 z = {{0}}, uint8 t = {{15}}>
+        {{ q = QuantizeLinear(x, s, z) c = {how} y = DequantizeLinear(c, s, z) }}"""
+    )
+    assert layers._integer_range(model, "x") == (0.0, most)
 
 
 def test_layers_of_another_shape_are_left_out() -> None:
