@@ -126,6 +126,21 @@ quantize_static(prepared, target, Reader(), per_channel=True, activation_type=Qu
         "from onnxruntime.quantization import quantize_dynamic\n"
         "quantize_dynamic(source, target, per_channel=True)",
     ),
+    "Olive 0.13, defaults": Tool(
+        ("olive-ai==0.13.0", "requests", "onnx==1.23.2"),
+        ORT
+        + """
+import shutil
+from olive.data.config import DataConfig
+from olive.model import ONNXModelHandler
+from olive.passes.olive_pass import create_pass_from_dict
+from olive.passes.onnx import quantization
+quantization.get_calibration_dataloader = lambda *args, **words: Reader()
+given = {"data_config": DataConfig(name="given")}
+run = create_pass_from_dict(quantization.OnnxStaticQuantization, given, disable_search=True)
+shutil.copy(run.run(ONNXModelHandler(source), target + ".olive").model_path, target)
+""",
+    ),
     "onnxsim 0.8.1": Tool(
         ("onnxsim==0.8.1",),
         """

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
+
+from pydantic import TypeAdapter
 
 from onnxslim.engine.base import Context, Effort, Pass
 from onnxslim.engine.joint import planned
 from onnxslim.engine.moves import Move
+from onnxslim.engine.plans import PassPlan
 from onnxslim.families.branches import branches
+from onnxslim.formats import plain
 from onnxslim.ir.model import Model, without_data
 from onnxslim.ops import layer_of
 from onnxslim.passes.cluster import Cluster
-from onnxslim.passes.factorize import Factorize
+from onnxslim.passes.factorize import FactorizationPlan, Factorize
 from onnxslim.passes.half import Half
-from onnxslim.passes.prune import Prune, PruneFigures
+from onnxslim.passes.prune import Prune, PruneFigures, PruningPlan
 from onnxslim.passes.quantize import Quantize
 from onnxslim.runtime.native import CPU
 from onnxslim.runtime.targets import Target
@@ -27,6 +32,8 @@ Chain: TypeAlias = tuple[Pass, ...]
 # By pass, what it could do.
 Moves: TypeAlias = Sequence[Sequence[Move]]
 FLOAT = "float"
+# Of the passes that leave something away, in their order.
+PLANS: tuple[type[PassPlan], ...] = (PruningPlan, FactorizationPlan)
 # In dB: what integers keep beyond a goal, so that other samples confirm it; and where they and what was left
 # away have half of the noise each.
 SURE, HALF = 0.5, 3.0
@@ -87,6 +94,31 @@ def _chains(goals: Goals, target: Target, effort: Effort) -> Mapping[str, Chain]
             share = min(goals.size or 0.125, 0.5)
             found[f"codes of {32 * share:.3g} bits on average"] = (Cluster(size=share),)
     return found
+
+
+def moves_to_json(moves: Moves) -> str:
+    """What could go, as text that `moves_from_json` reads."""
+    return json.dumps([[_written(move) for move in each] for each in moves])
+
+
+def _written(move: Move) -> dict[str, Any]:
+    plan = {name: value for name, value in plain(move.plan).items() if name not in ("kind", "version")}
+    return {**vars(move), "left": dict(move.left), "gone": sorted(move.gone), "plan": plan}
+
+
+def moves_from_json(text: str) -> Moves:
+    """What could go, of each of the passes of `Structures`.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is nothing that `moves_to_json` of this version writes.
+    """
+    return [list(_read(each, plan)) for each, plan in zip(json.loads(text), PLANS, strict=True)]
+
+
+def _read(told: Sequence[dict[str, Any]], plan: type[PassPlan]) -> Iterator[Move]:
+    plans = TypeAdapter(list[plan]).validate_json(json.dumps([each.pop("plan") for each in told]))  # type: ignore[valid-type]
+    for each, made in zip(told, plans, strict=True):
+        yield Move(**{**each, "gone": frozenset(each["gone"]), "plan": made})
 
 
 class Structures:

@@ -15,7 +15,7 @@ from onnxslim.errors import OnnxSlimError, UsageError
 from onnxslim.passes.distill import Distill
 from onnxslim.passes.slim import Slim
 from onnxslim.recipes.recipe import Outcome, Recipe
-from onnxslim.search.chains import Moves, Structures, encodings
+from onnxslim.search.chains import Moves, Structures, encodings, moves_from_json, moves_to_json
 from onnxslim.search.evaluate import Evaluator
 from onnxslim.search.problem import SearchProblem
 from onnxslim.search.trials import SearchTrial, TrialConfig, TrialStore, filed
@@ -113,7 +113,8 @@ class TrialExecutor:
 
     def __init__(self, problem: SearchProblem, store: TrialStore) -> None:
         self._problem, self._store = problem, store
-        self.runner = TrialRunner(problem)
+        self._found = self._known_moves()
+        self.runner = TrialRunner(problem, self._found)
         self._last: tuple[str, Outcome] | None = None
         self._kept: tuple[str, Outcome] | None = None
 
@@ -140,10 +141,33 @@ class TrialExecutor:
         return found
 
     def _moves(self) -> Moves:
-        return self.runner.structures.moves
+        if self._found is None:
+            self._find_moves()
+        assert self._found is not None
+        return self._found
+
+    def _find_moves(self) -> None:
+        """Find out what could be left away, which takes as long as several trials."""
+        self._keep_moves(self.runner.structures.moves)
+
+    def _keep_moves(self, moves: Moves) -> None:
+        self._found = moves
+        self._store.add_notes(self._moves_key, moves_to_json(moves))
+
+    def _known_moves(self) -> Moves | None:
+        try:
+            return moves_from_json(self._store.notes(self._moves_key))
+        except (ValueError, TypeError, KeyError):
+            return None
+
+    @property
+    def _moves_key(self) -> str:
+        return self._store.key("moves", self._problem.effort)
 
     def _make(self, key: str, config: TrialConfig, begin: Callable[[], None]) -> None:
         begin()
+        if config.needs_moves:
+            self._moves()
         self._take(self.runner.run(key, config))
 
     def _take(self, made: TrialMade) -> None:

@@ -51,7 +51,7 @@ class SearchJob(NamedTuple):
     @property
     def needs_moves(self) -> bool:
         """Whether it is made of what could be left away."""
-        return self.config is not None and self.config.structure < 1 and self.config.cut == "work"
+        return self.config is not None and self.config.needs_moves
 
 
 class JobInputs(NamedTuple):
@@ -100,8 +100,9 @@ class DistributedExecutor(TrialExecutor):
         self._queue: list[SearchJob] = []
         self._begun: Counter[SearchJob] = Counter()
         self._ended: dict[SearchJob, OnnxSlimError | None] = {}
-        self._found: Moves | None = None
         self.sent = self.lost = 0
+        if self._found is not None:
+            self._offer(self._found)
 
     @property
     def told(self) -> str:
@@ -141,11 +142,13 @@ class DistributedExecutor(TrialExecutor):
         if error is not None:
             raise error
 
-    def _moves(self) -> Moves:
-        if self._found is None:
-            self._finish(SearchJob())
-        assert self._found is not None
-        return self._found
+    def _find_moves(self) -> None:
+        self._finish(SearchJob())
+
+    def _offer(self, moves: Moves) -> None:
+        """Put what could be left away where workers find it."""
+        (self._folder / MOVES).write_bytes(pickle.dumps(moves))
+        self._files[MOVES] = sha256(self._folder / MOVES)
 
     def _has_begun(self, job: SearchJob) -> bool:
         return job in self._running.values()
@@ -191,9 +194,8 @@ class DistributedExecutor(TrialExecutor):
         if isinstance(answer, TrialMade):
             self._take(answer)
         elif not isinstance(answer, OnnxSlimError):
-            self._found = answer
-            (self._folder / MOVES).write_bytes(pickle.dumps(answer))
-            self._files[MOVES] = sha256(self._folder / MOVES)
+            self._keep_moves(answer)
+            self._offer(answer)
         self._ended[job] = answer if isinstance(answer, OnnxSlimError) else None
 
 

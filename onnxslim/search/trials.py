@@ -54,6 +54,11 @@ class TrialConfig(NamedTuple):
     cut: Cut = "work"
 
     @property
+    def needs_moves(self) -> bool:
+        """Whether it is made of moves that passes propose."""
+        return self.structure < 1 and self.cut == "work"
+
+    @property
     def label(self) -> str:
         """For people."""
         share = f"{figure(self.structure, '.3g')} of the {self.cut}, "
@@ -157,6 +162,22 @@ class TrialStore:
                 self._put(trial, recipe)
         if self.known(trial.key) is None:
             self._known[trial.key] = trial
+
+    def notes(self, key: str) -> str:
+        """What else was kept by a key; empty if nothing."""
+        try:
+            return "" if self._folder is None else (self._folder / f"{key}.json").read_text("utf-8")
+        except (OSError, UnicodeDecodeError):
+            return ""
+
+    def add_notes(self, key: str, text: str) -> None:
+        """Keep something else for later searches.
+
+        Raises:
+            SaveError: the folder cannot be written.
+        """
+        if self._folder is not None:
+            write_text(self._folder / f"{key}.json", text)
 
     def drop(self, key: str) -> None:
         """Forget a trial that cannot be made again, so that it is made anew."""

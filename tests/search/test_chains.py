@@ -9,15 +9,24 @@ import pytest
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.samples import Samples
 from onnxslim.engine.base import Context
+from onnxslim.engine.moves import Move
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import UsageError
 from onnxslim.learn import door
 from onnxslim.passes.distill import Distill
+from onnxslim.passes.factorize import FactorizationPlan
 from onnxslim.passes.prune import Prune, PruningPlan
 from onnxslim.passes.quantize import Quantize
 from onnxslim.runtime.targets import Target
 from onnxslim.search import Goals, optimize
-from onnxslim.search.chains import FLOAT, SHARES, Structures, encodings
+from onnxslim.search.chains import (
+    FLOAT,
+    SHARES,
+    Structures,
+    encodings,
+    moves_from_json,
+    moves_to_json,
+)
 from onnxslim.shapes import cost
 from tests.helpers import normal, normals, parse
 
@@ -32,6 +41,9 @@ def test_what_is_left_of_the_work_is_what_was_asked_for(share: float) -> None:
     learning = (Distill(steps=3),)
     structures = Structures(net, Context(data=Samples(DATA, net)), "quick", learning)
     assert any(structures.moves)
+    factors = Move("factorize", "a", "8", {"a": 0.1}, 0.3, True, FactorizationPlan(()), 1e-3, frozenset("b"))
+    moves = [structures.moves[0], [factors]]
+    assert moves_from_json(moves_to_json(moves)) == moves
     assert structures(1.0) == ()
     chain = structures(share)
     assert structures(share) is chain

@@ -21,6 +21,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.errors import CalibrationError, TargetError, UsageError, ValidationError
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
+from onnxslim.passes.prune import Prune
 from onnxslim.recipes.data import Data
 from onnxslim.recipes.recipe import Recipe
 from onnxslim.runtime.metric import Run
@@ -112,6 +113,19 @@ def test_a_search_goes_on_from_what_is_kept(
     assert other.trials == ()
     assert "time limit was over after 0 trials" in other.notes[0]
     assert other.problem == "no result meets the goals; nothing was made"
+
+
+def test_what_could_be_left_away_is_found_once_for_all_goals(
+    net: Model, data: Mapping[str, Array], kept: tuple[Path, SearchResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, first = kept
+    monkeypatch.setattr(Prune, "propose", lambda *details: pytest.fail("it was found out again"))
+    other = optimize(net, data, Goals(macs=0.45), effort="quick", work=work)
+    assert {trial.structure for trial in other.trials} > {trial.structure for trial in first.trials} & {0.42}
+    (notes,) = (path for path in work.iterdir() if path.is_file())
+    notes.write_text("[]")
+    with pytest.raises(pytest.fail.Exception, match="found out again"):
+        optimize(net, data, Goals(macs=0.41), effort="quick", work=work)
 
 
 def test_where_nothing_meets_the_goals_the_original_comes_back_slimmed(
