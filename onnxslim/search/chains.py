@@ -152,7 +152,11 @@ class Structures:
         """What could go."""
         if self._given is not None:
             return self._given
-        return [each.propose(self._model, self._ctx) for each in self._passes]
+        return [self.proposed(step) for step in range(len(self._passes))]
+
+    def proposed(self, step: int) -> Sequence[Move]:
+        """What could go by the pass of this number."""
+        return self._passes[step].propose(self._model, self._ctx)
 
     def least_bytes(self) -> int:
         """What no trial gets below: layers without any weights, but for those in branches, which may go."""
