@@ -77,7 +77,7 @@ class Imagined:
             self._begin(config, length)
         self.clock = max(self.clock, self.ends[config])
 
-    def possible(self, config: TrialConfig) -> bool:
+    def possible(self, config: TrialConfig, begin: Callable[[], None]) -> bool:
         for job in range(JOBS):
             self._wait(job, MOVES / JOBS)
         return True

@@ -49,8 +49,11 @@ class OutOfTime(Exception):
 class Executor(Protocol):
     """Makes trials; see `onnxslim.search.executor.TrialExecutor`."""
 
-    def possible(self, config: TrialConfig) -> bool:
-        """Whether anything can be left away for a trial, as there is if it is known."""
+    def possible(self, config: TrialConfig, begin: Callable[[], None]) -> bool:
+        """Whether anything can be left away for a trial, as there is if it is known.
+
+        Calls `begin` before it finds that out.
+        """
 
     def prefetch(self, configs: Sequence[TrialConfig]) -> None:
         """Trials that may be asked for next, most likely first: some can be made ahead of the question."""
@@ -214,7 +217,7 @@ class Explorer:
         if worth[:1] != list(lines[:1]):
             return
         first = worth[0]
-        if not self.executor.possible(self._config(first, next(ahead(len(self._shares), {})))):
+        if not self.executor.possible(self._config(first, next(ahead(len(self._shares), {}))), self._begin):
             return
         known: dict[int, bool] = {}
 

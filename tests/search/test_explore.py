@@ -63,7 +63,8 @@ class World:
         figures = TrialFigures(sqnr, None, None, seconds, size, 0.9 * size, structure, 0.0)
         return SearchTrial(name, name, structure, encoding, figures)
 
-    def possible(self, config: TrialConfig) -> bool:
+    def possible(self, config: TrialConfig, begin: Callable[[], None]) -> bool:
+        begin()
         return self.leaves
 
     def keep(self, trial: SearchTrial) -> None:
@@ -205,6 +206,19 @@ def test_what_is_to_be_kept_is_asked_of_the_first_trials_too() -> None:
     assert [each.encoding for each in explorer.trials] == ["float", "int8"]
     assert [each.encoding for each in explorer.eligible()] == ["float"]
     assert world.kept == explorer.trials[0]
+
+
+def test_what_can_be_left_away_is_not_found_out_once_time_is_over() -> None:
+    """It takes as long as several trials."""
+    world = World()
+    explorer = Explorer(world, dict.fromkeys(WAYS, ""), Goals(require_sqnr=20.0))
+
+    def stop(trial: SearchTrial) -> None:
+        explorer.until = time.monotonic() - 1 if len(explorer.trials) == len(WAYS) else explorer.until
+
+    explorer.on_trial = stop
+    explorer.explore()
+    assert "after 3 trials" in explorer.untried
 
 
 def test_no_trial_is_begun_once_time_is_over() -> None:
