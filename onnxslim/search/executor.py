@@ -161,7 +161,7 @@ class TrialExecutor:
     def _known_moves(self) -> Moves | None:
         try:
             return moves_from_json(self._store.notes(self._moves_key))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, UsageError):
             return None
 
     @property
