@@ -190,9 +190,9 @@ class Inserter:
                     self._add("Identity", f"{source.name}_Identity", [inner], source)  # type: ignore[arg-type]
 
     def _shield_floats(self, stored: Collection[str]) -> None:
-        """Keep ONNX Runtime from quantizing the weights of nodes that are to stay in floating point, and biases of
-        those that only read fewer bits.
+        """Keep ONNX Runtime from quantizing the weights of nodes that are to stay in floating point.
 
+        And biases of those that simulate fewer bits, which would be in steps of both scales.
         It does so, with one scale for all of a weight, between a DQ with a single scale and a Q. A DQ with
         the same scale for every channel computes the same and is left alone.
         """
@@ -206,7 +206,7 @@ class Inserter:
                 continue
             if node.inputs[1].name in stored:
                 continue
-            axis, channels = layer.rank + layer.data_axis, layer.groups * layer.inputs
+            axis, channels = (layer.rank or 0) + layer.data_axis, layer.groups * layer.inputs
             codes, scale, zero_point = maker.inputs[0], maker.input(1), maker.input(2)
             if isinstance(scale, Constant) and isinstance(zero_point, Constant) and scale.values.ndim == 0:
                 node.inputs[0] = self._spread(codes, scale, zero_point, channels, axis)
