@@ -13,7 +13,9 @@ import functools
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,12 +50,24 @@ OLDER, LEAST_OLDER = 13, 130 if ONNX_RUNTIME >= RECENT else 115
 
 @functools.cache
 def cases() -> list[Any]:
-    """The node suite; making it up takes seconds and warns of what it does on purpose."""
+    """The node suite, without the source of its cases; making it up warns of what it does on purpose."""
+    from onnx.backend.test.case import base
     from onnx.backend.test.case.node import collect_testcases
+    from onnx.reference.ops import op_pool_common
 
-    with warnings.catch_warnings():
+    import_module("onnx.reference")  # which keeps the true `pool`
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
+        patch.setattr(base, "process_snippet", lambda op, name, _: (name, ""))
+        if find_spec("torch") is None:  # only what learns is compared with the results that the suite expects
+            patch.setattr(op_pool_common, "pool", _unpooled)
         return list(collect_testcases(""))
+
+
+def _unpooled(padded: Array, sizes: tuple[int, ...], *given: Any, **_: Any) -> Array:
+    """What pooling makes, but for its values: onnx's loops in Python take most of the time of the suite."""
+    spatial = given[2]
+    return np.zeros((*sizes[:2], *spatial), padded.dtype)
 
 
 def variants(variant: str) -> Iterator[tuple[str, onnx.ModelProto, dict[str, Array]]]:
