@@ -74,10 +74,8 @@ class Dims:
         found = copy(self)
         found._nodes = _standard_nodes(twin)
         found._kept = [list(ir.tensors(graph)) for graph in twin.graphs()]
-        found._meaning = dict(self._meaning)
         found._stated = {ids[key] for key in self._stated if key in ids}
         found.facts = {ids[key]: fact for key, fact in self.facts.items() if key in ids}
-        found._better = {ids[key]: shape for key, shape in self._better.items() if key in ids}
         found._values = {
             ids[key]: known and replace(known, terms=tuple(symbols.moved(term, ids) for term in known.terms))
             for key, known in self._values.items()
