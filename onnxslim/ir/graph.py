@@ -50,6 +50,7 @@ class Variable(gs.Variable):
         dtype: NumPy type of its elements; None if unknown or if it is not a tensor.
         shape: a size, a symbol or None for each axis; None if the rank is unknown.
         proto: the declaration it was read from; sequences, optionals and maps exist only there.
+        declared: name, type and shape in that; None where nobody has asked yet.
         inputs: the node that makes it, if any.
         outputs: every node that reads it, once per use, those of nested graphs included.
     """
@@ -60,6 +61,7 @@ class Variable(gs.Variable):
     outputs: list[Node]
     dtype: np.dtype[Any] | None
     shape: Shape
+    declared: tuple[str, np.dtype[Any] | None, Shape] | None
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class Variable(gs.Variable):
     ) -> None:
         super().__init__(name, dtype, shape)
         self.proto = proto
+        self.declared = None if proto is None else (name, dtype, shape)
 
 
 class Constant(gs.Constant):
@@ -426,5 +429,7 @@ def _copy_into(graph: Graph, known: dict[int, Tensor]) -> Graph:
 
 def _copy_tensor(tensor: Tensor) -> Tensor:
     if isinstance(tensor, Variable):
-        return Variable(tensor.name, tensor.dtype, tensor.shape, tensor.proto)
+        twin = Variable(tensor.name, tensor.dtype, tensor.shape, tensor.proto)
+        twin.declared = tensor.declared
+        return twin
     return Constant(tensor.name, tensor._values, proto=tensor.proto, load=tensor.load)

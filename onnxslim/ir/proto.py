@@ -478,5 +478,7 @@ def _as_read(tensor: Tensor) -> bool:
     """Whether a tensor is still what its declaration says."""
     if isinstance(tensor, Constant) or tensor.proto is None:
         return tensor.proto is not None
-    origin = _variable(tensor.proto)
-    return (origin.name, origin.dtype, origin.shape) == (tensor.name, tensor.dtype, tensor.shape)
+    if tensor.declared is None:
+        origin = _variable(tensor.proto)
+        tensor.declared = origin.name, origin.dtype, origin.shape
+    return tensor.declared == (tensor.name, tensor.dtype, tensor.shape)

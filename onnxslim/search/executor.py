@@ -123,13 +123,9 @@ class TrialExecutor:
         """What other processes had to do with it, for people; empty if nothing."""
         return ""
 
-    def possible(self, config: TrialConfig, begin: Callable[[], None]) -> bool:
+    def possible(self, config: TrialConfig) -> bool:
         """See `onnxslim.search.explore.Executor`."""
-        if self._store.known(self._key(config)) is not None:
-            return True
-        if self._found is None:
-            begin()
-        return any(self._moves())
+        return self._store.known(self._key(config)) is not None or any(self._moves())
 
     def prefetch(self, configs: Sequence[TrialConfig]) -> None:
         """See `onnxslim.search.explore.Executor`."""
@@ -161,7 +157,7 @@ class TrialExecutor:
     def _known_moves(self) -> Moves | None:
         try:
             return moves_from_json(self._store.notes(self._moves_key))
-        except (ValueError, TypeError, KeyError, UsageError):
+        except (ValueError, TypeError, KeyError):
             return None
 
     @property

@@ -63,7 +63,7 @@ def _stripped(model: onnx.ModelProto) -> onnx.ModelProto:
 def _refine(tensor: Variable, info: onnx.ValueInfoProto) -> None:
     if info.type.WhichOneof("value") != "tensor_type":
         if tensor.proto is None:
-            tensor.proto = info
+            tensor.proto, tensor.declared = info, None
         return
     dtype, shape = proto.dtype_of(info.type.tensor_type.elem_type), proto.shape_of(info.type)
     tensor.dtype = dtype or tensor.dtype

@@ -50,7 +50,7 @@ from onnxslim.passes.quantize.goal import TrialGoal
 from onnxslim.passes.quantize.prepare import MIN_OPSET, TWO_BITS_OPSET, WIDE_OPSET, prepare
 from onnxslim.passes.quantize.rate import price_for
 from onnxslim.passes.quantize.recorded import LayoutName, QuantizationPlan, QuantizeOptions, moves_of
-from onnxslim.passes.quantize.search import ENOUGH, OBSERVERS, Search, Sensitivity, stored
+from onnxslim.passes.quantize.search import ENOUGH, Search, Sensitivity, stored
 from onnxslim.passes.quantize.static import Static
 from onnxslim.passes.quantize.strategy import Strategy
 from onnxslim.passes.quantize.tables import ties_of, untie
@@ -608,9 +608,8 @@ class Quantize(Pass):
             trial = search.attempt(Variant((self.observer, self.percentile)), build)
         nearest = trial.score.sqnr
         if self.equalization and self._way.calibrated and trial.score.sqnr < search.enough:
-            choices = OBSERVERS if self.observer == "auto" else (trial.variant.observer,)
-            plain = trial
-            trial = search.step("scaled channels", plain, lambda: search.equalized(plain, choices, log))
+            plain, usual = trial, self.observer == "auto"
+            trial = search.step("scaled channels", plain, lambda: search.equalized(plain, log, usual=usual))
         return trial, nearest
 
     def _refined(self, search: Search, trial: Trial, goal: TrialGoal) -> Trial:

@@ -37,6 +37,8 @@ class Calibration:
         self._rules = ctx.target.layout
         self._means = means
         self.seen = seen or Statistics({}, {})
+        # Candidates have most of their ranges in common.
+        self._chosen: dict[tuple[Group, ObserverChoice], Range] = {}
 
     def irregular(self) -> dict[str, str]:
         """Of tensors whose values no integer range should cover, by name, what they hold."""
@@ -76,6 +78,7 @@ class Calibration:
         names, channels = list(self.seen.histograms), list(self.seen.means)
         target, jobs = self._ctx.target, self._ctx.jobs
         self.seen.merge(collect(model, data, names, channels=channels, target=target, jobs=jobs, empty=True))
+        self._chosen.clear()
 
     def means(self, plan: Plan) -> dict[int, Array]:
         """Of each channel of the data of a weighted node whose bias can be corrected, by the node's id."""
@@ -102,8 +105,7 @@ class Calibration:
         def of(sources: tuple[Tensor, ...]) -> Range:
             group = names(sources)
             if group not in known:
-                parts = [_statistics(source, self.seen.histograms) for source in sources]
-                known[group] = self._choose(merge(parts), variant.observer_of(group))
+                known[group] = self._range(sources, variant.observer_of(group))
             return known[group]
 
         for key in list(plan.tensors):
@@ -122,6 +124,16 @@ class Calibration:
         groups = {names(plan.scales[key]): grid for key, grid in reversed(own.items())}
         shared = {key: groups[group] for key in plan.tensors if (group := names(plan.scales[key])) in groups}
         return {**shared, **own}
+
+    def _range(self, sources: tuple[Tensor, ...], observer: ObserverChoice) -> Range:
+        """The range of tensors on one scale; that of constants anew, as fitting changes their values."""
+        key = names(sources), observer
+        if key in self._chosen:
+            return self._chosen[key]
+        chosen = self._choose(merge([_statistics(each, self.seen.histograms) for each in sources]), observer)
+        if not any(isinstance(each, Constant) for each in sources):
+            self._chosen[key] = chosen
+        return chosen
 
     def _choose(self, values: Distribution, observer: ObserverChoice) -> Range:
         name, percent = observer

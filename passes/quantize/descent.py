@@ -22,6 +22,7 @@ from onnxslim.passes.repair.support import support
 Floats = NDArray[np.float32]
 # Inputs whose steps have one matrix product in common, where no scale says how many.
 BLOCK = 32
+_ZERO = np.zeros((), np.float32)
 
 
 def by_input(array: Floats) -> Floats:
@@ -201,6 +202,6 @@ class Neighbours:
 
     def bounds(self, codes: Floats, at: int) -> tuple[Floats, Floats]:
         """Least and largest value the codes of an input may take, by group and output, or one for all."""
-        others = [codes[other] for other in self._of[at]]
-        top, bottom = (reduce(extreme, others, np.float32(0)) for extreme in (np.maximum, np.minimum))
+        others = [codes[other] for other in self._of[at]] or [_ZERO]
+        top, bottom = reduce(np.maximum, others), reduce(np.minimum, others)
         return np.maximum(-MAX_PAIR - bottom, -QMAX), np.minimum(MAX_PAIR - top, QMAX)

@@ -28,6 +28,8 @@ Doubles = NDArray[np.float64]
 # Added to the diagonal, in parts of its mean: directions that the data hardly shows are not let loose.
 DAMPING = 0.01
 SWEEPS = 4
+# Of the codes, the part that has to change in a sweep for another one.
+_ENOUGH_CHANGED = 0.005
 # The same with a scale for every few inputs, from where GPTQ ends and from the nearest codes.
 FEW_SWEEPS, MANY_SWEEPS = 3, 12
 # With no more inputs than this, many starts are tried, with these parts of a scale.
@@ -238,7 +240,7 @@ def refine(
         if sweep == 0 and scales.ndim == 2:
             scales = np.maximum(_refitted(wanted, work.codes, scales, pulls), least)
             work.take(scales)
-        if not changed:
+        if changed <= _ENOUGH_CHANGED * codes.size:
             break
     return by_output(work.codes), scales
 

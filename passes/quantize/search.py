@@ -147,12 +147,19 @@ class Search:
     def _or(self, trial: Trial, variant: Variant, build: Builder) -> Trial:
         return _better(trial, self.attempt(variant, build))
 
-    def equalized(self, trial: Trial, choices: Sequence[ObserverChoice], log: Log) -> Trial:
-        """The same of a model whose channels were scaled, if that does better."""
+    def equalized(self, trial: Trial, log: Log, *, usual: bool) -> Trial:
+        """The same of a model whose channels were scaled, if that does better.
+
+        Args:
+            trial: the best way to choose ranges is that of the scaled model, too, as a rule.
+            log: what was scaled goes here.
+            usual: whether the way that is usually the best is tried besides.
+        """
         done = Log()
         build = trial.build.equalized(trial.candidate.plan, done)
         if build is None:
             return trial
+        choices = dict.fromkeys((*OBSERVERS[: int(usual)], trial.variant.observer))
         found = max(
             (self.attempt(replace(trial.variant, observer=choice), build) for choice in choices),
             key=lambda each: each.score.sqnr,
@@ -289,7 +296,7 @@ class Search:
         """The same, or if it takes longer than the float model, without what of it does not pay."""
         return trial if self._judge.slowdown(trial.candidate.model) is None else self.fastest(trial)
 
-    def fastest(self, trial: Trial, seconds: float = 6.0) -> Trial:
+    def fastest(self, trial: Trial, seconds: float = 3.0) -> Trial:
         """The same with the layers in floating point that are measured to be faster so.
 
         Tried are the smallest ones, as many as pays, those of one kind, and all kinds that pay alone.

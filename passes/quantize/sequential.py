@@ -26,6 +26,8 @@ from onnxslim.passes.quantize.weights import Encoded
 from onnxslim.passes.repair import in_turn
 
 Floats = NDArray[np.float32]
+# Of the positions that pruned layers are fitted to: weights that stay close to what they are need fewer.
+PART = 0.5
 # From a layer, wanted weights as its matrix, moments of what it sees, and whether a bias takes in the mean of
 # the error, to integers and the matrix they stand for.
 Coder: TypeAlias = Callable[[Layer, Floats, Gram, bool], "tuple[Encoded | Blocks, Floats]"]
@@ -62,6 +64,7 @@ class Sequential:
             target=ctx.target,
             progress=ctx.progress,
             chosen=False,
+            part=PART,
         )
 
     def _store(self, layer: Layer, wanted: Floats, gram: Gram, corrected: bool) -> Floats:

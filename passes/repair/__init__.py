@@ -9,6 +9,7 @@ branches too).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +36,7 @@ from onnxslim.passes.repair.activation import ElementwiseChain, Table, behind, t
 from onnxslim.passes.repair.descent import Rows, gradient_refine
 from onnxslim.passes.repair.jobs import Job, Linear, goals
 from onnxslim.passes.repair.plan import schedule, unchanged
-from onnxslim.passes.repair.solve import Fit, Method, fit
+from onnxslim.passes.repair.solve import USUAL, Fit, Method, fit
 from onnxslim.runtime.targets import Target
 
 # From a job, what the regression found for it (None: nothing better) and the moments of all rows, to what is
@@ -74,6 +75,7 @@ def repair(
     finish: Finish | None = None,
     chosen: bool = True,
     descend: bool = True,
+    part: float = 1.0,
 ) -> Changes:
     """Refit the weights of a compressed model to the original's outputs, layer by layer.
 
@@ -102,6 +104,7 @@ def repair(
             well.
         descend: whether weights before an activation are fitted by descent on the error behind it, once
             regression has found them.
+        part: of the positions that are looked at by default.
 
     Returns:
         What was refitted, with the error on what it was chosen by before and after, and what was left alone.
@@ -119,7 +122,7 @@ def repair(
     if any(stages):
         store = SpillStore(memory)
         work = _Repair(
-            student, teacher, kept, method, target, clean, stages, store, log, finish, chosen, descend
+            student, teacher, kept, method, target, clean, stages, store, log, finish, chosen, descend, part
         )
         try:
             work.run(data, progress)
@@ -140,12 +143,13 @@ def in_turn(
     target: Target | None = None,
     progress: Progress | None = None,
     chosen: bool = True,
+    part: float = 1.0,
 ) -> Changes:
     """Have layers get weights of another kind, one after the other, each behind those that have them already.
 
     Args:
         student: edited in place.
-        teacher, data, target, progress, chosen: see `repair`.
+        teacher, data, target, progress, chosen, part: see `repair`.
         layers: names of their output tensors.
         store: makes such a weight of the one that regression wants; a bias takes in the mean of the error.
 
@@ -170,6 +174,7 @@ def in_turn(
         progress=progress,
         finish=finish,
         chosen=chosen,
+        part=part,
     )
 
 
@@ -231,9 +236,12 @@ class _Repair:
         finish: Finish | None,
         chosen: bool,
         descend: bool,
+        part: float,
     ) -> None:
         self.student = student
         self._chosen = chosen
+        self._strength = USUAL
+        self._part = part
         self.finish = finish
         self.kept = kept
         self.method = method
@@ -279,7 +287,7 @@ class _Repair:
         return _Sides(teacher, self.copy.run(stage, index, {**feeds, **teacher}))
 
     def _observe(self, job: Job, sums: _Sums, batch: _Batch) -> None:
-        seen = zip((sums.train, sums.tune), sums.rows, _positions(job, batch), strict=True)
+        seen = zip((sums.train, sums.tune), sums.rows, _positions(job, batch, self._part), strict=True)
         for moments, rows, at in seen:
             for part in np.array_split(at, -(-at.size * job.size // _ELEMENTS) or 1):
                 goal = self._goal(job, batch, part)
@@ -346,7 +354,9 @@ class _Repair:
         except CalibrationError as error:
             return str(error)
         mask = job.mask
-        found = fit(train, tune, method=self.method, bias=job.takes_bias, mask=mask)
+        found = fit(train, tune, method=self.method, bias=job.takes_bias, mask=mask, near=self._strength)
+        if found.strength != math.inf:  # the next layer wants about the same
+            self._strength = found.strength
         if found.before <= _ROUNDING * sums.square / (train.count + tune.count):
             return "it computes what the original does"
         # Steps of descent know no mask.
@@ -371,10 +381,10 @@ class _Repair:
         return tabulated(self.student, nodes, least, most)
 
 
-def _positions(job: Job, batch: _Batch) -> tuple[Positions, Positions]:
+def _positions(job: Job, batch: _Batch, part: float) -> tuple[Positions, Positions]:
     """Positions of a job's goal to fit on, and those of every so many-th sample to choose the strength by."""
     count = job.count(batch.values.student)
-    at = batch.positions(count, _rows(job))
+    at = batch.positions(count, int(part * _rows(job)))
     which = batch.first + at * batch.samples // max(count, 1) if batch.total > _EVERY else np.arange(at.size)
     chosen_by = which % _EVERY == 0
     return at[~chosen_by], at[chosen_by]

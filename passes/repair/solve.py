@@ -15,6 +15,8 @@ Method: TypeAlias = Literal["ridge", "bias"]
 
 # Strengths to choose from, in units of the mean square of an input.
 STRENGTHS = tuple(10.0**power for power in range(1, -8, -1))
+# Where to look first.
+USUAL = STRENGTHS[len(STRENGTHS) // 3]
 # Outputs per group that a strength is chosen by; whether it helps is then decided by all. Not tuned.
 FEW = 128
 # A dead input has no variance of its own to scale the strength by.
@@ -41,7 +43,13 @@ class Fit:
 
 
 def fit(
-    train: Gram, tune: Gram, *, method: Method = "ridge", bias: bool = True, mask: Mask | None = None
+    train: Gram,
+    tune: Gram,
+    *,
+    method: Method = "ridge",
+    bias: bool = True,
+    mask: Mask | None = None,
+    near: float = USUAL,
 ) -> Fit:
     """Regress what a layer's output lacks on its input, with a penalty on the change.
 
@@ -54,12 +62,13 @@ def fit(
         method: "bias" leaves W as it is.
         bias: whether there is a d.
         mask: what may change of W, of its shape (groups, outputs, inputs); all of it by default.
+        near: the one of `STRENGTHS` to go downhill from.
     """
     start, check = _centred(train, tune, bias=bias)
     before = float(tune.around(tune.x_mean, np.zeros_like(tune.y_mean)).power.sum())
     candidates = [(float(check.power.sum()), np.inf)]
     if method == "ridge":
-        strength = _downhill(*map(_few, (start, check)))
+        strength = _downhill(_few(start), _few(check), near)
         candidates.append((_error(solved(start, strength, mask), check), strength))
     after, strength = min(candidates)
     whole = train.joined(tune)
@@ -77,13 +86,13 @@ def _few(moments: Gram) -> Gram:
     return replace(moments, cross=moments.cross[:, ::every], power=moments.power[:, ::every])
 
 
-def _downhill(train: Gram, tune: Gram) -> float:
-    """The strength of least error, downhill from 1e-2."""
+def _downhill(train: Gram, tune: Gram, near: float) -> float:
+    """The strength of least error, downhill from another one."""
 
     def error(index: int) -> float:
         return _error(solved(train, STRENGTHS[index]), tune)
 
-    return STRENGTHS[downhill(error, len(STRENGTHS), len(STRENGTHS) // 3)]
+    return STRENGTHS[downhill(error, len(STRENGTHS), STRENGTHS.index(near))]
 
 
 def downhill(error: Callable[[int], float], count: int, at: int) -> int:

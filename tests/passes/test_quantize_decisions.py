@@ -7,12 +7,15 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from onnxslim.calibration.fidelity import Score
-from onnxslim.engine.base import Log
+from onnxslim.engine.base import Context, Log
 from onnxslim.engine.demands import STEP
-from onnxslim.passes.quantize.choices import Variant
+from onnxslim.ir.graph import Constant
+from onnxslim.passes.quantize.calibrate import Calibration
+from onnxslim.passes.quantize.choices import ObserverChoice, Variant
 from onnxslim.passes.quantize.search import ENOUGH, FASTER, HARMLESS, MARGIN, OBSERVERS, TRIES, Search
 
 
@@ -124,12 +127,21 @@ def test_what_comes_on_top_has_to_be_clearly_better(
     search, _ = searching(simple, other)
     first, log = Building(Building()), Log()
     trial = search.attempt(Variant(), first)
-    more = (OBSERVERS[:1], log) if step == "equalized" else ()
-    found = getattr(search, step)(trial, *more)
+    found = search.equalized(trial, log, usual=True) if step == "equalized" else getattr(search, step)(trial)
     assert (found is not trial) == taken
     assert found.score.sqnr == (other if taken else simple)
     # What was not taken was not done.
     assert bool(log.done()) == (taken and step == "equalized")
+
+
+@pytest.mark.parametrize(("usual", "tried"), [(True, (OBSERVERS[0], OBSERVERS[2])), (False, OBSERVERS[2:])])
+def test_scaled_channels_have_ranges_by_what_won_before_and_by_what_mostly_wins(
+    usual: bool, tried: tuple[ObserverChoice, ...]
+) -> None:
+    search, judge = searching(20.0, *(22.0 + each for each, _ in enumerate(tried)))
+    trial = search.attempt(Variant(OBSERVERS[2]), Building(Building()))
+    assert search.equalized(trial, Log(), usual=usual).variant.observer == tried[-1]
+    assert not judge.scores
 
 
 @pytest.mark.parametrize(
@@ -248,3 +260,13 @@ class LayerLike:
 
 def test_steps_towards_a_metric_are_small() -> None:
     assert 0 < STEP <= 1
+
+
+def test_the_range_of_a_constant_is_that_of_its_values_now() -> None:
+    # Fitting moves constants that candidates before it had ranges of.
+    calibration = Calibration(Context(), means=False)
+    for values in ([-1.0, 2.0], [-3.0, 4.0]):
+        constant = Constant("c", np.array(values, np.float32))
+        plan: Any = SimpleNamespace(tensors={0: constant}, scales={0: (constant,)}, own={0: ()})
+        found = calibration.ranges(plan, Variant(OBSERVERS[1]))
+        assert (found[0].low, found[0].high) == tuple(values)
