@@ -60,8 +60,9 @@ class IntegerLayout:
         other = replace(self, activation=activation, bits=bits, symmetric=activation.kind == "i")
         if bits is None:
             return other
+        # A bias in steps of both scales would be off by more than all else, as it is the same everywhere.
         kernels = self.kernels & {*_LINEAR_KERNELS, "ConvTranspose"}
-        return replace(other, kernels=kernels, fuses_relu=False, saturates=False)
+        return replace(other, kernels=kernels, fuses_relu=False, saturates=False, integer_bias=False)
 
 
 _LINEAR_KERNELS = ("Conv", "Gemm", "MatMul")

@@ -192,23 +192,29 @@ class Inserter:
     def _shield_floats(self, stored: Collection[str]) -> None:
         """Keep ONNX Runtime from quantizing the weights of nodes that are to stay in floating point.
 
+        And biases of those that simulate fewer bits, which would be in steps of both scales.
         It does so, with one scale for all of a weight, between a DQ with a single scale and a Q. A DQ with
         the same scale for every channel computes the same and is left alone.
         """
-        start = len(self._new)
+        start, gone = len(self._new), set[int]()
         for node in self._graph.nodes:
             layer, maker = view_of(node), ir.producer(node.inputs[0]) if node.inputs else None
-            if layer is None or not layer.rank or not isinstance(node.inputs[1], Constant):
+            at = 1 if self._rules.bits is None else 2
+            if layer is None or not (layer.rank or at > 1) or not isinstance(node.input(at), Constant):
                 continue
             if maker is None or not has(maker, Trait.DEQUANTIZES) or not _reaches_q(node):
                 continue
             if node.inputs[1].name in stored:
                 continue
-            axis, channels = layer.rank + layer.data_axis, layer.groups * layer.inputs
+            axis, channels = (layer.rank or 0) + layer.data_axis, layer.groups * layer.inputs
             codes, scale, zero_point = maker.inputs[0], maker.input(1), maker.input(2)
             if isinstance(scale, Constant) and isinstance(zero_point, Constant) and scale.values.ndim == 0:
                 node.inputs[0] = self._spread(codes, scale, zero_point, channels, axis)
+                if not maker.outputs[0].outputs:
+                    ir.detach(maker)
+                    gone.add(id(maker))
         self._graph.nodes.extend(self._new[start:])
+        ir.sweep(self._graph, gone)
 
     def _spread(
         self, codes: Tensor, scale: Constant, zero_point: Constant, channels: int, axis: int

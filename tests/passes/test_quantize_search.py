@@ -396,7 +396,10 @@ def residual() -> Model:
 def test_activations_of_four_bits_are_simulated_in_eight(
     batches: list[dict[str, Array]], kind: Any, limits: tuple[int, int]
 ) -> None:
-    """Of 16 values, what weighted operators read; a sum gets floats. Any optimization computes the same."""
+    """Of 16 values, what weighted operators read; a sum gets floats, and biases stay such.
+
+    Any optimization computes the same: ONNX Runtime makes no integers of biases either.
+    """
     model = residual()
     result, changes = quantize(model, batches, activations=kind, require_sqnr=0)
     assert "nothing runs faster" in reasons(changes)[f"activations={kind}"]
@@ -404,6 +407,8 @@ def test_activations_of_four_bits_are_simulated_in_eight(
     assert len(clips) == 2
     (add,) = (node for node in result.graph.nodes if node.op == "Add")
     assert [tensor.inputs[0].op for tensor in add.inputs] == ["Conv", "Relu"]
+    assert all(node.inputs[2].dtype == np.float32 for node in result.graph.nodes if node.op == "Conv")
+    assert all(node.outputs[0].outputs for node in result.graph.nodes if node is not result.graph.nodes[-1])
     shown = result.copy()
     for clip in (node for node in shown.graph.nodes if node.op == "Clip"):
         shown.graph.outputs.append(clip.outputs[0])
