@@ -7,7 +7,7 @@ FROM python:3.12-slim
 COPY --from=build /opt/onnxslim /opt/onnxslim
 # Results belong to this user: `docker run --user "$(id -u)"` makes them yours.
 RUN useradd --create-home --uid 1000 onnxslim
-USER onnxslim
+USER 1000
 ENV PATH=/opt/onnxslim/bin:$PATH PYTHONDONTWRITEBYTECODE=1
 WORKDIR /work
 ENTRYPOINT ["onnxslim"]

@@ -3,11 +3,14 @@
     python benchmarks/depth.py fashion [NET ...] [--shares 0.5 0.4]
     python benchmarks/depth.py minilm [--calibration 192] [--task glosses]
     python benchmarks/depth.py convnet [--calibration 64]
+    python benchmarks/depth.py tokens
 
 fashion: the Fashion-MNIST networks, Slim and then Prune with a budget of latency, relative to the file as it
 is; 512 unlabelled images, 2000 test images. minilm: MiniLM at two thirds of its multiply-accumulates by
 branches alone, calibrated on docstrings of Python's library, or glosses of WordNet, and tested on others
-(tasks of benchmarks/stage.py). convnet: EfficientNet-Lite0 at 80 % of its multiply-accumulates.
+(tasks of benchmarks/stage.py). convnet: EfficientNet-Lite0 at 80 % of its multiply-accumulates. tokens: the
+last one, two or three attentions over all tokens of the ViT replaced by a linear map of each token x, which
+is M x + c, or with the mean over tokens besides, M x + W mean(x) + c; all layers repaired then.
 
 Latency: one thread, models in turn, the median of ratios of times of this thread.
 """
@@ -23,12 +26,19 @@ from typing import Any
 import numpy as np
 
 from onnxslim import CalibrationData, Pipeline, load
+from onnxslim.calibration.gram import TensorPair, joint
 from onnxslim.calibration.noise import sqnr
-from onnxslim.ir.graph import Array
+from onnxslim.calibration.samples import Samples
+from onnxslim.families.branches import Branch, branches
+from onnxslim.ir import graph as ir
+from onnxslim.ir.graph import Array, Constant, Node, Tensor, Variable
 from onnxslim.ir.model import Model
 from onnxslim.models import tasks, zoo
-from onnxslim.passes import Prune, Slim
+from onnxslim.passes import Dead, Prune, Slim
 from onnxslim.passes.prune import PruneFigures
+from onnxslim.passes.prune.standin import sum_of
+from onnxslim.passes.repair import repair
+from onnxslim.passes.repair.solve import fit
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import compare
@@ -123,12 +133,71 @@ def convnet(calibration: int) -> None:
         print(f"| {what} | {found} | {told} |", flush=True)
 
 
+def tokens() -> None:
+    """What the mean over tokens is worth in place of an attention."""
+    test = np.load(FASHION / "test.npz")
+    data = CalibrationData.from_npz(FASHION / "calibration.npz", batch_size=64)
+    slimmed = Pipeline(Slim(), on_error="raise")(load(FASHION / "vit.onnx")).model
+    softmax = {node.outputs[0].name for node in slimmed.graph.nodes if node.op == "Softmax"}
+    found = [each for each in branches(slimmed).found if softmax.intersection(each.nodes)][:3]
+    expected = Session(slimmed, ONE).run({"image": test["image"]})["logits"]
+    print("| attentions gone | of each token | SQNR dB | accuracy | latency, of slimmed |")
+    print("|---|---|---|---|---|")
+    for count in (1, 2, 3):
+        for mean in (False, True):
+            model, samples = slimmed, Samples(data, slimmed)
+            for branch in found[-count:]:
+                model = _without_attention(model, branch, samples, mean=mean)
+            repair(model, slimmed, samples)
+            logits = Session(model, ONE).run({"image": test["image"]})["logits"]
+            right = 100 * float((logits.argmax(1) == test["label"]).mean())
+            kept, latency = sqnr(expected, logits), ratio(slimmed, model, {"image": test["image"][:1]})
+            how = "M x + W mean(x) + c" if mean else "M x + c"
+            print(f"| {count} | {how} | {kept:.1f} | {right:.2f} | {latency:.2f} |", flush=True)
+
+
+def _without_attention(model: Model, branch: Branch, samples: Samples, *, mean: bool) -> Model:
+    """The model with a regression on the skip, and on its mean over tokens, in place of a branch."""
+    made = model.copy()
+    graph, node = made.graph, sum_of(made, branch)
+    skip, end = (
+        next(each for each in node.inputs if each.name == name) for name in (branch.skip, branch.end)
+    )
+
+    def add(op: str, *inputs: Tensor, **attrs: int) -> Variable:
+        found = Variable(f"{branch.sum}_{len(graph.nodes)}", np.dtype(np.float32))
+        graph.nodes.append(Node(op, found.name, attrs, inputs, [found]))
+        return found
+
+    def constant(values: Array) -> Constant:
+        return Constant(f"{branch.sum}_{len(graph.nodes)}_{values.ndim}", values)
+
+    seen: Tensor = skip
+    wanted = end
+    if mean:
+        pooled = add("ReduceMean", skip, constant(np.array([1], np.int64)), keepdims=1)
+        everywhere = add("Add", add("Mul", skip, constant(np.float32(0)[None])), pooled)
+        seen, wanted = (add("Concat", *each, axis=-1) for each in ((skip, everywhere), (end, end)))
+    ir.sort(graph)
+    pair = TensorPair(seen.name, wanted.name, -1)
+    found = fit(*(joint(made, part, [pair], target=ONE)[pair] for part in (samples.fit, samples.tune)))
+    assert found.weight is not None
+    channels = found.weight.shape[1] // (1 + mean)
+    maps = [each[:channels].T.astype(np.float32) for each in np.split(found.weight[0], 1 + mean, axis=1)]
+    shift: Tensor = constant(found.bias[0, :channels].astype(np.float32))
+    if mean:
+        shift = add("Add", add("MatMul", pooled, constant(maps[1])), shift)
+    node.inputs = [add("MatMul", skip, constant(maps[0] + np.eye(channels, dtype=np.float32))), shift]
+    ir.sort(graph)
+    return Pipeline(Dead(), on_error="raise")(made).model
+
+
 def main() -> None:
     """Print one of the tables, row by row as it is measured."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("table", choices=["fashion", "minilm", "convnet"])
+    parser.add_argument("table", choices=["fashion", "minilm", "convnet", "tokens"])
     parser.add_argument("net", nargs="*", default=["resnet", "mobilenet", "vit"])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.4])
     parser.add_argument("--calibration", type=int, default=64)
@@ -138,8 +207,10 @@ def main() -> None:
         fashion(words.net, words.shares)
     elif words.table == "minilm":
         minilm(words.calibration, words.task)
-    else:
+    elif words.table == "convnet":
         convnet(words.calibration)
+    else:
+        tokens()
 
 
 if __name__ == "__main__":

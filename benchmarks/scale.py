@@ -36,6 +36,8 @@ FASHION = Path(__file__).resolve().parent.parent / "models" / "fashion"
 WAYS = {"float": (1.0, 1.0, 60.0), "int8": (0.4, 0.27, 40.0), "dynamic int8": (0.7, 0.27, 45.0)}
 # What finding out what could go takes, in trials; measured with `auto` on the bundled networks, 3 to 5.
 MOVES = 4.0
+# In so many jobs, one for each pass that proposes.
+JOBS = 2
 WORKERS = (1, 2, 4, 8, 16, 100)
 TRIALS = 1000
 
@@ -49,10 +51,10 @@ class Imagined:
 
     workers: int
     clock: float = 0.0
-    ends: dict[TrialConfig | None, float] = field(default_factory=dict)
+    ends: dict[TrialConfig | int, float] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def _begin(self, config: TrialConfig | None, length: float = 1.0) -> None:
+    def _begin(self, config: TrialConfig | int, length: float = 1.0) -> None:
         self.ends[config] = self.clock + length
         self.seconds += length
 
@@ -60,22 +62,24 @@ class Imagined:
         return self.workers - sum(end > self.clock for end in self.ends.values())
 
     def prefetch(self, configs: Sequence[TrialConfig]) -> None:
-        if self._free() > 0 and None not in self.ends:
-            self._begin(None, MOVES)
+        for job in range(JOBS):
+            if self._free() > 0 and job not in self.ends:
+                self._begin(job, MOVES / JOBS)
+        known = all(self.ends.get(job, math.inf) <= self.clock for job in range(JOBS))
         for config in configs[: max(self._free(), 0) if self.workers > 1 else 0]:
-            ready = config.structure == 1 or self.ends.get(None, math.inf) <= self.clock
-            if ready and config not in self.ends:
+            if (config.structure == 1 or known) and config not in self.ends:
                 self._begin(config)
 
-    def _wait(self, config: TrialConfig | None, length: float = 1.0) -> None:
+    def _wait(self, config: TrialConfig | int, length: float = 1.0) -> None:
         while config not in self.ends and self._free() <= 0:
             self.clock = min(end for end in self.ends.values() if end > self.clock)
         if config not in self.ends:
             self._begin(config, length)
         self.clock = max(self.clock, self.ends[config])
 
-    def possible(self, config: TrialConfig) -> bool:
-        self._wait(None, MOVES)
+    def possible(self, config: TrialConfig, begin: Callable[[], None]) -> bool:
+        for job in range(JOBS):
+            self._wait(job, MOVES / JOBS)
         return True
 
     def run(self, config: TrialConfig, begin: Callable[[], None]) -> SearchTrial:

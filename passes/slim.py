@@ -79,11 +79,12 @@ class Slim(Pass):
             log.add(replace(self, skip=(*self.skip, *left_out))._run(twin, ctx, limit))
             for name in left_out:
                 log.skip(name, "left out: the model would be larger for it")
+            changes = log.done()
+            if not changes:
+                return changes
             if _size(twin) <= limit:
                 break
-        changes = log.done()
-        if changes:
-            model.become(twin)
+        model.become(twin)
         return changes
 
     def _ways(self, model: Model) -> list[tuple[str, ...]]:

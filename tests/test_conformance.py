@@ -106,12 +106,11 @@ def test_round_trips_are_byte_identical() -> None:
     def written(model: Model) -> bytes:
         return model.to_proto().SerializeToString(deterministic=True)
 
-    changed = [
-        case.name
-        for case in cases()
-        if {written(load(case.model)), written(load(case.model).copy())}
-        != {case.model.SerializeToString(deterministic=True)}
-    ]
+    changed = []
+    for case in cases():
+        model = load(case.model)
+        if {written(model), written(model.copy())} != {case.model.SerializeToString(deterministic=True)}:
+            changed.append(case.name)
     assert len(cases()) > 1000
     assert changed == []
 
@@ -176,18 +175,22 @@ def outcome(model: Model, feeds: Mapping[str, Array]) -> str:
 def slimmed_is_equal(model: Model, feeds: Mapping[str, Array]) -> bool:
     """Slim a model and compare; False if ONNX Runtime does not run it as it is."""
     result = model.copy()
-    Slim().run(result, Context())
-    assert interface(result) == interface(model), "the interface changed"
-    if is_wellformed(model):
-        wellformed(result)
-    written = result.to_proto()
-    assert not Slim().run(result, Context()), "slimming again changes it again"
-    assert result.to_proto() == written, "slimming again writes another file"
+    changed, written = Slim().run(result, Context()), result.to_proto()
+    if changed:
+        assert interface(result) == interface(model), "the interface changed"
+        if is_wellformed(model):
+            wellformed(result)
+        assert not Slim().run(result, Context()), "slimming again changes it again"
+        assert result.to_proto() == written, "slimming again writes another file"
+    else:
+        assert model.to_proto() == written, "it has become another file without a word"
     try:
         session = Session(model, Target.cpu(threads=1), optimize="none")
         expected = session.run(feeds)
     except LoadError:
         return False
+    if not changed:  # the same file computes the same
+        return True
     actual = Session(written, Target.cpu(threads=1), optimize="none").run(feeds)
     for name, value in expected.items():
         problem = difference(value, actual[name])

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from scipy.signal import resample_poly
 
 from onnxslim.ir.graph import Array
 from onnxslim.models import stage
@@ -113,6 +112,8 @@ def sound_of(path: Path) -> Samples:
         if (file.getnchannels(), file.getsampwidth(), file.getframerate()) != (1, 2, RATE // 2):
             raise ValueError(f"{path} is not mono, 16 bits at 8 kHz")
         pcm = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32)
+    from scipy.signal import resample_poly  # takes half a second to import, for this alone
+
     sound = resample_poly(pcm, 2, 1).astype(np.float32)
     return np.asarray(sound * (0.5 / max(1.0, float(np.abs(sound).max()))), np.float32)
 

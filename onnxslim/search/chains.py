@@ -8,8 +8,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
-from pydantic import TypeAdapter
-
 from onnxslim.engine.base import Context, Effort, Pass
 from onnxslim.engine.joint import planned
 from onnxslim.engine.moves import Move
@@ -98,27 +96,22 @@ def _chains(goals: Goals, target: Target, effort: Effort) -> Mapping[str, Chain]
 
 def moves_to_json(moves: Moves) -> str:
     """What could go, as text that `moves_from_json` reads."""
-    return json.dumps([[_written(move) for move in each] for each in moves])
-
-
-def _written(move: Move) -> dict[str, Any]:
-    plan = {name: value for name, value in plain(move.plan).items() if name not in ("kind", "version")}
-    return {**vars(move), "left": dict(move.left), "gone": sorted(move.gone), "plan": plan}
+    return json.dumps([[{**plain(move), "plan": move.plan.to_json()} for move in each] for each in moves])
 
 
 def moves_from_json(text: str) -> Moves:
     """What could go, of each of the passes of `Structures`.
 
     Raises:
-        ValueError, TypeError, KeyError: it is nothing that `moves_to_json` of this version writes.
+        ValueError, TypeError, KeyError, UsageError: it is nothing that `moves_to_json` writes.
     """
-    return [list(_read(each, plan)) for each, plan in zip(json.loads(text), PLANS, strict=True)]
 
+    def read(told: dict[str, Any], plan: type[PassPlan]) -> Move:
+        made = {"damage": float(told["damage"]), "gone": frozenset(told["gone"])}
+        return Move(**{**told, **made, "plan": plan.from_json(told["plan"])})
 
-def _read(told: Sequence[dict[str, Any]], plan: type[PassPlan]) -> Iterator[Move]:
-    plans = TypeAdapter(list[plan]).validate_json(json.dumps([each.pop("plan") for each in told]))  # type: ignore[valid-type]
-    for each, made in zip(told, plans, strict=True):
-        yield Move(**{**each, "gone": frozenset(each["gone"]), "plan": made})
+    every = zip(json.loads(text), PLANS, strict=True)
+    return [[read(told, plan) for told in each] for each, plan in every]
 
 
 class Structures:
@@ -152,7 +145,11 @@ class Structures:
         """What could go."""
         if self._given is not None:
             return self._given
-        return [each.propose(self._model, self._ctx) for each in self._passes]
+        return [self.proposed(step) for step in range(len(self._passes))]
+
+    def proposed(self, step: int) -> Sequence[Move]:
+        """What could go by the pass of this number."""
+        return self._passes[step].propose(self._model, self._ctx)
 
     def least_bytes(self) -> int:
         """What no trial gets below: layers without any weights, but for those in branches, which may go."""

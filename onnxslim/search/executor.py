@@ -123,9 +123,13 @@ class TrialExecutor:
         """What other processes had to do with it, for people; empty if nothing."""
         return ""
 
-    def possible(self, config: TrialConfig) -> bool:
+    def possible(self, config: TrialConfig, begin: Callable[[], None]) -> bool:
         """See `onnxslim.search.explore.Executor`."""
-        return self._store.known(self._key(config)) is not None or any(self._moves())
+        if self._store.known(self._key(config)) is not None:
+            return True
+        if self._found is None:
+            begin()
+        return any(self._moves())
 
     def prefetch(self, configs: Sequence[TrialConfig]) -> None:
         """See `onnxslim.search.explore.Executor`."""
@@ -157,7 +161,7 @@ class TrialExecutor:
     def _known_moves(self) -> Moves | None:
         try:
             return moves_from_json(self._store.notes(self._moves_key))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, UsageError):
             return None
 
     @property

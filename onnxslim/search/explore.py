@@ -49,8 +49,11 @@ class OutOfTime(Exception):
 class Executor(Protocol):
     """Makes trials; see `onnxslim.search.executor.TrialExecutor`."""
 
-    def possible(self, config: TrialConfig) -> bool:
-        """Whether anything can be left away for a trial, as there is if it is known."""
+    def possible(self, config: TrialConfig, begin: Callable[[], None]) -> bool:
+        """Whether anything can be left away for a trial, as there is if it is known.
+
+        Calls `begin` before it finds that out.
+        """
 
     def prefetch(self, configs: Sequence[TrialConfig]) -> None:
         """Trials that may be asked for next, most likely first: some can be made ahead of the question."""
@@ -103,16 +106,26 @@ class Explorer:
         """Make all trials that the search wants, as far as time allows."""
         try:
             whole = [TrialConfig(1.0, encoding) for encoding in self.encodings]
-            for at, (config, spared) in enumerate(zip(whole, self.encodings.values(), strict=True)):
-                if not spared or self._loses(self.trial(TrialConfig(1.0, spared))):
-                    self.executor.prefetch(whole[at:])
-                    self.trial(config)
+            each = enumerate(zip(whole, self.encodings.values(), strict=True))
+            in_time = [self._tried(config, spared, whole[at:]) for at, (config, spared) in each]
+            if not all(in_time):
+                raise OutOfTime
             self._require_one()
             lines = [_Line(encoding, cut) for encoding in self._promising() for cut in self.cuts]
             for at in range(len(lines)):
                 self._shrink(lines[at:])
         except OutOfTime:
             self.untried = f"the time limit was over after {len(self.trials)} trials"
+
+    def _tried(self, config: TrialConfig, spared: str, ahead: Sequence[TrialConfig]) -> bool:
+        """Try a way to store by itself; whether there was time to, as there is for a trial that is known."""
+        try:
+            if not spared or self._loses(self.trial(TrialConfig(1.0, spared))):
+                self.executor.prefetch(ahead)
+                self.trial(config)
+        except OutOfTime:
+            return False
+        return True
 
     def _require_one(self) -> None:
         if all(each.figures is None for each in self.trials):
@@ -214,7 +227,7 @@ class Explorer:
         if worth[:1] != list(lines[:1]):
             return
         first = worth[0]
-        if not self.executor.possible(self._config(first, next(ahead(len(self._shares), {})))):
+        if not self.executor.possible(self._config(first, next(ahead(len(self._shares), {}))), self._begin):
             return
         known: dict[int, bool] = {}
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import joblib
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.engine.moves import Move
 from onnxslim.errors import OnnxSlimError, TargetError, one_line
 from onnxslim.formats import size
 from onnxslim.ir.model import load
@@ -31,7 +32,7 @@ from onnxslim.recipes.data import Batches
 from onnxslim.runtime.machine import fingerprint
 from onnxslim.runtime.profile import require_usable
 from onnxslim.search.backends import SearchBackend
-from onnxslim.search.chains import Moves
+from onnxslim.search.chains import PLANS, Moves
 from onnxslim.search.executor import TrialExecutor, TrialMade, TrialRunner
 from onnxslim.search.problem import SearchProblem
 from onnxslim.search.trials import TrialConfig, TrialStore
@@ -43,15 +44,20 @@ MODEL, DATA, PROBLEM, MOVES = "model.onnx", "data.joblib", "problem.pickle", "mo
 
 
 class SearchJob(NamedTuple):
-    """A trial to make, by its key; or, without a config, what could be left away to find out."""
+    """A trial to make, by its key; or, without a config, what could be left away to find out, by one pass."""
 
     key: str = ""
     config: TrialConfig | None = None
+    step: int = 0
 
     @property
     def needs_moves(self) -> bool:
         """Whether it is made of what could be left away."""
         return self.config is not None and self.config.needs_moves
+
+
+# Passes propose without knowing of each other.
+PROPOSING = tuple(SearchJob(step=step) for step in range(len(PLANS)))
 
 
 class JobInputs(NamedTuple):
@@ -100,6 +106,7 @@ class DistributedExecutor(TrialExecutor):
         self._queue: list[SearchJob] = []
         self._begun: Counter[SearchJob] = Counter()
         self._ended: dict[SearchJob, OnnxSlimError | None] = {}
+        self._proposed: dict[int, Sequence[Move]] = {}
         self.sent = self.lost = 0
         if self._found is not None:
             self._offer(self._found)
@@ -143,7 +150,8 @@ class DistributedExecutor(TrialExecutor):
             raise error
 
     def _find_moves(self) -> None:
-        self._finish(SearchJob())
+        for job in PROPOSING:
+            self._finish(job)
 
     def _offer(self, moves: Moves) -> None:
         """Put what could be left away where workers find it."""
@@ -155,7 +163,7 @@ class DistributedExecutor(TrialExecutor):
 
     def _fill(self) -> None:
         """Begin as much as there are workers for; what all trials need takes longest, and comes first."""
-        queue = [SearchJob(), *self._queue] if self._queue and self._found is None else self._queue
+        queue = [*PROPOSING, *self._queue] if self._queue and self._found is None else self._queue
         free = self._backend.size - len(self._running)
         for job in queue:
             ready = self._found is not None or not job.needs_moves
@@ -194,8 +202,10 @@ class DistributedExecutor(TrialExecutor):
         if isinstance(answer, TrialMade):
             self._take(answer)
         elif not isinstance(answer, OnnxSlimError):
-            self._keep_moves(answer)
-            self._offer(answer)
+            self._proposed[job.step] = answer
+            if len(self._proposed) == len(PROPOSING):
+                self._keep_moves([self._proposed[each.step] for each in PROPOSING])
+                self._offer(self._moves())
         self._ended[job] = answer if isinstance(answer, OnnxSlimError) else None
 
 
@@ -280,7 +290,7 @@ _LOCK = threading.Lock()
 
 def run_job(
     inputs: JobInputs, job: SearchJob, sent: Mapping[str, bytes] | None
-) -> TrialMade | Moves | MissingFiles | OnnxSlimError:
+) -> TrialMade | Sequence[Move] | MissingFiles | OnnxSlimError:
     """Do a job, in whichever process.
 
     Args:
@@ -297,7 +307,7 @@ def run_job(
 
 def _done(
     inputs: JobInputs, job: SearchJob, sent: Mapping[str, bytes] | None
-) -> TrialMade | Moves | MissingFiles:
+) -> TrialMade | Sequence[Move] | MissingFiles:
     lasting = {name: each for name, each in inputs.files.items() if name != MOVES}
     if not _CACHES or _CACHES[0].files != lasting:
         _CACHES[:] = [_Cache(lasting)]
@@ -310,5 +320,5 @@ def _done(
     if (fingerprint(), version()) != inputs.machine:
         raise TargetError("a worker has another processor, or version of onnxslim, than the one that asks")
     if job.config is None:
-        return runner.structures.moves
+        return runner.structures.proposed(job.step)
     return replace(runner.run(job.key, job.config), outcome=None)

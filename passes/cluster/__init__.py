@@ -69,8 +69,9 @@ class Cluster(Learning):
     layer after the other; without, to the weights, which costs much more accuracy below 6 bits.
 
     Every weight gets `bits`; or those that cost the outputs least, so that the file has `size` of its bytes.
-    With `download`, tables are larger and codes are chosen for their error and for the bits that they take
-    once the file is deflated, so that this share of the download is left; the file itself is larger.
+    With `download`, codes are chosen for their error and for the bits that they take once the file is
+    deflated, so that this share of the download is left: bytes of even steps, which need no table, or codes
+    of few bits, whichever loses less for what is sent; the file itself may be larger than with `size`.
     Where the outputs lose more than `require_sqnr` or `max_drop` allows, weights get more bits, those first
     that lose most.
     """
@@ -236,11 +237,11 @@ class _ClusterRun:
         """Codes for error and bits at a price that leaves so much of the download."""
         whole = download(self._model).deflate
         goal, data = share * whole, self._ctx.data if self._wish.fitted else None
-        larger = [each for each in weights if each.saves(each.stored(Clustering(MOST_BITS)))]
+        larger = [each for each in weights if each.saves(each.stored(Clustering(MOST_BITS, price=1.0)))]
         choice = PriceChoice(self._model, larger, self._choice(larger), data, self._ctx)
         codes = goal - whole + deflated(weight.constant.values.tobytes() for weight in larger)
         fewest = LEAST_RATE / 8 * sum(weight.constant.size for weight in larger)
-        best, least = dict[Weight, Clustering](), dict[Weight, Clustering]()
+        best, least, most = dict[Weight, Clustering](), dict[Weight, Clustering](), 0
         known: dict[
             bool, tuple[float, int]
         ] = {}  # by whether it is few enough: codes, and what is sent with them
@@ -250,7 +251,8 @@ class _ClusterRun:
             apply(trial, least, data, self._ctx, Log())
             sent = download(trial).deflate
             met = sent <= goal
-            best = least if met else best
+            if met and sent > most:
+                best, most = least, sent
             if DOWNLOAD_MET * goal <= sent <= goal or (codes == fewest and not met):
                 break
             known[met] = codes, sent
@@ -307,11 +309,13 @@ class _ClusterRun:
         for weight in chosen:
             book = books[weight.name]
             count = len(book.tables)
-            told[weight.label] = f"{book.bits} bits, {count} table{'s' if count > 1 else ''}"
+            tabled = "even steps" if book.even else f"{count} table{'s' if count > 1 else ''}"
+            told[weight.label] = f"{book.bits} bits, {tabled}"
             self._log.change(weight.label, f"'{weight.name}' as codes: {told[weight.label]}")
             values += book.codes.size
             codes += book.codes.size * book.bits
-            tables += book.tables.nbytes + (0 if book.scales is None else book.scales.nbytes)
+            tables += 0 if book.even else book.tables.nbytes
+            tables += 0 if book.scales is None else book.scales.nbytes
         return ClusterFigures(
             weights=told,
             bits=round(codes / values, 2),

@@ -10,7 +10,8 @@ costs the same however many entries there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,14 +21,15 @@ from onnxslim.calibration.gram import Doubles, Gram
 from onnxslim.engine.base import Effort
 from onnxslim.ir.graph import Array
 from onnxslim.ops.layers import Floats, Layer
-from onnxslim.passes.cluster.tables import Codebook, even, middles, nearest, trimmed
+from onnxslim.passes.cluster.storing import sent_bytes
+from onnxslim.passes.cluster.tables import Codebook, even, middles, nearest
 from onnxslim.passes.quantize.descent import Descent, Pulls, by_input, by_output
 from onnxslim.passes.quantize.rate import Rate, least_steps, power_of
 from onnxslim.passes.quantize.rounding import damped
 from onnxslim.passes.repair.conjugate import conjugate_gradients
 
-# Entries of a table up to which they are moved where they cost bits.
-MOST_MOVED = 32
+# Bits of codes of one length beside even ones at a price, at the most.
+MOST_PACKED = 6
 # Rounds of descent and regression.
 ROUNDS: Mapping[Effort, int] = {"quick": 2, "normal": 6, "thorough": 12}
 
@@ -96,9 +98,39 @@ class Clustering:
 
     def _descended(self, laid: _Layout, target: Floats, curvature: Floats, start: Codebook) -> Codebook:
         """Codes and tables fitted in turn, with bits at their price."""
-        price, kind = self.price * power_of(target, curvature), start.tables.dtype
-        scales = np.ones(laid.shape[start.axis], kind) if start.scales is None else start.scales
-        work = TableDescent(
+        price, pulls = self.price * power_of(target, curvature), Pulls.of(curvature)
+        work = self._work(laid, target, start, price)
+        work.fit(pulls, ROUNDS[self.effort], regress=not price)
+        found = self._book(laid, work, start)
+        if not price:
+            return found
+        cost = work.lost(pulls) + price * 8 * sent_bytes(found)
+        for other in self._packed(laid, target, curvature, found):
+            work = self._work(laid, target, other, 0.0)
+            work.fit(pulls, ROUNDS[self.effort])
+            book = self._book(laid, work, other)
+            theirs = work.lost(pulls) + price * 8 * sent_bytes(book)
+            if theirs < cost:
+                found, cost = book, theirs
+        return found
+
+    def _packed(self, laid: _Layout, target: Floats, curvature: Floats, even: Codebook) -> Iterator[Codebook]:
+        """Codes of one length, about as many bits as even ones take."""
+        shares = np.bincount(even.codes.ravel()) / even.codes.size
+        bits = float(-(shares * np.log2(np.maximum(shares, 1e-30))).sum())
+        diagonal = np.einsum("gkk->gk", curvature)[:, None]
+        weight, counts = (
+            laid.stored(each).reshape(laid.shape)
+            for each in (target, np.broadcast_to(diagonal, target.shape))
+        )
+        scaled = even.scales is not None and even.scales.size > 1
+        kind = even.tables.dtype
+        for each in {math.floor(bits), math.ceil(bits)}.intersection(range(1, MOST_PACKED + 1)):
+            yield nearest(weight.astype(kind), each, even.axis, even.group, counts, scaled=scaled)
+
+    def _work(self, laid: _Layout, target: Floats, start: Codebook, price: float) -> TableDescent:
+        scales = np.ones(laid.shape[start.axis], target.dtype) if start.scales is None else start.scales
+        return TableDescent(
             by_input(target),
             by_input(laid.matrix(start.codes)),
             start.tables.astype(np.float32),
@@ -106,12 +138,11 @@ class Clustering:
             laid.of_outputs(start.factors(scales)),
             Rate(price, 0, start.tables.shape[1] - 1) if price else None,
         )
-        # Entries of a large table that are moved would take more once deflated than they bring.
-        moved = not self.price or start.tables.shape[1] <= MOST_MOVED
-        work.fit(Pulls.of(curvature), ROUNDS[self.effort], regress=moved)
+
+    def _book(self, laid: _Layout, work: TableDescent, start: Codebook) -> Codebook:
+        """What has been found so far."""
         codes = laid.stored(by_output(work.codes)).reshape(laid.shape).astype(np.uint8)
-        book = replace(start, codes=codes, tables=work.tables.astype(kind))
-        return trimmed(book) if self.price else book
+        return replace(start, codes=codes, tables=work.tables.astype(start.tables.dtype))
 
 
 @dataclass(frozen=True)
@@ -221,14 +252,14 @@ class TableDescent(Descent):
         if self._held is not None:  # what has no diagonal stays
             diagonal *= self.steps.ravel() != 0
         change = conjugate_gradients(times, -summed(pulls.times(self._errors)), diagonal)
-        tables, before = self.steps, self._lost(pulls)
+        tables, before = self.steps, self.lost(pulls)
         self.take((tables + change.reshape(tables.shape)).astype(np.float32))
-        if self._lost(pulls) < before:
+        if self.lost(pulls) < before:
             self._ordered(self.steps)
         else:
             self.take(tables)
 
-    def _lost(self, pulls: Pulls) -> float:
+    def lost(self, pulls: Pulls) -> float:
         """E C E^T, summed over outputs."""
         return float((self._errors * pulls.times(self._errors)).sum(dtype=np.float64))
 

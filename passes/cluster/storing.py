@@ -8,6 +8,10 @@ first.
     codes = Mod(Div(words, [1, 2^bits, 4^bits, …]), 2^bits)
     weight = Gather(table, Reshape(codes)) * scales
 
+Where entries are multiples of a step, there is no table:
+
+    weight = Cast(codes) * scales
+
 A weight without its zeros has one bit for each of its values, and the table is what is not zero:
 
     weight = Gather([0, values…], CumSum(bits) * bits)
@@ -32,6 +36,7 @@ from onnxslim.ir import graph as ir
 from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import Model
 from onnxslim.passes.cluster.tables import Codebook, Codes
+from onnxslim.passes.quantize.rate import deflated
 
 MAKES = ("Add", "Cast", "CumSum", "Div", "Gather", "MatMul", "Mod", "Mul", "Reshape", "Slice")
 
@@ -39,6 +44,8 @@ MAKES = ("Add", "Cast", "CumSum", "Div", "Gather", "MatMul", "Mod", "Mul", "Resh
 LEAST_OPSET, COUNTING_OPSET = 10, 11
 # Bytes of a node, and of a constant, besides names of tensors, and what is added to the name of a weight.
 _NODE, _CONSTANT, _SUFFIX = 40, 24, 9
+# Bytes of a node once the file is deflated, as nodes resemble one another.
+_NODE_SENT = 20
 # Bits of a word up to which it fits into 32 bits with a sign.
 _NARROW = 24
 
@@ -118,12 +125,28 @@ def stored_bytes(
         tables, scales: their number.
     """
     packing, count = Packing(bits), math.prod(shape)
-    nodes = 3 + (packing.word_bytes > 1) + 2 * (packing.per_word > 1) + 2 * bool(count % packing.per_word)
-    nodes += (tables > 1) + bool(scales)
+    nodes = _nodes(packing, count, tables, scales)
     # Every node has a tensor with such a name, as have codes and table, and each is named twice.
     named = len(name) + _SUFFIX
     overhead = nodes * (_NODE + 2 * named) + 2 * (_CONSTANT + 2 * named)
     return packing.nbytes(count) + itemsize * ((tables << bits) + scales) + overhead
+
+
+def _nodes(packing: Packing, count: int, tables: int, scales: int) -> int:
+    """How many nodes make a weight of codes."""
+    found = 3 + (packing.word_bytes > 1) + 2 * (packing.per_word > 1) + 2 * bool(count % packing.per_word)
+    return found + (tables > 1) + bool(scales)
+
+
+def sent_bytes(book: Codebook) -> int:
+    """Bytes that a weight takes as codes once the file is deflated, with the nodes for them, about."""
+    packing, scales = Packing(book.bits), b"" if book.scales is None else book.scales.tobytes()
+    if book.even:
+        return deflated((book.codes.tobytes(), scales)) + 2 * _NODE_SENT
+    nodes = _nodes(packing, book.codes.size, len(book.tables), len(scales))
+    return (
+        deflated((packing.packed(book.codes).tobytes(), book.tables.tobytes(), scales)) + nodes * _NODE_SENT
+    )
 
 
 class CodeWriter:
@@ -148,6 +171,12 @@ class CodeWriter:
         """
         name, packing = weight.name, Packing(book.bits)
         restored = self._restored(weight, self._name(f"{name}_values"))
+        if book.even and book.scales is not None:
+            codes = Constant(self._name(f"{name}_codes"), (book.codes + book.tables[0, 0]).astype(np.int8))
+            kind = int(helper.np_dtype_to_tensor_dtype(book.tables.dtype))
+            found = self._add("Cast", f"{name}_found", codes, to=kind)
+            self._add("Mul", restored, found, self._scales(name, book, book.scales))
+            return
         at = self._integers_of(name, packing, book.codes, book.codes.shape)
         if len(book.tables) > 1:
             starts = np.asarray(book.which << book.bits, packing.integer)
@@ -157,8 +186,10 @@ class CodeWriter:
             self._add("Gather", restored, table, at)
             return
         found = self._add("Gather", f"{name}_found", table, at)
-        scales = Constant(self._name(f"{name}_scales"), book.factors(book.scales))
-        self._add("Mul", restored, found, scales)
+        self._add("Mul", restored, found, self._scales(name, book, book.scales))
+
+    def _scales(self, name: str, book: Codebook, scales: Array) -> Constant:
+        return Constant(self._name(f"{name}_scales"), book.factors(scales))
 
     def write_sparse(self, weight: Constant) -> None:
         """Have all that reads a weight read its values without zeros, put back to where they were.

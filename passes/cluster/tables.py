@@ -7,7 +7,7 @@ histogram, and then moved by Lloyd's iterations on the values themselves, with s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,6 @@ Codes = NDArray[np.uint8]
 # Intervals that dynamic programming starts from, with few and with many clusters; iterations after it.
 FEW_BINS, MANY_BINS, ITERATIONS = 256, 512, 100
 _MANY = 32
-# Steps that are even are rounded up to so many between two powers of two.
-_DIGITS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +32,9 @@ class Codebook:
         tables: of the type of the weight, shape (tables, 2**bits), each in ascending order.
         axis: of the weight; its slices have tables of their own, as many next to one another as share one.
         group: how many these are; 0 if there is one table for all.
-        scales: factor of every slice along the axis, of the type of the weight; None if all are 1.
+        scales: of the type of the weight, factor of every slice along the axis, or one of all; None if all
+            are 1.
+        even: whether entries are whole numbers that follow one another, so that no table need be stored.
     """
 
     codes: Codes
@@ -42,11 +42,12 @@ class Codebook:
     axis: int = 0
     group: int = 0
     scales: Array | None = None
+    even: bool = False
 
     @property
     def bits(self) -> int:
         """Of a code."""
-        return int(self.tables.shape[1]).bit_length() - 1
+        return 8 if self.even else int(self.tables.shape[1]).bit_length() - 1
 
     @property
     def which(self) -> NDArray[np.intp]:
@@ -127,25 +128,13 @@ def even(values: Array, steps: Array, axis: int = 0, group: int = 0) -> Codebook
     """
     rest = tuple(at for at in range(values.ndim) if at != axis)
     largest = np.abs(values.astype(np.float64)).max(axis=rest if steps.size > 1 else None)
-    found = np.maximum(np.maximum(steps, largest / 127), float(np.finfo(values.dtype).tiny))
-    if steps.size == 1:  # entries of a few digits each are deflated well
-        fraction, exponent = np.frexp(found)
-        found = np.ldexp(np.ceil(fraction * _DIGITS) / _DIGITS, exponent)
-    codes = np.rint(values / along(found, values.ndim, axis))
+    scales = np.maximum(np.maximum(steps, largest / 127), float(np.finfo(values.dtype).tiny))
+    codes = np.rint(values / along(scales, values.ndim, axis))
     least, most = int(codes.min(initial=0)), int(codes.max(initial=0))
-    table = np.arange(least, most + 1) * (1.0 if steps.size > 1 else found[0])
     count = -(-values.shape[axis] // group) if group else 1
-    tables = np.tile(table.astype(values.dtype), (count, 1))
-    scales = found.astype(values.dtype) if steps.size > 1 else None
-    return Codebook((codes - least).astype(np.uint8), tables, axis, group, scales)
-
-
-def trimmed(book: Codebook) -> Codebook:
-    """Without entries that nothing reads, in codes of which none lies across bytes: those deflate better."""
-    used, codes = np.unique(book.codes, return_inverse=True)
-    count = next(1 << bits for bits in (1, 2, 4, 8) if used.size <= 1 << bits)
-    tables = np.take(book.tables, np.append(used, np.repeat(used[-1:], count - used.size)), axis=1)
-    return replace(book, codes=codes.reshape(book.codes.shape).astype(np.uint8), tables=tables)
+    tables = np.tile(np.arange(least, most + 1).astype(values.dtype), (count, 1))
+    scales = scales.astype(values.dtype)
+    return Codebook((codes - least).astype(np.uint8), tables, axis, group, scales, even=True)
 
 
 def _clustered(values: Array, count: int, weights: Doubles | None, *, sparse: bool) -> Doubles:

@@ -30,7 +30,9 @@ class Weight(StoredWeight):
         return replace(how, scaled=self.layer is not None and self.layer.channelwise)
 
     def tables(self, how: Clustering) -> int:
-        """How many tables it has."""
+        """How many tables it has; with a price, none that is worth mentioning."""
+        if how.price:
+            return 0
         return -(-self.shape[self.axis] // how.group) if how.group else 1
 
     def nbytes(self, how: Clustering) -> int:

@@ -306,10 +306,10 @@ def test_size_is_met_by_the_bits_that_matter() -> None:
 
 
 def test_the_download_is_met(net: Model, feeds: list[dict[str, Array]]) -> None:
-    result = clustered_by(net, feeds, download=0.2)
+    result = clustered_by(net, feeds, download=0.25)
     assert result.report.download is not None
     before, after = result.report.download
-    assert 0.185 * before.deflate < after.deflate <= 0.2 * before.deflate
+    assert 0.24 * before.deflate < after.deflate <= 0.25 * before.deflate
     assert "once it is deflated" in reasons(clustered_by(net, None, download=0.01))
 
 
@@ -322,6 +322,13 @@ def test_a_plan_of_prices_makes_the_same_bytes(net: Model, feeds: list[dict[str,
     assert all(each.price > 0 for each in plan.weights)
     again = clustered_by(net, given, plan=ClusteringPlan.from_json(plan.to_json())).model
     assert again.to_proto() == result.model.to_proto()
+
+
+def test_small_downloads_have_tables_and_larger_ones_none(net: Model, feeds: list[dict[str, Array]]) -> None:
+    """Few bits without gaps take less than bytes of even steps, which deflate makes smaller."""
+    few, many = (clustered_by(net, feeds, download=each).model for each in (0.15, 0.28))
+    assert ops(few)["Gather"] > 0
+    assert "Gather" not in ops(many)
 
 
 @given(st.integers(0, 99), st.sampled_from((3e-7, 1e-6, 3e-6)))
@@ -349,14 +356,19 @@ def test_zeros_of_a_sparse_weight_stay_at_any_price(price: float) -> None:
 
 
 def test_even_tables_have_an_entry_for_zero_and_no_more_than_bytes_hold() -> None:
-    """Their steps are at most a 32nd wider than they have to be, where there is one for all."""
     weight = normal(6, 50) * np.geomspace(1e-3, 1e3, 6, dtype=np.float32)[:, None]
     for steps in (np.array([1e-9]), np.full(6, 1e-9), np.array([1e9])):
         book = even(weight, steps)
         assert (book.tables == 0).sum() == 1
         assert book.tables.shape[1] <= 255
         widest = np.abs(weight).max(axis=1, keepdims=True) if len(steps) > 1 else np.abs(weight).max()
-        assert (np.abs(book.values() - weight) <= np.maximum(widest / 127, steps.max()) * 0.52).all()
+        assert (np.abs(book.values() - weight) <= np.maximum(widest / 127, steps.max()) * 0.5001).all()
+        model = parse("g () => (float[6,50] y) { y = Identity(w) }", {"w": weight})
+        writer = CodeWriter(model)
+        writer.write(next(each for each in model.constants() if each.name == "w"), book)
+        writer.finish()
+        np.testing.assert_array_equal(run(model, {})["y"], book.values())
+        assert ops(model) == {"Cast": 1, "Mul": 1, "Identity": 1}  # no table is stored
 
 
 def test_effort_says_how_often_codes_are_fitted(net: Model, feeds: list[dict[str, Array]]) -> None:

@@ -41,7 +41,9 @@ def test_what_is_left_of_the_work_is_what_was_asked_for(share: float) -> None:
     learning = (Distill(steps=3),)
     structures = Structures(net, Context(data=Samples(DATA, net)), "quick", learning)
     assert any(structures.moves)
-    factors = Move("factorize", "a", "8", {"a": 0.1}, 0.3, True, FactorizationPlan(()), 1e-3, frozenset("b"))
+    factors = Move(
+        "factorize", "a", "8", {"a": 0.1}, float("inf"), True, FactorizationPlan(()), 1e-3, frozenset("b")
+    )
     moves = [structures.moves[0], [factors]]
     assert moves_from_json(moves_to_json(moves)) == moves
     assert structures(1.0) == ()
