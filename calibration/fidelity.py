@@ -122,6 +122,7 @@ class Judge:
         self._expected: list[Mapping[str, Array]] = []
         self._extend(samples if clear == math.inf else self._half)
         self._parts = self._looked_at()
+        self._references: dict[tuple[int, int], _Reference | None] = {}
 
     def _extend(self, samples: float) -> None:
         """Run the original on more batches, of that many samples at least."""
@@ -174,8 +175,12 @@ class Judge:
         seen = 0
         for batch, (feeds, expected) in enumerate(self._batches(samples)):
             found = _arrays(run(batch, feeds))
-            for part, each in zip(self._parts, sums, strict=True):
-                _add(each, part.of(expected), part.of(found))
+            for number, (part, each) in enumerate(zip(self._parts, sums, strict=True)):
+                key = batch, number
+                if key not in self._references:
+                    self._references[key] = _Reference.of(part.of(expected))
+                if (reference := self._references[key]) is not None:
+                    reference.compare(each, part.of(found))
             same.extend(_decisions(expected, found))
             seen += batch_samples(feeds)
             if seen >= self._half and self._score(sums, same).sqnr >= self._clear:
@@ -241,12 +246,36 @@ def _limited(data: Iterable[Feeds], samples: int) -> Iterator[Feeds]:
             return
 
 
-def _add(sums: Noise, expected: Array, found: Array) -> None:
-    """Take in one batch; what is no number, or a mask, is left out."""
-    if expected.dtype.kind in "fiu" and expected.shape == found.shape:
-        reference = expected.astype(np.float64)
-        ordinary = np.abs(reference) < MASK_MAGNITUDE
-        sums.add(reference[ordinary], found[ordinary])
+@dataclass(frozen=True)
+class _Reference:
+    """A part of what the original makes of one batch, without what is no number, or a mask.
+
+    Attributes:
+        values: of it.
+        shape: of the part.
+        ordinary: which of its elements these are; None where that is all.
+        sums: over them.
+    """
+
+    values: Array
+    shape: tuple[int, ...]
+    ordinary: Array | None
+    sums: Noise
+
+    @classmethod
+    def of(cls, expected: Array) -> _Reference | None:
+        """Of an array; None where that holds no numbers."""
+        if expected.dtype.kind not in "fiu":
+            return None
+        ordinary = np.abs(expected.astype(np.float64, copy=False)) < MASK_MAGNITUDE
+        whole = bool(ordinary.all())
+        values = expected if whole else expected[ordinary]
+        return cls(values, expected.shape, None if whole else ordinary, Noise.of(values))
+
+    def compare(self, sums: Noise, found: Array) -> None:
+        """Take in what a candidate makes instead; of another shape, it says nothing."""
+        if found.shape == self.shape:
+            sums.take(self.sums, self.values, found if self.ordinary is None else found[self.ordinary])
 
 
 def _arrays(outputs: Mapping[str, Any]) -> dict[str, Array]:

@@ -38,12 +38,22 @@ class Noise:
         """
         if reference.shape != actual.shape:
             raise ValueError(f"{actual.shape} stands for {reference.shape}")
-        wanted = reference.astype(np.float64, copy=False)
-        noise = float(np.square(actual.astype(np.float64, copy=False) - wanted).sum())
-        self.signal += float(np.square(wanted).sum())
+        self.take(Noise.of(reference), reference, actual)
+
+    def take(self, sums: Noise, reference: Array, actual: Array) -> None:
+        """The same where the sums over the reference are known: many stand for one."""
+        off = np.subtract(actual, reference, dtype=np.float64).reshape(-1)
+        noise = float(off @ off)
+        self.signal += sums.signal
         self.noise += noise if math.isfinite(noise) else math.inf
-        self.total += float(wanted.sum())
-        self.size += wanted.size
+        self.total += sums.total
+        self.size += sums.size
+
+    @classmethod
+    def of(cls, reference: Array) -> Noise:
+        """What stands for itself, without noise."""
+        wanted = reference.astype(np.float64, copy=False).reshape(-1)
+        return cls(float(wanted @ wanted), 0.0, float(wanted.sum()), wanted.size)
 
     @property
     def sqnr(self) -> float:
