@@ -463,7 +463,7 @@ def test_features_come_close_as_integer_operators_read_them() -> None:
 
 @trained
 def test_a_plan_is_replayed_and_then_trained(tmp_path: Path) -> None:
-    untrained = learnt(Quantize(weights="int4", require_sqnr=0))
+    untrained = learnt(Quantize(weights="int2", require_sqnr=0))
     plan = figures(untrained).plan
     assert plan is not None
     result = learnt(Quantize(plan=plan, train=40))  # type: ignore[arg-type]
