@@ -334,7 +334,7 @@ def test_small_downloads_have_tables_and_larger_ones_none(net: Model, feeds: lis
 @given(st.integers(0, 99), st.sampled_from((3e-7, 1e-6, 3e-6)))
 @settings(max_examples=8)
 def test_a_price_buys_bits_for_error(seed: int, price: float) -> None:
-    """What is lost and what is sent, at the price, is less than with codes of any width that have none."""
+    """What is lost and what is sent, at the price, is no more than with codes of any width that have none."""
     sizes = np.geomspace(0.1, 1, 96, dtype=np.float32)[:, None]
     weight = normal(96, 200, seed=seed) * sizes
 
@@ -344,7 +344,7 @@ def test_a_price_buys_bits_for_error(seed: int, price: float) -> None:
         return float(lost - price * (counts * np.log2(counts / weight.size)).sum())
 
     found = Clustering(8, price=price).of(weight, 0)
-    assert total(found) < min(total(Clustering(bits).of(weight, 0)) for bits in range(2, 9))
+    assert total(found) <= min(total(Clustering(bits).of(weight, 0)) for bits in range(2, 9))
     assert found.codes.max() < 1 << found.bits
     assert (np.diff(found.tables, axis=1) >= 0).all()
 

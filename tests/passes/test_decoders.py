@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.fidelity import Judge
 from onnxslim.calibration.noise import sqnr
 from onnxslim.engine.pipeline import Pipeline, Result
 from onnxslim.families.analysis import Analysis, analyze
@@ -109,7 +110,9 @@ def test_caches_that_are_given_keep_their_heads_and_say_so() -> None:
 
 
 @FORM
-def test_quantized(form: dict[str, Any]) -> None:
+def test_quantized(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whether a small layer is faster in floats depends on the processor, and on what else it does.
+    monkeypatch.setattr(Judge, "slowdown", lambda self, model: None)
     decoder = replace(WIDE, **form)
     model = decoder.model()
     result = _run(Quantize(), model, decoder)
