@@ -305,11 +305,16 @@ def test_size_is_met_by_the_bits_that_matter() -> None:
     assert kept(net, result.model, feeds) > kept(net, uniform, feeds) + 4
 
 
-def test_the_download_is_met(net: Model, feeds: list[dict[str, Array]]) -> None:
-    result = clustered_by(net, feeds, download=0.25)
+# Around a fifth the few weights of this network go over from even steps to packed codes, all but at once.
+@pytest.mark.parametrize(("share", "least"), [(0.25, 0.24), (0.2, 0.17), (0.15, 0.138)])
+def test_the_download_is_met(net: Model, feeds: list[dict[str, Array]], share: float, least: float) -> None:
+    result = clustered_by(net, feeds, download=share)
     assert result.report.download is not None
     before, after = result.report.download
-    assert 0.24 * before.deflate < after.deflate <= 0.25 * before.deflate
+    assert least * before.deflate < after.deflate <= share * before.deflate
+
+
+def test_a_download_out_of_reach_is_said(net: Model) -> None:
     assert "once it is deflated" in reasons(clustered_by(net, None, download=0.01))
 
 
