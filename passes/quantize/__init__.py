@@ -689,8 +689,13 @@ class Quantize(Pass):
 
     @property
     def _saves(self) -> bool:
-        """Whether better integers of weights are looked for only where they may help."""
-        return self.effort == "normal" and self.algorithm == "auto" and self._way.calibrated
+        """Whether better integers of weights are looked for only where these make the noise.
+
+        Data of few bits makes most of it, of which weights fitted to such data take back more than their own
+        part.
+        """
+        usual = self.effort == "normal" and self.algorithm == "auto"
+        return usual and self._way.calibrated and self.activations not in SIMULATED
 
     def _without_worst(
         self, search: Search, trial: Trial, fitted: Trial, goal: TrialGoal

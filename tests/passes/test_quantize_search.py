@@ -93,7 +93,13 @@ def test_the_layer_that_loses_most_is_kept_and_the_report_ranks_all(
 
 
 @pytest.mark.parametrize(
-    ("part", "effort", "tried"), [(0.3, "normal", 0), (0.4, "normal", 2), (0.3, "thorough", 2)]
+    ("part", "effort", "kind", "tried"),
+    [
+        (0.3, "normal", "auto", 0),
+        (0.4, "normal", "auto", 2),
+        (0.3, "thorough", "auto", 2),
+        (0.3, "normal", "uint4", 2),
+    ],
 )
 def test_better_integers_of_weights_are_looked_for_where_these_make_the_noise(
     chain: Model,
@@ -101,8 +107,10 @@ def test_better_integers_of_weights_are_looked_for_where_these_make_the_noise(
     monkeypatch: pytest.MonkeyPatch,
     part: float,
     effort: Effort,
+    kind: Any,
     tried: int,
 ) -> None:
+    """In eight bits; weights fitted to data of four take back of its noise, too."""
     steps: list[Trial] = []
 
     def step(self: Search, trial: Trial) -> Trial:
@@ -112,7 +120,8 @@ def test_better_integers_of_weights_are_looked_for_where_these_make_the_noise(
     monkeypatch.setattr(Search, "weights", lambda self, trial: part)
     monkeypatch.setattr(Search, "fitted", step)
     monkeypatch.setattr(Search, "rounding", step)
-    quantize(_with_outlier(chain), batches, equalization=False, require_sqnr=0, effort=effort)
+    model, options = _with_outlier(chain), {"equalization": False, "require_sqnr": 0}
+    quantize(model, batches, effort=effort, activations=kind, **options)
     assert len(steps) == tried
 
 
