@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Protocol, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -124,15 +124,25 @@ class Demand:
         whose, sqnr, max_drop: see `FidelityGoal`.
         model: as it is before the pass; not modified.
         ctx: with data.
+        behind: passes that learn behind it (`Pass.behind`). What lacks something is held to it once it has
+            learnt, on the samples that are set aside for that.
     """
 
     def __init__(
-        self, whose: str, sqnr: float | None, max_drop: float | None, model: Model, ctx: Context
+        self,
+        whose: str,
+        sqnr: float | None,
+        max_drop: float | None,
+        model: Model,
+        ctx: Context,
+        behind: Sequence[Pass] = (),
     ) -> None:
         original = model.copy()
         self._goal = FidelityGoal(whose, sqnr, max_drop, original, ctx)
         self._judge = Judge(original, ctx.given.tune, ctx.target, SAMPLES)
-        self._progress = ctx.progress
+        self._behind, self._ctx, self._after = behind, ctx, self._judge
+        if behind and ctx.given.fresh is not None:  # what was chosen by is learnt from as well
+            self._after = Judge(original, ctx.given.fresh, ctx.target, SAMPLES)
         self._tried = 0
         self.shortfall = ""  # of the last candidate that was held to it
         self.refused = ""  # that of the last one that lacked something
@@ -140,13 +150,16 @@ class Demand:
     def met(self, model: Model) -> bool:
         """Whether a candidate keeps enough; one that does not run keeps nothing."""
         self._tried += 1
-        if self._progress:
-            self._progress("doing less", self._tried, None)
-        try:
-            score = self._judge(model)
-        except LoadError:
-            score = FAILED
+        if self._ctx.progress:
+            self._ctx.progress("doing less", self._tried, None)
+        score = _scored(model, self._judge)
         self.shortfall = self._goal.shortfall(model, score)
+        if self.shortfall and self._behind and score is not FAILED:
+            learnt = model.copy()
+            for each in self._behind:
+                each.run(learnt, self._ctx)
+            lacking = self._goal.shortfall(learnt, _scored(learnt, self._after))
+            self.shortfall = f"after learning, {lacking}" if lacking else ""
         return not self.shortfall
 
     def least(self, make: Callable[[int], M], most: int) -> M | None:
@@ -183,6 +196,14 @@ class Demand:
         return found
 
 
+def _scored(model: Model, judge: Judge) -> Score:
+    """What a model keeps."""
+    try:
+        return judge(model)
+    except LoadError:
+        return FAILED
+
+
 class Demanding(Pass):
     """A pass that can do less.
 
@@ -208,4 +229,4 @@ class Demanding(Pass):
         if self.require_sqnr is None and self.max_drop is None:
             return None
         self.require_data(ctx.data)
-        return Demand(self.name, self.require_sqnr, self.max_drop, model, ctx)
+        return Demand(self.name, self.require_sqnr, self.max_drop, model, ctx, self.behind)

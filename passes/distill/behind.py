@@ -17,7 +17,8 @@ StepsBehind: TypeAlias = Annotated[
     Field(
         ge=1,
         description="steps of learning behind it from the model that came into the pipeline, as the pass "
-        "`distill` does, with PyTorch; where it goes in rounds, behind each of them",
+        "`distill` does, with PyTorch; where it goes in rounds, behind each of them. What require_sqnr and "
+        "max_drop want has to be kept after it, which takes a learning for every candidate that lacks it",
     ),
 ]
 

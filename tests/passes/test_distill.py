@@ -550,6 +550,23 @@ def test_what_makes_a_model_smaller_learns_behind_it(make: Callable[[int | None]
 
 
 @trained
+def test_what_is_asked_for_is_judged_after_learning() -> None:
+    """What learning gives back need not be got by doing less; what it does not is told."""
+    data = CalibrationData.from_arrays({"x": normal(1024, 24, seed=9)}, 16)
+
+    def run(**options: Any) -> Result:
+        step = Prune(ratio=0.5, **options)
+        return Pipeline(step, on_error="raise")(layer_of_zeros(), data=data, target=Target.cpu(1))
+
+    cut, spared, learnt = (
+        run(require_sqnr=least, distill=steps) for least, steps in ((0, None), (12.4, None), (12.4, 60))
+    )
+    assert learnt.model.stats().bytes == cut.model.stats().bytes < spared.model.stats().bytes
+    nothing = run(require_sqnr=40, distill=1).report.steps[0].changes
+    assert "after learning, " in " ".join(reasons(nothing).values())
+
+
+@trained
 @pytest.mark.parametrize("make", SMALLER[2:])
 def test_zeros_and_codes_stay_while_values_are_learnt(
     make: Callable[[int | None], Pass], tmp_path: Path

@@ -120,8 +120,8 @@ def test_better_integers_of_weights_are_looked_for_where_these_make_the_noise(
     monkeypatch.setattr(Search, "weights", lambda self, trial: part)
     monkeypatch.setattr(Search, "fitted", step)
     monkeypatch.setattr(Search, "rounding", step)
-    model, options = _with_outlier(chain), {"equalization": False, "require_sqnr": 0}
-    quantize(model, batches, effort=effort, activations=kind, **options)
+    options: dict[str, Any] = {"equalization": False, "require_sqnr": 0, "activations": kind}
+    quantize(_with_outlier(chain), batches, effort=effort, **options)
     assert len(steps) == tried
 
 
