@@ -1,9 +1,10 @@
 """Quantization-aware training: what a candidate has as integers, learnt through its rounding.
 
 What is trained is a twin of the candidate itself, of Q/DQ where the file has Q/DQ: weights are floats again,
-with a Q in front of their DQ, biases are plain floats, and every scale is multiplied by a factor that is
-learnt. Scales that are one constant in the file have one factor, and so have those that follow from it. Codes
-and scales that come of it go to the places of those that the candidate had, so that nothing is planned anew.
+with a Q in front of their DQ, biases too, in steps of both scales, and every scale is multiplied by a factor
+that is learnt. Scales that are one constant in the file have one factor, and so have those that follow from
+it. Codes and scales that come of it go to the places of those that the candidate had, so that nothing is
+planned anew.
 """
 
 from __future__ import annotations
@@ -286,20 +287,22 @@ class Twin:
             pair_axis,
         )
         self._integers.append(made)
-        quantized = Variable(self._name(f"{codes.name}_rounded"), codes.dtype, codes.shape)
-        steps = self._scaled(scale, made.factor)
-        inputs: list[Tensor] = [made.values, steps, *node.inputs[2:]]
-        attrs = {name: node.attrs[name] for name in ("axis",) if name in node.attrs}
-        self._add("QuantizeLinear", attrs, inputs, quantized)
-        self.limits[id(self._new[-1])] = limits
         cast = ir.producer(node.inputs[0])
-        node.inputs[0], node.inputs[1] = quantized, steps
+        self._round(node, made.values, codes, self._scaled(scale, made.factor), limits)
         if cast is not None and not cast.outputs[0].outputs:
             ir.detach(cast)
             ir.sweep(self.model.graph, {id(cast)})
 
+    def _round(self, pair: Node, values: Constant, codes: Constant, steps: Tensor, limits: Limits) -> None:
+        """Have a DQ read floats in place of its codes, rounded by a Q."""
+        quantized = Variable(self._name(f"{codes.name}_rounded"), codes.dtype, codes.shape)
+        attrs = {name: pair.attrs[name] for name in ("axis",) if name in pair.attrs}
+        self._add("QuantizeLinear", attrs, [values, steps, *pair.inputs[2:]], quantized)
+        self.limits[id(self._new[-1])] = limits
+        pair.inputs[0], pair.inputs[1] = quantized, steps
+
     def _take_bias(self, node: Node) -> None:
-        """Learn a bias in 32 bits as floats."""
+        """Learn a bias in 32 bits as floats, rounded in steps of both scales."""
         pair = ir.producer(node.inputs[2]) if len(node.inputs) > 2 else None
         codes = _stored(pair) if pair is not None and has(pair, Trait.DEQUANTIZES) else None
         if pair is None or codes is None or codes.dtype != np.int32:
@@ -318,7 +321,10 @@ class Twin:
         assert isinstance(scale, Constant)
         assert isinstance(factor, Constant)
         self._biases.append(_Bias(learnt, codes.name, steps.name, found, scale.values, factor))
-        node.inputs[2] = learnt
+        both = Variable(self._name(f"{steps.name}_scaled"), FLOAT, steps.shape)
+        self._add("Mul", {}, [data.inputs[1], weight.inputs[1]], both)
+        info = np.iinfo(codes.dtype)
+        self._round(pair, learnt, codes, both, (int(info.min), int(info.max)))
 
     def _factor(self, scale: Constant) -> Constant:
         """What a scale is multiplied by while it is learnt."""
