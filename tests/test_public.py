@@ -8,6 +8,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -86,6 +87,15 @@ def test_lazy_names_in_a_fresh_interpreter() -> None:
         == "slim quantize"
     )
     assert python("import onnxslim.validation, onnxslim; print(callable(onnxslim.validate))") == "True"
+
+
+def test_onnx_runtime_tells_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it would, it keeps a number of the machine and what is to be sent in the home directory."""
+    for name in ("CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    python("from onnxslim.runtime.native import onnxruntime; onnxruntime().SessionOptions()")
+    assert not list(tmp_path.iterdir())
 
 
 def test_version_is_that_of_the_distribution() -> None:

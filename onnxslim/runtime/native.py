@@ -64,6 +64,8 @@ def onnxruntime() -> ModuleType:
     Raises:
         TargetError: it is not installed; says which extra installs it.
     """
+    # From 1.29 on it tells Microsoft names and hashes of models; this it heeds when it is imported only.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime as ort
     except ImportError as error:

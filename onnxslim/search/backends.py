@@ -116,12 +116,16 @@ class ProcessBackend:
     def _started(self) -> _Process:
         threads = str(max((os.cpu_count() or 1) // self._jobs, 1))
         given = os.environ.get("OPENBLAS_NUM_THREADS", threads)
-        process: _Process = ProcessPoolExecutor(
-            max_workers=1,
-            initializer=_follow,
-            initargs=(os.getpid(),),
-            env={"OPENBLAS_NUM_THREADS": given},
-        )
+        try:
+            process: _Process = ProcessPoolExecutor(
+                max_workers=1,
+                initializer=_follow,
+                initargs=(os.getpid(),),
+                env={"OPENBLAS_NUM_THREADS": given},
+            )
+        except OSError as error:  # images of few rights have no place for semaphores
+            why = f"{error.strerror}; they need a /dev/shm to write to"
+            raise TargetError(f"cannot start processes: {why}, or give --jobs 1") from error
         self._all.append(process)
         return process
 

@@ -547,12 +547,15 @@ def test_separable_factors_stay_where_no_others_are_as_fast_for_as_little(
     own = candidates.Factoring(SCHEMES["separable"], (1,), 0.1, 0.2, 0.3, time, error)
     worse = replace(own, ranks=(2,), time=time + 0.5)
     other = candidates.Factoring(SCHEMES["spatial"], (8,), 0.5, 0.5, 0.1, 0.4, 0.1)
-    found = candidates.unbeaten(candidates.LayerOptions(layer, (own, other))).candidates
-    assert found == ((own, other) if kept else (other,))
-    alone = candidates.LayerOptions(layer, (own, worse))
-    assert candidates.unbeaten(alone) == alone, "by itself it is what was asked for"
-    untimed = candidates.LayerOptions(layer, tuple(replace(each, time=math.nan) for each in (worse, other)))
-    assert candidates.unbeaten(untimed) == untimed
+    assert _unbeaten(layer, own, other) == ((own, other) if kept else (other,))
+    alone = (own, worse)
+    assert _unbeaten(layer, *alone) == alone, "by itself it is what was asked for"
+    untimed = tuple(replace(each, time=math.nan) for each in (worse, other))
+    assert _unbeaten(layer, *untimed) == untimed
+
+
+def _unbeaten(layer: Whole, *found: candidates.Factoring) -> tuple[candidates.Factoring, ...]:
+    return candidates.unbeaten(candidates.LayerOptions(layer, found)).candidates
 
 
 def _factorize(model: Model, data: CalibrationData | None = None, **options: Any) -> tuple[Model, Changes]:

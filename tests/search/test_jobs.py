@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import signal
@@ -255,6 +256,17 @@ def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in ("dask=tcp://a:1", "ray"):
         with pytest.raises(UsageError, match=r"is not installed: pip install 'onnx-slimkit\["):
             require_backend(backend, 1)
+
+
+def test_processes_that_cannot_be_had_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(backends, "ProcessPoolExecutor", refuse)
+    with open_backend("processes", 2) as backend:
+        assert backend is not None
+        with pytest.raises(TargetError, match="give --jobs 1"):
+            backend.submit(os.getpid)
 
 
 def test_one_job_needs_no_backend() -> None:
