@@ -67,8 +67,8 @@ __all__ = ["QuantizationPlan", "Quantize", "QuantizeFigures"]
 
 # In dB: what keeps more is not worth a search; nothing is, and everything is.
 ENOUGH_BY_EFFORT: Mapping[Effort, float] = {"quick": -math.inf, "normal": ENOUGH, "thorough": math.inf}
-# In dB: what lacks more is not tried with better integers of eight bits before layers are left out of
-# integers: they have brought 5 dB at most (benchmarks/README.md, Speed).
+# In dB: what lacks more is not tried with better integers before layers are left out of them, or get eight
+# bits instead of four: they have brought 5 dB at most, and 6.4 in four bits (benchmarks/README.md).
 FAR = 10.0
 # Where weights have less than this part in all the noise, better integers of them are not looked for: what
 # they would bring at the best is less than chance (benchmarks/README.md, Speed).
@@ -680,12 +680,18 @@ class Quantize(Pass):
         return chosen or (self.algorithm == "auto" and trial.score.sqnr < search.enough)
 
     def _is_far(self, trial: Trial, goal: TrialGoal) -> bool:
-        """Whether better integers of weights would not do: what activations lose has to be got back first."""
-        return self._saves and self.weights == "int8" and goal.missing(trial) > FAR
+        """Whether better integers of weights would not do for all of them."""
+        saves = (self._saves and self.weights == "int8") or self._mixes
+        return saves and goal.missing(trial) > FAR
 
     def _weighed(self, search: Search, trial: Trial) -> float:
         """The part that weights have in all the noise; all, where better integers are looked for anyway."""
         return search.weights(trial) if self._saves else 1.0
+
+    @property
+    def _mixes(self) -> bool:
+        """Whether layers that need more than four bits get eight, without a search for better ones first."""
+        return self.effort == "normal" and self.algorithm == "auto" and self._way is WeightOnlyBlocks
 
     @property
     def _saves(self) -> bool:
@@ -716,7 +722,8 @@ class Quantize(Pass):
                 found, layers = search.ranges(trial, layers)
                 if found is not trial:
                     fitted = max(fitted, self._refined(search, found, goal), key=lambda each: each.score.sqnr)
-            best = search.keep(fitted, layers, goal)
+            # Where all had better not be rounded anew, the few that stay in four bits are.
+            best = search.keep(fitted, layers, goal, refined=self._mixes)
             if fitted is not found and not (goal.met(best) and 2 * best.held < len(layers)):
                 # What was fitted to a network all in integers does not suit one with little in them.
                 first, plain, ranked, gain = best, found, layers, fitted.score.sqnr

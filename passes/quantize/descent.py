@@ -144,12 +144,13 @@ class Descent:
 
     def _round(self, start: int, inner: Floats, outer: Floats) -> None:
         """The codes of one block, given how all others pull at it."""
-        errors = self._errors[start : start + self._size]
-        for j, pull in enumerate(outer):
-            at = start + j
-            wanted = self._target[at] - pull - (inner[:, j : j + 1] @ errors.swapaxes(0, 1))[:, 0]
-            self.codes[at], values = self._nearest(at, wanted)
-            errors[j] = values - self._target[at]
+        block = slice(start, start + self._size)
+        errors, target = self._errors[block], self._target[block]
+        free, turned = target - outer, errors.swapaxes(0, 1)
+        for j in range(len(free)):
+            wanted = free[j] - (inner[:, j : j + 1] @ turned)[:, 0]
+            self.codes[start + j], values = self._nearest(start + j, wanted)
+            np.subtract(values, target[j], out=errors[j])
 
     def _nearest(self, at: int, wanted: Floats) -> tuple[Floats, Floats]:
         """The codes of one input that are worth what comes next to this, and what they are worth."""
@@ -160,8 +161,10 @@ class Descent:
         else:
             least, most = (each if isinstance(each, int) else each[at] for each in self._limits)
         steps = self.steps[at]
-        code = np.rint(wanted / steps)
-        np.minimum(np.maximum(code, least, out=code), most, out=code)
+        code = wanted / steps
+        np.rint(code, out=code)
+        np.maximum(code, least, out=code)
+        np.minimum(code, most, out=code)
         if self._rate is not None:
             weight, place = self._weight[at] * np.square(steps), wanted / steps
             code = self._rate.best(code, lambda each: weight * np.square(each - place), least, most)

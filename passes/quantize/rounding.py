@@ -259,6 +259,7 @@ def damped(gram: Doubles, count: int = 0) -> Floats:
         gram: covariance of inputs, float64 (groups, inputs, inputs).
         count: rows it was taken from; 0 if it is exact.
     """
+    gram = np.asarray(gram)  # slices of one that lies in a file take ten times as long
     size = gram.shape[-1]
     diagonal = np.einsum("gkk->gk", gram)
     mean = diagonal.mean(axis=1, keepdims=True)

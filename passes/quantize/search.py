@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -348,7 +348,15 @@ class Search:
                 found[node.op, weight_of(node).shape].add(node.label)
         return [frozenset(kind) for kind in sorted(found.values(), key=len, reverse=True)[:KINDS]]
 
-    def keep(self, trial: Trial, layers: Sequence[Sensitivity], goal: TrialGoal, gain: float = 0.0) -> Trial:
+    def keep(
+        self,
+        trial: Trial,
+        layers: Sequence[Sensitivity],
+        goal: TrialGoal,
+        gain: float = 0.0,
+        *,
+        refined: bool = False,
+    ) -> Trial:
         """The candidate with the fewest multiply-accumulates kept out of integers that reaches a goal.
 
         Layers are taken in the order of noise per cost. How many is predicted from the sum of what each does,
@@ -359,20 +367,25 @@ class Search:
             layers: of `layers`.
             goal: what is to be kept.
             gain: what fitting weights to quantized inputs has brought, in dB; tried where it may decide.
+            refined: whether candidates get better integers than `trial` has, which only they need then.
 
         Returns:
             The best candidate tried where none reaches it.
         """
         order = sorted(layers, key=lambda layer: -layer.noise / (1.0 + layer.cost))
         best, last, reached = trial, trial, False
+        variant = replace(trial.variant, refined=refined or trial.variant.refined)
+        missed: set[frozenset[str]] = set()
 
         def enough(count: int) -> bool:
             nonlocal best, last, reached
             held = dict.fromkeys((layer.node for layer in order[:count]), REASON)
-            last = self.attempt(trial.build.strategy.without(trial.variant, held), trial.build)
+            last = self.attempt(trial.build.strategy.without(variant, held), trial.build)
             if not goal.met(last) and goal.missing(last) <= gain:
                 last = self.fitted(last)
             met = goal.met(last)
+            if not met:
+                missed.add(frozenset(held))
             if met or (not reached and last.score.sqnr > best.score.sqnr):
                 best = last
             reached = reached or met
@@ -384,9 +397,17 @@ class Search:
         self.step("fewer layers kept out of integers", 0, lambda: fewest(enough, len(order), guess))
         relief = min(trial.score.noise / max(sum(layer.noise for layer in layers), _TINY), 1.0)
         noises = {layer.node: SURE * relief * layer.noise for layer in layers}
-        return self.step("kept layers in integers again", best, lambda: self._spared(best, goal, noises))
+        return self.step(
+            "kept layers in integers again", best, lambda: self._spared(best, goal, noises, missed)
+        )
 
-    def _spared(self, trial: Trial, goal: TrialGoal, noises: Mapping[str, float]) -> Trial:
+    def _spared(
+        self,
+        trial: Trial,
+        goal: TrialGoal,
+        noises: Mapping[str, float],
+        missed: Collection[frozenset[str]] = (),
+    ) -> Trial:
         """The same with the largest of the kept layers back in integers, where the goal allows it.
 
         The quietest half of them goes back first, and half as many of the others; where that is too many,
@@ -396,6 +417,7 @@ class Search:
             trial: with some layers more exact than the others.
             goal: what is to be kept.
             noises: what layers add at least, by label; those that then miss the goal are not tried.
+            missed: kept layers by which the goal is known to be missed.
         """
         build, best, at = trial.build, trial, 0
         held_back, without = build.strategy.held_back, build.strategy.without
@@ -408,8 +430,8 @@ class Search:
             if not (part := order[at : at + size]):
                 break
             left = {each: why for each, why in held_back(best.variant).items() if each not in part}
-            found = self.attempt(without(best.variant, left), build)
-            met = goal.met(found)
+            found = best if frozenset(left) in missed else self.attempt(without(best.variant, left), build)
+            met = found is not best and goal.met(found)
             best = found if met else best
             at += size if met or size == 1 else 0
             size = max(size // 2, 1)

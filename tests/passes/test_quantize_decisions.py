@@ -188,12 +188,21 @@ def test_as_few_layers_as_that_takes_are_kept(scores: list[float], kept: list[st
 
 
 def test_kept_layers_go_back_where_the_goal_allows_it() -> None:
-    search, _ = searching(5.0, 30.0, 9.5, 16.0, 9.5)
-    # Two layers are enough, one is not; put back in turn, the first does no harm and the second does.
+    search, judge = searching(5.0, 30.0, 9.5, 16.0)
+    # Two layers are enough, the worst one alone is not, which is not tried again; without it the goal is met.
     trial = search.attempt(Variant(), Building())
     found = search.keep(trial, _layers(worst=0.17, middle=0.146), Wanting(10.0))
-    assert found.variant.kept.keys() == {"worst"}
+    assert found.variant.kept.keys() == {"middle"}
     assert found.score.sqnr == 16.0
+    assert not judge.scores
+
+
+def test_better_integers_may_be_left_to_candidates_that_keep_layers() -> None:
+    search, _ = searching(5.0, 30.0, 9.0)
+    trial = search.attempt(Variant(), Building())
+    found = search.keep(trial, _layers(worst=0.3), Wanting(10.0), refined=True)
+    assert found.variant.refined
+    assert not trial.variant.refined
 
 
 @pytest.mark.parametrize(

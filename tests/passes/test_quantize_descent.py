@@ -13,6 +13,8 @@ from onnxslim.ir.graph import Array
 from onnxslim.passes.quantize import coder, rounding, weights
 from onnxslim.passes.quantize.blocks import Blocking, nearest
 from onnxslim.passes.quantize.descent import BLOCK, Descent, Neighbours, Pulls, by_input, by_output
+from onnxslim.passes.quantize.search import Search
+from onnxslim.passes.quantize.trial import Trial
 from tests.helpers import normal, parse, quantize
 
 SEEDS = st.integers(0, 1 << 31)
@@ -150,5 +152,24 @@ def test_each_weight_is_rounded_once_for_all_candidates(monkeypatch: pytest.Monk
     counted("nearest", nearest)
     counted("round_blocks", rounding.round_blocks)
     data = [{"x": normal(16, 64, seed=seed)} for seed in range(8)]
-    quantize(model, data, weights="int4", activations="none", require_sqnr=60, sequential=False)
+    quantize(model, data, weights="int4", activations="none", require_sqnr=25, sequential=False)
     assert calls == {"nearest": 2, "round_blocks": 2}
+
+
+def test_what_four_bits_are_far_from_is_not_fitted_in_turn_before_layers_get_eight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = "g (float[N,64] x, float[64,64] w) => (float[N,64] y) { y = MatMul(x, w) }"
+    data = [{"x": normal(16, 64, seed=seed)} for seed in range(8)]
+    fitted = list[float]()
+
+    def fit(_: Search, trial: Trial) -> Trial:
+        fitted.append(trial.score.sqnr)
+        return trial
+
+    monkeypatch.setattr(Search, "fitted", fit)
+    for wanted in (25, 35):
+        quantize(
+            parse(text, {"w": normal(64, 64)}), data, weights="int4", activations="none", require_sqnr=wanted
+        )
+        assert len(fitted) == 1

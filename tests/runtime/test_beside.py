@@ -108,3 +108,23 @@ def test_weights_of_large_models_are_copied_only_to_be_timed(
     assert ort._settings(model, Target.cpu(), how).prepack
     monkeypatch.setattr(ort, "LARGE_BYTES", model.nbytes())
     assert ort._settings(model, Target.cpu(), how).prepack == copied
+
+
+@pytest.mark.parametrize("floats", [False, True])
+def test_products_with_blocks_round_as_they_will_where_few_floats_are_beside(
+    floats: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = parse(
+        """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        g (float[N,64] x) => (float[N,64] y) {
+            z = com.microsoft.MatMulNBits<K=64, N=64, bits=8, block_size=64, accuracy_level=4>(x, w, s)
+            y = Add(z, b)
+        }""",
+        {
+            "w": np.arange(64 * 64, dtype=np.uint8).reshape(64, 1, 64),
+            "s": np.ones(64, np.float32),
+            "b": normal(64),
+        },
+    )
+    monkeypatch.setattr(ort, "LARGE_BYTES", 256 if floats else model.nbytes())
+    assert ort._settings(model, Target.cpu(), Opening(spin=False)).prepack == (not floats)
