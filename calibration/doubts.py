@@ -13,9 +13,9 @@ from onnxslim.ir.graph import Array
 def doubts(data: Iterable[Mapping[str, Array]]) -> tuple[str, ...]:
     """Why ranges and fits that are made on data may not hold for others; nothing where no reason is seen.
 
-    That is a single sample, or several that are all equal, and inputs that are one and the same number
-    everywhere. Integers may be that, as masks are, and so may numbers, such as a threshold. Data is read only
-    until it has been seen to vary.
+    That is a single sample, or several that are all equal, inputs that hold a NaN, and those that are one
+    and the same number everywhere. Integers may be that, as masks are, and so may numbers, such as a
+    threshold. Data is read only until it has been seen to vary.
     """
     seen: dict[str, _Seen] = {}
     samples = 0
@@ -25,9 +25,10 @@ def doubts(data: Iterable[Mapping[str, Array]]) -> tuple[str, ...]:
         for name, array in feeds.items():
             seen.setdefault(name, _Seen()).add(array, count)
         if any(each.differs for each in seen.values()) and not any(each.uniform for each in seen.values()):
-            return ()
+            break
     alike = not any(each.differs for each in seen.values())
     found = [f"input '{name}' is {each.low:g} everywhere" for name, each in seen.items() if each.uniform]
+    found += [f"input '{name}' holds NaN" for name, each in seen.items() if each.holds_nan]
     if alike and samples:
         found.append("it is one single sample" if samples == 1 else f"all its {samples} samples are equal")
     return tuple(found)
@@ -39,11 +40,12 @@ class _Seen:
     Attributes:
         low, high: of its values.
         differs: whether two of its samples do.
+        holds_nan: whether it has a value that is no number.
     """
 
     def __init__(self) -> None:
         self.low, self.high = np.inf, -np.inf
-        self.differs = False
+        self.differs = self.holds_nan = False
         self._varies = False  # as it may, being of a type or size of which nothing else is to be expected
         self._first: Array | None = None
 
@@ -58,6 +60,7 @@ class _Seen:
         if self._first is None:
             self._first = cut[0]
         self.differs |= any(not np.array_equal(sample, self._first) for sample in cut)
+        self.holds_nan |= array.dtype.kind == "f" and bool(np.isnan(array).any())
         if array.dtype.kind != "f" or cut[0].size <= 1:
             self._varies = True
         elif array.size:

@@ -6,6 +6,7 @@ import html
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, takewhile
@@ -71,7 +72,8 @@ class Step:
             return f"{what}: {self.error}"
         if self.changes:
             return ""
-        reasons = list(dict.fromkeys(skip.reason for skip in self.changes.skipped))
+        counted = Counter(skip.reason for skip in self.changes.skipped).most_common()
+        reasons = [reason for reason, _ in counted]
         more = len(reasons) - SHOWN_NAMES
         told = [*reasons[:SHOWN_NAMES], *([f"and {more} more reasons, see the report"] if more > 0 else [])]
         return f"changed nothing: {'; '.join(told) or 'it found nothing to do'}"

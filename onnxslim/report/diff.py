@@ -234,7 +234,7 @@ def _change(matching: NodeMatching, numbers: _Numbers, first: Node, second: Node
             yield from _input(matching, numbers, old, new, same_near)
     decoded = [sum(_is_decoded(tensor) for tensor in node.inputs) for node in (first, second)]
     if decoded[0] != decoded[1]:
-        yield f"reads {decoded[1]} inputs from DQ instead of {decoded[0]}"
+        yield f"inputs from DQ {decoded[0]} → {decoded[1]}"
 
 
 def _attributes(first: Node, second: Node) -> Iterator[str]:

@@ -34,6 +34,8 @@ IDS, STEP, NONE = np.ones((4, 8), np.int64), np.array([0.5], np.float32), normal
         ([{"x": REAL, "mask": IDS, "step": STEP, "past": NONE}], ()),
         ([{"x": IDS}], ("all its 4 samples are equal",)),
         ([{"past": NONE}], ()),
+        ([{"x": REAL, "mask": IDS}, {"x": np.nan * ONES, "mask": IDS}], ()),
+        ([{"x": np.nan * ONES, "mask": IDS}], ("input 'x' holds NaN",)),
     ],
 )
 def test_what_does_not_vary_is_doubtful(batches: list[dict[str, Array]], wanted: tuple[str, ...]) -> None:

@@ -122,7 +122,7 @@ def test_integers_are_told_by_what_they_stand_for() -> None:
     found = diff(first, parse(text % (given, pair)))
     expected = 10 * np.log10(30 / 0.25)
     weight = f"'w': float32[2,2] → int8[2,2], {expected:.1f} dB of signal to noise"
-    assert dict(found.changed) == {"n": (weight, "reads 2 inputs from DQ instead of 0")}
+    assert dict(found.changed) == {"n": (weight, "inputs from DQ 0 → 2")}
     assert {name.split("(")[1] for name in found.added} == {"QuantizeLinear)", "DequantizeLinear)"}
 
 
@@ -137,7 +137,7 @@ def test_few_bits_are_told_by_what_they_stand_for() -> None:
     expected = 10 * np.log10(30 / 0.25)
     weight = f"'w': float32[2,2] → int4[2,2], {expected:.1f} dB of signal to noise"
     found = diff(first, parse(text % (given, pair), codes, opset=21, ir_version=10))
-    assert dict(found.changed) == {"n": (weight, "reads 2 inputs from DQ instead of 0")}
+    assert dict(found.changed) == {"n": (weight, "inputs from DQ 0 → 2")}
 
 
 def test_interfaces_are_compared() -> None:

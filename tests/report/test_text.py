@@ -107,7 +107,7 @@ def test_reverted_steps_say_so_and_why() -> None:
 
 def test_idle_steps_say_why() -> None:
     assert step(Changes()).outcome == "changed nothing: it found nothing to do"
-    skipped = (Skip("a", "excluded"), Skip("b", "excluded"), Skip("c", "its weight is a vector"))
+    skipped = (Skip("c", "its weight is a vector"), Skip("a", "excluded"), Skip("b", "excluded"))
     assert step(Changes((), skipped)).outcome == "changed nothing: excluded; its weight is a vector"
     many = tuple(Skip(str(index), f"reason {index}") for index in range(5))
     assert step(Changes((), many)).outcome.endswith("reason 2; and 2 more reasons, see the report")
