@@ -33,9 +33,9 @@ def by_peer(model: Any, bits: int) -> Any:
     from sklearn.cluster import KMeans  # type: ignore[import-not-found]
 
     from onnxslim.engine.base import Log
-    from onnxslim.passes.cluster.storing import CodeWriter
-    from onnxslim.passes.cluster.tables import Codebook
     from onnxslim.passes.cluster.weights import find
+    from onnxslim.passes.codes.storing import CodeWriter
+    from onnxslim.passes.codes.tables import Codebook
     from onnxslim.passes.fold.weights import store_weights
 
     made = model.copy()

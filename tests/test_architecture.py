@@ -36,7 +36,7 @@ PASSES: tuple[tuple[str, ...], ...] = (
     ("sparsify",),
     ("cheapen", "cluster"),
     ("factorize", "quantize", "prune"),
-    ("distill",),
+    ("codes", "distill"),
     ("repair", "half", "slim", "learning"),
     ("fuse", "legalize"),
     ("unfuse",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -46,6 +46,14 @@ class _Compressor(Protocol):
 
     def flush(self) -> bytes:
         """The rest."""
+
+
+def deflated(parts: Iterable[bytes]) -> int:
+    """Bytes of all together as servers send them."""
+    packer, count = _deflate(), 0
+    for part in parts:
+        count += len(packer.compress(part))
+    return count + len(packer.flush())
 
 
 def download(model: Model) -> Download:

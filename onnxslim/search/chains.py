@@ -33,8 +33,10 @@ FLOAT = "float"
 # Of the passes that leave something away, in their order.
 PLANS: tuple[type[PassPlan], ...] = (PruningPlan, FactorizationPlan)
 # In dB: what integers keep beyond a goal, so that other samples confirm it; and where they and what was left
-# away have half of the noise each.
-SURE, HALF = 0.5, 3.0
+# away have half of the noise each; and where codes have a sixth of it.
+SURE, HALF, LITTLE = 0.5, 3.0, 8.0
+# Of the bytes asked for, those that codes get where nodes of integers come besides.
+ROOM = 0.9
 # Shares of the multiply-accumulates that are tried, from the mildest on.
 SHARES = (0.85, 0.72, 0.6, 0.5, 0.42, 0.35, 0.29, 0.24, 0.2, 0.165, 0.135)
 
@@ -46,17 +48,20 @@ class Encoding(NamedTuple):
         passes: that do it.
         behind_cut: likewise, where something of the network was left away.
         spares: name of the one that it keeps more than, by layers in float; empty if there is none.
+        narrows: names of those that take as long as it, and more bytes.
     """
 
     passes: Chain
     behind_cut: Chain
     spares: str = ""
+    narrows: tuple[str, ...] = ()
 
 
 def encodings(goals: Goals, target: Target, effort: Effort) -> Mapping[str, Encoding]:
     """Ways to store weights and data that can help to reach goals on a target, by name."""
     plain = {name: Encoding(chain, chain) for name, chain in _chains(goals, target, effort).items()}
-    return plain | dict(_sparing(plain, goals))
+    every = plain | dict(_sparing(plain, goals))
+    return every if effort == "quick" or goals.budgets else every | dict(_narrow(every, goals, effort))
 
 
 def _sparing(plain: Mapping[str, Encoding], goals: Goals) -> Iterator[tuple[str, Encoding]]:
@@ -68,14 +73,30 @@ def _sparing(plain: Mapping[str, Encoding], goals: Goals) -> Iterator[tuple[str,
         for step in chain:
             if isinstance(step, Quantize) and step.activations != "none":
                 given, behind_cut = (
-                    replace(
-                        step,
-                        require_sqnr=None if least is None else least + margin,
-                        max_drop=None if most is None else most / parts,
-                    )
-                    for margin, parts in ((SURE, 1), (HALF, 2))
+                    replace(step, **_kept(goals, margin, parts)) for margin, parts in ((SURE, 1), (HALF, 2))
                 )
                 yield f"{name} that keeps {' and '.join(kept)}", Encoding((given,), (behind_cut,), name)
+
+
+def _narrow(every: Mapping[str, Encoding], goals: Goals, effort: Effort) -> Iterator[tuple[str, Encoding]]:
+    """Integers with few different values, in codes: where bytes are what decides in the end.
+
+    They are computed with as all integers are, and take as long.
+    """
+    codes = Cluster(**_kept(goals, LITTLE, 6))
+    if codes != Cluster():
+        both = codes, Quantize(effort=effort, **_kept(goals, HALF, 2))
+        wide = (name for name, encoding in every.items() if "int8" in (name, encoding.spares))
+        yield "codes in int8", Encoding(both, both, narrows=tuple(wide))
+
+
+def _kept(goals: Goals, margin: float, parts: int) -> Mapping[str, Any]:
+    """What a pass has to keep, so many dB more than goals ask for and a part of what may be lost."""
+    least, most = goals.require_sqnr, goals.max_drop
+    return {
+        "require_sqnr": None if least is None else least + margin,
+        "max_drop": None if most is None else most / parts,
+    }
 
 
 def _chains(goals: Goals, target: Target, effort: Effort) -> Mapping[str, Chain]:
@@ -91,6 +112,9 @@ def _chains(goals: Goals, target: Target, effort: Effort) -> Mapping[str, Chain]
         if effort != "quick":  # which costs a run for every weight
             share = min(goals.size or 0.125, 0.5)
             found[f"codes of {32 * share:.3g} bits on average"] = (Cluster(size=share),)
+            less = ROOM * share
+            integers = Quantize(effort=effort, require_sqnr=0)
+            found[f"codes of {32 * less:.3g} bits on average, int8"] = Cluster(size=less), integers
     return found
 
 

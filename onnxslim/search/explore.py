@@ -79,6 +79,7 @@ class Explorer:
         cuts: ways to leave away.
         goals: what is asked for.
         effort: how much to try.
+        narrower: by name of a way to store, one that takes as long and fewer bytes, and loses more.
         progress: called with (what, done, total).
         until: when, by `time.monotonic`, no trial is begun any more.
         on_trial: called with each trial that is made.
@@ -91,6 +92,7 @@ class Explorer:
     goals: Goals
     cuts: Sequence[Cut] = ("work",)
     effort: Effort = "normal"
+    narrower: Mapping[str, str] = field(default_factory=dict)
     progress: Progress | None = None
     until: float = math.inf
     on_trial: Callable[[SearchTrial], None] | None = None
@@ -114,6 +116,7 @@ class Explorer:
             lines = [_Line(encoding, cut) for encoding in self._promising() for cut in self.cuts]
             for at in range(len(lines)):
                 self._shrink(lines[at:])
+            self._narrow()
         except OutOfTime:
             self.untried = f"the time limit was over after {len(self.trials)} trials"
 
@@ -241,6 +244,12 @@ class Explorer:
             return known[step]
 
         fewest(enough, len(self._shares))
+
+    def _narrow(self) -> None:
+        """The best so far in fewer bytes."""
+        for best in self.eligible()[:1]:
+            if narrower := self.narrower.get(best.encoding):
+                self.trial(best.config._replace(encoding=narrower))
 
     def _config(self, line: _Line, step: int) -> TrialConfig:
         """Less is left the more steps within budgets; without, more."""

@@ -114,8 +114,10 @@ class SearchRun:
         runner = self._executor.runner
         self._choose, self._verify = runner.evaluator, self._judge(runner.evaluator)
         cuts: tuple[Cut, ...] = ("work",) if runner.goals.latency is None else ("work", "time")
-        ways = {name: encoding.spares for name, encoding in runner.encodings.items()}
-        return Explorer(self._executor, ways, runner.goals, cuts, problem.effort)
+        every = runner.encodings.items()
+        ways = {name: encoding.spares for name, encoding in every if not encoding.narrows}
+        narrower = {wide: name for name, encoding in every for wide in encoding.narrows}
+        return Explorer(self._executor, ways, runner.goals, cuts, problem.effort, narrower=narrower)
 
     def result(self, explorer: Explorer) -> SearchResult:
         """The best trial that other samples confirm, or the original where none is."""

@@ -17,17 +17,16 @@ from onnxslim.engine.moves import Move
 from onnxslim.engine.plans import PlanOf
 from onnxslim.errors import UsageError
 from onnxslim.formats import size
-from onnxslim.ir.download import download
+from onnxslim.ir.download import deflated, download
 from onnxslim.ir.model import Model
 from onnxslim.passes.cluster.apply import apply
 from onnxslim.passes.cluster.choose import BitChoice, PriceChoice
 from onnxslim.passes.cluster.fit import Clustering
 from onnxslim.passes.cluster.plan import ClusteringPlan
-from onnxslim.passes.cluster.tables import Codebook
-from onnxslim.passes.cluster.weights import MOST_BITS, WIDTHS, Weight, find
+from onnxslim.passes.cluster.weights import WIDTHS, Weight, find
+from onnxslim.passes.codes.tables import MOST_BITS, Codebook
 from onnxslim.passes.distill.behind import Learning, StepsBehind
 from onnxslim.passes.fold.weights import store_weights
-from onnxslim.passes.quantize.rate import deflated
 from onnxslim.passes.unfuse import unfuse
 
 # What codes have if nothing is said.

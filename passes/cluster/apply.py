@@ -11,9 +11,9 @@ from onnxslim.errors import TimeUp
 from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Floats, Layer
 from onnxslim.passes.cluster.fit import Clustering
-from onnxslim.passes.cluster.storing import CodeWriter
-from onnxslim.passes.cluster.tables import Codebook
 from onnxslim.passes.cluster.weights import Weight
+from onnxslim.passes.codes.storing import CodeWriter
+from onnxslim.passes.codes.tables import Codebook
 from onnxslim.passes.repair import in_turn
 
 

@@ -13,15 +13,16 @@ from onnxslim.calibration.noise import Noise
 from onnxslim.calibration.samples import Samples
 from onnxslim.engine.allocate import Additive, allocate
 from onnxslim.engine.base import Context, Effort, Log
+from onnxslim.ir.download import deflated
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops.layers import Floats
 from onnxslim.passes.cluster.apply import apply
 from onnxslim.passes.cluster.fit import Clustering
-from onnxslim.passes.cluster.tables import even
-from onnxslim.passes.cluster.weights import MOST_BITS, WIDTHS, Weight
+from onnxslim.passes.cluster.weights import WIDTHS, Weight
+from onnxslim.passes.codes.tables import MOST_BITS, even
 from onnxslim.passes.quantize.coder import portions
-from onnxslim.passes.quantize.rate import Priced, deflated, least_steps, power_of, price_within
+from onnxslim.passes.quantize.rate import Priced, least_steps, power_of, price_within
 from onnxslim.passes.quantize.rounding import damped
 
 # Damage is measured with codes of so many bits, and a quarter of it is left with every bit more: 5 to 6 dB.

@@ -21,8 +21,8 @@ from onnxslim.calibration.gram import Doubles, Gram
 from onnxslim.engine.base import Effort
 from onnxslim.ir.graph import Array
 from onnxslim.ops.layers import Floats, Layer
-from onnxslim.passes.cluster.storing import sent_bytes
-from onnxslim.passes.cluster.tables import Codebook, even, middles, nearest
+from onnxslim.passes.codes.storing import sent_bytes
+from onnxslim.passes.codes.tables import Codebook, even, middles, nearest
 from onnxslim.passes.quantize.descent import Descent, Pulls, by_input, by_output
 from onnxslim.passes.quantize.rate import Rate, least_steps, power_of
 from onnxslim.passes.quantize.rounding import damped

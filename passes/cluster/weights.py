@@ -8,10 +8,10 @@ from dataclasses import replace
 from onnxslim.engine.base import Log
 from onnxslim.ir.model import Model
 from onnxslim.passes.cluster.fit import Clustering
-from onnxslim.passes.cluster.storing import stored_bytes, why_not
+from onnxslim.passes.codes.storing import stored_bytes, why_not
+from onnxslim.passes.codes.tables import MOST_BITS
 from onnxslim.passes.fold.weights import StoredWeight, stored_weights
 
-MOST_BITS = 8
 # What takes no more than this is not worth the nodes that look codes up.
 LEAST_BYTES = 600
 WIDTHS = tuple(range(1, MOST_BITS + 1))

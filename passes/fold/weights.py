@@ -65,7 +65,7 @@ def store_weights(model: Model, *, plain: bool = True) -> tuple[Skip, ...]:
 def restore_zeros(model: Model) -> None:
     """Make plain constants of weights that are stored without their zeros, as passes over layers want them.
 
-    Such a weight is looked up at places that are counted (`passes.cluster.storing`).
+    Such a weight is looked up at places that are counted (`passes.codes.storing`).
     """
     edits = Edits(model, Log())
     counted = _counted(_constant_nodes(edits))
@@ -195,10 +195,10 @@ def why_no_weight(node: Node) -> str:
 
 def why_computed(weight: Tensor) -> str:
     """Why a weight is no constant, once `store_weights` has been called, and which pass makes it one."""
-    makers = _makers(weight)
-    if makers is None:
+    nodes = makers(weight)
+    if nodes is None:
         return "its weight is computed, not stored"
-    if any(has(maker, Trait.DEQUANTIZES) for maker in makers):
+    if any(has(maker, Trait.DEQUANTIZES) for maker in nodes):
         return "its weight is quantized"
     return (
         "its weight is computed from constants, and takes more room where it is stored: "
@@ -263,7 +263,7 @@ def _cones(nodes: Sequence[Node], dims: Dims) -> frozenset[int]:
     return frozenset(cone)
 
 
-def _makers(tensor: Tensor) -> list[Node] | None:
+def makers(tensor: Tensor) -> list[Node] | None:
     """All nodes that a tensor is computed by, if it depends on constants alone; None if not."""
     found: dict[int, Node] = {}
     pending = [tensor]

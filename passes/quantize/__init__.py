@@ -51,6 +51,7 @@ from onnxslim.passes.quantize.prepare import MIN_OPSET, TWO_BITS_OPSET, WIDE_OPS
 from onnxslim.passes.quantize.rate import price_for
 from onnxslim.passes.quantize.recorded import LayoutName, QuantizationPlan, QuantizeOptions, moves_of
 from onnxslim.passes.quantize.search import ENOUGH, Search, Sensitivity, stored
+from onnxslim.passes.quantize.shared import look_up, taken
 from onnxslim.passes.quantize.static import Static
 from onnxslim.passes.quantize.strategy import Strategy
 from onnxslim.passes.quantize.tables import ties_of, untie
@@ -78,8 +79,6 @@ WORK: Mapping[Effort, PassWork] = {
     "normal": PassWork(0.3, 5e-3, 60.0, 5e-7),
     "thorough": PassWork(0.3, 2e-2, 130.0, 1e-6),
 }
-# Where there are weights of four bits and of eight.
-MIXED = (("int4", None), ("int4", "none"))
 EFFORTS = (
     "how much to try: quick takes the nearest integers by one way to choose ranges, and all layers, unless "
     "require_sqnr or max_drop is given and takes fewer; normal "
@@ -158,7 +157,7 @@ class Quantize(Pass):
         None,
         gt=0,
         le=1,
-        description="with weights=int4 and activations=none, bytes of the constants to keep, of 1: as far as "
+        description="with weights of fewer than eight bits, bytes of the constants to keep, of 1: as far as "
         "there is room, the layers are in eight bits that gain most by it",
     )
     observer: ObserverName = Field(
@@ -242,8 +241,8 @@ class Quantize(Pass):
             for option, given in (("storage", self.storage != "auto"), ("block_size", self.block_size)):
                 if given:
                     raise UsageError(f"pass 'quantize': {option} goes with activations=none")
-        if self.size is not None and (self.weights, self.activations) not in MIXED:
-            raise UsageError("pass 'quantize': size goes with weights=int4 and activations=none")
+        if self.size is not None and (self.weights == "int8" or self._way is Dynamic):
+            raise UsageError("pass 'quantize': size goes with weights=int4, int3 or int2, and not dynamic")
         if self.download is not None and (self.weights != "int8" or self.activations == "none"):
             raise UsageError("pass 'quantize': download goes with weights=int8 and integer activations")
         if self.weights in ("int3", "int2") and not self._way.calibrated:
@@ -332,6 +331,7 @@ class Quantize(Pass):
         plain = form == "matmulnbits" or (self.weights == "int8" and self.block_size is None)
         wide = not plain or ctx.target.layout.activation.itemsize > 1
         opset = TWO_BITS_OPSET if self.weights == "int2" else WIDE_OPSET if wide else MIN_OPSET
+        shared = taken(model, ctx.target.layout) if self._way.calibrated and self.weights == "int8" else {}
         prepare(model, ctx.target.layout, log, opset)
         tell_idle(self.exclude, model, log)
         trained = strip(model)
@@ -341,6 +341,7 @@ class Quantize(Pass):
         original = model.copy()
         if trained:
             trained.restore(original, ())
+        trained = replace(trained, shared=shared)
         return Start(model, original, trained, ctx, looked_up, form, ties, before)
 
     def _form(self, model: Model, target: Target) -> StorageForm:
@@ -391,8 +392,10 @@ class Quantize(Pass):
             figures = replace(figures, fused=fused, total=total, unfused=unfused)
             if self.activations in (None, "none"):
                 figures = replace(figures, beside_floats=_beside_floats(model, ctx))
-        if trained:
+        if trained.tensors or trained.constants:
             figures = replace(figures, trained=(len(trained.tensors), len(trained.constants)))
+        if trained.shared:
+            figures = replace(figures, shared=look_up(model, trained.shared))
         return log.done(figures)
 
     @property
@@ -562,7 +565,7 @@ class Quantize(Pass):
     def _judge(start: Start, data: CalibrationData) -> Judge:
         """What measures candidates on some data."""
         # What runs in integers may saturate where what it was trained with did not.
-        optimize = "none" if start.trained else "all"
+        optimize = "none" if start.trained.tensors or start.trained.constants else "all"
         return Judge(start.original, data, start.ctx.target, optimize=optimize, clear=CLEAR)
 
     def _options(self) -> QuantizeOptions:
@@ -665,7 +668,8 @@ class Quantize(Pass):
         """The candidate with layers in eight bits as far as there is room; where there is none, says so."""
         if (least := stored(fitted.candidate.model)) > budget:
             log.warn(
-                f"size={self.size:g}", f"in four bits it takes {least} bytes, and {budget:.0f} are asked for"
+                f"size={self.size:g}",
+                f"in {self.weights} it takes {least} bytes, and {budget:.0f} are asked for",
             )
         chosen = search.step(
             "eight bits for some layers",
@@ -714,6 +718,11 @@ class Quantize(Pass):
             fitted: the same with better integers, or itself if these were not better.
             goal: what is to be kept.
         """
+        if trial.build.strategy.widens(trial.variant) and not goal.met(fitted):
+            finest = search.attempt(replace(trial.variant, eight=True), trial.build)
+            other = self._refined(search, finest, goal)
+            if not goal.met(other):
+                return self._without_worst(search, finest, other, goal)
         layers = search.layers(trial)
         best = fitted
         if not goal.met(fitted):

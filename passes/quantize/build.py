@@ -80,7 +80,7 @@ class Builder:
         self._settings = strategy.settings
         self._trained = trained or Trained()
         self._calibration = calibration or Calibration(ctx, means=self._settings.bias_correction)
-        self._coder = coder or WeightCoder(ctx, self._settings, strategy.limit, self._trained)
+        self._coder = coder or WeightCoder(ctx, self._settings, self._trained)
 
     def __call__(self, variant: Variant) -> Candidate:
         """Build one candidate.
@@ -140,7 +140,9 @@ class Builder:
             recurs=self.strategy.recurs,
             coded=self._trained.constants,
         )
-        return planner.plan()
+        plan = planner.plan()
+        plan.limits.update(self.strategy.limits(plan, variant))
+        return plan
 
     def foresee(self, variants: Iterable[Variant]) -> None:
         """Calibrate for candidates that will be built, in one pass over the data for all of them."""
@@ -193,16 +195,16 @@ class Builder:
         ) -> tuple[Encoded | Blocks, Floats]:
             kept = layer.node.inputs[1].name in stored
             finer = layer.node.label in held
+            limit = self.strategy.limit_of(layer.node.label, variant, stored=kept)
             return self.strategy.code(
-                self._coder, layer, wanted, gram, corrected=corrected, kept=kept, finer=finer
+                self._coder, layer, wanted, gram, corrected=corrected, kept=kept, finer=finer, limit=limit
             )
 
         work = Sequential(student, code)
         work.run(self.model, found, self.ctx)
         twin = work.refitted(self.model)
         shapes.infer(twin)
-        limit = self.strategy.limit
-        coder = WeightCoder(self.ctx, self._settings, limit, Trained(), work.codes, work.blocks)
+        coder = WeightCoder(self.ctx, self._settings, Trained(), work.codes, work.blocks)
         made = Builder(twin, self.ctx, self.strategy, calibration=self._calibration, coder=coder)
         made.is_equalized = self.is_equalized
         made.fitted_without = tuple(sorted(self.strategy.held_back(variant)))

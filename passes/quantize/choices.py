@@ -61,6 +61,8 @@ class Variant:
         special: the same for single tensors, by name, and those that share their scale.
         kept: labels of nodes that stay in floating point, and why.
         refused: labels of nodes whose weights stay in floating point as well, and why.
+        wide: labels of nodes whose weights have eight bits where those of others have fewer, and why.
+        eight: whether all weights have eight bits, whatever was asked for.
         only: if given, labels of the only weighted nodes to quantize.
         refined: whether weights are rounded for the least error of outputs; see `rounding`.
     """
@@ -69,6 +71,8 @@ class Variant:
     special: Mapping[str, ObserverChoice] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    wide: Mapping[str, str] = field(default_factory=dict)
+    eight: bool = False
     only: frozenset[str] | None = None
     refined: bool = False
 

@@ -18,12 +18,11 @@ from onnxslim.ops import layer_of
 from onnxslim.ops.layers import Layer
 from onnxslim.passes.quantize.blocks import Blocking, Blocks, nearest
 from onnxslim.passes.quantize.choices import Settings
-from onnxslim.passes.quantize.insert import pair_axis_of
 from onnxslim.passes.quantize.plan import Plan
 from onnxslim.passes.quantize.rate import Priced, least_steps
 from onnxslim.passes.quantize.rounding import Rounder, damped
 from onnxslim.passes.quantize.trained import Trained
-from onnxslim.passes.quantize.weights import Encoded, Encoder, encode, floored, least_scales, stored_limit
+from onnxslim.passes.quantize.weights import Encoded, Encoder, encode, floored, least_scales, pair_axis_of
 
 Floats = NDArray[np.float32]
 
@@ -43,7 +42,6 @@ class WeightCoder:
     Args:
         ctx: with the data.
         settings: of all candidates.
-        limit: largest magnitude of a code.
         trained: what the model brought along; codes of it stay what they are.
         codes: by name of a weight, integers that were found for it already.
         blocks: the same where they have a scale for every few inputs.
@@ -53,12 +51,10 @@ class WeightCoder:
         self,
         ctx: Context,
         settings: Settings,
-        limit: int,
         trained: Trained,
         codes: Mapping[str, Encoded] | None = None,
         blocks: Mapping[str, Blocks] | None = None,
     ) -> None:
-        self.limit = limit
         self._ctx = ctx
         self._settings = settings
         self._rounders: dict[str, Rounder] = {}
@@ -67,8 +63,8 @@ class WeightCoder:
         self._blocks = {(name, each.blocking, True): each for name, each in (blocks or {}).items()}
         self._trained = trained
         floor = settings.floor
-        self._nearest = Encoder(limit, kept=trained.codes, floor=floor)
-        self._refined = Encoder(limit, self._rounders, self._codes, kept=trained.codes, floor=floor)
+        self._nearest = Encoder(kept=trained.codes, floor=floor)
+        self._refined = Encoder(self._rounders, self._codes, kept=trained.codes, floor=floor)
 
     def encoder(self, *, refined: bool = False) -> Encoder:
         """What rounds weights: to the nearest codes, or to those found by what layers see; see `observe`."""
@@ -133,7 +129,7 @@ class WeightCoder:
                 self._rounders[node.inputs[1].name] = self._rounder(layer, seen, corrected)
 
     def coded(
-        self, layer: Layer, wanted: Floats, gram: Gram, *, corrected: bool, kept: bool
+        self, layer: Layer, wanted: Floats, gram: Gram, *, corrected: bool, kept: bool, limit: int
     ) -> tuple[Encoded, Floats]:
         """Integers of weights that a layer is to have, by what it sees, and the matrix they stand for.
 
@@ -143,13 +139,13 @@ class WeightCoder:
             gram: moments of what it sees.
             corrected: whether a bias takes in what the integers do to the mean.
             kept: whether the layer stays in floating point and only stores its weight so.
+            limit: largest magnitude of a code.
         """
         axis, rules = layer.weight_axis, self._ctx.target.layout
         pair_axis = None if kept else pair_axis_of(layer.node, rules)
         weight = layer.restored(wanted).astype(np.float32)
         least = None if kept or not rules.integer_bias else _least(layer.node)
         least = floored(weight, axis, least, self._settings.floor)
-        limit = stored_limit(self.limit) if kept else self.limit
         start = encode(weight, axis, per_channel=True, pair_axis=pair_axis, least=least, limit=limit)
         found = self._rounder(layer, gram, corrected, wanted)(start, pair_axis, limit, least)
         codes = np.ascontiguousarray(layer.matrix_of(found.codes))

@@ -90,6 +90,7 @@ class QuantizeFigures(Figures):
     threads: int | None = captioned("threads of training")
     looks: tuple[Look, ...] = ()
     observer: str | None = captioned("way to choose ranges")
+    shared: int | None = captioned("weights whose integers are looked up in tables")
     fused: Mapping[str, int] | None = captioned("run in integers by ONNX Runtime")
     total: Mapping[str, int] | None = captioned("of such operators in the model")
     plan: PassPlan | None = None

@@ -18,6 +18,7 @@ from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.quantize import weights
 from onnxslim.passes.quantize.plan import Plan, is_movable
 from onnxslim.passes.quantize.trained import KnownGrid
+from onnxslim.passes.quantize.weights import pair_axis_of
 
 
 @dataclass(frozen=True)
@@ -369,7 +370,7 @@ class Inserter:
         assert layer is not None
         axis = layer.weight_axis
         self._replaced.add(id(weight))
-        encoded = self._encode(weight, axis, per_channel=per_channel, stored=True)
+        encoded = self._encode(weight, axis, per_channel=per_channel, limit=self._limit(node))
         node.inputs[1] = self._dequantized(weight, encoded.codes, encoded.scales, 0, axis)
         self._log.change(self._plan.labels[id(node)], f"{node.op} stores its weight as int8")
 
@@ -393,14 +394,21 @@ class Inserter:
         if known is not None and (least is None or bool((known[1].scales >= least).all())):
             return known
         pair_axis = pair_axis_of(node, self._rules)
-        encoded = self._encode(weight, axis, per_channel=per_channel, pair_axis=pair_axis, least=least)
+        limit = self._limit(node)
+        encoded = self._encode(
+            weight, axis, per_channel=per_channel, pair_axis=pair_axis, least=least, limit=limit
+        )
         if encoded.tightened:
             self.tightened[self._plan.labels[id(node)]] = encoded.tightened
         result = self._dequantized(weight, *self._unsaturated(node, encoded, axis, pair_axis), axis)
-        if self._encode.limit <= weights.FOUR_BITS:
-            self._pack(result)
+        if limit <= weights.FOUR_BITS:
+            self._pack(result, limit)
         self._weights[id(weight), axis] = result, encoded
         return result, encoded
+
+    def _limit(self, node: Node) -> int:
+        """Largest magnitude of a code of its weight."""
+        return self._plan.limits.get(id(node), weights.QMAX)
 
     def _unsaturated(
         self, node: Node, encoded: weights.Encoded, axis: int, pair_axis: int | None
@@ -439,13 +447,13 @@ class Inserter:
         self._add("DequantizeLinear", f"{like.name}_DequantizeLinear", inputs, result, attrs)
         return result
 
-    def _pack(self, weight: Variable) -> None:
+    def _pack(self, weight: Variable, limit: int) -> None:
         """Keep the codes behind a weight in four bits or two; kernels get int8, made once on loading."""
         pair = self._new[-1]
         assert pair.outputs[0] is weight
         codes = pair.inputs[0]
         assert isinstance(codes, Constant)
-        kind = ml_dtypes.int2 if self._encode.limit == weights.LIMITS["int2"] else ml_dtypes.int4
+        kind = ml_dtypes.int2 if limit == weights.LIMITS["int2"] else ml_dtypes.int4
         packed = Constant(self._name(f"{codes.name}_packed"), codes.values.astype(kind))
         unpacked = Variable(codes.name, np.dtype(np.int8), codes.shape)
         self._add("Cast", f"{codes.name}_Cast", [packed], unpacked, {"to": 3})
@@ -460,17 +468,6 @@ class Inserter:
         attrs: Mapping[str, int] | None = None,
     ) -> None:
         self._new.append(Node(op, self._name(name), attrs, inputs, [output]))
-
-
-def pair_axis_of(node: Node, rules: IntegerLayout) -> int | None:
-    """The weight's axis along which kernels add products in pairs, where their sums could saturate.
-
-    It is that of the input channels, the only other one of a matrix and the first other of a convolution.
-    """
-    layer = view_of(node)
-    if not rules.saturates or layer is None or layer.channelwise:
-        return None  # depthwise kernels widen before they multiply
-    return 1 if layer.weight_axis == 0 else 0
 
 
 def _reaches_q(node: Node) -> bool:

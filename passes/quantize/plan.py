@@ -44,6 +44,8 @@ class Plan:
         own: the same if tensors that are joined keep scales of their own.
         labels: how messages name the nodes that run in integers, by id; unnamed ones go by their output,
             which may get another name.
+        limits: largest magnitude of a code of the weight of a node that runs in integers or stores it so, by
+            id.
     """
 
     linear: list[Node] = field(default_factory=list)
@@ -56,6 +58,7 @@ class Plan:
     scales: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     own: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     labels: dict[int, str] = field(default_factory=dict)
+    limits: dict[int, int] = field(default_factory=dict)
 
     @property
     def integer(self) -> set[int]:

@@ -8,15 +8,14 @@ do not fall below that, and descent goes on to codes that are frequent and near 
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.ir.download import DEFLATE_LEVEL
+from onnxslim.ir.download import deflated
 from onnxslim.passes.quantize.blocks import Limit
 from onnxslim.passes.quantize.weights import QMAX, Scales, Weights, encode
 
@@ -124,11 +123,3 @@ def price_within(sent: Callable[[float], int], goal: float) -> float:
         middle = float(np.sqrt(enough * lacking))
         enough, lacking = (middle, lacking) if sent(middle) <= goal else (enough, middle)
     return enough
-
-
-def deflated(parts: Iterable[bytes]) -> int:
-    """Bytes of all together as servers send them."""
-    packer, size = zlib.compressobj(DEFLATE_LEVEL), 0
-    for part in parts:
-        size += len(packer.compress(part))
-    return size + len(packer.flush())

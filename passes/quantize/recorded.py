@@ -64,12 +64,14 @@ class LayerChoice:
     Attributes:
         node: its label.
         weight: shape of its weight.
-        stays: why it is left out of integers, or with int4 one step more exact; None if it is not.
+        stays: why it is left out of integers, or one step more exact than in few bits; None if it is not.
+        wide: whether its weight has eight bits where those of others have fewer.
     """
 
     node: str
     weight: tuple[Annotated[int, Field(ge=0)], ...]
     stays: str | None
+    wide: bool = False
 
 
 def _once(layers: tuple[LayerChoice, ...]) -> tuple[LayerChoice, ...]:
@@ -91,6 +93,7 @@ class QuantizationPlan(PassPlan):
         refined: whether weights are rounded by what their layers see.
         complete: whether the samples held out have a part in ranges.
         layers: all weighted nodes that could run in integers.
+        eight: whether all weights have eight bits, whatever the options say.
     """
 
     options: QuantizeOptions
@@ -102,6 +105,7 @@ class QuantizationPlan(PassPlan):
     complete: bool
     special: tuple[RangeChoice, ...]
     layers: Annotated[tuple[LayerChoice, ...], AfterValidator(_once)]
+    eight: bool = False
     kind: str = field(default="quantize", init=False)
     version: int = field(default=1, init=False)
 
@@ -117,9 +121,11 @@ class QuantizationPlan(PassPlan):
             candidate: it.
             complete: whether the data held out were absorbed before.
         """
-        held = build.strategy.held_back(variant)
+        held = {**variant.refused, **variant.kept, **variant.wide}
         layers = {
-            node.label: LayerChoice(node.label, _weight(node), held.get(node.label))
+            node.label: LayerChoice(
+                node.label, _weight(node), held.get(node.label), node.label in variant.wide
+            )
             for node in build.model.graph.nodes
             if node.label in held or node.label in candidate.labels()
         }
@@ -133,6 +139,7 @@ class QuantizationPlan(PassPlan):
             complete,
             tuple(special),
             tuple(layers.values()),
+            variant.eight,
         )
 
     def joined(self, other: QuantizationPlan) -> QuantizationPlan:
@@ -159,10 +166,12 @@ class QuantizationPlan(PassPlan):
 
     def variant(self, build: Builder) -> Variant:
         """What the candidate differs in from others of this builder."""
-        held = {each.node: each.stays for each in self.layers if each.stays is not None}
+        held = {each.node: each.stays for each in self.layers if each.stays is not None and not each.wide}
+        wide = {each.node: each.stays or "" for each in self.layers if each.wide}
         special = {each.tensor: (each.observer, each.percentile) for each in self.special}
-        plain = Variant((self.observer, self.percentile), special, refined=self.refined)
-        return build.strategy.without(plain, held)
+        observer = self.observer, self.percentile
+        plain = Variant(observer, special, wide=wide, eight=self.eight, refined=self.refined)
+        return build.strategy.sparing(plain, held)
 
     def builder(self, build: Builder, held: CalibrationData | None, log: Log) -> Builder:
         """What makes the candidate.
@@ -185,7 +194,8 @@ class QuantizationPlan(PassPlan):
         variant = self.variant(build)
         if self.fitted is not None:
             out = dict.fromkeys(self.fitted, "it was left out while weights were fitted")
-            build = build.fitted(build.strategy.without(replace(variant, kept={}, refused={}), out)) or build
+            plain = replace(variant, kept={}, refused={}, wide={})
+            build = build.fitted(build.strategy.without(plain, out)) or build
         if self.complete and held is not None:
             build.observed(variant)
             build.absorb(held)
@@ -228,7 +238,7 @@ def moves_of(trial: Trial, layers: Sequence[Sensitivity], options: QuantizeOptio
     for layer in layers:
         weight = weights[layer.node]
         others = dict.fromkeys(sorted(labels - {layer.node}), "it was not chosen")
-        variant = build.strategy.without(trial.variant, others)
+        variant = build.strategy.sparing(trial.variant, others)
         found.append(
             Move(
                 step="quantize",

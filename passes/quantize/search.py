@@ -64,6 +64,7 @@ FEW, MANY, FINER = 0, 1, 16.0
 ROOM = "there is room for it in eight bits"
 SLOWER = "it is faster in floating point"
 REASON = "in integers it would cost too much accuracy"
+COARSE = "in fewer bits its weight would cost too much accuracy"
 
 
 @dataclass(frozen=True)
@@ -272,9 +273,11 @@ class Search:
         costs, damage = {}, {}
         for index, layer in enumerate(layers):
             alone = replace(plain.variant, only=frozenset((layer.node,)))
-            exact = stored(plain.build(without(alone, {layer.node: ROOM})).model)
-            costs[layer.node] = {FEW: 0.0, MANY: float(exact - layer.bytes)}
-            damage[layer.node] = {FEW: layer.noise, MANY: layer.noise / FINER**2}
+            exact = plain.build(without(alone, {layer.node: ROOM})).model
+            costs[layer.node] = {FEW: 0.0, MANY: float(stored(exact) - layer.bytes)}
+            # Where data is integers, too, finer weights take only a part of the noise.
+            left = self._alone(plain.build, exact).noise if plain.build.strategy.calibrated else 0.0
+            damage[layer.node] = {FEW: layer.noise, MANY: max(left, layer.noise / FINER**2)}
             trial.build.announce("weighing bytes", index + 1, len(layers))
         choices = Additive(damage, costs)
         picks = allocate(choices, budget - stored(trial.candidate.model), choices.best())
@@ -328,8 +331,8 @@ class Search:
     @staticmethod
     def _sparing(trial: Trial, labels: frozenset[str]) -> Variant:
         """The variant of a candidate with more of its layers in floating point."""
-        held = trial.build.strategy.held_back(trial.variant)
-        return trial.build.strategy.without(trial.variant, {**dict.fromkeys(labels, SLOWER), **held})
+        held = {**dict.fromkeys(labels, SLOWER), **trial.variant.refused, **trial.variant.kept}
+        return trial.build.strategy.sparing(trial.variant, held)
 
     @staticmethod
     def _smallest(trial: Trial) -> list[frozenset[str]]:
@@ -375,11 +378,12 @@ class Search:
         order = sorted(layers, key=lambda layer: -layer.noise / (1.0 + layer.cost))
         best, last, reached = trial, trial, False
         variant = replace(trial.variant, refined=refined or trial.variant.refined)
+        why = COARSE if trial.build.strategy.widens(trial.variant) else REASON
         missed: set[frozenset[str]] = set()
 
         def enough(count: int) -> bool:
             nonlocal best, last, reached
-            held = dict.fromkeys((layer.node for layer in order[:count]), REASON)
+            held = dict.fromkeys((layer.node for layer in order[:count]), why)
             last = self.attempt(trial.build.strategy.without(variant, held), trial.build)
             if not goal.met(last) and goal.missing(last) <= gain:
                 last = self.fitted(last)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from onnxslim.ir.model import Model
@@ -12,7 +12,7 @@ from onnxslim.passes.quantize.choices import Variant
 from onnxslim.passes.quantize.figures import QuantizeFigures
 from onnxslim.passes.quantize.storing import Storage
 from onnxslim.passes.quantize.strategy import Draft, Strategy
-from onnxslim.passes.quantize.weights import LIMITS
+from onnxslim.passes.quantize.weights import LIMITS, QMAX
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,27 @@ class Static(Strategy):
         """What the variant keeps."""
         return variant.kept
 
+    def without(self, variant: Variant, held: Mapping[str, str]) -> Variant:
+        """What is more exact than fewer bits are eight; than those, floats."""
+        return replace(variant, wide=dict(held)) if self.widens(variant) else super().without(variant, held)
+
+    def held_back(self, variant: Variant) -> Mapping[str, str]:
+        """See `without`."""
+        return variant.wide if self.widens(variant) else super().held_back(variant)
+
+    def sparing(self, variant: Variant, held: Mapping[str, str]) -> Variant:
+        """See `Strategy.sparing`."""
+        return super().without(variant, held)
+
+    def widens(self, variant: Variant) -> bool:
+        """See `Strategy.widens`."""
+        return self.limit < QMAX and not variant.eight
+
     def compute(self, draft: Draft) -> QuantizeFigures:
         """Q/DQ after the plan."""
+        for node in (*draft.plan.linear, *draft.plan.stored):
+            if reason := draft.variant.wide.get(label := draft.plan.labels[id(node)]):
+                draft.log.skip(label, reason)
         return self.insert(draft, draft.plan.stored)
 
     def store(self, draft: Draft, storage: Storage) -> None:

@@ -26,7 +26,7 @@ from onnxslim.passes.quantize.insert import Inserter
 from onnxslim.passes.quantize.plan import Plan
 from onnxslim.passes.quantize.storing import Storage
 from onnxslim.passes.quantize.trained import KnownGrid
-from onnxslim.passes.quantize.weights import QMAX, Encoded
+from onnxslim.passes.quantize.weights import QMAX, Encoded, stored_limit
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,23 @@ class Strategy(ABC):
 
     @property
     def limit(self) -> int:
-        """Largest magnitude of a code of a weight."""
+        """Largest magnitude of a code of a weight, where nothing asks for more."""
         return QMAX
+
+    def limit_of(self, label: str, variant: Variant, *, stored: bool) -> int:
+        """The same of a node; `stored`: whether it computes in floating point, see `stored_limit`."""
+        if variant.eight or label in variant.wide:
+            return QMAX
+        return stored_limit(self.limit) if stored else self.limit
+
+    def limits(self, plan: Plan, variant: Variant) -> dict[int, int]:
+        """The same of all weighted nodes of a plan, by id."""
+        parts = (plan.linear, False), (plan.stored, True)
+        return {
+            id(node): self.limit_of(plan.labels[id(node)], variant, stored=stored)
+            for nodes, stored in parts
+            for node in nodes
+        }
 
     def looks_up(self, node: Node) -> bool:
         """Whether a node looks up a table whose size of integers is chosen like that of a weight."""
@@ -108,18 +123,27 @@ class Strategy(ABC):
         corrected: bool,
         kept: bool,
         finer: bool,
+        limit: int,
     ) -> tuple[Encoded | Blocks, Floats]:
         """Integers of weights that a layer is to have, and what they stand for; see `WeightCoder.coded`.
 
         Args:
-            coder, layer, wanted, gram, corrected, kept: as there.
+            coder, layer, wanted, gram, corrected, kept, limit: as there.
             finer: whether the layer is one step more exact than others.
         """
-        return coder.coded(layer, wanted, gram, corrected=corrected, kept=kept)
+        return coder.coded(layer, wanted, gram, corrected=corrected, kept=kept, limit=limit)
 
     def without(self, variant: Variant, held: Mapping[str, str]) -> Variant:
         """The variant with just these weighted nodes one step more exact, by label with the reason."""
         return replace(variant, kept=dict(held))
+
+    def sparing(self, variant: Variant, held: Mapping[str, str]) -> Variant:
+        """The variant with just these weighted nodes as exact as can be, by label with the reason."""
+        return self.without(variant, held)
+
+    def widens(self, variant: Variant) -> bool:
+        """Whether what `without` makes more exact gets weights of eight bits, and stays in integers."""
+        return False
 
     def held_back(self, variant: Variant) -> Mapping[str, str]:
         """The weighted nodes that `without` made more exact."""

@@ -29,15 +29,14 @@ from onnxslim.ops import Trait, has
 from onnxslim.passes.learning.apart import taken_apart
 from onnxslim.passes.learning.lessons import Lessons, lessons, note, require_features
 from onnxslim.passes.quantize.build import Builder, Candidate
-from onnxslim.passes.quantize.insert import pair_axis_of
 from onnxslim.passes.quantize.trained import Grid, constants_read
 from onnxslim.passes.quantize.weights import (
     MAX_PAIR,
     Codes,
     encode_bias,
     least_scales,
+    pair_axis_of,
     saturates,
-    stored_limit,
     unsaturated,
 )
 
@@ -227,10 +226,10 @@ class Twin:
             pair, before = ir.producer(node.inputs[1]), known.get(candidate.plan.labels[id(node)])
             codes = None if pair is None else _stored(pair)
             if codes is not None and before is not None and isinstance(before.inputs[1], Constant):
-                runs, limit = id(node) in linear, self._build.strategy.limit
+                runs = id(node) in linear
                 found[codes.name] = _Unwritten(
                     before.inputs[1].values,
-                    limit if runs else stored_limit(limit),
+                    candidate.plan.limits[id(node)],
                     pair_axis_of(node, rules) if runs else None,
                 )
         return found

@@ -7,7 +7,7 @@ on these grids. `Trained.restore` puts back what nothing has taken the place of.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from onnxslim.ops import Role, Trait, has, spec_of
 from onnxslim.ops.layers import Layer
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.quantize.blocks import Blocking, Blocks
+from onnxslim.passes.quantize.shared import Shared
 from onnxslim.passes.quantize.weights import QMAX, Codes, Encoded
 
 MAKES = ("QuantizeLinear", "DequantizeLinear")
@@ -155,13 +156,15 @@ class Trained:
     Attributes:
         tensors: grids of activations, and of constants that are read as such, by name.
         constants: what weights, biases and such are stored as, by the name that their values now have.
+        shared: weights that were looked up in tables, likewise.
     """
 
     tensors: dict[str, Grid] = field(default_factory=dict)
     constants: dict[str, Stored] = field(default_factory=dict)
+    shared: Mapping[str, Shared] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.tensors or self.constants)
+        return bool(self.tensors or self.constants or self.shared)
 
     def covers(self, node: Node) -> bool:
         """Whether data and weight of a node both were integers in training."""
@@ -169,6 +172,8 @@ class Trained:
 
     def codes(self, weight: Constant, axis: int, limit: int) -> Encoded | None:
         """Symmetric integers that a weight was trained with, if its channels lie along an axis."""
+        if (shared := self.shared.get(weight.name)) is not None:
+            return shared.encoded if shared.floats.axis == axis and limit == QMAX else None
         stored = self.constants.get(weight.name)
         found = stored.encoded() if stored is not None else None
         if found is None or stored is None:

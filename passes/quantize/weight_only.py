@@ -139,6 +139,7 @@ class WeightOnlyBytes(WeightOnly):
         corrected: bool,
         kept: bool,
         finer: bool,
+        limit: int,
     ) -> tuple[Encoded | Blocks, Floats]:
         """With a scale for every few inputs."""
         blocking = self.blocking(layer.inputs, 8 if finer else self.bits)

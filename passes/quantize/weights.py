@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.ir.download import DEFLATE_LEVEL
-from onnxslim.ir.graph import Array, Constant
+from onnxslim.ir.download import deflated
+from onnxslim.ir.graph import Array, Constant, Node
+from onnxslim.ops import view_of
+from onnxslim.ops.layouts import IntegerLayout
 
 QMAX = 127
 FOUR_BITS = 7
@@ -23,7 +24,7 @@ MAX_PAIR = 128
 MAX_BIAS_CODE = 2.0**30
 # Factors by which the scale of a channel may grow in the search for codes that do not saturate; with 2
 # every code is at most 64, and no pair can.
-_FACTORS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 2.0)
+FACTORS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 2.0)
 # How often the floor of scales that a share of the bytes takes is halved in.
 FLOOR_STEPS = 10
 TINY = np.float32(np.finfo(np.float32).tiny)
@@ -90,6 +91,17 @@ def encode(
     return Encoded(np.ascontiguousarray(restored), kept, tightened)
 
 
+def pair_axis_of(node: Node, rules: IntegerLayout) -> int | None:
+    """The weight's axis along which kernels add products in pairs, where their sums could saturate.
+
+    It is that of the input channels, the only other one of a matrix and the first other of a convolution.
+    """
+    layer = view_of(node)
+    if not rules.saturates or layer is None or layer.channelwise:
+        return None  # depthwise kernels widen before they multiply
+    return 1 if layer.weight_axis == 0 else 0
+
+
 def stored_limit(limit: int) -> int:
     """Largest magnitude of a code of a weight that is only stored as integers, where others have this one.
 
@@ -126,13 +138,13 @@ def floor_for(weights: Sequence[tuple[Array, int]], share: float, limit: int = Q
         limit: largest magnitude of a code.
     """
 
-    def sent(floor: float) -> int:
-        packer, size = zlib.compressobj(DEFLATE_LEVEL), 0
+    def codes(floor: float) -> Iterator[bytes]:
         for weight, axis in weights:
             least = floored(weight, axis, None, floor)
-            codes = encode(weight, axis, per_channel=True, least=least, limit=limit).codes
-            size += len(packer.compress(codes.tobytes()))
-        return size + len(packer.flush())
+            yield encode(weight, axis, per_channel=True, least=least, limit=limit).codes.tobytes()
+
+    def sent(floor: float) -> int:
+        return deflated(codes(floor))
 
     enough, lacking, goal = 1.0, 0.0, share * sent(0.0)
     for _ in range(FLOOR_STEPS):
@@ -145,7 +157,6 @@ class Encoder:
     """`encode`, which remembers what it made of a constant: candidates differ in few weights.
 
     Args:
-        limit: largest magnitude of a code.
         better: by name of a constant, what makes better integers of these; it is given them, `pair_axis`, the
             limit and the least scales.
         known: by name of a constant, integers of it that are known already.
@@ -155,13 +166,12 @@ class Encoder:
 
     def __init__(
         self,
-        limit: int = QMAX,
         better: Mapping[str, Callable[[Encoded, int | None, int, Scales | None], Encoded]] | None = None,
         known: Mapping[str, Encoded] | None = None,
         kept: Callable[[Constant, int, int], Encoded | None] = lambda constant, axis, limit: None,
         floor: float = 0.0,
     ) -> None:
-        self.limit, self._floor = limit, floor
+        self._floor = floor
         self._better = {} if better is None else better
         self._given = {} if known is None else known
         self._kept = kept
@@ -175,16 +185,11 @@ class Encoder:
         per_channel: bool,
         pair_axis: int | None = None,
         least: Scales | None = None,
-        stored: bool = False,
+        limit: int = QMAX,
     ) -> Encoded:
-        """The constant's values as integers; see `encode`.
-
-        Args:
-            stored: whether its node computes in floating point; see `stored_limit`.
-        """
-        limit = stored_limit(self.limit) if stored else self.limit
+        """The constant's values as integers; see `encode`."""
         if (kept := self._kept(weight, axis, limit)) is not None:
-            return kept
+            return kept if least is None else _holding(kept, least)
         loose = self._of(weight, axis, per_channel, pair_axis, None, limit)
         if least is None or bool((loose.scales >= least).all()):
             return loose
@@ -314,7 +319,7 @@ def _tighten(table: Weights, scales: Scales, *, together: bool = False) -> tuple
     best_scales = scales.copy()
     least = np.full(len(table), np.inf)
     left, failed = np.arange(len(table)), np.zeros(len(table), int)
-    for factor in _FACTORS:
+    for factor in FACTORS:
         rows = table if len(left) == len(table) else table[left]
         trial = scales[left] * np.float32(factor)
         codes = _limit_pairs(_round(rows, trial))
@@ -370,6 +375,12 @@ def least_scales(bias: Array, activation_scale: np.float32) -> Scales:
     """
     steps = np.abs(bias.astype(np.float64)) / (float(activation_scale) * MAX_BIAS_CODE)
     return steps.astype(np.float32)
+
+
+def _holding(encoded: Encoded, least: Scales) -> Encoded:
+    """The same codes, on larger scales where a bias would not fit: weights count for nothing there."""
+    scales = np.where(2.0 * encoded.scales < least, least, encoded.scales).astype(np.float32)
+    return encoded if np.array_equal(scales, encoded.scales) else replace(encoded, scales=scales)
 
 
 def encode_bias(bias: Array, scales: Scales, activation_scale: np.float32) -> tuple[Array, Scales]:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model
-from onnxslim.passes.cluster.storing import COUNTING_OPSET, CodeWriter, sparse_bytes, why_not
+from onnxslim.passes.codes.storing import COUNTING_OPSET, CodeWriter, sparse_bytes, why_not
 
 
 def pack(model: Model, weights: Sequence[Constant]) -> str | None:
     """Store weights without their zeros.
 
     A bit for each value says whether it is one, and those that are not zero follow one another
-    (`passes.cluster.storing`). Weights that would be no smaller stay.
+    (`passes.codes.storing`). Weights that would be no smaller stay.
 
     Args:
         model: edited in place.

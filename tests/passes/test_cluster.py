@@ -26,8 +26,8 @@ from onnxslim.ops.layers import Layer
 from onnxslim.passes.cluster import Cluster, ClusterFigures
 from onnxslim.passes.cluster.fit import Clustering, TableDescent
 from onnxslim.passes.cluster.plan import ClusteringPlan
-from onnxslim.passes.cluster.storing import CodeWriter
-from onnxslim.passes.cluster.tables import Codebook, clustered, even, nearest
+from onnxslim.passes.codes.storing import CodeWriter
+from onnxslim.passes.codes.tables import Codebook, clustered, even, nearest
 from onnxslim.passes.quantize.descent import Pulls
 from onnxslim.passes.slim import Slim
 from onnxslim.runtime.profile import optimized_model

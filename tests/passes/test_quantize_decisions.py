@@ -45,7 +45,12 @@ class Building:
         self.other = other
         self.built: list[Variant] = []
         self.absorbed = False
-        self.strategy = SimpleNamespace(without=self._without, held_back=lambda variant: variant.kept)
+        self.strategy = SimpleNamespace(
+            without=self._without,
+            sparing=self._without,
+            held_back=lambda variant: variant.kept,
+            widens=lambda variant: False,
+        )
         self.model = SimpleNamespace(graph=SimpleNamespace(nodes=[]))
 
     def __call__(self, variant: Variant) -> Any:

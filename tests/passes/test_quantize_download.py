@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from onnxslim.calibration.gram import Gram
 from onnxslim.errors import UsageError
-from onnxslim.ir.download import download
+from onnxslim.ir.download import deflated, download
 from onnxslim.ir.graph import Array
 from onnxslim.ir.model import Model
 from onnxslim.ops import layer_of
 from onnxslim.ops.layers import Layer
 from onnxslim.passes.quantize import Quantize
-from onnxslim.passes.quantize.rate import Priced, Rate, deflated, power_of, price_for
+from onnxslim.passes.quantize.rate import Priced, Rate, power_of, price_for
 from onnxslim.passes.quantize.rounding import Rounder, damped, refine
 from onnxslim.passes.quantize.weights import encode, floor_for, floored, saturates
 from tests.helpers import normal, parse, quantize

@@ -460,7 +460,7 @@ def test_layers_that_cost_too_much_in_four_bits_stay_in_float(batches: list[dict
         ({"layout": "cuda"}, "activations=uint4 is a simulation, for target and layout cpu"),
         ({"optimize_for": "latency"}, "activations=uint4 is a simulation, which nothing runs faster"),
         ({"block_size": 32}, "block_size goes with activations=none"),
-        ({"size": 0.5}, "size goes with weights=int4 and activations=none"),
+        ({"size": 0.5}, "size goes with weights=int4, int3 or int2"),
     ],
 )
 def test_what_a_simulation_does_not_go_with_is_said(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -455,14 +456,21 @@ def uneven() -> tuple[Model, list[dict[str, Array]]]:
     return parse(text, weights), [{"x": normal(8, 64, seed=seed)} for seed in range(8)]
 
 
-@pytest.mark.parametrize("form", ["qdq", "matmulnbits"])
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "qdq": {"activations": "none", "storage": "qdq"},
+    "matmulnbits": {"activations": "none", "storage": "matmulnbits"},
+    "static": {},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("size", "wide"),
     [(0.165, []), (0.20, ["second"]), (0.24, ["second", "third"]), (0.3, ["first", "second", "third"])],
 )
-def test_room_goes_to_the_layers_that_gain_most(form: str, size: float, wide: list[str]) -> None:
+def test_room_goes_to_the_layers_that_gain_most(way: str, size: float, wide: list[str]) -> None:
     model, data = uneven()
-    options: dict[str, Any] = {"weights": "int4", "activations": "none", "storage": form, "classifier": True}
+    options: dict[str, Any] = {"weights": "int4", "classifier": True, **WAYS[way]}
     result, changes = quantize(model, data, **options, size=size)
     assert result.nbytes() <= size * model.nbytes()
     told = reasons(changes)
@@ -471,13 +479,29 @@ def test_room_goes_to_the_layers_that_gain_most(form: str, size: float, wide: li
     assert quantize(model, data, plan=plan)[0].to_proto() == result.to_proto()
 
 
+@pytest.mark.parametrize(
+    ("require", "wide", "kept"), [(15.0, [], []), (30.0, ["second", "third"], []), (40.0, [], ["second"])]
+)
+def test_more_is_kept_by_eight_bits_before_floats(require: float, wide: list[str], kept: list[str]) -> None:
+    model, data = uneven()
+    result, changes = quantize(model, data, weights="int4", classifier=True, require_sqnr=require)
+    told = reasons(changes)
+    assert [name for name in told if "in fewer bits" in told[name]] == wide
+    figures = QuantizeFigures.of(changes)
+    assert figures.sqnr is not None
+    assert figures.sqnr >= require
+    assert [layer.node for layer in figures.layers or () if layer.kept] == kept
+    plan = figures.plan
+    assert quantize(model, data, plan=plan)[0].to_proto() == result.to_proto()
+
+
 def test_what_does_not_fit_is_told() -> None:
     model, data = uneven()
     result, changes = quantize(model, data, weights="int4", activations="none", size=0.1)
-    assert "in four bits it takes" in reasons(changes)["size=0.1"]
+    assert "in int4 it takes" in reasons(changes)["size=0.1"]
     assert [skip.node for skip in changes.skipped if skip.warning] == ["size=0.1"]
     assert ops(result)["DequantizeLinear"] == 3
-    with pytest.raises(UsageError, match="size goes with weights=int4 and activations=none"):
+    with pytest.raises(UsageError, match="size goes with weights=int4, int3 or int2"):
         Quantize(size=0.2)
     with pytest.raises(CalibrationError, match="needs calibration data"):
         apply(Quantize(weights="int4", activations="none", size=0.2), model)

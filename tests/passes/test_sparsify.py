@@ -24,7 +24,7 @@ from onnxslim.ir.model import Model
 from onnxslim.ops import layer_of
 from onnxslim.ops.layers import Floats, Layer
 from onnxslim.passes.cluster.fit import Clustering
-from onnxslim.passes.cluster.storing import CodeWriter
+from onnxslim.passes.codes.storing import CodeWriter
 from onnxslim.passes.fold.weights import store_weights
 from onnxslim.passes.quantize.blocks import Blocking
 from onnxslim.passes.quantize.rounding import gptq, refine, round_blocks

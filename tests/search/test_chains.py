@@ -13,6 +13,7 @@ from onnxslim.engine.moves import Move
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import UsageError
 from onnxslim.learn import door
+from onnxslim.passes.cluster import Cluster
 from onnxslim.passes.distill import Distill
 from onnxslim.passes.factorize import FactorizationPlan
 from onnxslim.passes.prune import Prune, PruningPlan
@@ -82,9 +83,11 @@ def test_codes_and_integer_weights_are_tried_where_bytes_count() -> None:
     small = encodings(Goals(size=0.2), Target.cpu(), "quick")
     assert "dynamic int8" not in small, "only bytes count"
     assert {"int4 weights", "codes of 2 bits"} <= small.keys()
-    (name,) = {name for name in encodings(Goals(size=0.11), Target.cpu(), "normal") if "average" in name}
-    assert name == "codes of 3.52 bits on average"
+    names = {name for name in encodings(Goals(size=0.11), Target.cpu(), "normal") if "average" in name}
+    assert names == {"codes of 3.52 bits on average", "codes of 3.17 bits on average, int8"}
     assert not any("average" in name for name in small), "it takes a run for every weight"
+    integers = encodings(Goals(size=0.25), Target.cpu(), "normal")["codes of 7.2 bits on average, int8"]
+    assert integers.passes == (Cluster(size=0.225), Quantize(require_sqnr=0))
     both = encodings(Goals(download=0.2, macs=0.5), Target.cpu(), "quick")
     assert {"dynamic int8", "codes of 4 bits"} <= both.keys()
 
@@ -93,11 +96,21 @@ def test_integers_are_told_what_goals_need_and_leave_half_of_it_to_what_is_cut()
     ways = encodings(Goals(require_sqnr=20.0, max_drop=0.01), Target.cpu(), "quick")
     sparing = {name: way for name, way in ways.items() if way.spares}
     assert {way.spares for way in sparing.values()} == {"int8", "dynamic int8"}
-    (given,), (behind,), _ = sparing["int8 that keeps 20 dB and all but 1 %"]
+    (given,), (behind,), *_ = sparing["int8 that keeps 20 dB and all but 1 %"]
     assert isinstance(given, Quantize)
     assert isinstance(behind, Quantize)
     assert (given.require_sqnr, given.max_drop) == (20.5, 0.01)
     assert (behind.require_sqnr, behind.max_drop) == (23.0, 0.005)
+
+
+def test_integers_in_codes_are_tried_where_bytes_decide_in_the_end() -> None:
+    ways = encodings(Goals(require_sqnr=20.0, max_drop=0.02), Target.cpu(), "normal")
+    codes = Cluster(require_sqnr=28.0, max_drop=0.02 / 6)
+    (way,) = (way for way in ways.values() if way.narrows)
+    assert way.narrows == ("int8", "int8 that keeps 20 dB and all but 2 %")
+    assert way.passes == way.behind_cut == (codes, Quantize(require_sqnr=23.0, max_drop=0.01))
+    within = encodings(Goals(size=0.5), Target.cpu(), "normal"), encodings(Goals(), Target.cpu(), "quick")
+    assert not any(way.narrows for ways in within for way in ways.values())
 
 
 def test_shares_go_down_in_like_steps() -> None:

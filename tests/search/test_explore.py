@@ -21,6 +21,8 @@ from onnxslim.search.trials import SearchTrial, TrialConfig, front
 
 # Time and bytes of what is stored in this way, all of the work left.
 WAYS: Mapping[str, tuple[float, float]] = {"float": (1.0, 1.0), "int8": (0.5, 0.27), "slow": (1.4, 0.2)}
+# Likewise, of what is tried only instead of another way.
+NARROW: Mapping[str, tuple[float, float]] = {"int4": (0.5, 0.15)}
 
 
 def falling(share: float, way: str) -> float:
@@ -61,7 +63,7 @@ class World:
         name = f"{structure} {encoding}"
         if encoding in self.failing:
             return SearchTrial(name, name, structure, encoding, None, "it cannot be had")
-        seconds, size = (structure * each for each in WAYS[encoding])
+        seconds, size = (structure * each for each in {**WAYS, **NARROW}[encoding])
         sqnr = self.sqnr(structure, encoding)
         figures = TrialFigures(sqnr, None, None, seconds, size, 0.9 * size, structure, 0.0)
         return SearchTrial(name, name, structure, encoding, figures)
@@ -94,6 +96,14 @@ def test_without_budgets_the_fastest_that_keeps_enough() -> None:
     thorough = World()
     thorough.search(Goals(require_sqnr=20.0), effort="thorough")
     assert {way for _, way in thorough.log[len(WAYS) :]} >= {"int8", "float"}
+
+
+@pytest.mark.parametrize(("sqnr", "best"), [(22.0, "int4"), (18.0, "int8")])
+def test_what_is_fastest_is_tried_in_fewer_bytes(sqnr: float, best: str) -> None:
+    world = World(lambda share, way: sqnr if way == "int4" else falling(share, way))
+    explorer = world.search(Goals(require_sqnr=20.0), narrower={"int8": "int4"})
+    assert world.log[-1] == (0.5, "int4")
+    assert explorer.eligible()[0].config == TrialConfig(0.5, best)
 
 
 def test_within_budgets_what_loses_least() -> None:

@@ -33,10 +33,10 @@ import numpy as np
 from onnx import helper
 
 from onnxslim.ir import graph as ir
+from onnxslim.ir.download import deflated
 from onnxslim.ir.graph import Array, Constant, Namer, Node, Tensor, Variable
 from onnxslim.ir.model import Model
-from onnxslim.passes.cluster.tables import Codebook, Codes
-from onnxslim.passes.quantize.rate import deflated
+from onnxslim.passes.codes.tables import Codebook, Codes
 
 MAKES = ("Add", "Cast", "CumSum", "Div", "Gather", "MatMul", "Mod", "Mul", "Reshape", "Slice")
 

@@ -18,6 +18,8 @@ from onnxslim.passes.repair.support import support
 Doubles = NDArray[np.float64]
 Codes = NDArray[np.uint8]
 
+# Bits of a code at the most.
+MOST_BITS = 8
 # Intervals that dynamic programming starts from, with few and with many clusters; iterations after it.
 FEW_BINS, MANY_BINS, ITERATIONS = 256, 512, 100
 _MANY = 32
