@@ -86,6 +86,7 @@ def candidates(
     data: CalibrationData | None,
     ctx: Context,
     log: Log,
+    most: Mapping[str, int] | None = None,
 ) -> Candidates:
     """Order the units of all families that may lose some.
 
@@ -97,8 +98,11 @@ def candidates(
         spared: what is to stay whole, see `spared`.
         data: what moments are taken of; criteria that need none still use them to compensate.
         ctx, log: of the pass.
+        most: if numbers are chosen already, how many units go of each family that loses any: no others are
+            ordered.
     """
-    families = {family.name: family for family in analysis.families if not _left_alone(family, spared, log)}
+    open_ = [family for family in analysis.families if most is None or most.get(family.name)]
+    families = {family.name: family for family in open_ if not _left_alone(family, spared, log)}
     limits = {name: Allowance.of(family, align, max_ratio) for name, family in families.items()}
     for name, limit in limits.items():
         if len(limit.allowed) == 1:
@@ -109,7 +113,10 @@ def candidates(
     if data is not None:
         families = {name: each for name, each in families.items() if not _unseen(each, grams, log)}
     constants = values_of(model)
-    rankings = {name: rank(family, constants, grams, criterion) for name, family in families.items()}
+    rankings = {
+        name: rank(family, constants, grams, criterion, (most or {}).get(name))
+        for name, family in families.items()
+    }
     return Candidates(analysis, families, {name: limits[name] for name in families}, rankings, grams)
 
 

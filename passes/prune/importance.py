@@ -47,7 +47,11 @@ class Ranking:
 
 
 def rank(
-    family: Family, constants: Mapping[str, Array], grams: Mapping[Channels, Gram], criterion: str
+    family: Family,
+    constants: Mapping[str, Array],
+    grams: Mapping[Channels, Gram],
+    criterion: str,
+    most: int | None = None,
 ) -> Ranking:
     """Order the units of a family.
 
@@ -56,9 +60,12 @@ def rank(
         constants: values by name.
         grams: moments of the data each consumer reads; a family with none is ranked by "l2".
         criterion: see above.
+        most: how many units of it may go, at the most; all by default. Of more, nothing need be told.
     """
     sources = [_source(each, family.size, constants, grams) for each in family.consumers]
     known = [source for source in sources if source is not None]
+    if criterion == "obs" and known:
+        return _obs(known, family.size, family.size if most is None else most)
     if criterion in WITH_DATA and known:
         return _GREEDY[criterion](known, family.size)
     scores = _weight_scores(family, constants, criterion)
@@ -163,7 +170,7 @@ def _thinet(sources: Sequence[_Source], size: int) -> Ranking:
     return Ranking(tuple(order), tuple(np.maximum.accumulate(damage).tolist()))
 
 
-def _obs(sources: Sequence[_Source], size: int) -> Ranking:
+def _obs(sources: Sequence[_Source], size: int, most: int) -> Ranking:
     """Remove, one by one, the unit that the others predict best where it counts.
 
     With H = G + damping, the part of channels P that the remaining ones cannot express has covariance
@@ -175,7 +182,7 @@ def _obs(sources: Sequence[_Source], size: int) -> Ranking:
     left = np.ones(size, bool)
     order: list[int] = []
     damage = [0.0]
-    while left.any():
+    while len(order) < most:
         count = max(1, int(left.sum()) ** 2 // AT_ONCE)
         losses = np.where(left, sum(state.losses(size) for state in states), np.inf)
         if count == 1:
@@ -297,4 +304,4 @@ def _inverted(block: Doubles) -> Doubles:
     return np.asarray(np.linalg.pinv(block, hermitian=True))
 
 
-_GREEDY = {"energy": _energy, "thinet": _thinet, "obs": _obs}
+_GREEDY = {"energy": _energy, "thinet": _thinet}

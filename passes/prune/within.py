@@ -61,8 +61,14 @@ class Way:
     analyze: Callable[[Model], Analysis]
     refit: Callable[[Model, Removal, Samples], object]
 
-    def candidates(self, model: Model, analysis: Analysis, data: CalibrationData | None) -> Candidates:
-        """Units in the order in which they would go."""
+    def candidates(
+        self,
+        model: Model,
+        analysis: Analysis,
+        data: CalibrationData | None,
+        most: Mapping[str, int] | None = None,
+    ) -> Candidates:
+        """Units in the order in which they would go, of all families, or so many of some."""
         if self.what == "branches":
             return Candidates(analysis, {}, {}, {}, {})
         return candidates(
@@ -75,6 +81,7 @@ class Way:
             data=data,
             ctx=self.ctx,
             log=self.log,
+            most=most,
         )
 
     def curves(self, model: Model, found: Candidates) -> Curves:
@@ -129,6 +136,7 @@ class Stage:
     analysis: Analysis
     way: Way
     cuts: Mapping[Branch, StandIn] = field(default_factory=dict)
+    _begun: tuple[Mapping[str, int], Candidates] | None = field(default=None, init=False)
 
     @cached_property
     def found(self) -> Candidates:
@@ -156,7 +164,18 @@ class Stage:
 
     def choice(self, gone: Mapping[str, int]) -> Choice:
         """Of so many units of each family."""
-        return Choice(self.cuts, self.ordered.removal(gone), self.ordered)
+        ordered = self._ordered(gone)
+        return Choice(self.cuts, ordered.removal(gone), ordered)
+
+    def _ordered(self, gone: Mapping[str, int]) -> Candidates:
+        """The same as `ordered`, for the units of a choice; the first is mostly the largest."""
+        data = self.way.data
+        if data is None or not data.tuned:
+            return self.found
+        if self._begun is None:
+            self._begun = gone, self.way.candidates(self.model, self.analysis, data.seen, gone)
+        most, found = self._begun
+        return found if all(count <= most.get(name, 0) for name, count in gone.items()) else self.ordered
 
     def most(self, names: Iterable[str]) -> dict[str, int]:
         """As many units of families as may go."""

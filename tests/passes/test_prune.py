@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.fidelity import Judge, Score
 from onnxslim.calibration.gram import Gram
+from onnxslim.calibration.samples import Samples
 from onnxslim.engine.allocate import convex
-from onnxslim.engine.base import Effort
+from onnxslim.engine.base import Context, Effort, Log
 from onnxslim.engine.check import interface, relative_difference
 from onnxslim.engine.pipeline import Pipeline, Result
 from onnxslim.errors import InvalidGraph, UsageError
@@ -32,6 +33,7 @@ from onnxslim.passes.half import Half
 from onnxslim.passes.prune import Prune, PruneFigures, PruningPlan, choose
 from onnxslim.passes.prune.cut import cut, prepare, zero
 from onnxslim.passes.prune.importance import rank
+from onnxslim.passes.prune.within import Stage, Way
 from onnxslim.passes.quantize import Quantize
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
@@ -329,6 +331,7 @@ def test_elimination_predicts_from_what_is_left() -> None:
     ranking = rank(family, constants, {("a", 1): gram}, "obs")
     assert ranking.damage[2] < 2e-3 < 0.9 < ranking.damage[3]
     assert ranking.order[2] == 2
+    assert rank(family, constants, {("a", 1): gram}, "obs", 2).order == ranking.order[:2]
 
 
 _SHAPES = {
@@ -571,3 +574,23 @@ def test_shares_do_not_depend_on_the_batch_that_is_looked_at(steps: int) -> None
     left = weights(result.model)["v"].shape[0]
     assert left == (3 if steps == 2 else 5)
     assert after / before == left / 8
+
+
+def test_units_are_ordered_as_far_as_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all samples, once their numbers are known; smaller choices find them there, larger ones take all."""
+    asked: list[Mapping[str, int] | None] = []
+
+    def ordering(_: Way, model: Model, __: object, ___: object, most: Mapping[str, int] | None = None) -> Any:
+        asked.append(most)
+        return f"order {len(asked)}"
+
+    monkeypatch.setattr(Way, "candidates", ordering)
+    model = chain()
+    samples, unused = Samples(data(), model), lambda *_: None
+    way = Way("units", "obs", 1, 0.9, "normal", {}, samples, Context(), Log(), model, analyze, unused)
+    stage = Stage(model, analyze(model), way)
+    found: list[Any] = [
+        stage._ordered(gone) for gone in ({"a": 3, "b": 0}, {"a": 2}, {"a": 3, "b": 1}, {"b": 2})
+    ]
+    assert found == ["order 1", "order 1", "order 2", "order 2"]
+    assert asked == [{"a": 3, "b": 0}, None]

@@ -31,7 +31,8 @@ def source(name: str, units: list[int], seed: int) -> tuple[_Source, Array]:
 def test_units_go_in_the_order_of_what_the_others_cannot_make_up_for(units: list[list[int]]) -> None:
     """Every round anew, with inverses and weights of what is left, in place of updates of both."""
     made = [source(str(index), each, index) for index, each in enumerate(units)]
-    ranking = _obs([each for each, _ in made], 1 + max(units[0]))
+    size = 1 + max(units[0])
+    ranking = _obs([each for each, _ in made], size, size)
     states: list[tuple[Array, Array, Array]] = []
     for each, weight in made:
         scale = float(np.mean(np.diag(each.gram)))
