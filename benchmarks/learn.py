@@ -256,9 +256,9 @@ def qat(
             for seed in range(seeds):
                 data = few if count <= len(few) else images(count, seed)
                 chain = Quantize(weights=weights_type, activations=activations, require_sqnr=0)  # type: ignore[arg-type]
-                ways = [replace(chain, train=steps, lr=rate) for rate in rates]
+                ways = [replace(chain, train=steps, lr=rate) for rate in rates] if steps else [chain]
                 results = quantized(name, few, data, chain, ways, seed)
-                for rate, told in zip(rates, results, strict=True):
+                for rate, told in zip(rates if steps else (0.0,), results, strict=True):
                     which = f"{name} | {weights_type}, {activations} | {len(data)} | {steps}, {rate:g}"
                     yield f"| {which} | {seed} | {told} |"
 
@@ -350,7 +350,7 @@ def main() -> int:
     parser.add_argument("--chain", default="prune:macs=0.6")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300, help="of qat")
+    parser.add_argument("--steps", type=int, default=300, help="of qat; 0: closed forms alone")
     parser.add_argument("--activations", default="auto", help="of qat")
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-3], help="of qat")
     parser.add_argument("--weights", nargs="+", default=["int8", "int4", "int3", "int2"], help="of qat")
