@@ -311,6 +311,7 @@ class _Given(NamedTuple):
         test = None
         if self.test is not None:
             test = Subset(CalibrationData.of(self.test, specs, name="test data"), self.test_labels)
+            test.data.check(specs)
         return Samples(
             bound,
             model,

@@ -178,6 +178,8 @@ def test_test_data_is_what_is_checked_and_what_passes_never_see() -> None:
         run(test, labels[:99])
     with pytest.raises(UsageError, match="test data says nothing without data"):
         Pipeline(Slim())(model, test={"x": test})
+    with pytest.raises(CalibrationError, match="the model has no input 'z'"):  # before the work
+        Pipeline(Slim())(model, data={"x": x}, test={"z": test})
 
 
 def test_recipes_name_test_data(write: Write, folder: Path) -> None:
