@@ -18,6 +18,7 @@ from onnxslim.errors import LoadError, TargetError, UsageError
 from onnxslim.ir.model import Model, load
 from onnxslim.ops.layouts import LAYOUTS
 from onnxslim.passes.quantize import Quantize
+from onnxslim.passes.quantize.run import QuantizeRun
 from onnxslim.passes.slim import Slim
 from onnxslim.report.text import verdict_text
 from onnxslim.runtime import native, ort, profile, reference
@@ -141,7 +142,7 @@ def test_a_new_provider_is_one_entry(
     assert provider["target"] == "npu"
     assert cli.main(["quantize", "--help"]) == 0
     assert "npu" in capsys.readouterr().out
-    assert Quantize(layout="npu")._target(Target.cpu()).layout.activation == np.uint16
+    assert QuantizeRun(Quantize(layout="npu"))._target(Target.cpu()).layout.activation == np.uint16
     with pytest.raises(UsageError, match=r"'layout': input should be 'target', .* or 'npu', not 'tpu'"):
         passes.create("quantize", {"layout": "tpu"})
 
