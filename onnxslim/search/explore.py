@@ -113,6 +113,7 @@ class Explorer:
             if not all(in_time):
                 raise OutOfTime
             self._require_one()
+            self._narrow()
             lines = [_Line(encoding, cut) for encoding in self._promising() for cut in self.cuts]
             for at in range(len(lines)):
                 self._shrink(lines[at:])
@@ -205,7 +206,8 @@ class Explorer:
 
     def _promising(self) -> list[str]:
         """Ways to store with which to try less of the network."""
-        measured = [each for each in self.trials if each.figures is not None]
+        known = [each for each in self.trials if each.encoding in self.encodings]
+        measured = [each for each in known if each.figures is not None]
         if self.goals.budgets:
             # What is nearest to the budgets needs least of the network to go; what is within them needs
             # nothing to, and what loses more than that cannot win.
