@@ -34,6 +34,10 @@ class Quantize(QuantizeWish):
     to int8 by blocks as it comes; the report says what that costs. Codes of few bits that a file brings
     along, in whichever form, are kept to the bit.
 
+    Weights that are looked up in tables, as `Cluster` leaves them, keep their codes: the tables become int8,
+    and kernels get the integers that runtimes look up in them as they load the model. Weights of few bits get
+    eight where too much would be lost, before layers are kept out of integers.
+
     With `train` the result is a start: scales, weights and biases are then learnt through the rounding, with
     PyTorch, such that outputs come close to those of the model that came into the pipeline. The best state on
     samples that nothing was fitted to is kept, the start included. All layers that can are in integers then;

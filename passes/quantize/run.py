@@ -82,15 +82,15 @@ class QuantizeRun:
             asked: a plan to replay.
         """
         log = Log()
-        start = self._prepared(model, ctx, log)
+        start = self._prepared(model.copy(), ctx, log)
         ctx, trained = start.ctx, start.trained
         if asked is not None:
-            asked.require_fit(model)
+            asked.require_fit(start.model)
         candidate, figures = self._candidate(start, log, asked)
         log.add(candidate.log.done())
         plan = candidate.plan
         if not any((plan.linear, plan.stored, plan.tables, plan.recurrent)):
-            log.skip(model.graph.name or "model", _nothing(model, figures))
+            log.skip(model.graph.name or "model", _nothing(start.model, figures))
             return Changes((), log.done().skipped)
         for name in start.looked_up:
             log.skip(name, NOTE)
@@ -107,6 +107,8 @@ class QuantizeRun:
             figures = replace(figures, trained=(len(trained.tensors), len(trained.constants)))
         if trained.shared:
             figures = replace(figures, shared=look_up(model, trained.shared))
+            if figures.learnt is not None:
+                log.skip("training", UNSHARED)
         return log.done(figures)
 
     def moves(self, model: Model, ctx: Context) -> Sequence[Move]:
@@ -614,4 +616,5 @@ def _weights_of(model: Model) -> list[tuple[Array, int]]:
 CLEAR = ENOUGH + 5.0
 NOTHING_FOUND = "no operator with weights can run in integers"
 SIMULATION = "a simulation: a Clip leaves 16 of the codes of 8 bits, and nothing runs faster by it"
+UNSHARED = "weights that were looked up in tables have integers of their own now, which take more room"
 NOTHING_LEFT = "every layer would have to stay in floating point to keep as much as is asked for"

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxslim.calibration.data import CalibrationData
+from onnxslim.calibration.samples import Samples
+from onnxslim.engine.base import Context
 from onnxslim.engine.pipeline import Pipeline, Result
 from onnxslim.ir.graph import Constant
 from onnxslim.ir.model import Model
@@ -87,6 +89,15 @@ def test_what_stays_in_floats_is_looked_up_as_it_was(net: Model) -> None:
         for model in (few, result.model)
     )
     assert np.array_equal(before, after)
+
+
+def test_where_nothing_runs_in_integers_nothing_changes(net: Model) -> None:
+    few, result = made(net, {"bits": 4}, exclude=("*",))
+    assert not result.report.steps[-1].changes
+    assert result.model.to_proto() == few.to_proto()
+    twin = few.copy()
+    assert not Quantize(exclude=("*",)).run(twin, Context(data=Samples(DATA, twin)))
+    assert twin.to_proto() == few.to_proto()
 
 
 def weights(model: Model) -> list[Constant]:
