@@ -17,10 +17,16 @@ from onnxslim.ir.graph import Array, Constant
 from onnxslim.ir.model import Model
 from onnxslim.ops.blocks import packed, unpacked
 from onnxslim.passes import Quantize, Slim, Unfuse
-from onnxslim.passes.quantize import QuantizeFigures
+from onnxslim.passes.quantize import QuantizationPlan, QuantizeFigures
 from onnxslim.passes.quantize.blocks import Blocking, nearest
+from onnxslim.passes.quantize.choices import Settings, Variant
+from onnxslim.passes.quantize.dynamic import Dynamic
+from onnxslim.passes.quantize.static import Static
+from onnxslim.passes.quantize.strategy import Strategy
+from onnxslim.passes.quantize.weight_only import WeightOnly, WeightOnlyBlocks, WeightOnlyBytes
 from onnxslim.runtime.profile import optimized_model
 from onnxslim.runtime.session import Session
+from onnxslim.runtime.targets import Target
 from tests.helpers import apply, normal, ops, parse, quantize, reasons, run, same_outputs
 
 FEEDS = {"x": normal(3, 5, 72)}
@@ -491,8 +497,42 @@ def test_more_is_kept_by_eight_bits_before_floats(require: float, wide: list[str
     assert figures.sqnr is not None
     assert figures.sqnr >= require
     assert [layer.node for layer in figures.layers or () if layer.kept] == kept
+    assert isinstance(figures.plan, QuantizationPlan)
+    assert [each.node for each in figures.plan.layers if each.wide] == wide
+    assert figures.plan.fitted is None or set(figures.plan.fitted) <= {*wide, *kept}
     plan = figures.plan
     assert quantize(model, data, plan=plan)[0].to_proto() == result.to_proto()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("way", [Static, Dynamic, WeightOnly, WeightOnlyBytes, WeightOnlyBlocks])
+@pytest.mark.parametrize("eight", [False, True])
+def test_what_is_held_back_is_told(way: type[Strategy], weights: Any, eight: bool) -> None:
+    strategy = way(Settings(weights=weights), Target.cpu().layout)
+    held = strategy.without(Variant(eight=eight), {"first": "why"})
+    assert strategy.held_back(held) == {"first": "why"}
+    assert strategy.held_back(strategy.without(held, {})) == {}
+    widens = way is Static and weights == "int4" and not eight
+    assert strategy.widens(held) == widens == bool(held.wide)
+
+
+def test_room_is_not_given_for_noise_of_the_data() -> None:
+    """The first product is noisiest by far, whatever its weight: one channel stretches the range of all."""
+    text = """g (float[N,64] x, float[N,64] z) => (float[N,64] y)
+    { [first] a = MatMul(x, w1) [second] b = MatMul(z, w2) y = Add(a, b) }"""
+    weights = {"w1": normal(64, 64), "w2": 2 * normal(64, 64, seed=1)}
+    weights["w1"][0] = 0
+    stretched = np.ones(64, np.float32)
+    stretched[0] = 100
+    data = [
+        {"x": stretched * normal(8, 64, seed=seed), "z": normal(8, 64, seed=seed + 9)} for seed in range(8)
+    ]
+    model = parse(text, weights)
+    options: dict[str, Any] = {"equalization": False, "sequential": False, "algorithm": "rtn"}
+    _, changes = quantize(model, data, weights="int4", classifier=True, size=0.22, layers=True, **options)
+    layers = QuantizeFigures.of(changes).layers or ()
+    told = reasons(changes)
+    assert [name for name in told if told[name] == "there is room for it in eight bits"] == ["second"], layers
 
 
 def test_what_does_not_fit_is_told() -> None:
