@@ -33,8 +33,8 @@ FLOAT = "float"
 # Of the passes that leave something away, in their order.
 PLANS: tuple[type[PassPlan], ...] = (PruningPlan, FactorizationPlan)
 # In dB: what integers keep beyond a goal, so that other samples confirm it; and where they and what was left
-# away have half of the noise each; and where codes have a sixth of it.
-SURE, HALF, LITTLE = 0.5, 3.0, 8.0
+# away have half of the noise each; and where codes have a sixth of it, and integers the most.
+SURE, MOST, HALF, LITTLE = 0.5, 1.0, 3.0, 8.0
 # Of the bytes asked for, those that codes get where nodes of integers come besides.
 ROOM = 0.9
 # Shares of the multiply-accumulates that are tried, from the mildest on.
@@ -83,14 +83,17 @@ def _narrow(every: Mapping[str, Encoding], goals: Goals, effort: Effort) -> Iter
 
     They are computed with as all integers are, and take as long.
     """
-    codes = Cluster(**_kept(goals, LITTLE, 6))
-    if codes != Cluster():
-        both = codes, Quantize(effort=effort, **_kept(goals, HALF, 2))
+    codes = Cluster(scaled=True, **_kept(goals, LITTLE, 6))
+    if _kept(goals, 0.0, 1) != _kept(Goals(), 0.0, 1):
+        given, behind_cut = (
+            (codes, Quantize(effort=effort, **_kept(goals, margin, parts)))
+            for margin, parts in ((MOST, 1.25), (HALF, 2))
+        )
         wide = (name for name, encoding in every.items() if "int8" in (name, encoding.spares))
-        yield "codes in int8", Encoding(both, both, narrows=tuple(wide))
+        yield "codes in int8", Encoding(given, behind_cut, narrows=tuple(wide))
 
 
-def _kept(goals: Goals, margin: float, parts: int) -> Mapping[str, Any]:
+def _kept(goals: Goals, margin: float, parts: float) -> Mapping[str, Any]:
     """What a pass has to keep, so many dB more than goals ask for and a part of what may be lost."""
     least, most = goals.require_sqnr, goals.max_drop
     return {
@@ -114,7 +117,10 @@ def _chains(goals: Goals, target: Target, effort: Effort) -> Mapping[str, Chain]
             found[f"codes of {32 * share:.3g} bits on average"] = (Cluster(size=share),)
             less = ROOM * share
             integers = Quantize(effort=effort, require_sqnr=0)
-            found[f"codes of {32 * less:.3g} bits on average, int8"] = Cluster(size=less), integers
+            found[f"codes of {32 * less:.3g} bits on average, int8"] = (
+                Cluster(size=less, scaled=True),
+                integers,
+            )
     return found
 
 

@@ -17,7 +17,7 @@ from onnxslim.ops import Trait, has
 from onnxslim.ops.layouts import IntegerLayout
 from onnxslim.passes.codes.lookups import restored
 from onnxslim.passes.codes.storing import CodeWriter, stored_bytes
-from onnxslim.passes.codes.tables import Codebook
+from onnxslim.passes.codes.tables import MOST_BITS, Codebook
 from onnxslim.passes.quantize.weights import FACTORS, QMAX, TINY, Encoded, pair_axis_of, saturates
 
 
@@ -61,6 +61,11 @@ class Shared:
         scales = factors * steps.ravel()[np.broadcast_to(book.which.ravel(), count)]
         return cls(book, integers, Encoded(integers.values(), scales.astype(np.float32)))
 
+    @property
+    def narrow(self) -> bool:
+        """Whether its integers are looked up: codes of eight bits are as many as int8, which is finer."""
+        return self.floats.even or self.floats.bits < MOST_BITS
+
     def unsigned(self) -> Codebook:
         """The same integers as uint8 with a zero point of 128."""
         tables = (self.integers.tables.astype(np.int16) + 128).astype(np.uint8)
@@ -86,9 +91,8 @@ def look_up(model: Model, shared: Mapping[str, Shared]) -> int:
         How many of them run in integers.
     """
     writer, integers = CodeWriter(model), 0
-    known = {
-        _key(book.values()): book for each in shared.values() for book in (each.integers, each.unsigned())
-    }
+    narrow = [each for each in shared.values() if each.narrow]
+    known = {_key(book.values()): book for each in narrow for book in (each.integers, each.unsigned())}
     codes = [node.inputs[0] for node in model.graph.nodes if has(node, Trait.DEQUANTIZES)]
     for constant in dict.fromkeys(each for each in codes if isinstance(each, Constant)):
         book = known.get(_key(constant.values))

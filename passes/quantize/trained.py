@@ -173,7 +173,7 @@ class Trained:
     def codes(self, weight: Constant, axis: int, limit: int) -> Encoded | None:
         """Symmetric integers that a weight was trained with, if its channels lie along an axis."""
         if (shared := self.shared.get(weight.name)) is not None:
-            return shared.encoded if shared.floats.axis == axis and limit == QMAX else None
+            return shared.encoded if shared.narrow and shared.floats.axis == axis and limit == QMAX else None
         stored = self.constants.get(weight.name)
         found = stored.encoded() if stored is not None else None
         if found is None or stored is None:

@@ -87,7 +87,7 @@ def test_codes_and_integer_weights_are_tried_where_bytes_count() -> None:
     assert names == {"codes of 3.52 bits on average", "codes of 3.17 bits on average, int8"}
     assert not any("average" in name for name in small), "it takes a run for every weight"
     integers = encodings(Goals(size=0.25), Target.cpu(), "normal")["codes of 7.2 bits on average, int8"]
-    assert integers.passes == (Cluster(size=0.225), Quantize(require_sqnr=0))
+    assert integers.passes == (Cluster(size=0.225, scaled=True), Quantize(require_sqnr=0))
     both = encodings(Goals(download=0.2, macs=0.5), Target.cpu(), "quick")
     assert {"dynamic int8", "codes of 4 bits"} <= both.keys()
 
@@ -105,10 +105,11 @@ def test_integers_are_told_what_goals_need_and_leave_half_of_it_to_what_is_cut()
 
 def test_integers_in_codes_are_tried_where_bytes_decide_in_the_end() -> None:
     ways = encodings(Goals(require_sqnr=20.0, max_drop=0.02), Target.cpu(), "normal")
-    codes = Cluster(require_sqnr=28.0, max_drop=0.02 / 6)
+    codes = Cluster(scaled=True, require_sqnr=28.0, max_drop=0.02 / 6)
     (way,) = (way for way in ways.values() if way.narrows)
     assert way.narrows == ("int8", "int8 that keeps 20 dB and all but 2 %")
-    assert way.passes == way.behind_cut == (codes, Quantize(require_sqnr=23.0, max_drop=0.01))
+    assert way.passes == (codes, Quantize(require_sqnr=21.0, max_drop=0.016))
+    assert way.behind_cut == (codes, Quantize(require_sqnr=23.0, max_drop=0.01))
     within = encodings(Goals(size=0.5), Target.cpu(), "normal"), encodings(Goals(), Target.cpu(), "quick")
     assert not any(way.narrows for ways in within for way in ways.values())
 
