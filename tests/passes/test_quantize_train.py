@@ -43,7 +43,7 @@ NET = """g (float[N,8,8,8] x) => (float[N,64] y)
 SHAPES = {"w1": (16, 8, 3, 3), "b1": (16,), "w2": (16, 16, 1, 1), "b2": (16,), "w3": (32, 32, 1, 1)}
 X = normal(192, 8, 8, 8, seed=9)
 FRESH = normal(32, 8, 8, 8, seed=77)
-COSTLY = "in integers it would cost too much accuracy"
+COSTLY = "in fewer bits its weight would cost too much accuracy"
 
 marks = [
     pytest.mark.train,
@@ -421,7 +421,7 @@ def test_when_the_time_is_up_the_best_so_far_is_taken() -> None:
 
 @trained
 def test_what_is_asked_for_is_judged_after_training() -> None:
-    """Layers leave integers only where training does not give back enough."""
+    """Weights get eight bits only where training does not give back enough."""
     less: dict[str, Any] = {"bias_correction": False, "equalization": False, "sequential": False}
     plain = Quantize(weights="int2", algorithm="rtn", require_sqnr=12, **less)
     assert reasons(learnt(plain).report.steps[-1].changes)["three"] == COSTLY
