@@ -38,8 +38,19 @@ class _Lookup:
     starts: Array | None
     scales: Array | None
 
-    def book(self, values: Array, axis: int) -> Codebook:
-        """Codes of the weight, from what it holds and the axis of its output channels."""
+    def book(self, values: Array, axis: int) -> Codebook | None:
+        """Codes of the weight, from what it holds and the axis of its output channels.
+
+        None where they do not stand for it: factors or tables may go with another axis.
+        """
+        sizes = {1, values.shape[axis]}
+        if any(each is not None and each.size not in sizes for each in (self.scales, self.starts)):
+            return None
+        found = self._read(values, axis)
+        fits = len(found.tables) * (found.group or values.shape[axis]) >= values.shape[axis]
+        return found if fits and np.array_equal(found.values(), values) else None
+
+    def _read(self, values: Array, axis: int) -> Codebook:
         plain = values if self.scales is None else values / self.scales
         scales = None if self.scales is None else self.scales.ravel()
         if self.tables is None:
@@ -79,7 +90,8 @@ def restored(model: Model) -> list[tuple[Layer, Codebook]]:
     edits.clean_up()
     layers = [layer for layer in map(layer_of, model.graph.nodes) if isinstance(layer, Layer)]
     named = ((layer, found.get(layer.node.inputs[1].name)) for layer in layers)
-    return [(layer, how.book(layer.weight, layer.weight_axis)) for layer, how in named if how is not None]
+    read = ((layer, how.book(layer.weight, layer.weight_axis)) for layer, how in named if how is not None)
+    return [(layer, book) for layer, book in read if book is not None]
 
 
 def _lookup(weight: Tensor) -> _Lookup | None:
@@ -99,7 +111,11 @@ def _lookup(weight: Tensor) -> _Lookup | None:
         return None
     places = producer(at)
     starts = places.constant(1) if places is not None and places.op == "Add" else None
-    tables = table.reshape(1 if starts is None else np.unique(starts).size, -1)
+    count = 1 if starts is None else np.unique(starts).size
+    if table.size % count:
+        return None
+    tables = table.reshape(count, -1)
     # Weights without their zeros are looked up, too, but not by codes.
-    coded = tables.shape[1] <= 1 << MOST_BITS and bool((np.diff(tables, axis=1) >= 0).all())
+    widths = [1 << bits for bits in range(1, MOST_BITS + 1)]
+    coded = tables.shape[1] in widths and bool((np.diff(tables, axis=1) >= 0).all())
     return _Lookup(tuple(cone), tables, starts, scales) if coded else None

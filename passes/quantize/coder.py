@@ -102,6 +102,10 @@ class WeightCoder:
         """Integers with a scale for every few inputs that a weight was stored as, whatever their bits."""
         return self._trained.blocks(layer, 0) if self.came_in_blocks(layer.node) else None
 
+    def is_looked_up(self, node: Node) -> bool:
+        """Whether the weight of a node came in tables, in which it takes less room than in any other way."""
+        return node.inputs[1].name in self._trained.shared
+
     def came_in_blocks(self, node: Node) -> bool:
         """Whether the weight of a node was stored with a scale for every few inputs."""
         stored = self._trained.constants.get(node.inputs[1].name)

@@ -47,6 +47,7 @@ class QuantizeFigures(Figures):
             weights that alone are integers.
         parts: SQNR by output, or part of one.
         observer: how ranges were chosen.
+        shared: weights in integers that are looked up in tables.
         fused: operators that ONNX Runtime runs in integers, by type.
         total: all operators of these types.
         plan: a `QuantizationPlan`: what was chosen, to keep and to replay.

@@ -63,4 +63,5 @@ class Static(Strategy):
         stored = {id(node) for node in draft.plan.stored}
         labels = draft.variant.kept
         kept = [n for n in draft.model.graph.nodes if n.label in labels and id(n) not in stored]
-        storage.halve([node for node in kept if spec_of(node).role is Role.LINEAR])
+        layers = [node for node in kept if spec_of(node).role is Role.LINEAR]
+        storage.halve([node for node in layers if not draft.coder.is_looked_up(node)])

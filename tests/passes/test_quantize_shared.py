@@ -159,6 +159,38 @@ def same(one: Codebook, two: Codebook) -> bool:
     return np.array_equal(one.tables, two.tables) and np.array_equal(one.codes, two.codes)
 
 
+def test_layers_that_had_better_be_floats_take_no_more_room(net: Model) -> None:
+    few, result = made(net, {"bits": 4}, require_sqnr=42)
+    figures = QuantizeFigures.of(result.report.steps[-1].changes)
+    assert any(layer.kept for layer in figures.layers or ())
+    assert result.model.nbytes() < few.nbytes() + 2000
+
+
+@pytest.mark.parametrize("table", [[1.0, 2.0, 3.0], [1.0, 3.0, 2.0, 4.0], [1.0]])
+def test_tables_that_codes_do_not_fill_are_left_alone(table: list[float]) -> None:
+    model = parse(
+        """g (float[N,2] x) => (float[N,2] y) <int64[2,2] at = {0,0,0,0}>
+        { w = Gather(t, at) y = MatMul(x, w) }""",
+        {"t": np.array(table, np.float32)},
+    )
+    before = model.to_proto()
+    assert restored(model) == []
+    assert model.to_proto() == before
+
+
+def test_factors_of_inputs_are_none_of_outputs() -> None:
+    """What goes with another axis is a weight like any other, and means what it did."""
+    model = parse(
+        """g (float[N,3] x) => (float[N,3] y) <int64[3,3] at = {0,1,2,3,2,1,0,1,2}>
+        { found = Gather(t, at) w = Mul(found, s) y = MatMul(x, w) }""",
+        {"t": np.array([1, 2, 3, 4], np.float32), "s": np.array([[1], [2], [4]], np.float32)},
+    )
+    feeds = {"x": normal(4, 3)}
+    before = run(model, feeds)["y"]
+    assert restored(model) == []
+    assert np.array_equal(run(model, feeds)["y"], before)
+
+
 @pytest.mark.parametrize(
     "change",
     ["w = Mul(g, minus)", "w = Add(g, minus)", "h = Mul(g, minus) w = Mul(h, minus)"],
@@ -166,7 +198,7 @@ def same(one: Codebook, two: Codebook) -> bool:
 )
 def test_other_ways_to_compute_a_weight_are_left_alone(change: str) -> None:
     text = f"""g (float[N,2] x) => (float[N,2] y)
-    <int64[2,2] at = {{0,1,1,2}}, float[1] minus = {{-1.0}}, float[3] t = {{1.0, 2.0, 3.0}}>
+    <int64[2,2] at = {{0,1,1,2}}, float[1] minus = {{-1.0}}, float[4] t = {{1.0, 2.0, 3.0, 4.0}}>
     {{ g = Gather(t, at) {change} y = MatMul(x, w) }}"""
     model = parse(text)
     before = model.to_proto()
