@@ -40,12 +40,15 @@ from tests.helpers import ONNX_RUNTIME, RECENT, is_wellformed
 pytestmark = pytest.mark.conformance
 
 EQUAL, NOT_RUN = "equal", "not run"
+# Of what may be fed and what is frozen, every other case stands for its neighbours.
+EVERY = {"as it is": 1, "first input fed": 2, "nothing fed": 1}
+
 # What ONNX Runtime has kernels for differs between its versions, but never is so little: 1.23 runs 1197 of
 # the cases of onnx 1.23 as they are, 1.31 runs 1352, 1.32 runs 1526.
-FEWEST = {"as it is": 1150, "first input fed": 800, "nothing fed": 1150}
+FEWEST = {"as it is": 1150, "first input fed": 400, "nothing fed": 1150}
 
-# An older opset, and of how many of every fifth case there is a form in it; 1.23 runs fewer of them.
-OLDER, LEAST_OLDER = 13, 130 if ONNX_RUNTIME >= RECENT else 115
+# An older opset, and of how many of every eighth case there is a form in it; 1.23 runs fewer of them.
+OLDER, LEAST_OLDER = 13, 80 if ONNX_RUNTIME >= RECENT else 70
 
 
 @functools.cache
@@ -72,7 +75,7 @@ def _unpooled(padded: Array, sizes: tuple[int, ...], *given: Any, **_: Any) -> A
 
 def variants(variant: str) -> Iterator[tuple[str, onnx.ModelProto, dict[str, Array]]]:
     """Every case with its inputs; those that are not fed are made initializers."""
-    for case in cases():
+    for case in cases()[:: EVERY[variant]]:
         arrays = case.data_sets[0][0]
         feeds = {info.name: array for info, array in zip(case.model.graph.input, arrays, strict=False)}
         if variant == "as it is":
@@ -123,12 +126,12 @@ def test_slimming_changes_no_result(variant: str) -> None:
     assert list(found.values()).count(EQUAL) >= FEWEST[variant]
     if frozen().is_file():
         expected = json.loads(frozen().read_text(encoding="utf-8"))[variant]
-        assert not_run(found) == expected
+        assert not_run(found) == [name for name in expected if name in found]
 
 
 def test_older_opsets_compute_the_same_or_are_refused() -> None:
     problems, equal = [], 0
-    for name, proto, feeds in islice(variants("as it is"), 0, None, 5):
+    for name, proto, feeds in islice(variants("as it is"), 0, None, 8):
         model = load(proto)
         if set(model.opsets) - set(DEFAULT_DOMAINS) or model.opset <= OLDER:
             continue

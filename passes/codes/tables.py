@@ -238,13 +238,14 @@ class _Sorted:
     def _planned(self, bins: NDArray[np.intp], count: int) -> NDArray[np.intp]:
         """Ends of the clusters of least error that consist of whole intervals."""
         w, wx, wxx = (sums[bins] for sums in (self._w, self._wx, self._wxx))
-        weight, first, second = (each[None, :] - each[:, None] for each in (w, wx, wxx))
+        # A row for each end, so that the best start is looked for along memory.
+        weight, first, second = (each[:, None] - each[None, :] for each in (w, wx, wxx))
         cost = np.where(weight > 0, second - first**2 / np.where(weight > 0, weight, 1.0), np.inf)
-        best, steps = cost[0], []
+        best, steps = cost[:, 0], []
         for _ in range(min(count, len(bins) - 1) - 1):
-            total = best[:, None] + cost
-            steps.append(total.argmin(axis=0))
-            best = np.take_along_axis(total, steps[-1][None], axis=0)[0]
+            total = cost + best
+            steps.append(total.argmin(axis=1))
+            best = np.take_along_axis(total, steps[-1][:, None], axis=1)[:, 0]
         ends = [len(bins) - 1]
         for step in reversed(steps):
             ends.append(int(step[ends[-1]]))

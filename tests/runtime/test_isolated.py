@@ -378,14 +378,15 @@ sys.exit(cli.main())
 
 
 @LINUX
-@pytest.mark.parametrize("fate", ["live", "die"])
 @pytest.mark.parametrize(
-    "before",
+    ("before", "fate"),
     [
-        "",
-        "import onnxruntime",
-        "sys.path.insert(0, {folder!r})",
-        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+        ("", "live"),
+        ("import onnxruntime", "live"),
+        ("sys.path.insert(0, {folder!r})", "live"),
+        ("sys.path.insert(0, {folder!r})", "die"),
+        ("import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)", "live"),
+        ("import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)", "die"),
     ],
 )
 @pytest.mark.usefixtures("fateful")
