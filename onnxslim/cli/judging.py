@@ -26,7 +26,8 @@ from onnxslim.cli.words import (
     Json,
     MetricName,
     Quiet,
-    Reports,
+    ReportFile,
+    ReportWords,
     expanded,
     limits,
     plug,
@@ -46,10 +47,9 @@ def register(app: typer.Typer) -> None:
 
 
 @dataclass(frozen=True)
-class ComparisonWords:
+class ComparisonWords(ReportWords):
     """How two models are compared."""
 
-    report: Reports = None
     rounds: Annotated[int, typer.Option(min=0, help="calls to time; 0 measures no latency")] = 30
     metric: MetricName = None
     input_shapes: InputShapes = None
@@ -98,7 +98,7 @@ def _validate(
     plug(common.ep_library)
     required, run = limits(require), (provider or (), threads, common.custom_ops or ())
     if resume is not None:
-        if first or data.settings() or comparison.report or comparison.metric or comparison.input_shapes:
+        if first or data.settings() or comparison.reports() or comparison.metric or comparison.input_shapes:
             raise UsageError("--resume takes no models, data, report, metric or sizes: the check has them")
         verdict, asked = _resume(resume, *run, common.quiet)
         _tell(verdict, common)
@@ -106,7 +106,7 @@ def _validate(
         return
     if first is None or second is None:
         raise UsageError("give two models, or --resume and a check")
-    require_reports(comparison.report, {path.resolve(): "a model" for path in (first, second)})
+    require_reports(comparison.reports(), {path.resolve(): "a model" for path in (first, second)})
     require_sheet(data)
     _compare(first, second, data, _targets(*run), required, comparison, common).require(**required)
 
@@ -143,13 +143,13 @@ def _compare(
         )
     warn_of_made_up_inputs(verdict)
     _tell(verdict, common)
-    if comparison.report:
+    if reports := comparison.reports():
         from onnxslim.engine.pipeline import Report
         from onnxslim.report import html
 
         told = html.document(model, result, Report(), verdict, limits=required, data=feeds)
-        for path in comparison.report:
-            told.save(path)
+        for each in reports:
+            told.save(each.path, each.form)
     return verdict
 
 
@@ -269,4 +269,4 @@ def _diff(
 def _require_page(path: Path, models: Sequence[Path]) -> None:
     if path.suffix != ".html":
         raise UsageError(f"'{path}': the page is a file in .html")
-    require_reports([path], {model.resolve(): "a model" for model in models})
+    require_reports([ReportFile("--html", path, ".html")], {model.resolve(): "a model" for model in models})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxslim.cli import guard, terminal
-from onnxslim.cli.words import DataWords, ModelWords, limits, plug
+from onnxslim.cli.words import DataWords, ModelWords, ReportFile, limits, plug
 from onnxslim.errors import OnnxSlimError, SaveError, UsageError, ValidationError
 from onnxslim.report import require_form
 from onnxslim.runtime import isolated
@@ -62,7 +62,7 @@ def process(
     if outcome.unmeasured:
         terminal.log(f"warning: the report has no comparison of the models: {outcome.unmeasured}")
     _warn_of_doubtful_results(outcome, job.quiet)
-    told = outcome.document(layers=bool(job.report)) if job.json or job.report else None
+    told = outcome.document(layers=bool(job.reports())) if job.json or job.reports() else None
     _tell(job, outcome, told)
     _save(job, wanted, outcome, told, save_plan)
     return outcome
@@ -110,7 +110,7 @@ def _run(
 
     metric = named_metric(job.metric)
     libraries = tuple(job.custom_ops or ())
-    reported, journal = bool(job.report), guard.journal
+    reported, journal = bool(job.reports()), guard.journal
     work = Work(recipe, job.source, libraries, job.jobs, metric, reported, journal, job.simulate)
     feeds = asked.feeds(work.original) if asked else None
     if feeds is not None:
@@ -173,8 +173,8 @@ def _save(
             failed.append(error)
 
     if told is not None:
-        for path in job.report or ():
-            attempt(partial(told.save, path))
+        for each in job.reports():
+            attempt(partial(told.save, each.path, each.form))
     try:
         outcome.require()
     except ValidationError:
@@ -242,19 +242,22 @@ def _require_places(job: ModelWords, recipe: Path | None, plan: Path | None) -> 
     for word, file in (("--save-recipe", job.save_recipe), ("--save-plan", plan)):
         if file is not None and file.resolve() in taken:
             raise UsageError(f"{word} {file} would overwrite {taken[file.resolve()]}")
-    require_reports(job.report, taken)
+    require_reports(job.reports(), taken)
     for path in (job.output, job.save_recipe, plan):
         if path is not None:
             require_writable(path)
 
 
-def require_reports(paths: Sequence[Path] | None, taken: Mapping[Path, str]) -> None:
-    """Fail early if a report could not be written, or would replace one of these files, called so."""
-    for path in paths or ():
-        if path.resolve() in taken:
-            raise UsageError(f"--report {path} would overwrite {taken[path.resolve()]}")
-        require_form(path)
-        require_writable(path)
+def require_reports(reports: Sequence[ReportFile], taken: Mapping[Path, str]) -> None:
+    """Fail early if a report could not be written, or would replace another, or one of these files."""
+    used = dict(taken)
+    for each in reports:
+        place = each.path.resolve()
+        if place in used:
+            raise UsageError(f"{each.word} {each.path} would overwrite {used[place]}")
+        used[place] = f"the report of {each.word}"
+        require_form(each.path, each.form)
+        require_writable(each.path)
 
 
 def _require_keepable(job: ModelWords, recipe: Recipe, asked: Request | None) -> None:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -49,14 +49,41 @@ InputShapes = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="print the traceback of an error")]
 SavePlan = Annotated[Path | None, typer.Option(metavar="FILE.json", help="save what was chosen, for --plan")]
 
-Reports = Annotated[
-    list[Path] | None,
-    typer.Option(
-        metavar="FILE",
-        help="save a report: FILE.html for people, FILE.json for programs, FILE.md to show where models are "
-        "built, FILE.xml as JUnit's tests; may be repeated",
-    ),
-]
+
+@dataclass(frozen=True, kw_only=True)
+class ReportWords:
+    """The options that say where reports go."""
+
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="save a report: FILE.html for people, FILE.json for programs, FILE.md to show where models "
+            "are built, FILE.xml as JUnit's tests; may be repeated",
+        ),
+    ] = None
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="save a report as JUnit's tests, whatever its name")
+    ] = None
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="save a report in Markdown, whatever its name")
+    ] = None
+
+    def reports(self) -> list[ReportFile]:
+        """All that are asked for."""
+        named = (("--junit", self.junit, ".xml"), ("--markdown", self.markdown, ".md"))
+        return [
+            *(ReportFile("--report", path, path.suffix) for path in self.report or ()),
+            *(ReportFile(word, path, form) for word, path, form in named if path is not None),
+        ]
+
+
+class ReportFile(NamedTuple):
+    """A report that is asked for: by which option, where, and in the form of which suffix."""
+
+    word: str
+    path: Path
+    form: str
 
 
 def of_images(name: str) -> bool:
@@ -186,7 +213,7 @@ class CommonWords:
 
 
 @dataclass(frozen=True)
-class ModelWords:
+class ModelWords(ReportWords):
     """The options of every command that makes a model out of a model."""
 
     source: Annotated[Path, typer.Argument(metavar="IN", readable=False, help="the model")]
@@ -236,7 +263,6 @@ class ModelWords:
         bool,
         typer.Option("--external-data", help="put the weights in a .data file beside OUT, however small"),
     ] = False
-    report: Reports = None
     save_recipe: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="save what this command does as a recipe")
     ] = None

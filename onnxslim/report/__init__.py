@@ -8,7 +8,7 @@ from onnxslim.errors import UsageError
 FORMS = (".html", ".json", ".md", ".xml")
 
 
-def require_form(path: Path) -> None:
-    """Raise UsageError if a file's name says of no form how a report is to be written."""
-    if path.suffix not in FORMS:
+def require_form(path: Path, form: str) -> None:
+    """Raise UsageError if there is no form of a report called so; the file is named."""
+    if form not in FORMS:
         raise UsageError(f"'{path}': a report is a file in {', '.join(FORMS[:-1])} or {FORMS[-1]}")

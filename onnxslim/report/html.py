@@ -105,29 +105,30 @@ class Document:
         """What was asked for, and whether it is met, as tests."""
         return junit.suites(self.source or "model", self.report, self.verdict, self.checks)
 
-    def text(self, path: Path) -> str:
-        """The document in the form that a file's name asks for.
+    def text(self, path: Path, form: str | None = None) -> str:
+        """The document in the form of this suffix, or of the file's own.
 
         Raises:
             UsageError: there is no such form.
         """
-        require_form(path)
+        form = path.suffix if form is None else form
+        require_form(path, form)
         forms: Mapping[str, Callable[[], str]] = {
             ".html": self.to_html,
             ".json": lambda: self.to_json() + "\n",
             ".md": self.to_markdown,
             ".xml": self.to_junit,
         }
-        return forms[path.suffix]()
+        return forms[form]()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as HTML, JSON, Markdown or JUnit's XML, by the file's name.
+    def save(self, path: str | os.PathLike[str], form: str | None = None) -> None:
+        """Write it as HTML, JSON, Markdown or JUnit's XML: in the form of this suffix, or of the file's own.
 
         Raises:
             UsageError: see `text`.
             SaveError: the file cannot be written.
         """
-        write_text(Path(path), self.text(Path(path)))
+        write_text(Path(path), self.text(Path(path), form))
 
 
 def document(

@@ -105,3 +105,25 @@ def test_every_form_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         cli.main(["slim", str(model), "--report", str(model.with_suffix(".xml")), "--report", "x.txt"]) == 2
     )
     assert "a report is a file in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [("validate", "in.onnx", "in.onnx", "--rounds", "0"), ("slim", "in.onnx")]
+)
+def test_forms_are_named_where_files_have_other_names(
+    command: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parse("g (float[N] x) => (float[N] y) { a = Identity(x) y = Relu(a) }").save("in.onnx")
+    assert cli.main([*command, "--junit", "tests.log", "--markdown", "summary", "--report", "r.json"]) == 0
+    assert ElementTree.parse("tests.log").getroot().tag == "testsuites"
+    assert Path("summary").read_text("utf-8").startswith("### ")
+    assert Path("r.json").is_file()
+    capsys.readouterr()
+    assert cli.main([*command, "--junit", "in.onnx"]) == 2
+    assert "--junit in.onnx would overwrite " in capsys.readouterr().err
+    assert cli.main([*command, "--junit", "same", "--markdown", "same"]) == 2
+    assert "--markdown same would overwrite the report of --junit" in capsys.readouterr().err
