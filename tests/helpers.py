@@ -30,6 +30,7 @@ from onnxslim.ops import REGISTRY, OpSpec
 from onnxslim.passes.quantize import Quantize
 from onnxslim.runtime.metric import Metric
 from onnxslim.runtime.probe import make_feeds
+from onnxslim.runtime.releases import release
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
 
@@ -116,6 +117,13 @@ def skip_if_old(model: Model, feeds: Mapping[str, Array] | None = None) -> None:
     """Skip a test whose model an ONNX Runtime does not run that is older than the operators in it."""
     if ONNX_RUNTIME < RECENT and not runs(model, feeds_for(model) if feeds is None else feeds):
         pytest.skip(f"this ONNX Runtime is older than {'.'.join(map(str, RECENT))}")
+
+
+def skip_if_opset_is_newer(opset: int) -> None:
+    """Skip a test whose models are of a newer opset than this ONNX Runtime reads at all."""
+    newest = release(onnxruntime.__version__).opset
+    if opset > newest:
+        pytest.skip(f"ONNX Runtime {onnxruntime.__version__} reads no opset after {newest}")
 
 
 def is_run(model: Model) -> bool:

@@ -64,8 +64,17 @@ class OnnxRuntime:
             raise
 
 
+# How ONNX Runtime says that it does not know an opset, or a version of the file format.
+_TOO_NEW = ("is under development", "Unsupported model IR version")
+
+
 def _advice(refusal: str, model: Loadable) -> str:
-    """What to do where there is no kernel for an operator; empty if nobody knows."""
+    """What to do where there is no kernel for an operator, or no opset; empty if nobody knows."""
+    if any(why in refusal for why in _TOO_NEW):
+        return (
+            "this ONNX Runtime is older than the model: install a newer one, or have 'onnxslim legalize "
+            "--onnxruntime VERSION' write it for this one"
+        )
     if native.LACKING not in refusal:
         return ""
     if isinstance(model, Model) and _has_bfloat16(model):

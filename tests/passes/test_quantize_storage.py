@@ -363,6 +363,9 @@ def test_blocks_of_a_shared_table_fill_its_rows() -> None:
     model = decoder(width=48)
     result = stored(model, weights="int4")
     assert {node.name: node.attrs["block_size"] for node in result.graph.nodes if node.domain}["head"] == 16
+    assert all(
+        len(node.inputs) < 4 or not node.inputs[3].name for node in result.graph.nodes if node.name == "head"
+    )
     assert sqnr(run(model, IDS)["y"], run(result, IDS)["y"]) > 16
 
 
@@ -427,6 +430,14 @@ def test_tables_are_looked_up_in_few_bits(weights: str, width: int, bits: int) -
     for feeds in (IDS, {"i": -1 - IDS["i"]}):
         assert sqnr(run(model, feeds)["y"], run(result, feeds)["y"]) > (15 if weights == "int4" else 38)
         assert sqnr(run(plain, feeds)["y"], run(result, feeds)["y"]) > 35
+
+
+@pytest.mark.parametrize(("width", "zeros"), [(32, False), (64, True), (72, False), (96, False), (128, True)])
+def test_no_zero_points_where_older_kernels_take_wrong_ones(width: int, zeros: bool) -> None:
+    """ONNX Runtime 1.23 and 1.24 do, where a row has an odd number of blocks."""
+    result = stored(lookup(width=width), weights="int4", storage="matmulnbits")
+    rows = next(node for node in result.graph.nodes if node.name == "rows")
+    assert (rows.attrs["bits"], len(rows.inputs) == 4) == (4, zeros)
 
 
 def test_a_table_is_kept_in_eight_bits_where_four_cost_too_much() -> None:
