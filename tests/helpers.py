@@ -126,6 +126,12 @@ def skip_if_opset_is_newer(opset: int) -> None:
         pytest.skip(f"ONNX Runtime {onnxruntime.__version__} reads no opset after {newest}")
 
 
+def skip_if_eight_bits_are_not_fused(weights: str) -> None:
+    """Skip where this ONNX Runtime makes no product of blocks of eight bits."""
+    if weights == "int8" and ONNX_RUNTIME < RECENT:
+        pytest.skip(f"ONNX Runtime {onnxruntime.__version__} may fuse no int8 weights in blocks")
+
+
 def is_run(model: Model) -> bool:
     """Whether ONNX Runtime has kernels for a model, and knows its opset."""
     try:

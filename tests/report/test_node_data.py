@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,11 @@ def test_figures_of_nodes_are_written(tmp_path: Path, capsys: pytest.CaptureFixt
     }
     assert read["decibels"]["results"]["t"]["value"] == pytest.approx(layers["t"])
     for figure in read.values():
+        # As GraphNodeData, NodeDataResult and GradientItem of ai-edge-model-explorer 0.1 have it.
+        assert set(figure) == {"results", "gradient"}
+        assert all(set(each) == {"value"} for each in figure["results"].values())
+        assert all(set(each) == {"stop", "bgColor"} for each in figure["gradient"])
+        assert all(re.fullmatch("#[0-9a-f]{6}", each["bgColor"]) for each in figure["gradient"])
         assert [each["stop"] for each in figure["gradient"]] == [0, 1]
     assert "decibels.json: 2 nodes" in capsys.readouterr().err
 
