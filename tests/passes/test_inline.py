@@ -12,7 +12,7 @@ from onnxslim.ir.model import Model, load
 from onnxslim.passes.dedupe import Dedupe
 from onnxslim.passes.inline import Inline
 from onnxslim.passes.slim import Slim
-from tests.helpers import ONNX_RUNTIME, apply, ops, run, same_outputs, settled
+from tests.helpers import ONNX_RUNTIME, RECENT, apply, ops, run, same_outputs, settled
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21, "own" : 1]>'
 
@@ -174,7 +174,7 @@ def test_in_a_pipeline() -> None:
     assert ops(result.model) == {"Elu": 1}
 
 
-@pytest.mark.skipif(ONNX_RUNTIME < (1, 24), reason="it runs the first function for all overloads")
+@pytest.mark.skipif(ONNX_RUNTIME < RECENT, reason="it runs the first function for all overloads")
 def test_overloads_are_inlined_each_with_its_own_body() -> None:
     proto = onnx.parser.parse_model(
         """<ir_version: 10, opset_import: ["" : 17, "own" : 1]>
