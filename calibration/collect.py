@@ -44,7 +44,10 @@ class Statistics:
     def update(self, name: str, array: Array) -> None:
         """Show an array to all observers of its tensor."""
         if name in self.histograms:
-            self.histograms[name].update(array, every=thinning(array))
+            every = thinning(array)
+            # What is left out of a sample does not depend on those beside it.
+            for part in array if every > 1 and array.ndim > 1 else (array,):
+                self.histograms[name].update(part, every=every)
         for (tensor, _), observer in self.means.items():
             if tensor == name:
                 observer.update(array)

@@ -25,6 +25,7 @@ from onnxslim.ir.model import Model
 from onnxslim.runtime.metric import Metric, accuracy
 from onnxslim.runtime.session import Session
 from onnxslim.runtime.targets import Target
+from onnxslim.shapes.cost import sized
 
 # The most samples to choose by, and the most to hold out: more move what is measured by less than a network
 # differs from one sample to the next.
@@ -37,9 +38,10 @@ TUNE, HELD = 1 / 4, 1 / 16
 FRESH, MOST_FRESH = 1 / 8, 512
 # Fewer samples than these say too little to be worth what they are missed for.
 LEAST_TUNED, LEAST_HELD = 4, 8
-# Samples that a model is run on at a time, and bytes of their inputs and outputs, at most.
+# Samples that a model is run on at a time, and bytes of their inputs and outputs, and of all that is computed
+# in between, at most: passes look at much of that at once, and larger groups save no time (decision 119).
 GROUP = 8
-MAX_BYTES = 4 << 20
+MAX_BYTES, MAX_INNER_BYTES = 4 << 20, 128 << 20
 # Largest difference, relative to the largest magnitude, at which a sample counts as computed by itself.
 ALONE = 1e-3
 
@@ -334,7 +336,22 @@ def _group(model: Model, data: CalibrationData, target: Target) -> int:
     if not all(_joined(together[name], [each[name] for each in alone]) for name in together):
         return 0
     bytes_of_two = sum(array.nbytes for array in (*pair.values(), *together.values()))
-    return int(np.clip(2 * MAX_BYTES // max(bytes_of_two, 1), 1, GROUP))
+    fits = min(
+        2 * MAX_BYTES // max(bytes_of_two, 1), 2 * MAX_INNER_BYTES // max(_inner_bytes(model, pair), 1)
+    )
+    return int(np.clip(fits, 1, GROUP))
+
+
+def _inner_bytes(model: Model, feeds: Feeds) -> int:
+    """Bytes of all that is computed of some inputs, as far as shapes tell."""
+    found = sized(model, {name: array.shape for name, array in feeds.items()}).graph
+    known = (
+        (each.dtype, tuple(dim for dim in each.shape if isinstance(dim, int)), len(each.shape))
+        for node in found.nodes
+        for each in node.outputs
+        if each.dtype is not None and each.shape is not None
+    )
+    return sum(math.prod(sizes) * dtype.itemsize for dtype, sizes, rank in known if len(sizes) == rank)
 
 
 def _first_two(data: CalibrationData) -> Feeds | None:

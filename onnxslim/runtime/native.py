@@ -313,6 +313,8 @@ def _options(settings: SessionSettings) -> Any:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not settings.spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Whoever computes between runs needs the memory that the arena would keep for the next one.
+        options.enable_cpu_mem_arena = False
     if settings.optimized is not None:
         options.optimized_model_filepath = str(settings.optimized)
         options.add_session_config_entry(

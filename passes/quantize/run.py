@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -116,7 +116,7 @@ class QuantizeRun:
         log = Log()
         start = self._prepared(model, ctx, log)
         search, build = self._judged(start)
-        trial, _ = self._everything(search, build, log)
+        trial, _ = self._everything(search, build, lambda _: False, log)
         trial = search.rounding(trial) if self._rounds(trial, search) else trial
         return moves_of(trial, search.layers(trial), self._wish.kept_options())
 
@@ -368,18 +368,28 @@ class QuantizeRun:
             return 0.0
         return price_for(priced(start.model, start.ctx), self._wish.download)
 
-    def _everything(self, search: Search, build: Builder, log: Log) -> tuple[Trial, float]:
-        """The candidate with all in integers, the nearest ones, and what one unscaled keeps, in dB."""
+    def _everything(
+        self, search: Search, build: Builder, fits: Callable[[Trial], bool], log: Log
+    ) -> tuple[Trial, float]:
+        """The candidate with all in integers, the nearest ones, and what one unscaled keeps, in dB.
+
+        Args:
+            search, build: of candidates.
+            fits: whether weights of one are fitted in turn next.
+            log: what was scaled goes here.
+        """
         if not self._wish.way.calibrated:
             trial = search.attempt(Variant(), build)
         elif self._wish.observer == "auto":
-            trial = search.observer(Variant(), build)
+            trial = search.observer(Variant(), build, fits)
         else:
             trial = search.attempt(Variant((self._wish.observer, self._wish.percentile)), build)
         nearest = trial.score.sqnr
         if self._wish.equalization and self._wish.way.calibrated and trial.score.sqnr < search.enough:
             plain, usual = trial, self._wish.observer == "auto"
-            trial = search.step("scaled channels", plain, lambda: search.equalized(plain, log, usual=usual))
+            trial = search.step(
+                "scaled channels", plain, lambda: search.equalized(plain, log, fits, usual=usual)
+            )
         return trial, nearest
 
     def _refined(self, search: Search, trial: Trial, goal: TrialGoal) -> Trial:
@@ -391,7 +401,7 @@ class QuantizeRun:
         if self._wish.download is not None:
             smaller = partial(search.smaller, trial, sequential=self._wish.sequential)
             return search.step("fewer bits for weights", trial, smaller)
-        if not self._rounds(trial, search) or self._is_far(trial, goal):
+        if not self._finds(search, trial, goal):
             return trial
         weighed = search.step("better integers of weights", 0.0, lambda: self._weighed(search, trial))
         if weighed < PART:
@@ -407,7 +417,7 @@ class QuantizeRun:
         self, search: Search, build: Builder, goal: TrialGoal, log: Log, size: int
     ) -> tuple[Trial, QuantizeFigures]:
         """The candidate to take, and what was measured until it was found."""
-        trial, nearest = self._everything(search, build, log)
+        trial, nearest = self._everything(search, build, partial(self._fits, search, goal), log)
         fitted = self._refined(search, trial, goal)
         figures = QuantizeFigures(nearest=nearest, everything=fitted.score.sqnr)
         quick = self._wish.effort == "quick"
@@ -446,6 +456,14 @@ class QuantizeRun:
             lambda: search.within(fitted, trial, search.layers(trial), budget),
         )
         return max(fitted, chosen, key=lambda each: each.score.sqnr)
+
+    def _finds(self, search: Search, trial: Trial, goal: TrialGoal) -> bool:
+        """Whether better codes are looked for."""
+        return self._rounds(trial, search) and not self._is_far(trial, goal)
+
+    def _fits(self, search: Search, goal: TrialGoal, trial: Trial) -> bool:
+        """Whether these are looked for by fitting in turn."""
+        return self._wish.sequential and self._wish.download is None and self._finds(search, trial, goal)
 
     def _rounds(self, trial: Trial, search: Search) -> bool:
         """Whether to look for better codes than a candidate has."""

@@ -9,7 +9,7 @@ from onnxslim.passes.quantize.build import Builder, Candidate
 from onnxslim.passes.quantize.choices import Variant
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trial:
     """A candidate that was measured.
 

@@ -48,12 +48,12 @@ Finish: TypeAlias = Callable[[Job, "Fit | None", Gram], "Fit | None"]
 Storer: TypeAlias = Callable[[Layer, Floats, Gram, bool], Floats]
 
 # Bytes of tensors between two stages that stay in memory; the rest goes to temporary files.
-MEMORY = 1 << 30
+MEMORY = 1 << 27
 # Positions of a layer's output to look at: a number per input, between bounds.
 _ROWS_PER_INPUT = 48
 _MIN_ROWS, _MAX_ROWS = 1 << 14, 40_000
 # Elements of inputs to take out of a batch at a time.
-_ELEMENTS = 1 << 25
+_ELEMENTS = 1 << 23
 # The strength of a fit is chosen by every so many-th sample, or row where there are too few samples, and the
 # fit is then made on all: those to choose candidates by are too few for that (decision 61).
 _EVERY = 4

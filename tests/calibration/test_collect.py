@@ -46,8 +46,10 @@ def test_histograms_are_those_of_the_tensors(model: Model) -> None:
         assert _equal(found[name], expected)
 
 
-def test_the_batching_of_the_samples_does_not_matter(model: Model) -> None:
-    whole = _batches((6, 8, 8))
+@pytest.mark.parametrize("size", [8, 130])
+def test_the_batching_of_the_samples_does_not_matter(model: Model, size: int) -> None:
+    whole = _batches((6, size, size))  # the large ones are thinned out
+    assert (thinning(whole[0]["x"]) > 1) == (size > 8)
     single = [{"x": whole[0]["x"][i : i + 1]} for i in range(6)]
     first = collect(model, CalibrationData(whole), ["x"]).histograms["x"]
     assert _equal(first, collect(model, CalibrationData(single), ["x"]).histograms["x"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnxslim.calibration.data import CalibrationData
-from onnxslim.calibration.samples import GROUP, Samples
+from onnxslim.calibration.samples import GROUP, MAX_INNER_BYTES, Samples
 from onnxslim.engine.base import Pass
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import CalibrationError, UsageError
@@ -55,6 +55,13 @@ def test_a_sample_is_in_one_part_however_samples_are_grouped(size: int, lazy: bo
     assert sorted(numbers(found.seen) + numbers(found.held)) == list(range(128))
     assert [found.fit.samples(), found.tune.samples()] == [88, 32]
     assert max(len(feeds["x"]) for feeds in found.fit) == GROUP
+
+
+def test_groups_are_smaller_where_more_is_computed_in_between() -> None:
+    text = "g (float[N,4,6,6] x) => (float[N,4,1,1] y) { a = Tile(x, s) r = Relu(a) y = GlobalMaxPool(r) }"
+    data = Samples(grouped(8), parse(text, {"s": np.array([1, 1, 160, 160])}))
+    each = 2 * 4 * (4 * 6 * 6 * 160 * 160)  # bytes of two maps
+    assert max(len(feeds["x"]) for feeds in data.fit) == MAX_INNER_BYTES // each
 
 
 def test_passes_that_learn_have_samples_that_nobody_else_sees() -> None:

@@ -16,7 +16,7 @@ from onnxslim.engine.demands import STEP
 from onnxslim.ir.graph import Constant
 from onnxslim.passes.quantize.calibrate import Calibration
 from onnxslim.passes.quantize.choices import ObserverChoice, Variant
-from onnxslim.passes.quantize.search import ENOUGH, FASTER, HARMLESS, MARGIN, OBSERVERS, TRIES, Search
+from onnxslim.passes.quantize.search import ALIKE, ENOUGH, FASTER, HARMLESS, MARGIN, OBSERVERS, TRIES, Search
 
 
 def scored(sqnr: float) -> Score:
@@ -100,6 +100,11 @@ def searching(*scores: float, times: list[float] | None = None) -> tuple[Any, Ju
     return Search(judge), judge  # type: ignore[arg-type]
 
 
+def is_rounded(trial: Any) -> bool:
+    """Weights are not fitted."""
+    return False
+
+
 # What the simpler one keeps, what the other one does, and whether that is clearly more.
 CLOSE = [(20.0, 20.0 + 0.9 * MARGIN, False), (20.0, 20.0 + 1.1 * MARGIN, True), (20.0, 15.0, False)]
 
@@ -107,9 +112,36 @@ CLOSE = [(20.0, 20.0 + 0.9 * MARGIN, False), (20.0, 20.0 + 1.1 * MARGIN, True), 
 @pytest.mark.parametrize(("simple", "other", "taken"), CLOSE)
 def test_a_later_observer_has_to_be_clearly_better(simple: float, other: float, taken: bool) -> None:
     search, _ = searching(simple, other, 0.0)
-    trial = search.observer(Variant(), Building())
+    trial = search.observer(Variant(), Building(), is_rounded)
     assert trial.variant.observer == OBSERVERS[taken]
     assert trial.score.sqnr == (other if taken else simple)
+
+
+# What three ways keep, what activations keep by those that are alike, and which way is taken.
+@pytest.mark.parametrize(
+    ("kept", "activations", "taken"),
+    [
+        ((24.0, 24.3, 24.4), (29.7, 28.3, 29.1), 0),
+        ((24.0, 24.3, 24.4), (28.3, 28.3, 29.1), 2),
+        ((24.0, 23.0, 24.2 + ALIKE), (), 2),
+        ((24.0, 23.0, 24.3), (28.0, 29.0), 2),
+    ],
+)
+def test_ways_that_keep_alike_are_told_apart_by_activations_before_weights_are_fitted(
+    kept: tuple[float, ...], activations: tuple[float, ...], taken: int
+) -> None:
+    search, judge = searching(*kept, *activations)
+    trial = search.observer(Variant(), Building(), lambda trial: True)
+    assert trial.variant.observer == OBSERVERS[taken]
+    assert not judge.scores
+
+
+def test_scaled_channels_are_taken_where_activations_keep_more() -> None:
+    search, _ = searching(24.4, 24.5, 28.3, 30.5)
+    trial, scaled = search.attempt(Variant(), Building(Building())), Log()
+    found = search.equalized(trial, scaled, lambda trial: True, usual=True)
+    assert found.score.sqnr == 24.5
+    assert [change.action for change in scaled.done().changed] == ["scaled"]
 
 
 @pytest.mark.parametrize(("floats", "part"), [(20.0, 0.0), (23.0, 0.5), (30.0, 0.9)])
@@ -120,7 +152,7 @@ def test_weights_have_the_part_in_the_noise_that_goes_with_them(floats: float, p
 
 def test_no_other_observer_is_tried_where_enough_is_kept() -> None:
     search, judge = searching(ENOUGH, 99.0, 99.0)
-    assert search.observer(Variant(), Building()).variant.observer == OBSERVERS[0]
+    assert search.observer(Variant(), Building(), is_rounded).variant.observer == OBSERVERS[0]
     assert len(judge.scores) == 2
 
 
@@ -132,7 +164,11 @@ def test_what_comes_on_top_has_to_be_clearly_better(
     search, _ = searching(simple, other)
     first, log = Building(Building()), Log()
     trial = search.attempt(Variant(), first)
-    found = search.equalized(trial, log, usual=True) if step == "equalized" else getattr(search, step)(trial)
+    found = (
+        search.equalized(trial, log, is_rounded, usual=True)
+        if step == "equalized"
+        else getattr(search, step)(trial)
+    )
     assert (found is not trial) == taken
     assert found.score.sqnr == (other if taken else simple)
     # What was not taken was not done.
@@ -145,7 +181,7 @@ def test_scaled_channels_have_ranges_by_what_won_before_and_by_what_mostly_wins(
 ) -> None:
     search, judge = searching(20.0, *(22.0 + each for each, _ in enumerate(tried)))
     trial = search.attempt(Variant(OBSERVERS[2]), Building(Building()))
-    assert search.equalized(trial, Log(), usual=usual).variant.observer == tried[-1]
+    assert search.equalized(trial, Log(), is_rounded, usual=usual).variant.observer == tried[-1]
     assert not judge.scores
 
 
