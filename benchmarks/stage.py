@@ -14,7 +14,8 @@ same samples to calibrate on, none of which is in the test, and all are scored i
 score in %, with its 95 % interval; in the first of them the change from the float model, pair by pair, with
 an interval of its own, in bold where 0 is not in it; SQNR of the outputs in dB; size of the file, of its
 download (deflate) and latency (first sample of the test, one thread, all in turn), relative to the float
-model; CPU seconds of making it.
+model; CPU seconds of making it. Beside the table is said how often classes are those of the float model,
+where outputs are scores of classes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -129,8 +132,18 @@ def scored(task: Task, found: Sequence[Entrant]) -> dict[str, Scored | str]:
         scores = task.judge(outputs)
         table[entrant.name] = Scored(session, scores, sqnr(expected, outputs))
         told = ", ".join(f"{score.name} {score.estimate.told()}" for score in scores)
+        if outputs is not expected and (share := same_class(expected, outputs)) is not None:
+            told += f", same class {share:.1%}"
         print(f"{entrant.name}: {told}", file=sys.stderr, flush=True)
     return table
+
+
+def same_class(expected: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> float | None:
+    """How often the largest of the first output is where the float model's is; None where that is no row."""
+    pairs = [(next(iter(a.values())), next(iter(b.values()))) for a, b in zip(expected, found, strict=True)]
+    if any(np.ndim(a) != 2 for a, _ in pairs):
+        return None
+    return float(np.mean(np.concatenate([a.argmax(1) == b.argmax(1) for a, b in pairs])))
 
 
 def rows(task: Task, found: Sequence[Entrant], table: dict[str, Scored | str]) -> Iterator[str]:
