@@ -46,7 +46,8 @@ def net() -> Model:
 @pytest.mark.parametrize("share", [0.9, 0.75])
 def test_integers_take_less_once_deflated(net: Model, share: float) -> None:
     data = [{"x": normal(16, 16, 6, 6)}]
-    plain, _ = quantize(net, data, classifier=True)
+    # Channels that are scaled alike have other codes to begin with.
+    plain, _ = quantize(net, data, classifier=True, equalization=False)
     small, _ = quantize(net, data, classifier=True, download=share)
     assert len(codes_of(small)) == len(codes_of(plain))
     sent = [len(zlib.compress(codes_of(each), 6)) for each in (plain, small)]
