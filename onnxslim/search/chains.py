@@ -181,12 +181,12 @@ class Structures:
         """What could go by the pass of this number."""
         return self._passes[step].propose(self._model, self._ctx)
 
-    def least_bytes(self) -> int:
+    def bare_layers(self) -> list[bytes]:
         """What no trial gets below: layers without any weights, but for those in branches, which may go."""
         going = {name for branch in branches(self._model).found for name in branch.nodes}
         layers = {node.outputs[0].name for node in self._model.nodes() if layer_of(node) is not None}
         written = self._model.to_proto_with(without_data).graph.node
-        return sum(node.ByteSize() for node in written if node.output[0] in layers - going)
+        return [node.SerializeToString() for node in written if node.output[0] in layers - going]
 
     def __call__(self, share: float, cut: Cut = "work") -> Chain:
         """The passes, with plans, that leave so much of the work or the time, or come nearest to it.

@@ -12,6 +12,8 @@ from pathlib import Path
 from onnxslim.engine.base import Context
 from onnxslim.engine.pipeline import Pipeline
 from onnxslim.errors import OnnxSlimError, UsageError
+from onnxslim.ir.download import deflated, download
+from onnxslim.ir.model import Model
 from onnxslim.passes.distill import Distill
 from onnxslim.passes.slim import Slim
 from onnxslim.recipes.recipe import Outcome, Recipe
@@ -58,13 +60,19 @@ class TrialRunner:
         self.goals = self.evaluator.completed(problem.goals)
         self.encodings = encodings(self.goals, problem.target, problem.effort)
         self._moves = moves
-        if self.goals.size is not None:
-            self._require_room(self.goals.size)
+        self._require_room(self.problem.model)
 
-    def _require_room(self, size: float) -> None:
-        least = self.structures.least_bytes() / self.problem.model.stats().bytes
-        if size < least:
-            raise UsageError(f"the goal size={size:g} is out of reach: layers alone are {least:.2g}")
+    def _require_room(self, model: Model) -> None:
+        """Raise UsageError if layers without weights take more bytes of the original's than are asked for."""
+        if (size := self.goals.size) is not None:
+            self._require("size", size, sum(map(len, self.structures.bare_layers())) / model.stats().bytes)
+        if (sent := self.goals.download) is not None:
+            self._require("download", sent, deflated(self.structures.bare_layers()) / download(model).deflate)
+
+    @staticmethod
+    def _require(goal: str, asked: float, least: float) -> None:
+        if asked < least:
+            raise UsageError(f"the goal {goal}={asked:g} is out of reach: layers alone are {least:.2g}")
 
     @cached_property
     def structures(self) -> Structures:

@@ -197,6 +197,7 @@ def test_wrong_inputs_are_told_before_any_trial(net: Model, data: Mapping[str, A
         *(({"time_limit": limit}, "is no time: give 0 sec") for limit in (-1.0, math.nan, "5")),
         ({"goals": {"latency": 0.5}}, "goals are onnxslim.Goals, such as .*, not a dict"),
         ({"goals": Goals(size=1e-5)}, r"size=1e-05 is out of reach: layers alone are 0.00\d+$"),
+        ({"goals": Goals(download=1e-5)}, r"download=1e-05 is out of reach: layers alone are 0.00\d+$"),
         ({"goals": Goals(max_drop=1)}, "max_drop=1 may be all: 0.01 is one in a hundred"),
         ({"goals": Goals(latency=0.5), "target": "reference"}, "the goal latency needs times: its operators"),
         ({"effort": "fast"}, "unknown effort 'fast': known are: quick"),
