@@ -23,6 +23,8 @@ from onnxslim.ir.model import Model, load
 from onnxslim.passes import eliminate, fuse
 from onnxslim.passes.slim import Slim
 from tests.helpers import (
+    ONNX_RUNTIME,
+    RECENT,
     apply,
     calls_of,
     feeds_for,
@@ -193,7 +195,7 @@ def test_nodes_in_a_row_take_work_in_proportion_and_no_recursion() -> None:
 
 
 def test_ifs_in_ifs_need_no_recursion() -> None:
-    depth = 25
+    depth = 25 if ONNX_RUNTIME >= RECENT else 8  # ONNX Runtime 1.23 takes twice as long with every level
     inner, made = "r = Neg(x)", "r"
     for level in range(depth):
         branches = (
