@@ -109,7 +109,7 @@ class SearchRun:
         """
         problem = self._problem
         store = TrialStore(None, {}) if work is None else TrialStore(Path(work), problem.about())
-        given = problem, store
+        self._store, given = store, (problem, store)
         self._executor = TrialExecutor(*given) if backend is None else DistributedExecutor(*given, backend)
         runner = self._executor.runner
         self._choose, self._verify = runner.evaluator, self._judge(runner.evaluator)
@@ -159,7 +159,7 @@ class SearchRun:
         verified: TrialFigures | None,
         problem: str = "",
     ) -> SearchResult:
-        told = explorer.untried, self._coarse(explorer.goals), self._executor.told
+        told = explorer.untried, self._coarse(explorer.goals), self._executor.told, self._store.damaged
         notes = [*self._notes, *filter(None, told)]
         trials = tuple(explorer.trials)
         goals = explorer.goals

@@ -113,6 +113,7 @@ class TrialStore:
         self._folder, self._about = folder, plain(about)
         self._known: dict[str, SearchTrial] = {}
         self._recipes: dict[str, Recipe] = {}
+        self._damaged: set[str] = set()
         if folder is not None:
             with _told(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -125,13 +126,25 @@ class TrialStore:
         told = json.dumps(plain([VERSION, self._about, *intent]), sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:32]
 
+    @property
+    def damaged(self) -> str:
+        """Which trials lie in the folder and cannot be gone on from, for people; empty if none."""
+        if not self._damaged:
+            return ""
+        number, keys = len(self._damaged), ", ".join(sorted(self._damaged))
+        return f"of the trials in '{self._folder}', {number} could not be read, and count for nothing: {keys}"
+
     def known(self, key: str) -> SearchTrial | None:
         """A trial that has been made, now or in an earlier search."""
         if key not in self._known and self._folder is not None:
+            # Looked for before it is read: another search may put it there in between, whole.
+            there = (self._folder / key).is_dir()
             found = _read(self._folder / key / TRIAL)
             whole = found is not None and (found.figures is None or (self._folder / key / RECIPE).is_file())
             if whole and found is not None and found.key == key:
                 self._known[key] = found
+            elif there:
+                self._damaged.add(key)
         return self._known.get(key)
 
     def recipe(self, key: str) -> Recipe:
@@ -183,6 +196,7 @@ class TrialStore:
         """Forget a trial that cannot be made again, so that it is made anew."""
         self._known.pop(key, None)
         if self._folder is not None:
+            self._damaged.add(key)
             shutil.rmtree(self._folder / key, ignore_errors=True)
 
     def _put(self, trial: SearchTrial, recipe: Recipe | None) -> None:

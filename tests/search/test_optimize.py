@@ -328,3 +328,21 @@ def test_the_command(
     assert "*" in shown
     assert cli.main(["auto", source]) == 2
     assert "a search measures what is lost: give it --data" in capsys.readouterr().err
+
+
+def test_trials_that_are_damaged_are_told_and_made_anew(
+    net: Model, data: Mapping[str, Array], tmp_path: Path
+) -> None:
+    goals = Goals(require_sqnr=15.0)
+    first = optimize(net, data, goals, effort="quick", work=tmp_path)
+    empty, cut = sorted(tmp_path.glob("*/trial.json"))[:2]
+    empty.write_text("")
+    cut.write_text(cut.read_text()[:40])
+    again = optimize(net, data, goals, effort="quick", work=tmp_path)
+    assert [trial.key for trial in again.trials] == [trial.key for trial in first.trials]
+    (told,) = (note for note in again.notes if "could not be read" in note)
+    assert empty.parent.name in told
+    assert cut.parent.name in told
+    third = optimize(net, data, goals, effort="quick", work=tmp_path, time_limit=0.0)
+    assert third.trials == again.trials
+    assert third.notes == first.notes

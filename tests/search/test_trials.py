@@ -73,8 +73,11 @@ def test_a_trial_that_did_not_end_is_none(tmp_path: Path, content: str) -> None:
     store = TrialStore(tmp_path, {})
     (tmp_path / TRIAL_MADE.key).mkdir()
     (tmp_path / TRIAL_MADE.key / TRIAL).write_text(content)
+    assert not store.damaged
     assert store.known(TRIAL_MADE.key) is None
     store.add(TRIAL_MADE, Recipe(passes=(Slim(),)))
+    assert f"of the trials in '{tmp_path}', 1 could not be read" in store.damaged
+    assert TRIAL_MADE.key in store.damaged
     assert TrialStore(tmp_path, {}).known(TRIAL_MADE.key) == TRIAL_MADE
     assert sorted(path.name for path in (tmp_path / TRIAL_MADE.key).iterdir()) == [RECIPE, TRIAL]
 
@@ -83,12 +86,14 @@ def test_of_two_searches_the_first_to_end_a_trial_keeps_it(tmp_path: Path) -> No
     first, second = TrialStore(tmp_path, {}), TrialStore(tmp_path, {})
     other = replace(TRIAL_MADE, figures=replace(FIGURES, size=0.9))
     assert first.known(TRIAL_MADE.key) is second.known(TRIAL_MADE.key) is None
+    assert not first.damaged
     first.add(TRIAL_MADE, Recipe(passes=(Slim(), Prune(plan=PLAN))))
     second.add(other, Recipe(passes=(Slim(),)))
     assert second.known(other.key) == TRIAL_MADE
     assert len(second.recipe(other.key).passes) == 2
     assert [path.name for path in tmp_path.iterdir()] == [TRIAL_MADE.key]
     second.drop(other.key)
+    assert other.key in second.damaged
     assert TrialStore(tmp_path, {}).known(other.key) is None
 
 
