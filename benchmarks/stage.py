@@ -48,6 +48,8 @@ from onnxslim.runtime.targets import Target
 from onnxslim.runtime.timing import latencies
 
 THREAD = Target.cpu(threads=1)
+# First scores of tasks whose first output has a score for each class.
+CLASSIFIED = ("top-1", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -132,18 +134,16 @@ def scored(task: Task, found: Sequence[Entrant]) -> dict[str, Scored | str]:
         scores = task.judge(outputs)
         table[entrant.name] = Scored(session, scores, sqnr(expected, outputs))
         told = ", ".join(f"{score.name} {score.estimate.told()}" for score in scores)
-        if outputs is not expected and (share := same_class(expected, outputs)) is not None:
-            told += f", same class {share:.1%}"
+        if outputs is not expected and scores[0].name in CLASSIFIED:
+            told += f", same class {same_class(expected, outputs):.1%}"
         print(f"{entrant.name}: {told}", file=sys.stderr, flush=True)
     return table
 
 
-def same_class(expected: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> float | None:
-    """How often the largest of the first output is where the float model's is; None where that is no row."""
+def same_class(expected: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> float:
+    """How often the largest of the first output is where the float model's is."""
     pairs = [(next(iter(a.values())), next(iter(b.values()))) for a, b in zip(expected, found, strict=True)]
-    if any(np.ndim(a) != 2 for a, _ in pairs):
-        return None
-    return float(np.mean(np.concatenate([a.argmax(1) == b.argmax(1) for a, b in pairs])))
+    return float(np.mean(np.concatenate([a.argmax(-1).ravel() == b.argmax(-1).ravel() for a, b in pairs])))
 
 
 def rows(task: Task, found: Sequence[Entrant], table: dict[str, Scored | str]) -> Iterator[str]:
