@@ -20,7 +20,7 @@ from onnxslim.calibration.data import CalibrationData
 from onnxslim.calibration.feeds import batch_samples
 from onnxslim.calibration.sources.arrays import Feeds
 from onnxslim.errors import CalibrationError, LoadError, UsageError
-from onnxslim.ir.graph import Array
+from onnxslim.ir.graph import Array, Variable
 from onnxslim.ir.model import Model
 from onnxslim.runtime.metric import Metric, accuracy
 from onnxslim.runtime.session import Session
@@ -345,13 +345,15 @@ def _group(model: Model, data: CalibrationData, target: Target) -> int:
 def _inner_bytes(model: Model, feeds: Feeds) -> int:
     """Bytes of all that is computed of some inputs, as far as shapes tell."""
     found = sized(model, {name: array.shape for name, array in feeds.items()}).graph
-    known = (
-        (each.dtype, tuple(dim for dim in each.shape if isinstance(dim, int)), len(each.shape))
-        for node in found.nodes
-        for each in node.outputs
-        if each.dtype is not None and each.shape is not None
-    )
-    return sum(math.prod(sizes) * dtype.itemsize for dtype, sizes, rank in known if len(sizes) == rank)
+    return sum(_bytes(tensor) for node in found.nodes for tensor in node.outputs)
+
+
+def _bytes(tensor: Variable) -> int:
+    """What its values take; 0 where its type or a size is not known."""
+    sizes = [dim for dim in tensor.shape or () if isinstance(dim, int)]
+    if tensor.dtype is None or tensor.shape is None or len(sizes) < len(tensor.shape):
+        return 0
+    return math.prod(sizes) * tensor.dtype.itemsize
 
 
 def _first_two(data: CalibrationData) -> Feeds | None:
